@@ -1,0 +1,176 @@
+"""The decoder: embedding, layers, head, and the plain full-depth forward pass everything else is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tide_jax.cache import KVCache
+from tide_jax.config import AttentionType, DecoderConfig
+from tide_jax.errors import TideError
+from tide_jax.layers import AttentionContext, DecoderLayer, KeyValue, Norm
+from tide_jax.ops import Dense, einsum, normal
+from tide_jax.rotary import rope_tables
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, ``kernel [rows, D]``."""
+
+    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(normal(rngs, (rows, size), size, dtype))
+
+    def __call__(self, index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.kernel[...], index, axis=0, mode="clip")
+
+
+class Head(nnx.Module):
+    """Output projection, ``kernel [V, D]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, shape, config.hidden_size, dtype))
+        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model of the architecture `config` describes.
+
+    The module is a JAX pytree: pass it to jitted functions as it is.
+
+    Args:
+      config: the architecture, kept as `.config`.
+      dtype: dtype of all parameters and activations. Norms, softmax, rotary angles and logits are float32 inside.
+      rngs: source of the random initial weights.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        learned = config.positions == "learned"
+        self.positions = (
+            Embedding(config.learned_positions, config.hidden_size, dtype=dtype, rngs=rngs) if learned else None
+        )
+        self.layers = nnx.List([DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.final_norm = Norm(config, config.hidden_size, dtype=dtype)
+        self.head = Head(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the parameters and of the cache."""
+        return self.embed.kernel[...].dtype
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits of every token at full depth, float32, without a cache.
+
+        Args:
+          tokens: token ids.
+          positions: position of each token in its row, -1 for padding; 0, 1, 2... when omitted.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        x, _ = self.run_layers(tokens, positions, None)
+        return self.logits(self.final_norm(x))
+
+    def run_layers(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Plain pass through every layer: the last layer's output and the new rows ``[L, B, KV, T, hd]``."""
+        x = self.embed_tokens(tokens, positions)
+        contexts = self.contexts(positions, cache)
+        new: list[KeyValue] = []
+        for i, layer in enumerate(self.layers):
+            x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
+            new.append(rows)
+        return x, KeyValue(jnp.stack([r.keys for r in new]), jnp.stack([r.values for r in new]))
+
+    def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token (and learned position) embeddings: the residual stream before the first layer."""
+        x = self.embed(tokens)
+        if self.config.embedding_scale is not None:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(jnp.maximum(positions, 0))
+        return x
+
+    def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[AttentionContext, ...]:
+        """Masks and rotary tables of each attention type, computed once and shared by all layers."""
+        seq_len = jnp.max(positions) + 1
+        return tuple(_context(kind, positions, seq_len, cache) for kind in self.config.attention_types)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, float32, of final-normed states."""
+        kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
+        out = einsum("btd,vd->btv", x, kernel[...]).astype(jnp.float32)
+        if self.head.bias is not None:
+            out = out + self.head.bias[...].astype(jnp.float32)[None, None, :]
+        if (cap := self.config.logit_softcap) is not None:
+            out = cap * jnp.tanh(out / cap)
+        return out
+
+
+def _context(
+    kind: AttentionType, positions: Array, seq_len: Array, cache: KVCache | None
+) -> AttentionContext:
+    cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
+    cache_mask = None if cache is None else _visible(positions, cache.positions, kind.window)
+    return AttentionContext(cos, sin, _visible(positions, positions, kind.window), cache_mask)
+
+
+def _visible(query: Int[Array, "B T"], key: Int[Array, "B S"], window: int | None) -> Array:
+    """[B, T, S]: real keys at or before the query, and inside its sliding window."""
+    distance = query[:, :, None] - key[:, None, :]
+    seen = (key[:, None, :] >= 0) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its dotted path (``layers.0.attention.q.kernel``), without allocating any."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return {_dotted(path): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def parameters(model: Decoder) -> dict[str, Array]:
+    """Every parameter of a model by its dotted path."""
+    return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def from_parameters(
+    config: DecoderConfig, tensors: Iterable[tuple[str, np.ndarray | Array]], *, dtype: jnp.dtype
+) -> Decoder:
+    """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` one at a time.
+
+    Raises:
+      TideError: a path is unknown, has the wrong shape or is missing; all of them in one message.
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    filled: dict[str, Array] = {}
+    problems: list[str] = []
+    for path, tensor in tensors:
+        if path not in leaves:
+            problems.append(f"unknown parameter {path}")
+        elif leaves[path].get_value().shape != tensor.shape:
+            problems.append(f"{path} has shape {tensor.shape}, expected {leaves[path].get_value().shape}")
+        else:
+            filled[path] = jnp.asarray(tensor, dtype)
+    problems += [f"missing parameter {path}" for path in leaves if path not in filled]
+    if problems:
+        raise TideError("the tensors do not fit the model configuration: " + "; ".join(sorted(problems)))
+    state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
+    return nnx.merge(graph, state)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _tree_path(path: tuple) -> str:
+    return ".".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
