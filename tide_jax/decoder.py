@@ -64,9 +64,7 @@ class Decoder(nnx.Module):
         """dtype of the parameters and of the cache."""
         return self.embed.kernel[...].dtype
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of every token at full depth, float32, without a cache.
 
         Args:
@@ -115,9 +113,7 @@ class Decoder(nnx.Module):
         return out
 
 
-def _context(
-    kind: AttentionType, positions: Array, seq_len: Array, cache: KVCache | None
-) -> AttentionContext:
+def _context(kind: AttentionType, positions: Array, seq_len: Array, cache: KVCache | None) -> AttentionContext:
     cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
     cache_mask = None if cache is None else _visible(positions, cache.positions, kind.window)
     return AttentionContext(cos, sin, _visible(positions, positions, kind.window), cache_mask)

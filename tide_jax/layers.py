@@ -20,6 +20,7 @@ from tide_jax.moe import MoE
 from tide_jax.ops import Dense, einsum
 from tide_jax.rotary import rotate
 
+
 class AttentionContext(NamedTuple):
     """What every layer of one attention type shares within a forward pass.
 
@@ -189,4 +190,3 @@ class DecoderLayer(nnx.Module):
 
 def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
-

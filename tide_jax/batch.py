@@ -1,0 +1,127 @@
+"""From what a user passes to the padded, bucketed arrays that compiled programs take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from tide_jax.config import DecoderConfig
+from tide_jax.errors import TideError
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """Smallest of 16, 24, 32, 48, 64, 96, 128... that holds `length`: compiled shapes stay few, padding under half.
+
+    >>> [bucket(n) for n in (1, 17, 25, 33, 100)]
+    [16, 24, 32, 48, 128]
+    """
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+class Rows(NamedTuple):
+    """Token ids as a list of rows, and where they stood in the user's array.
+
+    Attributes:
+      rows: the real tokens of each row.
+      mask: bool [B, T], True where the user's array holds a real token.
+    """
+
+    rows: list[np.ndarray]
+    mask: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Real tokens in each row, int32 [B]."""
+        return np.asarray([len(row) for row in self.rows], np.int32)
+
+
+def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
+    """Checks prompts given as an int array [T] or [B, T] (with an optional mask) or as a list of unequal lists.
+
+    Raises:
+      TideError: no rows, an empty row, a token id out of range, a row longer than the context, a mask of the wrong
+        shape, or something that is not integers.
+    """
+    rows, mask = _from_array(input_ids, attention_mask)
+    if not rows:
+        raise TideError("input_ids holds no rows; pass at least one prompt of at least one token")
+    for b, row in enumerate(rows):
+        if len(row) == 0:
+            raise TideError(f"prompt {b} is empty; pass at least one token (for example the beginning-of-text token)")
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= config.vocab_size:
+            raise TideError(
+                f"prompt {b} holds token id {low if low < 0 else high}, outside the vocabulary of "
+                f"0..{config.vocab_size - 1}; was it tokenised for another model?"
+            )
+        if len(row) > config.context_length:
+            raise TideError(
+                f"prompt {b} has {len(row)} tokens, the model's context holds {config.context_length}; shorten it"
+            )
+    return Rows([row.astype(np.int32) for row in rows], mask)
+
+
+def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    ragged = isinstance(input_ids, (list, tuple)) and any(isinstance(r, (list, tuple, np.ndarray)) for r in input_ids)
+    if ragged:
+        if attention_mask is not None:
+            raise TideError("attention_mask goes with an array of input_ids; a list of lists needs none")
+        rows = [_integers(r, 1) for r in input_ids]
+        width = max(len(r) for r in rows)
+        return rows, np.arange(width)[None, :] < np.asarray([len(r) for r in rows])[:, None]
+    ids = _integers(input_ids, 2)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise TideError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}")
+    return [row[m] for row, m in zip(ids, mask, strict=True)], mask
+
+
+def _integers(values: Any, ndim: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TideError(
+            f"input_ids holds {array.dtype} values, expected token ids (whole numbers); tokenise text first"
+        )
+    if ndim == 2 and array.ndim == 1:
+        array = array[None]
+    if array.ndim != ndim:
+        raise TideError(f"input_ids has {array.ndim} dimensions, expected an array [B, T] or a list of lists")
+    return array
+
+
+def pad_left(rows: Sequence[np.ndarray], width: int, pad: int = 0) -> Int[np.ndarray, "B P"]:
+    """Rows aligned at their last token, int32 [B, width]."""
+    out = np.full((len(rows), width), pad, np.int32)
+    for b, row in enumerate(rows):
+        out[b, width - len(row) :] = row
+    return out
+
+
+def positions_of(mask: np.ndarray, width: int) -> Int[np.ndarray, "B W"]:
+    """Position of each real token in its row, -1 elsewhere; columns are added up to `width`."""
+    mask = np.pad(mask, ((0, 0), (0, width - mask.shape[1])))
+    return np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype(np.int32)
+
+
+def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
+    """End-of-sequence ids as int32 [B, E], padded with -1: from None, an id, ids for all rows, or ids for each row."""
+    if eos is None:
+        eos = []
+    if isinstance(eos, (int, np.integer)):
+        eos = [int(eos)]
+    eos = list(eos)
+    per_row: list[Iterable[int]] = eos if eos and isinstance(eos[0], (list, tuple, np.ndarray)) else [eos] * batch
+    lists = [[int(i) for i in ids] for ids in per_row]
+    if len(lists) != batch:
+        raise TideError(f"eos_token_id lists ids for {len(lists)} rows, expected {batch}")
+    width = max(1, *(len(ids) for ids in lists))
+    return np.asarray([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)

@@ -1,0 +1,404 @@
+"""TIDE: a model, its routers and an exit configuration, ready to generate and to score."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, to_rows
+from tide_jax.config import ExitConfig, Mode
+from tide_jax.decoder import Decoder
+from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.errors import TideError
+from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.router import Routers
+from tide_jax.sampling import make_sampling
+from tide_jax.stats import ExitStats
+
+logger = logging.getLogger(__name__)
+
+
+class GenerateOutput(NamedTuple):
+    """Result of `TIDE.generate`, numpy arrays; N is the longest row's number of new tokens.
+
+    Attributes:
+      tokens: new tokens, int32 [B, N], padded after a row's end.
+      lengths: new tokens of each row, its end-of-sequence token included, int32 [B].
+      exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
+      stats: layers run and wall clock.
+    """
+
+    tokens: Int[np.ndarray, "B N"]
+    lengths: Int[np.ndarray, " B"]
+    exit_layers: Int[np.ndarray, "B N"]
+    stats: ExitStats
+
+
+class ScoreOutput(NamedTuple):
+    """Result of scoring a batch.
+
+    Attributes:
+      logits: of the token after each token, float32 [B, T, V]; meaningless at padding.
+      exit_layers: index of the last layer each token ran, int32 [B, T], -1 at padding.
+      stats: layers run and wall clock.
+    """
+
+    logits: Float[Array, "B T V"]
+    exit_layers: Int[np.ndarray, "B T"]
+    stats: ExitStats
+
+
+class StreamStep(NamedTuple):
+    """One step of `TIDE.stream`: the new token of each row [B] and its exit layer [B], -1 for rows that had ended."""
+
+    tokens: Int[np.ndarray, " B"]
+    exit_layers: Int[np.ndarray, " B"]
+    layers_executed: int
+
+
+class TIDE:
+    """Token-informed depth execution of a decoder.
+
+    Args:
+      model: the decoder, frozen.
+      routers: trained routers; without them every call runs full depth.
+      config: thresholds, minimum depth and cache policy.
+      implementation: of the fused exit step, see `pallas_kernels`; None chooses by platform.
+
+    Raises:
+      TideError: the routers belong to a model of another depth or width, `min_layers` exceeds the depth, or there is
+        not one threshold for each checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        routers: Routers | None = None,
+        config: ExitConfig | None = None,
+        *,
+        implementation: str | None = None,
+    ) -> None:
+        self.model = model
+        self.routers = routers
+        self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
+        self._implementation = implementation
+        self._weights = routers.without_metadata() if routers is not None else None
+        self._programs = _Programs()
+        self._check()
+
+    def with_config(self, **changes: Any) -> TIDE:
+        """The same engine with other `ExitConfig` fields; compiled programs are shared, nothing recompiles."""
+        other = TIDE(
+            self.model,
+            self.routers,
+            dataclasses.replace(self.config, **changes),
+            implementation=self._implementation,
+        )
+        other._programs = self._programs
+        return other
+
+    def generate(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: int = 128,
+        mode: Mode | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: Any = None,
+        pad_token_id: int | None = None,
+        key: PRNGKeyArray | None = None,
+        streamer: Any = None,
+    ) -> GenerateOutput:
+        """Continues prompts.
+
+        Args:
+          input_ids: int array [B, T] or [T], or a list of unequal lists.
+          attention_mask: [B, T], 0 where `input_ids` is padding (on either side).
+          max_new_tokens: tokens to produce at the most; clipped, with a warning logged, where the context ends.
+          mode: "exit" (default when there are routers) or "full".
+          temperature, top_k, top_p, min_p, repetition_penalty: see `tide_jax.sampling`; temperature 0 is greedy.
+          eos_token_id: an id, a list of ids, or a list of ids for each row; default: the model's. ``[]`` for none.
+          pad_token_id: written after a row's end; default: the model's, else 0.
+          key: randomness, required when temperature is above 0.
+          streamer: an object with ``put(array)`` and ``end()``, such as transformers' TextStreamer; one row only.
+
+        Raises:
+          TideError: bad input, in one line.
+        """
+        call = self._call(
+            input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            key=key,
+        )
+        return self._generate_whole(call) if streamer is None else self._generate_streaming(call, streamer)
+
+    def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
+        """Yields each step's tokens as soon as they are made; arguments as in `generate`, without `streamer`."""
+        return self._steps(self._call(input_ids, **arguments))
+
+    def __call__(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        mode: Mode | None = None,
+        prompt_lengths: Any = 0,
+    ) -> ScoreOutput:
+        """Scores every token of every row in one pass: the definition that decoding follows.
+
+        Args:
+          input_ids, attention_mask: as in `generate`.
+          mode: "exit" (default when there are routers) or "full".
+          prompt_lengths: leading tokens of each row, int or [B], that run at full depth, as a prompt does in
+            `generate`. The token at position 0 always does.
+
+        Raises:
+          TideError: bad input, in one line.
+        """
+        rows = to_rows(input_ids, attention_mask, self.model.config)
+        batch, width = rows.mask.shape
+        padded = bucket(width)
+        positions = positions_of(rows.mask, padded)
+        tokens = np.zeros((batch, padded), np.int32)
+        tokens[positions >= 0] = np.concatenate(rows.rows)
+        prompt = np.broadcast_to(np.asarray(prompt_lengths, np.int32).reshape(-1, 1), (batch, 1))
+        (out, logits), seconds, compiled = self._programs.run(
+            _score,
+            (self.model,),
+            (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt), self._exits(mode)),
+            implementation=self._implementation,
+        )
+        exit_layers = np.asarray(out.exit_layers)[:, :width]
+        stats = ExitStats.from_exit_layers(
+            exit_layers,
+            num_layers=self.model.config.num_layers,
+            layers_executed=int(out.layers_executed),
+            steps=1,
+            wall_time=seconds,
+            compile_time=compiled,
+        )
+        return ScoreOutput(logits[:, :width], exit_layers, stats)
+
+    def _check(self) -> None:
+        config, layers = self.config, self.model.config.num_layers
+        if config.min_layers > layers:
+            raise TideError(f"min_layers={config.min_layers} exceeds the model's {layers} layers; lower it")
+        if self.routers is None:
+            return
+        width = self.routers.routers[0].down.shape[0] if self.routers.routers else self.model.config.hidden_size
+        if width != self.model.config.hidden_size or any(c >= layers - 1 for c in self.routers.checkpoints):
+            raise TideError(
+                f"these routers are for hidden size {width} and checkpoints {list(self.routers.checkpoints)}, the model "
+                f"has hidden size {self.model.config.hidden_size} and {layers} layers; calibrate routers for this model"
+            )
+        count = len(self.routers.checkpoints)
+        if isinstance(config.exit_threshold, tuple) and len(config.exit_threshold) != count:
+            raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
+
+    def _exits(self, mode: Mode | None) -> Exits | None:
+        if mode not in (None, "exit", "full"):
+            raise TideError(f"mode={mode!r} is not known; choose 'exit' or 'full'")
+        if mode == "exit" and self._weights is None:
+            raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
+        if mode == "full" or self._weights is None:
+            return None
+        count = len(self._weights.checkpoints)
+        thresholds = jnp.broadcast_to(jnp.asarray(self.config.exit_threshold, jnp.float32), (count,))
+        gate = ExitGate(thresholds, jnp.int32(self.config.min_layers))
+        return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits))
+
+    def _call(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        max_new_tokens: int = 128,
+        mode: Mode | None = None,
+        eos_token_id: Any = None,
+        pad_token_id: int | None = None,
+        key: PRNGKeyArray | None = None,
+        **dials: Any,
+    ) -> _Call:
+        config = self.model.config
+        rows = to_rows(input_ids, attention_mask, config)
+        sampling = make_sampling(**dials)
+        if float(sampling.temperature) > 0 and key is None:
+            raise TideError("temperature above 0 draws at random and needs key=jax.random.key(seed)")
+        new = self._fit_context(rows, max_new_tokens)
+        pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
+        request = Request(
+            sampling=sampling,
+            key=jax.random.key(0) if key is None else key,
+            eos=jnp.asarray(eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))),
+            pad=jnp.int32(pad),
+            max_new_tokens=jnp.int32(new),
+        )
+        width = bucket(int(rows.lengths.max()))
+        prompt = Prompt(jnp.asarray(pad_left(rows.rows, width)), jnp.asarray(rows.lengths))
+        return _Call(rows, prompt, request, self._exits(mode), bucket(new))
+
+    def _fit_context(self, rows: Rows, max_new_tokens: int) -> int:
+        if max_new_tokens < 1:
+            raise TideError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        longest, context = int(rows.lengths.max()), self.model.config.context_length
+        # The last new token is never run through the model, so it needs no position.
+        room = context - longest + 1
+        if max_new_tokens > room:
+            logger.warning(
+                "max_new_tokens=%d clipped to %d: the context holds %d tokens", max_new_tokens, room, context
+            )
+        return min(max_new_tokens, room)
+
+    def _generate_whole(self, call: _Call) -> GenerateOutput:
+        out, seconds, compiled = self._programs.run(
+            generate_tokens,
+            (self.model,),
+            (call.prompt, call.request, call.exits),
+            capacity=call.capacity,
+            implementation=self._implementation,
+        )
+        steps = int(out.steps)
+        return self._output(
+            np.asarray(out.tokens)[:, :steps],
+            np.asarray(out.exit_layers)[:, :steps],
+            int(np.sum(out.layers_executed)),
+            seconds,
+            compiled,
+        )
+
+    def _generate_streaming(self, call: _Call, streamer: Any) -> GenerateOutput:
+        if len(call.rows.rows) != 1:
+            raise TideError(
+                f"a streamer takes one prompt at a time, got {len(call.rows.rows)}; use TIDE.stream for a batch"
+            )
+        streamer.put(np.stack(call.rows.rows))
+        compiled_before, start, steps = self._programs.compile_time, time.perf_counter(), []
+        for step in self._steps(call):
+            streamer.put(step.tokens)
+            steps.append(step)
+        streamer.end()
+        compiled = self._programs.compile_time - compiled_before
+        return self._output(
+            np.stack([s.tokens for s in steps], axis=1),
+            np.stack([s.exit_layers for s in steps], axis=1),
+            sum(s.layers_executed for s in steps),
+            time.perf_counter() - start - compiled,
+            compiled,
+        )
+
+    def _steps(self, call: _Call) -> Iterator[StreamStep]:
+        options = {"implementation": self._implementation}
+        arguments = (call.prompt, call.request, call.exits)
+        state, _, _ = self._programs.run(begin, (self.model,), arguments, capacity=call.capacity, **options)
+        while True:
+            step, done, *arrays = jax.device_get(
+                (state.step, state.done, state.last, state.exit_layers, state.layers_executed)
+            )
+            yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
+            if step >= call.request.max_new_tokens or done.all():
+                return
+            arguments = (state, call.request, call.exits)
+            state, _, _ = self._programs.run(advance, (self.model,), arguments, donate=1, **options)
+
+    def _output(
+        self, tokens: np.ndarray, exit_layers: np.ndarray, executed: int, seconds: float, compiled: float
+    ) -> GenerateOutput:
+        stats = ExitStats.from_exit_layers(
+            exit_layers,
+            num_layers=self.model.config.num_layers,
+            layers_executed=executed,
+            steps=tokens.shape[1],
+            wall_time=seconds,
+            compile_time=compiled,
+        )
+        lengths = np.sum(exit_layers >= 0, axis=1).astype(np.int32)
+        return GenerateOutput(tokens, lengths, exit_layers, stats)
+
+
+class _Call(NamedTuple):
+    """A checked request, ready for the pure functions."""
+
+    rows: Rows
+    prompt: Prompt
+    request: Request
+    exits: Exits | None
+    capacity: int
+
+
+def _score(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    may_exit: Array,
+    exits: Exits | None,
+    *,
+    implementation: str | None,
+) -> tuple[DepthOutput, Float[Array, "B T V"]]:
+    out = run_depth(
+        model,
+        tokens,
+        positions,
+        None,
+        routers=None if exits is None else exits.routers,
+        gate=None if exits is None else exits.gate,
+        may_exit=may_exit,
+        implementation=implementation,
+    )
+    return out, model.logits(out.states)
+
+
+class _Programs:
+    """Compiled programs of one engine by function and argument shapes, compiled ahead of time so that compilation
+    never counts as run time."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.compile_time = 0.0
+
+    def run(
+        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, *, donate: int | None = None, **static: Any
+    ) -> tuple[Any, float, float]:
+        """Result, seconds of running, seconds of compiling.
+
+        Args:
+          fixed: leading arguments that are the same at every call (the model): left out of the shape key.
+          arguments: the others.
+          donate: index of an argument whose buffers the program may overwrite.
+          static: compile-time keyword arguments.
+        """
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (function.__name__, shapes, structure, tuple(sorted(static.items())))
+        start = time.perf_counter()
+        compiled = 0.0
+        if key not in self._compiled:
+            donated = () if donate is None else (donate,)
+            jitted = jax.jit(function, static_argnames=tuple(static), donate_argnums=donated)
+            self._compiled[key] = jitted.lower(*fixed, *arguments, **static).compile()
+            compiled = time.perf_counter() - start
+            self.compile_time += compiled
+        start = time.perf_counter()
+        result = jax.block_until_ready(self._compiled[key](*fixed, *arguments))
+        return result, time.perf_counter() - start, compiled

@@ -1,0 +1,287 @@
+"""Generation as pure functions: prefill, one decode step, and a whole generation inside one jit.
+
+Everything takes and returns pytrees. Shapes are static (callers bucket them, see `tide_jax.batch`); thresholds,
+sampling dials, end-of-sequence ids and the number of new tokens are traced, so turning them never recompiles.
+Donate the cache when you jit `decode_step` yourself: ``jax.jit(decode_step, donate_argnames="cache")``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from tide_jax.cache import KVCache, init_cache
+from tide_jax.decoder import Decoder
+from tide_jax.early_exit import ExitGate, run_depth
+from tide_jax.router import Routers
+from tide_jax.sampling import Sampling, sample
+
+
+class StepOutput(NamedTuple):
+    """Result of `prefill` or `decode_step`.
+
+    Attributes:
+      logits: of the next token, float32 [B, V].
+      cache: with the step's tokens appended.
+      exit_layers: index of the last layer each row's token ran, int32 [B]; -1 for inactive rows.
+      layers_executed: layers the device ran, int32 scalar: the depth of the deepest row.
+    """
+
+    logits: Float[Array, "B V"]
+    cache: KVCache
+    exit_layers: Int[Array, " B"]
+    layers_executed: Int[Array, ""]
+
+
+class Prompt(NamedTuple):
+    """Left-padded prompts: row b's tokens are ``tokens[b, P - lengths[b]:]``."""
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def positions(self) -> Int[Array, "B P"]:
+        """Position of each token in its row, -1 for padding."""
+        width = self.tokens.shape[1]
+        slots = jnp.arange(width, dtype=jnp.int32)[None, :]
+        return jnp.maximum(slots - (jnp.int32(width) - self.lengths)[:, None], -1)
+
+
+class Exits(NamedTuple):
+    """Routers with their dials; `prompt` says whether prompt tokens may exit, too (bool scalar)."""
+
+    routers: Routers
+    gate: ExitGate
+    prompt: Bool[Array, ""]
+
+
+class Request(NamedTuple):
+    """The traced dials of one generation.
+
+    Attributes:
+      sampling: how tokens are drawn.
+      key: randomness; unused when greedy.
+      eos: end-of-sequence ids of each row, int32 [B, E], padded with -1.
+      pad: id written after a row has ended, int32 scalar.
+      max_new_tokens: int32 scalar, at most the static capacity.
+    """
+
+    sampling: Sampling
+    key: PRNGKeyArray
+    eos: Int[Array, "B E"]
+    pad: Int[Array, ""]
+    max_new_tokens: Int[Array, ""]
+
+
+class GenerationState(NamedTuple):
+    """State of a running generation.
+
+    Attributes:
+      step: tokens produced so far, int32 scalar.
+      last: the newest token of each row, int32 [B].
+      positions: its position in the row, int32 [B].
+      done: rows that have ended, bool [B].
+      seen: tokens in each row, bool [B, V].
+      exit_layers: of the newest token, int32 [B]; -1 for rows that had ended.
+      layers_executed: by the step that made it, int32 scalar.
+      cache: everything before the newest token.
+    """
+
+    step: Int[Array, ""]
+    last: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"]
+    exit_layers: Int[Array, " B"]
+    layers_executed: Int[Array, ""]
+    cache: KVCache
+
+
+class Generated(NamedTuple):
+    """A finished generation of static capacity N; entries past a row's length are padding.
+
+    Attributes:
+      tokens: int32 [B, N].
+      lengths: tokens produced in each row, its end-of-sequence token included, int32 [B].
+      exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
+      layers_executed: layers the device ran for each step, int32 [N].
+      steps: int32 scalar.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+    exit_layers: Int[Array, "B N"]
+    layers_executed: Int[Array, " N"]
+    steps: Int[Array, ""]
+
+
+def prefill(
+    model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
+) -> StepOutput:
+    """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row."""
+    positions = prompt.positions
+    may_exit = None if exits is None else jnp.broadcast_to(exits.prompt, positions.shape)
+    out = run_depth(
+        model,
+        prompt.tokens,
+        positions,
+        None,
+        routers=None if exits is None else exits.routers,
+        gate=None if exits is None else exits.gate,
+        may_exit=may_exit,
+        implementation=implementation,
+    )
+    logits = model.logits(out.states[:, -1:])[:, 0]
+    return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, -1], out.layers_executed)
+
+
+def decode_step(
+    model: Decoder,
+    cache: KVCache,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    exits: Exits | None = None,
+    *,
+    implementation: str | None = None,
+) -> StepOutput:
+    """Runs one token of each row; rows that are not active neither hold the others back nor enter the cache.
+
+    Args:
+      tokens: int32.
+      positions: position of each token in its row.
+      active: rows to run.
+      exits: routers and dials; None runs every layer.
+    """
+    positions = jnp.where(active, positions, -1)[:, None]
+    out = run_depth(
+        model,
+        tokens[:, None],
+        positions,
+        cache,
+        routers=None if exits is None else exits.routers,
+        gate=None if exits is None else exits.gate,
+        implementation=implementation,
+    )
+    logits = model.logits(out.states)[:, 0]
+    return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
+
+
+def begin(
+    model: Decoder,
+    prompt: Prompt,
+    request: Request,
+    exits: Exits | None,
+    *,
+    capacity: int,
+    implementation: str | None = None,
+) -> GenerationState:
+    """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
+    batch, width = prompt.tokens.shape
+    cache = init_cache(model.config, batch, width + capacity, model.dtype)
+    step = prefill(model, prompt, cache, exits, implementation=implementation)
+    rows = jnp.arange(batch)[:, None]
+    real = prompt.positions >= 0
+    seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, prompt.tokens].max(real)
+    state = GenerationState(
+        step=jnp.int32(0),
+        last=jnp.zeros((batch,), jnp.int32),
+        positions=prompt.lengths - 1,
+        done=jnp.zeros((batch,), bool),
+        seen=seen,
+        exit_layers=jnp.full((batch,), -1, jnp.int32),
+        layers_executed=jnp.int32(0),
+        cache=step.cache,
+    )
+    return _accept(state, step, request)
+
+
+def advance(
+    model: Decoder,
+    state: GenerationState,
+    request: Request,
+    exits: Exits | None,
+    *,
+    implementation: str | None = None,
+) -> GenerationState:
+    """Runs the newest tokens and draws the next ones. Donate `state`."""
+    step = decode_step(
+        model, state.cache, state.last, state.positions, ~state.done, exits, implementation=implementation
+    )
+    return _accept(state, step, request)
+
+
+def generate_tokens(
+    model: Decoder,
+    prompt: Prompt,
+    request: Request,
+    exits: Exits | None = None,
+    *,
+    capacity: int,
+    implementation: str | None = None,
+) -> Generated:
+    """A whole generation: prefill, then a `lax.while_loop` of decode steps until every row has ended.
+
+    Args:
+      prompt: left-padded prompts.
+      request: sampling dials, end-of-sequence ids, number of new tokens.
+      exits: routers and dials; None runs every layer.
+      capacity: static upper bound of `request.max_new_tokens`.
+    """
+    batch = prompt.tokens.shape[0]
+    state = begin(model, prompt, request, exits, capacity=capacity, implementation=implementation)
+    empty = Generated(
+        tokens=jnp.broadcast_to(request.pad, (batch, capacity)),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        exit_layers=jnp.full((batch, capacity), -1, jnp.int32),
+        layers_executed=jnp.zeros((capacity,), jnp.int32),
+        steps=jnp.int32(0),
+    )
+
+    def body(carry: tuple[GenerationState, Generated]) -> tuple[GenerationState, Generated]:
+        state, out = carry
+        state = advance(model, state, request, exits, implementation=implementation)
+        return state, _record(out, state)
+
+    def unfinished(carry: tuple[GenerationState, Generated]) -> Array:
+        state, _ = carry
+        return (state.step < request.max_new_tokens) & ~jnp.all(state.done)
+
+    _, out = lax.while_loop(unfinished, body, (state, _record(empty, state)))
+    return out
+
+
+def _accept(state: GenerationState, step: StepOutput, request: Request) -> GenerationState:
+    """Draws the next token of every row that has not ended."""
+    drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen)
+    last = jnp.where(state.done, request.pad, drawn)
+    ended = jnp.any(last[:, None] == request.eos, axis=1)
+    rows = jnp.arange(last.shape[0])
+    return GenerationState(
+        step=state.step + 1,
+        last=last,
+        positions=state.positions + 1,
+        done=state.done | ended,
+        seen=state.seen.at[rows, last].max(~state.done),
+        exit_layers=jnp.where(state.done, -1, step.exit_layers),
+        layers_executed=step.layers_executed,
+        cache=step.cache,
+    )
+
+
+def _record(out: Generated, state: GenerationState) -> Generated:
+    """Writes the newest tokens into column ``state.step - 1``."""
+    column = state.step - 1
+    produced = state.exit_layers >= 0
+    zero = jnp.int32(0)
+    return Generated(
+        tokens=lax.dynamic_update_slice(out.tokens, state.last[:, None], (zero, column)),
+        lengths=out.lengths + produced.astype(jnp.int32),
+        exit_layers=lax.dynamic_update_slice(out.exit_layers, state.exit_layers[:, None], (zero, column)),
+        layers_executed=lax.dynamic_update_slice(out.layers_executed, state.layers_executed[None], (column,)),
+        steps=state.step,
+    )

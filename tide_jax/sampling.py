@@ -1,0 +1,112 @@
+"""Choosing the next token from logits: pure functions whose dials are traced values.
+
+Filters apply in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from tide_jax.errors import TideError
+
+
+class Sampling(NamedTuple):
+    """Sampling dials, float32 or int32 scalars.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k likeliest tokens, 0 keeps all.
+      top_p: keep the smallest set whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751), 1 keeps all.
+      min_p: keep tokens at least this share as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+      repetition_penalty: divides positive and multiplies negative logits of tokens already in the row
+        (Keskar et al. 2019, arXiv:1909.05858); 1 is none.
+    """
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+def make_sampling(
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Sampling:
+    """Checks the dials and makes them arrays. Raises TideError for a value out of its range."""
+    ranges = (
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "a whole number, 0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+    )
+    for name, value, good, expected in ranges:
+        if not good:
+            raise TideError(f"{name}={value} must be {expected}")
+    return Sampling(
+        temperature=jnp.float32(temperature),
+        top_k=jnp.int32(top_k),
+        top_p=jnp.float32(top_p),
+        min_p=jnp.float32(min_p),
+        repetition_penalty=jnp.float32(repetition_penalty),
+    )
+
+
+def sample(
+    key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
+) -> Int[Array, " B"]:
+    """One token for each row, int32.
+
+    Each row draws from a key of its own, so its tokens do not depend on the rows beside it.
+
+    Args:
+      logits: float32.
+      seen: tokens already in the row, for the repetition penalty.
+    """
+    logits = penalise(logits, sampling.repetition_penalty, seen)
+
+    def draw() -> Array:
+        kept = filter_logits(logits, sampling)
+        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    return lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def penalise(logits: Float[Array, "B V"], penalty: Float[Array, ""], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Makes tokens in `seen` less likely by `penalty` (1 changes nothing)."""
+
+    def apply() -> Array:
+        return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    return lax.cond(penalty == 1.0, lambda: logits, apply)
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits at the given temperature, minus infinity where top-k, top-p or min-p leave a token out."""
+    logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+    unfiltered = (sampling.top_k == 0) & (sampling.top_p >= 1.0) & (sampling.min_p <= 0.0)
+    return lax.cond(unfiltered, lambda: logits, lambda: _filtered(logits, sampling))
+
+
+def _filtered(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """All three filters keep a prefix of the tokens sorted by logit; find the shortest prefix, cut by value."""
+    ranked = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+    keep = (rank < sampling.top_k) | (sampling.top_k == 0)
+    probabilities = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    keep &= (before < sampling.top_p) | (sampling.top_p >= 1.0)
+    keep &= ranked >= ranked[:, :1] + jnp.log(sampling.min_p)
+    keep |= rank == 0
+    last = jnp.sum(keep, axis=-1, keepdims=True) - 1
+    return jnp.where(logits >= jnp.take_along_axis(ranked, last, axis=-1), logits, -jnp.inf)

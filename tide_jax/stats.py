@@ -1,0 +1,103 @@
+"""What a run cost: layers run, where tokens left, wall clock."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitStats:
+    """Depth and time of a generation or a scoring call.
+
+    Attributes:
+      num_layers: layers of the model.
+      tokens: tokens counted (generated tokens, or scored ones).
+      layers_run: layers those tokens ran, summed.
+      exits_per_layer: tokens whose last layer was this one, for each layer.
+      layers_executed: layers the device ran, summed over steps. With one row it equals `layers_run`; with more, a step
+        costs the depth of its deepest row.
+      steps: forward passes that produced tokens.
+      wall_time: seconds, compilation left out.
+      compile_time: seconds spent compiling for this call, 0.0 when the program was already there.
+    """
+
+    num_layers: int
+    tokens: int
+    layers_run: int
+    exits_per_layer: tuple[int, ...]
+    layers_executed: int
+    steps: int
+    wall_time: float
+    compile_time: float = 0.0
+
+    @classmethod
+    def from_exit_layers(
+        cls,
+        exit_layers: Int[np.ndarray, "..."],
+        *,
+        num_layers: int,
+        layers_executed: int,
+        steps: int,
+        wall_time: float,
+        compile_time: float = 0.0,
+    ) -> ExitStats:
+        """Counts exit layers; entries of -1 are no tokens."""
+        flat = np.asarray(exit_layers).reshape(-1)
+        flat = flat[flat >= 0]
+        return cls(
+            num_layers=num_layers,
+            tokens=int(flat.size),
+            layers_run=int(flat.sum() + flat.size),
+            exits_per_layer=tuple(int(n) for n in np.bincount(flat, minlength=num_layers)),
+            layers_executed=int(layers_executed),
+            steps=int(steps),
+            wall_time=float(wall_time),
+            compile_time=float(compile_time),
+        )
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean layers run per token."""
+        return self.layers_run / self.tokens if self.tokens else 0.0
+
+    @property
+    def depth(self) -> float:
+        """Mean share of the layers that tokens ran."""
+        return self.layers_per_token / self.num_layers
+
+    @property
+    def full_depth_tokens(self) -> int:
+        """Tokens that ran every layer."""
+        return self.exits_per_layer[-1]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second of wall clock."""
+        return self.tokens / self.wall_time if self.wall_time > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, derived ones included."""
+        return dataclasses.asdict(self) | {
+            "layers_per_token": self.layers_per_token,
+            "depth": self.depth,
+            "full_depth_tokens": self.full_depth_tokens,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        exits = ", ".join(f"layer {i}: {n}" for i, n in enumerate(self.exits_per_layer) if n)
+        executed = self.layers_executed / self.steps if self.steps else 0.0
+        return "\n".join(
+            [
+                f"{self.tokens} tokens in {self.wall_time:.2f} s: {self.tokens_per_second:.1f} tokens/s",
+                f"layers run per token: {self.layers_per_token:.2f} of {self.num_layers} (depth {self.depth:.1%}); "
+                f"executed per step: {executed:.2f}",
+                f"ran all layers: {self.full_depth_tokens} of {self.tokens} tokens",
+                f"last layer run: {exits or 'none'}",
+            ]
+        )

@@ -1,0 +1,102 @@
+"""Tiny models, routers and a tokenizer for tests: ours, and those of projects built on tide_jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
+from tide_jax.decoder import Decoder
+from tide_jax.router import ExitHead, Router, Routers
+
+
+def tiny_config(**changes: Any) -> DecoderConfig:
+    """A Llama-like configuration of 6 layers with uneven heads and an odd vocabulary; `changes` replace fields."""
+    rope = RopeConfig(theta=10000.0, rotary_dim=8)
+    config = DecoderConfig(
+        model_type="tiny",
+        vocab_size=259,
+        hidden_size=48,
+        num_layers=6,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        intermediate_size=80,
+        max_positions=512,
+        attention_types=(AttentionType(scale=8**-0.5, rope=rope),),
+        attention_pattern=(0,) * changes.get("num_layers", 6),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def tiny_decoder(config: DecoderConfig | None = None, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:
+    """A randomly initialised decoder."""
+    return Decoder(config or tiny_config(), dtype=dtype, rngs=nnx.Rngs(seed))
+
+
+def random_routers(
+    config: DecoderConfig,
+    *,
+    interval: int = 2,
+    bottleneck: int = 16,
+    affine: bool = False,
+    seed: int = 0,
+) -> Routers:
+    """Untrained routers whose scores spread over (0, 1), so that rows leave at different checkpoints."""
+    d, checkpoints = config.hidden_size, checkpoint_layers(config.num_layers, interval)
+
+    def normal(*path: int, shape: tuple[int, ...], scale: float) -> jax.Array:
+        key = jax.random.key(seed)
+        for part in path:
+            key = jax.random.fold_in(key, part)
+        return scale * jax.random.normal(key, shape, jnp.float32)
+
+    def router(c: int) -> Router:
+        return Router(
+            down=normal(c, 0, shape=(d, bottleneck), scale=2 * d**-0.5),
+            down_bias=normal(c, 1, shape=(bottleneck,), scale=0.1),
+            up=normal(c, 2, shape=(bottleneck,), scale=2 * bottleneck**-0.5),
+            up_bias=jnp.float32(0.0),
+        )
+
+    def head(c: int) -> ExitHead:
+        return ExitHead((normal(c, 3, shape=(d, d), scale=d**-0.5),), normal(c, 4, shape=(d,), scale=0.1))
+
+    count = range(len(checkpoints))
+    return Routers(tuple(router(c) for c in count), tuple(head(c) for c in count) if affine else None, checkpoints)
+
+
+def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True) -> Routers:
+    """Routers that score every token 1.0 (or 0.0): with `min_layers` they force a depth."""
+
+    def router() -> Router:
+        d = config.hidden_size
+        bias = jnp.float32(200.0 if exits else -200.0)
+        return Router(jnp.zeros((d, 1)), jnp.zeros((1,)), jnp.zeros((1,)), bias)
+
+    checkpoints = checkpoint_layers(config.num_layers, interval)
+    return Routers(tuple(router() for _ in checkpoints), None, checkpoints)
+
+
+class ByteTokenizer:
+    """Bytes as tokens, after three special ones: enough of a tokenizer's interface for calibration and tests."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
+    chat_template = None
+    vocab_size = 259
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, starting with the beginning-of-text token."""
+        return [self.bos_token_id] * add_special_tokens + [b + 3 for b in text.encode()]
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no UTF-8 become replacement characters."""
+        return bytes(int(i) - 3 for i in ids if int(i) >= 3).decode(errors="replace")
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """``{"input_ids": [...]}``."""
+        return {"input_ids": self.encode(text)}
