@@ -1,0 +1,44 @@
+"""tide_jax: language models that spend depth only where a token needs it.
+
+>>> import tide_jax
+>>> model = tide_jax.load("path, hub id or file.gguf")                      # doctest: +SKIP
+>>> tokenizer = tide_jax.load_tokenizer("the same")                         # doctest: +SKIP
+>>> routers = tide_jax.calibrate(model, tokenizer, texts)                   # doctest: +SKIP
+>>> engine = tide_jax.TIDE(model, routers, tide_jax.ExitConfig(exit_threshold=0.85, min_layers=8))  # doctest: +SKIP
+>>> out = engine.generate(tokenizer("Once upon a time")["input_ids"])       # doctest: +SKIP
+>>> print(out.stats.summary())                                              # doctest: +SKIP
+"""
+
+from tide_jax.cache import KVCache, init_cache
+from tide_jax.calibrate import calibrate
+from tide_jax.checkpoint import load, load_tokenizer
+from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
+from tide_jax.decoder import Decoder
+from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
+from tide_jax.errors import TideError
+from tide_jax.generate import decode_step, generate_tokens, prefill
+from tide_jax.router import Routers
+from tide_jax.stats import ExitStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TIDE",
+    "CalibrationConfig",
+    "Decoder",
+    "DecoderConfig",
+    "ExitConfig",
+    "ExitStats",
+    "GenerateOutput",
+    "KVCache",
+    "Routers",
+    "ScoreOutput",
+    "TideError",
+    "calibrate",
+    "decode_step",
+    "generate_tokens",
+    "init_cache",
+    "load",
+    "load_tokenizer",
+    "prefill",
+]

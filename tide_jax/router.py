@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.exit_step.reference import rms_normalise, router_scores
+from tide_jax import router_file
+from tide_jax.checkpoint import fingerprint
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
 from tide_jax.ops import matmul
 
 
@@ -98,18 +104,94 @@ class Routers:
         """The same weights without their history: two fits of one shape then share compiled programs."""
         return dataclasses.replace(self, metadata=RouterMetadata())
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes one safetensors file; affine heads go to ``<stem>.heads.safetensors`` beside it.
 
-        See `tide_jax.router_file.save`.
+        Raises:
+          TideError: the file can't be written.
         """
-        from tide_jax import router_file
-
-        router_file.save(self, path)
+        path = Path(path)
+        metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
+        if self.heads is not None:
+            heads = {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
+            router_file.write(heads_path(path), heads, metadata)
+            metadata["heads_sha256"] = router_file.digest(heads_path(path))
+        routers = {
+            f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
+        }
+        router_file.write(path, routers, metadata)
 
     @classmethod
-    def load(cls, path: Any, *, model: Any, checkpoint_interval: int | None = None) -> Routers:
-        """Reads routers written by `save` and checks that they belong to `model`. See `tide_jax.router_file.load`."""
-        from tide_jax import router_file
+    def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
+        """Reads routers written by `save` and checks that they belong to `model`.
 
-        return router_file.load(path, model=model, checkpoint_interval=checkpoint_interval)
+        Args:
+          checkpoint_interval: the interval the caller counts on; None accepts the file's.
+
+        Raises:
+          TideError: the file is missing or damaged, belongs to another model (both are named), has another checkpoint
+            interval, or its heads file is missing or is not the one it was saved with.
+        """
+        path = Path(path)
+        tensors, metadata = router_file.read(path)
+        checkpoints = tuple(metadata["checkpoints"])
+        _check_model(path, metadata, model)
+        found = metadata.get("config", {}).get("checkpoint_interval")
+        if checkpoint_interval is not None and found != checkpoint_interval:
+            raise TideError(
+                f"{path} has a router every {found} layers, expected every {checkpoint_interval}; "
+                "calibrate again with that checkpoint_interval or drop it"
+            )
+        try:
+            routers = tuple(Router(*(jnp.asarray(tensors[f"{c}.{f}"]) for f in Router._fields)) for c in checkpoints)
+        except KeyError as error:
+            raise TideError(f"{path} lacks the tensor {error}; calibrate again") from error
+        heads = _load_heads(path, metadata, checkpoints) if "heads_sha256" in metadata else None
+        return cls(routers, heads, checkpoints, RouterMetadata.from_dict(metadata))
+
+    def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
+        return zip(self.checkpoints, items, strict=True)
+
+
+def heads_path(path: Path) -> Path:
+    """Where the affine heads of a router file are kept."""
+    return path.with_name(f"{path.stem}.heads.safetensors")
+
+
+def model_identity(model: Decoder) -> dict[str, Any]:
+    """What ties routers to a model."""
+    config = model.config
+    return {
+        "fingerprint": fingerprint(model),
+        "model": f"{config.model_type}, {config.num_layers} layers of width {config.hidden_size}",
+    }
+
+
+def _check_model(path: Path, metadata: dict[str, Any], model: Decoder) -> None:
+    expected = model_identity(model)
+    if metadata.get("fingerprint") != expected["fingerprint"]:
+        raise TideError(
+            f"{path} was calibrated for {metadata.get('model', 'an unknown model')} "
+            f"(fingerprint {metadata.get('fingerprint')}), this model is {expected['model']} "
+            f"(fingerprint {expected['fingerprint']}); calibrate routers for this model"
+        )
+
+
+def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
+    factors = [(f"factor.{i}", np.asarray(f)) for i, f in enumerate(head.factors)]
+    return [*factors, ("bias", np.asarray(head.bias))]
+
+
+def _load_heads(path: Path, metadata: dict[str, Any], checkpoints: tuple[int, ...]) -> tuple[ExitHead, ...]:
+    file = heads_path(path)
+    if not file.is_file():
+        raise TideError(f"{path} needs its exit heads in {file.name}, which is not there; keep the two files together")
+    if router_file.digest(file) != metadata["heads_sha256"]:
+        raise TideError(f"{file} is damaged or belongs to other routers than {path.name}; calibrate again")
+    tensors, _ = router_file.read(file)
+
+    def head(c: int) -> ExitHead:
+        factors = sorted(n for n in tensors if n.startswith(f"{c}.factor."))
+        return ExitHead(tuple(jnp.asarray(tensors[n]) for n in factors), jnp.asarray(tensors[f"{c}.bias"]))
+
+    return tuple(head(c) for c in checkpoints)

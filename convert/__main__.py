@@ -1,0 +1,112 @@
+"""Command line: ``python -m convert SRC DST``, also registered as ``tide-jax convert``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tide_jax.errors import TideError
+
+_EPILOG = """examples:
+  python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2
+  python -m convert ./Llama-3.2-1B llama --dtype bfloat16
+  python -m convert model-Q4_1.gguf model --verify
+  python -m convert ./Qwen3-0.6B qwen3 --dry-run
+"""
+
+
+def add_command(subparsers: Any) -> None:
+    """Registers `convert` with the `tide-jax` command; the parsed arguments carry ``run(args) -> exit code``."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="convert a Hugging Face or GGUF checkpoint",
+        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
+        epilog=_EPILOG.replace("python -m", "tide-jax"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(parser)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, 2 for bad input."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(parser)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except TideError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hugging Face hub id or .gguf file")
+    parser.add_argument("destination", metavar="DST", help="directory to make")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers' (needs torch)")
+    parser.add_argument("--dry-run", action="store_true", help="check names and shapes, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at DST")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from convert.conversion import convert
+
+    with _progress_bar() as progress:
+        report = convert(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            verify=args.verify,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(json.dumps(report.to_dict(), indent=2) if args.json else _summary(report))
+    return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    """A progress callback that draws a bar where standard error is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _summary(report: Any) -> str:
+    verb = "would write" if report.dry_run else "wrote"
+    shards = f"{len(report.shards)} file{'s' if len(report.shards) > 1 else ''}"
+    lines = [
+        f"{verb} {report.destination}: {report.model_type}, {report.parameters:,} parameters, {report.dtype}, "
+        f"{report.bytes / 1e6:,.1f} MB in {shards}"
+    ]
+    lines += [f"  left out {name}: {reason}" for name, reason in report.ignored.items()]
+    if (proof := report.verification) is not None:
+        lines.append(
+            f"  logits differ from transformers' by {proof.max_difference:.2e} at most "
+            f"({proof.relative:.1e} of their range) over {proof.tokens} tokens"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

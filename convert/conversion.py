@@ -1,0 +1,255 @@
+"""The conversion itself: plan, write, verify, and put the result in place in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.architecture import decoder_config, family_of
+from convert.reader import Source, open_source
+from convert.rules import Piece, Plan, coverage
+from convert.verify import Verification, require_torch, verify_conversion
+from convert.writer import Layout, ShardWriter, checked_cast, plan_layout
+from tide_jax.checkpoint import CONFIG_KEY, FORMAT, is_converted, load, parse_dtype
+from tide_jax.config import DecoderConfig
+from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.errors import TideError
+from tide_jax.shards import DTYPES
+
+Progress = Callable[[int, int], None]
+_VERSIONED = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or with `dry_run` would do.
+
+    Attributes:
+      source, destination: from where to where.
+      model_type: the family.
+      dtype: dtype of the written parameters.
+      parameters: number of weights.
+      bytes: size of the written weights.
+      shards: the files they lie in.
+      ignored: source tensors left out, with the reason.
+      verification: difference of the logits from transformers', None if it was not measured.
+      dry_run: nothing was written.
+    """
+
+    source: str
+    destination: str
+    model_type: str
+    dtype: str
+    parameters: int
+    bytes: int
+    shards: tuple[str, ...]
+    ignored: dict[str, str]
+    verification: Verification | None = None
+    dry_run: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+def convert(
+    source_ref: str | Path,
+    destination: str | Path,
+    *,
+    dtype: Any = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts a checkpoint into a directory that `tide_jax.load` reads.
+
+    The directory appears complete or not at all. Memory beyond the interpreter's stays below the largest source
+    tensor plus 1 GiB.
+
+    Args:
+      source_ref: a Hugging Face directory, a hub id or a GGUF file.
+      destination: the directory to make.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own (float32 for quantised ones).
+      verify: compare logits with transformers' and record the difference; needs torch.
+      dry_run: check everything that can be checked from names and shapes, write nothing.
+      overwrite: replace an earlier conversion at `destination`.
+      max_shard_bytes: size of a weight file at the most.
+      progress: called with (bytes of weights written, bytes in all).
+
+    Raises:
+      TideError: the source cannot be read, is not supported or does not fit its configuration; a weight is NaN,
+        infinite or overflows `dtype`; the destination is taken or cannot be written; the logits differ.
+    """
+    if verify:
+        require_torch()
+    source, destination = open_source(source_ref), Path(destination).expanduser()
+    _check_destination(destination, overwrite)
+    config = decoder_config(source)
+    plan = coverage(source.tensors, family_of(source).rules, config)
+    stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
+    layout = plan_layout(plan.shapes, stored, max_shard_bytes)
+    report = ConversionReport(
+        source=source.description,
+        destination=str(destination),
+        model_type=config.model_type,
+        dtype=stored.name,
+        parameters=layout.total_bytes // stored.itemsize,
+        bytes=layout.total_bytes,
+        shards=tuple(layout.shards),
+        ignored=plan.ignored,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        return report
+    with _replacing(destination, layout.total_bytes) as partial:
+        _write_weights(source, plan, config, layout, partial, progress)
+        _write_config(source, config, stored, partial)
+        if verify:
+            verification = verify_conversion(source, load(partial, "float32"), stored)
+            report = dataclasses.replace(report, verification=verification)
+        _write_record(source, report, partial)
+    return report
+
+
+def open_model(source_ref: str | Path, dtype: Any = None) -> Decoder:
+    """Converts a checkpoint in memory, without writing anything.
+
+    Args:
+      source_ref: a Hugging Face directory, a hub id or a GGUF file.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own.
+
+    Raises:
+      TideError: as `convert`.
+    """
+    source = open_source(source_ref)
+    config = decoder_config(source)
+    plan = coverage(source.tensors, family_of(source).rules, config)
+    target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
+    return from_parameters(config, _assembled(source, plan, config, target), dtype=target)
+
+
+def open_tokenizer(source_ref: str | Path) -> Any:
+    """The tokenizer of a checkpoint, a `transformers.PreTrainedTokenizerFast`. Raises TideError without one."""
+    return open_source(source_ref).load_tokenizer()
+
+
+def _assembled(source: Source, plan: Plan, config: DecoderConfig, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Each parameter in turn, put together from its pieces."""
+    for path, pieces in plan.by_path().items():
+        parameter = np.empty(plan.shapes[path], dtype)
+        for piece in pieces:
+            taken = piece.take(source.read(piece.source), config)
+            parameter[piece.slot] = checked_cast(taken, dtype, piece.source)
+        yield path, parameter
+
+
+def _source_dtype(source: Source, plan: Plan) -> str:
+    """The dtype most of the source's weights have; float32 where that is a quantised or unknown one."""
+    sizes: dict[str, int] = {}
+    for name in plan.by_source():
+        info = source.tensors[name]
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
+    common = max(sizes, key=sizes.__getitem__)
+    return DTYPES[common].name if common in DTYPES else "float32"
+
+
+def _write_weights(
+    source: Source, plan: Plan, config: DecoderConfig, layout: Layout, directory: Path, progress: Progress | None
+) -> None:
+    done = 0
+    with ShardWriter(directory, layout) as writer:
+        for name, pieces in plan.by_source().items():
+            done += _write_tensor(writer, source.read(name), pieces, config) * layout.dtype.itemsize
+            if progress is not None:
+                progress(done, layout.total_bytes)
+        writer.sync()
+
+
+def _write_tensor(writer: ShardWriter, tensor: np.ndarray, pieces: list[Piece], config: DecoderConfig) -> int:
+    """Writes one source tensor wherever it goes; returns the number of elements written."""
+    taken = [piece.take(tensor, config) for piece in pieces]
+    for piece, part in zip(pieces, taken, strict=True):
+        writer.write(piece.path, piece.slot, part, piece.source)
+    return sum(part.size for part in taken)
+
+
+def _write_config(source: Source, config: DecoderConfig, dtype: np.dtype, directory: Path) -> None:
+    source.write_side_files(directory)
+    settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": dtype.name}
+    _write_json(directory / "config.json", {**source.config, CONFIG_KEY: settings})
+
+
+def _write_record(source: Source, report: ConversionReport, directory: Path) -> None:
+    record = report.to_dict()
+    del record["dry_run"], record["destination"]
+    record["source_sha256"] = {file.name: _sha256(file) for file in source.files}
+    record["versions"] = {name: _version(name) for name in _VERSIONED}
+    _write_json(directory / "conversion.json", record)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return
+    if not destination.is_dir():
+        raise TideError(f"{destination} is a file: expected a directory to make")
+    if not overwrite:
+        raise TideError(f"{destination} exists and is not empty: choose another destination or pass --overwrite")
+    if not is_converted(destination):
+        raise TideError(f"{destination} holds something else than a converted model: choose another destination")
+
+
+@contextlib.contextmanager
+def _replacing(destination: Path, size: int) -> Iterator[Path]:
+    """A directory beside `destination` that takes its place on success and is removed on any failure."""
+    partial = destination.parent / f".{destination.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+        partial.mkdir(parents=True)
+        if (free := shutil.disk_usage(partial).free) < size:
+            raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
+        yield partial
+        _swap(partial, destination)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise TideError(f"no space left for {destination} ({error.strerror}): free some") from error
+        raise TideError(f"{destination} cannot be written ({error.strerror or error}): choose another") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, destination: Path) -> None:
+    old = destination.parent / f".{destination.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if destination.exists():
+        destination.rename(old)
+    partial.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,321 @@
+"""Tokenizers from GGUF metadata.
+
+A GGUF file carries vocabulary, merges or scores, and token types, but not the normalizer and pre-tokenizer: those are
+known by the names in `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Keys and token types:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from tide_jax.errors import TideError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"
+_SPECIAL_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+# Tokens a chat model ends its turn with.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
+
+
+@dataclasses.dataclass(frozen=True)
+class _PreTokenizer:
+    """How text is cut into words before byte-level merges.
+
+    Attributes:
+      split: regular expression of one word; None is GPT-2's, which `ByteLevel` has built in.
+      single_digits: every digit is a word, before `split` is applied.
+      nfc: text is normalised to Unicode NFC first.
+      ignore_merges: a word that is itself a token is taken whole, whatever its merges say.
+      add_bos: a begin-of-sequence token is added where the file does not say.
+    """
+
+    split: str | None = None
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+def _words(digits: str) -> str:
+    """The word pattern shared by Llama 3 and Qwen2, which differ in how many digits make a word."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+_GPT2 = _PreTokenizer()
+_LLAMA3 = _PreTokenizer(split=_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_QWEN2 = _PreTokenizer(split=_words(r"\p{N}"), nfc=True)
+
+# Files written before `tokenizer.ggml.pre` existed, and those it says "default" of, hold GPT-2's pattern.
+_PRE_TOKENIZERS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _PreTokenizer(single_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerFast:
+    """The transformers tokenizer a GGUF file describes, with special tokens and chat template.
+
+    Args:
+      metadata: the file's key-value pairs.
+      max_length: the model's context length, which becomes `model_max_length`.
+
+    Raises:
+      TideError: no vocabulary in the file, or a kind of tokenizer that is not supported.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = _tokens(metadata)
+    special = {name: _token(metadata, tokens, key) for name, key in _SPECIAL_IDS.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer(metadata),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+    )
+
+
+def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of generation_config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, those the file has.
+
+    A model ends at its end-of-sequence token, at the end-of-turn and end-of-message tokens the file names, and at
+    turn ends its chat template writes: `eos_token_id` is one id or a list, the end of sequence first.
+    """
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_IDS.items()}
+    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ends = [metadata.get(f"tokenizer.ggml.{key}") for key in keys] + _template_turn_ends(metadata)
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    values = {
+        "bos_token_id": ids["bos_token"],
+        "eos_token_id": unique[0] if len(unique) == 1 else unique or None,
+        "pad_token_id": ids["pad_token"],
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _template_turn_ends(metadata: Mapping[str, Any]) -> list[int]:
+    template = metadata.get("tokenizer.chat_template", "")
+    wanted = {token for token in _TURN_ENDS if token in template}
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    types = _token_types(metadata, len(tokens))
+    return [i for i, token in enumerate(tokens) if token in wanted and types[i] in (_CONTROL, _USER_DEFINED)]
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The `tokenizers.Tokenizer` of a GGUF file's metadata.
+
+    Raises:
+      TideError: no vocabulary in the file, or a kind of tokenizer that is not supported.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in _BUILDERS:
+        raise TideError(
+            f"tokenizer.ggml.model={kind!r} is not supported, expected one of {', '.join(_BUILDERS)}; "
+            "pass a Hugging Face tokenizer of the same model instead"
+        )
+    try:
+        tokenizer = _BUILDERS[kind](metadata)
+    except TideError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception, for merges of unknown tokens for one
+        reason = " ".join(str(error).split())
+        raise TideError(
+            f"the GGUF file's vocabulary is inconsistent ({reason}); expected merges of its own tokens: "
+            "get the file again"
+        ) from error
+    _add_tokens(tokenizer, metadata)
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _PRE_TOKENIZERS:
+        raise TideError(
+            f"tokenizer.ggml.pre={name!r} is not known, expected one of {', '.join(_PRE_TOKENIZERS)}; "
+            "pass a Hugging Face tokenizer of the same model instead"
+        )
+    pre = _PRE_TOKENIZERS[name]
+    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_pre_tokenizer_steps(pre))
+    tokenizer.decoder = decoders.ByteLevel()
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
+    if template := _template(metadata, add_bos=pre.add_bos):
+        steps.append(template)
+    tokenizer.post_processor = processors.Sequence(steps)
+    return tokenizer
+
+
+def _pre_tokenizer_steps(pre: _PreTokenizer) -> list[Any]:
+    steps: list[Any] = []
+    if pre.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    return steps
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    # A space at the front belongs to the token: the separator is the first one after it.
+    cut = merge.find(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if metadata.get(f"tokenizer.ggml.{key}"):
+            raise TideError(
+                f"tokenizer.ggml.{key} is not supported with the 'llama' tokenizer; "
+                "pass a Hugging Face tokenizer of the same model instead"
+            )
+    tokens = _tokens(metadata)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=_vocabulary(metadata),
+            merges=_merges_from_scores(metadata),
+            unk_token=_token(metadata, tokens, "unknown_token_id"),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    # Prepended anew after each special token, as llama.cpp and the tokenizer.json files of Llama 2 do.
+    prepend = [normalizers.Prepend(_SPACE)] if space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    if template := _template(metadata, add_bos=True):
+        tokenizer.post_processor = template
+    return tokenizer
+
+
+def _merges_from_scores(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third: best score of the result first, then its id, then the halves'."""
+    vocabulary = _vocabulary(metadata)
+    scores = metadata.get("tokenizer.ggml.scores", ())
+    if len(scores) != len(vocabulary):
+        raise TideError(
+            f"tokenizer.ggml.scores has {len(scores)} entries for {len(vocabulary)} tokens, expected one for each: "
+            "get the file again"
+        )
+    types = _token_types(metadata, len(vocabulary))
+    merges = [
+        (-scores[index], index, vocabulary[token[:cut]], vocabulary[token[cut:]])
+        for token, index in vocabulary.items()
+        if types[index] == _NORMAL
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    tokens = _tokens(metadata)
+    return [(tokens[left], tokens[right]) for _, _, left, right in sorted(merges)]
+
+
+def _template(metadata: Mapping[str, Any], add_bos: bool) -> processors.TemplateProcessing | None:
+    """Adds begin and end tokens where the file asks for them; `add_bos` holds where it does not say."""
+    tokens = _tokens(metadata)
+    begin = _token(metadata, tokens, "bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
+    end = _token(metadata, tokens, "eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    if begin is None and end is None:
+        return None
+
+    def sequence(name: str, segment: int) -> list[str]:
+        return [f"{part}:{segment}" for part in (begin, name, end) if part is not None]
+
+    return processors.TemplateProcessing(
+        single=sequence("$A", 0),
+        pair=sequence("$A", 0) + sequence("$B", 1),
+        special_tokens=[(token, tokens.index(token)) for token in {begin, end} if token is not None],
+    )
+
+
+def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """Makes control and user-defined tokens match whole in text; only the former are special."""
+    tokens = _tokens(metadata)
+    types = _token_types(metadata, len(tokens))
+    added = [
+        AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+
+
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise TideError(
+            "the GGUF file has no vocabulary (tokenizer.ggml.tokens); pass a Hugging Face tokenizer of the same model"
+        )
+    return tokens
+
+
+def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
+    tokens = _tokens(metadata)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise TideError(
+            f"tokenizer.ggml.tokens has {len(tokens) - len(vocabulary)} duplicates, expected distinct tokens: "
+            "get the file again"
+        )
+    return vocabulary
+
+
+def _token_types(metadata: Mapping[str, Any], count: int) -> list[int]:
+    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * count)
+    if len(types) != count:
+        raise TideError(
+            f"tokenizer.ggml.token_type has {len(types)} entries for {count} tokens, expected one for each: "
+            "get the file again"
+        )
+    return types
+
+
+def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
+    """The token a `tokenizer.ggml.*_id` key names, None where the file has no such key."""
+    index = metadata.get(f"tokenizer.ggml.{key}")
+    if index is None:
+        return None
+    if not 0 <= index < len(tokens):
+        raise TideError(f"tokenizer.ggml.{key}={index} is outside the {len(tokens)} tokens: get the file again")
+    return tokens[index]
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -1,0 +1,149 @@
+"""Where weights come from: a Hugging Face directory, a hub repository or a GGUF file, behind one protocol."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tide_jax.checkpoint import CONFIG_KEY, tokenizer_in
+from tide_jax.errors import TideError
+from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+
+__all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source"]
+
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.tiktoken",
+    "*.model",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+class Source(Protocol):
+    """A checkpoint in somebody else's format.
+
+    Attributes:
+      description: what it is, for messages and the conversion record.
+      config: the values of its config.json, under Hugging Face's names.
+      generation_config: the values of its generation_config.json, empty without one.
+      tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
+      files: the weight files, for hashing.
+    """
+
+    description: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: list[Path]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32, float16 or bfloat16; the source keeps no reference to it."""
+        ...
+
+    def write_side_files(self, directory: Path) -> None:
+        """Puts tokenizer files and generation_config.json into `directory`."""
+        ...
+
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, a `transformers.PreTrainedTokenizerFast`."""
+        ...
+
+
+class HuggingFaceSource:
+    """A directory in the layout of `save_pretrained`: config.json, safetensors, tokenizer files.
+
+    Raises:
+      TideError: config.json or a shard is missing or malformed, or the directory is already a converted model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.description = str(directory)
+        self.config = read_json(directory / "config.json")
+        if CONFIG_KEY in self.config:
+            raise TideError(f"{directory} is a converted model already: load it with tide_jax.load")
+        generation = directory / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self._shards = ShardedTensors(directory)
+        self.tensors: Mapping[str, TensorInfo] = self._shards.infos
+        self.files = self._shards.files
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, freshly read."""
+        return self._shards.read(name)
+
+    def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
+        files = {path for pattern in _SIDE_FILES for path in self.directory.glob(pattern) if path.is_file()}
+        for path in sorted(files):
+            shutil.copyfile(path, directory / path.name)
+
+    def load_tokenizer(self) -> Any:
+        """`AutoTokenizer` over the directory. Raises TideError where it holds no tokenizer."""
+        return tokenizer_in(self.directory)
+
+
+def open_source(reference: str | Path) -> Source:
+    """Opens a checkpoint for reading.
+
+    Args:
+      reference: a directory, a `.gguf` file (or a directory holding just one), or a Hugging Face hub id.
+
+    Raises:
+      TideError: nothing is there, or it is not a checkpoint that can be read.
+    """
+    path = Path(reference).expanduser()
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_directory(path)
+    if path.exists():
+        raise TideError(f"{path} is a file: expected a checkpoint directory, a .gguf file or a hub id")
+    if not _HUB_ID.fullmatch(str(reference)):
+        raise TideError(f"{path} does not exist: expected a checkpoint directory, a .gguf file or a hub id")
+    return HuggingFaceSource(_download(str(reference)))
+
+
+def _open_gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise TideError(f"{path} does not exist: expected a GGUF file")
+    from convert.gguf_source import GGUFSource
+
+    return GGUFSource(path)
+
+
+def _open_directory(path: Path) -> Source:
+    weights = list(path.glob("*.gguf"))
+    if len(weights) == 1 and not (path / "config.json").exists():
+        return _open_gguf(weights[0])
+    return HuggingFaceSource(path)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"],
+                ignore_patterns=["original/*", "consolidated*"],
+            )
+        )
+    except Exception as error:  # the hub client's errors share no base class, and httpx's reach the caller too
+        raise TideError(
+            f"{repository!r} is no local path and could not be had from the Hugging Face hub "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): check the name and the network, "
+            "or give a directory"
+        ) from error

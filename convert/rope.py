@@ -1,0 +1,106 @@
+"""Rotary embedding settings of a Hugging Face configuration, with every default resolved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tide_jax.config import RopeConfig
+from tide_jax.errors import TideError
+
+
+def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention") -> RopeConfig:
+    """The rotary embedding of one kind of layer.
+
+    Args:
+      hf: a transformers configuration; its `rope_parameters` are flat, or nested by layer type.
+      head_dim: channels of a head.
+
+    Raises:
+      TideError: the rope type is not implemented, or a setting it needs is missing.
+    """
+    settings = hf.rope_parameters
+    settings = settings.get(layer_type, settings)
+    kind = settings.get("rope_type", "default")
+    if kind not in _KINDS:
+        raise TideError(f"rope_type {kind!r} is not implemented; implemented are {', '.join(_KINDS)}")
+    rotary_dim = int(head_dim * (settings.get("partial_rotary_factor") or 1.0))
+    if rotary_dim % 2:
+        raise TideError(f"{rotary_dim} of {head_dim} channels of a head would be rotated, expected an even number")
+    try:
+        extra = _KINDS[kind](hf, settings)
+        return RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra)
+    except KeyError as error:
+        raise TideError(f"rope_type {kind!r} needs {error} in config.json's rope_parameters") from error
+
+
+def _default(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def _linear(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"factor": float(settings["factor"])}
+
+
+def _dynamic(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"factor": float(settings["factor"]), "max_positions": hf.max_position_embeddings}
+
+
+def _llama3(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "factor": float(settings["factor"]),
+        "original_max_positions": int(settings["original_max_position_embeddings"]),
+        "low_freq_factor": float(settings["low_freq_factor"]),
+        "high_freq_factor": float(settings["high_freq_factor"]),
+    }
+
+
+def _yarn(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    original = int(settings["original_max_position_embeddings"])
+    factor = settings.get("factor") or hf.max_position_embeddings / original
+    return {
+        "factor": float(factor),
+        "original_max_positions": original,
+        "attention_factor": _yarn_attention(factor, settings),
+        "beta_fast": float(settings.get("beta_fast") or 32),
+        "beta_slow": float(settings.get("beta_slow") or 1),
+        "truncate": bool(settings.get("truncate", True)),
+    }
+
+
+def _yarn_attention(factor: float, settings: Mapping[str, Any]) -> float:
+    """The temperature of YaRN (Peng et al. 2023, section 3.4), in DeepSeek's two-parameter form where given."""
+    if (given := settings.get("attention_factor")) is not None:
+        return float(given)
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    return temperature(mscale) / temperature(all_dim) if mscale and all_dim else temperature(1.0)
+
+
+def _longrope(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    original = int(settings["original_max_position_embeddings"])
+    factor = settings.get("factor") or hf.max_position_embeddings / original
+    attention = settings.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "factor": float(factor),
+        "original_max_positions": original,
+        "attention_factor": float(attention),
+        "short_factor": tuple(map(float, settings["short_factor"])),
+        "long_factor": tuple(map(float, settings["long_factor"])),
+    }
+
+
+_KINDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -1,0 +1,100 @@
+"""Proof of a conversion: logits against transformers' own model of the same checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.reader import Source
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
+
+TOLERANCE = 2e-4
+_LENGTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How far the logits are from transformers', both computed in float32.
+
+    Attributes:
+      max_difference: largest absolute difference of any logit.
+      logit_range: largest minus smallest of transformers' logits.
+      relative: the first over the second.
+      tokens: number of tokens compared.
+    """
+
+    max_difference: float
+    logit_range: float
+    relative: float
+    tokens: int
+
+
+def require_torch() -> None:
+    """Raises TideError without the packages verification needs."""
+    missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TideError(f"--verify compares with transformers' PyTorch models: run `pip install {' '.join(missing)}`")
+
+
+def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verification:
+    """Compares logits on random tokens, two rows of unequal length.
+
+    Args:
+      source: what was converted.
+      model: the result, loaded in float32.
+      stored: the dtype it was stored in.
+
+    Raises:
+      TideError: float32 weights, and logits that differ by more than `TOLERANCE` of their range.
+    """
+    tokens, mask = _random_batch(model)
+    expected = _reference_logits(source, tokens, mask)[mask]
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
+    found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))[mask]
+    difference = float(np.abs(found - expected).max())
+    logit_range = float(expected.max() - expected.min())
+    result = Verification(difference, logit_range, difference / max(logit_range, 1e-30), int(mask.sum()))
+    if stored == np.float32 and not result.relative <= TOLERANCE:
+        raise TideError(
+            f"the converted model's logits differ from transformers' by {result.relative:.1e} of their range, "
+            f"expected at most {TOLERANCE:.0e}: nothing was written, please report the model"
+        )
+    return result
+
+
+def _random_batch(model: Decoder) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens and the mask of the real ones: a full row, and one with padding on the left."""
+    length = min(_LENGTH, model.config.max_positions)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, length))
+    mask = np.ones((2, length), bool)
+    mask[1, : length // 3] = False
+    return tokens, mask
+
+
+def _reference_logits(source: Source, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    import torch
+
+    reference = _reference_model(source).eval()
+    attention_mask = torch.tensor(mask.astype(np.int64))
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        output = reference(input_ids=torch.tensor(tokens), attention_mask=attention_mask, position_ids=positions)
+    return output.logits.float().numpy()
+
+
+def _reference_model(source: Source) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = source.files[0]
+    gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **gguf)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise TideError(f"transformers cannot load {source.description} to verify against: {reason}") from error

@@ -1,0 +1,171 @@
+"""Writing safetensors shards in place, a piece of a tensor at a time.
+
+Shard files are laid out in full before any weight is read, and each source tensor is written straight into the slots
+it fills. So memory holds one source tensor and one block, however large the parameters that many tensors share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from convert.rules import Slot
+from tide_jax.errors import TideError
+from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE
+
+_BLOCK_BYTES = 32 * 2**20
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which parameters go into which shard.
+
+    Attributes:
+      shards: file name to parameters, in order.
+      shapes: shape of every parameter.
+      dtype: dtype of all of them.
+    """
+
+    shards: dict[str, tuple[str, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: np.dtype
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of one parameter."""
+        return math.prod(self.shapes[name]) * self.dtype.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(map(self.nbytes, self.shapes))
+
+
+def plan_layout(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: float) -> Layout:
+    """Fills shards of at most `max_shard_bytes` in order; a larger parameter gets a shard of its own."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return Layout({SINGLE_FILE: tuple(groups[0])}, shapes, dtype)
+    total = len(groups)
+    names = (f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total))
+    return Layout({name: tuple(group) for name, group in zip(names, groups, strict=True)}, shapes, dtype)
+
+
+class ShardWriter:
+    """Shard files of their full size, whose slots are filled by `write`. Use it as a context manager."""
+
+    def __init__(self, directory: Path, layout: Layout) -> None:
+        self._layout = layout
+        self._files: dict[str, BinaryIO] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        try:
+            for shard, names in layout.shards.items():
+                self._files[shard] = (directory / shard).open("w+b")
+                self._lay_out(shard, names)
+        except BaseException:
+            self._close()
+            raise
+        if len(layout.shards) > 1:
+            _write_index(directory / INDEX_FILE, layout)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str) -> None:
+        """Writes `piece` into ``name[slot]``, cast to the layout's dtype.
+
+        Raises:
+          TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.
+        """
+        shard, offset = self._places[name]
+        shape = self._layout.shapes[name]
+        leading, inner = _split(slot)
+        for index in leading:
+            shape = shape[1:]
+            offset += index * self._bytes(shape)
+        row_bytes = self._bytes(shape[1:])
+        rows = max(1, _BLOCK_BYTES // row_bytes)
+        for start in range(0, shape[0], rows):
+            part = checked_cast(piece[start : start + rows], self._layout.dtype, source)
+            self._write_rows(shard, offset + start * row_bytes, (len(part), *shape[1:]), inner, part)
+
+    def sync(self) -> None:
+        """Waits until the data is on disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_rows(self, shard: str, offset: int, shape: tuple[int, ...], slot: Slot, part: np.ndarray) -> None:
+        """Writes whole rows, or merges a slot of them into what is there."""
+        file = self._files[shard]
+        block = part
+        if slot:
+            file.seek(offset)
+            block = np.frombuffer(bytearray(file.read(self._bytes(shape))), self._layout.dtype).reshape(shape)
+            block[slot] = part
+        file.seek(offset)
+        file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+
+    def _lay_out(self, shard: str, names: tuple[str, ...]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+        begin = 0
+        for name in names:
+            end = begin + self._layout.nbytes(name)
+            shape = list(self._layout.shapes[name])
+            header[name] = {"dtype": _NAMES[self._layout.dtype], "shape": shape, "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._files[shard].write(struct.pack("<Q", len(text)) + text)
+        self._files[shard].truncate(8 + len(text) + begin)
+        for name in names:
+            self._places[name] = (shard, 8 + len(text) + header[name]["data_offsets"][0])
+
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self._layout.dtype.itemsize
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
+    """`array` in `dtype`. Raises TideError where tensor `source` holds NaN or infinity, or overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if np.isfinite(cast).all():
+        return cast
+    if np.isfinite(array).all():
+        raise TideError(f"tensor {source} overflows {dtype.name}: convert with --dtype bfloat16 or float32")
+    raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, download or copy it again")
+
+
+def _split(slot: Slot) -> tuple[tuple[int, ...], Slot]:
+    """The leading integers of a slot, and the rest of it."""
+    count = next((i for i, index in enumerate(slot) if isinstance(index, slice)), len(slot))
+    return tuple(int(i) for i in slot[:count] if isinstance(i, int)), slot[count:]
+
+
+def _write_index(path: Path, layout: Layout) -> None:
+    weight_map = {name: shard for shard, names in layout.shards.items() for name in names}
+    index = {"metadata": {"total_size": layout.total_bytes}, "weight_map": weight_map}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

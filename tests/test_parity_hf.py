@@ -1,0 +1,228 @@
+"""Converted models against transformers' own: logits, cached decoding, padding, windows, rotary variants, greedy text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_hf import FAMILIES, VOCAB, save_tiny
+
+import tide_jax.checkpoint
+from convert import convert
+from tide_jax.cache import KVCache, init_cache
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
+
+torch = pytest.importorskip("torch")
+
+TOLERANCE = 2e-4  # of the logit range
+LENGTH = 24  # beyond every sliding window (7) and every original rotary length (16)
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Decoder]:
+    """A transformers model and its conversion, for each family."""
+    return make_pair(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def make_pair(directory: Path, model_type: str, **overrides: Any) -> tuple[Any, Decoder]:
+    reference = save_tiny(model_type, directory / "hf", **overrides)
+    convert(directory / "hf", directory / "converted")
+    return reference, tide_jax.checkpoint.load(directory / "converted", "float32")
+
+
+def random_tokens(rows: int, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(7).integers(4, VOCAB, (rows, length))
+
+
+def left_padding(*lengths: int) -> np.ndarray:
+    """Mask [rows, LENGTH] of rows that end together."""
+    return np.arange(LENGTH)[None] >= LENGTH - np.array(lengths)[:, None]
+
+
+def reference_logits(reference: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    attention_mask = torch.tensor(mask.astype(np.int64))
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return reference(
+            input_ids=torch.tensor(tokens), attention_mask=attention_mask, position_ids=positions
+        ).logits.numpy()
+
+
+def reference_steps(reference: Any, tokens: np.ndarray) -> np.ndarray:
+    """Logits of one token at a time, through transformers' cache."""
+    cache, logits = None, []
+    with torch.no_grad():
+        for t in range(tokens.shape[1]):
+            out = reference(input_ids=torch.tensor(tokens[:, t : t + 1]), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits.numpy())
+    return np.concatenate(logits, axis=1)
+
+
+@jax.jit
+def forward(model: Decoder, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    return model(tokens, positions)
+
+
+@jax.jit
+def step(model: Decoder, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    x, rows = model.run_layers(tokens, positions, cache)
+    return model.logits(model.final_norm(x)), cache.append(rows, positions)
+
+
+def our_logits(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
+    return np.asarray(forward(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
+
+
+def our_steps(model: Decoder, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Logits of one token at a time, through our cache."""
+    rows, length = tokens.shape
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
+    cache = init_cache(model.config, rows, length + 3, jnp.dtype(jnp.float32))
+    logits = []
+    for t in range(length):
+        now = (jnp.asarray(a[:, t : t + 1], jnp.int32) for a in (tokens, positions))
+        out, cache = step(model, *now, cache)
+        logits.append(np.asarray(out))
+    return np.concatenate(logits, axis=1)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    difference, spread = np.abs(found - expected).max(), np.ptp(expected)
+    assert spread > 5, "the reference's logits hardly differ: nothing is tested"
+    assert difference <= TOLERANCE * spread, f"max |d logit| {difference:.2e} of a range of {spread:.1f}"
+
+
+def test_prefill(pair: tuple[Any, Decoder]) -> None:
+    reference, model = pair
+    tokens, mask = random_tokens(2), np.ones((2, LENGTH), bool)
+    assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+
+
+def test_ragged_batch_with_left_padding(pair: tuple[Any, Decoder]) -> None:
+    reference, model = pair
+    tokens, mask = random_tokens(3), left_padding(LENGTH, 17, 5)
+    assert_close(our_logits(model, tokens, mask)[mask], reference_logits(reference, tokens, mask)[mask])
+
+
+def test_token_by_token(pair: tuple[Any, Decoder]) -> None:
+    reference, model = pair
+    tokens = random_tokens(2)
+    assert_close(our_steps(model, tokens, np.ones_like(tokens, bool)), reference_steps(reference, tokens))
+
+
+def test_token_by_token_in_a_ragged_batch(pair: tuple[Any, Decoder]) -> None:
+    reference, model = pair
+    tokens, mask = random_tokens(2), left_padding(LENGTH, 11)
+    assert_close(our_steps(model, tokens, mask)[mask], reference_logits(reference, tokens, mask)[mask])
+
+
+def test_greedy_tokens_equal_those_of_generate(pair: tuple[Any, Decoder]) -> None:
+    reference, model = pair
+    prompt = random_tokens(1, 9)
+    reference.generation_config.eos_token_id = None
+    expected = reference.generate(torch.tensor(prompt), max_new_tokens=32, do_sample=False).numpy()[0, 9:]
+    cache = init_cache(model.config, 1, 64, jnp.dtype(jnp.float32))
+    tokens, start, found = jnp.asarray(prompt, jnp.int32), 0, []
+    for _ in range(32):
+        positions = jnp.arange(start, start + tokens.shape[1], dtype=jnp.int32)[None]
+        start += tokens.shape[1]
+        logits, cache = step(model, tokens, positions, cache)
+        tokens = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
+        found.append(int(tokens[0, 0]))
+    assert found == expected.tolist()
+
+
+def _rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **settings}}
+
+
+_LONG = {"short_factor": [1.0, 1.1, 1.3, 1.5, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0]}
+_ROPES = {
+    "default": _rope("default"),
+    "linear": _rope("linear", factor=3.0),
+    "dynamic": _rope("dynamic", factor=2.0) | {"max_position_embeddings": 16},
+    "llama3": _rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+    ),
+    "yarn": _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    "yarn_exact_ramp": _rope(
+        "yarn", factor=4.0, original_max_position_embeddings=16, truncate=False, beta_fast=8, beta_slow=0.5
+    ),
+    "yarn_mscale": _rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3),
+    "yarn_attention_factor": _rope("yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.7),
+    "longrope": _rope("longrope", original_max_position_embeddings=16, **_LONG),
+    "longrope_factor": _rope("longrope", factor=2.0, original_max_position_embeddings=16, **_LONG),
+}
+
+
+@pytest.mark.parametrize("rope", _ROPES)
+def test_rotary_variants(rope: str, tmp_path: Path) -> None:
+    reference, model = make_pair(tmp_path, "llama", num_hidden_layers=2, **_ROPES[rope])
+    below, above = random_tokens(2, 12), random_tokens(2)
+    assert_close(our_steps(model, above, np.ones_like(above, bool)), reference_steps(reference, above))
+    for tokens in (below, above):
+        mask = np.ones_like(tokens, bool)
+        assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "relu"}),
+        ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+        ("gpt_neox", {"rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_fast"}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False}),
+        ("gemma3_text", {"rope_scaling": None, "final_logit_softcapping": None}),
+    ],
+)
+def test_family_flags(model_type: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    reference, model = make_pair(tmp_path, model_type, num_hidden_layers=3, **overrides)
+    tokens = random_tokens(2)
+    mask = np.ones_like(tokens, bool)
+    assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+
+
+def test_sharded_bfloat16_checkpoint(tmp_path: Path) -> None:
+    reference, model = make_pair(tmp_path, "mixtral", dtype="bfloat16")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    tokens = random_tokens(2)
+    mask = np.ones_like(tokens, bool)
+    assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+    assert tide_jax.checkpoint.load(tmp_path / "hf", "bfloat16").dtype == jnp.bfloat16
+
+
+def test_verify_records_the_difference(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    save_tiny("llama", tmp_path / "hf")
+    report = convert(tmp_path / "hf", tmp_path / "converted", verify=True)
+    assert report.verification is not None
+    assert 0 < report.verification.relative < TOLERANCE
+    assert math.isclose(
+        report.verification.relative * report.verification.logit_range, report.verification.max_difference
+    )
+
+
+def test_verify_refuses_a_wrong_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    save_tiny("llama", tmp_path / "hf")
+
+    def load_wrongly(path: Path, dtype: str) -> Decoder:
+        model = tide_jax.checkpoint.load(path, dtype)
+        model.final_norm.eps = 0.5
+        return model
+
+    monkeypatch.setattr("convert.conversion.load", load_wrongly)
+    with pytest.raises(TideError, match="logits differ from transformers'"):
+        convert(tmp_path / "hf", tmp_path / "converted", verify=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}

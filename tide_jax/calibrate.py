@@ -1,0 +1,155 @@
+"""Calibration: from a frozen model and text to trained routers, with what they do on held-out text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tide_jax.collect import Progress, Splits, collect, tokenise
+from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
+from tide_jax.exit_heads import fit_heads, label_tokens
+from tide_jax.router import RouterMetadata, Routers, model_identity
+from tide_jax.router_training import router_probabilities, train_routers
+
+SWEEP = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+"""Thresholds the report states expected exits for."""
+
+
+def calibrate(
+    model: Decoder,
+    tokenizer: Any,
+    texts: Iterable[Any],
+    config: CalibrationConfig | None = None,
+    *,
+    source: str = "texts",
+    progress: Progress | None = None,
+) -> Routers:
+    """Trains routers (and exit heads) on a frozen model.
+
+    One pass over the text keeps a bounded, uniform sample of hidden states; affine heads are fitted in closed form on
+    one part of it, routers trained by binary cross-entropy on another, and everything reported on a third. Position 0
+    is left out. The recipe is TIDE's (2026); the default label is whether the exit's argmax is the full model's, since
+    on real models states hardly ever come within the paper's cosine of the last one before the last layer.
+
+    Args:
+      model: the decoder; not changed.
+      tokenizer: called on each text, ``tokenizer(text)["input_ids"]``; unused for texts given as token ids.
+      texts: strings or sequences of token ids; see `tide_jax.texts` for files, data sets and the model's own text.
+      config: how; default `CalibrationConfig()`.
+      source: a name for the data, recorded in the metadata.
+      progress: called with (stage, done, total).
+
+    Returns:
+      Routers; `.report` holds what was measured, by checkpoint and by threshold.
+
+    Raises:
+      TideError: the model has too few layers for a checkpoint, or there is too little text.
+    """
+    config = config or CalibrationConfig()
+    checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
+    if not checkpoints:
+        raise TideError(
+            f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
+            f"{model.config.num_layers} layers; lower it"
+        )
+    splits, counts = collect(model, tokenise(tokenizer, texts, config), checkpoints, config, progress)
+    affine = config.exit_strategy == "affine"
+    heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress) if affine else None
+    bare = Routers((), heads, checkpoints)
+    labels = label_tokens(model, bare, splits.routers, config, progress)
+    held_out = label_tokens(model, bare, splits.validation, config, progress)
+    trained = train_routers(splits.routers.states, labels, splits.validation.states, held_out, config, progress)
+    report = {"counts": counts | _kept(splits)} | _report(trained, splits, labels, held_out, model, config, checkpoints)
+    metadata = model_identity(model) | {
+        "config": _jsonable(config),
+        "data": source,
+        "versions": {name: importlib.metadata.version(name) for name in ("tide_jax", "jax", "flax", "optax")},
+        "report": report,
+    }
+    return Routers(trained, heads, checkpoints, RouterMetadata.from_dict(metadata))
+
+
+def _jsonable(config: CalibrationConfig) -> dict[str, Any]:
+    return dict(vars(config))
+
+
+def _kept(splits: Splits) -> dict[str, int]:
+    return {f"{name}_tokens": len(split) for name, split in zip(Splits._fields, splits, strict=True)}
+
+
+def _report(
+    routers: tuple[Any, ...],
+    splits: Splits,
+    labels: Bool[np.ndarray, "C N"],
+    held_out: Bool[np.ndarray, "C M"],
+    model: Decoder,
+    config: CalibrationConfig,
+    checkpoints: tuple[int, ...],
+) -> dict[str, Any]:
+    """What the routers do on the validation split, teacher-forced: by checkpoint, and by threshold."""
+    states = splits.validation.states
+    scores = np.stack([router_probabilities(r, s) for r, s in zip(routers, states, strict=True)])
+    by_checkpoint = [
+        {
+            "layer": layer,
+            "agreement": float(held_out[c].mean()),
+            "positives_in_training": float(labels[c].mean()),
+            "auc": auc(scores[c], held_out[c]),
+        }
+        for c, layer in enumerate(checkpoints)
+    ]
+    dials = sorted({*SWEEP, config.exit_threshold})
+    depth = model.config.num_layers
+    return {
+        "label": config.label,
+        "checkpoints": by_checkpoint,
+        "exits": [expected_exits(scores, held_out, checkpoints, depth, t, config.min_layers) for t in dials],
+        "oracle": expected_exits(held_out.astype(np.float32), held_out, checkpoints, depth, 0.5, 0),
+    }
+
+
+def expected_exits(
+    scores: Float[np.ndarray, "C M"],
+    labels: Bool[np.ndarray, "C M"],
+    checkpoints: tuple[int, ...],
+    num_layers: int,
+    threshold: float,
+    min_layers: int,
+) -> dict[str, Any]:
+    """Exits at a threshold if every token's past ran at full depth: share that leaves, mean depth, and the share of
+    tokens whose label holds where they left (full depth always holds)."""
+    allowed = np.asarray([layer + 1 >= min_layers for layer in checkpoints])
+    leaves = (scores > threshold) & allowed[:, None]
+    exits = leaves.any(axis=0)
+    first = leaves.argmax(axis=0)
+    layers = np.where(exits, np.asarray(checkpoints)[first] + 1, num_layers)
+    right = np.where(exits, labels[first, np.arange(labels.shape[1])], True)
+    return {
+        "threshold": float(threshold),
+        "exit_rate": float(exits.mean()),
+        "depth": float(layers.mean() / num_layers),
+        "agreement": float(right.mean()),
+        "exits_by_layer": {str(layer): float((exits & (first == c)).mean()) for c, layer in enumerate(checkpoints)},
+    }
+
+
+def auc(scores: Float[np.ndarray, " N"], labels: Bool[np.ndarray, " N"]) -> float | None:
+    """Area under the ROC curve, ties counted half; None when all labels are equal.
+
+    >>> auc(np.asarray([0.1, 0.4, 0.8]), np.asarray([False, True, True]))
+    1.0
+    """
+    positives = int(labels.sum())
+    negatives = labels.size - positives
+    if not positives or not negatives:
+        return None
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = mean_rank[inverse][labels].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))

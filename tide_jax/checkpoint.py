@@ -1,0 +1,137 @@
+"""Models on disk: loading converted directories, and anything an installed converter can open."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from tide_jax.config import DecoderConfig
+from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.errors import TideError
+from tide_jax.shards import ShardedTensors, read_json
+
+FORMAT = 1
+CONFIG_KEY = "tide_jax"
+_DTYPES = ("float32", "bfloat16", "float16")
+_SAMPLES = 16
+
+
+def load(source: str | Path, dtype: Any = None) -> Decoder:
+    """Loads a model.
+
+    Args:
+      source: a directory `convert` wrote, or whatever the installed converter opens: a Hugging Face directory, a hub
+        id, a GGUF file. These are converted in memory.
+      dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
+        are slower, and the checkpoint's own elsewhere.
+
+    Raises:
+      TideError: nothing loadable is there, a file is damaged, or the dtype is not one of the three.
+    """
+    dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
+    if not is_converted(source):
+        return _opener("model")(source, dtype)
+    directory = Path(source).expanduser()
+    settings = _settings(directory)
+    config = DecoderConfig.from_dict(settings["decoder"])
+    tensors = ShardedTensors(directory)
+    dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
+    return from_parameters(config, ((name, tensors.read(name)) for name in tensors.infos), dtype=dtype)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of anything `load` takes, a `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+      TideError: nothing loadable is there, or it has no tokenizer.
+    """
+    if not is_converted(source):
+        return _opener("tokenizer")(source)
+    return tokenizer_in(Path(source).expanduser())
+
+
+def tokenizer_in(directory: Path) -> Any:
+    """The tokenizer whose files lie in a directory. Raises TideError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise TideError(
+            f"{directory} has no tokenizer that transformers can load: put its tokenizer.json there ({reason})"
+        ) from error
+
+
+def parse_dtype(dtype: Any) -> jnp.dtype:
+    """A parameter dtype from its name or a dtype-like. Raises TideError for any but the three supported."""
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or parsed.name not in _DTYPES:
+        raise TideError(f"dtype={dtype!r} is not supported; choose one of {', '.join(_DTYPES)}")
+    return parsed
+
+
+def fingerprint(model: Decoder) -> str:
+    """16 hexadecimal digits that tell models apart, the same for a model loaded in float32 and in bfloat16.
+
+    A hash of the architecture and of a few embedding and query weights of every layer, rounded to bfloat16.
+    """
+    fields = dataclasses.asdict(model.config)
+    for name in ("model_type", "eos_token_ids", "pad_token_id"):
+        del fields[name]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    kernels = [model.embed.kernel, *(layer.attention.q.kernel for layer in model.layers)]
+    for kernel in kernels:
+        digest.update(_sample(kernel[...]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_converted(source: str | Path) -> bool:
+    """Whether `source` is a directory that `convert` wrote."""
+    path = Path(source).expanduser() / "config.json"
+    return path.is_file() and CONFIG_KEY in read_json(path)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    settings = read_json(directory / "config.json")[CONFIG_KEY]
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        raise TideError(
+            f"{directory} was converted in format {found}, this version of tide_jax reads format {FORMAT}: convert the "
+            "checkpoint again"
+        )
+    if missing := {"decoder", "dtype"} - set(settings):
+        raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
+    return settings
+
+
+def _default_dtype() -> jnp.dtype | None:
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else None
+
+
+def _opener(name: str) -> Callable[..., Any]:
+    """What the installed converter registered under `name`; this package does not import it."""
+    found = entry_points(group="tide_jax.sources", name=name)
+    if not found:
+        raise TideError("only converted models can be loaded: no converter is installed, run `pip install tide_jax`")
+    return next(iter(found)).load()
+
+
+def _sample(kernel: jax.Array) -> np.ndarray:
+    """Evenly spaced elements, rounded to bfloat16."""
+    places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
+    index = tuple(axis.astype(np.int32) for axis in np.unravel_index(places, kernel.shape))
+    return np.asarray(kernel[index]).astype(ml_dtypes.bfloat16)

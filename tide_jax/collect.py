@@ -1,0 +1,145 @@
+"""One pass of a frozen model over text: hidden states at the checkpoints, into bounded reservoirs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.exit_step.reference import rms_normalise
+from tide_jax.batch import bucket
+from tide_jax.config import CalibrationConfig
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
+from tide_jax.reservoir import Reservoir
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much is done and how much there is (0 when unknown)."""
+
+MIN_TOKENS = 64
+"""Fewer usable tokens than this in any split is no sample to train on."""
+
+_WINDOW = 16  # batches sorted by length together, so that little of a batch is padding
+
+
+class Splits(NamedTuple):
+    """Disjoint samples, split by text. Heads and routers learn from different texts: a head agrees too often on the
+    text it was fitted to, and a router trained there would trust it too much."""
+
+    heads: Reservoir
+    routers: Reservoir
+    validation: Reservoir
+
+
+def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig) -> Iterator[np.ndarray]:
+    """Token ids of up to `calibration_samples` texts, cut at `max_length`; texts under two tokens are passed over.
+
+    A text is a string, or a sequence of token ids (then no tokenizer is needed).
+    """
+    for text in itertools.islice(texts, config.calibration_samples):
+        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        if len(ids) >= 2:
+            yield np.asarray(ids[: config.max_length], np.int32)
+
+
+def collect(
+    model: Decoder,
+    samples: Iterator[np.ndarray],
+    checkpoints: tuple[int, ...],
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+) -> tuple[Splits, dict[str, int]]:
+    """Fills the splits from tokenised texts; also counts texts and tokens.
+
+    Raises:
+      TideError: no text, or too little of it.
+    """
+    splits = _reservoirs(model, len(checkpoints), config)
+    rng = np.random.default_rng(config.seed)
+    run = jax.jit(_states, static_argnames="checkpoints")
+    counts = {"texts": 0, "tokens": 0}
+    for batch in _batches(samples, config):
+        width = _width(max(len(ids) for ids in batch), config)
+        tokens = np.zeros((config.batch_size, width), np.int32)
+        positions = np.full((config.batch_size, width), -1, np.int32)
+        for row, ids in enumerate(batch):
+            tokens[row, : len(ids)] = ids
+            positions[row, : len(ids)] = np.arange(len(ids))
+        out = jax.device_get(run(model, jnp.asarray(tokens), jnp.asarray(positions), checkpoints=checkpoints))
+        for row, ids in enumerate(batch):
+            split = splits[_draw(rng, config)]
+            split.add(*(part[..., row, 1 : len(ids), :] for part in out[:2]), out[2][row, 1 : len(ids)])
+            counts["texts"] += 1
+            counts["tokens"] += len(ids) - 1
+        if progress is not None:
+            progress("reading text", counts["texts"], config.calibration_samples)
+    _check_enough(splits, counts, config)
+    return splits, counts
+
+
+def _states(
+    model: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], *, checkpoints: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    """Normed states at the checkpoints [C, B, T, D] and after the last layer [B, T, D], float16, and argmax [B, T]."""
+    contexts = model.contexts(positions, None)
+    x, states = model.embed_tokens(tokens, positions), []
+    for i, layer in enumerate(model.layers):
+        x, _ = layer(x, contexts, None)
+        if i in checkpoints:
+            states.append(_normed(model, x))
+    # One row at a time: logits of a whole batch would dwarf everything else in memory.
+    targets = lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), model.final_norm(x))
+    return jnp.stack(states), _normed(model, x), targets.astype(jnp.int32)
+
+
+def _normed(model: Decoder, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    rows = rms_normalise(x.reshape(-1, x.shape[-1]), model.config.norm_eps)
+    return rows.reshape(x.shape).astype(jnp.float16)
+
+
+def _reservoirs(model: Decoder, count: int, config: CalibrationConfig) -> Splits:
+    size = model.config.hidden_size
+    tokens = config.reservoir_bytes // Reservoir.bytes_per_token(count, size)
+    needed = config.calibration_samples * (config.max_length - 1)
+    capacities = [max(MIN_TOKENS, int(min(tokens, needed) * share)) for share in _shares(config)]
+    return Splits(*(Reservoir(n, count, size, seed=config.seed + 1 + i) for i, n in enumerate(capacities)))
+
+
+def _shares(config: CalibrationConfig) -> tuple[float, float, float]:
+    rest = 1.0 - config.validation_fraction
+    heads = 0.5 * rest if config.exit_strategy == "affine" else 0.0
+    return heads, rest - heads, config.validation_fraction
+
+
+def _draw(rng: np.random.Generator, config: CalibrationConfig) -> int:
+    return int(np.searchsorted(np.cumsum(_shares(config)), rng.random(), side="right").clip(0, 2))
+
+
+def _batches(samples: Iterator[np.ndarray], config: CalibrationConfig) -> Iterator[Sequence[np.ndarray]]:
+    while window := list(itertools.islice(samples, config.batch_size * _WINDOW)):
+        window.sort(key=len)
+        for start in range(0, len(window), config.batch_size):
+            yield window[start : start + config.batch_size]
+
+
+def _width(longest: int, config: CalibrationConfig) -> int:
+    """Few distinct widths, each a compilation: a quarter, half or all of `max_length`."""
+    widths = [bucket(-(-config.max_length // part)) for part in (4, 2, 1)]
+    return next(width for width in widths if width >= longest)
+
+
+def _check_enough(splits: Splits, counts: dict[str, int], config: CalibrationConfig) -> None:
+    if counts["texts"] == 0:
+        raise TideError("no calibration text: every text was empty or a single token; pass longer texts")
+    for name, share, split in zip(Splits._fields, _shares(config), splits, strict=True):
+        if share and len(split) < MIN_TOKENS:
+            raise TideError(
+                f"calibration text too short: {counts['texts']} texts gave {len(split)} tokens to the {name} split, "
+                f"at least {MIN_TOKENS} are needed; pass more or longer texts"
+            )

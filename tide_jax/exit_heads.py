@@ -1,0 +1,137 @@
+"""Fitting affine exit heads in closed form, and labelling where an exit would have been right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tide_jax.collect import Progress
+from tide_jax.config import CalibrationConfig
+from tide_jax.decoder import Decoder
+from tide_jax.reservoir import Reservoir
+from tide_jax.router import ExitHead, Routers
+from tide_jax.router_file import round_half
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input channel
+_CHUNK = 256  # tokens whose logits are in memory at once
+
+
+def fit_heads(
+    fit: Reservoir, held_out: Reservoir, rank: int | None, progress: Progress | None = None
+) -> tuple[ExitHead, ...]:
+    """Ridge regressions from each checkpoint's normed state to the last layer's, the strength chosen on held-out text.
+
+    Args:
+      rank: of the correction to the identity; None is full.
+
+    Returns:
+      One head for each checkpoint, rounded to float16 values so that saving them changes nothing.
+    """
+    heads = []
+    for c in range(len(fit.states)):
+        heads.append(_fit_head(fit, held_out, c, rank))
+        if progress is not None:
+            progress("fitting exit heads", c + 1, len(fit.states))
+    return tuple(heads)
+
+
+def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
+    x = jnp.asarray(fit.states[c], jnp.float32)
+    residual = jnp.asarray(fit.last, jnp.float32) - x
+    mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(residual, axis=0)
+    gram, cross = _moments(x - mean_x[None, :], residual - mean_y[None, :])
+    test_x = jnp.asarray(held_out.states[c], jnp.float32)
+    test_y = jnp.asarray(held_out.last, jnp.float32) - test_x
+    best: tuple[float, Array] | None = None
+    for ridge in _RIDGES:
+        kernel = _solve(gram, cross, jnp.float32(ridge))
+        error = float(_error(kernel, test_x - mean_x[None, :], test_y - mean_y[None, :]))
+        if best is None or error < best[0]:
+            best = (error, kernel)
+    assert best is not None
+    kernel = best[1]
+    factors = (kernel,) if rank is None or rank >= kernel.shape[0] else _reduce_rank(kernel, gram, rank)
+    factors = tuple(jnp.asarray(round_half(np.asarray(f))) for f in factors)
+    mapped = mean_x
+    for factor in factors:
+        mapped = jnp.dot(mapped, factor, precision="highest")
+    return ExitHead(factors, jnp.asarray(round_half(np.asarray(mean_y - mapped))))
+
+
+@jax.jit
+def _moments(x: Float[Array, "N D"], y: Float[Array, "N D"]) -> tuple[Array, Array]:
+    n = jnp.float32(x.shape[0])
+    return jnp.dot(x.T, x, precision="highest") / n, jnp.dot(x.T, y, precision="highest") / n
+
+
+@jax.jit
+def _solve(gram: Float[Array, "D D"], cross: Float[Array, "D D"], ridge: Float[Array, ""]) -> Float[Array, "D D"]:
+    strength = ridge * jnp.trace(gram) / gram.shape[0]
+    return jax.scipy.linalg.solve(gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype), cross, assume_a="pos")
+
+
+@jax.jit
+def _error(kernel: Array, x: Array, y: Array) -> Array:
+    return jnp.mean(jnp.square(jnp.dot(x, kernel, precision="highest") - y))
+
+
+def _reduce_rank(kernel: Array, gram: Array, rank: int) -> tuple[Array, Array]:
+    """Reduced-rank regression (Izenman 1975): the best rank-r map in the metric of the inputs."""
+    predictions = jnp.dot(jnp.dot(kernel.T, gram, precision="highest"), kernel, precision="highest")
+    _, vectors = jnp.linalg.eigh(predictions)
+    top = vectors[:, -rank:]
+    return jnp.dot(kernel, top, precision="highest"), top.T
+
+
+def label_tokens(
+    model: Decoder, routers: Routers, sample: Reservoir, config: CalibrationConfig, progress: Progress | None = None
+) -> Bool[np.ndarray, "C N"]:
+    """Where leaving at each checkpoint counts as right: same argmax as the full model, or (label "cosine", the TIDE
+    paper's) a state that has all but stopped turning."""
+    labels = np.zeros(sample.states.shape[:2], bool)
+    for c in range(len(labels)):
+        labels[c] = (
+            _cosine(sample, c) > config.convergence_threshold
+            if config.label == "cosine"
+            else (exit_argmax(model, routers, c, sample.states[c]) == sample.targets)
+        )
+        if progress is not None:
+            progress("labelling", c + 1, len(labels))
+    return labels
+
+
+def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
+    """The token each state would produce if it left at this checkpoint, int32 [N]."""
+    parts = [
+        _argmax(model, routers.without_metadata(), jnp.asarray(chunk), checkpoint=checkpoint)
+        for chunk in _padded_chunks(states)
+    ]
+    return np.concatenate([np.asarray(p) for p in parts])[: len(states)]
+
+
+def _padded_chunks(states: np.ndarray) -> Iterable[np.ndarray]:
+    for start in range(0, len(states), _CHUNK):
+        chunk = states[start : start + _CHUNK]
+        yield np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))
+
+
+def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, checkpoint: int) -> Array:
+    x = states.astype(model.dtype)[None]
+    out = model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+    return jnp.argmax(model.logits(out)[0], axis=-1).astype(jnp.int32)
+
+
+_argmax = jax.jit(_argmax_of, static_argnames="checkpoint")
+
+
+def _cosine(sample: Reservoir, c: int) -> np.ndarray:
+    cosines = []
+    for start in range(0, len(sample), 4096):
+        rows = slice(start, start + 4096)
+        a, b = sample.states[c, rows].astype(np.float32), sample.last[rows].astype(np.float32)
+        cosines.append((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12))
+    return np.concatenate(cosines)

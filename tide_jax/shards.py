@@ -1,0 +1,147 @@
+"""Reading safetensors files, one tensor at a time, with errors a user can act on.
+
+The format (https://huggingface.co/docs/safetensors): a little-endian 64-bit header length, a JSON header giving each
+tensor's dtype, shape and byte range, then the raw data. It is read here with plain file reads rather than a memory
+map: mapped pages count as resident memory, and a conversion promises to hold one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tide_jax.errors import TideError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_AGAIN = "download or copy it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Shape of a stored tensor and the name its file gives the dtype ("F32", "BF16", ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Location:
+    file: Path
+    offset: int
+
+
+class ShardedTensors:
+    """The tensors of a directory with one `model.safetensors`, or an index and its shards.
+
+    Only headers are read at first; `read` fetches one tensor.
+
+    Attributes:
+      infos: shape and dtype name of every tensor.
+      files: the safetensors files, in order.
+
+    Raises:
+      TideError: a shard is missing, cut short or malformed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self._locations: dict[str, _Location] = {}
+        self.files, indexed = _shard_files(directory)
+        for file in self.files:
+            for name, info, offset in _read_header(file):
+                self.infos[name] = info
+                self._locations[name] = _Location(file, offset)
+        if absent := sorted(set(indexed) - set(self.infos)):
+            raise TideError(
+                f"{directory / INDEX_FILE} lists {len(absent)} tensors its shards do not hold ({absent[0]}, ...): "
+                f"{_AGAIN}"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, freshly allocated, float32, float16 or bfloat16. Raises TideError for any other dtype."""
+        info, location = self.infos[name], self._locations[name]
+        dtype = DTYPES.get(info.dtype)
+        if dtype is None:
+            raise TideError(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
+        flat = np.fromfile(location.file, dtype, math.prod(info.shape), offset=location.offset)
+        return flat.reshape(info.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises TideError where the file is missing or is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {_AGAIN}") from None
+    except (OSError, ValueError) as error:
+        raise TideError(f"{path} cannot be read as JSON ({_first_line(error)}): {_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {_AGAIN}")
+    return values
+
+
+def _shard_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a checkpoint, and the index's tensor-to-shard map (empty without an index)."""
+    if (single := directory / SINGLE_FILE).is_file():
+        return [single], {}
+    index = directory / INDEX_FILE
+    if not index.is_file():
+        raise TideError(_no_weights(directory))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TideError(f"{index} has no weight_map: {_AGAIN}")
+    names = sorted(set(weight_map.values()))
+    if absent := [name for name in names if not (directory / name).is_file()]:
+        raise TideError(f"{index} names shards that are not there: {', '.join(absent)}: {_AGAIN}")
+    return [directory / name for name in names], weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    wanted = f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}"
+    if any(directory.glob("pytorch_model*.bin")):
+        return f"{wanted}, only pytorch_model.bin: safetensors are needed, save the model with save_pretrained first"
+    return f"{wanted}: give a directory with safetensors weights"
+
+
+def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
+    """Name, info and absolute byte offset of each tensor in a file, checked against the file's size."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes does not fit its {size} bytes")
+            header = json.loads(stream.read(length))
+        entries = [
+            (name, TensorInfo(tuple(entry["shape"]), entry["dtype"]), entry["data_offsets"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+        for name, info, (begin, end) in entries:
+            dtype = DTYPES.get(info.dtype)
+            if dtype is not None and end - begin != math.prod(info.shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {end - begin} bytes for shape {list(info.shape)} {info.dtype}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise TideError(f"{file} is not a readable safetensors file ({_first_line(error)}): {_AGAIN}") from error
+    expected = 8 + length + max((end for _, _, (_, end) in entries), default=0)
+    if size < expected:
+        raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {_AGAIN}")
+    return [(name, info, 8 + length + begin) for name, info, (begin, _) in entries]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

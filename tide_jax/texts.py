@@ -1,0 +1,182 @@
+"""Where calibration text comes from: a file, a hub data set, or the model itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tide_jax.decoder import Decoder
+from tide_jax.engine import TIDE
+from tide_jax.errors import TideError
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = ("text", "content", "question", "prompt", "document", "sentence")
+_QUESTIONS = (
+    "Explain {} to a curious child.",
+    "Write a short story about {}.",
+    "What are the advantages and disadvantages of {}?",
+    "Give me five practical tips about {}.",
+    "Summarise the history of {} in one paragraph.",
+    "Write a friendly email to a colleague about {}.",
+    "How does {} work? Answer step by step.",
+    "What should a beginner know about {}?",
+)
+_TOPICS = (
+    "volcanoes", "public libraries", "baking bread", "electric cars", "the Roman Empire", "learning a language",
+    "the immune system", "chess", "recycling", "job interviews", "photosynthesis", "the stock market", "gardening",
+    "black holes", "sleep", "Python programming", "the French Revolution", "running a marathon", "coral reefs",
+    "solar energy", "jazz music", "saving money", "earthquakes", "time zones",
+)  # fmt: skip
+_OPENERS = ("The", "In", "It is", "One of the", "When", "A", "This", "After", "There are", "How to")
+
+
+def load_texts(source: str, *, field: str | None = None) -> Iterator[str]:
+    """Texts of a local file (.txt: a text a line; .jsonl; .parquet) or a hub data set, one at a time.
+
+    Args:
+      source: a path, or ``hub:NAME[:CONFIG[:SPLIT]]`` (split "train" by default, streamed).
+      field: column or key holding the text; by default the first of the usual ones that is there.
+
+    Raises:
+      TideError: the file is missing, empty or not what its name says, or the data set can't be had.
+    """
+    texts = _hub(source[4:], field) if source.startswith("hub:") else _file(Path(source).expanduser(), field)
+    try:
+        first = next(texts)
+    except StopIteration:
+        raise TideError(f"{source} holds no text; pass a file with at least one non-empty line or record") from None
+    return itertools.chain([first], texts)
+
+
+def model_texts(
+    model: Decoder,
+    tokenizer: Any,
+    count: int,
+    *,
+    max_length: int = 256,
+    batch_size: int = 8,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[list[int]]:
+    """Text the model writes itself, as token ids: answers to everyday questions if it has a chat template, otherwise
+    continuations of common openings. Its own text is what it will be run on when it generates.
+
+    Args:
+      count: texts to write.
+      max_length: tokens of each, prompt included.
+      batch_size: texts written at once.
+      temperature, top_p: sampling; variety needs a temperature above 0.
+      seed: all randomness follows from it.
+    """
+    engine, key = TIDE(model), jax.random.key(seed)
+    prompts = list(itertools.islice(_prompts(tokenizer, seed), count))
+    texts: list[list[int]] = []
+    for start in range(0, count, batch_size):
+        batch = prompts[start : start + batch_size]
+        wanted = len(batch)
+        batch += batch[:1] * (batch_size - wanted)  # one compiled shape for every batch
+        room = max_length - max(len(p) for p in batch)
+        if room < 1:
+            raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
+        out = engine.generate(
+            batch, max_new_tokens=room, temperature=temperature, top_p=top_p, key=jax.random.fold_in(key, start)
+        )
+        for prompt, tokens, length in zip(batch[:wanted], out.tokens, out.lengths, strict=False):
+            texts.append([*prompt, *(int(t) for t in tokens[:length])])
+        if progress is not None:
+            progress("model writes its own text", len(texts), count)
+    return texts
+
+
+def _prompts(tokenizer: Any, seed: int) -> Iterator[list[int]]:
+    rng = np.random.default_rng(seed)
+    if getattr(tokenizer, "chat_template", None):
+        pairs = [question.format(topic) for question in _QUESTIONS for topic in _TOPICS]
+        while True:
+            for i in rng.permutation(len(pairs)):
+                yield chat_ids(tokenizer, pairs[i])
+    while True:
+        for i in rng.permutation(len(_OPENERS)):
+            yield list(tokenizer(_OPENERS[i])["input_ids"])
+
+
+def chat_ids(tokenizer: Any, message: str) -> list[int]:
+    """Token ids of a user's message in the tokenizer's chat template, ready for the model's answer."""
+    messages = [{"role": "user", "content": message}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _file(path: Path, field: str | None) -> Iterator[str]:
+    readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise TideError(f"{path} is no text source: expected .txt, .jsonl or .parquet, or hub:NAME for a data set")
+    if not path.is_file():
+        raise TideError(f"no text file at {path}")
+    try:
+        yield from (text for text in readers[path.suffix](path, field) if text.strip())
+    except (UnicodeDecodeError, OSError) as error:
+        raise TideError(f"{path} can't be read as {path.suffix} text ({error})") from error
+
+
+def _lines(path: Path, field: str | None) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        yield from (line.rstrip("\n") for line in file)
+
+
+def _json_lines(path: Path, field: str | None) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TideError(f"{path} line {number} is not JSON ({error})") from error
+            yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
+
+
+def _parquet(path: Path, field: str | None) -> Iterator[str]:
+    import datasets  # slow to import, and only needed here
+
+    try:
+        rows = datasets.Dataset.from_parquet(str(path))
+    except Exception as error:  # datasets wraps whatever went wrong in its own types
+        raise TideError(f"{path} can't be read as parquet ({str(error).splitlines()[0]})") from error
+    yield from (_text(row, field, str(path)) for row in rows)
+
+
+def _hub(name: str, field: str | None) -> Iterator[str]:
+    import datasets
+
+    repository, config, split = (*name.split(":"), *[None] * 3)[:3]
+    try:
+        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            if (text := _text(row, field, name)).strip():
+                yield text
+    except (OSError, ValueError) as error:
+        if isinstance(error, TideError):
+            raise
+        raise TideError(f"data set {name} can't be loaded ({str(error).splitlines()[0]}); pass a local file") from error
+
+
+def _text(record: Any, field: str | None, where: str) -> str:
+    if not isinstance(record, dict):
+        raise TideError(f"{where} holds {type(record).__name__}, expected an object with a text field")
+    names = [field] if field else [name for name in _FIELDS if isinstance(record.get(name), str)]
+    if not names or not isinstance(record.get(names[0]), str):
+        raise TideError(f"{where} has no text field {field or ''}; name one of {', '.join(map(str, record))} with field=")
+    if names[0] == "question" and isinstance(record.get("answer"), str):
+        return f"{record['question']}\n{record['answer']}"
+    return record[names[0]]
