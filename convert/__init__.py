@@ -1,5 +1,5 @@
 """Conversion of Hugging Face and GGUF checkpoints to `tide_jax` models, with proof that the logits agree."""
 
-from convert.conversion import ConversionReport, convert, open_model, open_tokenizer
+from convert.conversion import ConversionReport, convert, open_config, open_model, open_tokenizer
 
-__all__ = ["ConversionReport", "convert", "open_model", "open_tokenizer"]
+__all__ = ["ConversionReport", "convert", "open_config", "open_model", "open_tokenizer"]

@@ -141,6 +141,11 @@ def open_model(source_ref: str | Path, dtype: Any = None) -> Decoder:
     return from_parameters(config, _assembled(source, plan, config, target), dtype=target)
 
 
+def open_config(source_ref: str | Path) -> DecoderConfig:
+    """The architecture of a checkpoint; no weights are read. Raises TideError as `convert`."""
+    return decoder_config(open_source(source_ref))
+
+
 def open_tokenizer(source_ref: str | Path) -> Any:
     """The tokenizer of a checkpoint, a `transformers.PreTrainedTokenizerFast`. Raises TideError without one."""
     return open_source(source_ref).load_tokenizer()

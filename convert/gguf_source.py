@@ -1,8 +1,7 @@
 """Checkpoints in GGUF, llama.cpp's file format, read one tensor at a time.
 
 `GGUFSource` shows such a file as a Hugging Face checkpoint: configuration, tensor names, orientation and tokenizer.
-An architecture is one entry of `ARCHITECTURES`. The format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+An architecture is one entry of `ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -14,166 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
 
 from convert import gguf_tokenizer
+from convert.gguf_file import read_header, read_tensor
 from tide_jax.errors import TideError
 from tide_jax.shards import TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-_PLAIN = {
-    GGMLQuantizationType.F32: np.dtype(np.float32),
-    GGMLQuantizationType.F16: np.dtype(np.float16),
-    GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
-}
-# numpy dtypes of the value types 0 to 7 and 10 to 12; 8 is a string, 9 an array.
-_SCALAR_DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "<u8", "<i8", "<f8")
-_SCALARS = dict(zip((*range(8), 10, 11, 12), _SCALAR_DTYPES, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- the file format
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in the file: torch shape, storage type, absolute offset and size in bytes."""
-
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
-    size: int
-
-
-class _Cursor:
-    """Reads little-endian values one after the other; raises ValueError where the file ends too early."""
-
-    def __init__(self, data: np.ndarray, position: int) -> None:
-        self.data = data
-        self.position = position
-
-    def values(self, dtype: str, count: int) -> np.ndarray:
-        raw = self.take(count * np.dtype(dtype).itemsize)
-        return np.frombuffer(raw, dtype)
-
-    def take(self, size: int) -> bytes:
-        if self.position + size > len(self.data):
-            raise ValueError("it ends inside its header")
-        raw = self.data[self.position : self.position + size].tobytes()
-        self.position += size
-        return raw
-
-    def integer(self, width: int = 4) -> int:
-        return int.from_bytes(self.take(width), "little")
-
-    def string(self) -> str:
-        return self.take(self.integer(8)).decode("utf-8")
-
-    def value(self, kind: GGUFValueType) -> Any:
-        if kind == GGUFValueType.STRING:
-            return self.string()
-        if kind == GGUFValueType.FLOAT32:
-            # The shortest decimal of this float32 is the number that was meant: 1e-05, not 9.999999747378752e-06.
-            return float(str(self.values("<f4", 1)[0]))
-        if kind != GGUFValueType.ARRAY:
-            return self.values(_SCALARS[kind], 1).item()
-        item, count = GGUFValueType(self.integer()), self.integer(8)
-        if item == GGUFValueType.ARRAY:
-            raise ValueError("it holds an array of arrays")
-        if item == GGUFValueType.STRING:
-            return [self.string() for _ in range(count)]
-        return self.values(_SCALARS[item], count).tolist()
-
-    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, torch shape, number of the storage type, and offset from the start of the data section."""
-        name = self.string()
-        extents = self.values("<u8", self.integer()).tolist()
-        return name, tuple(reversed(extents)), self.integer(), self.integer(8)
-
-
-def _map_file(path: Path) -> np.ndarray:
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:
-        raise TideError(f"{path} can't be read ({error}); expected a GGUF file: check the path") from error
-    magic = data[:4].tobytes()
-    if magic != b"GGUF":
-        raise TideError(f"{path} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'; check the path")
-    version = int.from_bytes(data[4:8].tobytes(), "little")
-    if version not in (2, 3):
-        raise TideError(
-            f"{path} is GGUF version {version}, expected 2 or 3 in little-endian order: convert the model again"
-        )
-    return data
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    """Key-value pairs and tensor locations. Raises TideError for anything but a whole GGUF file."""
-    data = _map_file(path)
-    cursor = _Cursor(data, position=8)
-    try:
-        tensor_count, pair_count = cursor.integer(8), cursor.integer(8)
-        metadata = {}
-        for _ in range(pair_count):
-            key = cursor.string()
-            metadata[key] = cursor.value(GGUFValueType(cursor.integer()))
-        headers = [cursor.tensor() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
-        start = math.ceil(cursor.position / alignment) * alignment
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise TideError(
-            f"{path} is truncated or damaged ({error}), expected a whole GGUF file: get it again"
-        ) from error
-    tensors = {
-        name: _locate(path, name, shape, kind, start + offset, len(data)) for name, shape, kind, offset in headers
-    }
-    return metadata, tensors
-
-
-def _locate(path: Path, name: str, shape: tuple[int, ...], number: int, offset: int, file_size: int) -> _Stored:
-    kind = _storage_type(path, name, number)
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
-        raise TideError(
-            f"{path} is damaged: tensor {name} of shape {shape} can't be {kind.name}, blocks of {block}: get it again"
-        )
-    size = math.prod(shape) // block * block_bytes
-    if offset + size > file_size:
-        raise TideError(
-            f"{path} is truncated: tensor {name} ends at byte {offset + size}, the file at {file_size}: get it again"
-        )
-    return _Stored(shape, kind, offset, size)
-
-
-def _storage_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
-    try:
-        kind = GGMLQuantizationType(number)
-        if kind not in _PLAIN:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except (ValueError, NotImplementedError) as error:
-        raise TideError(
-            f"{path}: tensor {name} is stored as {_type_name(number)}, which can't be dequantised; "
-            "expected F32, F16, BF16 or a quantisation such as Q8_0 or Q4_K: use another file of this model"
-        ) from error
-    return kind
-
-
-def _type_name(number: int) -> str:
-    known = {kind.value: kind.name for kind in GGMLQuantizationType}
-    return known.get(number, f"type {number}")
-
-
-def _load(path: Path, stored: _Stored) -> np.ndarray:
-    """One tensor: as it is stored if that is floating point, else dequantised to float32."""
-    # A plain read: mapped pages would count as memory used, and only one tensor at a time is to be held.
-    raw = np.fromfile(path, np.uint8, stored.size, offset=stored.offset)
-    if stored.kind in _PLAIN:
-        return raw.view(_PLAIN[stored.kind]).reshape(stored.shape)
-    return dequantize(raw.reshape(*stored.shape[:-1], -1), stored.kind)
 
 
 # ----------------------------------------------------------------------------------------------------- architectures
@@ -351,16 +199,15 @@ class GGUFSource:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.files = [path]
-        self._metadata, stored = _read_header(path)
+        self._metadata, stored = read_header(path)
         name, architecture = _architecture(path, self._metadata)
         factors = stored.pop("rope_freqs.weight", None)
         self._stored = {_hugging_face_name(path, name, key): value for key, value in stored.items()}
         self.tensors: Mapping[str, TensorInfo] = {
-            key: TensorInfo(value.shape, value.kind.name if value.kind in _PLAIN else "F32")
-            for key, value in self._stored.items()
+            key: TensorInfo(value.shape, value.dtype) for key, value in self._stored.items()
         }
         hyperparameters = _Hyperparameters(path, name, self._metadata)
-        divisors = None if factors is None else _load(path, factors)
+        divisors = None if factors is None else read_tensor(path, factors)
         try:
             self.config = architecture.config(hyperparameters, divisors)
             self.generation_config = gguf_tokenizer.token_ids(self._metadata)
@@ -382,7 +229,7 @@ class GGUFSource:
         """
         if name not in self._stored:
             raise TideError(f"{self.files[0]} has no tensor {name}, expected one of its {len(self.tensors)} names")
-        tensor = _load(self.files[0], self._stored[name])
+        tensor = read_tensor(self.files[0], self._stored[name])
         heads = self._row_heads.get(name.split(".", 3)[-1])
         return tensor if heads is None else _halves_from_neighbours(tensor, heads)
 

@@ -1,1 +1,1 @@
-"""GPU kernels of tide_jax, one folder per operation, each behind one entry point with an ``implementation=`` argument."""
+"""GPU kernels of tide_jax, one folder per operation, each behind one entry point with `implementation=`."""

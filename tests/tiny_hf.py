@@ -41,7 +41,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_tiny(model_type: str, directory: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Any:
+def save_tiny(
+    model_type: str,
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Any:
     """Saves a random model of a family and returns it, in float32 and in evaluation mode.
 
     Weights are large enough for logits to differ, biases are random, norm weights lie around their default.
@@ -59,6 +67,6 @@ def save_tiny(model_type: str, directory: Path, *, seed: int = 0, dtype: str = "
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise * (0.3 if parameter.ndim == 1 else 1.5 * config.hidden_size**-0.5))
-    model = model.to(getattr(torch, dtype))
-    model.save_pretrained(directory, max_shard_size="60KB" if dtype == "bfloat16" else "5GB")
-    return model.float().eval()
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+    # Read back rather than cast back: the cast to a smaller dtype rounded the rotary frequencies too.
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()

@@ -40,7 +40,8 @@ def calibrate(
     Args:
       model: the decoder; not changed.
       tokenizer: called on each text, ``tokenizer(text)["input_ids"]``; unused for texts given as token ids.
-      texts: strings or sequences of token ids; see `tide_jax.texts` for files, data sets and the model's own text.
+      texts: strings, sequences of token ids, or `tide_jax.collect.Sample`s; `tide_jax.texts` makes them from files,
+        data sets and the model itself.
       config: how; default `CalibrationConfig()`.
       source: a name for the data, recorded in the metadata.
       progress: called with (stage, done, total).

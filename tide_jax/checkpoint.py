@@ -49,6 +49,17 @@ def load(source: str | Path, dtype: Any = None) -> Decoder:
     return from_parameters(config, ((name, tensors.read(name)) for name in tensors.infos), dtype=dtype)
 
 
+def load_config(source: str | Path) -> DecoderConfig:
+    """The architecture of anything `load` takes; no weights are read.
+
+    Raises:
+      TideError: nothing loadable is there.
+    """
+    if not is_converted(source):
+        return _opener("config")(source)
+    return DecoderConfig.from_dict(_settings(Path(source).expanduser())["decoder"])
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of anything `load` takes, a `transformers.PreTrainedTokenizerFast`.
 

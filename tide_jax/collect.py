@@ -28,6 +28,13 @@ MIN_TOKENS = 64
 _WINDOW = 16  # batches sorted by length together, so that little of a batch is padding
 
 
+class Sample(NamedTuple):
+    """A text as token ids; tokens before `start` are read but not learned from (a prompt the model did not write)."""
+
+    ids: Sequence[int]
+    start: int = 0
+
+
 class Splits(NamedTuple):
     """Disjoint samples, split by text. Heads and routers learn from different texts: a head agrees too often on the
     text it was fitted to, and a router trained there would trust it too much."""
@@ -37,20 +44,24 @@ class Splits(NamedTuple):
     validation: Reservoir
 
 
-def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig) -> Iterator[np.ndarray]:
-    """Token ids of up to `calibration_samples` texts, cut at `max_length`; texts under two tokens are passed over.
+def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig) -> Iterator[Sample]:
+    """Up to `calibration_samples` texts as token ids, cut at `max_length`; those under two tokens are passed over.
 
-    A text is a string, or a sequence of token ids (then no tokenizer is needed).
+    A text is a string, a `Sample`, or a sequence of token ids (the last two need no tokenizer).
     """
     for text in itertools.islice(texts, config.calibration_samples):
-        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
-        if len(ids) >= 2:
-            yield np.asarray(ids[: config.max_length], np.int32)
+        if isinstance(text, str):
+            sample = Sample(tokenizer(text)["input_ids"])
+        else:
+            sample = text if isinstance(text, Sample) else Sample(text)
+        ids, first = sample.ids[: config.max_length], max(1, sample.start)
+        if len(ids) > first:
+            yield Sample(ids, first)
 
 
 def collect(
     model: Decoder,
-    samples: Iterator[np.ndarray],
+    samples: Iterator[Sample],
     checkpoints: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None = None,
@@ -65,18 +76,22 @@ def collect(
     run = jax.jit(_states, static_argnames="checkpoints")
     counts = {"texts": 0, "tokens": 0}
     for batch in _batches(samples, config):
-        width = _width(max(len(ids) for ids in batch), config)
+        width = _width(max(len(sample.ids) for sample in batch), config)
         tokens = np.zeros((config.batch_size, width), np.int32)
         positions = np.full((config.batch_size, width), -1, np.int32)
-        for row, ids in enumerate(batch):
+        for row, (ids, _) in enumerate(batch):
             tokens[row, : len(ids)] = ids
             positions[row, : len(ids)] = np.arange(len(ids))
         out = jax.device_get(run(model, jnp.asarray(tokens), jnp.asarray(positions), checkpoints=checkpoints))
-        for row, ids in enumerate(batch):
-            split = splits[_draw(rng, config)]
-            split.add(*(part[..., row, 1 : len(ids), :] for part in out[:2]), out[2][row, 1 : len(ids)])
+        for row, (ids, start) in enumerate(batch):
+            split, states, last = (
+                splits[_draw(rng, config)],
+                out[0][:, row, start : len(ids)],
+                out[1][row, start : len(ids)],
+            )
+            split.add(states, last, out[2][row, start : len(ids)])
             counts["texts"] += 1
-            counts["tokens"] += len(ids) - 1
+            counts["tokens"] += len(ids) - start
         if progress is not None:
             progress("reading text", counts["texts"], config.calibration_samples)
     _check_enough(splits, counts, config)
@@ -121,9 +136,9 @@ def _draw(rng: np.random.Generator, config: CalibrationConfig) -> int:
     return int(np.searchsorted(np.cumsum(_shares(config)), rng.random(), side="right").clip(0, 2))
 
 
-def _batches(samples: Iterator[np.ndarray], config: CalibrationConfig) -> Iterator[Sequence[np.ndarray]]:
+def _batches(samples: Iterator[Sample], config: CalibrationConfig) -> Iterator[Sequence[Sample]]:
     while window := list(itertools.islice(samples, config.batch_size * _WINDOW)):
-        window.sort(key=len)
+        window.sort(key=lambda sample: len(sample.ids))
         for start in range(0, len(window), config.batch_size):
             yield window[start : start + config.batch_size]
 

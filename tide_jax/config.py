@@ -8,6 +8,7 @@ in the model asks which family it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Literal, get_args
 
 from tide_jax.errors import TideError
@@ -294,4 +295,4 @@ def layer_groups(num_layers: int, checkpoints: tuple[int, ...]) -> tuple[range, 
     (range(0, 2), range(2, 4), range(4, 6))
     """
     edges = [0, *(c + 1 for c in checkpoints), num_layers]
-    return tuple(range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True))
+    return tuple(range(a, b) for a, b in itertools.pairwise(edges))

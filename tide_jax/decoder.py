@@ -14,7 +14,7 @@ from tide_jax.cache import KVCache
 from tide_jax.config import AttentionType, DecoderConfig
 from tide_jax.errors import TideError
 from tide_jax.layers import AttentionContext, DecoderLayer, KeyValue, Norm
-from tide_jax.ops import Dense, einsum, normal
+from tide_jax.ops import einsum, normal
 from tide_jax.rotary import rope_tables
 
 

@@ -210,8 +210,8 @@ class TIDE:
         width = self.routers.routers[0].down.shape[0] if self.routers.routers else self.model.config.hidden_size
         if width != self.model.config.hidden_size or any(c >= layers - 1 for c in self.routers.checkpoints):
             raise TideError(
-                f"these routers are for hidden size {width} and checkpoints {list(self.routers.checkpoints)}, the model "
-                f"has hidden size {self.model.config.hidden_size} and {layers} layers; calibrate routers for this model"
+                f"these routers are for hidden size {width} and checkpoints {list(self.routers.checkpoints)}, the "
+                f"model has hidden size {self.model.config.hidden_size} and {layers} layers; calibrate routers for it"
             )
         count = len(self.routers.checkpoints)
         if isinstance(config.exit_threshold, tuple) and len(config.exit_threshold) != count:

@@ -71,13 +71,20 @@ class ShardedTensors:
             )
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly allocated, float32, float16 or bfloat16. Raises TideError for any other dtype."""
+        """One tensor, freshly allocated, float32, float16 or bfloat16.
+
+        Raises:
+          TideError: the tensor has another dtype, or its file can no longer be read.
+        """
         info, location = self.infos[name], self._locations[name]
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
             raise TideError(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
-        flat = np.fromfile(location.file, dtype, math.prod(info.shape), offset=location.offset)
-        return flat.reshape(info.shape)
+        try:
+            flat = np.fromfile(location.file, dtype, math.prod(info.shape), offset=location.offset)
+            return flat.reshape(info.shape)
+        except (OSError, ValueError) as error:
+            raise TideError(f"{name} cannot be read from {location.file} ({_first_line(error)}): {_AGAIN}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,21 +15,21 @@ from tide_jax.router import ExitHead, Router, Routers
 
 def tiny_config(**changes: Any) -> DecoderConfig:
     """A Llama-like configuration of 6 layers with uneven heads and an odd vocabulary; `changes` replace fields."""
-    rope = RopeConfig(theta=10000.0, rotary_dim=8)
-    config = DecoderConfig(
-        model_type="tiny",
-        vocab_size=259,
-        hidden_size=48,
-        num_layers=6,
-        num_heads=6,
-        num_kv_heads=2,
-        head_dim=8,
-        intermediate_size=80,
-        max_positions=512,
-        attention_types=(AttentionType(scale=8**-0.5, rope=rope),),
-        attention_pattern=(0,) * changes.get("num_layers", 6),
-    )
-    return dataclasses.replace(config, **changes)
+    num_layers = changes.get("num_layers", 6)
+    fields: dict[str, Any] = {
+        "model_type": "tiny",
+        "vocab_size": 259,
+        "hidden_size": 48,
+        "num_layers": num_layers,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 80,
+        "max_positions": 512,
+        "attention_types": (AttentionType(scale=8**-0.5, rope=RopeConfig(theta=10000.0, rotary_dim=8)),),
+        "attention_pattern": (0,) * num_layers,
+    }
+    return DecoderConfig(**(fields | changes))
 
 
 def tiny_decoder(config: DecoderConfig | None = None, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:

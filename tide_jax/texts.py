@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tide_jax.collect import Sample
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
@@ -63,24 +64,24 @@ def model_texts(
     *,
     max_length: int = 256,
     batch_size: int = 8,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float = 1.0,
+    min_p: float = 0.1,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[list[int]]:
-    """Text the model writes itself, as token ids: answers to everyday questions if it has a chat template, otherwise
-    continuations of common openings. Its own text is what it will be run on when it generates.
+) -> list[Sample]:
+    """Text the model writes itself, as samples: answers to everyday questions if it has a chat template, otherwise
+    continuations of common openings. That is what it will run on when it generates; prompts are marked as read only.
 
     Args:
       count: texts to write.
       max_length: tokens of each, prompt included.
       batch_size: texts written at once.
-      temperature, top_p: sampling; variety needs a temperature above 0.
+      temperature, min_p: sampling; variety needs a temperature above 0.
       seed: all randomness follows from it.
     """
     engine, key = TIDE(model), jax.random.key(seed)
     prompts = list(itertools.islice(_prompts(tokenizer, seed), count))
-    texts: list[list[int]] = []
+    texts: list[Sample] = []
     for start in range(0, count, batch_size):
         batch = prompts[start : start + batch_size]
         wanted = len(batch)
@@ -89,10 +90,10 @@ def model_texts(
         if room < 1:
             raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
         out = engine.generate(
-            batch, max_new_tokens=room, temperature=temperature, top_p=top_p, key=jax.random.fold_in(key, start)
+            batch, max_new_tokens=room, temperature=temperature, min_p=min_p, key=jax.random.fold_in(key, start)
         )
         for prompt, tokens, length in zip(batch[:wanted], out.tokens, out.lengths, strict=False):
-            texts.append([*prompt, *(int(t) for t in tokens[:length])])
+            texts.append(Sample([*prompt, *(int(t) for t in tokens[:length])], start=len(prompt)))
         if progress is not None:
             progress("model writes its own text", len(texts), count)
     return texts
@@ -176,7 +177,9 @@ def _text(record: Any, field: str | None, where: str) -> str:
         raise TideError(f"{where} holds {type(record).__name__}, expected an object with a text field")
     names = [field] if field else [name for name in _FIELDS if isinstance(record.get(name), str)]
     if not names or not isinstance(record.get(names[0]), str):
-        raise TideError(f"{where} has no text field {field or ''}; name one of {', '.join(map(str, record))} with field=")
+        raise TideError(
+            f"{where} has no text field {field or ''}; name one of {', '.join(map(str, record))} with field="
+        )
     if names[0] == "question" and isinstance(record.get("answer"), str):
         return f"{record['question']}\n{record['answer']}"
     return record[names[0]]

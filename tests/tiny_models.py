@@ -1,0 +1,74 @@
+"""Tiny decoders of every kind that the configuration's flags can describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tide_jax.config import AttentionType, DecoderConfig, MoEConfig, RopeConfig
+from tide_jax.decoder import Decoder, from_parameters, parameters
+from tide_jax.testing import tiny_config, tiny_decoder
+
+_GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
+_SLIDING = AttentionType(scale=0.4, window=5, rope=RopeConfig(theta=100.0, rotary_dim=4))
+
+CONFIGS: dict[str, DecoderConfig] = {
+    "pre norm": tiny_config(num_layers=5),
+    "sandwich norms": tiny_config(
+        num_layers=3,
+        norm_placement="sandwich",
+        norm_unit_offset=True,
+        embedding_scale=4.0,
+        attention_softcap=4.0,
+        logit_softcap=9.0,
+        activation="gelu_pytorch_tanh",
+    ),
+    "post norm": tiny_config(num_layers=3, norm_placement="post", qk_norm=True, tie_embeddings=False),
+    "parallel": tiny_config(
+        num_layers=3,
+        norm="layer",
+        norm_bias=True,
+        parallel_residual=True,
+        positions="learned",
+        learned_positions=64,
+        max_positions=64,
+        attention_types=(AttentionType(scale=0.35),),
+        num_kv_heads=6,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_gated=False,
+        mlp_bias=True,
+        activation="gelu",
+        tie_embeddings=False,
+        head_bias=True,
+    ),
+    "experts": tiny_config(num_layers=3, moe=MoEConfig(num_experts=5, experts_per_token=2), intermediate_size=40),
+    "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), attention_pattern=(1, 0, 1, 1)),
+}
+
+
+def tiny_model(config: DecoderConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:
+    """A decoder with random norms and biases, too: default ones hide mistakes."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        path: np.asarray(a) + (0.2 * rng.normal(size=a.shape)).astype(np.float32) * (a.ndim == 1 or "bias" in path)
+        for path, a in parameters(tiny_decoder(config, seed=seed)).items()
+    }
+    return from_parameters(config, tensors.items(), dtype=dtype)
+
+
+def with_parameters(model: Decoder, changes: dict[str, Any]) -> Decoder:
+    """The model with some parameters replaced; a number fills the whole tensor."""
+    tensors = parameters(model)
+    unknown = set(changes) - set(tensors)
+    assert not unknown, unknown
+    filled = {path: np.broadcast_to(np.float32(value), tensors[path].shape) for path, value in changes.items()}
+    return from_parameters(model.config, (tensors | filled).items(), dtype=model.dtype)
+
+
+def random_prompts(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 259) -> list[list[int]]:
+    """Rows of random token ids."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab, n).tolist() for n in lengths]

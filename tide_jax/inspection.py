@@ -1,0 +1,91 @@
+"""What a model is, without loading its weights: for ``tide-jax inspect``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tide_jax.checkpoint import load, load_config
+from tide_jax.config import CalibrationConfig, DecoderConfig, checkpoint_layers
+from tide_jax.decoder import abstract_parameters
+from tide_jax.router import Routers, heads_path
+
+_FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
+
+
+def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
+    """Facts about a model as JSON-ready values: configuration, checkpoints, parameter and router bytes.
+
+    Raises:
+      TideError: nothing loadable is there, or `interval` or `bottleneck` is below 1.
+    """
+    CalibrationConfig(checkpoint_interval=interval, router_bottleneck_dim=bottleneck)
+    config = load_config(source)
+    checkpoints = checkpoint_layers(config.num_layers, interval)
+    parameters = sum(math.prod(shape) for shape in abstract_parameters(config).values())
+    return {
+        "model_type": config.model_type,
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocabulary": config.vocab_size,
+        "context_length": config.context_length,
+        "parameters": parameters,
+        "bytes": {"float32": parameters * _FLOAT32, "bfloat16": parameters * 2},
+        "checkpoint_interval": interval,
+        "checkpoints": list(checkpoints),
+        "router_file_bytes": router_bytes(config, len(checkpoints), bottleneck),
+        "affine_head_file_bytes": len(checkpoints) * config.hidden_size * (config.hidden_size + 1) * _FLOAT16,
+        "config": config.to_dict(),
+    }
+
+
+def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
+    """Tensor bytes of a router file: int8 down-projections with float32 column scales, biases and up-projections."""
+    return count * (config.hidden_size * bottleneck * _INT8 + (3 * bottleneck + 1) * _FLOAT32)
+
+
+def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
+    """Facts about a router file, after checking that it belongs to the model. Raises TideError if it does not."""
+    path = Path(path)
+    routers = Routers.load(path, model=load(source))
+    files = [path] + ([heads_path(path)] if routers.heads is not None else [])
+    metadata = routers.metadata.to_dict()
+    return {
+        "files": {str(file): file.stat().st_size for file in files},
+        "checkpoints": list(routers.checkpoints),
+        "exit_strategy": routers.exit_strategy,
+        "label": metadata.get("report", {}).get("label"),
+        "data": metadata.get("data"),
+    }
+
+
+def text_table(facts: dict[str, Any]) -> str:
+    """The facts as aligned lines for people."""
+    size, checkpoints = facts["bytes"], ", ".join(map(str, facts["checkpoints"])) or "none"
+    heads = f"{facts['heads']} heads, {facts['kv_heads']} for keys and values"
+    rows = {
+        "family": facts["model_type"],
+        "layers": f"{facts['layers']} of width {facts['hidden_size']}",
+        "attention": f"{heads}, {facts['head_dim']} channels each",
+        "vocabulary": f"{facts['vocabulary']:,}",
+        "context": f"{facts['context_length']:,} tokens",
+        "parameters": f"{facts['parameters'] / 1e6:,.1f} million: {_megabytes(size['float32'])} in float32, "
+        f"{_megabytes(size['bfloat16'])} in bfloat16",
+        "checkpoints": f"after layers {checkpoints} (every {facts['checkpoint_interval']})",
+        "router file": f"{_megabytes(facts['router_file_bytes'])}, affine exit heads "
+        f"{_megabytes(facts['affine_head_file_bytes'])}",
+    }
+    if "routers" in facts:
+        routers = facts["routers"]
+        layers = ", ".join(map(str, routers["checkpoints"]))
+        rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}, fitted to {routers['data']}"
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count < 1e7 else f"{count / 1e6:,.0f} MB"
