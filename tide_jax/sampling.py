@@ -5,6 +5,7 @@ Filters apply in transformers' order: repetition penalty, temperature, top-k, to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,11 +45,11 @@ def make_sampling(
 ) -> Sampling:
     """Checks the dials and makes them arrays. Raises TideError for a value out of its range."""
     ranges = (
-        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more and finite"),
         ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "a whole number, 0 or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
+        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 and finite"),
     )
     for name, value, good, expected in ranges:
         if not good:
