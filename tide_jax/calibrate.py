@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tide_jax.collect import Progress, Splits, collect, tokenise
+from tide_jax.collect import Collected, Progress, Splits, collect, tokenise
 from tide_jax.config import CalibrationConfig, checkpoint_layers
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.evaluation import measure_exits
 from tide_jax.exit_heads import fit_heads, label_tokens
 from tide_jax.router import RouterMetadata, Routers, model_identity
 from tide_jax.router_training import router_probabilities, train_routers
@@ -59,21 +61,23 @@ def calibrate(
             f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
             f"{model.config.num_layers} layers; lower it"
         )
-    splits, counts = collect(model, tokenise(tokenizer, texts, config), checkpoints, config, progress)
+    collected = collect(model, tokenise(tokenizer, texts, config), checkpoints, config, progress)
+    splits = collected.splits
     affine = config.exit_strategy == "affine"
     heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress) if affine else None
     bare = Routers((), heads, checkpoints)
     labels = label_tokens(model, bare, splits.routers, config, progress)
     held_out = label_tokens(model, bare, splits.validation, config, progress)
     trained = train_routers(splits.routers.states, labels, splits.validation.states, held_out, config, progress)
-    report = {"counts": counts | _kept(splits)} | _report(trained, splits, labels, held_out, model, config, checkpoints)
+    routers = Routers(trained, heads, checkpoints)
+    report = _report(model, routers, collected, labels, held_out, config, progress)
     metadata = model_identity(model) | {
         "config": _jsonable(config),
         "data": source,
         "versions": {name: importlib.metadata.version(name) for name in ("tide_jax", "jax", "flax", "optax")},
         "report": report,
     }
-    return Routers(trained, heads, checkpoints, RouterMetadata.from_dict(metadata))
+    return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
 
 
 def _jsonable(config: CalibrationConfig) -> dict[str, Any]:
@@ -85,17 +89,18 @@ def _kept(splits: Splits) -> dict[str, int]:
 
 
 def _report(
-    routers: tuple[Any, ...],
-    splits: Splits,
+    model: Decoder,
+    routers: Routers,
+    collected: Collected,
     labels: Bool[np.ndarray, "C N"],
     held_out: Bool[np.ndarray, "C M"],
-    model: Decoder,
     config: CalibrationConfig,
-    checkpoints: tuple[int, ...],
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    """What the routers do on the validation split, teacher-forced: by checkpoint, and by threshold."""
-    states = splits.validation.states
-    scores = np.stack([router_probabilities(r, s) for r, s in zip(routers, states, strict=True)])
+    """What the routers do on the validation split: by checkpoint, and by threshold with the engine itself."""
+    depth, checkpoints = model.config.num_layers, routers.checkpoints
+    states = collected.splits.validation.states
+    scores = np.stack([router_probabilities(r, s) for r, s in zip(routers.routers, states, strict=True)])
     by_checkpoint = [
         {
             "layer": layer,
@@ -106,11 +111,15 @@ def _report(
         for c, layer in enumerate(checkpoints)
     ]
     dials = sorted({*SWEEP, config.exit_threshold})
-    depth = model.config.num_layers
+    exits = measure_exits(model, routers, collected.held_out, dials, config.min_layers, progress)
+    for row in exits:
+        alone = expected_exits(scores, held_out, checkpoints, depth, row["threshold"], config.min_layers)
+        row["label_agreement"] = alone["agreement"]
     return {
+        "counts": collected.counts | _kept(collected.splits),
         "label": config.label,
         "checkpoints": by_checkpoint,
-        "exits": [expected_exits(scores, held_out, checkpoints, depth, t, config.min_layers) for t in dials],
+        "exits": exits,
         "oracle": expected_exits(held_out.astype(np.float32), held_out, checkpoints, depth, 0.5, 0),
     }
 
@@ -124,7 +133,8 @@ def expected_exits(
     min_layers: int,
 ) -> dict[str, Any]:
     """Exits at a threshold if every token's past ran at full depth: share that leaves, mean depth, and the share of
-    tokens whose label holds where they left (full depth always holds)."""
+    tokens whose label holds where they left (full depth always holds). What exits do to the cache of later tokens is
+    left out here; `tide_jax.evaluation.measure_exits` has it in."""
     allowed = np.asarray([layer + 1 >= min_layers for layer in checkpoints])
     leaves = (scores > threshold) & allowed[:, None]
     exits = leaves.any(axis=0)

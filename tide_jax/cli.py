@@ -135,10 +135,12 @@ def calibration_summary(routers: Any, num_layers: int) -> str:
         auc = "    -" if row["auc"] is None else f"{row['auc']:.3f}"
         rates = f"{row['agreement']:.3f}                  {row['positives_in_training']:.3f}"
         lines.append(f"  layer {row['layer']:3d}      {rates}  {auc}")
-    lines += ["", f"threshold   exits   depth  layers of {num_layers}  agreement (teacher-forced, held out)"]
+    lines += ["", f"threshold   exits   depth  layers of {num_layers}  agreement  (label alone; held-out text)"]
     for row in report["exits"]:
         shares = f"{row['exit_rate']:6.1%}  {row['depth']:6.1%}     {row['depth'] * num_layers:6.2f}"
-        lines.append(f"     {row['threshold']:.2f}  {shares}     {row['agreement']:.1%}")
+        lines.append(
+            f"     {row['threshold']:.2f}  {shares}     {row['agreement']:6.1%}     ({row['label_agreement']:.1%})"
+        )
     lines.append(f"an oracle would run {report['oracle']['depth']:.1%} of the depth")
     return "\n".join(lines)
 

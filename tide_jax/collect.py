@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.exit_step.reference import rms_normalise
-from tide_jax.batch import bucket
 from tide_jax.config import CalibrationConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.evaluation import Batch
 from tide_jax.reservoir import Reservoir
 
 Progress = Callable[[str, int, int], None]
@@ -24,6 +24,9 @@ Progress = Callable[[str, int, int], None]
 
 MIN_TOKENS = 64
 """Fewer usable tokens than this in any split is no sample to train on."""
+
+HELD_OUT_TEXTS = 64
+"""Validation texts kept whole."""
 
 _WINDOW = 16  # batches sorted by length together, so that little of a batch is padding
 
@@ -42,6 +45,20 @@ class Splits(NamedTuple):
     heads: Reservoir
     routers: Reservoir
     validation: Reservoir
+
+
+class Collected(NamedTuple):
+    """What one pass over the text leaves.
+
+    Attributes:
+      splits: sampled hidden states.
+      held_out: batches of validation texts, for measuring with the engine; bounded in number.
+      counts: texts and tokens read.
+    """
+
+    splits: Splits
+    held_out: list[Batch]
+    counts: dict[str, int]
 
 
 def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig) -> Iterator[Sample]:
@@ -65,37 +82,47 @@ def collect(
     checkpoints: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None = None,
-) -> tuple[Splits, dict[str, int]]:
-    """Fills the splits from tokenised texts; also counts texts and tokens.
+) -> Collected:
+    """Reads tokenised texts once.
 
     Raises:
       TideError: no text, or too little of it.
     """
     splits = _reservoirs(model, len(checkpoints), config)
-    rng = np.random.default_rng(config.seed)
     run = jax.jit(_states, static_argnames="checkpoints")
-    counts = {"texts": 0, "tokens": 0}
+    counts, held_out = {"texts": 0, "tokens": 0}, list[Sample]()
     for batch in _batches(samples, config):
-        width = _width(max(len(sample.ids) for sample in batch), config)
-        tokens = np.zeros((config.batch_size, width), np.int32)
-        positions = np.full((config.batch_size, width), -1, np.int32)
-        for row, (ids, _) in enumerate(batch):
-            tokens[row, : len(ids)] = ids
-            positions[row, : len(ids)] = np.arange(len(ids))
-        out = jax.device_get(run(model, jnp.asarray(tokens), jnp.asarray(positions), checkpoints=checkpoints))
+        arrays = _arrays(batch, config)
+        out = jax.device_get(run(model, arrays.tokens, arrays.positions, checkpoints=checkpoints))
         for row, (ids, start) in enumerate(batch):
-            split, states, last = (
-                splits[_draw(rng, config)],
-                out[0][:, row, start : len(ids)],
-                out[1][row, start : len(ids)],
-            )
-            split.add(states, last, out[2][row, start : len(ids)])
+            split, learned = _neediest(splits, config), slice(start, len(ids))
+            splits[split].add(out[0][:, row, learned], out[1][row, learned], out[2][row, learned])
+            if split == _VALIDATION and len(held_out) < HELD_OUT_TEXTS:
+                held_out.append(batch[row])
             counts["texts"] += 1
             counts["tokens"] += len(ids) - start
         if progress is not None:
             progress("reading text", counts["texts"], config.calibration_samples)
     _check_enough(splits, counts, config)
-    return splits, counts
+    whole = [held_out[i : i + config.batch_size] for i in range(0, len(held_out), config.batch_size)]
+    return Collected(splits, [_arrays(batch, config) for batch in whole], counts)
+
+
+_VALIDATION = Splits._fields.index("validation")
+
+
+def _arrays(batch: Sequence[Sample], config: CalibrationConfig) -> Batch:
+    """A full batch of one of few widths, each a compilation: a quarter, half or all of `max_length`."""
+    longest = max(len(sample.ids) for sample in batch)
+    width = next(w for w in (-(-config.max_length // part) for part in (4, 2, 1)) if w >= longest)
+    tokens = np.zeros((config.batch_size, width), np.int32)
+    positions = np.full((config.batch_size, width), -1, np.int32)
+    counted = np.zeros((config.batch_size, width), bool)
+    for row, (ids, start) in enumerate(batch):
+        tokens[row, : len(ids)] = ids
+        positions[row, : len(ids)] = np.arange(len(ids))
+        counted[row, start : len(ids)] = True
+    return Batch(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(counted))
 
 
 def _states(
@@ -132,8 +159,10 @@ def _shares(config: CalibrationConfig) -> tuple[float, float, float]:
     return heads, rest - heads, config.validation_fraction
 
 
-def _draw(rng: np.random.Generator, config: CalibrationConfig) -> int:
-    return int(np.searchsorted(np.cumsum(_shares(config)), rng.random(), side="right").clip(0, 2))
+def _neediest(splits: Splits, config: CalibrationConfig) -> int:
+    """The split furthest behind its share of the tokens: shares hold for few texts as for many."""
+    total = sum(split.seen for split in splits) + 1
+    return int(np.argmax([share * total - split.seen for share, split in zip(_shares(config), splits, strict=True)]))
 
 
 def _batches(samples: Iterator[Sample], config: CalibrationConfig) -> Iterator[Sequence[Sample]]:
@@ -141,12 +170,6 @@ def _batches(samples: Iterator[Sample], config: CalibrationConfig) -> Iterator[S
         window.sort(key=lambda sample: len(sample.ids))
         for start in range(0, len(window), config.batch_size):
             yield window[start : start + config.batch_size]
-
-
-def _width(longest: int, config: CalibrationConfig) -> int:
-    """Few distinct widths, each a compilation: a quarter, half or all of `max_length`."""
-    widths = [bucket(-(-config.max_length // part)) for part in (4, 2, 1)]
-    return next(width for width in widths if width >= longest)
 
 
 def _check_enough(splits: Splits, counts: dict[str, int], config: CalibrationConfig) -> None:

@@ -264,10 +264,20 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         _check_choice("exit_strategy", self.exit_strategy, ExitStrategy)
         _check_choice("label", self.label, Label)
-        positive = ("checkpoint_interval", "calibration_samples", "batch_size", "router_bottleneck_dim", "max_epochs")
+        positive = (
+            "checkpoint_interval",
+            "calibration_samples",
+            "batch_size",
+            "router_bottleneck_dim",
+            "exit_head_rank",
+            "reservoir_bytes",
+            "max_epochs",
+        )
         for name in positive:
-            if getattr(self, name) < 1:
-                raise TideError(f"{name}={getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise TideError(f"{name}={value} must be at least 1")
+        if self.min_layers < 0:
+            raise TideError(f"min_layers={self.min_layers} must be 0 or more")
         if self.max_length < 2:
             raise TideError(f"max_length={self.max_length} must be at least 2: position 0 is left out")
         for name in ("convergence_threshold", "exit_threshold"):

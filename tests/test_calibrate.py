@@ -1,0 +1,341 @@
+"""Calibration: on models whose right answer is known, with its report recomputed by hand."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import random_prompts, tiny_model, with_parameters
+
+from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig, Routers, TideError, calibrate
+from tide_jax.calibrate import auc, expected_exits
+from tide_jax.collect import Sample, Splits, collect, tokenise
+from tide_jax.config import checkpoint_layers
+from tide_jax.exit_heads import fit_heads
+from tide_jax.reservoir import Reservoir
+from tide_jax.testing import ByteTokenizer, tiny_config
+
+TEXTS = random_prompts(tuple(np.random.default_rng(1).integers(8, 25, 90)), seed=2)
+CONFIG = CalibrationConfig(
+    checkpoint_interval=2,
+    max_length=24,
+    batch_size=8,
+    router_bottleneck_dim=8,
+    max_epochs=4,
+    min_layers=0,
+    exit_strategy="identity",
+)
+
+
+def config(**changes: Any) -> CalibrationConfig:
+    return CalibrationConfig(**(vars(CONFIG) | changes))
+
+
+@functools.cache
+def random_model() -> Decoder:
+    return tiny_model(tiny_config(num_layers=5))
+
+
+@functools.cache
+def finished_model() -> Decoder:
+    """Layers 2 to 4 add nothing: after layer 1 the state is already the last one."""
+    names = ("attention.out.kernel", "mlp.down.kernel")
+    return with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in (2, 3, 4) for name in names})
+
+
+def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> tuple[Splits, dict[str, int]]:
+    checkpoints = checkpoint_layers(model.config.num_layers, calibration.checkpoint_interval)
+    return collect(model, tokenise(None, TEXTS if texts is None else texts, calibration), checkpoints, calibration)
+
+
+# ------------------------------------------------------------------------------------------------------- known answers
+
+
+def test_tokens_leave_where_nothing_is_left_to_do() -> None:
+    model = finished_model()
+    routers = calibrate(model, None, TEXTS, CONFIG)
+    assert [c["agreement"] for c in routers.report["checkpoints"]] == [1.0, 1.0]
+    at_dial = next(e for e in routers.report["exits"] if e["threshold"] == 0.85)
+    assert at_dial["exit_rate"] == at_dial["agreement"] == 1.0
+    assert at_dial["depth"] == pytest.approx(2 / 5)
+    engine = TIDE(model, routers, ExitConfig(exit_threshold=0.85, min_layers=0))
+    prompts = random_prompts((5, 9), seed=7)
+    early, full = (engine.generate(prompts, max_new_tokens=6, mode=mode) for mode in ("exit", "full"))
+    np.testing.assert_array_equal(early.tokens, full.tokens)
+    assert (early.exit_layers[:, 1:] == 1).all(), "all but the prompt left at the first checkpoint"
+    assert early.stats.depth < 0.6 < full.stats.depth == 1.0
+
+
+def test_nothing_leaves_where_no_state_is_close_to_the_last() -> None:
+    routers = calibrate(random_model(), None, TEXTS, config(label="cosine"))
+    assert [c["positives_in_training"] for c in routers.report["checkpoints"]] == [0.0, 0.0]
+    assert [c["auc"] for c in routers.report["checkpoints"]] == [None, None]
+    assert all(e["exit_rate"] == 0.0 and e["depth"] == 1.0 for e in routers.report["exits"])
+    engine = TIDE(random_model(), routers, ExitConfig(exit_threshold=0.5, min_layers=0))
+    assert engine(random_prompts((16,))).stats.depth == 1.0
+
+
+def test_cosine_labels_where_every_state_is_the_last_one() -> None:
+    routers = calibrate(finished_model(), None, TEXTS, config(label="cosine"))
+    assert [c["agreement"] for c in routers.report["checkpoints"]] == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------ the recomputed report
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | None) -> None:
+    model, settings = random_model(), config(exit_strategy="affine", exit_head_rank=rank)
+    routers = calibrate(model, None, TEXTS, settings)
+    assert routers.heads is not None
+    width = model.config.hidden_size
+    shapes = [(width, width)] if rank is None else [(width, rank), (rank, width)]
+    assert [[f.shape for f in head.factors] for head in routers.heads] == [shapes] * 2
+    validation = gather(model, settings)[0].validation
+    scores, labels = np.zeros((2, len(validation))), np.zeros((2, len(validation)), bool)
+    for c in range(2):
+        states = jnp.asarray(validation.states[c], jnp.float32)
+        out = model.final_norm(routers.exit_state(c, states[None], eps=1e-6))
+        labels[c] = np.argmax(model.logits(out)[0], axis=-1) == validation.targets
+        down, down_bias, up, up_bias = (np.asarray(a, np.float64) for a in routers.routers[c])
+        hidden = validation.states[c].astype(np.float64) @ down + down_bias
+        scores[c] = 1 / (1 + np.exp(-((hidden / (1 + np.exp(-hidden))) @ up + up_bias)))
+        found = routers.report["checkpoints"][c]
+        assert found["layer"] == routers.checkpoints[c]
+        assert found["agreement"] == pytest.approx(labels[c].mean())
+        assert found["auc"] == pytest.approx(auc_by_pairs(scores[c], labels[c]), abs=2e-3)
+    assert 0.0 < labels.mean() < 1.0
+    for dial in routers.report["exits"]:
+        depth = right = 0.0
+        for n in range(len(validation)):
+            left = next((c for c in range(2) if scores[c, n] > dial["threshold"]), None)
+            depth += 5 if left is None else routers.checkpoints[left] + 1
+            right += 1 if left is None else labels[left, n]
+        assert dial["depth"] == pytest.approx(depth / len(validation) / 5)
+        assert dial["agreement"] == pytest.approx(right / len(validation))
+
+
+def test_scoring_agrees_with_what_training_saw() -> None:
+    """Routers score raw states while running and normed float16 ones while training: the same numbers."""
+    model = random_model()
+    routers = calibrate(model, None, TEXTS, CONFIG)
+    row = jnp.asarray([TEXTS[0]], jnp.int32)
+    positions = jnp.arange(row.shape[1], dtype=jnp.int32)[None]
+    x, contexts = model.embed_tokens(row, positions), model.contexts(positions, None)
+    for layer in model.layers[:2]:
+        x, _ = layer(x, contexts, None)
+    normed = np.asarray(x[0]) / np.sqrt(np.mean(np.square(x[0]), axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(
+        routers.scores(0, x[0], eps=1e-6),
+        routers.scores(0, jnp.asarray(normed.astype(np.float16)), eps=1e-6),
+        atol=2e-3,
+    )
+
+
+def auc_by_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
+    pairs = itertools.product(scores[labels], scores[~labels])
+    return float(np.mean([1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs]))
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_auc_counts_ordered_pairs(levels: int) -> None:
+    rng = np.random.default_rng(levels)
+    labels = rng.random(80) < 0.3
+    scores = rng.integers(0, levels, 80) / levels + 0.2 * labels * (levels > 3)
+    assert auc(scores, labels) == pytest.approx(auc_by_pairs(scores, labels))
+    assert auc(scores, np.ones(80, bool)) is None
+
+
+def test_expected_exits_by_hand() -> None:
+    scores = np.asarray([[0.9, 0.9, 0.1, 0.2, 0.5], [0.9, 0.1, 0.8, 0.3, 0.9]])
+    labels = np.asarray([[True, False, True, True, True], [False, True, False, True, True]])
+    found = expected_exits(scores, labels, (1, 3), 6, 0.5, min_layers=0)
+    assert found == {
+        "threshold": 0.5,
+        "exit_rate": pytest.approx(4 / 5),
+        "depth": pytest.approx((2 + 2 + 4 + 6 + 4) / 30),
+        "agreement": pytest.approx(3 / 5),
+        "exits_by_layer": {"1": pytest.approx(2 / 5), "3": pytest.approx(2 / 5)},
+    }
+    barred = expected_exits(scores, labels, (1, 3), 6, 0.5, min_layers=3)
+    assert barred["exits_by_layer"] == {"1": 0.0, "3": pytest.approx(3 / 5)}
+
+
+# ------------------------------------------------------------------------------------------------- what is learned from
+
+
+def test_the_same_seed_gives_the_same_routers() -> None:
+    settings = config(exit_strategy="affine", max_epochs=2)
+    first, again = (calibrate(random_model(), None, iter(TEXTS), settings) for _ in range(2))
+    other = calibrate(random_model(), None, TEXTS, config(exit_strategy="affine", max_epochs=2, seed=1))
+    assert first.metadata == again.metadata
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.routers[0].down, other.routers[0].down)
+
+
+def test_routers_survive_saving_exactly(tmp_path: Any) -> None:
+    routers = calibrate(random_model(), None, TEXTS, config(exit_strategy="affine", max_epochs=2))
+    routers.save(tmp_path / "r.safetensors")
+    loaded = Routers.load(tmp_path / "r.safetensors", model=random_model(), checkpoint_interval=2)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(routers), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert loaded.report == routers.report
+
+
+def targets_of(model: Decoder, text: list[int], start: int = 1) -> list[int]:
+    """The full model's choice after every token from `start` on."""
+    padded = jnp.asarray([text + [0] * (24 - len(text))], jnp.int32)
+    return np.argmax(model(padded)[0, start : len(text)], axis=-1).tolist()
+
+
+@pytest.mark.parametrize("texts, batch_size", [(TEXTS, 8), (TEXTS[:47], 7), (TEXTS[:50], 50)])
+def test_every_token_but_the_first_of_a_text_is_seen_once(texts: list[list[int]], batch_size: int) -> None:
+    model = random_model()
+    splits, counts = gather(model, config(batch_size=batch_size, exit_strategy="affine"), texts)
+    wanted = sorted(itertools.chain.from_iterable(targets_of(model, text) for text in texts))
+    assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == wanted
+    assert counts == {"texts": len(texts), "tokens": sum(len(text) - 1 for text in texts)}
+
+
+def test_prompts_of_samples_are_read_but_not_learned_from() -> None:
+    model = random_model()
+    samples = [Sample(text, start=4) for text in TEXTS]
+    splits, counts = gather(model, CONFIG, samples)
+    wanted = sorted(itertools.chain.from_iterable(targets_of(model, text, start=4) for text in TEXTS))
+    assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == wanted
+    assert counts["tokens"] == sum(len(text) - 4 for text in TEXTS)
+
+
+def test_splits_share_no_text() -> None:
+    """Each text is one token repeated, and the model of no layers' worth answers with it: targets name their text."""
+    names = ("attention.out.kernel", "mlp.down.kernel")
+    model = with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in range(5) for name in names})
+    model = with_parameters(model, {"final_norm.scale": 1.0})
+    texts = [[token] * 12 for token in range(10, 110)]
+    splits, _ = gather(model, config(exit_strategy="affine"), texts)
+    held = [set(split.targets.tolist()) for split in splits]
+    assert sum(len(tokens) for tokens in held) == len(set.union(*held)) == 100
+    shares = [len(tokens) / 100 for tokens in held]
+    assert 0.3 < shares[0] < 0.55
+    assert 0.3 < shares[1] < 0.55
+    assert 0.05 < shares[2] < 0.3
+
+
+def test_memory_is_bounded_by_what_is_allowed() -> None:
+    per_token = Reservoir.bytes_per_token(2, 48)
+    splits, counts = gather(random_model(), config(reservoir_bytes=500 * per_token))
+    assert counts["tokens"] > 1000
+    for split, most in zip(splits, (0, 425, 75), strict=True):
+        assert len(split) <= max(64, most)
+        for array in (split.states, split.last, split.targets):
+            assert array.nbytes <= per_token * max(64, most)
+
+
+def reservoir_of(count: int, capacity: int, *, seed: int, step: int) -> Reservoir:
+    """A reservoir that was offered tokens 0 to count - 1, `step` at a time, their number in every array."""
+    reservoir = Reservoir(capacity, 2, 3, seed=seed)
+    for start in range(0, count, step):
+        tokens = np.arange(start, min(start + step, count))
+        states = np.broadcast_to(tokens.astype(np.float16)[:, None], (len(tokens), 3))
+        reservoir.add(np.stack([states, states + 0.5]), states, tokens.astype(np.int32))
+    return reservoir
+
+
+@pytest.mark.parametrize("step", [1, 7, 100])
+def test_a_reservoir_is_a_uniform_sample(step: int) -> None:
+    count, capacity, runs = 100, 20, 600
+    kept = np.zeros(count)
+    for seed in range(runs):
+        reservoir = reservoir_of(count, capacity, seed=seed, step=step)
+        assert len(reservoir) == capacity
+        assert reservoir.seen == count
+        assert len(set(reservoir.targets.tolist())) == capacity, "no token twice"
+        np.testing.assert_array_equal(reservoir.last[:, 0], reservoir.targets)
+        np.testing.assert_array_equal(reservoir.states[1, :, 2], reservoir.targets + 0.5)
+        kept[reservoir.targets] += 1
+    expected = runs * capacity / count
+    deviation = np.sqrt(expected * (1 - capacity / count))
+    assert np.abs(kept - expected).max() < 4.5 * deviation
+    # Neighbours in time, not single tokens alone: the first and the last tenth are kept as often as they should be.
+    for tenth in (kept[:10], kept[-10:]):
+        assert abs(tenth.sum() - 10 * expected) < 4.5 * np.sqrt(10) * deviation
+
+
+def test_a_reservoir_keeps_everything_that_fits() -> None:
+    assert sorted(reservoir_of(30, 40, seed=0, step=7).targets.tolist()) == list(range(30))
+
+
+def test_affine_heads_find_a_linear_map() -> None:
+    rng, size = np.random.default_rng(0), 12
+    kernel, bias = 0.3 * rng.normal(size=(size, size)), rng.normal(size=size)
+
+    def sample_of(count: int) -> Reservoir:
+        reservoir = Reservoir(count, 1, size, seed=0)
+        x = rng.normal(size=(count, size))
+        x /= np.sqrt(np.mean(x**2, axis=1, keepdims=True))
+        last = x + x @ kernel + bias
+        reservoir.add(x[None].astype(np.float16), last.astype(np.float16), np.zeros(count, np.int32))
+        return reservoir
+
+    fit, held_out = sample_of(3000), sample_of(200)
+    head = fit_heads(fit, held_out, None)[0]
+    np.testing.assert_allclose(head.factors[0], kernel, atol=5e-3)
+    np.testing.assert_allclose(head.bias, bias, atol=5e-3)
+    # The best map of rank r leaves the smallest singular values, here of the map itself: inputs are white.
+    low = fit_heads(fit, held_out, 5)[0]
+    u, s, vt = np.linalg.svd(kernel)
+    best = (u[:, :5] * s[:5]) @ vt[:5]
+    found = np.asarray(low.factors[0] @ low.factors[1])
+    assert np.linalg.norm(found - kernel) < 1.05 * np.linalg.norm(best - kernel)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "texts, changes, expected",
+    [
+        ([], {}, "no calibration text"),
+        (["", "x"], {}, "too short"),
+        ([[5]], {}, "no calibration text"),
+        (TEXTS[:3], {}, "calibration text too short: 3 texts"),
+        (TEXTS, {"checkpoint_interval": 5}, "checkpoint_interval=5 leaves no checkpoint"),
+        (TEXTS, {"calibration_samples": 2}, "too short: 2 texts"),
+    ],
+)
+def test_what_cannot_be_calibrated(texts: Any, changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(TideError, match=expected) as caught:
+        calibrate(random_model(), ByteTokenizer(), texts, config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_strings_go_through_the_tokenizer() -> None:
+    tokenizer = ByteTokenizer()
+    texts = ["".join(chr(97 + i % 26) for i in text) for text in TEXTS]
+    first = calibrate(random_model(), tokenizer, texts, config(max_epochs=1))
+    again = calibrate(random_model(), None, [tokenizer.encode(text) for text in texts], config(max_epochs=1))
+    assert first.report == again.report
+    assert first.report["counts"]["texts"] == len(TEXTS)
+
+
+def test_progress_is_told_of_every_stage() -> None:
+    seen: list[tuple[str, int, int]] = []
+    calibrate(
+        random_model(),
+        None,
+        TEXTS,
+        config(exit_strategy="affine", max_epochs=2),
+        progress=lambda *what: seen.append(what),
+    )
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
+        "reading text",
+        "fitting exit heads",
+        "labelling",
+        "training routers",
+    ]

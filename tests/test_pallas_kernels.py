@@ -1,0 +1,86 @@
+"""The exit step's reference against float64 NumPy: every other implementation is tested against the reference."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.exit_step import ExitStep, exit_step
+from pallas_kernels.exit_step.reference import rms_normalise
+
+EPS = 1e-5
+
+
+def router_of(size: int, hidden: int) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(size)
+    shapes = ((size, hidden), (hidden,), (hidden,), ())
+    return tuple(jnp.asarray(rng.normal(size=shape) / np.sqrt(max(1, *shape, 1)), jnp.float32) for shape in shapes)
+
+
+def states_of(rows: int, size: int, dtype: jnp.dtype) -> jax.Array:
+    return jnp.asarray(3.0 * np.random.default_rng(rows).normal(size=(rows, size)), dtype)
+
+
+def scores_by_hand(x: jax.Array, router: tuple[jax.Array, ...]) -> np.ndarray:
+    down, down_bias, up, up_bias = (np.asarray(a, np.float64) for a in router)
+    rows = np.asarray(x, np.float64)
+    rows = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + EPS)
+    hidden = rows @ down + down_bias
+    return 1 / (1 + np.exp(-((hidden / (1 + np.exp(-hidden))) @ up + up_bias)))
+
+
+def step(
+    x: jax.Array, router: tuple[jax.Array, ...], threshold: float, candidates: np.ndarray | None = None
+) -> ExitStep:
+    candidates = np.ones(len(x), bool) if candidates is None else candidates
+    return exit_step(x, *router, jnp.float32(threshold), jnp.asarray(candidates), eps=EPS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+@pytest.mark.parametrize("size, hidden", [(8, 1), (63, 16), (129, 33)])
+def test_reference_is_the_formula(dtype: jnp.dtype, rows: int, size: int, hidden: int) -> None:
+    x, router = states_of(rows, size, dtype), router_of(size, hidden)
+    candidates = np.random.default_rng(1).random(rows) < 0.7
+    expected = scores_by_hand(x, router)
+    found = step(x, router, 0.5, candidates)
+    assert found.scores.dtype == jnp.float32
+    np.testing.assert_allclose(found.scores, expected, atol=2e-6)
+    clear = np.abs(expected - 0.5) > 1e-5
+    np.testing.assert_array_equal(found.exits[clear], (candidates & (expected > 0.5))[clear])
+
+
+def test_a_score_must_exceed_the_threshold() -> None:
+    router = (jnp.zeros((7, 2)), jnp.zeros((2,)), jnp.zeros((2,)), jnp.float32(0.0))  # scores of exactly 0.5
+    x = states_of(4, 7, jnp.float32)
+    assert not step(x, router, 0.5).exits.any()
+    assert step(x, router, float(np.nextafter(np.float32(0.5), np.float32(0)))).exits.all()
+
+
+def test_no_score_exceeds_one() -> None:
+    router = (jnp.zeros((7, 2)), jnp.zeros((2,)), jnp.zeros((2,)), jnp.float32(1e4))
+    found = step(states_of(4, 7, jnp.float32), router, 1.0)
+    assert (found.scores == 1.0).all()
+    assert not found.exits.any()
+
+
+def test_rows_of_zeros_and_of_the_largest_float16_are_scored() -> None:
+    x = jnp.asarray([[0.0] * 7, [60000.0] * 7], jnp.float16)
+    router = router_of(7, 5)
+    np.testing.assert_allclose(step(x, router, 0.5).scores, scores_by_hand(x, router), atol=2e-6)
+    np.testing.assert_allclose(rms_normalise(x, EPS)[1], 1.0, rtol=1e-3)
+
+
+def test_an_unknown_implementation_is_refused_with_those_there_are() -> None:
+    router = router_of(7, 5)
+    with pytest.raises(ValueError, match=r"no implementation 'magic'; choose one of .*reference"):
+        exit_step(
+            states_of(2, 7, jnp.float32),
+            *router,
+            jnp.float32(0.5),
+            jnp.ones((2,), bool),
+            eps=EPS,
+            implementation="magic",
+        )

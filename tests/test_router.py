@@ -1,0 +1,222 @@
+"""Routers on disk: exact round trips, and files that are damaged or belong to something else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tiny_models import tiny_model
+
+from tide_jax import Decoder, Routers, TideError
+from tide_jax.checkpoint import fingerprint
+from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.decoder import from_parameters, parameters
+from tide_jax.router import ExitHead, Router, RouterMetadata, heads_path, model_identity
+from tide_jax.router_file import round_columns, round_half
+from tide_jax.testing import random_routers, tiny_config
+
+MODEL = tiny_model(tiny_config())
+
+
+def made_for(model: Decoder, *, affine: bool = False, seed: int = 0, **metadata: Any) -> Routers:
+    """Random routers that say they belong to a model."""
+    values = model_identity(model) | {"config": {"checkpoint_interval": 2}} | metadata
+    routers = random_routers(model.config, affine=affine, seed=seed)
+    return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(values))
+
+
+def rounded(routers: Routers, rank: int) -> Routers:
+    """Weights as calibration leaves them; heads of low rank."""
+
+    def low_rank(head: ExitHead) -> ExitHead:
+        (factor,) = head.factors
+        return ExitHead((round_half(factor[:, :rank]), round_half(factor[:rank])), round_half(head.bias))
+
+    return dataclasses.replace(
+        routers,
+        routers=tuple(r._replace(down=round_columns(r.down)) for r in routers.routers),
+        heads=None if routers.heads is None else tuple(low_rank(head) for head in routers.heads),
+    )
+
+
+def same_weights(found: Routers, expected: Routers) -> None:
+    found_leaves, expected_leaves = jax.tree.leaves(found), jax.tree.leaves(expected)
+    assert jax.tree.structure(found.without_metadata()) == jax.tree.structure(expected.without_metadata())
+    for a, b in zip(found_leaves, expected_leaves, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+
+
+def refused(path: Path, expected: str, **arguments: Any) -> None:
+    with pytest.raises(TideError, match=expected) as caught:
+        Routers.load(path, **({"model": MODEL} | arguments))
+    assert "\n" not in str(caught.value)
+    assert path.name in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["identity", "affine"])
+@pytest.mark.parametrize("low_precision", [False, True], ids=["float32", "rounded"])
+def test_saving_and_loading_changes_nothing(tmp_path: Path, affine: bool, low_precision: bool) -> None:
+    routers = made_for(MODEL, affine=affine, report={"checkpoints": [1, 2]})
+    routers = rounded(routers, rank=5) if low_precision else routers
+    path = tmp_path / "new" / "routers.safetensors"
+    routers.save(path)
+    loaded = Routers.load(path, model=MODEL, checkpoint_interval=2)
+    same_weights(loaded, routers)
+    assert loaded.report == {"checkpoints": [1, 2]}
+    assert loaded.exit_strategy == ("affine" if affine else "identity")
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted(
+        ["routers.safetensors", *(["routers.heads.safetensors"] if affine else [])]
+    )
+    with safe_open(path, framework="np") as file:
+        assert file.get_tensor("1.down").dtype == (np.int8 if low_precision else np.float32)
+    loaded.save(tmp_path / "again.safetensors")
+    same_weights(Routers.load(tmp_path / "again.safetensors", model=MODEL), routers)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 300.0])
+def test_rounding_columns_is_done_once_and_stays_close(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    weights = (scale * rng.normal(size=(33, 7))).astype(np.float32)
+    weights[:, 3] = 0
+    once = round_columns(weights)
+    np.testing.assert_array_equal(round_columns(once), once)
+    step = np.abs(weights).max(axis=0) / 127
+    assert (np.abs(once - weights) <= 0.51 * step + 127 * step / 256 + 1e-44).all()
+    assert (once[:, 3] == 0).all()
+
+
+def test_the_file_of_a_large_model_stays_small(tmp_path: Path) -> None:
+    config, width, layers = CalibrationConfig(), 4096, 32
+    checkpoints = checkpoint_layers(layers, config.checkpoint_interval)
+    assert len(checkpoints) == 7
+    rng, hidden = np.random.default_rng(0), config.router_bottleneck_dim
+    router = Router(
+        down=jnp.asarray(round_columns(rng.normal(size=(width, hidden)))),
+        down_bias=jnp.asarray(rng.normal(size=hidden), jnp.float32),
+        up=jnp.asarray(rng.normal(size=hidden), jnp.float32),
+        up_bias=jnp.float32(0.1),
+    )
+    Routers((router,) * 7, None, checkpoints).save(tmp_path / "large.safetensors")
+    assert (tmp_path / "large.safetensors").stat().st_size <= 4.2e6
+
+
+def test_the_fingerprint_is_the_models_whatever_its_dtype() -> None:
+    tensors = parameters(MODEL)
+    half = from_parameters(MODEL.config, tensors.items(), dtype=jnp.bfloat16)
+    assert fingerprint(half) == fingerprint(MODEL) == fingerprint(tiny_model(tiny_config(eos_token_ids=(4,))))
+    others = [tiny_model(tiny_config(), seed=1), tiny_model(tiny_config(norm_eps=1e-5))]
+    assert len({fingerprint(model) for model in [MODEL, *others]}) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def truncate(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": truncate,
+    "cut in its header": lambda content: content[:20],
+    "empty": lambda content: b"",
+    "random bytes": lambda content: np.random.default_rng(0).bytes(500),
+    "header of garbage": lambda content: content[:8] + b"\xff" * 40 + content[48:],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    path.write_bytes(DAMAGE[kind](path.read_bytes()))
+    refused(path, "is damaged")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_heads_are_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL, affine=True).save(path)
+    heads_path(path).write_bytes(DAMAGE[kind](heads_path(path).read_bytes()))
+    with pytest.raises(TideError, match=r"routers\.heads\.safetensors is damaged or belongs to other routers"):
+        Routers.load(path, model=MODEL)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing.safetensors", "no router file at")
+    refused(tmp_path, "no router file at")
+
+
+def test_another_safetensors_file(tmp_path: Path) -> None:
+    save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "holds no routers")
+
+
+def test_the_heads_file_is_no_router_file(tmp_path: Path) -> None:
+    made_for(MODEL, affine=True).save(tmp_path / "r.safetensors")
+    refused(tmp_path / "r.heads.safetensors", "r.heads.safetensors")
+
+
+def test_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() | {"version": "99"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    save_file(tensors, path, metadata=metadata)
+    refused(path, "router format 99")
+
+
+def test_heads_that_are_missing_or_another_fits(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    made_for(MODEL, affine=True).save(first)
+    made_for(MODEL, affine=True, seed=1).save(second)
+    heads_path(first).write_bytes(heads_path(second).read_bytes())
+    refused(first, "belongs to other routers")
+    heads_path(first).unlink()
+    refused(first, "exit heads in first.heads.safetensors, which is not there")
+
+
+def test_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    other = tiny_model(tiny_config(num_layers=4, model_type="other"))
+    refused(path, r"tiny, 6 layers of width 48 .*, this model is other, 4 layers of width 48 ", model=other)
+    refused(path, f"{fingerprint(MODEL)}.*calibrate", model=tiny_model(tiny_config(), seed=1))
+
+
+def test_another_checkpoint_interval_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    refused(path, "every 2 layers, expected every 4", checkpoint_interval=4)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_place_that_cannot_be_written(tmp_path: Path, affine: bool) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TideError, match="can't write"):
+        made_for(MODEL, affine=affine).save(tmp_path / "file" / "routers.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    first = made_for(MODEL)
+    first.save(path)
+    heads_path(path).mkdir()  # the heads can't be written, so the routers must not be replaced
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TideError, match="can't write"):
+        made_for(MODEL, affine=True, seed=1).save(path)
+    assert sorted(tmp_path.iterdir()) == before, "nothing half-written stays behind"
+    same_weights(Routers.load(path, model=MODEL), first)
