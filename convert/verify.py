@@ -79,7 +79,7 @@ def _random_batch(model: Decoder) -> tuple[np.ndarray, np.ndarray]:
 def _reference_logits(source: Source, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     import torch
 
-    reference = _reference_model(source).eval()
+    reference = reference_model(source).eval()
     attention_mask = torch.tensor(mask.astype(np.int64))
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -87,7 +87,8 @@ def _reference_logits(source: Source, tokens: np.ndarray, mask: np.ndarray) -> n
     return output.logits.float().numpy()
 
 
-def _reference_model(source: Source) -> Any:
+def reference_model(source: Source) -> Any:
+    """The checkpoint as a PyTorch model of transformers, float32. Raises TideError if transformers cannot load it."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig, Routers, TideError, calibrate
 from tide_jax.calibrate import auc, expected_exits
-from tide_jax.collect import Sample, Splits, collect, tokenise
+from tide_jax.collect import Collected, Sample, collect, tokenise
 from tide_jax.config import checkpoint_layers
+from tide_jax.evaluation import measure_exits
 from tide_jax.exit_heads import fit_heads
 from tide_jax.reservoir import Reservoir
-from tide_jax.testing import ByteTokenizer, tiny_config
+from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
 TEXTS = random_prompts(tuple(np.random.default_rng(1).integers(8, 25, 90)), seed=2)
 CONFIG = CalibrationConfig(
@@ -48,7 +50,7 @@ def finished_model() -> Decoder:
     return with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in (2, 3, 4) for name in names})
 
 
-def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> tuple[Splits, dict[str, int]]:
+def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> Collected:
     checkpoints = checkpoint_layers(model.config.num_layers, calibration.checkpoint_interval)
     return collect(model, tokenise(None, TEXTS if texts is None else texts, calibration), checkpoints, calibration)
 
@@ -96,7 +98,7 @@ def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | N
     width = model.config.hidden_size
     shapes = [(width, width)] if rank is None else [(width, rank), (rank, width)]
     assert [[f.shape for f in head.factors] for head in routers.heads] == [shapes] * 2
-    validation = gather(model, settings)[0].validation
+    validation = gather(model, settings).splits.validation
     scores, labels = np.zeros((2, len(validation))), np.zeros((2, len(validation)), bool)
     for c in range(2):
         states = jnp.asarray(validation.states[c], jnp.float32)
@@ -111,13 +113,40 @@ def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | N
         assert found["auc"] == pytest.approx(auc_by_pairs(scores[c], labels[c]), abs=2e-3)
     assert 0.0 < labels.mean() < 1.0
     for dial in routers.report["exits"]:
-        depth = right = 0.0
-        for n in range(len(validation)):
-            left = next((c for c in range(2) if scores[c, n] > dial["threshold"]), None)
-            depth += 5 if left is None else routers.checkpoints[left] + 1
-            right += 1 if left is None else labels[left, n]
-        assert dial["depth"] == pytest.approx(depth / len(validation) / 5)
-        assert dial["agreement"] == pytest.approx(right / len(validation))
+        left = [next((c for c in range(2) if scores[c, n] > dial["threshold"]), None) for n in range(len(validation))]
+        right = [c is None or labels[c, n] for n, c in enumerate(left)]
+        assert dial["label_agreement"] == pytest.approx(np.mean(right))
+    oracle = [next((routers.checkpoints[c] + 1 for c in range(2) if labels[c, n]), 5) for n in range(len(validation))]
+    assert routers.report["oracle"]["depth"] == pytest.approx(np.mean(oracle) / 5)
+
+
+def test_measured_exits_are_those_of_the_brute_force() -> None:
+    """With the cache that exits leave behind, on the texts that were held out; prompts run every layer."""
+    model = random_model()
+    routers = random_routers(model.config, interval=2)
+    rows, batches = [], gather(model, CONFIG, [Sample(text, start=1 + i % 4) for i, text in enumerate(TEXTS)]).held_out
+    for batch in batches:
+        for tokens, positions, counted in zip(*map(np.asarray, batch), strict=True):
+            if counted.any():
+                rows.append((tokens[positions >= 0].tolist(), int(np.argmax(counted))))
+    full = [np.argmax(BruteForce(model).walk(row, 0).logits[start:], axis=1) for row, start in rows]
+    count = sum(len(answers) for answers in full)
+    assert count > 100
+    for threshold, min_layers in ((0.4, 0), (0.7, 3)):
+        (dial,) = measure_exits(model, routers, batches, [threshold], min_layers)
+        brute_force = BruteForce(model, routers, threshold, min_layers)
+        walked = [brute_force.walk(row, start) for row, start in rows]
+        layers = np.concatenate([w.exit_layers[start:] for w, (_, start) in zip(walked, rows, strict=True)])
+        agrees = [np.argmax(w.logits[s:], axis=1) == a for w, (_, s), a in zip(walked, rows, full, strict=True)]
+        few = 2.5 / count  # scores this close to a threshold may fall on either side
+        assert dial["exit_rate"] == pytest.approx((layers < 4).mean(), abs=few)
+        assert dial["depth"] == pytest.approx((layers + 1).mean() / 5, abs=few)
+        assert dial["agreement"] == pytest.approx(np.concatenate(agrees).mean(), abs=few)
+        assert dial["threshold"] == threshold
+        for layer in (1, 3):
+            assert dial["exits_by_layer"][str(layer)] == pytest.approx((layers == layer).mean(), abs=few)
+        assert 0.1 < dial["exit_rate"] < 0.9
+        assert dial["agreement"] < 0.99
 
 
 def test_scoring_agrees_with_what_training_saw() -> None:
@@ -197,7 +226,7 @@ def targets_of(model: Decoder, text: list[int], start: int = 1) -> list[int]:
 @pytest.mark.parametrize("texts, batch_size", [(TEXTS, 8), (TEXTS[:47], 7), (TEXTS[:50], 50)])
 def test_every_token_but_the_first_of_a_text_is_seen_once(texts: list[list[int]], batch_size: int) -> None:
     model = random_model()
-    splits, counts = gather(model, config(batch_size=batch_size, exit_strategy="affine"), texts)
+    splits, _, counts = gather(model, config(batch_size=batch_size, exit_strategy="affine"), texts)
     wanted = sorted(itertools.chain.from_iterable(targets_of(model, text) for text in texts))
     assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == wanted
     assert counts == {"texts": len(texts), "tokens": sum(len(text) - 1 for text in texts)}
@@ -206,7 +235,7 @@ def test_every_token_but_the_first_of_a_text_is_seen_once(texts: list[list[int]]
 def test_prompts_of_samples_are_read_but_not_learned_from() -> None:
     model = random_model()
     samples = [Sample(text, start=4) for text in TEXTS]
-    splits, counts = gather(model, CONFIG, samples)
+    splits, _, counts = gather(model, CONFIG, samples)
     wanted = sorted(itertools.chain.from_iterable(targets_of(model, text, start=4) for text in TEXTS))
     assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == wanted
     assert counts["tokens"] == sum(len(text) - 4 for text in TEXTS)
@@ -218,18 +247,17 @@ def test_splits_share_no_text() -> None:
     model = with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in range(5) for name in names})
     model = with_parameters(model, {"final_norm.scale": 1.0})
     texts = [[token] * 12 for token in range(10, 110)]
-    splits, _ = gather(model, config(exit_strategy="affine"), texts)
+    splits, held_out, _ = gather(model, config(exit_strategy="affine"), texts)
     held = [set(split.targets.tolist()) for split in splits]
     assert sum(len(tokens) for tokens in held) == len(set.union(*held)) == 100
-    shares = [len(tokens) / 100 for tokens in held]
-    assert 0.3 < shares[0] < 0.55
-    assert 0.3 < shares[1] < 0.55
-    assert 0.05 < shares[2] < 0.3
+    assert [len(tokens) / 100 for tokens in held] == pytest.approx([0.425, 0.425, 0.15], abs=0.02)
+    texts_held_out = {int(t) for batch in held_out for t in np.unique(batch.tokens) if t}
+    assert texts_held_out == held[2], "exits are measured on validation texts alone"
 
 
 def test_memory_is_bounded_by_what_is_allowed() -> None:
     per_token = Reservoir.bytes_per_token(2, 48)
-    splits, counts = gather(random_model(), config(reservoir_bytes=500 * per_token))
+    splits, _, counts = gather(random_model(), config(reservoir_bytes=500 * per_token))
     assert counts["tokens"] > 1000
     for split, most in zip(splits, (0, 425, 75), strict=True):
         assert len(split) <= max(64, most)
@@ -338,4 +366,5 @@ def test_progress_is_told_of_every_stage() -> None:
         "fitting exit heads",
         "labelling",
         "training routers",
+        "measuring exits",
     ]

@@ -16,7 +16,8 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefill
 from tide_jax.batch import pad_left
 from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, Prompt
+from tide_jax.generate import Exits, Prompt, Request, begin
+from tide_jax.sampling import make_sampling
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
 PROMPTS = random_prompts((4, 7, 1))
@@ -225,11 +226,20 @@ def test_sampling_depends_on_its_key_alone() -> None:
     assert not np.array_equal(free_tokens(), first)
 
 
-def test_repetition_penalty_counts_prompt_and_new_tokens_but_no_padding() -> None:
+def test_repetition_penalty_counts_prompt_and_new_tokens() -> None:
     letters = [[ord(c) + 3 for c in "abcdefghijklm"], [ord(c) + 3 for c in "nop"]]
     out = engine().generate(letters, max_new_tokens=10, repetition_penalty=1e6, eos_token_id=[])
     for prompt, row in zip(letters, out.tokens.tolist(), strict=True):
         assert len({*prompt, *row}) == len(prompt) + len(row), "no token twice: 27 letters are enough"
+
+
+def test_padding_does_not_count_as_seen() -> None:
+    model = engine().model
+    prompt = Prompt(jnp.asarray(pad_left([np.asarray(p) for p in PROMPTS], 9)), jnp.asarray([4, 7, 1], jnp.int32))
+    request = Request(make_sampling(), jax.random.key(0), jnp.full((3, 1), -1), jnp.int32(0), jnp.int32(4))
+    state = jax.jit(begin, static_argnames="capacity")(model, prompt, request, None, capacity=4)
+    for b, row in enumerate(PROMPTS):
+        assert np.flatnonzero(state.seen[b]).tolist() == sorted({*row, int(state.last[b])})
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming

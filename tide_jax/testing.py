@@ -69,16 +69,13 @@ def random_routers(
     return Routers(tuple(router(c) for c in count), tuple(head(c) for c in count) if affine else None, checkpoints)
 
 
-def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True) -> Routers:
-    """Routers that score every token 1.0 (or 0.0): with `min_layers` they force a depth."""
-
-    def router() -> Router:
-        d = config.hidden_size
-        bias = jnp.float32(200.0 if exits else -200.0)
-        return Router(jnp.zeros((d, 1)), jnp.zeros((1,)), jnp.zeros((1,)), bias)
-
+def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True, bottleneck: int = 1) -> Routers:
+    """Routers that score every token 1.0 (or 0.0): with `min_layers` they force a depth. A `bottleneck` of the real
+    size makes them cost what real ones cost."""
+    d, bias = config.hidden_size, jnp.float32(200.0 if exits else -200.0)
+    router = Router(jnp.zeros((d, bottleneck)), jnp.zeros((bottleneck,)), jnp.zeros((bottleneck,)), bias)
     checkpoints = checkpoint_layers(config.num_layers, interval)
-    return Routers(tuple(router() for _ in checkpoints), None, checkpoints)
+    return Routers((router,) * len(checkpoints), None, checkpoints)
 
 
 class ByteTokenizer:

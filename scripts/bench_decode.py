@@ -1,0 +1,240 @@
+"""Time against depth: decoding at full depth, with routers that never exit, at forced depths, and transformers beside.
+
+  python scripts/bench_decode.py MODEL --out scripts/results/decode.json
+
+MODEL is anything tide_jax.load takes. Everything runs in one process on the same weights and threads, one round of all
+variants after the other; medians and spreads over the rounds are reported. A variant's time per token is the time of a
+long generation minus that of a one-token generation by the same compiled program, so prefill and start-up are out.
+
+Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
+time minus the time of embedding, output head and argmax alone, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import tide_jax
+from tide_jax.early_exit import ExitGate
+from tide_jax.generate import Exits, Prompt, Request
+from tide_jax.sampling import make_sampling
+from tide_jax.testing import constant_routers
+
+PROMPT = 32
+Variant = Callable[[], float]
+"""Runs once and returns seconds per decoding step."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--steps", type=int, default=48, help="tokens generated per row (48)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--interval", type=int, default=3, help="layers in a group (3)")
+    parser.add_argument(
+        "--transformers", metavar="SOURCE", help="the same weights as transformers loads them (needs torch)"
+    )
+    args = parser.parse_args()
+
+    model = tide_jax.load(args.model)
+    reference = load_reference(args.transformers) if args.transformers else None
+    batches = [bench_batch(model, reference, batch, args) for batch in args.batch]
+    report = {
+        "model": {
+            "layers": model.config.num_layers,
+            "hidden_size": model.config.hidden_size,
+            "dtype": str(model.dtype),
+        },
+        "method": {"prompt": PROMPT, "steps": args.steps, "rounds": args.rounds, "interval": args.interval},
+        "machine": machine(),
+        "batches": batches,
+    }
+    for row in batches:
+        show(row, model.config.num_layers)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def load_reference(source: str) -> Any:
+    """transformers' model of the weights, float32."""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("error: --transformers needs torch; install it or leave the option out")
+    from convert.reader import open_source
+    from convert.verify import reference_model
+
+    return reference_model(open_source(source)).eval()
+
+
+def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """All variants at one batch size."""
+    interval = args.interval
+    routers = constant_routers(model.config, interval=interval, bottleneck=128)
+    never = constant_routers(model.config, interval=interval, exits=False, bottleneck=128)
+    variants: dict[str, Variant] = {
+        "full": engine_variant(model, None, batch, args.steps),
+        "full, routers on": engine_variant(model, forced(never, interval), batch, args.steps),
+        "head only": head_variant(model, batch, args.steps),
+    }
+    for checkpoint in routers.checkpoints:
+        exits = forced(routers, checkpoint + 1)
+        variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
+    if reference is not None:
+        variants["transformers"] = reference_variant(reference, model.config.vocab_size, batch, args.steps)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in tqdm(range(args.rounds), desc=f"batch {batch}"):
+        for name, run in variants.items():
+            times[name].append(run())
+    return {"batch": batch, "variants": summarise(times, model.config.num_layers, batch)}
+
+
+def forced(routers: tide_jax.Routers, depth: int) -> Exits:
+    """Exits that take `routers` at their word from the first checkpoint that leaves `depth` layers run."""
+    gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5, jnp.float32), jnp.int32(depth))
+    return Exits(routers, gate, jnp.asarray(False))
+
+
+def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:
+    tokens = jnp.asarray(random_prompts(model.config.vocab_size, batch), jnp.int32)
+    prompt = Prompt(tokens, jnp.full((batch,), PROMPT, jnp.int32))
+    program = jax.jit(tide_jax.generate_tokens, static_argnames="capacity")
+
+    def generate(count: int) -> float:
+        request = Request(
+            sampling=make_sampling(),
+            key=jax.random.key(0),
+            eos=jnp.full((batch, 1), -1, jnp.int32),
+            pad=jnp.int32(0),
+            max_new_tokens=jnp.int32(count),
+        )
+        start = time.perf_counter()
+        jax.block_until_ready(program(model, prompt, request, exits, capacity=steps))
+        return time.perf_counter() - start
+
+    def run() -> float:
+        return (generate(steps) - generate(1)) / (steps - 1)
+
+    run()
+    return run
+
+
+def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
+    """Embedding, final norm, output head and argmax, with no layers between."""
+
+    @jax.jit
+    def loop(model: tide_jax.Decoder, tokens: jax.Array) -> jax.Array:
+        def body(_: Any, tokens: jax.Array) -> jax.Array:
+            x = model.embed_tokens(tokens[:, None], jnp.zeros((batch, 1), jnp.int32))
+            return jnp.argmax(model.logits(model.final_norm(x))[:, 0], axis=-1).astype(jnp.int32)
+
+        return lax.fori_loop(0, steps, body, tokens)
+
+    def run() -> float:
+        start = time.perf_counter()
+        loop(model, jnp.zeros((batch,), jnp.int32)).block_until_ready()
+        return (time.perf_counter() - start) / steps
+
+    run()
+    return run
+
+
+def reference_variant(reference: Any, vocabulary: int, batch: int, steps: int) -> Variant:
+    import torch
+
+    tokens = torch.tensor(random_prompts(vocabulary, batch))
+
+    def generate(count: int) -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            reference.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return time.perf_counter() - start
+
+    def run() -> float:
+        return (generate(steps) - generate(1)) / (steps - 1)
+
+    run()
+    return run
+
+
+def random_prompts(vocabulary: int, batch: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(5, vocabulary, (batch, PROMPT))
+
+
+def summarise(times: dict[str, list[float]], layers: int, batch: int) -> list[dict[str, Any]]:
+    """Medians, ratios to full depth of the same round, and skip efficiency, for each variant."""
+    full, head = (statistics.median(times[name]) for name in ("full", "head only"))
+    rows = []
+    for name, values in times.items():
+        median = statistics.median(values)
+        row: dict[str, Any] = {
+            "name": name,
+            "ms_per_step": 1e3 * median,
+            "ms_min": 1e3 * min(values),
+            "ms_max": 1e3 * max(values),
+            "tokens_per_second": batch / median,
+            "ratio_to_full": statistics.median(v / f for v, f in zip(values, times["full"], strict=True)),
+        }
+        if name.startswith("forced"):
+            depth = int(name.split()[1])
+            row["layers"] = depth
+            row["skip_efficiency"] = (full - median) / (full - head) / (1 - depth / layers)
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    versions = {name: __import__(name).__version__ for name in ("jax", "flax", "numpy", "transformers", "tide_jax")}
+    if importlib.util.find_spec("torch"):
+        versions["torch"] = __import__("torch").__version__
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+    }
+
+
+def show(report: dict[str, Any], layers: int) -> None:
+    table = Table(title=f"decoding, batch {report['batch']}, {layers} layers")
+    for name in ("variant", "ms/step", "min", "max", "tokens/s", "time ratio", "skip efficiency"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in report["variants"]:
+        efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
+        numbers = [f"{row[k]:.2f}" for k in ("ms_per_step", "ms_min", "ms_max")]
+        table.add_row(
+            row["name"], *numbers, f"{row['tokens_per_second']:.1f}", f"{row['ratio_to_full']:.2f}", efficiency
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

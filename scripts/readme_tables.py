@@ -1,0 +1,111 @@
+"""Writes the measured tables of README.md from the JSON in scripts/results/: ``python scripts/readme_tables.py``.
+
+Each table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``. With --check nothing is written, and the exit
+code is 1 where the README is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+
+
+def decode_table() -> str:
+    """Time against depth, from bench_decode.py."""
+    report = json.loads((RESULTS / "decode.json").read_text())
+    layers = report["model"]["layers"]
+    lines = [
+        f"{_machine(report['machine'])}; {report['model']['dtype']}, prompt of {report['method']['prompt']} tokens, "
+        f"{report['method']['steps']} new ones, medians of {report['method']['rounds']} alternating rounds.",
+    ]
+    for batch in report["batches"]:
+        lines += ["", f"| batch {batch['batch']} | ms per step | tokens/s | time / full depth | skip efficiency |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in batch["variants"]:
+            depth = f"every token leaves after layer {row['layers'] - 1} ({row['layers']} of {layers} layers)"
+            name = depth if "layers" in row else _NAMES[row["name"]]
+            efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
+            lines.append(
+                f"| {name} | {row['ms_per_step']:.1f} | {row['tokens_per_second']:.1f} | "
+                f"{row['ratio_to_full']:.2f} | {efficiency} |"
+            )
+    return "\n".join(lines)
+
+
+_NAMES = {
+    "full": "full depth",
+    "full, routers on": "full depth, routers scored but no exits",
+    "head only": "embedding, output head and argmax alone",
+    "transformers": "transformers `generate` (PyTorch eager)",
+}
+
+
+def demo_table() -> str:
+    """The demo's run."""
+    report = json.loads((RESULTS / "demo_report.json").read_text())
+    full, exits, layers = report["full"], report["exit"], report["layers"]
+    rows = [
+        f"{_machine(report['machine'])}; `make demo`, threshold {report['threshold']}, {exits['tokens']} tokens over "
+        f"{len(report['prompts'])} prompts, {report['seconds']:.0f} s from checkpoint to report.",
+        "",
+        "| | tokens/s | mean layers run | agreement with the full model |",
+        "|---|---:|---:|---:|",
+        f"| full depth | {full['tokens_per_second']:.1f} | {full['layers_per_token']:.2f} of {layers} | |",
+        f"| with exits | {exits['tokens_per_second']:.1f} | {exits['layers_per_token']:.2f} of {layers} | "
+        f"{exits['agreement']:.1%} |",
+        "",
+        "On held-out text of the same kind, by threshold:",
+        "",
+        "| threshold | tokens that exit | mean layers | agreement | agreement if exits left the cache alone |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    rows += [
+        f"| {row['threshold']:.2f} | {row['exit_rate']:.1%} | {row['depth'] * layers:.1f} of {layers} | "
+        f"{row['agreement']:.1%} | {row['label_agreement']:.1%} |"
+        for row in report["calibration"]["exits"]
+    ]
+    return "\n".join(rows)
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    versions = machine.get("versions", {"jax": machine.get("jax")})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("jax", "torch"))
+    return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
+
+
+TABLES = {"decode": decode_table, "demo": demo_table}
+
+
+def render(text: str) -> str:
+    """The README with every table filled in."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md is out of date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    rendered = render(text)
+    if args.check:
+        if rendered != text:
+            print("README.md is out of date: run `python scripts/readme_tables.py`", file=sys.stderr)
+        return int(rendered != text)
+    readme.write_text(rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
