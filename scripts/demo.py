@@ -35,7 +35,6 @@ PROMPTS = (
     "Write a polite email asking for a day off.",
     "What is the difference between weather and climate?",
 )
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 BAR = 40  # characters
 
 

@@ -19,7 +19,7 @@ from tide_jax.exit_heads import fit_heads, label_tokens
 from tide_jax.router import RouterMetadata, Routers, model_identity
 from tide_jax.router_training import router_probabilities, train_routers
 
-SWEEP = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
+SWEEP = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds the report states expected exits for."""
 
 

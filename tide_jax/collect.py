@@ -25,8 +25,9 @@ Progress = Callable[[str, int, int], None]
 MIN_TOKENS = 64
 """Fewer usable tokens than this in any split is no sample to train on."""
 
-HELD_OUT_TEXTS = 64
-"""Validation texts kept whole."""
+HELD_OUT_TEXTS = (16, 48)
+"""Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
+every threshold of the report, which would otherwise take longer than everything else."""
 
 _WINDOW = 16  # batches sorted by length together, so that little of a batch is padding
 
@@ -97,7 +98,7 @@ def collect(
         for row, (ids, start) in enumerate(batch):
             split, learned = _neediest(splits, config), slice(start, len(ids))
             splits[split].add(out[0][:, row, learned], out[1][row, learned], out[2][row, learned])
-            if split == _VALIDATION and len(held_out) < HELD_OUT_TEXTS:
+            if split == _VALIDATION and len(held_out) < np.clip(counts["texts"] // 12, *HELD_OUT_TEXTS):
                 held_out.append(batch[row])
             counts["texts"] += 1
             counts["tokens"] += len(ids) - start
