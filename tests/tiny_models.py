@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tide_jax.config import AttentionType, DecoderConfig, MoEConfig, RopeConfig
-from tide_jax.decoder import Decoder, from_parameters, parameters
-from tide_jax.testing import tiny_config, tiny_decoder
+from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
+from tide_jax.testing import tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
 _SLIDING = AttentionType(scale=0.4, window=5, rope=RopeConfig(theta=100.0, rotary_dim=4))
@@ -52,10 +52,13 @@ CONFIGS: dict[str, DecoderConfig] = {
 def tiny_model(config: DecoderConfig, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:
     """A decoder with random norms and biases, too: default ones hide mistakes."""
     rng = np.random.default_rng(seed)
-    tensors = {
-        path: np.asarray(a) + (0.2 * rng.normal(size=a.shape)).astype(np.float32) * (a.ndim == 1 or "bias" in path)
-        for path, a in parameters(tiny_decoder(config, seed=seed)).items()
-    }
+
+    def random(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("scale"):
+            return (0.0 if config.norm_unit_offset else 1.0) + 0.2 * rng.normal(size=shape)
+        return rng.normal(size=shape) * (0.2 if path.endswith("bias") else config.hidden_size**-0.5)
+
+    tensors = {path: random(path, shape).astype(np.float32) for path, shape in abstract_parameters(config).items()}
     return from_parameters(config, tensors.items(), dtype=dtype)
 
 

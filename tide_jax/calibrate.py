@@ -72,16 +72,12 @@ def calibrate(
     routers = Routers(trained, heads, checkpoints)
     report = _report(model, routers, collected, labels, held_out, config, progress)
     metadata = model_identity(model) | {
-        "config": _jsonable(config),
+        "config": dataclasses.asdict(config),
         "data": source,
         "versions": {name: importlib.metadata.version(name) for name in ("tide_jax", "jax", "flax", "optax")},
         "report": report,
     }
     return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
-
-
-def _jsonable(config: CalibrationConfig) -> dict[str, Any]:
-    return dict(vars(config))
 
 
 def _kept(splits: Splits) -> dict[str, int]:

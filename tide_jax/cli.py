@@ -192,7 +192,7 @@ def _generate(args: argparse.Namespace) -> int:
     engine = tide_jax.TIDE(model, routers, config)
     prompts = [_prompt_ids(tokenizer, text, raw=args.raw) for text in args.prompt]
     dials = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
-    options = {name: getattr(args, name) for name in dials} | {"key": jax.random.key(args.seed)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in dials} | {"key": jax.random.key(args.seed)}
     if len(prompts) == 1 and not args.json and not args.no_stream:
         from transformers import TextStreamer
 

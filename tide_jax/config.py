@@ -182,8 +182,8 @@ class DecoderConfig:
 def _attention_type(values: dict[str, Any]) -> AttentionType:
     values = dict(values)
     if rope := values.get("rope"):
-        rope = {k: tuple(v) if isinstance(v, list) else v for k, v in rope.items()}
-        values["rope"] = RopeConfig(**rope)
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rope.items()}
+        values["rope"] = RopeConfig(**fields)
     return AttentionType(**values)
 
 

@@ -309,7 +309,7 @@ class TIDE:
         )
 
     def _steps(self, call: _Call) -> Iterator[StreamStep]:
-        options = {"implementation": self._implementation}
+        options: dict[str, Any] = {"implementation": self._implementation}
         arguments = (call.prompt, call.request, call.exits)
         state, _, _ = self._programs.run(begin, (self.model,), arguments, capacity=call.capacity, **options)
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _training_step(optimiser: optax.GradientTransformation) -> Callable[..., tup
         # optax relies on implicit promotion; a caller's strict mode must not reach into it.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, state = optimiser.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state
+        return cast(Router, optax.apply_updates(parameters, updates)), state
 
     return step
 
@@ -126,4 +127,4 @@ def _select(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def _rounded(router: Router) -> Router:
-    return Router(*(jnp.asarray(a, jnp.float32) for a in router._replace(down=round_columns(router.down))))
+    return Router(*(jnp.asarray(a, jnp.float32) for a in router._replace(down=round_columns(np.asarray(router.down)))))

@@ -160,7 +160,7 @@ def _parquet(path: Path, field: str | None) -> Iterator[str]:
 def _hub(name: str, field: str | None) -> Iterator[str]:
     import datasets
 
-    repository, config, split = (*name.split(":"), *[None] * 3)[:3]
+    repository, config, split = (*name.split(":"), "", "")[:3]
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:
