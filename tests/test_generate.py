@@ -207,16 +207,13 @@ def test_a_row_may_end_with_its_first_token() -> None:
 
 
 def test_the_models_own_ends_are_the_default() -> None:
-    tokens = free_tokens()
-    end = first_fresh(tokens[0], 1)
-    model = engine().model
-    config = model.config.from_dict(model.config.to_dict() | {"eos_token_ids": (end,), "pad_token_id": 5})
-    own = TIDE(with_parameters(model, {}), engine().routers, engine().config)
-    own.model.config = config
-    same(
-        own.generate(PROMPTS, max_new_tokens=NEW),
-        engine().generate(PROMPTS, max_new_tokens=NEW, eos_token_id=end, pad_token_id=5),
-    )
+    config = tiny_config(num_layers=1)
+    model = tiny_model(config)
+    end = first_fresh(TIDE(model).generate(PROMPTS, max_new_tokens=NEW).tokens[0], 1)
+    named = TIDE(model).generate(PROMPTS, max_new_tokens=NEW, eos_token_id=end, pad_token_id=5)
+    assert named.lengths[0] < NEW
+    own = tiny_model(tiny_config(num_layers=1, eos_token_ids=(258, end), pad_token_id=5))
+    same(TIDE(own).generate(PROMPTS, max_new_tokens=NEW), named)
 
 
 def test_sampling_depends_on_its_key_alone() -> None:
@@ -227,7 +224,7 @@ def test_sampling_depends_on_its_key_alone() -> None:
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens() -> None:
-    letters = [[ord(c) + 3 for c in "abcdefghijklm"], [ord(c) + 3 for c in "nop"]]
+    letters = [[ord(c) + 3 for c in "abcdefghijklm"], [ord(c) + 3 for c in "nop"], [200]]
     out = engine().generate(letters, max_new_tokens=10, repetition_penalty=1e6, eos_token_id=[])
     for prompt, row in zip(letters, out.tokens.tolist(), strict=True):
         assert len({*prompt, *row}) == len(prompt) + len(row), "no token twice: 27 letters are enough"
@@ -331,13 +328,14 @@ def test_prefill_and_decode_step_under_the_users_own_jit() -> None:
 def test_an_inactive_row_neither_runs_nor_enters_the_cache() -> None:
     model = engine().model
     prompt = Prompt(jnp.asarray(random_prompts((5, 5)), jnp.int32), jnp.asarray([5, 5], jnp.int32))
-    before = prefill(model, prompt, init_cache(model.config, 2, 8, model.dtype))
+    step = jax.jit(decode_step)
+    before = jax.jit(prefill)(model, prompt, init_cache(model.config, 2, 8, model.dtype))
     tokens, positions = jnp.asarray([7, 8], jnp.int32), jnp.asarray([5, 5], jnp.int32)
-    out = decode_step(model, before.cache, tokens, positions, jnp.asarray([True, False]))
+    out = step(model, before.cache, tokens, positions, jnp.asarray([True, False]))
     assert out.exit_layers.tolist() == [2, -1]
     assert out.cache.positions[:, 5].tolist() == [5, -1]
     assert int(out.cache.length) == 6
-    assert int(decode_step(model, before.cache, tokens, positions, jnp.asarray([False, False])).layers_executed) == 0
+    assert int(step(model, before.cache, tokens, positions, jnp.asarray([False, False])).layers_executed) == 0
 
 
 def test_bfloat16_generates() -> None:

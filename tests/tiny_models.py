@@ -17,7 +17,7 @@ _SLIDING = AttentionType(scale=0.4, window=5, rope=RopeConfig(theta=100.0, rotar
 CONFIGS: dict[str, DecoderConfig] = {
     "pre norm": tiny_config(num_layers=5),
     "sandwich norms": tiny_config(
-        num_layers=3,
+        num_layers=2,
         norm_placement="sandwich",
         norm_unit_offset=True,
         embedding_scale=4.0,
@@ -25,9 +25,9 @@ CONFIGS: dict[str, DecoderConfig] = {
         logit_softcap=9.0,
         activation="gelu_pytorch_tanh",
     ),
-    "post norm": tiny_config(num_layers=3, norm_placement="post", qk_norm=True, tie_embeddings=False),
+    "post norm": tiny_config(num_layers=2, norm_placement="post", qk_norm=True, tie_embeddings=False),
     "parallel": tiny_config(
-        num_layers=3,
+        num_layers=2,
         norm="layer",
         norm_bias=True,
         parallel_residual=True,
@@ -44,7 +44,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         tie_embeddings=False,
         head_bias=True,
     ),
-    "experts": tiny_config(num_layers=3, moe=MoEConfig(num_experts=5, experts_per_token=2), intermediate_size=40),
+    "experts": tiny_config(num_layers=2, moe=MoEConfig(num_experts=5, experts_per_token=2), intermediate_size=40),
     "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), attention_pattern=(1, 0, 1, 1)),
 }
 

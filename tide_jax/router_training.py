@@ -39,7 +39,7 @@ def train_routers(
     """
     count, tokens, size = states.shape
     parameters = _initial(count, size, labels, config)
-    steps = -(-tokens // _BATCH) * config.max_epochs
+    steps = max(1, tokens // _BATCH) * config.max_epochs
     schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
     optimiser = optax.adamw(schedule, weight_decay=config.weight_decay)
     state = optimiser.init(parameters)
