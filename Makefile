@@ -18,8 +18,11 @@ lint: .venv/lint
 types: .venv/lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/demo
-	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --out scripts/results/decode.json
+# Both results the README's tables are made from; compares with transformers where torch is installed.
+bench: .venv/demo .venv/test
+	$(BIN)/python scripts/demo.py --report scripts/results/demo_report.json
+	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
+		--out scripts/results/decode.json
 	$(BIN)/python scripts/readme_tables.py
 
 .venv/demo: pyproject.toml | .venv/made

@@ -35,6 +35,7 @@ PROMPTS = (
     "Write a polite email asking for a day off.",
     "What is the difference between weather and climate?",
 )
+LENGTH = 160  # tokens of a calibration text
 BAR = 40  # characters
 
 
@@ -45,7 +46,11 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=80, help="calibration texts the model writes (80)")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens to generate for each prompt (96)")
     parser.add_argument("--agreement", type=float, default=0.95, help="held-out agreement the threshold is chosen for")
+    parser.add_argument("--where", action="store_true", help="print where the checkpoint is, and nothing else")
     args = parser.parse_args()
+    if args.where:
+        print(smollm2())
+        return
     console, start = Console(), time.perf_counter()
 
     model, tokenizer = load_model(smollm2(), args.folder / "smollm2")
@@ -101,8 +106,8 @@ def train(model: tide_jax.Decoder, tokenizer: Any, count: int) -> tide_jax.Route
         if done >= total:
             bar.close()
 
-    config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=160)
-    texts = model_texts(model, tokenizer, count, max_length=160, batch_size=16, progress=progress)
+    config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=LENGTH)
+    texts = model_texts(model, tokenizer, count, max_length=LENGTH, batch_size=16, progress=progress)
     routers = tide_jax.calibrate(model, tokenizer, texts, config, source="the model's own text", progress=progress)
     for bar in bars.values():
         bar.close()

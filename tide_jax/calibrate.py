@@ -35,9 +35,10 @@ def calibrate(
     """Trains routers (and exit heads) on a frozen model.
 
     One pass over the text keeps a bounded, uniform sample of hidden states; affine heads are fitted in closed form on
-    one part of it, routers trained by binary cross-entropy on another, and everything reported on a third. Position 0
-    is left out. The recipe is TIDE's (2026); the default label is whether the exit's argmax is the full model's, since
-    on real models states hardly ever come within the paper's cosine of the last one before the last layer.
+    one part of it, routers trained by binary cross-entropy on another; a third chooses the ridge strength and when to
+    stop, and the report is measured on its texts. Position 0 is left out. The recipe is TIDE's (2026); the default
+    label is whether the exit's argmax is the full model's, since on real models states hardly ever come within the
+    paper's cosine of the last one before the last layer.
 
     Args:
       model: the decoder; not changed.
@@ -54,14 +55,19 @@ def calibrate(
     Raises:
       TideError: the model has too few layers for a checkpoint, or there is too little text.
     """
-    config = config or CalibrationConfig()
+    depth = model.config.num_layers
+    config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
+    if config.min_layers > depth:
+        raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
+    config = dataclasses.replace(config, max_length=min(config.max_length, model.config.context_length))
     checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
     if not checkpoints:
         raise TideError(
             f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
             f"{model.config.num_layers} layers; lower it"
         )
-    collected = collect(model, tokenise(tokenizer, texts, config), checkpoints, config, progress)
+    samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
+    collected = collect(model, samples, checkpoints, config, progress)
     splits = collected.splits
     affine = config.exit_strategy == "affine"
     heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress) if affine else None

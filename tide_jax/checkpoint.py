@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.decoder import Decoder, from_parameters, parameters
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors, read_json
 
@@ -98,15 +98,15 @@ def parse_dtype(dtype: Any) -> jnp.dtype:
 def fingerprint(model: Decoder) -> str:
     """16 hexadecimal digits that tell models apart, the same for a model loaded in float32 and in bfloat16.
 
-    A hash of the architecture and of a few embedding and query weights of every layer, rounded to bfloat16.
+    A hash of the architecture and of a few values of every parameter, rounded to bfloat16. A model loaded in float16
+    may have another one where its checkpoint is finer than float16.
     """
     fields = dataclasses.asdict(model.config)
     for name in ("model_type", "eos_token_ids", "pad_token_id"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    kernels = [model.embed.kernel, *(layer.attention.q.kernel for layer in model.layers)]
-    for kernel in kernels:
-        digest.update(_sample(kernel[...]).tobytes())
+    for _, parameter in sorted(parameters(model).items()):
+        digest.update(_sample(parameter).tobytes())
     return digest.hexdigest()[:16]
 
 

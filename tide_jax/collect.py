@@ -62,19 +62,37 @@ class Collected(NamedTuple):
     counts: dict[str, int]
 
 
-def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig) -> Iterator[Sample]:
+def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vocab_size: int) -> Iterator[Sample]:
     """Up to `calibration_samples` texts as token ids, cut at `max_length`; those under two tokens are passed over.
 
     A text is a string, a `Sample`, or a sequence of token ids (the last two need no tokenizer).
+
+    Raises:
+      TideError: a text is none of these, or holds a token id outside the vocabulary.
     """
-    for text in itertools.islice(texts, config.calibration_samples):
-        if isinstance(text, str):
-            sample = Sample(tokenizer(text)["input_ids"])
-        else:
-            sample = text if isinstance(text, Sample) else Sample(text)
-        ids, first = sample.ids[: config.max_length], max(1, sample.start)
+    if isinstance(texts, str):
+        raise TideError("texts is a single string; pass an iterable of texts, for example a list")
+    for number, text in enumerate(itertools.islice(texts, config.calibration_samples)):
+        ids, start = _sample(tokenizer, text, number)
+        ids, first = ids[: config.max_length], max(1, start)
+        if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise TideError(
+                f"text {number} holds token id {min(ids) if min(ids) < 0 else max(ids)}, outside the vocabulary of "
+                f"0..{vocab_size - 1}; was it tokenised for another model?"
+            )
         if len(ids) > first:
             yield Sample(ids, first)
+
+
+def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
+    if isinstance(text, Sample):
+        return text
+    ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, np.integer)) for i in ids):
+        raise TideError(f"text {number} is {type(text).__name__}, expected a string or a sequence of token ids")
+    return Sample(ids)
 
 
 def collect(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 from typing import Any, Literal, get_args
 
 from tide_jax.errors import TideError
@@ -165,14 +166,16 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
         """Inverse of `to_dict`. Raises TideError for unknown or missing fields."""
-        values = dict(values)
         try:
+            values = dict(values)
             values["attention_types"] = tuple(_attention_type(t) for t in values["attention_types"])
             values["attention_pattern"] = tuple(values["attention_pattern"])
             values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
             values["moe"] = MoEConfig(**values["moe"]) if values.get("moe") else None
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, TideError):
+                raise
             raise TideError(
                 f"decoder configuration not understood ({error}); it was written by another version of tide_jax: "
                 "convert the checkpoint again"
@@ -214,12 +217,13 @@ class ExitConfig:
         many = isinstance(self.exit_threshold, (tuple, list))
         thresholds = tuple(self.exit_threshold) if many else (self.exit_threshold,)  # type: ignore[arg-type]
         for value in thresholds:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+            if not _is_number(value) or not 0.0 <= value <= 1.0:
                 raise TideError(f"exit_threshold={value!r} is outside [0, 1]; 1.0 switches exits off")
-        if many:
-            object.__setattr__(self, "exit_threshold", thresholds)
-        if isinstance(self.min_layers, bool) or not isinstance(self.min_layers, int) or self.min_layers < 0:
-            raise TideError(f"min_layers={self.min_layers!r} must be a whole number, 0 or more")
+        thresholds = tuple(float(value) for value in thresholds)
+        object.__setattr__(self, "exit_threshold", thresholds if many else thresholds[0])
+        _check_whole("min_layers", self.min_layers, 0)
+        if not isinstance(self.prefill_exits, bool):
+            raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
         _check_choice("kv_strategy", self.kv_strategy, KVStrategy)
 
 
@@ -264,27 +268,28 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         _check_choice("exit_strategy", self.exit_strategy, ExitStrategy)
         _check_choice("label", self.label, Label)
-        positive = (
-            "checkpoint_interval",
-            "calibration_samples",
-            "batch_size",
-            "router_bottleneck_dim",
-            "exit_head_rank",
-            "reservoir_bytes",
-            "max_epochs",
-        )
-        for name in positive:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise TideError(f"{name}={value} must be at least 1")
-        if self.min_layers < 0:
-            raise TideError(f"min_layers={self.min_layers} must be 0 or more")
-        if self.max_length < 2:
-            raise TideError(f"max_length={self.max_length} must be at least 2: position 0 is left out")
+        least = {"max_length": 2, "min_layers": 0, "patience": 0, "seed": 0}  # of a text, position 0 is left out
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                _check_whole(field.name, value, least.get(field.name, 1))
         for name in ("convergence_threshold", "exit_threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise TideError(f"{name}={getattr(self, name)} is outside [0, 1]")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise TideError(f"validation_fraction={self.validation_fraction} is outside (0, 1)")
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
+                raise TideError(f"{name}={getattr(self, name)!r} is outside [0, 1]")
+        if not _is_number(self.validation_fraction) or not 0.0 < self.validation_fraction < 1.0:
+            raise TideError(f"validation_fraction={self.validation_fraction!r} is outside (0, 1)")
+        for name in ("learning_rate", "weight_decay"):
+            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) < float("inf"):
+                raise TideError(f"{name}={getattr(self, name)!r} must be a number, 0 or more")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise TideError(f"{name}={value!r} must be a whole number, at least {least}")
 
 
 def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:

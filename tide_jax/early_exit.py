@@ -84,7 +84,6 @@ def run_depth(
     *,
     routers: Routers | None = None,
     gate: ExitGate | None = None,
-    active: Bool[Array, "B T"] | None = None,
     may_exit: Bool[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> DepthOutput:
@@ -92,21 +91,19 @@ def run_depth(
 
     Args:
       tokens: token ids.
-      positions: position of each token in its row, -1 for padding.
+      positions: position of each token in its row, -1 for padding, which is not run.
       cache: earlier tokens, or None when there are none.
       routers: routers and exit heads; None runs every layer (the same loop with exits off).
       gate: thresholds, required with `routers`.
-      active: tokens that are worth running; padding never is. Default: all others.
       may_exit: tokens allowed to leave early. The token at position 0 never is: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
       implementation: of the exit step, see `pallas_kernels`.
     """
-    real = positions >= 0
     x = model.embed_tokens(tokens, positions)
     state = _Tokens(
         x=x,
         states=jnp.zeros_like(x),
-        active=real if active is None else active & real,
+        active=positions >= 0,
         exit_layers=jnp.full(positions.shape, -1, jnp.int32),
     )
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)

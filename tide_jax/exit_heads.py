@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from tide_jax.router import ExitHead, Routers
 from tide_jax.router_file import round_half
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input channel
+_ROWS = 4096  # tokens in float32 at once
 _CHUNK = 256  # tokens whose logits are in memory at once
 
 
@@ -40,20 +41,11 @@ def fit_heads(
 
 
 def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
-    x = jnp.asarray(fit.states[c], jnp.float32)
-    residual = jnp.asarray(fit.last, jnp.float32) - x
-    mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(residual, axis=0)
-    gram, cross = _moments(x - mean_x[None, :], residual - mean_y[None, :])
-    test_x = jnp.asarray(held_out.states[c], jnp.float32)
-    test_y = jnp.asarray(held_out.last, jnp.float32) - test_x
-    best: tuple[float, Array] | None = None
-    for ridge in _RIDGES:
-        kernel = _solve(gram, cross, jnp.float32(ridge))
-        error = float(_error(kernel, test_x - mean_x[None, :], test_y - mean_y[None, :]))
-        if best is None or error < best[0]:
-            best = (error, kernel)
-    assert best is not None
-    kernel = best[1]
+    mean_x = jnp.asarray(fit.states[c].mean(axis=0, dtype=np.float64), jnp.float32)
+    mean_y = jnp.asarray(fit.last.mean(axis=0, dtype=np.float64), jnp.float32) - mean_x
+    gram, cross = _moments(fit, c, mean_x, mean_y)
+    kernels = [_solve(gram, cross, jnp.float32(ridge)) for ridge in _RIDGES]
+    kernel = min(kernels, key=lambda k: _held_out_error(k, held_out, c, mean_x, mean_y))
     factors = (kernel,) if rank is None or rank >= kernel.shape[0] else _reduce_rank(kernel, gram, rank)
     factors = tuple(jnp.asarray(round_half(np.asarray(f))) for f in factors)
     mapped = mean_x
@@ -62,10 +54,25 @@ def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> 
     return ExitHead(factors, jnp.asarray(round_half(np.asarray(mean_y - mapped))))
 
 
+def _pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[tuple[Array, Array]]:
+    """Centred inputs and residual targets, float32, a chunk at a time: a whole reservoir in float32 would double it."""
+    for start in range(0, len(sample), _ROWS):
+        rows = slice(start, start + _ROWS)
+        x, last = (jnp.asarray(a, jnp.float32) for a in (sample.states[c, rows], sample.last[rows]))
+        yield x - mean_x[None, :], last - x - mean_y[None, :]
+
+
+def _moments(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> tuple[Array, Array]:
+    size = mean_x.shape[0]
+    sums = jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32)
+    for x, y in _pairs(sample, c, mean_x, mean_y):
+        sums = _add_products(sums, x, y)
+    return sums[0] / len(sample), sums[1] / len(sample)
+
+
 @jax.jit
-def _moments(x: Float[Array, "N D"], y: Float[Array, "N D"]) -> tuple[Array, Array]:
-    n = jnp.float32(x.shape[0])
-    return jnp.dot(x.T, x, precision="highest") / n, jnp.dot(x.T, y, precision="highest") / n
+def _add_products(sums: tuple[Array, Array], x: Float[Array, "N D"], y: Float[Array, "N D"]) -> tuple[Array, Array]:
+    return sums[0] + jnp.dot(x.T, x, precision="highest"), sums[1] + jnp.dot(x.T, y, precision="highest")
 
 
 @jax.jit
@@ -74,9 +81,13 @@ def _solve(gram: Float[Array, "D D"], cross: Float[Array, "D D"], ridge: Float[A
     return jax.scipy.linalg.solve(gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype), cross, assume_a="pos")
 
 
+def _held_out_error(kernel: Array, sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> float:
+    return sum(float(_squared_error(kernel, x, y)) for x, y in _pairs(sample, c, mean_x, mean_y))
+
+
 @jax.jit
-def _error(kernel: Array, x: Array, y: Array) -> Array:
-    return jnp.mean(jnp.square(jnp.dot(x, kernel, precision="highest") - y))
+def _squared_error(kernel: Array, x: Array, y: Array) -> Array:
+    return jnp.sum(jnp.square(jnp.dot(x, kernel, precision="highest") - y))
 
 
 def _reduce_rank(kernel: Array, gram: Array, rank: int) -> tuple[Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,16 +111,17 @@ class Routers:
         Raises:
           TideError: the file can't be written.
         """
-        path = Path(path)
+        path, files = Path(path), dict[Path, bytes]()
         metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
         if self.heads is not None:
             heads = {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
-            router_file.write(heads_path(path), heads, metadata)
-            metadata["heads_sha256"] = router_file.digest(heads_path(path))
+            files[heads_path(path)] = router_file.encode(heads, metadata)
+            metadata["heads_sha256"] = hashlib.sha256(files[heads_path(path)]).hexdigest()
         routers = {
             f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
         }
-        router_file.write(path, routers, metadata)
+        files[path] = router_file.encode(routers, metadata)
+        router_file.write(files)
 
     @classmethod
     def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
@@ -134,7 +136,6 @@ class Routers:
         """
         path = Path(path)
         tensors, metadata = router_file.read(path)
-        checkpoints = tuple(metadata["checkpoints"])
         _check_model(path, metadata, model)
         found = metadata.get("config", {}).get("checkpoint_interval")
         if checkpoint_interval is not None and found != checkpoint_interval:
@@ -142,11 +143,10 @@ class Routers:
                 f"{path} has a router every {found} layers, expected every {checkpoint_interval}; "
                 "calibrate again with that checkpoint_interval or drop it"
             )
-        try:
-            routers = tuple(Router(*(jnp.asarray(tensors[f"{c}.{f}"]) for f in Router._fields)) for c in checkpoints)
-        except KeyError as error:
-            raise TideError(f"{path} lacks the tensor {error}; calibrate again") from error
-        heads = _load_heads(path, metadata, checkpoints) if "heads_sha256" in metadata else None
+        reader = _Reader(path, tensors, model.config.hidden_size)
+        checkpoints = _checkpoints(path, metadata, model.config.num_layers)
+        routers = tuple(reader.router(c) for c in checkpoints)
+        heads = _load_heads(path, metadata, checkpoints, reader.size) if "heads_sha256" in metadata else None
         return cls(routers, heads, checkpoints, RouterMetadata.from_dict(metadata))
 
     def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
@@ -155,7 +155,7 @@ class Routers:
 
 def heads_path(path: Path) -> Path:
     """Where the affine heads of a router file are kept."""
-    return path.with_name(f"{path.stem}.heads.safetensors")
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.heads.safetensors")
 
 
 def model_identity(model: Decoder) -> dict[str, Any]:
@@ -182,16 +182,48 @@ def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
     return [*factors, ("bias", np.asarray(head.bias))]
 
 
-def _load_heads(path: Path, metadata: dict[str, Any], checkpoints: tuple[int, ...]) -> tuple[ExitHead, ...]:
+def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    found = metadata.get("checkpoints")
+    whole = isinstance(found, list) and all(isinstance(c, int) and 0 <= c < num_layers - 1 for c in found)
+    if not whole or sorted(set(found)) != found:
+        raise TideError(f"{path} names checkpoints {found}, expected ascending layers below the last; calibrate again")
+    return tuple(found)
+
+
+def _load_heads(path: Path, metadata: dict[str, Any], checkpoints: tuple[int, ...], size: int) -> tuple[ExitHead, ...]:
     file = heads_path(path)
     if not file.is_file():
         raise TideError(f"{path} needs its exit heads in {file.name}, which is not there; keep the two files together")
-    if router_file.digest(file) != metadata["heads_sha256"]:
+    if hashlib.sha256(file.read_bytes()).hexdigest() != metadata["heads_sha256"]:
         raise TideError(f"{file} is damaged or belongs to other routers than {path.name}; calibrate again")
-    tensors, _ = router_file.read(file)
+    reader = _Reader(file, router_file.read(file)[0], size)
+    return tuple(reader.head(c) for c in checkpoints)
 
-    def head(c: int) -> ExitHead:
-        factors = sorted(n for n in tensors if n.startswith(f"{c}.factor."))
-        return ExitHead(tuple(jnp.asarray(tensors[n]) for n in factors), jnp.asarray(tensors[f"{c}.bias"]))
 
-    return tuple(head(c) for c in checkpoints)
+class _Reader(NamedTuple):
+    """Tensors of a router file, checked on the way out."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    size: int
+
+    def router(self, checkpoint: int) -> Router:
+        down = self._tensor(f"{checkpoint}.down", (self.size, None))
+        width = down.shape[1]
+        bias, up = (self._tensor(f"{checkpoint}.{name}", (width,)) for name in ("down_bias", "up"))
+        return Router(down, bias, up, self._tensor(f"{checkpoint}.up_bias", ()))
+
+    def head(self, checkpoint: int) -> ExitHead:
+        bias = self._tensor(f"{checkpoint}.bias", (self.size,))
+        first = self._tensor(f"{checkpoint}.factor.0", (self.size, None))
+        if f"{checkpoint}.factor.1" not in self.tensors:
+            return ExitHead((self._tensor(f"{checkpoint}.factor.0", (self.size, self.size)),), bias)
+        return ExitHead((first, self._tensor(f"{checkpoint}.factor.1", (first.shape[1], self.size))), bias)
+
+    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Array:
+        tensor = self.tensors.get(name)
+        fits = tensor is not None and len(tensor.shape) == len(shape)
+        if tensor is None or not fits or any(w not in (None, n) for n, w in zip(tensor.shape, shape, strict=True)):
+            found = "missing" if tensor is None else f"of shape {tensor.shape}"
+            raise TideError(f"{self.path}: tensor {name} is {found}, expected shape {shape}; calibrate again")
+        return jnp.asarray(tensor)

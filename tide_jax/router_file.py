@@ -47,19 +47,41 @@ def _scale(peak: np.ndarray) -> np.ndarray:
     return np.where(scale > 0, scale, np.float32(1))
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Writes tensors and metadata to `path`, replacing it in one step.
+def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
+    """The content of a file: a safetensors header with metadata and a digest of the tensors, then the tensors.
 
     Tensors whose values int8 columns (two axes) or float16 hold exactly are stored so; the rest as float32.
-
-    Raises:
-      TideError: the file can't be written.
     """
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         stored |= _compact(name, np.asarray(tensor, np.float32))
-    header = {"format": FORMAT, "version": VERSION, "metadata": json.dumps(metadata, sort_keys=True)}
-    _replace(path, to_bytes(stored, metadata=header))
+    header = {"format": FORMAT, "version": VERSION, "sha256": _digest(stored)}
+    return to_bytes(stored, metadata=header | {"metadata": json.dumps(metadata, sort_keys=True)})
+
+
+def write(files: dict[Path, bytes]) -> None:
+    """Writes files that belong together: all to temporary names first, so that a full disk leaves what was there.
+
+    Raises:
+      TideError: a file can't be written.
+    """
+    temporaries: dict[Path, Path] = {}
+    path = next(iter(files))
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            temporaries[path].chmod(0o644)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        raise TideError(f"can't write {path} ({error.strerror or error}); choose a writable place with room") from error
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -74,24 +96,33 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if header.get("format") == FORMAT:
-            metadata = json.loads(header["metadata"])
-            version = header.get("version")
-        else:
-            metadata, version = None, None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise TideError(f"{path} is damaged or no safetensors file ({error}); calibrate again") from error
-    if metadata is None:
+    if header.get("format") != FORMAT:
         raise TideError(f"{path} is a safetensors file but holds no routers; pass the file 'tide-jax calibrate' wrote")
-    if version != VERSION:
+    if (version := header.get("version")) != VERSION:
         raise TideError(f"{path} has router format {version}, this version reads {VERSION}; calibrate again")
-    return {n: _expand(n, stored) for n in stored if not n.endswith(_SCALE)}, metadata
+    if header.get("sha256") != _digest(stored):
+        raise TideError(f"{path} is damaged: its tensors are not those that were saved; calibrate again")
+    return {n: _expand(n, stored) for n in stored if not n.endswith(_SCALE)}, _metadata(path, header)
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(header["metadata"])
+    except (KeyError, ValueError) as error:
+        raise TideError(f"{path} is damaged: its metadata can't be read; calibrate again") from error
+    if not isinstance(metadata, dict):
+        raise TideError(f"{path} is damaged: its metadata is no JSON object; calibrate again")
+    return metadata
+
+
+def _digest(stored: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
 
 
 _SCALE = ".scale"
@@ -111,18 +142,3 @@ def _compact(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
 def _expand(name: str, stored: dict[str, np.ndarray]) -> np.ndarray:
     tensor = stored[name].astype(np.float32)
     return tensor * stored[name + _SCALE] if name + _SCALE in stored else tensor
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise TideError(f"can't write {path} ({error.strerror or error}); choose a writable place with room") from error
