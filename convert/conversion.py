@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,15 @@ import numpy as np
 
 from convert.architecture import decoder_config, family_of
 from convert.reader import Source, open_source
+from convert.replacement import replacing
 from convert.rules import Piece, Plan, coverage
 from convert.verify import Verification, require_torch, verify_conversion
-from convert.writer import Layout, ShardWriter, checked_cast, plan_layout
+from convert.writer import Layout, ShardWriter, plan_layout
 from tide_jax.checkpoint import CONFIG_KEY, FORMAT, is_converted, load, parse_dtype
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
-from tide_jax.shards import DTYPES
+from tide_jax.shards import DTYPES, checked_cast
 
 Progress = Callable[[int, int], None]
 _VERSIONED = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
@@ -114,7 +112,7 @@ def convert(
     )
     if dry_run:
         return report
-    with _replacing(destination, layout.total_bytes) as partial:
+    with replacing(destination, layout.total_bytes, lambda: _check_destination(destination, overwrite)) as partial:
         _write_weights(source, plan, config, layout, partial, progress)
         _write_config(source, config, stored, partial)
         if verify:
@@ -230,31 +228,3 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
         raise TideError(f"{destination} exists and is not empty: choose another destination or pass --overwrite")
     if not is_converted(destination):
         raise TideError(f"{destination} holds something else than a converted model: choose another destination")
-
-
-@contextlib.contextmanager
-def _replacing(destination: Path, size: int) -> Iterator[Path]:
-    """A directory beside `destination` that takes its place on success and is removed on any failure."""
-    partial = destination.parent / f".{destination.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
-        if (free := shutil.disk_usage(partial).free) < size:
-            raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
-        yield partial
-        _swap(partial, destination)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise TideError(f"no space left for {destination} ({error.strerror}): free some") from error
-        raise TideError(f"{destination} cannot be written ({error.strerror or error}): choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _swap(partial: Path, destination: Path) -> None:
-    old = destination.parent / f".{destination.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if destination.exists():
-        destination.rename(old)
-    partial.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.rules import Slot
 from tide_jax.errors import TideError
-from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE
+from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
 
 _BLOCK_BYTES = 32 * 2**20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -146,17 +146,6 @@ class ShardWriter:
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
-
-
-def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
-    """`array` in `dtype`. Raises TideError where tensor `source` holds NaN or infinity, or overflows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    if np.isfinite(cast).all():
-        return cast
-    if np.isfinite(array).all():
-        raise TideError(f"tensor {source} overflows {dtype.name}: convert with --dtype bfloat16 or float32")
-    raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, download or copy it again")
 
 
 def _split(slot: Slot) -> tuple[tuple[int, ...], Slot]:

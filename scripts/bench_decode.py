@@ -7,7 +7,7 @@ variants after the other; medians and spreads over the rounds are reported. A va
 long generation minus that of a one-token generation by the same compiled program, so prefill and start-up are out.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
-time minus the time of embedding, output head and argmax alone, measured in the same rounds.
+time minus the time of embedding, output head and argmax alone; taken within each round, median over the rounds.
 """
 
 from __future__ import annotations
@@ -191,7 +191,6 @@ def random_prompts(vocabulary: int, batch: int) -> np.ndarray:
 
 def summarise(times: dict[str, list[float]], layers: int, batch: int) -> list[dict[str, Any]]:
     """Medians, ratios to full depth of the same round, and skip efficiency, for each variant."""
-    full, head = (statistics.median(times[name]) for name in ("full", "head only"))
     rows = []
     for name, values in times.items():
         median = statistics.median(values)
@@ -206,7 +205,8 @@ def summarise(times: dict[str, list[float]], layers: int, batch: int) -> list[di
         if name.startswith("forced"):
             depth = int(name.split()[1])
             row["layers"] = depth
-            row["skip_efficiency"] = (full - median) / (full - head) / (1 - depth / layers)
+            saved = ((f - v) / (f - h) for v, f, h in zip(values, times["full"], times["head only"], strict=True))
+            row["skip_efficiency"] = statistics.median(saved) / (1 - depth / layers)
         rows.append(row)
     return rows
 

@@ -53,7 +53,8 @@ def finished_model() -> Decoder:
 
 def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> Collected:
     checkpoints = checkpoint_layers(model.config.num_layers, calibration.checkpoint_interval)
-    return collect(model, tokenise(None, TEXTS if texts is None else texts, calibration), checkpoints, calibration)
+    samples = tokenise(None, TEXTS if texts is None else texts, calibration, model.config.vocab_size)
+    return collect(model, samples, checkpoints, calibration)
 
 
 # ------------------------------------------------------------------------------------------------------- known answers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_models import tiny_model
 
-from tide_jax import Decoder, Routers, TideError
+from tide_jax import Decoder, Routers, TideError, router_file
 from tide_jax.checkpoint import fingerprint
 from tide_jax.config import CalibrationConfig, checkpoint_layers
 from tide_jax.decoder import from_parameters, parameters
@@ -220,3 +222,57 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         made_for(MODEL, affine=True, seed=1).save(path)
     assert sorted(tmp_path.iterdir()) == before, "nothing half-written stays behind"
     same_weights(Routers.load(path, model=MODEL), first)
+
+
+# ------------------------------------------------------------------------------------------------ files kept as a pair
+
+
+def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    refused(path, "is damaged")
+
+
+def test_a_failed_save_leaves_the_earlier_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up in the second file: the first must not have been replaced either."""
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL, affine=True).save(path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    opened, real = [], os.fdopen
+
+    def full(handle: int, mode: str) -> Any:
+        opened.append(handle)
+        if len(opened) < 2:
+            return real(handle, mode)
+        os.close(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(TideError, match="No space left"):
+        made_for(MODEL, affine=True, seed=1).save(path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("checkpoints", [None, [3, 1], [1, 1], [99], ["1"]])
+def test_nonsense_checkpoints_are_refused(tmp_path: Path, checkpoints: Any) -> None:
+    path = tmp_path / "routers.safetensors"
+    router_file.write({path: router_file.encode({}, model_identity(MODEL) | {"checkpoints": checkpoints})})
+    refused(path, "names checkpoints")
+
+
+def test_a_router_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    path, size = tmp_path / "routers.safetensors", MODEL.config.hidden_size
+    shapes = {"down": (size, 4), "down_bias": (4,), "up": (5,), "up_bias": ()}
+    tensors = {f"1.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    router_file.write({path: router_file.encode(tensors, model_identity(MODEL) | {"checkpoints": [1]})})
+    refused(path, r"tensor 1\.up is of shape \(5,\), expected shape \(4,\)")
+
+
+def test_another_mlp_is_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    made_for(MODEL).save(path)
+    changed = {n: -a if n.endswith("mlp.down.kernel") else a for n, a in parameters(MODEL).items()}
+    refused(path, "calibrated for", model=from_parameters(MODEL.config, changed.items(), dtype=jnp.float32))

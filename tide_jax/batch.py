@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
+from tide_jax.checks import whole_number
 from tide_jax.config import DecoderConfig
 from tide_jax.errors import TideError
 
@@ -68,7 +69,7 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
 
 
 def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    ragged = isinstance(input_ids, (list, tuple)) and any(isinstance(r, (list, tuple, np.ndarray)) for r in input_ids)
+    ragged = isinstance(input_ids, (list, tuple)) and any(map(_is_row, input_ids))
     if ragged:
         if attention_mask is not None:
             raise TideError("attention_mask goes with an array of input_ids; a list of lists needs none")
@@ -76,15 +77,27 @@ def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], 
         width = max(len(r) for r in rows)
         return rows, np.arange(width)[None, :] < np.asarray([len(r) for r in rows])[:, None]
     ids = _integers(input_ids, 2)
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask).astype(bool)
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise TideError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}")
     return [row[m] for row, m in zip(ids, mask, strict=True)], mask
 
 
+def _is_row(values: Any) -> bool:
+    """Whether an entry of a list is a row (a list, or an array of anyone's) rather than a token id."""
+    return isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise TideError(f"{name} holds rows of unequal length or no numbers; pass an int array [B, T]") from error
+
+
 def _integers(values: Any, ndim: int) -> np.ndarray:
-    array = np.asarray(values)
+    array = _array("input_ids", values)
     if array.size == 0:
         array = array.astype(np.int64)
     if not np.issubdtype(array.dtype, np.integer):
@@ -112,16 +125,33 @@ def positions_of(mask: np.ndarray, width: int) -> Int[np.ndarray, "B W"]:
     return np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype(np.int32)
 
 
+def prompt_column(lengths: Any, batch: int) -> Int[np.ndarray, "B 1"]:
+    """Prompt lengths, one for all rows or one for each, as int32 [B, 1]."""
+    listed = _listed(lengths)
+    each = listed if isinstance(listed, list) else [listed] * batch
+    if len(each) != batch:
+        raise TideError(f"prompt_lengths has {len(each)} values, expected one, or one for each of the {batch} rows")
+    return np.asarray([[whole_number("prompt_lengths", n)] for n in each], np.int32)
+
+
 def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
     """End-of-sequence ids as int32 [B, E], padded with -1: from None, an id, ids for all rows, or ids for each row."""
-    if eos is None:
-        eos = []
-    if isinstance(eos, (int, np.integer)):
-        eos = [int(eos)]
-    eos = list(eos)
-    per_row: list[Iterable[int]] = eos if eos and isinstance(eos[0], (list, tuple, np.ndarray)) else [eos] * batch
-    lists = [[int(i) for i in ids] for ids in per_row]
-    if len(lists) != batch:
-        raise TideError(f"eos_token_id lists ids for {len(lists)} rows, expected {batch}")
+    eos = [] if eos is None else _listed(eos)
+    rows = [_listed(ids) for ids in eos] if isinstance(eos, list) else [eos]
+    nested = {isinstance(row, list) for row in rows}
+    if len(nested) > 1:
+        raise TideError("eos_token_id mixes ids and lists of ids; pass an id, a list of ids, or a list for each row")
+    if nested != {True}:
+        rows = [rows] * batch
+    if len(rows) != batch:
+        raise TideError(f"eos_token_id lists ids for {len(rows)} rows, expected {batch}")
+    lists = [[whole_number("eos_token_id", i) for i in ids] for ids in rows]
     width = max(1, *(len(ids) for ids in lists))
     return np.asarray([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)
+
+
+def _listed(values: Any) -> Any:
+    """A list in place of an array or another collection; anything else as it is."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return list(values) if isinstance(values, (tuple, set, frozenset, range)) else values

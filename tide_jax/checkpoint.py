@@ -18,7 +18,7 @@ import numpy as np
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters, parameters
 from tide_jax.errors import TideError
-from tide_jax.shards import ShardedTensors, read_json
+from tide_jax.shards import ShardedTensors, checked_cast, read_json
 
 FORMAT = 1
 CONFIG_KEY = "tide_jax"
@@ -46,7 +46,8 @@ def load(source: str | Path, dtype: Any = None) -> Decoder:
     config = DecoderConfig.from_dict(settings["decoder"])
     tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
-    return from_parameters(config, ((name, tensors.read(name)) for name in tensors.infos), dtype=dtype)
+    checked = ((name, checked_cast(tensors.read(name), dtype, name)) for name in tensors.infos)
+    return from_parameters(config, checked, dtype=dtype)
 
 
 def load_config(source: str | Path) -> DecoderConfig:

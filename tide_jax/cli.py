@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from tide_jax.command_line import Parser, execute, seed
 from tide_jax.errors import TideError
+from tide_jax.progress import progress_bars
 
 _SOURCE = "converted directory, Hugging Face directory, hub id or .gguf file"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 2, with one line on standard error, for bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
-    parser = argparse.ArgumentParser(
-        prog="tide-jax", description="Language models that spend depth only where a token needs it."
-    )
+    parser = Parser(prog="tide-jax", description="Language models that spend depth only where a token needs it.")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for entry in sorted(entry_points(group="tide_jax.commands"), key=lambda e: e.name):
         entry.load()(subparsers)
     for add in (_add_calibrate, _add_generate, _add_inspect):
         add(subparsers)
-    args = parser.parse_args(arguments)
-    try:
-        return args.run(args)
-    except TideError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return execute(parser, arguments)
 
 
 def _command(subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
@@ -85,7 +75,7 @@ def _add_calibrate(subparsers: Any) -> None:
     parser.add_argument("--exit-head-rank", type=int, help="rank of affine heads (full)")
     parser.add_argument("--label", choices=["agreement", "cosine"], help="when an exit counts as right (agreement)")
     parser.add_argument("--min-layers", type=int, help="layers every token runs, for the report (8)")
-    parser.add_argument("--seed", type=int, help="source of all randomness (0)")
+    parser.add_argument("--seed", type=seed, help="source of all randomness (0)")
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -99,7 +89,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     _check_writable(args.output)
     texts = None if args.text == "self" else load_texts(args.text, field=args.field)
     model, tokenizer = tide_jax.load(args.source, args.dtype), tide_jax.load_tokenizer(args.source)
-    with _progress_bars() as progress:
+    with progress_bars() as progress:
         if texts is None:
             texts = model_texts(
                 model,
@@ -162,7 +152,13 @@ def _add_generate(subparsers: Any) -> None:
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
     parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
     parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
-    parser.add_argument("--threshold", type=float, default=0.85, help="a token exits above this router score (0.85)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        dest="exit_threshold",
+        default=0.85,
+        help="a token exits above this router score (0.85)",
+    )
     parser.add_argument("--min-layers", type=int, help="layers every token runs (8)")
     parser.add_argument("--mode", choices=["exit", "full"], help="default: exit when there are routers")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -171,7 +167,7 @@ def _add_generate(subparsers: Any) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
 
@@ -181,7 +177,10 @@ def _generate(args: argparse.Namespace) -> int:
 
     import tide_jax
 
-    exits = {"exit_threshold": args.threshold} | ({} if args.min_layers is None else {"min_layers": args.min_layers})
+    _check_prompts(args)
+    exits = {"exit_threshold": args.exit_threshold} | (
+        {} if args.min_layers is None else {"min_layers": args.min_layers}
+    )
     config = tide_jax.ExitConfig(**exits)
     model, tokenizer = tide_jax.load(args.source, args.dtype), tide_jax.load_tokenizer(args.source)
     routers = None
@@ -212,11 +211,17 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_prompts(args: argparse.Namespace) -> None:
+    """Finds out before the model is loaded."""
+    if not all(args.prompt):
+        raise TideError("the prompt is empty; pass some text")
+    if args.mode == "exit" and args.routers is None:
+        raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
+
+
 def _prompt_ids(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
     from tide_jax.texts import chat_ids
 
-    if not text:
-        raise TideError("the prompt is empty; pass some text")
     if getattr(tokenizer, "chat_template", None) and not raw:
         return chat_ids(tokenizer, text)
     return list(tokenizer(text)["input_ids"])
@@ -254,30 +259,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _check_writable(path: Path) -> None:
     """Finds out before the work, not after it."""
-    folder = path.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise TideError(f"can't write {path}: {folder} must be an existing, writable directory and {path.name} a file")
-
-
-@contextmanager
-def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that draws one bar for each stage where standard error is a terminal."""
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[stage] = tqdm(total=total or None, desc=stage, disable=not sys.stderr.isatty(), leave=True)
-        bars[stage].update(done - bars[stage].n)
-
+    if path.is_dir():
+        raise TideError(f"can't write {path}: it is a directory, expected a file")
     try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise TideError(
+            f"can't write {path} ({error.strerror or error}): {path.parent} must be an existing, writable directory"
+        ) from error
 
 
 if __name__ == "__main__":

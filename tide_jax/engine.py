@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, to_rows
+from pallas_kernels.exit_step.api import IMPLEMENTATIONS
+from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
+from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
 from tide_jax.errors import TideError
 from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.programs import Programs
 from tide_jax.router import Routers
 from tide_jax.sampling import make_sampling
 from tide_jax.stats import ExitStats
@@ -75,7 +78,7 @@ class TIDE:
 
     Raises:
       TideError: the routers belong to a model of another depth or width, `min_layers` exceeds the depth, or there is
-        not one threshold for each checkpoint.
+        not one threshold for each checkpoint, or there is no such implementation.
     """
 
     def __init__(
@@ -91,11 +94,18 @@ class TIDE:
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
         self._implementation = implementation
         self._weights = routers.without_metadata() if routers is not None else None
-        self._programs = _Programs()
+        self._programs = Programs()
         self._check()
 
     def with_config(self, **changes: Any) -> TIDE:
-        """The same engine with other `ExitConfig` fields; compiled programs are shared, nothing recompiles."""
+        """The same engine with other `ExitConfig` fields; compiled programs are shared, nothing recompiles.
+
+        Raises:
+          TideError: no such field, or a value it can't have.
+        """
+        known = [field.name for field in dataclasses.fields(ExitConfig)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise TideError(f"ExitConfig has no field {', '.join(unknown)}; expected some of {', '.join(known)}")
         other = TIDE(
             self.model,
             self.routers,
@@ -183,7 +193,7 @@ class TIDE:
         positions = positions_of(rows.mask, padded)
         tokens = np.zeros((batch, padded), np.int32)
         tokens[positions >= 0] = np.concatenate(rows.rows)
-        prompt = np.broadcast_to(np.asarray(prompt_lengths, np.int32).reshape(-1, 1), (batch, 1))
+        prompt = prompt_column(prompt_lengths, batch)
         (out, logits), seconds, compiled = self._programs.run(
             _score,
             (self.model,),
@@ -203,6 +213,11 @@ class TIDE:
 
     def _check(self) -> None:
         config, layers = self.config, self.model.config.num_layers
+        if self._implementation not in (None, *IMPLEMENTATIONS):
+            raise TideError(
+                f"implementation={self._implementation!r} is not known; choose None or one of "
+                f"{', '.join(sorted(IMPLEMENTATIONS))}"
+            )
         if config.min_layers > layers:
             raise TideError(f"min_layers={config.min_layers} exceeds the model's {layers} layers; lower it")
         if self.routers is None:
@@ -246,22 +261,25 @@ class TIDE:
         sampling = make_sampling(**dials)
         if float(sampling.temperature) > 0 and key is None:
             raise TideError("temperature above 0 draws at random and needs key=jax.random.key(seed)")
-        new = self._fit_context(rows, max_new_tokens)
+        if pad_token_id is not None:
+            pad_token_id = whole_number("pad_token_id", pad_token_id, high=config.vocab_size - 1)
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
+        eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
+        exits = self._exits(mode)
+        new = self._fit_context(rows, max_new_tokens)  # last: it may log a warning, and an error should come alone
         request = Request(
             sampling=sampling,
             key=jax.random.key(0) if key is None else key,
-            eos=jnp.asarray(eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))),
+            eos=jnp.asarray(eos),
             pad=jnp.int32(pad),
             max_new_tokens=jnp.int32(new),
         )
         width = bucket(int(rows.lengths.max()))
         prompt = Prompt(jnp.asarray(pad_left(rows.rows, width)), jnp.asarray(rows.lengths))
-        return _Call(rows, prompt, request, self._exits(mode), bucket(new))
+        return _Call(rows, prompt, request, exits, bucket(new))
 
     def _fit_context(self, rows: Rows, max_new_tokens: int) -> int:
-        if max_new_tokens < 1:
-            raise TideError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
         longest, context = int(rows.lengths.max()), self.model.config.context_length
         # The last new token is never run through the model, so it needs no position.
         room = context - longest + 1
@@ -367,38 +385,3 @@ def _score(
         implementation=implementation,
     )
     return out, model.logits(out.states)
-
-
-class _Programs:
-    """Compiled programs of one engine by function and argument shapes, compiled ahead of time so that compilation
-    never counts as run time."""
-
-    def __init__(self) -> None:
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self.compile_time = 0.0
-
-    def run(
-        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, *, donate: int | None = None, **static: Any
-    ) -> tuple[Any, float, float]:
-        """Result, seconds of running, seconds of compiling.
-
-        Args:
-          fixed: leading arguments that are the same at every call (the model): left out of the shape key.
-          arguments: the others.
-          donate: index of an argument whose buffers the program may overwrite.
-          static: compile-time keyword arguments.
-        """
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = (function.__name__, shapes, structure, tuple(sorted(static.items())))
-        start = time.perf_counter()
-        compiled = 0.0
-        if key not in self._compiled:
-            donated = () if donate is None else (donate,)
-            jitted = jax.jit(function, static_argnames=tuple(static), donate_argnums=donated)
-            self._compiled[key] = jitted.lower(*fixed, *arguments, **static).compile()
-            compiled = time.perf_counter() - start
-            self.compile_time += compiled
-        start = time.perf_counter()
-        result = jax.block_until_ready(self._compiled[key](*fixed, *arguments))
-        return result, time.perf_counter() - start, compiled

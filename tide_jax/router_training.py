@@ -16,7 +16,7 @@ from tide_jax.config import CalibrationConfig
 from tide_jax.router import Router
 from tide_jax.router_file import round_columns
 
-_BATCH = 1024
+_BATCH = 256
 _SCORE_CHUNK = 4096
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError
 
 
@@ -44,23 +45,22 @@ def make_sampling(
     repetition_penalty: float = 1.0,
 ) -> Sampling:
     """Checks the dials and makes them arrays. Raises TideError for a value out of its range."""
-    ranges = (
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more and finite"),
-        ("top_k", top_k, top_k >= 0 and int(top_k) == top_k, "a whole number, 0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", repetition_penalty, 0 < repetition_penalty < math.inf, "above 0 and finite"),
-    )
-    for name, value, good, expected in ranges:
+    reals = {
+        "temperature": real_number("temperature", temperature),
+        "top_p": real_number("top_p", top_p),
+        "min_p": real_number("min_p", min_p),
+        "repetition_penalty": real_number("repetition_penalty", repetition_penalty),
+    }
+    ranges = {
+        "temperature": (0 <= reals["temperature"] < math.inf, "0 or more and finite"),
+        "top_p": (0 < reals["top_p"] <= 1, "above 0 and at most 1"),
+        "min_p": (0 <= reals["min_p"] <= 1, "between 0 and 1"),
+        "repetition_penalty": (0 < reals["repetition_penalty"] < math.inf, "above 0 and finite"),
+    }
+    for name, (good, expected) in ranges.items():
         if not good:
-            raise TideError(f"{name}={value} must be {expected}")
-    return Sampling(
-        temperature=jnp.float32(temperature),
-        top_k=jnp.int32(top_k),
-        top_p=jnp.float32(top_p),
-        min_p=jnp.float32(min_p),
-        repetition_penalty=jnp.float32(repetition_penalty),
-    )
+            raise TideError(f"{name}={reals[name]} must be {expected}")
+    return Sampling(top_k=jnp.int32(whole_number("top_k", top_k)), **{n: jnp.float32(v) for n, v in reals.items()})
 
 
 def sample(

@@ -8,6 +8,7 @@ map: mapped pages count as resident memory, and a conversion promises to hold on
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import struct
@@ -110,6 +111,8 @@ def _shard_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise TideError(f"{index} has no weight_map: {_AGAIN}")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise TideError(f"{index} maps tensors to something else than file names: {_AGAIN}")
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (directory / name).is_file()]:
         raise TideError(f"{index} names shards that are not there: {', '.join(absent)}: {_AGAIN}")
@@ -123,32 +126,68 @@ def _no_weights(directory: Path) -> str:
     return f"{wanted}: give a directory with safetensors weights"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor of a header; its bytes are counted from the header's end."""
+
+    name: str
+    info: TensorInfo
+    begin: int
+    end: int
+
+
 def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
     """Name, info and absolute byte offset of each tensor in a file, checked against the file's size."""
     size = file.stat().st_size
+    if size < 8:
+        raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {_AGAIN}")
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > size - 8:
                 raise ValueError(f"a header of {length} bytes does not fit its {size} bytes")
             header = json.loads(stream.read(length))
-        entries = [
-            (name, TensorInfo(tuple(entry["shape"]), entry["dtype"]), entry["data_offsets"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        ]
-        for name, info, (begin, end) in entries:
-            dtype = DTYPES.get(info.dtype)
-            if dtype is not None and end - begin != math.prod(info.shape) * dtype.itemsize:
-                raise ValueError(f"{name} has {end - begin} bytes for shape {list(info.shape)} {info.dtype}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        entries = [_entry(name, values) for name, values in header.items() if name != "__metadata__"]
+        _check_apart(entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TideError(f"{file} is not a readable safetensors file ({_first_line(error)}): {_AGAIN}") from error
-    expected = 8 + length + max((end for _, _, (_, end) in entries), default=0)
+    expected = 8 + length + max((entry.end for entry in entries), default=0)
     if size < expected:
         raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {_AGAIN}")
-    return [(name, info, 8 + length + begin) for name, info, (begin, _) in entries]
+    return [(entry.name, entry.info, 8 + length + entry.begin) for entry in entries]
+
+
+def _entry(name: str, values: dict[str, Any]) -> _Entry:
+    """A tensor of a header, checked on its own. Raises what `_read_header` reports."""
+    shape, (begin, end) = values["shape"], values["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ValueError(f"{name} has shape {shape} at bytes {begin} to {end}, expected whole numbers, 0 or more")
+    info = TensorInfo(tuple(shape), str(values["dtype"]))
+    dtype = DTYPES.get(info.dtype)
+    if end < begin or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
+        raise ValueError(f"{name} has {end - begin} bytes for shape {shape} {info.dtype}")
+    return _Entry(name, info, begin, end)
+
+
+def _check_apart(entries: list[_Entry]) -> None:
+    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
+    for before, after in itertools.pairwise(ordered):
+        if after.begin < before.end:
+            raise ValueError(f"{before.name} and {after.name} overlap")
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
+    """`array` in `dtype`. Raises TideError where tensor `source` holds NaN or infinity, or overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if np.isfinite(cast).all():
+        return cast
+    if np.isfinite(array).all():
+        raise TideError(f"tensor {source} overflows {dtype.name}: use bfloat16 or float32")
+    raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, {_AGAIN}")

@@ -20,6 +20,7 @@ from tide_jax.errors import TideError
 logger = logging.getLogger(__name__)
 
 _FIELDS = ("text", "content", "question", "prompt", "document", "sentence")
+_PARQUET_ROWS = 256  # decoded at once
 _QUESTIONS = (
     "Explain {} to a curious child.",
     "Write a short story about {}.",
@@ -127,7 +128,7 @@ def _file(path: Path, field: str | None) -> Iterator[str]:
     try:
         yield from (text for text in readers[path.suffix](path, field) if text.strip())
     except (UnicodeDecodeError, OSError) as error:
-        raise TideError(f"{path} can't be read as {path.suffix} text ({error})") from error
+        raise TideError(f"{path} can't be read as {path.suffix} text ({_first_line(error)})") from error
 
 
 def _lines(path: Path, field: str | None) -> Iterator[str]:
@@ -148,19 +149,23 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
 
 
 def _parquet(path: Path, field: str | None) -> Iterator[str]:
-    import datasets  # slow to import, and only needed here
+    import pyarrow  # slow to import, and only needed here
+    from pyarrow.parquet import ParquetFile
 
     try:
-        rows = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # datasets wraps whatever went wrong in its own types
-        raise TideError(f"{path} can't be read as parquet ({str(error).splitlines()[0]})") from error
-    yield from (_text(row, field, str(path)) for row in rows)
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                yield from (_text(row, field, str(path)) for row in batch.to_pylist())
+    except pyarrow.ArrowException as error:
+        raise TideError(f"{path} can't be read as parquet ({_first_line(error)})") from error
 
 
 def _hub(name: str, field: str | None) -> Iterator[str]:
     import datasets
 
     repository, config, split = (*name.split(":"), "", "")[:3]
+    if not repository:
+        raise TideError("hub: names no data set; expected hub:NAME[:CONFIG[:SPLIT]]")
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:
@@ -169,17 +174,25 @@ def _hub(name: str, field: str | None) -> Iterator[str]:
     except (OSError, ValueError) as error:
         if isinstance(error, TideError):
             raise
-        raise TideError(f"data set {name} can't be loaded ({str(error).splitlines()[0]}); pass a local file") from error
+        raise TideError(f"data set {name} can't be loaded ({_first_line(error)}); pass a local file") from error
 
 
 def _text(record: Any, field: str | None, where: str) -> str:
     if not isinstance(record, dict):
         raise TideError(f"{where} holds {type(record).__name__}, expected an object with a text field")
-    names = [field] if field else [name for name in _FIELDS if isinstance(record.get(name), str)]
-    if not names or not isinstance(record.get(names[0]), str):
+    usual = [name for name in _FIELDS if name in record]
+    name = field or next((name for name in usual if isinstance(record[name], str)), usual[0] if usual else None)
+    if name is None or name not in record:
+        wanted = f"text field {field}" if field else "text field"
+        raise TideError(f"{where} has no {wanted}; choose the field among {', '.join(map(str, record)) or 'none'}")
+    if not isinstance(record[name], str):
         raise TideError(
-            f"{where} has no text field {field or ''}; name one of {', '.join(map(str, record))} with field="
+            f"{where}: the field {name} holds {type(record[name]).__name__}, not text; choose another field"
         )
-    if names[0] == "question" and isinstance(record.get("answer"), str):
+    if name == "question" and isinstance(record.get("answer"), str):
         return f"{record['question']}\n{record['answer']}"
-    return record[names[0]]
+    return record[name]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

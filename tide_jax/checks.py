@@ -1,0 +1,39 @@
+"""Checks of numbers that a user passes: Python's, numpy's or JAX's."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from tide_jax.errors import TideError
+
+INT32_MAX = 2**31 - 1
+
+
+def whole_number(name: str, value: Any, low: int = 0, high: int = INT32_MAX) -> int:
+    """`value` as an int. Raises TideError, naming it `name`, unless it is a whole number of `low` to `high`."""
+    plain = _plain(value)
+    if not isinstance(plain, int) or isinstance(plain, bool) or not low <= plain <= high:
+        raise TideError(f"{name}={_shown(value)} must be a whole number from {low} to {high}")
+    return plain
+
+
+def real_number(name: str, value: Any) -> float:
+    """`value` as a float. Raises TideError, naming it `name`, unless it is a number."""
+    plain = _plain(value)
+    if not isinstance(plain, numbers.Real) or isinstance(plain, bool):
+        raise TideError(f"{name}={_shown(value)} must be a number")
+    try:
+        return float(plain)
+    except OverflowError:
+        raise TideError(f"{name}={_shown(value)} must be a number that a float holds") from None
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number in place of a numpy scalar or an array without axes."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,36 @@
+"""Progress bars on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback ``progress(stage, done, total)`` that draws a bar for each stage, none where standard error is no
+    terminal.
+
+    Args:
+      options: tqdm's, such as ``unit="B"``.
+    """
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in bars:
+            _close(bars)
+            bars[stage] = tqdm(total=total or None, desc=stage, disable=None, **options)
+        bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield progress
+    finally:
+        _close(bars)
+
+
+def _close(bars: dict[str, Any]) -> None:
+    for bar in bars.values():
+        bar.close()
