@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from tide_jax.errors import TideError
+from tide_jax.command_line import Parser, execute
+from tide_jax.progress import progress_bars
 
 _EPILOG = """examples:
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2
@@ -34,20 +33,14 @@ def add_command(subparsers: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m convert",
         description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(parser)
-    args = parser.parse_args(arguments)
-    try:
-        return args.run(args)
-    except TideError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return execute(parser, arguments)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +57,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from convert.conversion import convert
 
-    with _progress_bar() as progress:
+    with progress_bars(unit="B", unit_scale=True) as progress:
         report = convert(
             args.source,
             args.destination,
@@ -72,24 +65,10 @@ def _run(args: argparse.Namespace) -> int:
             verify=args.verify,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
-            progress=progress,
+            progress=functools.partial(progress, "converting"),
         )
     print(json.dumps(report.to_dict(), indent=2) if args.json else _summary(report))
     return 0
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Any]:
-    """A progress callback that draws a bar where standard error is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 def _summary(report: Any) -> str:
@@ -103,7 +82,7 @@ def _summary(report: Any) -> str:
     if (proof := report.verification) is not None:
         lines.append(
             f"  logits differ from transformers' by {proof.max_difference:.2e} at most "
-            f"({proof.relative:.1e} of their range) over {proof.tokens} tokens"
+            f"({proof.relative:.1e} of their range) over {proof.tokens} tokens in rows of {proof.row_length}"
         )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,13 @@ from convert.reader import Source
 from convert.rules import Rule
 from tide_jax.config import DecoderConfig
 from tide_jax.errors import TideError
+
+logger = logging.getLogger(__name__)
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "max_position_embeddings", "num_local_experts", "num_experts_per_tok"),
+    *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),  # GPT-2's names
+)
 
 
 def family_of(source: Source) -> Family:
@@ -36,22 +44,36 @@ def family_of(source: Source) -> Family:
 def decoder_config(source: Source) -> DecoderConfig:
     """The architecture of a source. Raises TideError where it is unknown or asks for what is not implemented."""
     family = family_of(source)
+    _check_sizes(source)
     hf = _transformers_config(source)
-    config = family.config(hf)
+    try:
+        config = family.config(hf)
+    except ArithmeticError as error:  # more heads than channels
+        raise TideError(f"{source.description}: config.json's sizes do not fit together ({error})") from error
     if config.tie_embeddings and _has_own_head(source, family.rules):
         config = dataclasses.replace(config, tie_embeddings=False)
-    eos, pad = (_token_setting(source, hf, name) for name in ("eos_token_id", "pad_token_id"))
-    return dataclasses.replace(
-        config,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        pad_token_id=pad if pad is not None and pad >= 0 else None,
-    )
+    eos, pad = (_token_ids(source, hf, name) for name in ("eos_token_id", "pad_token_id"))
+    return dataclasses.replace(config, eos_token_ids=eos, pad_token_id=pad[0] if pad else None)
 
 
-def _token_setting(source: Source, hf: Any, name: str) -> Any:
-    """A token id: generation_config.json's word counts before config.json's."""
+def _check_sizes(source: Source) -> None:
+    for name in _SIZES:
+        value = source.config.get(name)
+        if isinstance(value, int) and value < 1:
+            raise TideError(f"{source.description}: config.json has {name}={value!r}, expected 1 or more; correct it")
+
+
+def _token_ids(source: Source, hf: Any, name: str) -> tuple[int, ...]:
+    """Token ids inside the vocabulary; generation_config.json's word counts before config.json's."""
     value = source.generation_config.get(name)
-    return getattr(hf, name, None) if value is None else value
+    value = getattr(hf, name, None) if value is None else value
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise TideError(f"{source.description}: {name} is {value!r}, expected a token id or a list of them; correct it")
+    # Published checkpoints write -1 or the vocabulary's size for "none"; the model can produce neither.
+    if outside := [i for i in ids if not 0 <= i < hf.vocab_size]:
+        logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, hf.vocab_size)
+    return tuple(i for i in ids if 0 <= i < hf.vocab_size)
 
 
 def _transformers_config(source: Source) -> Any:

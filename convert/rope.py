@@ -18,7 +18,7 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention") -> R
       head_dim: channels of a head.
 
     Raises:
-      TideError: the rope type is not implemented, or a setting it needs is missing.
+      TideError: the rope type is not implemented, or a setting it needs is missing or makes no sense.
     """
     settings = hf.rope_parameters
     settings = settings.get(layer_type, settings)
@@ -30,9 +30,25 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention") -> R
         raise TideError(f"{rotary_dim} of {head_dim} channels of a head would be rotated, expected an even number")
     try:
         extra = _KINDS[kind](hf, settings)
-        return RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra)
+        rope = RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra)
+        return _checked(rope)
     except KeyError as error:
         raise TideError(f"rope_type {kind!r} needs {error} in config.json's rope_parameters") from error
+    except TideError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise TideError(f"config.json's rope_parameters make no sense for rope_type {kind!r} ({error})") from error
+
+
+def _checked(rope: RopeConfig) -> RopeConfig:
+    if rope.kind == "longrope":
+        for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
+            if len(factors) != rope.rotary_dim // 2:
+                raise TideError(
+                    f"config.json's rope_parameters have {len(factors)} values in {name}, expected "
+                    f"{rope.rotary_dim // 2}, one for each pair of rotated channels"
+                )
+    return rope
 
 
 def _default(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,28 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.reader import Source
+from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 
 TOLERANCE = 2e-4
-_LENGTH = 64
+_LENGTH, _LONGEST = 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far the logits are from transformers', both computed in float32.
+    """How far the logits are from transformers' with the same rounded weights, both computed in float32.
 
     Attributes:
       max_difference: largest absolute difference of any logit.
       logit_range: largest minus smallest of transformers' logits.
       relative: the first over the second.
       tokens: number of tokens compared.
+      row_length: tokens of the longest row.
     """
 
     max_difference: float
     logit_range: float
     relative: float
     tokens: int
+    row_length: int
 
 
 def require_torch() -> None:
@@ -47,42 +50,53 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
     Args:
       source: what was converted.
       model: the result, loaded in float32.
-      stored: the dtype it was stored in.
+      stored: the dtype it was stored in; the reference's weights are rounded to it too, so that one tolerance holds
+        for every dtype.
 
     Raises:
-      TideError: float32 weights, and logits that differ by more than `TOLERANCE` of their range.
+      TideError: logits that differ by more than `TOLERANCE` of their range.
     """
-    tokens, mask = _random_batch(model)
-    expected = _reference_logits(source, tokens, mask)[mask]
+    tokens, mask = _random_batch(model.config)
+    expected = _reference_logits(source, stored, tokens, mask)[mask]
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
     found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))[mask]
     difference = float(np.abs(found - expected).max())
     logit_range = float(expected.max() - expected.min())
-    result = Verification(difference, logit_range, difference / max(logit_range, 1e-30), int(mask.sum()))
-    if stored == np.float32 and not result.relative <= TOLERANCE:
+    relative = difference / max(logit_range, 1e-30)
+    if not relative <= TOLERANCE:
         raise TideError(
-            f"the converted model's logits differ from transformers' by {result.relative:.1e} of their range, "
+            f"the converted model's logits differ from transformers' by {relative:.1e} of their range, "
             f"expected at most {TOLERANCE:.0e}: nothing was written, please report the model"
         )
-    return result
+    return Verification(difference, logit_range, relative, int(mask.sum()), mask.shape[1])
 
 
-def _random_batch(model: Decoder) -> tuple[np.ndarray, np.ndarray]:
+def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and the mask of the real ones: a full row, and one with padding on the left."""
-    length = min(_LENGTH, model.config.max_positions)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, length))
+    length = min(_row_length(config), config.max_positions)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
     mask = np.ones((2, length), bool)
     mask[1, : length // 3] = False
     return tokens, mask
 
 
-def _reference_logits(source: Source, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _row_length(config: DecoderConfig) -> int:
+    """Long enough to look beyond small windows and small original rotary lengths."""
+    windows = [kind.window or 0 for kind in config.attention_types]
+    originals = [kind.rope.original_max_positions for kind in config.attention_types if kind.rope]
+    reachable = [length for length in windows + originals if length < _LONGEST]
+    return min(_LONGEST, max(_LENGTH, 2 * max(reachable, default=0)))
+
+
+def _reference_logits(source: Source, stored: np.dtype, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     import torch
 
     reference = reference_model(source).eval()
     attention_mask = torch.tensor(mask.astype(np.int64))
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(parameter.to(getattr(torch, stored.name)))
         output = reference(input_ids=torch.tensor(tokens), attention_mask=attention_mask, position_ids=positions)
     return output.logits.float().numpy()
 

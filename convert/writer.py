@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert.rules import Slot
-from tide_jax.errors import TideError
 from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
 
 _BLOCK_BYTES = 32 * 2**20

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tide_jax import TideError
-from tide_jax.batch import bucket, eos_table, pad_left, positions_of, to_rows
+from tide_jax.batch import bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
 from tide_jax.testing import tiny_config
 
 
@@ -40,6 +44,8 @@ def test_rows_of_a_list_are_aligned_left() -> None:
         ([], [[-1], [-1]]),
         (7, [[7], [7]]),
         (np.int64(7), [[7], [7]]),
+        (np.asarray(7), [[7], [7]]),
+        (jnp.asarray(7), [[7], [7]]),
         ([7, 8], [[7, 8], [7, 8]]),
         ((7, 8), [[7, 8], [7, 8]]),
         (np.asarray([7, 8]), [[7, 8], [7, 8]]),
@@ -51,6 +57,42 @@ def test_ends_of_rows(eos: object, expected: list[list[int]]) -> None:
     assert eos_table(eos, 2).tolist() == expected
 
 
-def test_ends_for_another_number_of_rows() -> None:
-    with pytest.raises(TideError, match="3 rows, expected 2"):
-        eos_table([[1], [2], [3]], 2)
+@pytest.mark.parametrize(
+    "eos, expected",
+    [
+        ([[1], [2], [3]], "3 rows, expected 2"),
+        ("</s>", "eos_token_id='</s>' must be a whole number"),
+        (["</s>"], "eos_token_id='</s>' must be a whole number"),
+        ([1, [2]], "mixes ids and lists of ids"),
+        (2**31, "eos_token_id=2147483648 must be a whole number from 0"),
+        (-1, "eos_token_id=-1 must be"),
+        (1.5, "eos_token_id=1.5 must be"),
+        (True, "eos_token_id=True must be"),
+        (np.asarray([1.5]), "eos_token_id=1.5 must be"),
+    ],
+)
+def test_ends_that_are_none(eos: object, expected: str) -> None:
+    with pytest.raises(TideError, match=expected):
+        eos_table(eos, 2)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, tuple, list])
+def test_a_list_of_unequal_rows_of_any_kind(kind: Callable[..., Any]) -> None:
+    rows = to_rows([kind([5, 6]), kind([7, 8, 9])], None, tiny_config())
+    assert [row.tolist() for row in rows.rows] == [[5, 6], [7, 8, 9]]
+    assert to_rows([jnp.asarray(5), jnp.asarray(6)], None, tiny_config()).rows[0].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("lengths, expected", [(3, [3, 3]), (np.int64(3), [3, 3]), ([1, 2], [1, 2]), ((0, 5), [0, 5])])
+def test_prompt_lengths(lengths: object, expected: list[int]) -> None:
+    assert prompt_column(lengths, 2)[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "lengths, expected",
+    [([1, 2, 3], "3 values, expected one, or one for each of the 2 rows"), ([1], "1 values"), ("two", "must be"),
+     ([-1, 2], "prompt_lengths=-1 must be"), ([1.5, 2], "prompt_lengths=1.5 must be")],
+)  # fmt: skip
+def test_prompt_lengths_that_are_none(lengths: object, expected: str) -> None:
+    with pytest.raises(TideError, match=expected):
+        prompt_column(lengths, 2)

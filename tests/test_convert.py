@@ -1,14 +1,11 @@
-"""Conversion: what it writes, what it refuses and how it says so, what it leaves behind. No torch needed."""
+"""Conversion: what it writes, and loading that. No torch needed."""
 
 from __future__ import annotations
 
-import errno
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,32 +16,10 @@ from tiny_llama import random_tensors, save, save_sharded
 
 import tide_jax.checkpoint
 from convert import convert, open_model
-from convert.__main__ import main
 from convert.architecture import decoder_config
-from convert.families import FAMILIES
-from convert.reader import HuggingFaceSource, open_source
-from convert.rules import Target, coverage, ignore, move
-from convert.writer import ShardWriter
+from convert.reader import HuggingFaceSource
 from tide_jax.decoder import parameters
 from tide_jax.errors import TideError
-from tide_jax.shards import TensorInfo
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return save(tmp_path / "source")
-
-
-def refusal(*args: Any, **kwargs: Any) -> str:
-    """The message `convert` refuses with; one line, and nothing is left behind."""
-    destination = Path(kwargs.pop("destination", None) or Path(args[0]).parent / "out")
-    with pytest.raises(TideError) as caught:
-        convert(args[0], destination, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not list(destination.parent.glob(".*")), "a partial directory was left"
-    return message
-
 
 # ---- what is written ----
 
@@ -174,236 +149,6 @@ def test_fingerprint_tells_models_apart_but_not_dtypes(source: Path, tmp_path: P
     assert fingerprint(open_model(save(tmp_path / "other", other))) != name
 
 
-# ---- what does not fit ----
-
-
-def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
-    tensors = random_tensors()
-    tensors["model.layers.0.surprise"] = np.zeros(3, np.float32)
-    tensors["embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
-    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((7, 12), np.float32)
-    tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((12, 11), np.float32)
-    tensors["model.layers.0.mlp.up_proj.bias"] = np.zeros(10, np.float32)
-    del tensors["model.layers.1.self_attn.v_proj.weight"], tensors["model.norm.weight"]
-    message = refusal(save(tmp_path / "source", tensors))
-    for part in (
-        "7 problems",
-        "source tensor model.layers.0.surprise [3] is unknown to this family",
-        "parameter embed.kernel is filled more than once, by embed_tokens.weight, model.embed_tokens.weight",
-        "q_proj.weight has shape [7, 12], expected one that can be arranged as layers.0.attention.q.kernel [12, 3, 6]",
-        "down_proj.weight has shape [12, 11], which gives [11, 12], expected layers.1.mlp.down.kernel [10, 12]",
-        "up_proj.bias [10] would fill layers.0.mlp.gate_up.bias, which the model does not have",
-        "parameter layers.1.attention.kv.kernel[:, :, 1] [12, 1, 6] has no source tensor",
-        "parameter final_norm.scale [12] has no source tensor",
-    ):
-        assert part in message
-
-
-def test_a_tensor_that_two_rules_match(source: Path) -> None:
-    opened = HuggingFaceSource(source)
-    rules = (*FAMILIES["llama"].rules, ignore(r".*norm\.weight", "for the test"))
-    with pytest.raises(TideError, match=r"model\.norm\.weight \[12\] matches 2 rules, expected one"):
-        coverage(opened.tensors, rules, decoder_config(opened))
-
-
-def test_a_slot_outside_the_parameter(source: Path) -> None:
-    opened = HuggingFaceSource(source)
-    rules = (*FAMILIES["llama"].rules, move("extra.{row}", Target("embed.kernel", slot="{row}")))
-    with pytest.raises(TideError, match=r"extra\.19 \[12\] would fill embed\.kernel\[19\], outside \[19, 12\]"):
-        coverage({**opened.tensors, "extra.19": TensorInfo((12,), "F32")}, rules, decoder_config(opened))
-
-
-# ---- bad input, one line each ----
-
-
-def test_missing_shard(tmp_path: Path) -> None:
-    sharded = save_sharded(tmp_path / "source")
-    (sharded / "model-00002-of-00002.safetensors").unlink()
-    assert "names shards that are not there: model-00002-of-00002.safetensors" in refusal(sharded)
-
-
-def test_index_lists_a_tensor_that_is_not_there(tmp_path: Path) -> None:
-    index = save_sharded(tmp_path / "source") / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": weight_map | {"model.extra": "model-00001-of-00002.safetensors"}}))
-    assert "lists 1 tensors its shards do not hold (model.extra" in refusal(index.parent)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, -10])
-def test_truncated_shard(source: Path, keep: int) -> None:
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    message = refusal(source)
-    assert "model.safetensors is" in message
-    assert "download or copy it again" in message
-
-
-def test_only_pickled_weights(source: Path) -> None:
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert "safetensors are needed" in refusal(source)
-
-
-def test_unsupported_tensor_dtype(tmp_path: Path) -> None:
-    tensors = random_tensors() | {"model.norm.weight": np.ones(12, np.float64)}
-    assert "model.norm.weight has dtype F64, expected one of F32, F16, BF16" in refusal(save(tmp_path / "s", tensors))
-
-
-def test_no_config(source: Path) -> None:
-    (source / "config.json").unlink()
-    assert "config.json is missing" in refusal(source)
-
-
-def test_config_is_not_json(source: Path) -> None:
-    (source / "config.json").write_text("{]")
-    assert "config.json cannot be read as JSON" in refusal(source)
-
-
-def test_config_without_model_type(tmp_path: Path) -> None:
-    message = refusal(save(tmp_path / "source", model_type=None))
-    assert "config.json has no model_type; supported are" in message
-    assert "llama" in message
-
-
-def test_unsupported_model_type(tmp_path: Path) -> None:
-    message = refusal(save(tmp_path / "source", model_type="t5"))
-    assert "model_type 't5' is not supported; supported are" in message
-    assert all(name in message for name in FAMILIES)
-
-
-def test_invalid_config_value(tmp_path: Path) -> None:
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "source", hidden_size="twelve"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"model_type": "gpt2", "n_layer": 1, "add_cross_attention": True}, "add_cross_attention=True"),
-        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ({"hidden_act": "mish"}, "activation 'mish' is not implemented"),
-        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_type 'proportional'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
-        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer type chunked_attention"),
-    ],
-)
-def test_refused_by_name(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    assert reason in refusal(save(tmp_path / "source", **settings))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
-    tensors = random_tensors()
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
-    broken = save(tmp_path / "source", tensors)
-    assert "tensor model.layers.1.mlp.up_proj.weight holds NaN or infinity" in refusal(broken)
-    with pytest.raises(TideError, match="holds NaN or infinity"):
-        open_model(broken)
-
-
-def test_overflow_of_float16(tmp_path: Path) -> None:
-    tensors = random_tensors()
-    tensors["lm_head.weight"][0, 0] = 1e6
-    message = refusal(save(tmp_path / "source", tensors), dtype="float16")
-    assert "tensor lm_head.weight overflows float16" in message
-
-
-def test_unknown_dtype(source: Path) -> None:
-    assert "choose one of float32, bfloat16, float16" in refusal(source, dtype="int8")
-
-
-def test_nothing_there(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(tmp_path / "absent")
-    assert "absent.gguf does not exist" in refusal(tmp_path / "absent.gguf")
-
-
-def test_hub_id_without_network(tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="could not be had from the Hugging Face hub"):
-        open_source("nobody/no-such-model")
-
-
-def test_verify_without_torch(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "run `pip install torch accelerate`" in refusal(source, verify=True)
-
-
-# ---- the destination ----
-
-
-def test_destination_exists(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    convert(source, tmp_path / "out")
-    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    assert "exists and is not empty" in refusal(source)
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
-    convert(source, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != before
-
-
-def test_overwrite_spares_what_is_no_conversion(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert "something else than a converted model" in refusal(source, overwrite=True)
-    assert (tmp_path / "out" / "thesis.tex").exists()
-
-
-def test_converted_models_are_not_converted_again(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "once")
-    assert "is a converted model already" in refusal(tmp_path / "once")
-
-
-def test_unwritable_destination(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    assert "cannot be written" in refusal(source, destination=tmp_path / "file" / "out")
-    assert "is a file" in refusal(source, destination=tmp_path / "file")
-
-
-def test_disk_full(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-        assert "no space left" in refusal(source)
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(ShardWriter, "write", fail)
-    assert "no space left" in refusal(source)
-
-
-def test_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        assert (tmp_path / ".out.partial").exists()
-        if done > total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_leftovers_of_a_killed_run_are_removed(source: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "model-00007-of-00009.safetensors").write_text("half")
-    convert(source, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-    assert not (tmp_path / "out" / "model-00007-of-00009.safetensors").exists()
-
-
-def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
-    report = convert(source, tmp_path / "out", dry_run=True)
-    assert (
-        report.bytes
-        == 4 * report.parameters
-        == 4 * sum(np.prod(s) for s in tiny_llama.shapes(tiny_llama.CONFIG).values())
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_progress_reaches_the_total(source: Path, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    convert(source, tmp_path / "out", progress=lambda *call: calls.append(call))
-    assert calls[-1][0] == calls[-1][1]
-    assert calls == sorted(calls)
-
-
 # ---- loading what was written ----
 
 
@@ -449,31 +194,6 @@ def test_tokenizer(source: Path, tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(source)
     convert(source, tmp_path / "out")
     assert tide_jax.checkpoint.load_tokenizer(tmp_path / "out").decode([1]) == "early"
-
-
-# ---- the command line ----
-
-
-def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(source), str(tmp_path / "out"), "--dry-run"]) == 0
-    assert "would write" in capsys.readouterr().out
-    assert main([str(source), str(tmp_path / "out"), "--json", "--dtype", "bfloat16"]) == 0
-    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
-    assert main([str(source), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_command_line_prints_one_plain_line_for_bad_input(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "convert", tmp_path / "absent", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.returncode == 2
-    assert run.stderr.count("\n") == 1
-    assert run.stderr.startswith(f"error: {tmp_path / 'absent'} does not exist")
 
 
 # ---- memory ----

@@ -96,6 +96,12 @@ BAD_INPUT: dict[str, tuple[Any, dict[str, Any], str]] = {
     "top_p of nothing": ([[3]], {"top_p": 0.0}, "top_p=0.0"),
     "a negative top_k": ([[3]], {"top_k": -4}, "top_k=-4"),
     "no new tokens": ([[3]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "new tokens that are no number": ([[3]], {"max_new_tokens": "ten"}, "max_new_tokens='ten'"),
+    "half a new token": ([[3]], {"max_new_tokens": 1.5}, "max_new_tokens=1.5"),
+    "a padding that is no id": ([[3]], {"pad_token_id": "<pad>"}, "pad_token_id='<pad>'"),
+    "a padding outside the vocabulary": ([[3]], {"pad_token_id": 259}, "pad_token_id=259 must be .* from 0 to 258"),
+    "an end that is no id": ([[3]], {"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+    "a ragged mask": ([[3, 4]], {"attention_mask": [[1], [1, 2]]}, "attention_mask|input_ids"),
     "ends for other rows": ([[3]], {"eos_token_id": [[1], [2]]}, "2 rows, expected 1"),
     "a streamer for two rows": ([[3], [4]], {"streamer": object()}, "one prompt at a time, got 2"),
 }
@@ -107,6 +113,29 @@ def test_bad_input_is_named_in_one_line(case: str) -> None:
     with pytest.raises(TideError, match=expected) as caught:
         engine().generate(ids, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_an_error_comes_without_the_warning_about_the_context(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TideError, match="needs routers"):
+        TIDE(engine().model).generate([[3]], max_new_tokens=1000, mode="exit")
+    assert not caplog.records
+
+
+def test_settings_that_do_not_exist() -> None:
+    with pytest.raises(TideError, match=r"no field threshold; expected some of exit_threshold, min_layers"):
+        engine().with_config(threshold=0.5)
+    with pytest.raises(TideError, match=r"implementation='magic' is not known; choose None or one of .*reference"):
+        TIDE(engine().model, implementation="magic")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    arguments = {"max_new_tokens": np.int64(3), "pad_token_id": np.int32(7), "temperature": np.float64(0.0)}
+    same(engine().generate(PROMPTS, **arguments), engine().generate(PROMPTS, max_new_tokens=3, pad_token_id=7))
+
+
+def test_prompt_lengths_for_other_rows() -> None:
+    with pytest.raises(TideError, match="prompt_lengths has 1 values"):
+        engine()(PROMPTS, prompt_lengths=[1])
 
 
 def test_exits_need_routers() -> None:

@@ -13,6 +13,7 @@ import pytest
 from tiny_hf import FAMILIES, VOCAB, save_tiny
 
 import tide_jax.checkpoint
+import tide_jax.rotary
 from convert import convert
 from tide_jax.cache import KVCache, init_cache
 from tide_jax.decoder import Decoder
@@ -219,6 +220,35 @@ def test_verify_records_the_difference(tmp_path: Path) -> None:
     assert math.isclose(
         report.verification.relative * report.verification.logit_range, report.verification.max_difference
     )
+
+
+@pytest.mark.parametrize("source_dtype, dtype", [("bfloat16", None), ("float32", "bfloat16"), ("float32", "float16")])
+def test_verify_holds_smaller_dtypes_to_the_same_tolerance(
+    source_dtype: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    save_tiny("llama", tmp_path / "hf", dtype=source_dtype, rope_parameters=rope)
+    report = convert(tmp_path / "hf", tmp_path / "right", dtype=dtype, verify=True)
+    assert report.verification is not None
+    assert report.verification.relative < TOLERANCE
+    monkeypatch.setitem(tide_jax.rotary._STATIC, "linear", tide_jax.rotary._default)
+    with pytest.raises(TideError, match="logits differ from transformers'"):
+        convert(tmp_path / "hf", tmp_path / "wrong", dtype=dtype, verify=True)
+
+
+def test_verify_looks_beyond_windows_and_original_lengths(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    settings = {"sliding_window": 70, "max_position_embeddings": 200}
+    save_tiny("mistral", tmp_path / "hf", **settings)
+    proof = convert(tmp_path / "hf", tmp_path / "converted", verify=True).verification
+    assert proof is not None
+    assert (proof.row_length, proof.tokens) == (140, 140 + 94)
+    rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 40, **_LONG}
+    save_tiny("llama", tmp_path / "long", rope_parameters=rope, max_position_embeddings=160)
+    proof = convert(tmp_path / "long", tmp_path / "long-converted", verify=True).verification
+    assert proof is not None
+    assert proof.row_length == 80
 
 
 def test_verify_refuses_a_wrong_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,14 @@ def test_turning_dials_does_not_retrace() -> None:
         ("temperature", float("inf")),
         ("top_k", -1),
         ("top_k", 2.5),
+        ("top_k", 2**31),
+        ("top_k", True),
+        ("top_k", "5"),
+        ("top_k", [5]),
+        ("temperature", "warm"),
+        ("temperature", None),
+        ("temperature", [1.0]),
+        ("temperature", 10**400),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", -0.1),
@@ -151,7 +159,12 @@ def test_turning_dials_does_not_retrace() -> None:
         ("repetition_penalty", float("inf")),
     ],
 )
-def test_dials_out_of_range_are_named(name: str, value: float) -> None:
+def test_dials_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(TideError, match=rf"^{name}=.* must be") as caught:
         make_sampling(**{name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_dials_of_numpy_and_jax() -> None:
+    sampling = make_sampling(np.float32(0.5), np.int64(3), jnp.asarray(0.25), 1, repetition_penalty=np.float64(2.0))
+    assert [float(dial) for dial in sampling] == [0.5, 3.0, 0.25, 1.0, 2.0]

@@ -43,7 +43,7 @@ def test_records_of_a_json_lines_file(tmp_path: Path) -> None:
 def test_a_field_of_the_users_choice(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", [{"text": "no", "story": "yes"}])
     assert list(load_texts(source, field="story")) == ["yes"]
-    with pytest.raises(TideError, match=r"line 1 has no text field tale; name one of text, story"):
+    with pytest.raises(TideError, match=r"line 1 has no text field tale; choose the field among text, story"):
         next(load_texts(source, field="tale"))
 
 
@@ -54,6 +54,18 @@ def test_parquet(tmp_path: Path) -> None:
     assert list(load_texts(str(tmp_path / "a.parquet"))) == ["one", "three"]
     with pytest.raises(TideError, match="no text field words"):
         next(load_texts(str(tmp_path / "a.parquet"), field="words"))
+    with pytest.raises(TideError, match="the field number holds int, not text"):
+        next(load_texts(str(tmp_path / "a.parquet"), field="number"))
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(5000)]}), tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    damaged = written(tmp_path / "a.parquet", content[:4] + bytes(4000) + content[4004:])
+    with pytest.raises(TideError, match="can't be read as") as caught:
+        list(load_texts(damaged))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +78,8 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "good"', "line 1 is not JSON"),
         ("a.jsonl", "[1, 2]\n", "holds list, expected an object"),
         ("a.jsonl", '{"number": 3}\n', "line 1 has no text field"),
+        ("a.jsonl", '{"text": 5}\n', "line 1: the field text holds int, not text"),
+        ("a.jsonl", "{}\n", "no text field; choose the field among none"),
         ("a.parquet", b"no parquet at all", "can't be read as parquet"),
         ("a.csv", "text\n", "expected .txt, .jsonl or .parquet"),
     ],
@@ -76,6 +90,12 @@ def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: str | byte
         next(load_texts(source))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_hub_data_set_without_a_name() -> None:
+    for source in ("hub:", "hub::config"):
+        with pytest.raises(TideError, match=r"names no data set; expected hub:NAME"):
+            load_texts(source)
 
 
 def test_a_broken_line_is_reported_by_its_number(tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
+
+from convert import convert
+from tide_jax.errors import TideError
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -72,3 +76,14 @@ def save_sharded(directory: Path) -> Path:
         save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, directory / shard)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """The message `convert` refuses with; one line, and nothing is left behind."""
+    destination = Path(kwargs.pop("destination", None) or Path(args[0]).parent / "out")
+    with pytest.raises(TideError) as caught:
+        convert(args[0], destination, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not list(destination.parent.glob(".*")), "a partial directory was left"
+    return message
