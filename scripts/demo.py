@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import tide_jax
 from convert import convert
+from tide_jax.progress import progress_bars
 from tide_jax.texts import chat_ids, model_texts
 
 PROMPTS = (
@@ -86,32 +87,17 @@ def smollm2() -> Path:
 def load_model(source: Path, folder: Path) -> tuple[tide_jax.Decoder, Any]:
     """Converts the checkpoint (once) and loads the result."""
     if not folder.exists():
-        with tqdm(unit="B", unit_scale=True, desc="converting") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            convert(source, folder, progress=progress)
+        with progress_bars(disable=False, unit="B", unit_scale=True) as progress:
+            convert(source, folder, progress=lambda done, total: progress("converting", done, total))
     return tide_jax.load(folder), tide_jax.load_tokenizer(folder)
 
 
 def train(model: tide_jax.Decoder, tokenizer: Any, count: int) -> tide_jax.Routers:
     """Calibrates on text the model writes itself."""
-    bars: dict[str, tqdm] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        bar = bars.setdefault(stage, tqdm(total=total, desc=stage))
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
     config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=LENGTH)
-    texts = model_texts(model, tokenizer, count, max_length=LENGTH, batch_size=16, progress=progress)
-    routers = tide_jax.calibrate(model, tokenizer, texts, config, source="the model's own text", progress=progress)
-    for bar in bars.values():
-        bar.close()
-    return routers
+    with progress_bars(disable=False) as progress:
+        texts = model_texts(model, tokenizer, count, max_length=LENGTH, batch_size=16, progress=progress)
+        return tide_jax.calibrate(model, tokenizer, texts, config, source="the model's own text", progress=progress)
 
 
 def choose_threshold(exits: list[dict[str, float]], agreement: float) -> float:

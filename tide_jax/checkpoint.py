@@ -125,6 +125,8 @@ def _settings(directory: Path) -> dict[str, Any]:
             f"{directory} was converted in format {found}, this version of tide_jax reads format {FORMAT}: convert the "
             "checkpoint again"
         )
+    if not isinstance(settings.get("decoder", {}), dict):
+        raise TideError(f"{directory / 'config.json'} is damaged: its decoder entry is no object; convert again")
     if missing := {"decoder", "dtype"} - set(settings):
         raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
     return settings

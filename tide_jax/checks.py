@@ -29,6 +29,14 @@ def real_number(name: str, value: Any) -> float:
         raise TideError(f"{name}={_shown(value)} must be a number that a float holds") from None
 
 
+def share(name: str, value: Any) -> float:
+    """`value` as a float. Raises TideError, naming it `name`, unless it is a number in [0, 1]."""
+    number = real_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise TideError(f"{name}={_shown(value)} is outside [0, 1]")
+    return number
+
+
 def _plain(value: Any) -> Any:
     """Python's own number in place of a numpy scalar or an array without axes."""
     return value.item() if getattr(value, "ndim", None) == 0 else value

@@ -82,10 +82,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     import dataclasses
 
     import tide_jax
+    from tide_jax.checkpoint import load_config
     from tide_jax.texts import load_texts, model_texts
 
     names = {field.name for field in dataclasses.fields(tide_jax.CalibrationConfig)}
     config = tide_jax.CalibrationConfig(**{k: v for k, v in vars(args).items() if k in names and v is not None})
+    if args.min_layers is None:  # the default is not to be above a shallow model's depth; a wish is taken at its word
+        depth = load_config(args.source).num_layers
+        config = dataclasses.replace(config, min_layers=min(config.min_layers, depth))
     _check_writable(args.output)
     texts = None if args.text == "self" else load_texts(args.text, field=args.field)
     model, tokenizer = tide_jax.load(args.source, args.dtype), tide_jax.load_tokenizer(args.source)

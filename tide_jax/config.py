@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import numbers
 from typing import Any, Literal, get_args
 
+from tide_jax.checks import real_number, share, whole_number
 from tide_jax.errors import TideError
 
 Norm = Literal["rms", "layer"]
@@ -214,14 +214,12 @@ class ExitConfig:
     prefill_exits: bool = False
 
     def __post_init__(self) -> None:
-        many = isinstance(self.exit_threshold, (tuple, list))
-        thresholds = tuple(self.exit_threshold) if many else (self.exit_threshold,)  # type: ignore[arg-type]
-        for value in thresholds:
-            if not _is_number(value) or not 0.0 <= value <= 1.0:
-                raise TideError(f"exit_threshold={value!r} is outside [0, 1]; 1.0 switches exits off")
-        thresholds = tuple(float(value) for value in thresholds)
-        object.__setattr__(self, "exit_threshold", thresholds if many else thresholds[0])
-        _check_whole("min_layers", self.min_layers, 0)
+        if isinstance(self.exit_threshold, (tuple, list)):
+            thresholds = tuple(share("exit_threshold", value) for value in self.exit_threshold)
+            object.__setattr__(self, "exit_threshold", thresholds)
+        else:
+            object.__setattr__(self, "exit_threshold", share("exit_threshold", self.exit_threshold))
+        object.__setattr__(self, "min_layers", whole_number("min_layers", self.min_layers))
         if not isinstance(self.prefill_exits, bool):
             raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
         _check_choice("kv_strategy", self.kv_strategy, KVStrategy)
@@ -272,24 +270,14 @@ class CalibrationConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):
-                _check_whole(field.name, value, least.get(field.name, 1))
+                whole_number(field.name, value, least.get(field.name, 1), 2**63 - 1)
         for name in ("convergence_threshold", "exit_threshold"):
-            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) <= 1.0:
-                raise TideError(f"{name}={getattr(self, name)!r} is outside [0, 1]")
-        if not _is_number(self.validation_fraction) or not 0.0 < self.validation_fraction < 1.0:
-            raise TideError(f"validation_fraction={self.validation_fraction!r} is outside (0, 1)")
+            share(name, getattr(self, name))
+        if not 0.0 < share("validation_fraction", self.validation_fraction) < 1.0:
+            raise TideError(f"validation_fraction={self.validation_fraction!r} must lie between 0 and 1")
         for name in ("learning_rate", "weight_decay"):
-            if not _is_number(getattr(self, name)) or not 0.0 <= getattr(self, name) < float("inf"):
-                raise TideError(f"{name}={getattr(self, name)!r} must be a number, 0 or more")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise TideError(f"{name}={value!r} must be a whole number, at least {least}")
+            if not 0.0 <= real_number(name, getattr(self, name)) < float("inf"):
+                raise TideError(f"{name}={getattr(self, name)!r} must be 0 or more")
 
 
 def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:

@@ -9,11 +9,10 @@ from typing import Any
 
 @contextmanager
 def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback ``progress(stage, done, total)`` that draws a bar for each stage, none where standard error is no
-    terminal.
+    """A callback ``progress(stage, done, total)`` that draws a bar for each stage, by default only on a terminal.
 
     Args:
-      options: tqdm's, such as ``unit="B"``.
+      options: tqdm's, such as ``unit="B"``, or ``disable=False`` for bars in any case.
     """
     from tqdm import tqdm
 
@@ -22,7 +21,7 @@ def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             _close(bars)
-            bars[stage] = tqdm(total=total or None, desc=stage, disable=None, **options)
+            bars[stage] = tqdm(total=total or None, desc=stage, **({"disable": None} | options))
         bars[stage].update(done - bars[stage].n)
 
     try:

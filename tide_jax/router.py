@@ -184,10 +184,10 @@ def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
 
 def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     found = metadata.get("checkpoints")
-    whole = isinstance(found, list) and all(isinstance(c, int) and 0 <= c < num_layers - 1 for c in found)
-    if not whole or sorted(set(found)) != found:
+    layers = found if isinstance(found, list) and all(isinstance(c, int) for c in found) else [-1]
+    if sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
         raise TideError(f"{path} names checkpoints {found}, expected ascending layers below the last; calibrate again")
-    return tuple(found)
+    return tuple(layers)
 
 
 def _load_heads(path: Path, metadata: dict[str, Any], checkpoints: tuple[int, ...], size: int) -> tuple[ExitHead, ...]:
