@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the converted model goes (.demo)")
     parser.add_argument("--report", type=Path, default=Path("demo_report.json"))
-    parser.add_argument("--texts", type=int, default=80, help="calibration texts the model writes (80)")
+    parser.add_argument("--texts", type=int, default=64, help="calibration texts the model writes (64)")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens to generate for each prompt (96)")
     parser.add_argument("--agreement", type=float, default=0.9, help="held-out agreement the threshold is chosen for")
     parser.add_argument("--where", action="store_true", help="print where the checkpoint is, and nothing else")

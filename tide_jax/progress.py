@@ -21,7 +21,8 @@ def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
     def progress(stage: str, done: int, total: int) -> None:
         if stage not in bars:
             _close(bars)
-            bars[stage] = tqdm(total=total or None, desc=stage, **({"disable": None} | options))
+            settings: dict[str, Any] = {"disable": None} | options
+            bars[stage] = tqdm(total=total or None, desc=stage, **settings)
         bars[stage].update(done - bars[stage].n)
 
     try:
