@@ -3,11 +3,11 @@
   python scripts/bench_decode.py MODEL --out scripts/results/decode.json
 
 MODEL is anything tide_jax.load takes. Everything runs in one process on the same weights and threads, one round of all
-variants after the other; medians and spreads over the rounds are reported. A variant's time per token is the time of a
+variants after the other, each followed by a full-depth run that it is compared with; medians and spreads over the rounds are reported. A variant's time per token is the time of a
 long generation minus that of a one-token generation by the same compiled program, so prefill and start-up are out.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
-time minus the time of embedding, output head and argmax alone; taken within each round, median over the rounds.
+time minus the time of embedding, output head and argmax alone; taken within each pair, median over the rounds.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=48, help="tokens generated per row (48)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--interval", type=int, default=3, help="layers in a group (3)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--interval", type=int, default=5, help="layers in a group (5)")
     parser.add_argument(
         "--transformers", metavar="SOURCE", help="the same weights as transformers loads them (needs torch)"
     )
@@ -104,10 +104,12 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     if reference is not None:
         variants["transformers"] = reference_variant(reference, model.config.vocab_size, batch, args.steps)
     times: dict[str, list[float]] = {name: [] for name in variants}
+    beside: dict[str, list[float]] = {name: [] for name in variants}
     for _ in tqdm(range(args.rounds), desc=f"batch {batch}"):
         for name, run in variants.items():
             times[name].append(run())
-    return {"batch": batch, "variants": summarise(times, model.config.num_layers, batch)}
+            beside[name].append(variants["full"]())
+    return {"batch": batch, "variants": summarise(times, beside, model.config.num_layers, batch)}
 
 
 def forced(routers: tide_jax.Routers, depth: int) -> Exits:
@@ -189,8 +191,11 @@ def random_prompts(vocabulary: int, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(5, vocabulary, (batch, PROMPT))
 
 
-def summarise(times: dict[str, list[float]], layers: int, batch: int) -> list[dict[str, Any]]:
-    """Medians, ratios to full depth of the same round, and skip efficiency, for each variant."""
+def summarise(
+    times: dict[str, list[float]], beside: dict[str, list[float]], layers: int, batch: int
+) -> list[dict[str, Any]]:
+    """Medians, ratios to the full-depth run made right after, and skip efficiency, for each variant."""
+    head = statistics.median(times["head only"])
     rows = []
     for name, values in times.items():
         median = statistics.median(values)
@@ -200,12 +205,12 @@ def summarise(times: dict[str, list[float]], layers: int, batch: int) -> list[di
             "ms_min": 1e3 * min(values),
             "ms_max": 1e3 * max(values),
             "tokens_per_second": batch / median,
-            "ratio_to_full": statistics.median(v / f for v, f in zip(values, times["full"], strict=True)),
+            "ratio_to_full": statistics.median(v / f for v, f in zip(values, beside[name], strict=True)),
         }
         if name.startswith("forced"):
             depth = int(name.split()[1])
             row["layers"] = depth
-            saved = ((f - v) / (f - h) for v, f, h in zip(values, times["full"], times["head only"], strict=True))
+            saved = ((f - v) / (f - head) for v, f in zip(values, beside[name], strict=True))
             row["skip_efficiency"] = statistics.median(saved) / (1 - depth / layers)
         rows.append(row)
     return rows
