@@ -3,8 +3,9 @@
   python scripts/bench_decode.py MODEL --out scripts/results/decode.json
 
 MODEL is anything tide_jax.load takes. Everything runs in one process on the same weights and threads, one round of all
-variants after the other, each followed by a full-depth run that it is compared with; medians and spreads over the rounds are reported. A variant's time per token is the time of a
-long generation minus that of a one-token generation by the same compiled program, so prefill and start-up are out.
+variants after the other, each followed by a full-depth run that it is compared with; medians and spreads over the
+rounds are reported. A variant's time per token is the time of a long generation minus that of a one-token generation
+by the same compiled program, so prefill and start-up are out.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
 time minus the time of embedding, output head and argmax alone; taken within each pair, median over the rounds.
