@@ -29,8 +29,8 @@ def decode_table() -> str:
         lines += ["", f"| batch {batch['batch']} | ms per step | tokens/s | time / full depth | skip efficiency |"]
         lines += ["|---|---:|---:|---:|---:|"]
         for row in batch["variants"]:
-            depth = f"every token leaves after layer {row['layers'] - 1} ({row['layers']} of {layers} layers)"
-            name = depth if "layers" in row else _NAMES[row["name"]]
+            forced = f"every token leaves after {row.get('layers')} of {layers} layers"
+            name = forced if "layers" in row else _NAMES[row["name"]]
             efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
             lines.append(
                 f"| {name} | {row['ms_per_step']:.1f} | {row['tokens_per_second']:.1f} | "
