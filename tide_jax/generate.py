@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tide_jax.cache import KVCache, init_cache
 from tide_jax.decoder import Decoder
-from tide_jax.early_exit import ExitGate, run_depth
+from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
 from tide_jax.router import Routers
 from tide_jax.sampling import Sampling, sample
 
@@ -119,22 +119,37 @@ class Generated(NamedTuple):
     steps: Int[Array, ""]
 
 
+def run_exits(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None,
+    exits: Exits | None,
+    *,
+    may_exit: Bool[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> DepthOutput:
+    """`tide_jax.early_exit.run_depth` with routers and dials as one argument; None runs every layer."""
+    routers, gate = (None, None) if exits is None else (exits.routers, exits.gate)
+    return run_depth(
+        model,
+        tokens,
+        positions,
+        cache,
+        routers=routers,
+        gate=gate,
+        may_exit=may_exit,
+        implementation=implementation,
+    )
+
+
 def prefill(
     model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
 ) -> StepOutput:
     """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row."""
     positions = prompt.positions
     may_exit = None if exits is None else jnp.broadcast_to(exits.prompt, positions.shape)
-    out = run_depth(
-        model,
-        prompt.tokens,
-        positions,
-        None,
-        routers=None if exits is None else exits.routers,
-        gate=None if exits is None else exits.gate,
-        may_exit=may_exit,
-        implementation=implementation,
-    )
+    out = run_exits(model, prompt.tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
     logits = model.logits(out.states[:, -1:])[:, 0]
     return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, -1], out.layers_executed)
 
@@ -158,15 +173,7 @@ def decode_step(
       exits: routers and dials; None runs every layer.
     """
     positions = jnp.where(active, positions, -1)[:, None]
-    out = run_depth(
-        model,
-        tokens[:, None],
-        positions,
-        cache,
-        routers=None if exits is None else exits.routers,
-        gate=None if exits is None else exits.gate,
-        implementation=implementation,
-    )
+    out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
     logits = model.logits(out.states)[:, 0]
     return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
 
