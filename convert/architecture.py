@@ -14,7 +14,7 @@ import numpy as np
 from convert.families import FAMILIES, Family
 from convert.reader import Source
 from convert.rules import Rule
-from tide_jax.config import DecoderConfig
+from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
 logger = logging.getLogger(__name__)

@@ -6,16 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tide_jax.config import RopeConfig
+from tide_jax.architecture import RopeConfig
 from tide_jax.errors import TideError
 
 
-def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention") -> RopeConfig:
+def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **flags: Any) -> RopeConfig:
     """The rotary embedding of one kind of layer.
 
     Args:
       hf: a transformers configuration; its `rope_parameters` are flat, or nested by layer type.
       head_dim: channels of a head.
+      flags: further fields of `RopeConfig`.
 
     Raises:
       TideError: the rope type is not implemented, or a setting it needs is missing or makes no sense.
@@ -30,7 +31,7 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention") -> R
         raise TideError(f"{rotary_dim} of {head_dim} channels of a head would be rotated, expected an even number")
     try:
         extra = _KINDS[kind](hf, settings)
-        rope = RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra)
+        rope = RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra, **flags)
         return _checked(rope)
     except KeyError as error:
         raise TideError(f"rope_type {kind!r} needs {error} in config.json's rope_parameters") from error

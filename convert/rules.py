@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tide_jax.config import DecoderConfig
+from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import abstract_parameters
 from tide_jax.errors import TideError
 from tide_jax.shards import TensorInfo

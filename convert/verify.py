@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.reader import Source
-from tide_jax.config import DecoderConfig
+from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 

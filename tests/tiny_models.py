@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from tide_jax.config import AttentionType, DecoderConfig, MoEConfig, RopeConfig
+from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, QKNorm, RopeConfig
 from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.testing import tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
+_NORMED = dataclasses.replace(_GLOBAL, qk_norm=QKNorm())
 _SLIDING = AttentionType(scale=0.4, window=5, rope=RopeConfig(theta=100.0, rotary_dim=4))
 
 CONFIGS: dict[str, DecoderConfig] = {
@@ -25,7 +27,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         logit_softcap=9.0,
         activation="gelu_pytorch_tanh",
     ),
-    "post norm": tiny_config(num_layers=2, norm_placement="post", qk_norm=True, tie_embeddings=False),
+    "post norm": tiny_config(num_layers=2, norm_placement="post", attention_types=(_NORMED,), tie_embeddings=False),
     "parallel": tiny_config(
         num_layers=2,
         norm="layer",
@@ -44,7 +46,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         tie_embeddings=False,
         head_bias=True,
     ),
-    "experts": tiny_config(num_layers=2, moe=MoEConfig(num_experts=5, experts_per_token=2), intermediate_size=40),
+    "experts": tiny_config(num_layers=2, moe=MoEConfig(num_experts=5, experts_per_token=2, intermediate_size=40)),
     "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), attention_pattern=(1, 0, 1, 1)),
 }
 

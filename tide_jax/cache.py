@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tide_jax.config import DecoderConfig
-from tide_jax.layers import KeyValue
+from tide_jax.architecture import DecoderConfig
+from tide_jax.attention import KeyValue
 
 
 class KVCache(NamedTuple):
@@ -19,13 +19,14 @@ class KVCache(NamedTuple):
     least 0 and not after the query's.
 
     Attributes:
-      keys, values: ``[layers, B, KV, S, hd]``, keys already rotated.
+      keys, values: ``[layers, B, KV, S, hk]`` and ``[layers, B, KV, S, hv]``, keys already rotated. Latent attention
+        keeps everything in the keys (see `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the token position in each slot, -1 where empty.
       length: slots written so far (the same for all rows), int32 scalar.
     """
 
-    keys: Float[Array, "L B KV S hd"]
-    values: Float[Array, "L B KV S hd"]
+    keys: Float[Array, "L B KV S hk"]
+    values: Float[Array, "L B KV S hv"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
 
@@ -35,11 +36,11 @@ class KVCache(NamedTuple):
         return self.keys.shape[3]
 
     def layer(self, index: int) -> KeyValue:
-        """One layer's keys and values, ``[B, KV, S, hd]`` each."""
+        """One layer's keys and values."""
         return KeyValue(self.keys[index], self.values[index])
 
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
-        """Writes T new slots of every layer (``new.keys [L, B, KV, T, hd]``) after the last one.
+        """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
 
         The caller sees to it that ``length + T <= capacity``.
         """
@@ -55,10 +56,11 @@ class KVCache(NamedTuple):
 
 def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
     """An empty cache of `capacity` slots for `batch` rows."""
-    shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
+    heads, key_channels, value_channels = config.cache_shape
+    shape = (config.num_layers, batch, heads, capacity)
     return KVCache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
+        keys=jnp.zeros((*shape, key_channels), dtype),
+        values=jnp.zeros((*shape, value_channels), dtype),
         positions=jnp.full((batch, capacity), -1, jnp.int32),
         length=jnp.int32(0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import jax
@@ -10,12 +11,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from tide_jax.architecture import DecoderConfig
+from tide_jax.attention import AttentionContext, KeyValue, attention_context
 from tide_jax.cache import KVCache
-from tide_jax.config import AttentionType, DecoderConfig
 from tide_jax.errors import TideError
-from tide_jax.layers import AttentionContext, DecoderLayer, KeyValue, Norm
-from tide_jax.ops import einsum, normal
-from tide_jax.rotary import rope_tables
+from tide_jax.layers import DecoderLayer
+from tide_jax.norms import block_norm
+from tide_jax.ops import Dense, einsum, normal
 
 
 class Embedding(nnx.Module):
@@ -29,11 +31,11 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Output projection, ``kernel [V, D]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
+    """Output projection, ``kernel [V, E]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        shape = (config.vocab_size, config.hidden_size)
-        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, shape, config.hidden_size, dtype))
+        size = config.embedding_size or config.hidden_size
+        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, (config.vocab_size, size), size, dtype))
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
 
 
@@ -50,13 +52,19 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        d, e = config.hidden_size, config.embedding_size
+
+        def projection(inputs: int, outputs: int) -> Dense:
+            return Dense((inputs,), (outputs,), bias=False, dtype=dtype, rngs=rngs)
+
+        self.embed = Embedding(config.vocab_size, e or d, dtype=dtype, rngs=rngs)
+        self.project_in = None if e is None else projection(e, d)
         learned = config.positions == "learned"
-        self.positions = (
-            Embedding(config.learned_positions, config.hidden_size, dtype=dtype, rngs=rngs) if learned else None
-        )
+        self.positions = Embedding(config.learned_positions, d, dtype=dtype, rngs=rngs) if learned else None
+        self.embedding_norm = block_norm(config, d, dtype=dtype) if config.embedding_norm else None
         self.layers = nnx.List([DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
-        self.final_norm = Norm(config, config.hidden_size, dtype=dtype)
+        self.final_norm = block_norm(config, d, dtype=dtype) if config.final_norm else _Identity()
+        self.project_out = None if e is None else projection(d, e)
         self.head = Head(config, dtype=dtype, rngs=rngs)
 
     @property
@@ -89,41 +97,52 @@ class Decoder(nnx.Module):
         return x, KeyValue(jnp.stack([r.keys for r in new]), jnp.stack([r.values for r in new]))
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token (and learned position) embeddings: the residual stream before the first layer."""
-        x = self.embed(tokens)
-        if self.config.embedding_scale is not None:
-            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        """Token (and absolute position) embeddings: the residual stream before the first layer."""
+        config, x = self.config, self.embed(tokens)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        index = jnp.maximum(positions, 0) + jnp.int32(config.position_offset)
         if self.positions is not None:
-            x = x + self.positions(jnp.maximum(positions, 0))
-        return x
+            x = x + self.positions(index)
+        elif config.positions == "sinusoidal":
+            x = x + _sinusoid(index, config.hidden_size).astype(x.dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[AttentionContext, ...]:
         """Masks and rotary tables of each attention type, computed once and shared by all layers."""
-        seq_len = jnp.max(positions) + 1
-        return tuple(_context(kind, positions, seq_len, cache) for kind in self.config.attention_types)
+        seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
+        return tuple(attention_context(kind, positions, seq_len, slots) for kind in self.config.attention_types)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32, of final-normed states."""
+        x = x if self.project_out is None else self.project_out(x)
         kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
         out = einsum("btd,vd->btv", x, kernel[...]).astype(jnp.float32)
         if self.head.bias is not None:
             out = out + self.head.bias[...].astype(jnp.float32)[None, None, :]
+        if self.config.logit_scale != 1.0:
+            out = out * self.config.logit_scale
         if (cap := self.config.logit_softcap) is not None:
             out = cap * jnp.tanh(out / cap)
         return out
 
 
-def _context(kind: AttentionType, positions: Array, seq_len: Array, cache: KVCache | None) -> AttentionContext:
-    cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
-    cache_mask = None if cache is None else _visible(positions, cache.positions, kind.window)
-    return AttentionContext(cos, sin, _visible(positions, positions, kind.window), cache_mask)
+class _Identity(nnx.Module):
+    """In place of a final norm where the architecture has none."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x
 
 
-def _visible(query: Int[Array, "B T"], key: Int[Array, "B S"], window: int | None) -> Array:
-    """[B, T, S]: real keys at or before the query, and inside its sliding window."""
-    distance = query[:, :, None] - key[:, None, :]
-    seen = (key[:, None, :] >= 0) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+def _sinusoid(index: Int[Array, "B T"], size: int) -> Float[Array, "B T D"]:
+    """Sines, then cosines, of geometrically spaced frequencies (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+    half = size // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1)))
+    angles = index.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(waves, ((0, 0), (0, 0), (0, size - 2 * half)))
 
 
 def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

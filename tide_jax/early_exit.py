@@ -23,10 +23,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.exit_step import exit_step
+from tide_jax.attention import AttentionContext, KeyValue
 from tide_jax.cache import KVCache
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
-from tide_jax.layers import AttentionContext, KeyValue
 from tide_jax.router import Routers
 
 
@@ -48,7 +48,7 @@ class DepthOutput(NamedTuple):
     Attributes:
       states: final-normed states [B, T, D], what the output head reads.
       exit_layers: index of the last layer each token ran, int32 [B, T]; -1 for tokens that were not active.
-      new: key and value rows of every layer, ``[L, B, KV, T, hd]``.
+      new: key and value rows of every layer, ``[L, B, KV, T, channels]``.
       layers_executed: layers the loop ran, int32 scalar: the depth of the deepest token.
     """
 
@@ -70,7 +70,7 @@ class _Tokens(NamedTuple):
 class _Loop(NamedTuple):
     group: Int[Array, ""]
     tokens: _Tokens
-    rows: KeyValue  # [groups, longest group, B, KV, T, hd]
+    rows: KeyValue  # [groups, longest group, B, KV, T, channels]
 
 
 _Branch = Callable[[_Tokens], tuple[_Tokens, KeyValue]]
@@ -201,14 +201,17 @@ class _Walk(NamedTuple):
         return max(len(group) for group in self.groups)
 
     def _empty_rows(self, x: Float[Array, "B T D"]) -> KeyValue:
-        config = self.model.config
-        shape = (len(self.groups), self._longest(), x.shape[0], config.num_kv_heads, x.shape[1], config.head_dim)
-        return KeyValue(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
+        heads, key_channels, value_channels = self.model.config.cache_shape
+        shape = (len(self.groups), self._longest(), x.shape[0], heads, x.shape[1])
+        return KeyValue(jnp.zeros((*shape, key_channels), x.dtype), jnp.zeros((*shape, value_channels), x.dtype))
 
     def _stack(self, rows: list[KeyValue]) -> KeyValue:
         """Stacks a group's rows, padded to the longest group: all branches of a switch return the same shape."""
-        padding = [jnp.zeros_like(rows[0].keys)] * (self._longest() - len(rows))
-        return KeyValue(jnp.stack([r.keys for r in rows] + padding), jnp.stack([r.values for r in rows] + padding))
+
+        def stack(arrays: list[Array]) -> Array:
+            return jnp.stack(arrays + [jnp.zeros_like(arrays[0])] * (self._longest() - len(arrays)))
+
+        return KeyValue(stack([r.keys for r in rows]), stack([r.values for r in rows]))
 
     def _by_layer(self, rows: KeyValue) -> KeyValue:
         """[groups, longest group, ...] -> [layers, ...]."""

@@ -1,4 +1,8 @@
-"""Mixture-of-experts feed-forward block (Mixtral, Jiang et al. 2024, arXiv:2401.04088, section 2.1)."""
+"""Mixture-of-experts feed-forward blocks (Mixtral, Jiang et al. 2024, arXiv:2401.04088, and its successors).
+
+A router scores the experts, a selection chooses a few for each token and weighs them, and `lax.ragged_dot` runs every
+expert once over the tokens that chose it.
+"""
 
 from __future__ import annotations
 
@@ -6,51 +10,122 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from tide_jax.activations import ACTIVATIONS
-from tide_jax.config import DecoderConfig
+from tide_jax.activations import gated
+from tide_jax.architecture import DecoderConfig, MoEConfig
+from tide_jax.feed_forward import MLP
 from tide_jax.ops import Dense, matmul_precision, normal
 
 
 class Experts(nnx.Module):
-    """Stacked kernels of all experts: ``gate_up [E, D, 2, F]`` and ``down [E, F, D]``."""
+    """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        assert config.moe is not None
-        e, d, f = config.moe.num_experts, config.hidden_size, config.intermediate_size
+    def __init__(self, config: DecoderConfig, moe: MoEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        e, d, f = moe.num_experts, config.hidden_size, moe.intermediate_size
         self.gate_up = nnx.Param(normal(rngs, (e, d, 2, f), d, dtype))
         self.down = nnx.Param(normal(rngs, (e, f, d), f, dtype))
+        self.gate_up_bias = nnx.Param(jnp.zeros((e, 2, f), dtype)) if moe.expert_bias else None
+        self.down_bias = nnx.Param(jnp.zeros((e, d), dtype)) if moe.expert_bias else None
 
 
 class MoE(nnx.Module):
-    """Each token goes through its `experts_per_token` best experts, weighted by renormalised router probability."""
+    """Each token goes through its best experts, weighted by the router, and through the shared ones."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         assert config.moe is not None
-        self.activation = config.activation
-        self.experts_per_token = config.moe.experts_per_token
-        self.router = Dense((config.hidden_size,), (config.moe.num_experts,), bias=False, dtype=dtype, rngs=rngs)
-        self.experts = Experts(config, dtype=dtype, rngs=rngs)
+        moe, d = config.moe, config.hidden_size
+        self.moe, self.activation, self.limit = moe, config.activation, config.activation_limit
+        self.router = Dense((d,), (moe.num_experts,), bias=moe.router_bias, dtype=dtype, rngs=rngs)
+        self.correction = nnx.Param(jnp.zeros((moe.num_experts,), dtype)) if moe.correction != "none" else None
+        self.experts = Experts(config, moe, dtype=dtype, rngs=rngs)
+        self.shared = MLP(config, size=moe.shared_size, dtype=dtype, rngs=rngs) if moe.shared_size else None
+        self.shared_gate = Dense((d,), (1,), bias=False, dtype=dtype, rngs=rngs) if moe.shared_gate else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = x.reshape(-1, x.shape[-1])
-        n, k = tokens.shape[0], self.experts_per_token
-        probabilities = jax.nn.softmax(self.router(tokens).astype(jnp.float32), axis=-1)
-        weights, chosen = lax.top_k(probabilities, k)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        correction = None if self.correction is None else self.correction[...].astype(jnp.float32)
+        weights, chosen = choose_experts(self.moe, self.router(tokens).astype(jnp.float32), correction)
+        mixed = self._routed(tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
+        return mixed if self.shared is None else mixed + self._shared(self.shared, x)
 
+    def _shared(self, shared: MLP, x: Array) -> Array:
+        out = shared(x)
+        out = out if self.shared_gate is None else out * jax.nn.sigmoid(self.shared_gate(x))
+        return out if self.moe.shared_scale == 1.0 else out * jnp.asarray(self.moe.shared_scale, out.dtype)
+
+    def _routed(
+        self, tokens: Float[Array, "N D"], weights: Float[Array, "N K"], chosen: Int[Array, "N K"]
+    ) -> Float[Array, "N D"]:
         # Sort the (token, expert) pairs by expert, so that each expert multiplies one contiguous run of rows.
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        sizes = jnp.bincount(chosen.reshape(-1), length=probabilities.shape[-1]).astype(jnp.int32)
-        mixed = self._run_experts(tokens[order // k], sizes)
-        mixed = mixed[jnp.argsort(order)].reshape(n, k, -1).astype(jnp.float32)
-        return jnp.sum(mixed * weights[:, :, None], axis=1).astype(x.dtype).reshape(x.shape)
+        n, k = chosen.shape
+        expert = chosen.reshape(-1)
+        order = jnp.argsort(expert, stable=True)
+        rows = tokens[order // k]
+        if self.moe.scale_input:
+            rows = (rows.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(rows.dtype)
+            weights = jnp.ones_like(weights)
+        mixed = self._run_experts(rows, expert[order])[jnp.argsort(order)].reshape(n, k, -1).astype(jnp.float32)
+        return jnp.sum(mixed * weights[:, :, None], axis=1)
 
-    def _run_experts(self, rows: Float[Array, "M D"], sizes: Array) -> Float[Array, "M D"]:
+    def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
+        """Runs row i, sorted by expert, through expert ``expert[i]``."""
         gate_up, down = self.experts.gate_up[...], self.experts.down[...]
         precision = matmul_precision(rows.dtype)
-        flat = gate_up.reshape(*gate_up.shape[:2], -1)
-        hidden = lax.ragged_dot(rows, flat, sizes, precision=precision)
-        gate, up = jnp.split(hidden, 2, axis=-1)
-        return lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, down, sizes, precision=precision)
+        sizes = jnp.bincount(expert, length=gate_up.shape[0]).astype(jnp.int32)
+        hidden = lax.ragged_dot(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes, precision=precision)
+        hidden = hidden.reshape(-1, *gate_up.shape[2:])
+        if self.experts.gate_up_bias is not None:
+            hidden = hidden + self.experts.gate_up_bias[...][expert]
+        hidden = gated(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
+        out = lax.ragged_dot(hidden, down, sizes, precision=precision)
+        return out if self.experts.down_bias is None else out + self.experts.down_bias[...][expert]
+
+
+def choose_experts(
+    moe: MoEConfig, logits: Float[Array, "N E"], correction: Float[Array, " E"] | None = None
+) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
+    """The chosen experts of each token and their weights, float32.
+
+    Args:
+      logits: of the router, float32.
+      correction: added to scores (or logits) for the choice alone.
+    """
+    if moe.score == "sparsemixer":
+        return _sparsemixer(logits, moe.experts_per_token, moe.sparsemixer_threshold)
+    scores = jax.nn.softmax(logits, axis=-1) if moe.score == "softmax" else jax.nn.sigmoid(logits)
+    choice = scores
+    if correction is not None:
+        choice = (logits if moe.correction == "logit" else scores) + correction[None, :]
+    if moe.groups > 1:
+        choice = _only_best_groups(moe, choice)
+    _, chosen = lax.top_k(choice, moe.experts_per_token)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    if moe.renormalise:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return weights * moe.scale, chosen
+
+
+def _only_best_groups(moe: MoEConfig, choice: Float[Array, "N E"]) -> Float[Array, "N E"]:
+    """Puts experts outside the best groups out of reach."""
+    grouped = choice.reshape(choice.shape[0], moe.groups, -1)
+    best, _ = lax.top_k(grouped, 1 if moe.group_score == "max" else min(2, grouped.shape[-1]))
+    _, kept = lax.top_k(jnp.sum(best, axis=-1), moe.groups_kept)
+    eligible = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=jnp.bool_), axis=1)
+    return jnp.where(eligible[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def _sparsemixer(
+    logits: Float[Array, "N E"], count: int, threshold: float
+) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
+    """One choice after the other; each weighs its softmax share among those not far below it."""
+    weights, chosen, left = [], [], logits
+    for _ in range(count):
+        best = jnp.argmax(left, axis=-1)[:, None]
+        peak = jnp.take_along_axis(left, best, axis=-1)
+        far = (peak - logits) / jnp.maximum(jnp.abs(logits), peak) > threshold
+        shares = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
+        weights.append(jnp.take_along_axis(shares, best, axis=-1))
+        chosen.append(best)
+        left = jnp.where(jax.nn.one_hot(best[:, 0], logits.shape[-1], dtype=jnp.bool_), -jnp.inf, left)
+    return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tide_jax.config import RopeConfig
+from tide_jax.architecture import RopeConfig
 
 
 def rope_tables(
@@ -23,21 +23,25 @@ def rope_tables(
     inverse = _inverse_frequencies(rope, seq_len)
     angles = positions.astype(jnp.float32)[:, :, None] * inverse[None, None, :]
     factor = jnp.float32(rope.attention_factor)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return jnp.cos(angles) * factor, jnp.sin(-angles if rope.reverse else angles) * factor
 
 
 def rotate(
-    x: Float[Array, "B T N hd"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"]
+    x: Float[Array, "B T N hd"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], *, interleaved: bool = False
 ) -> Float[Array, "B T N hd"]:
-    """Rotates the leading ``2 R`` channels of each head, in float32; the first half pairs with the second half."""
-    half = cos.shape[-1]
-    x1 = x[..., :half].astype(jnp.float32)
-    x2 = x[..., half : 2 * half].astype(jnp.float32)
+    """Rotates the leading ``2 R`` channels of each head, in float32.
+
+    The first half pairs with the second half, or each channel with its neighbour when `interleaved`.
+    """
+    rotary = x[..., : 2 * cos.shape[-1]].astype(jnp.float32)
+    x1, x2 = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else jnp.split(rotary, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-    if 2 * half == x.shape[-1]:
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    rotated = jnp.stack(turned, axis=-1).reshape(rotary.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    rotated = rotated.astype(x.dtype)
+    if rotary.shape[-1] == x.shape[-1]:
         return rotated
-    return jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)
+    return jnp.concatenate([rotated, x[..., rotary.shape[-1] :]], axis=-1)
 
 
 def _inverse_frequencies(rope: RopeConfig, seq_len: Int[Array, ""]) -> Float[Array, " R"]:

@@ -1,0 +1,132 @@
+"""What the configuration functions of all families share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from convert.rope import rope_config
+from convert.rules import Rule
+from convert.weights.parts import LLAMA
+from tide_jax.activations import KNOWN_ACTIVATIONS
+from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm
+from tide_jax.errors import TideError
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How checkpoints of one model type convert.
+
+    Attributes:
+      config: the decoder configuration of a transformers configuration object.
+      rules: the weight map.
+    """
+
+    config: Callable[[Any], DecoderConfig]
+    rules: tuple[Rule, ...] = LLAMA
+
+
+def first(hf: Any, *names: str) -> Any:
+    """The first of several fields that is there and set; None without one."""
+    return next((value for name in names if (value := getattr(hf, name, None)) is not None), None)
+
+
+def head_dim(hf: Any) -> int:
+    """Channels of a head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def norm_eps(hf: Any) -> float:
+    """What norms add to the mean square."""
+    return first(hf, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon")
+
+
+def require(hf: Any, **values: Any) -> None:
+    """Raises TideError, by name, for a field that has another value than the only one that is implemented."""
+    for name, value in values.items():
+        if (found := getattr(hf, name, value)) != value:
+            raise TideError(f"{hf.model_type} with {name}={found!r} is not supported, only {name}={value!r}")
+
+
+def rotary(
+    hf: Any,
+    layer_types: Sequence[str] | None = None,
+    scale: float | None = None,
+    *,
+    interleaved: bool = False,
+    no_rope: Sequence[bool] | None = None,
+    **flags: Any,
+) -> list[AttentionType]:
+    """Each layer's attention, with rotary embedding.
+
+    Args:
+      layer_types: "full_attention" or "sliding_attention" for each layer; all full when omitted.
+      scale: of query-key products; ``head_dim ** -0.5`` when omitted.
+      interleaved: see `RopeConfig`.
+      no_rope: layers without rotary embedding.
+      flags: further fields of `AttentionType`.
+    """
+    kinds = layer_types or ["full_attention"] * hf.num_hidden_layers
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise TideError(f"{hf.model_type} with layer type {', '.join(sorted(unknown))} is not supported")
+    width = head_dim(hf)
+
+    def attention(layer: int, kind: str) -> AttentionType:
+        rotated = no_rope is None or not no_rope[layer]
+        return AttentionType(
+            scale=width**-0.5 if scale is None else scale,
+            window=hf.sliding_window if kind == "sliding_attention" else None,
+            rope=rope_config(hf, width, kind, interleaved=interleaved) if rotated else None,
+            **flags,
+        )
+
+    return [attention(layer, kind) for layer, kind in enumerate(kinds)]
+
+
+def windowed(hf: Any) -> list[str]:
+    """Layer types of families that slide in every layer or in none."""
+    kind = "full_attention" if getattr(hf, "sliding_window", None) is None else "sliding_attention"
+    return [kind] * hf.num_hidden_layers
+
+
+def biases(value: bool, *, out: bool | None = None) -> dict[str, bool]:
+    """The flags of attention biases: `value` for queries, keys and values, `out` (else `value`) for the output."""
+    return {"qkv_bias": bool(value), "attention_out_bias": bool(value if out is None else out)}
+
+
+def rms_qk_norm(hf: Any, **flags: Any) -> QKNorm:
+    """RMS norm of each head's queries and keys, with the configuration's eps."""
+    return QKNorm(eps=norm_eps(hf), **flags)
+
+
+def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderConfig:
+    """The fields every family names alike, with `flags` on top. Raises TideError for an unknown activation."""
+    types = tuple(dict.fromkeys(layers))
+    fields: dict[str, Any] = {
+        "model_type": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": first(hf, "num_key_value_heads", "num_attention_heads"),
+        "head_dim": head_dim(hf),
+        "intermediate_size": first(hf, "intermediate_size"),
+        "max_positions": hf.max_position_embeddings,
+        "attention_types": types,
+        "attention_pattern": tuple(types.index(layer) for layer in layers),
+        "norm_eps": norm_eps(hf),
+        "activation": first(hf, "hidden_activation", "hidden_act", "activation_function"),
+        "tie_embeddings": bool(hf.tie_word_embeddings),
+    }
+    fields |= flags
+    if fields["activation"] not in KNOWN_ACTIVATIONS:
+        raise TideError(
+            f"activation {fields['activation']!r} is not implemented, only {', '.join(sorted(KNOWN_ACTIVATIONS))}"
+        )
+    return DecoderConfig(**fields)
+
+
+def plain_layer_norm(**flags: Any) -> dict[str, Any]:
+    """Flags of the GPT lineage: LayerNorm with a bias, an MLP without a gate, biases everywhere."""
+    return {"norm": "layer", "norm_bias": True, "mlp_gated": False, "mlp_bias": True} | biases(True) | flags

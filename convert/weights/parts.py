@@ -1,0 +1,169 @@
+"""The names that parts of a decoder have in checkpoints, as tables a family's weight map is put together from.
+
+A table maps a module or tensor name inside a layer to the targets it fills. Tables list more than any one family has:
+rules that match nothing do no harm, and whatever matches must fit the family's configuration exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from convert.rules import Rule, Take, Target, ignore, move
+from convert.weights import takes
+from tide_jax.architecture import DecoderConfig
+
+Names = Mapping[str, tuple[Target, ...]]
+
+
+def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | None = None, slot: str = "") -> Names:
+    """A Linear's weight and bias; `slot` indexes the parameter without the kernel's input axis."""
+    kernel_slot = f":, {slot}" if slot else ""
+    return {
+        f"{name}.weight": (Target(f"{path}.kernel", weight, kernel_slot),),
+        f"{name}.bias": (Target(f"{path}.bias", *(() if bias is None else (bias,)), slot=slot),),
+    }
+
+
+def norm(name: str, path: str, take: Take | None = None) -> Names:
+    """A norm's weight and bias."""
+    arrange = () if take is None else (take,)
+    return {
+        f"{name}.weight": (Target(f"{path}.scale", *arrange),),
+        f"{name}.bias": (Target(f"{path}.bias", *arrange),),
+    }
+
+
+def mlp(name: str, path: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
+    """A gated MLP."""
+    return {
+        **linear(f"{name}.{gate}", f"{path}.gate_up", slot="0"),
+        **linear(f"{name}.{up}", f"{path}.gate_up", slot="1"),
+        **linear(f"{name}.{down}", f"{path}.down"),
+    }
+
+
+def plain_mlp(up: str, down: str) -> Names:
+    """An MLP without a gate."""
+    return {**linear(up, "mlp.up"), **linear(down, "mlp.down")}
+
+
+def experts(name: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
+    """Experts stored one by one."""
+    each = f"{name}.{{expert}}"
+    return {
+        f"{each}.{gate}.weight": (Target("mlp.experts.gate_up", takes.transposed, "{expert}, :, 0"),),
+        f"{each}.{up}.weight": (Target("mlp.experts.gate_up", takes.transposed, "{expert}, :, 1"),),
+        f"{each}.{down}.weight": (Target("mlp.experts.down", takes.transposed, "{expert}"),),
+    }
+
+
+def fused_qkv(name: str, q: Take, kv: Take) -> Names:
+    """One Linear of queries, keys and values."""
+    return {
+        f"{name}.weight": (Target("attention.q.kernel", q), Target("attention.kv.kernel", kv)),
+        f"{name}.bias": (Target("attention.q.bias", q), Target("attention.kv.bias", kv)),
+    }
+
+
+def layers(prefix: str, *parts: Names) -> tuple[Rule, ...]:
+    """Rules of the layers' tensors; target paths are relative to the layer."""
+    names = {name: targets for part in parts for name, targets in part.items()}
+    return tuple(
+        move(
+            f"{prefix}.{{layer}}.{name}",
+            *(dataclasses.replace(target, path=f"layers.{{layer}}.{target.path}") for target in targets),
+        )
+        for name, targets in names.items()
+    )
+
+
+def untied(config: DecoderConfig) -> bool:
+    """Whether the head has weights of its own."""
+    return not config.tie_embeddings
+
+
+def tied(config: DecoderConfig) -> bool:
+    """Whether the head is the embedding."""
+    return config.tie_embeddings
+
+
+def outside(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, ...]:
+    """Rules of the embedding, the final norm and the head."""
+    return (
+        move(f"{embed}.weight", Target("embed.kernel")),
+        move(f"{final_norm}.weight", Target("final_norm.scale")),
+        move(f"{final_norm}.bias", Target("final_norm.bias")),
+        move(f"{head}.weight", Target("head.kernel"), when=untied),
+        move(f"{head}.bias", Target("head.bias")),
+        ignore(move(f"{head}.weight").pattern, "tied to the token embedding", when=tied),
+        ignore(r".*rotary_emb\.inv_freq", "rotary frequencies are computed from the configuration"),
+    )
+
+
+OUTSIDE = outside("[model.]embed_tokens", "[model.]norm")
+ATTENTION: Names = {
+    **linear("self_attn.q_proj", "attention.q", takes.heads_out, takes.heads_bias),
+    **linear("self_attn.k_proj", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 0"),
+    **linear("self_attn.v_proj", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 1"),
+    **linear("self_attn.o_proj", "attention.out", takes.heads_in),
+    **fused_qkv("self_attn.qkv_proj", takes.fused_q, takes.fused_kv),
+    **norm("self_attn.q_norm", "attention.q_norm", takes.heads_norm),
+    **norm("self_attn.k_norm", "attention.k_norm", takes.heads_norm),
+    "self_attn.sinks": (Target("attention.sinks"),),
+}
+LATENT_ATTENTION: Names = {
+    **linear("self_attn.q_proj", "attention.q", takes.heads_out),
+    **linear("self_attn.q_a_proj", "attention.q_down"),
+    **norm("self_attn.q_a_layernorm", "attention.q_norm"),
+    **linear("self_attn.q_b_proj", "attention.q", takes.heads_out),
+    **linear("self_attn.kv_a_proj_with_mqa", "attention.kv_down"),
+    **norm("self_attn.kv_a_layernorm", "attention.kv_norm"),
+    "self_attn.kv_b_proj.weight": (
+        Target("attention.k_up.kernel", takes.latent_keys),
+        Target("attention.v_up.kernel", takes.latent_values),
+    ),
+    **linear("self_attn.o_proj", "attention.out", takes.heads_in),
+}
+MLP: Names = {**mlp("mlp", "mlp"), **linear("mlp.gate_up_proj", "mlp.gate_up", takes.halves, takes.halves)}
+EXPERTS: Names = {
+    **linear("mlp.gate", "mlp.router"),
+    "mlp.gate.e_score_correction_bias": (Target("mlp.correction"),),
+    **experts("mlp.experts"),
+    **mlp("mlp.shared_expert", "mlp.shared"),
+    **mlp("mlp.shared_experts", "mlp.shared"),
+    **linear("mlp.shared_expert_gate", "mlp.shared_gate"),
+}
+MIXTRAL_EXPERTS: Names = {
+    **linear("block_sparse_moe.gate", "mlp.router"),
+    "block_sparse_moe.e_score_correction_bias": (Target("mlp.correction"),),
+    **experts("block_sparse_moe.experts", "w1", "w3", "w2"),
+}
+PRE_NORMS: Names = {
+    **norm("input_layernorm", "pre_attention_norm"),
+    **norm("post_attention_layernorm", "pre_mlp_norm"),
+}
+POST_NORMS: Names = {
+    **norm("post_attention_layernorm", "post_attention_norm"),
+    **norm("post_feedforward_layernorm", "post_mlp_norm"),
+}
+SANDWICH_NORMS: Names = {
+    **POST_NORMS,
+    **norm("input_layernorm", "pre_attention_norm"),
+    **norm("pre_feedforward_layernorm", "pre_mlp_norm"),
+}
+
+
+def llama_weights(
+    norms: Names = PRE_NORMS, *more: Names, attention: Names = ATTENTION, top: tuple[Rule, ...] = OUTSIDE
+) -> tuple[Rule, ...]:
+    """The map of a checkpoint named like Llama's, with dense, fused or expert feed-forward blocks.
+
+    Args:
+      norms: names of the norms.
+      more: further names inside a layer.
+    """
+    return (*top, *layers("[model.]layers", norms, attention, MLP, EXPERTS, *more))
+
+
+LLAMA = llama_weights()

@@ -1,0 +1,188 @@
+"""Attention over cached and new tokens, and what its layers share within a forward pass.
+
+Layers read the cache and return the new key and value rows; whoever runs the layers writes the cache once (see
+`tide_jax.early_exit`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.architecture import AttentionType, DecoderConfig, QueryScaling
+from tide_jax.norms import Norm, block_norm, head_norm
+from tide_jax.ops import Dense, einsum
+from tide_jax.rotary import rope_tables, rotate
+
+_MASKED = -1e30  # finite: a padding query that sees nothing stays free of NaN
+
+
+class Span(NamedTuple):
+    """A run of keys as the new tokens' queries see it.
+
+    Attributes:
+      mask: [B, T, S], which keys each query sees.
+      bias: [B, H, T, S] added to the scores, or None.
+    """
+
+    mask: Bool[Array, "B T S"]
+    bias: Float[Array, "B H T S"] | None
+
+
+class AttentionContext(NamedTuple):
+    """What every layer of one attention type shares within a forward pass.
+
+    Attributes:
+      cos, sin: rotary tables [B, T, R], or None without rotary embedding.
+      query_scale: [B, T], multiplies queries, or None.
+      new: the new tokens' own keys.
+      cached: the cache's slots; None when there is no cache to read.
+    """
+
+    cos: Float[Array, "B T R"] | None
+    sin: Float[Array, "B T R"] | None
+    query_scale: Float[Array, "B T"] | None
+    new: Span
+    cached: Span | None
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer, heads before tokens: ``[B, KV, tokens, channels]`` each, keys already rotated."""
+
+    keys: Float[Array, "B KV S hk"]
+    values: Float[Array, "B KV S hv"]
+
+
+def attention_context(
+    kind: AttentionType, positions: Int[Array, "B T"], seq_len: Int[Array, ""], slots: Int[Array, "B S"] | None
+) -> AttentionContext:
+    """Masks, biases and rotary tables of one attention type.
+
+    Args:
+      positions: position of each new token in its row, -1 for padding.
+      seq_len: tokens seen so far in the longest row.
+      slots: position each cache slot holds, -1 where empty; None without a cache.
+    """
+    cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
+    scale = None if kind.query_scaling is None else _query_scale(kind.query_scaling, positions)
+    cached = None if slots is None else _span(kind, positions, slots)
+    return AttentionContext(cos, sin, scale, _span(kind, positions, positions), cached)
+
+
+def _query_scale(scaling: QueryScaling, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    steps = jnp.floor((jnp.maximum(positions, 0) + jnp.int32(scaling.offset)).astype(jnp.float32) / scaling.period)
+    return 1.0 + scaling.beta * jnp.log1p(steps)
+
+
+def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Span:
+    """Real keys at or before the query, and inside its sliding window or chunk."""
+    distance = query[:, :, None] - key[:, None, :]
+    mask = (key[:, None, :] >= 0) & (distance >= 0)
+    if kind.window is not None:
+        mask &= distance < kind.window
+    if kind.chunk is not None:
+        mask &= query[:, :, None] // kind.chunk == key[:, None, :] // kind.chunk
+    if not kind.alibi:
+        return Span(mask, None)
+    slopes = jnp.asarray(np.asarray(kind.alibi, np.float32))[None, :, None, None]
+    return Span(mask, -slopes * distance.astype(jnp.float32)[:, None])
+
+
+def attend(
+    q: Float[Array, "B T KV G hk"],
+    spans: list[tuple[KeyValue, Span]],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+) -> Float[Array, "B T KV G hv"]:
+    """One softmax over several spans of keys, without concatenating them (the cache stays where it is)."""
+    groups = q.shape[2:4]
+    scores = [_scores(q, kv.keys, span, scale, softcap) for kv, span in spans]
+    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *groups, 1)
+    peak = jnp.max(scores[0], axis=-1)
+    for s in scores[1:]:
+        peak = jnp.maximum(peak, jnp.max(s, axis=-1))
+    peak = peak if sink is None else jnp.maximum(peak, sink)
+    weights = [jnp.exp(s - peak[..., None]) for s in scores]
+    total = sum((jnp.sum(w, axis=-1) for w in weights), start=jnp.zeros_like(peak))
+    total = total if sink is None else total + jnp.exp(sink - peak)
+    mixed = jnp.zeros((*q.shape[:-1], spans[0][0].values.shape[-1]), jnp.float32)
+    for w, (kv, _) in zip(weights, spans, strict=True):
+        share = (w / total[..., None]).astype(kv.values.dtype)
+        mixed += einsum("bkgts,bksd->btkgd", share, kv.values).astype(jnp.float32)
+    return mixed.astype(q.dtype)
+
+
+def _scores(q: Array, keys: Array, span: Span, scale: float, softcap: float | None) -> Float[Array, "B KV G T S"]:
+    scores = einsum("btkgd,bksd->bkgts", q, keys).astype(jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if span.bias is not None:
+        scores = scores + span.bias.reshape(scores.shape[0], *scores.shape[1:3], *span.bias.shape[2:])
+    return jnp.where(span.mask[:, None, None, :, :], scores, _MASKED)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), plain multi-head and multi-query included."""
+
+    def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        d, h, kv, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale, self.softcap, self.clip = kind.scale, config.attention_softcap, config.clip_qkv
+        self.interleaved = kind.rope is not None and kind.rope.interleaved
+        self.norm_after_rope = kind.qk_norm is not None and kind.qk_norm.after_rope
+        self.q = Dense((d,), (h, hd), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.kv = Dense((d,), (kv, 2, hd), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.out = Dense((h, hd), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = head_norm(kind.qk_norm, h, hd, dtype=dtype)
+        self.k_norm = head_norm(kind.qk_norm, kv, hd, dtype=dtype)
+        self.sinks = nnx.Param(jnp.zeros((h,), dtype)) if kind.sinks else None
+        gate = {"none": None, "head": (h, 1), "channel": (h, hd)}[config.attention_gate]
+        self.gate = None if gate is None else Dense((d,), gate, bias=False, dtype=dtype, rngs=rngs)
+        self.sub_norm = block_norm(config, (h, hd), dtype=dtype) if config.sub_norm else None
+
+    def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
+        """Keys (normed and rotated) and values of new tokens."""
+        kv = self.kv(x)
+        keys, values = kv[..., 0, :], self._clipped(kv[..., 1, :])
+        return KeyValue(self._placed(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        new = self.project_kv(x, context)
+        q = self._placed(self.q(x), self.q_norm, context)
+        if context.query_scale is not None:
+            q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
+        b, t, h, hd = q.shape
+        q = q.reshape(b, t, new.keys.shape[1], h // new.keys.shape[1], hd)
+        sinks = None if self.sinks is None else self.sinks[...]
+        mixed = attend(q, spans_of(new, cached, context), scale=self.scale, softcap=self.softcap, sinks=sinks)
+        mixed = mixed.reshape(b, t, h, hd)
+        if self.gate is not None:
+            mixed = mixed * jax.nn.sigmoid(self.gate(x))
+        return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed)), new
+
+    def _placed(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
+        """Queries or keys [B, T, N, hd], normed and rotated in the architecture's order."""
+        if norm is not None and not self.norm_after_rope:
+            x = norm(x)
+        x = self._clipped(x)
+        if context.cos is not None and context.sin is not None:
+            x = rotate(x, context.cos, context.sin, interleaved=self.interleaved)
+        return norm(x) if norm is not None and self.norm_after_rope else x
+
+    def _clipped(self, x: Array) -> Array:
+        return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
+
+
+def spans_of(new: KeyValue, cached: KeyValue | None, context: AttentionContext) -> list[tuple[KeyValue, Span]]:
+    """The runs of keys a layer attends over."""
+    spans = [(new, context.new)]
+    return spans if cached is None or context.cached is None else [*spans, (cached, context.cached)]

@@ -1,0 +1,80 @@
+"""Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are linear in one latent vector a token, and that vector is what the cache keeps. The
+linear maps are applied to queries and outputs instead (section 2.1.2: they "absorb" into the projections), so that
+attention is multi-query attention over the latent vectors, and nothing is expanded for each cached token.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.architecture import AttentionType, DecoderConfig, LatentConfig
+from tide_jax.attention import AttentionContext, KeyValue, attend, spans_of
+from tide_jax.norms import Norm
+from tide_jax.ops import Dense, einsum
+from tide_jax.rotary import rotate
+
+
+class LatentAttention(nnx.Module):
+    """Attention over latent vectors; the cache holds ``[latent, rotated key]`` as the keys of one head, no values."""
+
+    def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        assert config.latent is not None
+        latent, d, h = config.latent, config.hidden_size, config.num_heads
+        self.latent = latent
+        self.scale = kind.scale
+        self.interleaved = kind.rope is not None and kind.rope.interleaved
+        head_dim = latent.nope_dim + latent.rope_dim
+
+        def dense(inputs: int, outputs: tuple[int, ...], bias: bool = False) -> Dense:
+            return Dense((inputs,), outputs, bias=bias, dtype=dtype, rngs=rngs)
+
+        self.q_down, self.q_norm = None, None
+        if latent.q_rank is not None:
+            self.q_down = dense(d, (latent.q_rank,), config.qkv_bias)
+            self.q_norm = _bottleneck_norm(latent, latent.q_rank, dtype)
+        self.q = dense(latent.q_rank or d, (h, head_dim))
+        self.kv_down = dense(d, (latent.kv_rank + latent.rope_dim,), config.qkv_bias)
+        self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)
+        self.k_up = dense(latent.kv_rank, (h, latent.nope_dim))
+        self.v_up = dense(latent.kv_rank, (h, latent.value_dim))
+        self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
+
+    def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
+        """Latent vectors (normed) and shared keys (rotated) of new tokens, as the keys of one head."""
+        down = self.kv_down(x)
+        vector = self.kv_norm(down[..., : self.latent.kv_rank]) * self.latent.kv_scale
+        shared = self._rotated(down[..., None, self.latent.kv_rank :], context)
+        keys = jnp.concatenate([vector, shared[:, :, 0]], axis=-1)[:, None]
+        return KeyValue(keys, keys[..., :0])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        new = self.project_kv(x, context)
+        # Values are the leading channels of the keys. Mixing whole keys and cutting the result copies no cache.
+        spans = [(KeyValue(kv.keys, kv.keys), span) for kv, span in spans_of(new, cached, context)]
+        mixed = attend(self._queries(x, context)[:, :, None], spans, scale=self.scale)[:, :, 0]
+        values = einsum("bthr,rhv->bthv", mixed[..., : self.latent.kv_rank], self.v_up.kernel[...])
+        return self.out(values), new
+
+    def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
+        """Queries that meet latent vectors: ``(W_k^T q)`` beside the rotated part."""
+        if self.q_down is not None and self.q_norm is not None:
+            x = self.q_norm(self.q_down(x)) * self.latent.q_scale
+        q = self.q(x)
+        nope = einsum("bthn,rhn->bthr", q[..., : self.latent.nope_dim], self.k_up.kernel[...])
+        return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
+
+    def _rotated(self, x: Array, context: AttentionContext) -> Array:
+        if context.cos is None or context.sin is None:
+            return x
+        return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
+
+
+def _bottleneck_norm(latent: LatentConfig, size: int, dtype: jnp.dtype) -> Norm:
+    return Norm((size,), kind="rms", eps=latent.norm_eps, dtype=dtype)
