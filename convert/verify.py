@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from convert.reader import Source
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.shards import read_json
 
 TOLERANCE = 2e-4
 _LENGTH, _LONGEST = 64, 256
@@ -104,12 +106,23 @@ def _reference_logits(source: Source, stored: np.dtype, tokens: np.ndarray, mask
 def reference_model(source: Source) -> Any:
     """The checkpoint as a PyTorch model of transformers, float32. Raises TideError if transformers cannot load it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     file = source.files[0]
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **gguf)
+        return _reference_class(file.parent).from_pretrained(file.parent, dtype=torch.float32, **gguf)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TideError(f"transformers cannot load {source.description} to verify against: {reason}") from error
+
+
+def _reference_class(directory: Path) -> Any:
+    """The class that `architectures` names where it is not a causal language model's: a multimodal model."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    names = [name for name in config.get("architectures") or [] if hasattr(transformers, name)]
+    if config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not names:
+        return transformers.AutoModelForCausalLM
+    return getattr(transformers, names[0])

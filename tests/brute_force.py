@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tide_jax.architecture import AttentionType, QKNorm
 from tide_jax.decoder import Decoder, parameters
 from tide_jax.router import Routers
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
     "gelu_pytorch_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
@@ -104,73 +106,159 @@ class BruteForce:
 
     def _embed(self, token: int, position: int) -> np.ndarray:
         x = self.weights["embed.kernel"][token] * (self.config.embedding_scale or 1.0)
-        return x + self.weights["positions.kernel"][position] if self.config.positions == "learned" else x
+        if self.config.embedding_size is not None:
+            x = self._dense("project_in", x)
+        index = position + self.config.position_offset
+        if self.config.positions == "learned":
+            x = x + self.weights["positions.kernel"][index]
+        if self.config.positions == "sinusoidal":
+            half = self.config.hidden_size // 2
+            angles = index * 10000.0 ** (-np.arange(half) / (half - 1))
+            x = x + np.concatenate([np.sin(angles), np.cos(angles)])
+        return self._norm("embedding_norm", x)
 
     def _logits(self, x: np.ndarray) -> np.ndarray:
         kernel = self.weights["embed.kernel" if self.config.tie_embeddings else "head.kernel"]
-        logits = kernel @ self._norm("final_norm", x) + self.weights.get("head.bias", 0.0)
-        return _softcap(logits, self.config.logit_softcap)
+        x = self._norm("final_norm", x)
+        x = x if self.config.embedding_size is None else self._dense("project_out", x)
+        logits = kernel @ x + self.weights.get("head.bias", 0.0)
+        return _softcap(logits * self.config.logit_scale, self.config.logit_softcap)
 
     def _layer(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
-        name = f"layers.{layer}"
-        attended = self._norm(f"{name}.post_attention_norm", self._attend(layer, x, position, keys, values))
-        middle = x if self.config.parallel_residual else x + attended
-        fed = self._feed_forward(f"{name}.mlp", self._norm(f"{name}.pre_mlp_norm", middle))
-        return x + attended + self._norm(f"{name}.post_mlp_norm", fed)
+        name, config = f"layers.{layer}", self.config
+        normed = self._norm(f"{name}.pre_attention_norm", x)
+        attended = self._attend(layer, normed, position, keys, values)
+        middle = self._add(f"{name}.post_attention_norm", x, attended)
+        mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
+        fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
+        return self._add(f"{name}.post_mlp_norm", middle, fed)
+
+    def _add(self, norm: str, x: np.ndarray, update: np.ndarray) -> np.ndarray:
+        if self.config.norm_placement == "residual":
+            return self._norm(norm, x + self.config.residual_scale * update)
+        return x + self.config.residual_scale * self._norm(norm, update)
 
     def _attend(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
         name, kind = f"layers.{layer}.attention", self.config.attention(layer)
-        x = self._norm(f"layers.{layer}.pre_attention_norm", x)
-        queries = self._rotate(layer, self._norm(f"{name}.q_norm", self._dense(f"{name}.q", x)), position)
-        first = 0 if kind.window is None else max(0, position + 1 - kind.window)
-        group = self.config.num_heads // self.config.num_kv_heads
-        mixed = np.zeros_like(queries)
+        queries = self._queries(layer, x, position)
+        seen = [p for p in range(position + 1) if _sees(kind, position, p)]
+        group = len(queries) // len(keys[0])
+        mixed = np.zeros((len(queries), values[0].shape[1]))
         for h, query in enumerate(queries):
-            past = [key[h // group] for key in keys[first : position + 1]]
-            scores = _softcap(np.array([kind.scale * (query @ key) for key in past]), self.config.attention_softcap)
-            for weight, value in zip(_softmax(scores), values[first : position + 1], strict=True):
-                mixed[h] += weight * value[h // group]
+            scores = np.array([kind.scale * (query @ keys[p][h // group]) for p in seen])
+            scores = _softcap(scores, self.config.attention_softcap)
+            if kind.alibi:
+                scores = scores - kind.alibi[h] * (position - np.array(seen))
+            sink = [self.weights[f"{name}.sinks"][h]] if kind.sinks else []
+            shares = _softmax(np.array([*scores, *sink]))
+            for p, share in zip(seen, shares, strict=False):
+                mixed[h] += share * values[p][h // group]
+        if self.config.latent is not None:
+            mixed = np.einsum("hr,rhv->hv", mixed, self.weights[f"{name}.v_up.kernel"])
+        if self.config.attention_gate != "none":
+            mixed = mixed / (1 + np.exp(-self._dense(f"{name}.gate", x)))
+        if self.config.sub_norm:
+            mixed = self._norm(f"{name}.sub_norm", mixed.reshape(-1), flat=True).reshape(mixed.shape)
         return self._dense(f"{name}.out", mixed)
 
+    def _queries(self, layer: int, x: np.ndarray, position: int) -> np.ndarray:
+        name, kind, latent = f"layers.{layer}.attention", self.config.attention(layer), self.config.latent
+        if latent is None:
+            queries = self._placed(layer, f"{name}.q_norm", self._dense(f"{name}.q", x), position)
+            if (growth := kind.query_scaling) is not None:
+                steps = math.floor((position + growth.offset) / growth.period)
+                queries = queries * (1 + growth.beta * math.log(1 + steps))
+            return queries
+        if latent.q_rank is not None:
+            down = self._dense(f"{name}.q_down", x)
+            x = latent.q_scale * _rms(down, latent.norm_eps) * self.weights[f"{name}.q_norm.scale"]
+        queries = self._dense(f"{name}.q", x)
+        nope = np.einsum("hn,rhn->hr", queries[:, : latent.nope_dim], self.weights[f"{name}.k_up.kernel"])
+        return np.concatenate([nope, self._rotate(layer, queries[:, latent.nope_dim :], position)], axis=1)
+
     def _key_value(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        name = f"layers.{layer}.attention"
-        both = self._dense(f"{name}.kv", self._norm(f"layers.{layer}.pre_attention_norm", x))
-        return self._rotate(layer, self._norm(f"{name}.k_norm", both[:, 0]), position), both[:, 1]
+        name, latent = f"layers.{layer}.attention", self.config.latent
+        x = self._norm(f"layers.{layer}.pre_attention_norm", x)
+        if latent is None:
+            both = self._dense(f"{name}.kv", x)
+            return self._placed(layer, f"{name}.k_norm", both[:, 0], position), self._clip(both[:, 1])
+        down = self._dense(f"{name}.kv_down", x)
+        vector = _rms(down[: latent.kv_rank], latent.norm_eps) * self.weights[f"{name}.kv_norm.scale"]
+        vector = (latent.kv_scale * vector)[None]
+        return np.concatenate([vector, self._rotate(layer, down[None, latent.kv_rank :], position)], axis=1), vector
+
+    def _placed(self, layer: int, name: str, heads: np.ndarray, position: int) -> np.ndarray:
+        """Queries or keys, normed and rotated in the architecture's order."""
+        norm = self.config.attention(layer).qk_norm
+        if norm is not None and not norm.after_rope:
+            heads = self._qk_norm(name, heads, norm)
+        heads = self._rotate(layer, self._clip(heads), position)
+        return self._qk_norm(name, heads, norm) if norm is not None and norm.after_rope else heads
+
+    def _clip(self, x: np.ndarray) -> np.ndarray:
+        limit = self.config.clip_qkv
+        return x if limit is None else x.clip(-limit, limit)
+
+    def _qk_norm(self, name: str, heads: np.ndarray, norm: QKNorm) -> np.ndarray:
+        axes = (0, 1) if norm.all_heads else 1
+        if norm.kind == "layer":
+            heads = heads - heads.mean(axis=axes, keepdims=True)
+        heads = heads / np.sqrt(np.mean(heads**2, axis=axes, keepdims=True) + norm.eps)
+        if norm.scale:
+            heads = heads * (self.weights[f"{name}.scale"] + norm.unit_offset)
+        return heads + self.weights.get(f"{name}.bias", 0.0)
 
     def _rotate(self, layer: int, heads: np.ndarray, position: int) -> np.ndarray:
         if (rope := self.config.attention(layer).rope) is None:
             return heads
         half = rope.rotary_dim // 2
-        turn = np.exp(1j * position / rope.theta ** (np.arange(half) / half))
-        turned = (heads[:, :half] + 1j * heads[:, half : 2 * half]) * turn
-        return np.concatenate([turned.real, turned.imag, heads[:, 2 * half :]], axis=1)
+        turn = np.exp((-1j if rope.reverse else 1j) * position / rope.theta ** (np.arange(half) / half))
+        first, second = slice(0, half), slice(half, 2 * half)
+        if rope.interleaved:
+            first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        turned = (heads[:, first] + 1j * heads[:, second]) * turn
+        out = heads.copy()
+        out[:, first], out[:, second] = turned.real, turned.imag
+        return out
 
-    def _feed_forward(self, name: str, x: np.ndarray) -> np.ndarray:
-        act = _ACTIVATIONS[self.config.activation]
-        if self.config.moe is None:
-            if not self.config.mlp_gated:
-                return self._dense(f"{name}.down", act(self._dense(f"{name}.up", x)))
-            gate, up = self._dense(f"{name}.gate_up", x)
-            return self._dense(f"{name}.down", act(gate) * up)
+    def _feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
+        name, moe = f"layers.{layer}.mlp", self.config.moe
+        if moe is None or not self.config.has_experts(layer):
+            return self._mlp(name, x)
         shares = _softmax(x @ self.weights[f"{name}.router.kernel"])
-        best = np.argsort(shares)[-self.config.moe.experts_per_token :]
-        out = np.zeros_like(x)
+        best = np.argsort(shares)[-moe.experts_per_token :]
+        act, out = _ACTIVATIONS[self.config.activation], np.zeros_like(x)
         for e in best:
             gate, up = np.einsum("d,dgf->gf", x, self.weights[f"{name}.experts.gate_up"][e])
             out += shares[e] / shares[best].sum() * ((act(gate) * up) @ self.weights[f"{name}.experts.down"][e])
-        return out
+        return moe.scale * out + (self._mlp(f"{name}.shared", x) if moe.shared_size else 0.0)
+
+    def _mlp(self, name: str, x: np.ndarray) -> np.ndarray:
+        act = _ACTIVATIONS[self.config.activation]
+        if self.config.mlp_gated:
+            gate, up = self._dense(f"{name}.gate_up", x)
+            hidden = act(gate) * up
+        else:
+            hidden = act(self._dense(f"{name}.up", x))
+        return self._dense(f"{name}.down", self._norm(f"{name}.sub_norm", hidden))
 
     def _dense(self, name: str, x: np.ndarray) -> np.ndarray:
         return np.tensordot(x, self.weights[f"{name}.kernel"], axes=x.ndim) + self.weights.get(f"{name}.bias", 0.0)
 
-    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
+    def _norm(self, name: str, x: np.ndarray, flat: bool = False) -> np.ndarray:
         """The named norm; x itself where the architecture has none there."""
         if f"{name}.scale" not in self.weights:
             return x
         if self.config.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         scale = self.weights[f"{name}.scale"] + (1.0 if self.config.norm_unit_offset else 0.0)
+        scale = scale.reshape(-1) if flat else scale
         return _rms(x, self.config.norm_eps) * scale + self.weights.get(f"{name}.bias", 0.0)
+
+
+def _sees(kind: AttentionType, query: int, key: int) -> bool:
+    near = kind.window is None or query - key < kind.window
+    return near and (kind.chunk is None or query // kind.chunk == key // kind.chunk)
 
 
 def _rms(x: np.ndarray, eps: float) -> np.ndarray:

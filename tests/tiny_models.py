@@ -8,12 +8,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, QKNorm, RopeConfig
+from tide_jax.architecture import (
+    AttentionType,
+    DecoderConfig,
+    LatentConfig,
+    MoEConfig,
+    QKNorm,
+    QueryScaling,
+    RopeConfig,
+)
 from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.testing import tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
 _NORMED = dataclasses.replace(_GLOBAL, qk_norm=QKNorm())
+_CHUNKED = AttentionType(
+    scale=0.4,
+    chunk=6,
+    rope=RopeConfig(theta=100.0, rotary_dim=6, interleaved=True, reverse=True),
+    qk_norm=QKNorm(kind="layer", all_heads=True, bias=True, after_rope=True),
+)
 _SLIDING = AttentionType(scale=0.4, window=5, rope=RopeConfig(theta=100.0, rotary_dim=4))
 
 CONFIGS: dict[str, DecoderConfig] = {
@@ -47,6 +61,49 @@ CONFIGS: dict[str, DecoderConfig] = {
         head_bias=True,
     ),
     "experts": tiny_config(num_layers=2, moe=MoEConfig(num_experts=5, experts_per_token=2, intermediate_size=40)),
+    "alibi and sinks": tiny_config(
+        num_layers=2,
+        attention_types=(AttentionType(scale=0.3, alibi=(0.5, 0.3, 0.2, 0.1, 0.05, 0.0), sinks=True),),
+        positions="none",
+        norm="layer",
+        norm_bias=True,
+        parallel_residual=True,
+        shared_norm=True,
+        embedding_norm=True,
+        clip_qkv=0.8,
+    ),
+    "norms after the residual add": tiny_config(
+        num_layers=4,
+        attention_types=(AttentionType(scale=0.35),),
+        norm_placement="residual",
+        norm="layer",
+        norm_bias=True,
+        final_norm=False,
+        positions="sinusoidal",
+        position_offset=2,
+        sinusoid_endpoint=True,
+        embedding_size=40,
+        mlp_gated=False,
+        activation="relu2",
+        tie_embeddings=False,
+    ),
+    "gated output": tiny_config(
+        num_layers=3,
+        attention_types=(_CHUNKED, dataclasses.replace(_GLOBAL, query_scaling=QueryScaling(0.7, 3.0, 1))),
+        attention_pattern=(0, 1, 0),
+        attention_gate="channel",
+        sub_norm=True,
+        residual_scale=0.6,
+        logit_scale=1.7,
+    ),
+    "latent attention": tiny_config(
+        num_layers=3,
+        attention_types=(AttentionType(scale=0.3, rope=RopeConfig(theta=1000.0, rotary_dim=6, interleaved=True)),),
+        latent=LatentConfig(kv_rank=20, q_rank=18, nope_dim=8, rope_dim=6, value_dim=10, q_scale=1.2, kv_scale=0.8),
+        head_dim=14,
+        num_kv_heads=6,
+        moe=MoEConfig(5, 2, 40, layers=(1, 2), scale=1.3, shared_size=24),
+    ),
     "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), attention_pattern=(1, 0, 1, 1)),
 }
 

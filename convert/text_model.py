@@ -1,0 +1,98 @@
+"""The text decoder inside a multimodal checkpoint, shown as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.reader import Source
+from tide_jax.errors import TideError
+from tide_jax.shards import TensorInfo
+
+logger = logging.getLogger(__name__)
+_TEXT = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.(?:model\.)?")
+_HEAD = re.compile(r"(?:language_model\.)?lm_head\.(?:weight|bias)")
+_OTHER = re.compile(
+    r"(model\.)?(vision|visual|image|video|audio|speech|vq|mm_|multi_modal|multimodal|merger|connector).*"
+)
+
+
+def text_decoder(source: Source) -> Source:
+    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only.
+
+    Raises:
+      TideError: transformers knows the checkpoint's type and finds its configuration invalid.
+    """
+    text = _text_config(source)
+    return source if text is None else TextSource(source, text)
+
+
+class TextSource:
+    """The text decoder of a multimodal checkpoint, with the names it has when it stands alone.
+
+    Attributes:
+      left_out: the tensors of the other parts, with the reason.
+    """
+
+    def __init__(self, whole: Source, text_config: dict[str, Any]) -> None:
+        self._whole = whole
+        self.files, self.generation_config = whole.files, whole.generation_config
+        self._stored = _text_names(whole.tensors)
+        reason = f"belongs to another part of the multimodal {whole.config['model_type']}"
+        self.left_out = {name: reason for name in whole.tensors if name not in set(self._stored.values())}
+        self.tensors: Mapping[str, TensorInfo] = {name: whole.tensors[stored] for name, stored in self._stored.items()}
+        has_head = any(_HEAD.fullmatch(name) for name in self.tensors)
+        tied = whole.config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False))
+        self.config = text_config | {"tie_word_embeddings": bool(tied) or not has_head}
+        self.description = f"{whole.description} (the text decoder of {whole.config['model_type']})"
+        logger.info("%s: %d tensors of other parts are left out", self.description, len(self.left_out))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, freshly read."""
+        if name not in self._stored:
+            raise TideError(f"{self.description} has no tensor {name}")
+        return self._whole.read(self._stored[name])
+
+    def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
+        self._whole.write_side_files(directory)
+
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self._whole.load_tokenizer()
+
+
+def _text_config(source: Source) -> dict[str, Any] | None:
+    """The text part of a composite configuration; None where the whole is a text model or not known."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = source.config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        return None
+    try:
+        whole = CONFIG_MAPPING[model_type].from_dict(dict(source.config))
+        text = whole.get_text_config(decoder=True)
+    except Exception as error:  # its validators raise several unrelated classes
+        reason = " ".join(str(error).split())
+        raise TideError(f"{source.description}: config.json is not a valid {model_type} one: {reason}") from error
+    return None if text is whole else text.to_dict()
+
+
+def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Names of the text decoder's tensors when it stands alone, and those they are stored under."""
+    if any(_TEXT.search(name) for name in tensors):
+        return {_alone(name): name for name in tensors if _TEXT.search(name) or _HEAD.fullmatch(name)}
+    return {name: name for name in tensors if not _OTHER.fullmatch(name)}
+
+
+def _alone(name: str) -> str:
+    """``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` as ``model.layers.0...``."""
+    if _HEAD.search(name):
+        return name.removeprefix("language_model.")
+    prefix, _, rest = name.rpartition(_TEXT.search(name).group())  # type: ignore[union-attr]
+    return f"model.{rest}"
