@@ -1,5 +1,6 @@
 """Conversion of Hugging Face and GGUF checkpoints to `tide_jax` models, with proof that the logits agree."""
 
 from convert.conversion import ConversionReport, convert, open_config, open_model, open_tokenizer
+from convert.exporting import ExportReport, export
 
-__all__ = ["ConversionReport", "convert", "open_config", "open_model", "open_tokenizer"]
+__all__ = ["ConversionReport", "ExportReport", "convert", "export", "open_config", "open_model", "open_tokenizer"]

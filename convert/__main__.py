@@ -1,4 +1,4 @@
-"""Command line: ``python -m convert SRC DST``, also registered as ``tide-jax convert``."""
+"""Command line: ``python -m convert SRC DST``, also registered as ``tide-jax convert``; and ``tide-jax export``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ _EPILOG = """examples:
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2
   python -m convert ./Llama-3.2-1B llama --dtype bfloat16
   python -m convert model-Q4_1.gguf model --verify
+  python -m convert ./Llama-3.2-1B tuned --adapter ./my-lora
   python -m convert ./Qwen3-0.6B qwen3 --dry-run
 """
+_EXPORT_EPILOG = """examples:
+  tide-jax export smollm2 smollm2-hf
+  tide-jax export llama llama-hf --dtype bfloat16 --overwrite
+"""
+_DTYPES = ["float32", "bfloat16", "float16"]
 
 
 def add_command(subparsers: Any) -> None:
@@ -29,6 +35,23 @@ def add_command(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(parser)
+
+
+def add_export_command(subparsers: Any) -> None:
+    """Registers `export` with the `tide-jax` command."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a converted model as a Hugging Face checkpoint",
+        description="Writes a converted model as a Hugging Face checkpoint, which from_pretrained loads.",
+        epilog=_EXPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="CONVERTED", help="directory that 'tide-jax convert' made")
+    parser.add_argument("destination", metavar="DST", help="directory to make")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the conversion's own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=_run_export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hugging Face hub id or .gguf file")
     parser.add_argument("destination", metavar="DST", help="directory to make")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's own")
+    parser.add_argument("--adapter", help="LoRA adapter to merge: a directory PEFT saved, or its hub id")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers' (needs torch)")
     parser.add_argument("--dry-run", action="store_true", help="check names and shapes, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at DST")
@@ -61,6 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         report = convert(
             args.source,
             args.destination,
+            adapter=args.adapter,
             dtype=args.dtype,
             verify=args.verify,
             dry_run=args.dry_run,
@@ -71,14 +96,33 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(report: Any) -> str:
-    verb = "would write" if report.dry_run else "wrote"
+def _run_export(args: argparse.Namespace) -> int:
+    from convert.exporting import export
+
+    with progress_bars(unit="B", unit_scale=True) as progress:
+        report = export(
+            args.source,
+            args.destination,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            progress=functools.partial(progress, "exporting"),
+        )
+    print(json.dumps(report.to_dict(), indent=2) if args.json else "\n".join(_written("wrote", report)))
+    return 0
+
+
+def _written(verb: str, report: Any) -> list[str]:
+    """What was written, and what was not."""
     shards = f"{len(report.shards)} file{'s' if len(report.shards) > 1 else ''}"
-    lines = [
+    summary = (
         f"{verb} {report.destination}: {report.model_type}, {report.parameters:,} parameters, {report.dtype}, "
         f"{report.bytes / 1e6:,.1f} MB in {shards}"
-    ]
-    lines += [f"  left out {name}: {reason}" for name, reason in report.ignored.items()]
+    )
+    return [summary, *(f"  left out {name}: {reason}" for name, reason in report.ignored.items())]
+
+
+def _summary(report: Any) -> str:
+    lines = _written("would write" if report.dry_run else "wrote", report)
     if (proof := report.verification) is not None:
         lines.append(
             f"  logits differ from transformers' by {proof.max_difference:.2e} at most "

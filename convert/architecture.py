@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import logging
 import re
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.families import FAMILIES, Family
+from convert.families import FAMILIES, REFUSED, Family
 from convert.reader import Source
 from convert.rules import Rule
 from tide_jax.architecture import DecoderConfig
@@ -26,17 +27,17 @@ _SIZES = (
 
 
 def family_of(source: Source) -> Family:
-    """The table entry of a source's model type. Raises TideError, naming the supported ones, without one."""
+    """The table entry of a source's model type. Raises TideError, with the reason, without one."""
     model_type = source.config.get("model_type")
-    supported = f"supported are {', '.join(FAMILIES)}"
     if model_type is None:
-        raise TideError(f"{source.description}: config.json has no model_type; {supported}")
+        raise TideError(f"{source.description}: config.json has no model_type, expected one such as 'llama'; add it")
+    if model_type in REFUSED:
+        raise TideError(f"{source.description}: model_type {model_type!r} does not convert: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise TideError(f"{source.description}: model_type {model_type!r} is not supported; {supported}")
-    if method := source.config.get("quantization_config"):
+        close = difflib.get_close_matches(model_type, FAMILIES, n=3)
+        meant = f"did you mean {' or '.join(close)}?" if close else "docs/families.md lists them"
         raise TideError(
-            f"{source.description}: weights quantised with {method.get('quant_method', 'an unknown method')} are not "
-            "supported: convert the unquantised checkpoint, or a GGUF file"
+            f"{source.description}: model_type {model_type!r} is none of the {len(FAMILIES)} that convert; {meant}"
         )
     return FAMILIES[model_type]
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert.architecture import decoder_config, family_of
+from convert.lora import with_adapter
 from convert.reader import Source, open_source
 from convert.replacement import replacing
 from convert.rules import Piece, Plan, coverage
@@ -26,6 +27,7 @@ from tide_jax.errors import TideError
 from tide_jax.shards import DTYPES, checked_cast
 
 Progress = Callable[[int, int], None]
+RECORD_FILE = "conversion.json"
 _VERSIONED = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
 
 
@@ -65,6 +67,7 @@ def convert(
     source_ref: str | Path,
     destination: str | Path,
     *,
+    adapter: str | Path | None = None,
     dtype: Any = None,
     verify: bool = False,
     dry_run: bool = False,
@@ -80,7 +83,9 @@ def convert(
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       destination: the directory to make.
-      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own (float32 for quantised ones).
+      adapter: a LoRA adapter to merge into the checkpoint: PEFT's directory or a hub id.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
+        (float32 in GGUF).
       verify: compare logits with transformers' and record the difference; needs torch.
       dry_run: check everything that can be checked from names and shapes, write nothing.
       overwrite: replace an earlier conversion at `destination`.
@@ -88,13 +93,18 @@ def convert(
       progress: called with (bytes of weights written, bytes in all).
 
     Raises:
-      TideError: the source cannot be read, is not supported or does not fit its configuration; a weight is NaN,
-        infinite or overflows `dtype`; the destination is taken or cannot be written; the logits differ.
+      TideError: the source cannot be read, is not supported or does not fit its configuration, or the adapter does not
+        fit the source; a weight is NaN, infinite or overflows `dtype`; the destination is taken or cannot be written;
+        the logits differ.
     """
     if verify:
         require_torch()
-    source, destination = open_source(source_ref), Path(destination).expanduser()
-    _check_destination(destination, overwrite)
+    source, destination = _open(source_ref, adapter), Path(destination).expanduser()
+
+    def check() -> None:
+        check_destination(destination, overwrite, is_converted, "a converted model")
+
+    check()
     config = decoder_config(source)
     plan = coverage(source.tensors, family_of(source).rules, config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
@@ -107,12 +117,12 @@ def convert(
         parameters=layout.total_bytes // stored.itemsize,
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
-        ignored=plan.ignored,
+        ignored=plan.ignored | getattr(source, "left_out", {}),
         dry_run=dry_run,
     )
     if dry_run:
         return report
-    with replacing(destination, layout.total_bytes, lambda: _check_destination(destination, overwrite)) as partial:
+    with replacing(destination, layout.total_bytes, check) as partial:
         _write_weights(source, plan, config, layout, partial, progress)
         _write_config(source, config, stored, partial)
         if verify:
@@ -122,17 +132,18 @@ def convert(
     return report
 
 
-def open_model(source_ref: str | Path, dtype: Any = None) -> Decoder:
+def open_model(source_ref: str | Path, dtype: Any = None, *, adapter: str | Path | None = None) -> Decoder:
     """Converts a checkpoint in memory, without writing anything.
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own.
+      adapter: a LoRA adapter to merge into it.
 
     Raises:
       TideError: as `convert`.
     """
-    source = open_source(source_ref)
+    source = _open(source_ref, adapter)
     config = decoder_config(source)
     plan = coverage(source.tensors, family_of(source).rules, config)
     target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
@@ -147,6 +158,11 @@ def open_config(source_ref: str | Path) -> DecoderConfig:
 def open_tokenizer(source_ref: str | Path) -> Any:
     """The tokenizer of a checkpoint, a `transformers.PreTrainedTokenizerFast`. Raises TideError without one."""
     return open_source(source_ref).load_tokenizer()
+
+
+def _open(source_ref: str | Path, adapter: str | Path | None) -> Source:
+    base = open_source(source_ref)
+    return base if adapter is None else with_adapter(base, adapter)
 
 
 def _assembled(source: Source, plan: Plan, config: DecoderConfig, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
@@ -192,18 +208,25 @@ def _write_tensor(writer: ShardWriter, tensor: np.ndarray, pieces: list[Piece], 
 def _write_config(source: Source, config: DecoderConfig, dtype: np.dtype, directory: Path) -> None:
     source.write_side_files(directory)
     settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": dtype.name}
-    _write_json(directory / "config.json", {**source.config, CONFIG_KEY: settings})
+    write_json(directory / "config.json", {**source.config, CONFIG_KEY: settings})
 
 
 def _write_record(source: Source, report: ConversionReport, directory: Path) -> None:
     record = report.to_dict()
     del record["dry_run"], record["destination"]
     record["source_sha256"] = {file.name: _sha256(file) for file in source.files}
-    record["versions"] = {name: _version(name) for name in _VERSIONED}
-    _write_json(directory / "conversion.json", record)
+    record["source_tensors"] = {name: [info.dtype, list(info.shape)] for name, info in source.tensors.items()}
+    record["versions"] = versions()
+    write_json(directory / RECORD_FILE, record)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def versions() -> dict[str, str | None]:
+    """Versions of the packages a conversion depends on, for its record."""
+    return {name: _version(name) for name in _VERSIONED}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -219,12 +242,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool, replaceable: Callable[[Path], bool], kind: str) -> None:
+    """Raises TideError unless `destination` is free, or holds what `overwrite` may replace, called `kind`."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     if not destination.is_dir():
         raise TideError(f"{destination} is a file: expected a directory to make")
     if not overwrite:
         raise TideError(f"{destination} exists and is not empty: choose another destination or pass --overwrite")
-    if not is_converted(destination):
-        raise TideError(f"{destination} holds something else than a converted model: choose another destination")
+    if not replaceable(destination):
+        raise TideError(f"{destination} holds something else than {kind}: choose another destination")

@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's file format: key-value pairs, a table of tensors, and the tensors' data.
+"""GGUF, llama.cpp's file format: key-value pairs, a table of tensors, and the tensors' data, in one file or several.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ _PLAIN = {
 # numpy dtypes of the value types 0 to 7 and 10 to 12; 8 is a string, 9 an array.
 _SCALAR_DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "<u8", "<i8", "<f8")
 _SCALARS = dict(zip((*range(8), 10, 11, 12), _SCALAR_DTYPES, strict=True))
+_PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the file: torch shape, storage type, absolute offset and size in bytes."""
+    """Where a tensor lies: file, torch shape, storage type, absolute offset and size in bytes."""
 
+    path: Path
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
@@ -40,6 +43,20 @@ class StoredTensor:
     def dtype(self) -> str:
         """Name, as safetensors files have it, of the dtype `read_tensor` returns."""
         return self.kind.name if self.kind in _PLAIN else "F32"
+
+    def rows(self, start: int, stop: int) -> StoredTensor:
+        """A range of the first axis; of a tensor with one axis only if it is not quantised."""
+        width = self.size // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * width,
+            size=(stop - start) * width,
+        )
+
+    def item(self, index: int) -> StoredTensor:
+        """One entry of the first axis, without that axis."""
+        return dataclasses.replace(self.rows(index, index + 1), shape=self.shape[1:])
 
 
 class _Cursor:
@@ -104,8 +121,46 @@ def _map_file(path: Path) -> np.ndarray:
     return data
 
 
+def read_model(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, StoredTensor]]:
+    """The files a model lies in, its key-value pairs and where its tensors lie.
+
+    A model in parts, `<name>-00001-of-00003.gguf` and so on, is named by any of them; the first has the pairs.
+
+    Raises:
+      TideError: anything but a whole GGUF model.
+    """
+    metadata, tensors = read_header(path)
+    count = metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return [path], metadata, tensors
+    paths = _part_paths(path, count)
+    headers = [read_header(part) for part in paths]
+    for number, (part, (pairs, _)) in enumerate(zip(paths, headers, strict=True)):
+        found = pairs.get("split.no"), pairs.get("split.count")
+        if found != (number, count):
+            raise TideError(f"{part} says it is part {found[0]} of {found[1]}, expected {number} of {count}")
+    merged = {name: stored for _, tensors in headers for name, stored in tensors.items()}
+    expected = headers[0][0].get("split.tensors.count", len(merged))
+    if len(merged) != expected:
+        raise TideError(f"the {count} parts of {path} hold {len(merged)} tensors, expected {expected}: get them again")
+    return paths, headers[0][0], merged
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = _PART_NAME.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        raise TideError(
+            f"{path} is one of {count} parts, expected to be named like model-00001-of-{count:05}.gguf with the "
+            "others beside it: give it its name back, or join them with llama-gguf-split --merge"
+        )
+    paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise TideError(f"{path} is one of {count} parts, expected {', '.join(missing)} beside it: get all parts")
+    return paths
+
+
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Key-value pairs and tensor locations. Raises TideError for anything but a whole GGUF file."""
+    """Key-value pairs and tensor locations of one file. Raises TideError for anything but a whole GGUF file."""
     data = _map_file(path)
     cursor = _Cursor(data, position=8)
     try:
@@ -139,7 +194,7 @@ def _locate(path: Path, name: str, shape: tuple[int, ...], number: int, offset: 
         raise TideError(
             f"{path} is truncated: tensor {name} ends at byte {offset + size}, the file at {file_size}: get it again"
         )
-    return StoredTensor(shape, kind, offset, size)
+    return StoredTensor(path, shape, kind, offset, size)
 
 
 def _storage_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
@@ -160,10 +215,10 @@ def _type_name(number: int) -> str:
     return known.get(number, f"type {number}")
 
 
-def read_tensor(path: Path, stored: StoredTensor) -> np.ndarray:
+def read_tensor(stored: StoredTensor) -> np.ndarray:
     """One tensor: as it is stored if that is floating point, else dequantised to float32."""
     # A plain read: mapped pages would count as memory used, and only one tensor at a time is to be held.
-    raw = np.fromfile(path, np.uint8, stored.size, offset=stored.offset)
+    raw = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
     if stored.kind in _PLAIN:
         return raw.view(_PLAIN[stored.kind]).reshape(stored.shape)
     return dequantize(raw.reshape(*stored.shape[:-1], -1), stored.kind)

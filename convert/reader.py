@@ -27,6 +27,8 @@ _SIDE_FILES = (
     "*.tiktoken",
     "*.model",
 )
+CONV1D_TYPES = ("gpt2", "openai-gpt")  # model types that store weights as [in, out]
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -39,6 +41,8 @@ class Source(Protocol):
       generation_config: the values of its generation_config.json, empty without one.
       tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
       files: the weight files, for hashing.
+
+    A source that shows less than its files hold has `left_out`, too: the other tensors, with the reason.
     """
 
     description: str
@@ -83,15 +87,23 @@ class HuggingFaceSource:
         """One tensor, freshly read."""
         return self._shards.read(name)
 
+    def read_stored(self, name: str) -> np.ndarray:
+        """One tensor, packed integers and 8-bit floats too."""
+        return self._shards.read_stored(name)
+
     def write_side_files(self, directory: Path) -> None:
         """Copies tokenizer files and generation_config.json."""
-        files = {path for pattern in _SIDE_FILES for path in self.directory.glob(pattern) if path.is_file()}
-        for path in sorted(files):
-            shutil.copyfile(path, directory / path.name)
+        copy_side_files(self.directory, directory)
 
     def load_tokenizer(self) -> Any:
         """`AutoTokenizer` over the directory. Raises TideError where it holds no tokenizer."""
         return tokenizer_in(self.directory)
+
+
+def copy_side_files(source: Path, destination: Path) -> None:
+    """Copies tokenizer files and generation_config.json between directories."""
+    for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, destination / path.name)
 
 
 def open_source(reference: str | Path) -> Source:
@@ -106,13 +118,19 @@ def open_source(reference: str | Path) -> Source:
     path = Path(reference).expanduser()
     if path.suffix == ".gguf":
         return _open_gguf(path)
+    return _open_directory(local_directory(reference, "a checkpoint directory, a .gguf file"))
+
+
+def local_directory(reference: str | Path, expected: str) -> Path:
+    """A directory, that of a hub id downloaded. Raises TideError, naming what was `expected`, where there is none."""
+    path = Path(reference).expanduser()
     if path.is_dir():
-        return _open_directory(path)
+        return path
     if path.exists():
-        raise TideError(f"{path} is a file: expected a checkpoint directory, a .gguf file or a hub id")
+        raise TideError(f"{path} is a file: expected {expected} or a hub id")
     if not _HUB_ID.fullmatch(str(reference)):
-        raise TideError(f"{path} does not exist: expected a checkpoint directory, a .gguf file or a hub id")
-    return HuggingFaceSource(_download(str(reference)))
+        raise TideError(f"{path} does not exist: expected {expected} or a hub id")
+    return _download(str(reference))
 
 
 def _open_gguf(path: Path) -> Source:
@@ -127,7 +145,20 @@ def _open_directory(path: Path) -> Source:
     weights = list(path.glob("*.gguf"))
     if len(weights) == 1 and not (path / "config.json").exists():
         return _open_gguf(weights[0])
-    return HuggingFaceSource(path)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+        raise _adapter_alone(path)
+    source = HuggingFaceSource(path)
+    if not source.config.get("quantization_config"):
+        return source
+    from convert.quantised import QuantisedSource
+
+    return QuantisedSource(source)
+
+
+def _adapter_alone(path: Path) -> TideError:
+    base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "the checkpoint it was trained on"
+    here = " (which is there)" if Path(str(base)).expanduser().is_dir() else ""
+    return TideError(f"{path} is an adapter, not a checkpoint: convert its base {base}{here}, with adapter={path}")
 
 
 def _download(repository: str) -> Path:

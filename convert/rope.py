@@ -26,11 +26,13 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
     kind = settings.get("rope_type", "default")
     if kind not in _KINDS:
         raise TideError(f"rope_type {kind!r} is not implemented; implemented are {', '.join(_KINDS)}")
-    rotary_dim = int(head_dim * (settings.get("partial_rotary_factor") or 1.0))
+    share = settings.get("partial_rotary_factor") or 1.0
+    rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
     if rotary_dim % 2:
         raise TideError(f"{rotary_dim} of {head_dim} channels of a head would be rotated, expected an even number")
     try:
         extra = _KINDS[kind](hf, settings)
+        flags |= {"turning": int(share * head_dim // 2)} if kind == "proportional" else {}
         rope = RopeConfig(theta=float(settings["rope_theta"]), rotary_dim=rotary_dim, kind=kind, **extra, **flags)
         return _checked(rope)
     except KeyError as error:
@@ -58,6 +60,10 @@ def _default(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _linear(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"factor": float(settings["factor"])}
+
+
+def _proportional(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"factor": float(settings.get("factor") or 1.0)}
 
 
 def _dynamic(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,4 +126,5 @@ _KINDS = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert.lora import LoRASource
+from convert.quantised import QuantisedSource
 from convert.reader import Source
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
@@ -104,9 +106,15 @@ def _reference_logits(source: Source, stored: np.dtype, tokens: np.ndarray, mask
 
 
 def reference_model(source: Source) -> Any:
-    """The checkpoint as a PyTorch model of transformers, float32. Raises TideError if transformers cannot load it."""
+    """The checkpoint as a PyTorch model of transformers, float32. Raises TideError if transformers cannot load it.
+
+    Dequantised weights, and those with an adapter merged, are handed to it as we read them: what is verified then is
+    the model, not the reading.
+    """
     import torch
 
+    if isinstance(source, (LoRASource, QuantisedSource)):
+        return _model_of_read_weights(source)
     file = source.files[0]
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
     try:
@@ -114,6 +122,16 @@ def reference_model(source: Source) -> Any:
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TideError(f"transformers cannot load {source.description} to verify against: {reason}") from error
+
+
+def _model_of_read_weights(source: Source) -> Any:
+    import torch
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    weights = {name: torch.tensor(source.read(name).astype(np.float32)) for name in source.tensors}
+    config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
+    reference = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return reference.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
 
 
 def _reference_class(directory: Path) -> Any:

@@ -32,11 +32,13 @@ class Layout:
       shards: file name to parameters, in order.
       shapes: shape of every parameter.
       dtype: dtype of all of them.
+      framework: the "format" safetensors headers name; transformers wants its own, "pt", in a checkpoint.
     """
 
     shards: dict[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     dtype: np.dtype
+    framework: str = "np"
 
     def nbytes(self, name: str) -> int:
         """Bytes of one parameter."""
@@ -97,7 +99,7 @@ class ShardWriter:
         """
         shard, offset = self._places[name]
         shape = self._layout.shapes[name]
-        leading, inner = _split(slot)
+        leading, inner = split(slot)
         for index in leading:
             shape = shape[1:]
             offset += index * self._bytes(shape)
@@ -125,7 +127,7 @@ class ShardWriter:
         file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
 
     def _lay_out(self, shard: str, names: tuple[str, ...]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+        header: dict[str, Any] = {"__metadata__": {"format": self._layout.framework}}
         begin = 0
         for name in names:
             end = begin + self._layout.nbytes(name)
@@ -147,7 +149,7 @@ class ShardWriter:
             file.close()
 
 
-def _split(slot: Slot) -> tuple[tuple[int, ...], Slot]:
+def split(slot: Slot) -> tuple[tuple[int, ...], Slot]:
     """The leading integers of a slot, and the rest of it."""
     count = next((i for i, index in enumerate(slot) if isinstance(index, slice)), len(slot))
     return tuple(int(i) for i in slot[:count] if isinstance(i, int)), slot[count:]

@@ -1,12 +1,13 @@
-"""Writes the measured tables of README.md from the JSON in scripts/results/: ``python scripts/readme_tables.py``.
+"""Writes measured tables into README.md and docs/ from the JSON in scripts/results/: ``python scripts/readme_tables.py``.
 
 Each table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``. With --check nothing is written, and the exit
-code is 1 where the README is not what the results say.
+code is 1 where a file is not what the results say.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 import sys
@@ -80,11 +81,51 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
 
 
-TABLES = {"decode": decode_table, "demo": demo_table}
+def family_counts() -> str:
+    """How many model types convert, in a sentence or two."""
+    report = json.loads((RESULTS / "families.json").read_text())
+    types = report["types"]
+    counts = collections.Counter(entry["status"] for entry in types.values())
+    proven = [entry["relative"] for entry in types.values() if entry["status"] == "parity"]
+    return (
+        f"Of the {len(types)} causal language model types of transformers {report['versions']['transformers']}, "
+        f"{counts['parity']} convert with parity"
+        + (f" and {counts['in part']} in part" if counts["in part"] else "")
+        + f" (largest difference of any logit: {max(proven):.0e} of the logit range); {counts['refused']} are refused by "
+        f"name, with the reason, and {counts['not a decoder']} are encoders or halves of encoder-decoder pairs. "
+        "docs/families.md lists them all."
+    )
+
+
+def family_table() -> str:
+    """Each model type, from family_table.py."""
+    report = json.loads((RESULTS / "families.json").read_text())
+    types = report["types"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [f"Measured with {versions}.", "", "| model type | largest difference | what it has |", "|---|---:|---|"]
+    for name, entry in types.items():
+        if entry["status"] in ("parity", "in part", "failed"):
+            what = ", ".join(entry.get("features", []))
+            reason = f" ({entry['status']}: {entry['reason']})" if entry["status"] != "parity" else ""
+            difference = f"{entry['relative']:.0e}" if "relative" in entry else ""
+            lines.append(f"| {name} | {difference} | {what}{reason} |")
+    for status in ("refused", "not a decoder"):
+        by_reason: dict[str, list[str]] = {}
+        for name, entry in types.items():
+            if entry["status"] == status:
+                by_reason.setdefault(entry["reason"], []).append(name)
+        lines += ["", f"| {_STATUS[status]} | why |", "|---|---|"]
+        lines += [f"| {', '.join(names)} | {reason} |" for reason, names in by_reason.items()]
+    return "\n".join(lines)
+
+
+_STATUS = {"refused": "decoders that are refused", "not a decoder": "encoders and encoder-decoder pairs"}
+TABLES = {"decode": decode_table, "demo": demo_table, "family_counts": family_counts, "families": family_table}
+FILES = (ROOT / "README.md", ROOT / "docs" / "families.md")
 
 
 def render(text: str) -> str:
-    """The README with every table filled in."""
+    """A file with every table filled in."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -94,17 +135,15 @@ def render(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is out of date")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    rendered = render(text)
-    if args.check:
-        if rendered != text:
-            print("README.md is out of date: run `python scripts/readme_tables.py`", file=sys.stderr)
-        return int(rendered != text)
-    readme.write_text(rendered)
-    return 0
+    stale = [path for path in FILES if path.exists() and render(path.read_text()) != path.read_text()]
+    for path in stale:
+        if args.check:
+            print(f"{path.name} is out of date: run `python scripts/readme_tables.py`", file=sys.stderr)
+        else:
+            path.write_text(render(path.read_text()))
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from tide_jax.errors import TideError
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "sandwich", "residual"]
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 AttentionGate = Literal["none", "head", "channel"]
+GateActivation = Literal["sigmoid", "softplus"]
 ExpertScore = Literal["softmax", "sigmoid", "sparsemixer"]
 Correction = Literal["none", "score", "logit"]
 GroupScore = Literal["max", "top2"]
@@ -45,6 +46,7 @@ class RopeConfig:
       attention_factor: multiplies cos and sin, for "yarn" and "longrope".
       low_freq_factor, high_freq_factor: band edges of "llama3".
       beta_slow, beta_fast, truncate: ramp of "yarn".
+      turning: how many of the leading frequencies turn in "proportional"; the others stand still.
       short_factor, long_factor: per-frequency divisors of "longrope", ``rotary_dim // 2`` each.
       interleaved: neighbouring channels rotate together (GPT-J), instead of the first half with the second (GPT-NeoX).
       reverse: rotate the other way round.
@@ -62,6 +64,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     beta_fast: float = 32.0
     truncate: bool = True
+    turning: int = 0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     interleaved: bool = False
@@ -97,11 +100,15 @@ class QueryScaling:
     """Queries grow with the logarithm of their position: times ``1 + beta * log(1 + (position + offset) // period)``.
 
     Keeps attention sharp over long contexts (Nakanishi 2025, arXiv:2501.19399, is the idea).
+
+    Attributes:
+      power: times ``(1 + (position + offset) / period) ** beta`` instead.
     """
 
     beta: float
     period: float
     offset: int = 0
+    power: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +122,17 @@ class AttentionType:
       rope: rotary embedding, None for none.
       qk_norm: normalisation of queries and keys, None for none.
       alibi: slope of each head's linear bias (Press et al. 2022, arXiv:2108.12409), empty for none.
+      alibi_bfloat16: the bias is that of a key's position, rounded to bfloat16, and multiplied by `scale` too.
       sinks: each head's softmax has a learned extra term without a value (Xiao et al. 2023, arXiv:2309.17453).
       query_scaling: growth of queries with their position, None for none.
+      num_heads: query heads, where their number differs from the configuration's.
+      out_bias: the output projection has a bias where the configuration gives it none.
+      differential: the second half of the heads is subtracted from the first, weighted by a learned number that
+        starts at this one (Ye et al. 2024, arXiv:2410.05258); None for ordinary attention.
+      head_dim, num_kv_heads: where they differ from the configuration's.
+      value_norm: values are divided by the root of their mean square, too.
+      keys_as_values: values are what keys are before their norm and rotation.
+      dynamic_mask: keys have scores of their own, learned from their values (Shi et al. 2025, arXiv:2508.02124).
     """
 
     scale: float
@@ -125,8 +141,17 @@ class AttentionType:
     rope: RopeConfig | None = None
     qk_norm: QKNorm | None = None
     alibi: tuple[float, ...] = ()
+    alibi_bfloat16: bool = False
     sinks: bool = False
     query_scaling: QueryScaling | None = None
+    num_heads: int | None = None
+    out_bias: bool = False
+    differential: float | None = None
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    value_norm: bool = False
+    keys_as_values: bool = False
+    dynamic_mask: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +178,21 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadTransform:
+    """A dense layer, an activation and a norm before the output projection (BERT, Devlin et al. 2019, arXiv:1810.04805).
+
+    Attributes:
+      activation: after the dense layer.
+      size: its width, which the output projection then has; None is the embeddings'.
+      bias: whether the dense layer has one.
+    """
+
+    activation: str
+    size: int | None = None
+    bias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """Mixture of experts in place of a layer's MLP: each token goes through the best few of many.
 
@@ -170,10 +210,12 @@ class MoEConfig:
       groups, groups_kept: experts lie in groups, and only those of the best groups are eligible (DeepSeek-V2, 2.1.2).
       group_score: a group is as good as its best expert ("max") or its best two together ("top2").
       router_bias, expert_bias: whether there are any.
+      router_softcap: ``cap * tanh(x / cap)`` on router logits.
       scale_input: scores multiply an expert's input instead of its output.
       shared_size: hidden width of an MLP every token goes through besides; 0 is none.
       shared_scale: multiplies that MLP's output.
       shared_gate: that MLP's output is multiplied by the sigmoid of a learned projection.
+      output_norm: the sum of routed and shared experts is normed, as `DecoderConfig.norm` says.
     """
 
     num_experts: int
@@ -190,10 +232,12 @@ class MoEConfig:
     group_score: GroupScore = "top2"
     router_bias: bool = False
     expert_bias: bool = False
+    router_softcap: float | None = None
     scale_input: bool = False
     shared_size: int = 0
     shared_scale: float = 1.0
     shared_gate: bool = False
+    output_norm: bool = False
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, ExpertScore)
@@ -216,6 +260,7 @@ class DecoderConfig:
 
     Attributes:
       model_type: name of the family it was converted from; provenance only, the model never reads it.
+      extra_tokens: token ids beyond the vocabulary: they have an embedding, and no logit.
       embedding_size: width of the embeddings where it differs from the layers'; projections join the two.
       attention_types: the distinct kinds of attention in the model.
       attention_pattern: index into `attention_types` for each layer.
@@ -224,22 +269,35 @@ class DecoderConfig:
       norm_unit_offset: norms multiply by ``1 + scale`` instead of ``scale``.
       norm_placement: norms "pre" each sublayer, "post" it (before the residual add), both ("sandwich"), or after the
         "residual" add.
+      first_norm: whether the first layer's attention reads its input through a norm, too.
       final_norm: whether there is one before the head.
       embedding_norm: whether embeddings are normed before the first layer.
+      positions_after_norm: learned and sinusoidal positions are added after that norm.
+      project_after_norm: embeddings of another width are projected last, with a bias: positions, added vectors and
+        `embedding_norm` have `embedding_size` too.
+      added_embeddings: learned vectors that are added to every token's embedding: a segment's, a task's.
       parallel_residual: attention and MLP both read the layer's input and are added to it together.
       shared_norm: with `parallel_residual`, they read it through one norm.
       residual_scale: multiplies what a sublayer adds to the residual stream.
+      layer_scale: a learned number multiplies what a layer returns.
+      residual_weights: a learned vector multiplies the residual stream before a sublayer's output is added.
       positions: "rope" and "none" leave embeddings alone; "learned" and "sinusoidal" add a vector for each position.
       position_offset: added to a token's position before its vector is looked up or computed.
+      sinusoid_endpoint: the lowest of the sinusoids' frequencies is 1 / 10000 itself, as in fairseq, instead of the
+        last one above it.
       learned_positions: rows of the learned position table when `positions` is "learned".
       latent: multi-head latent attention instead of plain heads of keys and values.
-      attention_gate: each "head" or each "channel" of the attention's output is multiplied by the sigmoid of a learned
+      attention_gate: each "head" or each "channel" of the attention's output is multiplied by a function of a learned
         projection of its input.
+      gate_activation: that function.
+      gate_bias: each head has a bias inside of it.
+      key_bias: keys have a bias where queries and values have.
       clip_qkv: queries, keys and values are clamped to plus or minus this.
       mlp_gated: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
       activation_limit: clamps what enters a gated activation.
       sub_norm: a norm before the attention's and the MLP's output projection (Wang et al. 2022, arXiv:2210.06423).
       embedding_scale: multiplies token embeddings (rounded to the embedding's dtype first).
+      head_transform: what states go through before the output projection, None for nothing.
       logit_scale: multiplies logits, before the softcap.
       attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` on attention scores and logits.
       eos_token_ids, pad_token_id: from the checkpoint's generation configuration; defaults of `generate`.
@@ -256,6 +314,7 @@ class DecoderConfig:
     max_positions: int
     attention_types: tuple[AttentionType, ...]
     attention_pattern: tuple[int, ...]
+    extra_tokens: int = 0
     embedding_size: int | None = None
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
@@ -263,18 +322,28 @@ class DecoderConfig:
     norm_bias: bool = False
     norm_unit_offset: bool = False
     norm_placement: NormPlacement = "pre"
+    first_norm: bool = True
     final_norm: bool = True
     embedding_norm: bool = False
+    positions_after_norm: bool = False
+    project_after_norm: bool = False
+    added_embeddings: int = 0
     parallel_residual: bool = False
     shared_norm: bool = False
     residual_scale: float = 1.0
+    residual_weights: bool = False
+    layer_scale: bool = False
     positions: Positions = "rope"
     position_offset: int = 0
+    sinusoid_endpoint: bool = False
     learned_positions: int = 0
     latent: LatentConfig | None = None
     qkv_bias: bool = False
+    key_bias: bool = True
     attention_out_bias: bool = False
     attention_gate: AttentionGate = "none"
+    gate_activation: GateActivation = "sigmoid"
+    gate_bias: bool = False
     clip_qkv: float | None = None
     attention_softcap: float | None = None
     activation: str = "silu"
@@ -284,6 +353,7 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     sub_norm: bool = False
     embedding_scale: float | None = None
+    head_transform: HeadTransform | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     tie_embeddings: bool = True
@@ -296,6 +366,7 @@ class DecoderConfig:
         check_choice("norm_placement", self.norm_placement, NormPlacement)
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
+        check_choice("gate_activation", self.gate_activation, GateActivation)
         if len(self.attention_pattern) != self.num_layers:
             raise TideError(
                 f"attention_pattern has {len(self.attention_pattern)} entries, expected one for each of the "
@@ -316,6 +387,12 @@ class DecoderConfig:
         return self.moe is not None and (self.moe.layers is None or layer in self.moe.layers)
 
     @property
+    def head_size(self) -> int:
+        """Width of what the output projection reads."""
+        own = self.head_transform.size if self.head_transform is not None else None
+        return own or self.embedding_size or self.hidden_size
+
+    @property
     def cache_shape(self) -> tuple[int, int, int]:
         """Heads, key channels and value channels a token takes in a layer's cache.
 
@@ -323,7 +400,9 @@ class DecoderConfig:
         """
         if self.latent is not None:
             return 1, self.latent.kv_rank + self.latent.rope_dim, 0
-        return self.num_kv_heads, self.head_dim, self.head_dim
+        heads = max(kind.num_kv_heads or self.num_kv_heads for kind in self.attention_types)
+        channels = max(kind.head_dim or self.head_dim for kind in self.attention_types)
+        return heads, channels, channels
 
     @property
     def context_length(self) -> int:

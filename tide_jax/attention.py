@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.architecture import AttentionType, DecoderConfig, QueryScaling
+from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm, QueryScaling
 from tide_jax.norms import Norm, block_norm, head_norm
 from tide_jax.ops import Dense, einsum
 from tide_jax.rotary import rope_tables, rotate
@@ -75,8 +75,8 @@ def attention_context(
 
 
 def _query_scale(scaling: QueryScaling, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    steps = jnp.floor((jnp.maximum(positions, 0) + jnp.int32(scaling.offset)).astype(jnp.float32) / scaling.period)
-    return 1.0 + scaling.beta * jnp.log1p(steps)
+    periods = (jnp.maximum(positions, 0) + jnp.int32(scaling.offset)).astype(jnp.float32) / scaling.period
+    return (1.0 + periods) ** scaling.beta if scaling.power else 1.0 + scaling.beta * jnp.log1p(jnp.floor(periods))
 
 
 def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Span:
@@ -90,7 +90,10 @@ def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"])
     if not kind.alibi:
         return Span(mask, None)
     slopes = jnp.asarray(np.asarray(kind.alibi, np.float32))[None, :, None, None]
-    return Span(mask, -slopes * distance.astype(jnp.float32)[:, None])
+    if not kind.alibi_bfloat16:
+        return Span(mask, -slopes * distance.astype(jnp.float32)[:, None])
+    bias = slopes.astype(jnp.bfloat16) * key.astype(jnp.bfloat16)[:, None, None, :]
+    return Span(mask, bias.astype(jnp.float32) * kind.scale)
 
 
 def attend(
@@ -132,25 +135,37 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), plain multi-head and multi-query included."""
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        d, h, kv, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        d, h, kv, hd = config.hidden_size, kind.num_heads or config.num_heads, config.num_kv_heads, config.head_dim
         self.scale, self.softcap, self.clip = kind.scale, config.attention_softcap, config.clip_qkv
         self.interleaved = kind.rope is not None and kind.rope.interleaved
         self.norm_after_rope = kind.qk_norm is not None and kind.qk_norm.after_rope
         self.q = Dense((d,), (h, hd), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.kv = Dense((d,), (kv, 2, hd), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.out = Dense((h, hd), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
+        value_bias = config.qkv_bias and not config.key_bias
+        parts = 1 if kind.keys_as_values else 2
+        self.kv = Dense((d,), (kv, parts, hd), bias=config.qkv_bias and config.key_bias, dtype=dtype, rngs=rngs)
+        self.value_bias = nnx.Param(jnp.zeros((kv, hd), dtype)) if value_bias else None
+        self.out = Dense((h, hd), (d,), bias=config.attention_out_bias or kind.out_bias, dtype=dtype, rngs=rngs)
         self.q_norm = head_norm(kind.qk_norm, h, hd, dtype=dtype)
         self.k_norm = head_norm(kind.qk_norm, kv, hd, dtype=dtype)
+        value_norm = QKNorm(eps=config.norm_eps, scale=False) if kind.value_norm else None
+        self.value_norm = head_norm(value_norm, kv, hd, dtype=dtype)
         self.sinks = nnx.Param(jnp.zeros((h,), dtype)) if kind.sinks else None
         gate = {"none": None, "head": (h, 1), "channel": (h, hd)}[config.attention_gate]
         self.gate = None if gate is None else Dense((d,), gate, bias=False, dtype=dtype, rngs=rngs)
+        self.gate_bias = nnx.Param(jnp.zeros((h, 1), dtype)) if config.gate_bias else None
+        self.gate_activation = config.gate_activation
         self.sub_norm = block_norm(config, (h, hd), dtype=dtype) if config.sub_norm else None
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
         """Keys (normed and rotated) and values of new tokens."""
         kv = self.kv(x)
-        keys, values = kv[..., 0, :], self._clipped(kv[..., 1, :])
-        return KeyValue(self._placed(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
+        keys, values = kv[..., 0, :], kv[..., -1, :]
+        if self.value_bias is not None:
+            values = values + self.value_bias[...][None, None]
+        if self.value_norm is not None:
+            values = self.value_norm(values)
+        keys = self._placed(keys, self.k_norm, context)
+        return KeyValue(keys.swapaxes(1, 2), self._clipped(values).swapaxes(1, 2))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
@@ -160,14 +175,23 @@ class Attention(nnx.Module):
         q = self._placed(self.q(x), self.q_norm, context)
         if context.query_scale is not None:
             q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
-        b, t, h, hd = q.shape
-        q = q.reshape(b, t, new.keys.shape[1], h // new.keys.shape[1], hd)
-        sinks = None if self.sinks is None else self.sinks[...]
-        mixed = attend(q, spans_of(new, cached, context), scale=self.scale, softcap=self.softcap, sinks=sinks)
-        mixed = mixed.reshape(b, t, h, hd)
+        mixed = self._mixed(q, spans_of(new, cached, context))
         if self.gate is not None:
-            mixed = mixed * jax.nn.sigmoid(self.gate(x))
+            mixed = mixed * self._opened(self.gate(x))
         return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed)), new
+
+    def _opened(self, gate: Float[Array, "B T H hg"]) -> Float[Array, "B T H hg"]:
+        """How far each head or channel is open."""
+        gate = gate if self.gate_bias is None else gate + self.gate_bias[...][None, None]
+        return jax.nn.sigmoid(gate) if self.gate_activation == "sigmoid" else jax.nn.softplus(gate)
+
+    def _mixed(self, q: Float[Array, "B T H hd"], spans: list[tuple[KeyValue, Span]]) -> Float[Array, "B T H hd"]:
+        """What each head brings together of the values."""
+        kv = spans[0][0].keys.shape[1]
+        grouped = q.reshape(*q.shape[:2], kv, q.shape[2] // kv, q.shape[3])
+        sinks = None if self.sinks is None else self.sinks[...]
+        mixed = attend(grouped, spans, scale=self.scale, softcap=self.softcap, sinks=sinks)
+        return mixed.reshape(*q.shape[:3], -1)
 
     def _placed(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
         """Queries or keys [B, T, N, hd], normed and rotated in the architecture's order."""

@@ -1,4 +1,4 @@
-"""The command line: ``tide-jax convert | calibrate | generate | inspect``.
+"""The command line: ``tide-jax convert | export | calibrate | generate | inspect``.
 
 Each command is an argparse subparser whose arguments carry ``run(args) -> exit code``. Other packages add theirs
 through the entry point group "tide_jax.commands".

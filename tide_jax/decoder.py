@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tide_jax.architecture import DecoderConfig
+from tide_jax.activations import ACTIVATIONS
+from tide_jax.architecture import DecoderConfig, HeadTransform
 from tide_jax.attention import AttentionContext, KeyValue, attention_context
 from tide_jax.cache import KVCache
 from tide_jax.errors import TideError
@@ -34,9 +35,22 @@ class Head(nnx.Module):
     """Output projection, ``kernel [V, E]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        size = config.embedding_size or config.hidden_size
-        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, (config.vocab_size, size), size, dtype))
+        shape = (config.vocab_size, config.head_size)
+        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, shape, config.head_size, dtype))
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
+
+
+class HeadLayer(nnx.Module):
+    """Dense layer, activation and norm before the output projection."""
+
+    def __init__(self, config: DecoderConfig, transform: HeadTransform, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        sizes = (config.hidden_size,), (config.head_size,)
+        self.dense = Dense(*sizes, bias=transform.bias, dtype=dtype, rngs=rngs)
+        self.activation = transform.activation
+        self.norm = block_norm(config, config.head_size, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
 
 
 class Decoder(nnx.Module):
@@ -52,19 +66,23 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
-        d, e = config.hidden_size, config.embedding_size
+        d, e, late = config.hidden_size, config.embedding_size, config.project_after_norm
+        width = e if e is not None and late else d
 
-        def projection(inputs: int, outputs: int) -> Dense:
-            return Dense((inputs,), (outputs,), bias=False, dtype=dtype, rngs=rngs)
+        def table(rows: int, size: int) -> Embedding | None:
+            return Embedding(rows, size, dtype=dtype, rngs=rngs) if rows else None
 
-        self.embed = Embedding(config.vocab_size, e or d, dtype=dtype, rngs=rngs)
-        self.project_in = None if e is None else projection(e, d)
-        learned = config.positions == "learned"
-        self.positions = Embedding(config.learned_positions, d, dtype=dtype, rngs=rngs) if learned else None
-        self.embedding_norm = block_norm(config, d, dtype=dtype) if config.embedding_norm else None
+        self.embed = Embedding(config.vocab_size + config.extra_tokens, e or d, dtype=dtype, rngs=rngs)
+        self.project_in = None if e is None else Dense((e,), (d,), bias=late, dtype=dtype, rngs=rngs)
+        self.added = table(config.added_embeddings, width)
+        self.positions = table(config.learned_positions if config.positions == "learned" else 0, width)
+        self.embedding_norm = block_norm(config, width, dtype=dtype) if config.embedding_norm else None
         self.layers = nnx.List([DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
         self.final_norm = block_norm(config, d, dtype=dtype) if config.final_norm else _Identity()
-        self.project_out = None if e is None else projection(d, e)
+        transform = config.head_transform
+        narrow = e is not None and transform is None
+        self.project_out = Dense((d,), (e or d,), bias=False, dtype=dtype, rngs=rngs) if narrow else None
+        self.head_transform = None if transform is None else HeadLayer(config, transform, dtype=dtype, rngs=rngs)
         self.head = Head(config, dtype=dtype, rngs=rngs)
 
     @property
@@ -101,14 +119,26 @@ class Decoder(nnx.Module):
         config, x = self.config, self.embed(tokens)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        if self.project_in is not None:
+        if self.project_in is not None and not config.project_after_norm:
             x = self.project_in(x)
-        index = jnp.maximum(positions, 0) + jnp.int32(config.position_offset)
+        if self.added is not None:
+            x = x + jnp.sum(self.added.kernel[...], axis=0)[None, None, :]
+        if not config.positions_after_norm:
+            x = self._add_positions(x, positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if config.positions_after_norm:
+            x = self._add_positions(x, positions)
+        return self.project_in(x) if self.project_in is not None and config.project_after_norm else x
+
+    def _add_positions(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Adds the learned or sinusoidal vector of each position, where the architecture has them."""
+        index = jnp.maximum(positions, 0) + jnp.int32(self.config.position_offset)
         if self.positions is not None:
-            x = x + self.positions(index)
-        elif config.positions == "sinusoidal":
-            x = x + _sinusoid(index, config.hidden_size).astype(x.dtype)
-        return x if self.embedding_norm is None else self.embedding_norm(x)
+            return x + self.positions(index)
+        if self.config.positions == "sinusoidal":
+            return x + _sinusoid(index, x.shape[-1], endpoint=self.config.sinusoid_endpoint).astype(x.dtype)
+        return x
 
     def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[AttentionContext, ...]:
         """Masks and rotary tables of each attention type, computed once and shared by all layers."""
@@ -117,7 +147,10 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, float32, of final-normed states."""
-        x = x if self.project_out is None else self.project_out(x)
+        if self.head_transform is not None:
+            x = self.head_transform(x)
+        elif self.project_out is not None:
+            x = self.project_out(x)
         kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
         out = einsum("btd,vd->btv", x, kernel[...]).astype(jnp.float32)
         if self.head.bias is not None:
@@ -136,10 +169,11 @@ class _Identity(nnx.Module):
         return x
 
 
-def _sinusoid(index: Int[Array, "B T"], size: int) -> Float[Array, "B T D"]:
+def _sinusoid(index: Int[Array, "B T"], size: int, *, endpoint: bool) -> Float[Array, "B T D"]:
     """Sines, then cosines, of geometrically spaced frequencies (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
     half = size // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1)))
+    steps = half - 1 if endpoint else size / 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / steps))
     angles = index.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(waves, ((0, 0), (0, 0), (0, size - 2 * half)))

@@ -32,10 +32,9 @@ class LatentAttention(nnx.Module):
         def dense(inputs: int, outputs: tuple[int, ...], bias: bool = False) -> Dense:
             return Dense((inputs,), outputs, bias=bias, dtype=dtype, rngs=rngs)
 
-        self.q_down, self.q_norm = None, None
-        if latent.q_rank is not None:
-            self.q_down = dense(d, (latent.q_rank,), config.qkv_bias)
-            self.q_norm = _bottleneck_norm(latent, latent.q_rank, dtype)
+        low_rank = latent.q_rank is not None
+        self.q_down = dense(d, (latent.q_rank or d,), config.qkv_bias) if low_rank else None
+        self.q_norm = _bottleneck_norm(latent, latent.q_rank or d, dtype) if low_rank else None
         self.q = dense(latent.q_rank or d, (h, head_dim))
         self.kv_down = dense(d, (latent.kv_rank + latent.rope_dim,), config.qkv_bias)
         self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tide_jax.architecture import DecoderConfig
+from tide_jax.architecture import AttentionType, DecoderConfig
 from tide_jax.attention import Attention, AttentionContext, KeyValue
+from tide_jax.differential_attention import DifferentialAttention
+from tide_jax.dynamic_mask import DynamicMaskAttention
 from tide_jax.feed_forward import MLP
 from tide_jax.latent_attention import LatentAttention
 from tide_jax.moe import MoE
 from tide_jax.norms import Norm, block_norm
+from tide_jax.shaped_attention import ShapedAttention
 
 
 class DecoderLayer(nnx.Module):
@@ -31,10 +34,16 @@ class DecoderLayer(nnx.Module):
         def norm(wanted: bool) -> Norm | None:
             return block_norm(config, config.hidden_size, dtype=dtype) if wanted else None
 
-        self.pre_attention_norm, self.post_attention_norm = norm(pre), norm(post)
+        def weights(wanted: bool, size: int) -> nnx.Param | None:
+            return nnx.Param(jnp.ones((size,), dtype)) if wanted else None
+
+        self.pre_attention_norm = norm(pre and (config.first_norm or index > 0))
+        self.post_attention_norm = norm(post)
         self.pre_mlp_norm, self.post_mlp_norm = norm(pre and not config.shared_norm), norm(post)
-        attention = Attention if config.latent is None else LatentAttention
-        self.attention = attention(config, config.attention(index), dtype=dtype, rngs=rngs)
+        self.attention = _attention(config, config.attention(index), dtype=dtype, rngs=rngs)
+        self.attention_residual = weights(config.residual_weights, config.hidden_size)
+        self.mlp_residual = weights(config.residual_weights, config.hidden_size)
+        self.output_scale = weights(config.layer_scale, 1)
         self.mlp = (MoE if config.has_experts(index) else MLP)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -43,9 +52,10 @@ class DecoderLayer(nnx.Module):
         """Runs the layer on new tokens; returns the new residual stream and the new key and value rows."""
         normed = _apply(self.pre_attention_norm, x)
         attended, new = self.attention(normed, contexts[self.attention_type], cached)
-        middle = self._add(x, attended, self.post_attention_norm)
+        middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
-        return self._add(middle, self.mlp(mlp_input), self.post_mlp_norm), new
+        out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
+        return _weighted(out, self.output_scale), new
 
     def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
         """The key and value rows this layer would store for `x`, without running it."""
@@ -56,9 +66,25 @@ class DecoderLayer(nnx.Module):
         if not self.norm_after_add:
             update = _apply(norm, update)
         if self.residual_scale != 1.0:
-            update = update * jnp.asarray(self.residual_scale, update.dtype)
+            update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)  # a rounded scale adds up
         return _apply(norm, x + update) if self.norm_after_add else x + update
+
+
+def _attention(
+    config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> Attention | LatentAttention:
+    if config.latent is not None:
+        return LatentAttention(config, kind, dtype=dtype, rngs=rngs)
+    attention = Attention if kind.differential is None else DifferentialAttention
+    attention = DynamicMaskAttention if kind.dynamic_mask else attention
+    if any(other.head_dim or other.num_kv_heads for other in config.attention_types):
+        attention = ShapedAttention
+    return attention(config, kind, dtype=dtype, rngs=rngs)
 
 
 def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
+
+
+def _weighted(x: Array, weights: nnx.Param | None) -> Array:
+    return x if weights is None else x * weights[...][None, None, :]

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from tide_jax.activations import gated
 from tide_jax.architecture import DecoderConfig, MoEConfig
 from tide_jax.feed_forward import MLP
-from tide_jax.ops import Dense, matmul_precision, normal
+from tide_jax.norms import block_norm
+from tide_jax.ops import Dense, matmul, matmul_precision, normal
 
 
 class Experts(nnx.Module):
@@ -41,13 +42,24 @@ class MoE(nnx.Module):
         self.experts = Experts(config, moe, dtype=dtype, rngs=rngs)
         self.shared = MLP(config, size=moe.shared_size, dtype=dtype, rngs=rngs) if moe.shared_size else None
         self.shared_gate = Dense((d,), (1,), bias=False, dtype=dtype, rngs=rngs) if moe.shared_gate else None
+        self.output_norm = block_norm(config, d, dtype=dtype) if moe.output_norm else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = x.reshape(-1, x.shape[-1])
-        correction = None if self.correction is None else self.correction[...].astype(jnp.float32)
-        weights, chosen = choose_experts(self.moe, self.router(tokens).astype(jnp.float32), correction)
+        weights, chosen = self._choice(tokens)
         mixed = self._routed(tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
-        return mixed if self.shared is None else mixed + self._shared(self.shared, x)
+        mixed = mixed if self.shared is None else mixed + self._shared(self.shared, x)
+        return mixed if self.output_norm is None else self.output_norm(mixed)
+
+    def _choice(self, tokens: Float[Array, "N D"]) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
+        # In float32: rounded logits would choose other experts where scores are close.
+        logits = matmul(tokens.astype(jnp.float32), self.router.kernel[...].astype(jnp.float32))
+        if self.router.bias is not None:
+            logits = logits + self.router.bias[...].astype(jnp.float32)[None, :]
+        if (cap := self.moe.router_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        correction = None if self.correction is None else self.correction[...].astype(jnp.float32)
+        return choose_experts(self.moe, logits, correction)
 
     def _shared(self, shared: MLP, x: Array) -> Array:
         out = shared(x)

@@ -113,4 +113,15 @@ def _dynamic(rope: RopeConfig, seq_len: Int[Array, ""]) -> Float[Array, " R"]:
     return jnp.float32(1.0) / theta ** jnp.asarray(_exponents(rope))
 
 
-_STATIC = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _proportional(rope: RopeConfig) -> np.ndarray:
+    """Gemma 4's partial rotation: frequencies are spread over all channels, and the lowest stand still."""
+    return np.where(np.arange(rope.rotary_dim // 2) < rope.turning, _linear(rope), np.float32(0))
+
+
+_STATIC = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "proportional": _proportional,
+}

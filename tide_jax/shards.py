@@ -21,11 +21,20 @@ import numpy as np
 from tide_jax.errors import TideError
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".index.json"
+INDEX_FILE = SINGLE_FILE + _INDEX_SUFFIX
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+STORED_DTYPES = DTYPES | {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
 _AGAIN = "download or copy it again"
 
@@ -45,9 +54,13 @@ class _Location:
 
 
 class ShardedTensors:
-    """The tensors of a directory with one `model.safetensors`, or an index and its shards.
+    """The tensors of a directory with one safetensors file, or an index and its shards.
 
     Only headers are read at first; `read` fetches one tensor.
+
+    Args:
+      directory: where they lie.
+      single: name of the one file; the index is called the same with ".index.json".
 
     Attributes:
       infos: shape and dtype name of every tensor.
@@ -57,33 +70,43 @@ class ShardedTensors:
       TideError: a shard is missing, cut short or malformed.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = SINGLE_FILE) -> None:
         self.infos: dict[str, TensorInfo] = {}
         self._locations: dict[str, _Location] = {}
-        self.files, indexed = _shard_files(directory)
+        self.files, indexed = _shard_files(directory, single)
         for file in self.files:
             for name, info, offset in _read_header(file):
                 self.infos[name] = info
                 self._locations[name] = _Location(file, offset)
         if absent := sorted(set(indexed) - set(self.infos)):
             raise TideError(
-                f"{directory / INDEX_FILE} lists {len(absent)} tensors its shards do not hold ({absent[0]}, ...): "
-                f"{_AGAIN}"
+                f"{directory / single}{_INDEX_SUFFIX} lists {len(absent)} tensors its shards do not hold "
+                f"({absent[0]}, ...): {_AGAIN}"
             )
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly allocated, float32, float16 or bfloat16.
+    def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        """One tensor, or the part of it at an index into its leading axes; freshly allocated, a float dtype.
 
         Raises:
-          TideError: the tensor has another dtype, or its file can no longer be read.
+          TideError: the tensor is not float32, float16 or bfloat16, or its file can no longer be read.
         """
+        if (found := self.infos[name].dtype) not in DTYPES:
+            raise TideError(f"tensor {name} has dtype {found}, expected one of {', '.join(DTYPES)}")
+        return self.read_stored(name, index)
+
+    def read_stored(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        """As `read`, of any dtype in `STORED_DTYPES`: packed integers, 8-bit floats."""
         info, location = self.infos[name], self._locations[name]
-        dtype = DTYPES.get(info.dtype)
+        dtype = STORED_DTYPES.get(info.dtype)
         if dtype is None:
-            raise TideError(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(DTYPES)}")
+            raise TideError(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(STORED_DTYPES)}")
+        shape, skipped = info.shape, 0
+        for i in index:
+            skipped, shape = skipped * shape[0] + i, shape[1:]
+        size = math.prod(shape)
         try:
-            flat = np.fromfile(location.file, dtype, math.prod(info.shape), offset=location.offset)
-            return flat.reshape(info.shape)
+            flat = np.fromfile(location.file, dtype, size, offset=location.offset + skipped * size * dtype.itemsize)
+            return flat.reshape(shape)
         except (OSError, ValueError) as error:
             raise TideError(f"{name} cannot be read from {location.file} ({_first_line(error)}): {_AGAIN}") from error
 
@@ -101,13 +124,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shard_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a checkpoint, and the index's tensor-to-shard map (empty without an index)."""
-    if (single := directory / SINGLE_FILE).is_file():
-        return [single], {}
-    index = directory / INDEX_FILE
+    if (file := directory / single).is_file():
+        return [file], {}
+    index = directory / (single + _INDEX_SUFFIX)
     if not index.is_file():
-        raise TideError(_no_weights(directory))
+        raise TideError(_no_weights(directory, single))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise TideError(f"{index} has no weight_map: {_AGAIN}")
@@ -119,10 +142,10 @@ def _shard_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     return [directory / name for name in names], weight_map
 
 
-def _no_weights(directory: Path) -> str:
-    wanted = f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}"
-    if any(directory.glob("pytorch_model*.bin")):
-        return f"{wanted}, only pytorch_model.bin: safetensors are needed, save the model with save_pretrained first"
+def _no_weights(directory: Path, single: str) -> str:
+    wanted = f"{directory} holds no {single} and no {single}{_INDEX_SUFFIX}"
+    if pickled := sorted(path.name for path in directory.glob("*_model*.bin")):
+        return f"{wanted}, only {pickled[0]}: safetensors are needed, save it with save_pretrained first"
     return f"{wanted}: give a directory with safetensors weights"
 
 
@@ -164,7 +187,7 @@ def _entry(name: str, values: dict[str, Any]) -> _Entry:
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError(f"{name} has shape {shape} at bytes {begin} to {end}, expected whole numbers, 0 or more")
     info = TensorInfo(tuple(shape), str(values["dtype"]))
-    dtype = DTYPES.get(info.dtype)
+    dtype = STORED_DTYPES.get(info.dtype)
     if end < begin or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
         raise ValueError(f"{name} has {end - begin} bytes for shape {shape} {info.dtype}")
     return _Entry(name, info, begin, end)

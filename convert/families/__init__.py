@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from convert.families import encoder_heritage, experts, gemma, gpt, latent, llama
+from convert.families import (
+    cohere,
+    encoder_heritage,
+    experts,
+    gemma,
+    glm,
+    gpt,
+    granite,
+    latent,
+    layer_norm,
+    llama,
+    olmo,
+)
 from convert.families.base import Family
 from convert.families.refused import REFUSED
 
@@ -11,6 +23,11 @@ __all__ = ["FAMILIES", "REFUSED", "Family"]
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **gemma.FAMILIES,
+    **olmo.FAMILIES,
+    **glm.FAMILIES,
+    **granite.FAMILIES,
+    **cohere.FAMILIES,
+    **layer_norm.FAMILIES,
     **gpt.FAMILIES,
     **experts.FAMILIES,
     **latent.FAMILIES,

@@ -39,13 +39,18 @@ def head_dim(hf: Any) -> int:
 
 def norm_eps(hf: Any) -> float:
     """What norms add to the mean square."""
-    return first(hf, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon")
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
+    return first(hf, *names)
 
 
 def require(hf: Any, **values: Any) -> None:
-    """Raises TideError, by name, for a field that has another value than the only one that is implemented."""
+    """Raises TideError, by name, for a field that has another value than the only one that is implemented.
+
+    None and False count as the same.
+    """
     for name, value in values.items():
-        if (found := getattr(hf, name, value)) != value:
+        found = getattr(hf, name, value)
+        if found != value and (found or value):
             raise TideError(f"{hf.model_type} with {name}={found!r} is not supported, only {name}={value!r}")
 
 
@@ -84,6 +89,31 @@ def rotary(
     return [attention(layer, kind) for layer, kind in enumerate(kinds)]
 
 
+def with_rope(layer: AttentionType, **changes: Any) -> AttentionType:
+    """A layer's attention with other fields of its rotary embedding."""
+    assert layer.rope is not None
+    return dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, **changes))
+
+
+def unrotated(hf: Any, scale: float | None = None, **flags: Any) -> list[AttentionType]:
+    """Each layer's attention, without rotary embedding; see `rotary` for the arguments."""
+    return [AttentionType(scale=head_dim(hf) ** -0.5 if scale is None else scale, **flags)] * hf.num_hidden_layers
+
+
+def learned_positions(rows: int, offset: int = 0) -> dict[str, Any]:
+    """The flags of a learned position table of `rows` positions and `offset` rows before them."""
+    return {"positions": "learned", "learned_positions": rows + offset, "position_offset": offset}
+
+
+def static_ntk(hf: Any, layers: Sequence[AttentionType]) -> list[AttentionType]:
+    """Layers whose "dynamic" rotary scaling has an `alpha`: a larger base, whatever the length."""
+    alpha, dim = hf.rope_parameters.get("alpha"), head_dim(hf)
+    if hf.rope_parameters.get("rope_type") != "dynamic" or not alpha:
+        return list(layers)
+    theta = float(hf.rope_parameters["rope_theta"] * alpha ** (dim / (dim - 2)))
+    return [with_rope(layer, kind="default", theta=theta, factor=1.0, max_positions=0) for layer in layers]
+
+
 def windowed(hf: Any) -> list[str]:
     """Layer types of families that slide in every layer or in none."""
     kind = "full_attention" if getattr(hf, "sliding_window", None) is None else "sliding_attention"
@@ -112,7 +142,7 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
         "num_kv_heads": first(hf, "num_key_value_heads", "num_attention_heads"),
         "head_dim": head_dim(hf),
         "intermediate_size": first(hf, "intermediate_size"),
-        "max_positions": hf.max_position_embeddings,
+        "max_positions": first(hf, "max_position_embeddings"),
         "attention_types": types,
         "attention_pattern": tuple(types.index(layer) for layer in layers),
         "norm_eps": norm_eps(hf),

@@ -2,6 +2,202 @@
 
 from __future__ import annotations
 
-from convert.families.base import Family
+from typing import Any
 
-FAMILIES: dict[str, Family] = {}
+import numpy as np
+
+from convert.families import seq2seq
+from convert.families.base import (
+    Family,
+    biases,
+    decoder,
+    head_dim,
+    learned_positions,
+    plain_layer_norm,
+    require,
+    unrotated,
+)
+from convert.rules import Rule, Target, ignore, move
+from convert.weights.parts import Names, attention, layers, linear, plain_mlp, tied, untied
+from tide_jax.architecture import AttentionType, DecoderConfig, HeadTransform, RopeConfig
+from tide_jax.errors import TideError
+
+
+def _encoder(hf: Any, attention_types: list[AttentionType] | None = None, **flags: Any) -> DecoderConfig:
+    """What the relatives of BERT share, where they are decoders."""
+    if not hf.is_decoder:
+        raise TideError(
+            f"{hf.model_type} attends in both directions unless config.json says is_decoder=true: "
+            "only a decoder can be converted"
+        )
+    require(hf, position_embedding_type="absolute")
+    shared: dict[str, Any] = {
+        "norm_placement": "residual",
+        "final_norm": False,
+        "embedding_norm": True,
+        "added_embeddings": 1,
+        "head_transform": HeadTransform(hf.hidden_act),
+        "head_bias": True,
+    }
+    return decoder(hf, attention_types or unrotated(hf), **shared | plain_layer_norm() | flags)
+
+
+def _bert(hf: Any, **flags: Any) -> DecoderConfig:
+    return _encoder(hf, **learned_positions(hf.max_position_embeddings), **flags)
+
+
+def _bert_generation(hf: Any) -> DecoderConfig:
+    return _bert(hf, added_embeddings=0, head_transform=None)
+
+
+def _ernie(hf: Any) -> DecoderConfig:
+    return _bert(hf, added_embeddings=2 if hf.use_task_id else 1)
+
+
+def _big_bird(hf: Any) -> DecoderConfig:
+    require(hf, attention_type="original_full")
+    scale = hf.hidden_size**0.5 if hf.rescale_embeddings else None
+    return _bert(hf, embedding_scale=scale, **biases(hf.use_bias, out=True))
+
+
+def _megatron_bert(hf: Any) -> DecoderConfig:
+    return _bert(hf, norm_placement="pre", final_norm=True, embedding_norm=False)
+
+
+def _electra(hf: Any) -> DecoderConfig:
+    return _bert(hf, head_transform=HeadTransform("gelu"), **_narrow(hf, hf.embedding_size))
+
+
+def _rembert(hf: Any) -> DecoderConfig:
+    head = HeadTransform(hf.hidden_act, size=hf.output_embedding_size)
+    narrow = {"embedding_size": hf.input_embedding_size, "project_after_norm": True}
+    return _bert(hf, head_transform=head, tie_embeddings=False, **narrow)
+
+
+def _roformer(hf: Any) -> DecoderConfig:
+    require(hf, rotary_value=False)
+    rope = RopeConfig(theta=10000.0, rotary_dim=head_dim(hf), interleaved=True)
+    return _encoder(hf, unrotated(hf, rope=rope), **_narrow(hf, hf.embedding_size))
+
+
+def _narrow(hf: Any, width: int) -> dict[str, Any]:
+    """The flags of embeddings of another width than the layers'."""
+    return {} if width == hf.hidden_size else {"embedding_size": width, "project_after_norm": True}
+
+
+def _roberta(hf: Any, **flags: Any) -> DecoderConfig:
+    """Positions count from the padding token's id on, as the reference does where it is given none."""
+    offset = hf.pad_token_id + 1
+    rows = hf.max_position_embeddings - offset
+    return _encoder(
+        hf, max_positions=rows, head_transform=HeadTransform("gelu"), **learned_positions(rows, offset), **flags
+    )
+
+
+def _roberta_prelayernorm(hf: Any) -> DecoderConfig:
+    return _roberta(hf, norm_placement="pre", final_norm=True)
+
+
+def _xlm_roberta_xl(hf: Any) -> DecoderConfig:
+    return _roberta(hf, norm_placement="pre", final_norm=True, embedding_norm=False)
+
+
+def _norm(name: str, path: str) -> Names:
+    """A norm's weight and bias, also under the names of the first published checkpoints."""
+    weight, bias = (Target(f"{path}.scale"),), (Target(f"{path}.bias"),)
+    return {f"{name}.weight": weight, f"{name}.bias": bias, f"{name}.gamma": weight, f"{name}.beta": bias}
+
+
+def _moved(names: Names, prefix: str) -> tuple[Rule, ...]:
+    return tuple(move(f"{prefix}{name}", *targets) for name, targets in names.items())
+
+
+def _first_row(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """The first row of a table: what every token gets that says nothing else."""
+    return a[0]
+
+
+_LAYER: Names = {
+    **attention("attention", "self.query", "self.key", "self.value", "output.dense"),
+    **plain_mlp("intermediate.dense", "output.dense"),
+    **_norm("attention.output.LayerNorm", "post_attention_norm"),
+    **_norm("output.LayerNorm", "post_mlp_norm"),
+    **_norm("attention.ln", "pre_attention_norm"),
+    **_norm("ln", "pre_mlp_norm"),
+    **_norm("attention.self_attn_layer_norm", "pre_attention_norm"),
+    **_norm("LayerNorm", "pre_mlp_norm"),
+    **_norm("attention.LayerNorm", "pre_attention_norm"),
+    **_norm("intermediate.LayerNorm", "pre_mlp_norm"),
+}
+_MODEL: Names = {
+    "embeddings.word_embeddings.weight": (Target("embed.kernel"),),
+    "embeddings.position_embeddings.weight": (Target("positions.kernel"),),
+    "embeddings.token_type_embeddings.weight": (Target("added.kernel", _first_row, "0"),),
+    "embeddings.task_type_embeddings.weight": (Target("added.kernel", _first_row, "1"),),
+    **_norm("embeddings.LayerNorm", "embedding_norm"),
+    **linear("embeddings_project", "project_in"),
+    **linear("encoder.embedding_hidden_mapping_in", "project_in"),
+    **_norm("encoder.ln", "final_norm"),
+    **_norm("encoder.LayerNorm", "final_norm"),
+    **_norm("LayerNorm", "final_norm"),
+}
+
+
+def _head(dense: str, norm: str, out: str, bias: str | None = None) -> tuple[Rule, ...]:
+    """Rules of the head; `bias` is the name the output projection's has where it is tied to the embedding."""
+    rules = (
+        *_moved({**linear(dense, "head_transform.dense"), **_norm(norm, "head_transform.norm")}, ""),
+        move(f"{out}.weight", Target("head.kernel"), when=untied),
+        ignore(move(f"{out}.weight").pattern, "tied to the token embedding", when=tied),
+    )
+    if bias is None:
+        return (*rules, move(f"{out}.bias", Target("head.bias")))
+    return (
+        *rules,
+        move(f"{out}.bias", Target("head.bias"), when=untied),
+        ignore(move(f"{out}.bias").pattern, f"tied to {bias}", when=tied),
+        move(bias, Target("head.bias"), when=tied),
+        ignore(move(bias).pattern, f"{out}.bias is the one that is added", when=untied),
+    )
+
+
+def _weights(prefix: str, head: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    optional = rf"({prefix}\.)?"
+    return (
+        *head,
+        *_moved(_MODEL, f"[{prefix}.]"),
+        *layers(f"[{prefix}.]encoder.layer", _LAYER),
+        ignore(rf"{optional}encoder\.layer\.\d+\.crossattention\..*", "attends to an encoder, which is left out"),
+        ignore(rf"{optional}pooler\..*|cls\.seq_relationship\..*", "serves classification"),
+        ignore(rf"{optional}embeddings\.(position_ids|token_type_ids)", "a range of numbers"),
+        ignore(rf"{optional}encoder\.embed_positions\.weight", "rotary angles are computed"),
+    )
+
+
+_CLS = _head(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.predictions.bias",
+)
+_LM_HEAD = _head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+_GENERATOR = _head("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
+_REMBERT = _head("cls.predictions.dense", "cls.predictions.LayerNorm", "cls.predictions.decoder")
+ROBERTA = _weights("roberta", _LM_HEAD)
+FAMILIES: dict[str, Family] = {
+    **seq2seq.FAMILIES,
+    "bert": Family(_bert, _weights("bert", _CLS)),
+    "bert-generation": Family(_bert_generation, _weights("bert", _LM_HEAD)),
+    "ernie": Family(_ernie, _weights("ernie", _CLS)),
+    "big_bird": Family(_big_bird, _weights("bert", _CLS)),
+    "megatron-bert": Family(_megatron_bert, _weights("bert", _CLS)),
+    "electra": Family(_electra, _weights("electra", _GENERATOR)),
+    "rembert": Family(_rembert, _weights("rembert", _REMBERT)),
+    "roformer": Family(_roformer, _weights("roformer", _CLS)),
+    "roberta": Family(_roberta, ROBERTA),
+    "camembert": Family(_roberta, ROBERTA),
+    "xlm-roberta": Family(_roberta, ROBERTA),
+    "data2vec-text": Family(_roberta, _weights("data2vec_text", _LM_HEAD)),
+    "roberta-prelayernorm": Family(_roberta_prelayernorm, _weights("roberta_prelayernorm", _LM_HEAD)),
+    "xlm-roberta-xl": Family(_xlm_roberta_xl, ROBERTA),
+}

@@ -1,7 +1,130 @@
-"""Families with multi-head latent attention."""
+"""Families with multi-head latent attention: DeepSeek's lineage."""
 
 from __future__ import annotations
 
-from convert.families.base import Family
+import dataclasses
+import logging
+import math
+from typing import Any
 
-FAMILIES: dict[str, Family] = {}
+from convert.families.base import Family, biases, decoder, rotary
+from convert.families.mixtures import WITHOUT_MTP, after, corrected, mixture, several, sparse_types
+from convert.rules import ignore
+from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, llama_weights, norm
+from tide_jax.architecture import DecoderConfig, LatentConfig, MoEConfig
+from tide_jax.errors import TideError
+
+logger = logging.getLogger(__name__)
+
+
+def _latent(hf: Any, *, interleaved: bool, q_scale: float = 1.0, kv_scale: float = 1.0, **flags: Any) -> DecoderConfig:
+    """A decoder with latent attention; in these configurations `head_dim` is the rotated part alone."""
+    head = hf.qk_nope_head_dim + hf.qk_rope_head_dim
+    latent = LatentConfig(
+        kv_rank=hf.kv_lora_rank,
+        q_rank=hf.q_lora_rank,
+        nope_dim=hf.qk_nope_head_dim,
+        rope_dim=hf.qk_rope_head_dim,
+        value_dim=hf.v_head_dim,
+        q_scale=q_scale,
+        kv_scale=kv_scale,
+    )
+    layers = rotary(hf, scale=head**-0.5 * _temperature(hf) ** 2, interleaved=interleaved)
+    return decoder(
+        hf,
+        layers,
+        latent=latent,
+        head_dim=head,
+        num_kv_heads=hf.num_attention_heads,
+        **(biases(hf.attention_bias) | flags),
+    )
+
+
+def _temperature(hf: Any) -> float:
+    """DeepSeek's YaRN sharpens queries and keys each by this, besides what it does to the rotary tables."""
+    settings = hf.rope_parameters
+    mscale, factor = settings.get("mscale_all_dim"), settings.get("factor")
+    if settings.get("rope_type", "default") == "default" or not mscale or not factor or factor <= 1:
+        return 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _deepseek_v2(hf: Any) -> DecoderConfig:
+    if hf.topk_method not in ("greedy", "group_limited_greedy"):
+        raise TideError(f"deepseek_v2 with topk_method={hf.topk_method!r} is not supported")
+    grouped = hf.topk_method == "group_limited_greedy"
+    moe = mixture(
+        hf,
+        hf.n_routed_experts,
+        layers=after(hf, hf.first_k_dense_replace),
+        renormalise=False,
+        scale=hf.routed_scaling_factor,
+        groups=hf.n_group if grouped else 1,
+        groups_kept=hf.topk_group if grouped else 1,
+        group_score="max",
+        shared_size=several(hf, hf.n_shared_experts),
+    )
+    return _latent(hf, interleaved=True, moe=moe, mlp_bias=hf.mlp_bias)
+
+
+def _deepseek_v3(hf: Any) -> DecoderConfig:
+    return _latent(hf, interleaved=hf.rope_interleave, moe=_experts(hf, after(hf, hf.first_k_dense_replace)))
+
+
+def _glm4_moe_lite(hf: Any) -> DecoderConfig:
+    return _latent(hf, interleaved=hf.rope_interleave, moe=_experts(hf, sparse_types(hf)))
+
+
+def _axk1(hf: Any) -> DecoderConfig:
+    moe = _experts(hf, sparse_types(hf), output_norm=True)
+    return _latent(hf, interleaved=hf.rope_interleave, moe=moe)
+
+
+def _experts(hf: Any, layers: tuple[int, ...], **flags: Any) -> MoEConfig:
+    shared = several(hf, hf.n_shared_experts)
+    return corrected(hf, hf.n_routed_experts, layers=layers, shared_size=shared, **flags)
+
+
+def _sparse_attention(hf: Any) -> DecoderConfig:
+    """An indexer picks `index_topk` keys for each query: all of them in a context no longer than that."""
+    config = _latent(hf, interleaved=True, moe=_experts(hf, sparse_types(hf)))
+    if hf.index_topk >= config.max_positions:
+        return config
+    logger.warning(
+        "%s attends to %d tokens at the most, chosen by an indexer that is not implemented: the context is cut from %d "
+        "to %d tokens, where nothing needs to be chosen",
+        *(hf.model_type, hf.index_topk, config.max_positions, hf.index_topk),
+    )
+    return dataclasses.replace(config, max_positions=hf.index_topk)
+
+
+def _youtu(hf: Any) -> DecoderConfig:
+    return _latent(hf, interleaved=hf.rope_interleave)
+
+
+def _minicpm3(hf: Any) -> DecoderConfig:
+    return _latent(
+        hf,
+        interleaved=False,
+        embedding_scale=float(hf.scale_emb),
+        residual_scale=hf.scale_depth / math.sqrt(hf.num_hidden_layers),
+        logit_scale=hf.dim_model_base / hf.hidden_size,
+        mlp_bias=hf.mlp_bias,
+    )
+
+
+WEIGHTS = llama_weights(attention=LATENT_ATTENTION, top=WITHOUT_MTP)
+AXK1 = llama_weights(
+    PRE_NORMS, norm("post_mlp_layernorm", "mlp.output_norm"), attention=LATENT_ATTENTION, top=WITHOUT_MTP
+)
+INDEXED = (*WEIGHTS, ignore(r"model\.layers\.\d+\.self_attn\.indexer\..*", "the indexer of sparse attention"))
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(_deepseek_v2, WEIGHTS),
+    "deepseek_v3": Family(_deepseek_v3, WEIGHTS),
+    "glm4_moe_lite": Family(_glm4_moe_lite, WEIGHTS),
+    "axk1": Family(_axk1, AXK1),
+    "deepseek_v32": Family(_sparse_attention, INDEXED),
+    "glm_moe_dsa": Family(_sparse_attention, INDEXED),
+    "youtu": Family(_youtu, WEIGHTS),
+    "minicpm3": Family(_minicpm3, WEIGHTS),
+}

@@ -1,8 +1,38 @@
-"""Model types that are known and not converted, each with the reason."""
+"""Model types that are known and not converted, each with the reason: what an error and the table of families say."""
 
 from __future__ import annotations
 
-_RECURRENT = "has recurrent or linear-attention layers, whose state a skipped layer would leave behind"
+_RECURRENT = (
+    "it is a recurrent (state-space) model without attention layers; its state after a skipped layer would be undefined"
+)
+_HYBRID = (
+    "some of its layers are recurrent, linear attention or convolutions over time, whose state a skipped layer would "
+    "leave behind; only decoders made of attention layers convert"
+)
+_DRAFTER = "it drafts for another model and reads that model's hidden states; it cannot run alone"
+_CODEBOOKS = "it predicts several audio codebooks at once instead of one token"
+
+
+def _types(names: str, reason: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
+
+
 REFUSED: dict[str, str] = {
-    "mamba": _RECURRENT,
+    **_types("falcon_mamba mamba mamba2 rwkv xlstm", _RECURRENT),
+    **_types(
+        "bailing_hybrid bamba falcon_h1 granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe lfm3 "
+        "minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma zamba "
+        "zamba2 zaya",
+        _HYBRID,
+    ),
+    **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),
+    **_types("musicgen musicgen_melody", _CODEBOOKS),
+    "blt": "it reads bytes in patches of varying length through three stacks of layers",
+    "cpmant": "its attention is not causal: prompt tokens see each other in both directions",
+    "deepseek_v4": "its residual stream is several mixed streams and its attention reads compressed keys",
+    "gemma3n_text": "its layers exchange four residual streams and share keys and values between layers",
+    "mllama_text_model": "some of its layers attend to an image only",
+    "prophetnet": "it predicts several future tokens through parallel streams",
+    "reformer": "it attends by locality-sensitive hashing and has reversible layers",
+    "xlnet": "it is a permutation model with two attention streams",
 }

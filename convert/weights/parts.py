@@ -7,7 +7,7 @@ rules that match nothing do no harm, and whatever matches must fit the family's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from convert.rules import Rule, Take, Target, ignore, move
 from convert.weights import takes
@@ -48,6 +48,16 @@ def plain_mlp(up: str, down: str) -> Names:
     return {**linear(up, "mlp.up"), **linear(down, "mlp.down")}
 
 
+def attention(name: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", out: str = "out_proj") -> Names:
+    """Linears of queries, keys, values and the output, named inside a module."""
+    return {
+        **linear(f"{name}.{q}", "attention.q", takes.heads_out, takes.heads_bias),
+        **linear(f"{name}.{k}", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 0"),
+        **linear(f"{name}.{v}", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 1"),
+        **linear(f"{name}.{out}", "attention.out", takes.heads_in),
+    }
+
+
 def experts(name: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
     """Experts stored one by one."""
     each = f"{name}.{{expert}}"
@@ -66,13 +76,14 @@ def fused_qkv(name: str, q: Take, kv: Take) -> Names:
     }
 
 
-def layers(prefix: str, *parts: Names) -> tuple[Rule, ...]:
+def layers(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | None = None) -> tuple[Rule, ...]:
     """Rules of the layers' tensors; target paths are relative to the layer."""
     names = {name: targets for part in parts for name, targets in part.items()}
     return tuple(
         move(
             f"{prefix}.{{layer}}.{name}",
             *(dataclasses.replace(target, path=f"layers.{{layer}}.{target.path}") for target in targets),
+            when=when,
         )
         for name, targets in names.items()
     )
@@ -101,15 +112,38 @@ def outside(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, .
     )
 
 
+def embedding_norm(name: str) -> tuple[Rule, ...]:
+    """Rules of the norm that follows the embedding."""
+    return move(f"{name}.weight", Target("embedding_norm.scale")), move(f"{name}.bias", Target("embedding_norm.bias"))
+
+
+def projections(into: str, out: str) -> tuple[Rule, ...]:
+    """Rules of the projections between the embeddings' width and the layers'."""
+    return (
+        move(f"{into}.weight", Target("project_in.kernel", takes.transposed)),
+        move(f"{out}.weight", Target("project_out.kernel", takes.transposed)),
+    )
+
+
+def sinusoidal_table(name: str) -> Rule:
+    """A table of sinusoidal positions needs no parameter."""
+    return ignore(move(name).pattern, "sinusoidal positions are computed")
+
+
 OUTSIDE = outside("[model.]embed_tokens", "[model.]norm")
 ATTENTION: Names = {
     **linear("self_attn.q_proj", "attention.q", takes.heads_out, takes.heads_bias),
     **linear("self_attn.k_proj", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 0"),
     **linear("self_attn.v_proj", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 1"),
     **linear("self_attn.o_proj", "attention.out", takes.heads_in),
+    **linear("self_attn.dense", "attention.out", takes.heads_in),
     **fused_qkv("self_attn.qkv_proj", takes.fused_q, takes.fused_kv),
     **norm("self_attn.q_norm", "attention.q_norm", takes.heads_norm),
     **norm("self_attn.k_norm", "attention.k_norm", takes.heads_norm),
+    **norm("self_attn.q_layernorm", "attention.q_norm"),
+    **norm("self_attn.k_layernorm", "attention.k_norm"),
+    **norm("self_attn.query_layernorm", "attention.q_norm"),
+    **norm("self_attn.key_layernorm", "attention.k_norm"),
     "self_attn.sinks": (Target("attention.sinks"),),
 }
 LATENT_ATTENTION: Names = {
@@ -125,9 +159,19 @@ LATENT_ATTENTION: Names = {
     ),
     **linear("self_attn.o_proj", "attention.out", takes.heads_in),
 }
+FAIRSEQ: Names = {**attention("self_attn"), **plain_mlp("fc1", "fc2")}
+FAIRSEQ_PRE_NORMS: Names = {
+    **norm("self_attn_layer_norm", "pre_attention_norm"),
+    **norm("final_layer_norm", "pre_mlp_norm"),
+}
+FAIRSEQ_POST_NORMS: Names = {
+    **norm("self_attn_layer_norm", "post_attention_norm"),
+    **norm("final_layer_norm", "post_mlp_norm"),
+}
 MLP: Names = {**mlp("mlp", "mlp"), **linear("mlp.gate_up_proj", "mlp.gate_up", takes.halves, takes.halves)}
 EXPERTS: Names = {
     **linear("mlp.gate", "mlp.router"),
+    **linear("mlp.router", "mlp.router"),
     "mlp.gate.e_score_correction_bias": (Target("mlp.correction"),),
     **experts("mlp.experts"),
     **mlp("mlp.shared_expert", "mlp.shared"),

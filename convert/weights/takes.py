@@ -22,9 +22,27 @@ def heads_out(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.T.reshape(a.shape[1], -1, c.head_dim)
 
 
-def heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """[D, heads * hd] to [heads, hd, D]."""
+def query_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Queries of a layer with heads of its own width, [heads * hd, ...] to [..., heads, hd]."""
+    return a.T.reshape(*a.shape[:0:-1], c.num_heads, -1)
+
+
+def query_heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """The output projection of such a layer, [D, heads * hd] to [heads, hd, D]."""
     return a.T.reshape(c.num_heads, -1, a.shape[0])
+
+
+def kv_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Keys or values of a layer with heads of its own number and width, [kv * hd, ...] to [..., kv, hd]."""
+    shapes = [(kind.num_kv_heads or c.num_kv_heads, kind.head_dim or c.head_dim) for kind in c.attention_types]
+    heads = next((kv for kv, hd in shapes if kv * hd == a.shape[0]), 1)
+    return a.T.reshape(*a.shape[:0:-1], heads, -1)
+
+
+def heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """[D, heads * hd] to [heads, hd, D]: layers may differ in the number of heads, or else in their width."""
+    by_width = any(kind.num_heads for kind in c.attention_types)
+    return a.T.reshape(-1, c.head_dim, a.shape[0]) if by_width else a.T.reshape(c.num_heads, -1, a.shape[0])
 
 
 def heads_bias(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
@@ -33,8 +51,24 @@ def heads_bias(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def heads_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A norm's weight over all heads [heads * hd] to [heads, hd]; one for a single head as it is."""
-    return a.reshape(-1, c.head_dim) if a.shape != (c.head_dim,) else a
+    """A norm's weight [heads * hd] to [heads, hd] where heads have their own; one that they share as it is."""
+    own = any(kind.qk_norm.all_heads or kind.qk_norm.per_head for kind in c.attention_types if kind.qk_norm)
+    return a.reshape(-1, c.head_dim) if own else a
+
+
+def single(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """A number on its own to a vector of one."""
+    return a.reshape(1)
+
+
+def gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """A gate of the attention's output, [heads * hd, D] to [D, heads, hd] or [heads, D] to [D, heads, 1]."""
+    return a.T.reshape(a.shape[1], -1, 1 if c.attention_gate == "head" else c.head_dim)
+
+
+def column(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """[N] to [N, 1]."""
+    return a[:, None]
 
 
 def conv1d_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
@@ -45,6 +79,37 @@ def conv1d_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 def halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Gate and up projection, one after the other: [2 F, D] to [D, 2, F], [2 F] to [2, F]."""
     return a.T.reshape(*a.shape[1:], 2, -1)
+
+
+def stacked_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Gate and up projections of stacked experts, one after the other, torch's way: [E, 2 F, D] to [E, D, 2, F]."""
+    return a.swapaxes(1, 2).reshape(a.shape[0], a.shape[2], 2, -1)
+
+
+def split_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Gate and up projections of stacked experts, one after the other: [E, D, 2 F] to [E, D, 2, F]."""
+    return a.reshape(*a.shape[:-1], 2, -1)
+
+
+def alternating_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Gate and up projections of stacked experts, channel by channel: [E, ..., 2 F] to [E, ..., 2, F]."""
+    return a.reshape(*a.shape[:-1], -1, 2).swapaxes(-1, -2)
+
+
+def experts_out(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Experts' projections stacked along their outputs: [E * F, D] to [E, D, F]."""
+    return experts_in(a, c).swapaxes(1, 2)
+
+
+def experts_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Experts' projections stacked along their inputs: [E * F, D] to [E, F, D]."""
+    assert c.moe is not None
+    return a.reshape(c.moe.num_experts, -1, a.shape[-1])
+
+
+def flat(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Without axes of size 1 in front: [1, E] to [E]."""
+    return a.reshape(-1)
 
 
 def blocks(parts: int, pick: int | slice) -> Take:
@@ -67,6 +132,36 @@ def interleaved(pick: int | slice) -> Take:
         return a.T.reshape(*a.shape[1:], c.num_heads, 3, c.head_dim)[..., pick, :]
 
     return take
+
+
+def device_blocks(pick: int) -> Take:
+    """Of CodeGen's Linear [3 * H * hd, D], cut in four blocks of queries, values and keys: [D, H, hd] of one.
+
+    The blocks of one kind lie apart, so this is a copy.
+    """
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        blocks = a.T.reshape(a.shape[1], 4, 3, c.num_heads // 4, c.head_dim)
+        return blocks[:, :, pick].reshape(a.shape[1], c.num_heads, c.head_dim)
+
+    return take
+
+
+def grouped_q(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """The queries of a Linear [KV * (g + 2) * hd, ...] that holds each key-value head behind its queries: [..., H, hd].
+
+    A view where there is one group, or one query in each.
+    """
+    return _grouped(a, c)[..., :-2, :].reshape(*a.shape[:0:-1], c.num_heads, c.head_dim)
+
+
+def grouped_kv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """The keys and values of a Linear [KV * (g + 2) * hd, ...], grouped: [..., KV, 2, hd]."""
+    return _grouped(a, c)[..., -2:, :]
+
+
+def _grouped(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    return a.T.reshape(*a.shape[:0:-1], c.num_kv_heads, c.num_heads // c.num_kv_heads + 2, c.head_dim)
 
 
 def fused_q(a: np.ndarray, c: DecoderConfig) -> np.ndarray:

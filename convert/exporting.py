@@ -1,0 +1,223 @@
+"""The way back: a converted directory written as a Hugging Face checkpoint again.
+
+Weight maps say which view of a source tensor fills which slot of a parameter. Writing through those views fills the
+source tensor from the parameters, so the same table serves both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.architecture import family_of
+from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
+from convert.reader import copy_side_files
+from convert.replacement import replacing
+from convert.rules import Piece, coverage
+from convert.writer import ShardWriter, plan_layout, split
+from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype, tokenizer_in
+from tide_jax.errors import TideError
+from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+
+EXPORT_FILE = "export.json"
+_AGAIN = "convert the checkpoint again"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+      source, destination: from where to where.
+      model_type: the family.
+      dtype: dtype of the written tensors.
+      parameters: number of weights.
+      bytes: size of the written weights.
+      shards: the files they lie in.
+      ignored: what the original checkpoint held and is not here, whole tensors or parts of them, with the reason.
+    """
+
+    source: str
+    destination: str
+    model_type: str
+    dtype: str
+    parameters: int
+    bytes: int
+    shards: tuple[str, ...]
+    ignored: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+class ConvertedSource:
+    """A converted directory seen as the checkpoint it was made from; see `convert.reader.Source`.
+
+    Attributes:
+      description: the directory.
+      config: config.json of the original checkpoint.
+      generation_config: its generation_config.json, empty without one.
+      tensors: shape and dtype name of the tensors that were converted, as the original checkpoint had them.
+      files: the weight files.
+      ignored: what else it held, whole tensors or parts of them, with the reason the conversion left it out.
+      dtype: the dtype the weights are stored in.
+
+    Raises:
+      TideError: not a converted directory, damaged, or made by a version that converted differently.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        if not is_converted(directory):
+            raise TideError(f"{directory} is not a converted model: expected a directory 'tide-jax convert' made")
+        self._directory = directory
+        self._decoder = load_config(directory)
+        self._parameters = ShardedTensors(directory)
+        self.description = str(directory)
+        self.config = read_json(directory / "config.json")
+        self.dtype = parse_dtype(self.config.pop(CONFIG_KEY)["dtype"])
+        if not self._decoder.tie_embeddings:
+            self.config["tie_word_embeddings"] = False
+        generation = directory / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self.files = self._parameters.files
+        recorded = _recorded_tensors(directory / RECORD_FILE)
+        try:
+            plan = coverage(recorded, family_of(self).rules, self._decoder)
+        except TideError as error:
+            raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
+        _check_shapes(directory, self._parameters.infos, plan.shapes)
+        self._pieces = plan.by_source()
+        self.tensors: Mapping[str, TensorInfo] = {name: recorded[name] for name in self._pieces}
+        self.ignored = plan.ignored | self._unused_parts()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor of the original checkpoint, in the dtype the conversion stored.
+
+        Raises:
+          TideError: the weight map computes with the tensor rather than rearranges it.
+        """
+        tensor = np.zeros(self.tensors[name].shape, self.dtype)
+        for piece in self._pieces[name]:
+            view = piece.take(tensor, self._decoder)
+            if not np.shares_memory(view, tensor) or not view.flags.writeable:
+                raise TideError(f"{name} cannot be exported: its conversion is more than a rearrangement")
+            view[...] = self._read_slot(piece)
+        return tensor
+
+    def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
+        copy_side_files(self._directory, directory)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that was converted along. Raises TideError where there is none."""
+        return tokenizer_in(self._directory)
+
+    def _unused_parts(self) -> dict[str, str]:
+        """Tensors the conversion kept only a part of."""
+        parts: dict[str, str] = {}
+        for name, pieces in self._pieces.items():
+            dummy = np.broadcast_to(np.zeros((), np.int8), self.tensors[name].shape)
+            if (unused := dummy.size - sum(piece.take(dummy, self._decoder).size for piece in pieces)) > 0:
+                parts[name] = f"{unused} of its {dummy.size} numbers, which the model does not use, are zeros"
+        return parts
+
+    def _read_slot(self, piece: Piece) -> np.ndarray:
+        leading, inner = split(piece.slot)
+        return self._parameters.read(piece.path, leading)[inner]
+
+
+def export(
+    converted_dir: str | Path,
+    destination: str | Path,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    max_shard_bytes: float = 5e9,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Writes a converted model as a Hugging Face checkpoint: `from_pretrained` loads it, its logits are the source's.
+
+    The directory appears complete or not at all. Memory stays near the largest tensor of the checkpoint.
+
+    Args:
+      converted_dir: a directory `convert` made, from any source.
+      destination: the directory to make.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the conversion's.
+      overwrite: replace an earlier export at `destination`.
+      max_shard_bytes: size of a weight file at the most.
+      progress: called with (bytes of weights written, bytes in all).
+
+    Raises:
+      TideError: nothing converted is there, or with another version's weight map; a weight overflows `dtype`; the
+        destination is taken or cannot be written.
+    """
+    source, destination = ConvertedSource(Path(converted_dir).expanduser()), Path(destination).expanduser()
+    stored = source.dtype if dtype is None else parse_dtype(dtype)
+
+    def check() -> None:
+        check_destination(destination, overwrite, _is_export, "an export")
+
+    check()
+    shapes = {name: info.shape for name, info in source.tensors.items()}
+    layout = dataclasses.replace(plan_layout(shapes, stored, max_shard_bytes), framework="pt")
+    report = ExportReport(
+        source=source.description,
+        destination=str(destination),
+        model_type=source.config["model_type"],
+        dtype=stored.name,
+        parameters=layout.total_bytes // stored.itemsize,
+        bytes=layout.total_bytes,
+        shards=tuple(layout.shards),
+        ignored=source.ignored,
+    )
+    with replacing(destination, layout.total_bytes, check) as partial:
+        with ShardWriter(partial, layout) as writer:
+            done = 0
+            for name in shapes:
+                writer.write(name, (), source.read(name), name)
+                done += layout.nbytes(name)
+                if progress is not None:
+                    progress(done, layout.total_bytes)
+            writer.sync()
+        source.write_side_files(partial)
+        write_json(partial / "config.json", _with_dtype(source.config, stored.name) | {"dtype": stored.name})
+        record = report.to_dict() | {"versions": versions()}
+        del record["destination"]
+        write_json(partial / EXPORT_FILE, record)
+    return report
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json, nested ones too, whose dtype is what was written, under either of the names in use."""
+    written = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    return written | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+
+
+def _recorded_tensors(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of the original checkpoint's tensors, from the conversion's record."""
+    recorded = read_json(path).get("source_tensors")
+    if not isinstance(recorded, dict):
+        raise TideError(f"{path} does not list the original checkpoint's tensors, an older version made it: {_AGAIN}")
+    try:
+        return {name: TensorInfo(tuple(map(int, shape)), str(dtype)) for name, (dtype, shape) in recorded.items()}
+    except (TypeError, ValueError) as error:
+        raise TideError(f"{path} is damaged, source_tensors are no [dtype, shape] pairs: {_AGAIN}") from error
+
+
+def _check_shapes(directory: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
+    shapes = {name: info.shape for name, info in found.items()}
+    if different := sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name)):
+        name = different[0]
+        raise TideError(
+            f"{directory} holds {len(different)} parameters that do not fit its configuration ({name} has shape "
+            f"{shapes.get(name)}, expected {expected.get(name)}): {_AGAIN}"
+        )
+
+
+def _is_export(directory: Path) -> bool:
+    return (directory / EXPORT_FILE).is_file() and (directory / "config.json").is_file()

@@ -1,0 +1,125 @@
+"""Families with linear attention biases in place of positions: BLOOM, MPT, and Falcon with its rotary siblings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from convert.families.base import Family, biases, decoder, plain_layer_norm, require, rotary, unrotated
+from convert.weights import takes
+from convert.weights.parts import PRE_NORMS, embedding_norm, fused_qkv, layers, linear, norm, outside, plain_mlp
+from tide_jax.architecture import DecoderConfig
+from tide_jax.errors import TideError
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Slope of each head's bias (Press et al. 2022, arXiv:2108.12409, section 3), as its authors extend it.
+
+    Beyond the largest power of two heads, every other slope of twice as many follows.
+    """
+    largest = 2 ** math.floor(math.log2(heads))
+    own = _geometric(largest, np.arange(1, largest + 1))
+    return (*own, *_geometric(2 * largest, np.arange(1, 2 * (heads - largest), 2)))
+
+
+def _geometric(heads: int, powers: np.ndarray) -> tuple[float, ...]:
+    ratio = np.float32(2.0 ** -(8.0 / heads))
+    return tuple(float(slope) for slope in ratio ** powers.astype(np.float32))
+
+
+def mpt_slopes(heads: int) -> tuple[float, ...]:
+    """MPT's slopes: those of the next power of two heads, the even ones first where there are fewer heads."""
+    count = 2 ** math.ceil(math.log2(heads))
+    slopes = _geometric(count, np.arange(1, count + 1))
+    return slopes if count == heads else (*slopes[1::2], *slopes[::2])[:heads]
+
+
+def _bloom(hf: Any) -> DecoderConfig:
+    require(hf, apply_residual_connection_post_layernorm=False)
+    return decoder(
+        hf,
+        unrotated(hf, alibi=alibi_slopes(hf.num_attention_heads)),
+        intermediate_size=4 * hf.hidden_size,
+        max_positions=getattr(hf, "seq_length", 2048),
+        activation="gelu_new",
+        positions="none",
+        embedding_norm=True,
+        **plain_layer_norm(),
+    )
+
+
+def _mpt(hf: Any) -> DecoderConfig:
+    own = hf.attn_config
+    require(hf, no_bias=True, logit_scale=None)
+    # The reference computes slopes of alibi_bias_max=8, whatever the field says.
+    only = {"alibi": True, "alibi_bias_max": 8, "prefix_lm": False, "attn_type": "multihead_attention"}
+    for name, value in only.items():
+        if (found := getattr(own, name)) != value:
+            raise TideError(f"mpt with attn_config.{name}={found!r} is not supported, only {name}={value!r}")
+    return decoder(
+        hf,
+        unrotated(hf, own.softmax_scale, alibi=mpt_slopes(hf.num_attention_heads)),
+        intermediate_size=4 * hf.hidden_size,
+        max_positions=hf.max_seq_len,
+        activation="gelu",
+        positions="none",
+        clip_qkv=own.clip_qkv or None,
+        **plain_layer_norm(norm_bias=False, mlp_bias=False, **biases(False)),
+    )
+
+
+def _falcon(hf: Any) -> DecoderConfig:
+    new = hf.new_decoder_architecture
+    norms = hf.num_ln_in_parallel_attn or (2 if new else 1)
+    if new:
+        require(hf, parallel_attn=True)
+    elif norms == 2:
+        raise TideError("falcon with num_ln_in_parallel_attn=2 is not supported without new_decoder_architecture=True")
+    slopes = alibi_slopes(hf.num_attention_heads)
+    return decoder(
+        hf,
+        unrotated(hf, alibi=slopes, alibi_bfloat16=True) if hf.alibi else rotary(hf),
+        num_kv_heads=1 if hf.multi_query and not new else hf.num_kv_heads,
+        intermediate_size=hf.ffn_hidden_size,
+        activation=hf.activation,
+        positions="none" if hf.alibi else "rope",
+        parallel_residual=hf.parallel_attn,
+        shared_norm=hf.parallel_attn and norms == 1,
+        **plain_layer_norm(mlp_bias=hf.bias, **biases(hf.bias)),
+    )
+
+
+_LAYER = {
+    **fused_qkv("self_attention.query_key_value", takes.grouped_q, takes.grouped_kv),
+    **linear("self_attention.dense", "attention.out", takes.heads_in),
+    **plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    **PRE_NORMS,
+}
+_TOP = outside("[transformer.]word_embeddings", "[transformer.]ln_f")
+BLOOM = (
+    *_TOP,
+    *embedding_norm("[transformer.]word_embeddings_layernorm"),
+    *layers("[transformer.]h", _LAYER),
+)
+FALCON = (
+    *_TOP,
+    *layers("[transformer.]h", _LAYER, norm("ln_attn", "pre_attention_norm"), norm("ln_mlp", "pre_mlp_norm")),
+)
+MPT = (
+    *outside("[transformer.]wte", "[transformer.]norm_f"),
+    *layers(
+        "[transformer.]blocks",
+        fused_qkv("attn.Wqkv", takes.fused_q, takes.fused_kv),
+        linear("attn.out_proj", "attention.out", takes.heads_in),
+        plain_mlp("ffn.up_proj", "ffn.down_proj"),
+        norm("norm_1", "pre_attention_norm"),
+        norm("norm_2", "pre_mlp_norm"),
+    ),
+)
+FAMILIES: dict[str, Family] = {
+    "bloom": Family(_bloom, BLOOM),
+    "falcon": Family(_falcon, FALCON),
+    "mpt": Family(_mpt, MPT),
+}

@@ -1,0 +1,57 @@
+"""What the configuration functions and weight maps of families with experts share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.families.base import first
+from convert.rules import ignore
+from convert.weights.parts import OUTSIDE
+from tide_jax.architecture import MoEConfig
+
+WITHOUT_MTP = (*OUTSIDE, ignore(r"(model\.)?mtp[._].*", "layers that predict further tokens, for speculative decoding"))
+"""`OUTSIDE` of checkpoints with multi-token prediction under names of its own."""
+
+
+def mixture(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
+    """The experts of a configuration, `flags` on top: as wide as `moe_intermediate_size`, else as the dense MLP."""
+    fields: dict[str, Any] = {
+        "num_experts": num_experts,
+        "experts_per_token": first(hf, "num_experts_per_tok"),
+        "intermediate_size": first(hf, "moe_intermediate_size", "intermediate_size"),
+    }
+    return MoEConfig(**(fields | flags))
+
+
+def corrected(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
+    """DeepSeek-V3's experts: sigmoid scores, a correction of the choice, groups where the configuration has any."""
+    fields: dict[str, Any] = {
+        "score": "sigmoid",
+        "correction": "score",
+        "renormalise": bool(getattr(hf, "norm_topk_prob", True)),
+        "scale": float(first(hf, "routed_scaling_factor") or 1.0),
+        "groups": first(hf, "n_group") or 1,
+        "groups_kept": first(hf, "topk_group") or 1,
+    }
+    return mixture(hf, num_experts, **(fields | flags))
+
+
+def several(hf: Any, count: int | None) -> int:
+    """Hidden width of `count` shared experts, which are one MLP."""
+    return (count or 0) * first(hf, "moe_intermediate_size", "intermediate_size")
+
+
+def after(hf: Any, dense: int | None) -> tuple[int, ...]:
+    """Layers with experts where the first `dense` have none."""
+    return tuple(range(dense or 0, hf.num_hidden_layers))
+
+
+def sparse_steps(hf: Any) -> tuple[int, ...]:
+    """Every `decoder_sparse_step`-th layer but those of `mlp_only_layers`."""
+    layers = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
+    return tuple(layer for layer in layers if layer not in (hf.mlp_only_layers or ()))
+
+
+def sparse_types(hf: Any) -> tuple[int, ...]:
+    """Layers that `mlp_layer_types` calls sparse."""
+    return tuple(layer for layer, kind in enumerate(hf.mlp_layer_types) if kind == "sparse")

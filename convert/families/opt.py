@@ -1,0 +1,90 @@
+"""Decoders of the fairseq lineage: OPT, XGLM, BioGPT. Positions are counted from 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, unrotated
+from convert.rules import Target, move
+from convert.weights.parts import (
+    FAIRSEQ,
+    FAIRSEQ_POST_NORMS,
+    FAIRSEQ_PRE_NORMS,
+    layers,
+    outside,
+    projections,
+    sinusoidal_table,
+)
+from tide_jax.architecture import DecoderConfig
+from tide_jax.errors import TideError
+
+_OFFSET = 2
+_EPS = 1e-5  # torch's default: no field of the configuration changes it
+
+
+def _opt(hf: Any) -> DecoderConfig:
+    before, affine = hf.do_layer_norm_before, hf.layer_norm_elementwise_affine
+    return decoder(
+        hf,
+        unrotated(hf),
+        embedding_size=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
+        intermediate_size=hf.ffn_dim,
+        norm_eps=_EPS,
+        norm_placement="pre" if before else "residual",
+        final_norm=before and not hf._remove_final_layer_norm,
+        norm_scale=affine,
+        **learned_positions(hf.max_position_embeddings, _OFFSET),
+        **plain_layer_norm(norm_bias=affine, mlp_bias=hf.enable_bias, **biases(hf.enable_bias)),
+    )
+
+
+def _xglm(hf: Any) -> DecoderConfig:
+    if (hf.pad_token_id or 0) >= _OFFSET:
+        raise TideError(f"xglm with pad_token_id={hf.pad_token_id} is not supported, only one below {_OFFSET}")
+    return decoder(
+        hf,
+        unrotated(hf),
+        intermediate_size=hf.ffn_dim,
+        norm_eps=_EPS,
+        positions="sinusoidal",
+        position_offset=_OFFSET,
+        sinusoid_endpoint=True,
+        embedding_scale=hf.hidden_size**0.5 if hf.scale_embedding else None,
+        **plain_layer_norm(),
+    )
+
+
+def _biogpt(hf: Any) -> DecoderConfig:
+    return decoder(
+        hf,
+        unrotated(hf),
+        norm_eps=_EPS,
+        embedding_scale=hf.hidden_size**0.5 if hf.scale_embedding else None,
+        **learned_positions(hf.max_position_embeddings, _OFFSET),
+        **plain_layer_norm(),
+    )
+
+
+OPT = (
+    *outside("[model.]decoder.embed_tokens", "[model.]decoder.final_layer_norm"),
+    move("[model.]decoder.embed_positions.weight", Target("positions.kernel")),
+    *projections("[model.]decoder.project_in", "[model.]decoder.project_out"),
+    *layers("[model.]decoder.layers", FAIRSEQ),
+    *layers("[model.]decoder.layers", FAIRSEQ_PRE_NORMS, when=lambda config: config.norm_placement == "pre"),
+    *layers("[model.]decoder.layers", FAIRSEQ_POST_NORMS, when=lambda config: config.norm_placement != "pre"),
+)
+XGLM = (
+    *outside("[model.]embed_tokens", "[model.]layer_norm"),
+    sinusoidal_table("[model.]embed_positions.weights"),
+    *layers("[model.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
+)
+BIOGPT = (
+    *outside("[biogpt.]embed_tokens", "[biogpt.]layer_norm", "output_projection"),
+    move("[biogpt.]embed_positions.weight", Target("positions.kernel")),
+    *layers("[biogpt.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
+)
+FAMILIES: dict[str, Family] = {
+    "opt": Family(_opt, OPT),
+    "xglm": Family(_xglm, XGLM),
+    "biogpt": Family(_biogpt, BIOGPT),
+}

@@ -1,0 +1,236 @@
+"""What the entries of the architecture table share: name tables, arrangements to undo, and configuration values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.gguf_hyperparameters import Hyperparameters
+from convert.gguf_rope import rope_parameters
+from convert.gguf_tensors import Config, Place, To, Undo
+
+Names = Mapping[str, Place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How one GGUF architecture maps to a Hugging Face model.
+
+    Attributes:
+      config: hyperparameters to config.json without token ids, `model_type` included.
+      block: name inside `blk.N.` -> place inside a layer; a module's name stands for its weight and its bias. A
+        function of the hyperparameters where it depends on the file.
+      top: name of a module or tensor outside the layers -> place.
+      layers: what the checkpoint's layers are called.
+      constants: tensors of the checkpoint that a file has as hyperparameters, by name.
+    """
+
+    config: Callable[[Hyperparameters], dict[str, Any]]
+    block: Names | Callable[[Hyperparameters], Names]
+    top: Names = dataclasses.field(default_factory=lambda: TOP)
+    layers: str = "model.layers"
+    constants: Callable[[Hyperparameters], dict[str, np.ndarray]] = lambda hp: {}
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+TOP: Names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ATTENTION: Names = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+MLP: Names = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+EXPERTS: Names = {
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_exps": To("mlp.experts.{i}.gate_proj"),
+    "ffn_up_exps": To("mlp.experts.{i}.up_proj"),
+    "ffn_down_exps": To("mlp.experts.{i}.down_proj"),
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+PRE_NORMS: Names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+POST_NORMS: Names = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+LLAMA: Names = {**PRE_NORMS, **ATTENTION, **MLP}
+
+
+# ------------------------------------------------------------------------------------------------ arrangements to undo
+
+
+def _halves(heads: str) -> Undo:
+    """Rows [heads, half, 2] back to [heads, 2, half], flattened.
+
+    llama.cpp rotates neighbouring rows of a head together, transformers row i with row ``i + half``.
+    """
+
+    def undo(a: np.ndarray, c: Config) -> np.ndarray:
+        pairs = a.reshape(c[heads], -1, 2, *a.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(a.shape)
+
+    return undo
+
+
+def minus_one(a: np.ndarray, c: Config) -> np.ndarray:
+    """Norms of the form ``1 + weight`` are stored with the one added."""
+    return a - np.ones((), a.dtype)
+
+
+def transposed(a: np.ndarray, c: Config) -> np.ndarray:
+    """A matrix with its axes swapped."""
+    return a.T
+
+
+def head_by_head(a: np.ndarray, c: Config) -> np.ndarray:
+    """Rows [(q, k, v), heads, head_dim] to [heads, (q, k, v), head_dim], flattened."""
+    parts = a.reshape(3, c["num_attention_heads"], -1, *a.shape[1:])
+    return parts.swapaxes(0, 1).reshape(a.shape)
+
+
+PERMUTED: Names = {
+    "attn_q": To("self_attn.q_proj", _halves("num_attention_heads")),
+    "attn_k": To("self_attn.k_proj", _halves("num_key_value_heads")),
+}
+
+
+def shifted(names: Names, *modules: str) -> Names:
+    """`names` where the weights of some norms have one added."""
+    return {**names, **{f"{module}.weight": To(f"{names[module]}.weight", minus_one) for module in modules}}
+
+
+# ------------------------------------------------------------------------------------------------ configuration values
+
+
+def decoder(
+    hp: Hyperparameters,
+    model_type: str,
+    *,
+    partial: bool = False,
+    head_dim: int | None = None,
+    without: tuple[str, ...] = (),
+    **fields: Any,
+) -> dict[str, Any]:
+    """The values nearly every config.json has, with `fields` on top.
+
+    Args:
+      partial: the family may rotate a part of a head's channels.
+      head_dim: config.json's, where that is not the width of a head.
+      without: values the family does not have.
+    """
+    hidden, heads, context = hp.need("embedding_length"), hp.need("attention.head_count"), hp.need("context_length")
+    if head_dim is None:
+        head_dim = hp.take("attention.key_length", hidden // heads)
+        hp.expect("attention.value_length", head_dim)
+    hp.expect("attention.causal", True)
+    if (window := hp.take("attention.sliding_window", 0)) and window < context:
+        raise hp.refuse(f"attention.sliding_window={window}: not supported, expected attention to all tokens")
+    hp.ignore("vocab_size", "attention.sliding_window_pattern")
+    common = {
+        "model_type": model_type,
+        "vocab_size": vocab_size(hp),
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": hp.take("feed_forward_length"),
+        "num_hidden_layers": hp.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": hp.take("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rope_parameters": rotary(hp, head_dim, context, partial),
+        "tie_word_embeddings": "output.weight" not in hp.tensors,
+    }
+    return {name: value for name, value in common.items() if value is not None and name not in without} | fields
+
+
+def vocab_size(hp: Hyperparameters) -> int:
+    """Rows of the embedding. Raises TideError without one."""
+    embedding = hp.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise hp.refuse("token_embd.weight is missing, expected a whole language model")
+    return embedding.shape[0]
+
+
+def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
+    """Rotary settings; TideError where only a part of each head is rotated but the family rotates all of it."""
+    width = hp.take("rope.dimension_count", head_dim)
+    if width != head_dim and not partial:
+        raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
+    rope = rope_parameters(hp, width, context)
+    # Said even of a whole head: some families' configurations rotate a part of it by default.
+    return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
+
+
+def _share(part: int, whole: int) -> float:
+    """The fraction that gives `part` of `whole` when the product is cut to an integer."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, math.inf)
+
+
+def rms(hp: Hyperparameters) -> dict[str, Any]:
+    """The eps of RMS norms."""
+    return {"rms_norm_eps": hp.need("attention.layer_norm_rms_epsilon")}
+
+
+def layer_norm(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
+    """The eps of LayerNorms under a family's name."""
+    return {name: hp.need("attention.layer_norm_epsilon")}
+
+
+def biases(hp: Hyperparameters) -> dict[str, Any]:
+    """Llama's switches of biases."""
+    return {"attention_bias": hp.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": hp.has("ffn_up.bias")}
+
+
+def multipliers(hp: Hyperparameters) -> dict[str, Any]:
+    """Granite's. Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned."""
+    hp.expect("rope.scaling.finetuned", True)
+    return {
+        "attention_multiplier": hp.take("attention.scale", 1.0),
+        "embedding_multiplier": hp.take("embedding_scale", 1.0),
+        "residual_multiplier": hp.take("residual_scale", 1.0),
+        "logits_scaling": hp.take("logit_scale", 1.0),
+    }
+
+
+def sliding(hp: Hyperparameters, period: int | None = None) -> dict[str, Any]:
+    """The window and the layers that have it: those the file says, or all but every `period`-th, or all."""
+    window = hp.take("attention.sliding_window", 0)
+    pattern = hp.take_list("attention.sliding_window_pattern")
+    pattern = (0 if period is None else period) if pattern is None else pattern
+    if not window:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * hp.layers}
+    if isinstance(pattern, list):
+        slides = [bool(flag) for flag in pattern[: hp.layers]]
+    else:
+        slides = [not pattern or layer % pattern < pattern - 1 for layer in range(hp.layers)]
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "softmax") -> dict[str, Any]:
+    """How many experts there are, how many a token uses and how wide they are.
+
+    Args:
+      count: config.json's name of their number.
+      scores: the only scoring function of the family, "softmax" or "sigmoid".
+    """
+    number = {"softmax": 1, "sigmoid": 2}[scores]
+    hp.expect("expert_gating_func", number)
+    width = hp.take("expert_feed_forward_length")
+    return {
+        count: hp.need("expert_count"),
+        "num_experts_per_tok": hp.need("expert_used_count"),
+        **({} if width is None else {"moe_intermediate_size": width}),
+    }

@@ -1,0 +1,136 @@
+"""Probing models that are in no table: what they compute is found out from their numbers, and proven by their logits.
+
+The model's own code (transformers', or the checkpoint's) runs on one row of random tokens and every linear map, norm
+and table in it is recorded. From the recorded arrays each part's flags are found out, layer by layer, as the candidate
+that gives the next recorded array. What comes out is a decoder configuration and a weight map, and these are accepted
+only if the decoder they make gives the model's logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.probe_decoder import context_length, decoder_of, layer_tensors, left_out, outside_tensors
+from convert.probe_layer import find_layer
+from convert.probe_outside import find_embedding, find_head
+from convert.probe_reference import Reference, load_reference
+from convert.probe_rules import from_json, to_json, weight_map
+from convert.probe_trace import Trace, record
+from convert.reader import Source
+from convert.rules import Rule, coverage
+from convert.verify import TOLERANCE
+from tide_jax.architecture import DecoderConfig
+from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.errors import TideError
+
+__all__ = ["Probed", "from_json", "probe", "to_json"]
+
+logger = logging.getLogger(__name__)
+_LENGTH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A model that was found out.
+
+    Attributes:
+      config: its architecture.
+      rules: its weight map.
+      report: JSON-ready: whose code it was measured against, how far logits are, and what a table entry would say.
+    """
+
+    config: DecoderConfig
+    rules: tuple[Rule, ...]
+    report: dict[str, Any]
+
+
+def probe(source: Source, *, trust_remote_code: bool = False) -> Probed:
+    """Finds out what a checkpoint computes whose model type is in no table.
+
+    Needs torch, and memory for the model in float32 twice.
+
+    Args:
+      source: a Hugging Face directory.
+      trust_remote_code: run the Python code the checkpoint brings, where transformers has none for it.
+
+    Raises:
+      TideError: there is no code to measure against, or it is not trusted; or nothing that can be expressed gives the
+        model's numbers: names the first layer and part that differs, and by how much.
+    """
+    reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=True)
+    try:
+        trace = record(reference)
+        probed = _propose(source, trace)
+        if reference.windows:
+            del trace
+            reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
+        differences = _prove(source, reference, probed)
+    except TideError as error:
+        raise TideError(f"{source.description} was probed and cannot be converted: {error}") from error
+    report = probed.report | differences
+    logger.info("probed %s: %s", source.description, report)
+    return dataclasses.replace(probed, report=report)
+
+
+def _propose(source: Source, trace: Trace) -> Probed:
+    """The configuration and the weight map that give every recorded array."""
+    embedding = find_embedding(trace)
+    layers = []
+    for index in range(len(trace.layers)):
+        layers.append(find_layer(trace, index, layers))
+    head = find_head(trace)
+    config = decoder_of(trace, str(source.config.get("model_type")), embedding, layers, head)
+    by_layer = [layer_tensors(layer) for layer in layers]
+    outside = outside_tensors(trace, config, embedding, head)
+    assigned = {name for part in (outside, *by_layer) for name in part}
+    rules = weight_map(source, trace.weights, by_layer, outside, left_out(trace, dict.fromkeys(assigned)))
+    report = {"measured_against": trace.reference.route, "flags": _unusual(config), "weight_map": to_json(rules)}
+    if not context_length(trace, embedding)[1]:
+        report["assumed"] = f"max_positions={config.max_positions}: the configuration does not say"
+    return Probed(config, rules, report)
+
+
+def _unusual(config: DecoderConfig) -> dict[str, Any]:
+    """The flags that are not at their default."""
+    values = config.to_dict()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if getattr(config, name) != defaults[name]}
+
+
+def _prove(source: Source, reference: Reference, probed: Probed) -> dict[str, Any]:
+    """Compares logits on random tokens: a long row, and a shorter one that is padded on the left for the decoder."""
+    config = probed.config
+    plan = coverage(source.tensors, probed.rules, config)
+    model = from_parameters(config, assembled(source, probed), dtype=jnp.dtype(jnp.float32))
+    del plan
+    length = min(_LENGTH, config.max_positions)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, length))
+    start = length // 3
+    positions = np.stack([np.arange(length), np.maximum(np.arange(length) - start, -1)])
+    expected = [reference.logits(tokens[0]), reference.logits(tokens[1, start:])]
+    found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
+    differences = [float(np.abs(a - b).max()) for a, b in zip((found[0], found[1, start:]), expected, strict=True)]
+    spread = max(float(np.ptp(logits)) for logits in expected)
+    relative = max(differences) / max(spread, 1e-30)
+    if not relative <= TOLERANCE:
+        raise TideError(
+            f"every part was found, but logits of {length} tokens differ by {relative:.1e} of their range, expected at "
+            f"most {TOLERANCE:.0e}"
+        )
+    return {"max_difference": max(differences), "relative": relative, "tokens": 2 * length - start}
+
+
+def assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
+    """Each parameter in turn, float32, put together from its pieces."""
+    plan = coverage(source.tensors, probed.rules, probed.config)
+    for path, pieces in plan.by_path().items():
+        parameter = np.empty(plan.shapes[path], np.float32)
+        for piece in pieces:
+            parameter[piece.slot] = piece.take(source.read(piece.source), probed.config)
+        yield path, parameter

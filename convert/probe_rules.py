@@ -1,0 +1,242 @@
+"""Weight maps made from what a probe found, and their JSON form: an export needs them again when the model is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from convert.probe_heads import Heads
+from convert.probe_trace import Linear, NormCall
+from convert.reader import Source
+from convert.rules import Rule, Target, ignore, move, whole
+from tide_jax.architecture import DecoderConfig
+from tide_jax.errors import TideError
+
+Assigned = dict[str, list[Target]]
+"""Where each parameter of the reference goes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Outputs of a linear map: `count` runs of `width` channels, `stride` apart from `start` on, as a view.
+
+    Attributes:
+      transposed: the weight is stored [out, in].
+      heads: runs and channels stay axes of their own.
+    """
+
+    transposed: bool
+    start: int
+    count: int
+    stride: int
+    width: int
+    heads: bool = False
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        x = a.T if self.transposed else a
+        first, offset = divmod(self.start, self.stride)
+        runs = x.reshape(*x.shape[:-1], -1, self.stride)
+        runs = runs[..., first : first + self.count, offset : offset + self.width]
+        return runs if self.heads else runs.reshape(*x.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A linear map's weight as [heads, hd, out]."""
+
+    transposed: bool
+    heads: int
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        x = a.T if self.transposed else a
+        return x.reshape(self.heads, -1, x.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Oriented:
+    """A linear map's weight as [in, out], stored [out, in]."""
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        return a.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+    """A tensor with other axes."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        return a.reshape(self.shape)
+
+
+_TAKES = {kind.__name__: kind for kind in (Channels, Inputs, Oriented, Shaped)}
+
+
+def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") -> None:
+    """A whole linear map; `slot` indexes the parameter without the kernel's input axis."""
+    take = Oriented() if linear.transposed else whole
+    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias", slot=slot))
+
+
+def add_channels(assigned: Assigned, linear: Linear, path: str, take: Channels, slot: str = "") -> None:
+    """Some outputs of a linear map."""
+    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias", dataclasses.replace(take, transposed=False), slot))
+
+
+def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> None:
+    """Heads of a projection; `part` is the slot behind the heads' axis."""
+    linear, width, starts = heads.linear, heads.width, heads.starts
+    strides = {b - a for a, b in zip(starts, starts[1:], strict=False)} or {width}
+    stride = next(iter(strides))
+    if len(strides) == 1 and linear.output.shape[1] % stride == 0 and starts[0] % stride + width <= stride:
+        take = Channels(linear.transposed, starts[0], len(starts), stride, width, heads=True)
+        add_channels(assigned, linear, path, take, f":, {part}" if part else "")
+        return
+    for head, start in enumerate(starts):  # a run of heads that other heads interrupt is no view
+        take = Channels(linear.transposed, start, 1, width, width)
+        add_channels(assigned, linear, path, take, f"{head}, {part}" if part else f"{head}")
+
+
+def add_out(assigned: Assigned, linear: Linear, path: str, heads: int) -> None:
+    """The output projection of attention."""
+    _add(assigned, linear.weight, Target(f"{path}.kernel", Inputs(linear.transposed, heads)))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias"))
+
+
+def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[int, ...] | None = None) -> None:
+    """A norm's weights, in another shape where one is given."""
+    for name, part in ((norm.scale, "scale"), (norm.bias, "bias")) if norm is not None else ():
+        if name is not None:
+            _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
+
+
+def add_tensor(assigned: Assigned, name: str, path: str, shape: tuple[int, ...] | None = None) -> None:
+    """A parameter as it is, or in another shape."""
+    _add(assigned, name, Target(path, whole if shape is None else Shaped(shape)))
+
+
+def _add(assigned: Assigned, name: str, target: Target) -> None:
+    assigned.setdefault(name, []).append(target)
+
+
+def weight_map(
+    source: Source,
+    weights: Mapping[str, np.ndarray],
+    by_layer: Sequence[Assigned],
+    outside: Assigned,
+    left_out: Mapping[str, str],
+) -> tuple[Rule, ...]:
+    """The rules of a checkpoint's tensors.
+
+    Args:
+      weights: parameters of the reference, by its names.
+      by_layer: each layer's parameters; target paths are relative to the layer.
+      outside: all others.
+      left_out: parameters the decoder does not need, with the reason.
+    """
+    stored = stored_names(source, weights)
+    layer_of = {name: i for i, assigned in enumerate(by_layer) for name in assigned}
+    position = _layer_position([(name, layer_of[p]) for name, p in stored.items() if p in layer_of])
+    rules: dict[str, dict[tuple[Target, ...], list[tuple[str, int]]]] = {}
+    fixed: list[Rule] = []
+    for name, parameter in stored.items():
+        if parameter in layer_of:
+            layer = layer_of[parameter]
+            targets = tuple(by_layer[layer][parameter])
+            rules.setdefault(_template(name, position), {}).setdefault(targets, []).append((name, layer))
+        elif parameter in outside:
+            fixed.append(move(name, *outside[parameter]))
+        else:
+            reason = left_out.get(parameter, "") if parameter else "the reference model has no such parameter"
+            if not reason:
+                raise TideError(f"no part of the decoder was found for tensor {name}, which the model uses")
+            fixed.append(ignore(move(name).pattern, reason))
+    for template, kinds in rules.items():
+        if len(kinds) == 1:
+            fixed.append(move(template, *(_in_layer(target, "{layer}") for target in next(iter(kinds)))))
+        else:
+            fixed += [
+                move(name, *(_in_layer(target, str(layer)) for target in targets))
+                for targets, names in kinds.items()
+                for name, layer in names
+            ]
+    return tuple(fixed)
+
+
+def _in_layer(target: Target, layer: str) -> Target:
+    return dataclasses.replace(target, path=f"layers.{layer}.{target.path}")
+
+
+def _template(name: str, position: int) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[:position], "{layer}", *parts[position + 1 :]])
+
+
+def _layer_position(names: Sequence[tuple[str, int]]) -> int:
+    """Which part of the tensors' names is the layer's number."""
+    common = None
+    for name, layer in names:
+        found = {i for i, part in enumerate(name.split(".")) if part == str(layer)}
+        common = found if common is None else common & found
+    if not common:
+        raise TideError("the layers' tensors are not named by the layer's number: no weight map can be written")
+    return min(common)
+
+
+def stored_names(source: Source, weights: Mapping[str, np.ndarray]) -> dict[str, str | None]:
+    """The reference's parameter that each stored tensor is: by its name, by the end of its name, or by its numbers."""
+    found: dict[str, str | None] = {}
+    left = dict.fromkeys(name for name in weights if name not in source.tensors)
+    for name, info in source.tensors.items():
+        fitting = [p for p in (name, *left) if p in weights and weights[p].shape == info.shape]
+        exact = [p for p in fitting if p == name]
+        ends = [p for p in fitting if p.endswith(f".{name}") or name.endswith(f".{p}")]
+        if not exact and len(ends) != 1:
+            tensor = source.read(name).astype(np.float32) if fitting else None
+            ends = [p for p in fitting if tensor is not None and np.array_equal(weights[p], tensor)]
+            ends.sort(key=lambda p: -_common_end(p, name))
+        found[name] = next(iter(exact or ends), None)
+    return found
+
+
+def _common_end(a: str, b: str) -> int:
+    """Characters two names have in common at their ends."""
+    return next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
+
+
+def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
+    """A probed weight map as JSON-ready values; `from_json` reads them back."""
+    return [
+        {"pattern": rule.pattern, "reason": rule.reason, "targets": [_target_json(target) for target in rule.targets]}
+        for rule in rules
+    ]
+
+
+def _target_json(target: Target) -> dict[str, Any]:
+    take = {} if target.take is whole else {"kind": type(target.take).__name__, **vars(target.take)}
+    return {"path": target.path, "slot": target.slot, "take": take}
+
+
+def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Inverse of `to_json`. Raises TideError for what it did not write."""
+    try:
+        return tuple(
+            Rule(entry["pattern"], tuple(map(_target, entry["targets"])), entry["reason"]) for entry in values
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise TideError(f"the recorded weight map is damaged ({error}): convert the checkpoint again") from error
+
+
+def _target(values: Mapping[str, Any]) -> Target:
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
+    kind = fields.pop("kind", None)
+    return Target(values["path"], whole if kind is None else _TAKES[kind](**fields), values["slot"])

@@ -1,0 +1,32 @@
+"""Every model type that converts, and variants of it, against transformers on all paths; see `convert.parity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from convert.families import FAMILIES, REFUSED
+from convert.parity import measure_parity
+from convert.tiny import save_tiny, text_type
+from convert.tiny_types import VARIANTS
+
+pytest.importorskip("torch")
+
+
+def supported(model_type: str) -> bool:
+    return model_type in FAMILIES or (model_type not in REFUSED and text_type(model_type) in FAMILIES)
+
+
+TYPES = [model_type for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if supported(model_type)]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in TYPES}
+CASES |= {name: case for name, case in VARIANTS.items() if case[0] in TYPES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity(name: str, tmp_path: Path) -> None:
+    model_type, fields = CASES[name]
+    save_tiny(model_type, tmp_path, **fields)
+    assert measure_parity(tmp_path).problems == ()

@@ -1,0 +1,170 @@
+"""Every GGUF architecture: written as llama.cpp's converter does, a file is the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flax import nnx
+from gguf_converter import RECIPES, convert_to_gguf
+
+from convert.architecture import decoder_config
+from convert.conversion import open_model
+from convert.families import FAMILIES
+from convert.gguf_architectures import ARCHITECTURES
+from convert.gguf_source import GGUFSource
+from convert.reader import HuggingFaceSource
+from tide_jax.architecture import DecoderConfig
+from tide_jax.decoder import Decoder
+
+pytest.importorskip("torch", reason="makes the checkpoints")
+
+from convert.tiny import save_tiny
+
+BARE: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
+NO_WINDOW: dict[str, Any] = {"sliding_window": None}
+UNUSED_WINDOW: dict[str, Any] = {"use_sliding_window": False}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+    "factor": 4.0,
+}
+GROUPS = {"n_group": 4, "topk_group": 2, "n_routed_experts": 8, "num_experts_per_tok": 3}
+DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+
+# Recipe, model type, fields of its configuration. A file says nothing of what llama.cpp does one way only.
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("llama", "llama", {}),
+    ("llama", "llama", BARE | {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    ("llama", "mistral", NO_WINDOW),
+    ("llama", "internlm3", {}),
+    ("mixtral", "mixtral", NO_WINDOW),
+    ("mistral3", "mistral", NO_WINDOW),
+    ("ministral3", "ministral3", NO_WINDOW),
+    ("qwen2", "qwen2", UNUSED_WINDOW),
+    ("qwen2vl", "qwen2", UNUSED_WINDOW),
+    ("qwen3", "qwen3", UNUSED_WINDOW | {"rope_parameters": YARN}),
+    ("qwen3vl", "qwen3", UNUSED_WINDOW),
+    ("granite", "granite", {}),
+    ("minicpm", "granite", BARE | {"attention_multiplier": 8**-0.5}),
+    ("chatglm", "glm", {"head_dim": 8}),
+    ("glm4", "glm4", {}),
+    ("phi2", "phi", {}),
+    ("phi3", "phi3", {}),
+    ("phi3", "phi3", NO_WINDOW | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+    ("stablelm", "stablelm", {}),
+    ("stablelm", "stablelm", {"use_parallel_residual": True, "use_qkv_bias": False, "qk_layernorm": True}),
+    ("starcoder2", "starcoder2", NO_WINDOW),
+    ("olmo", "olmo", {"clip_qkv": 0.9}),
+    ("olmo", "olmo", {"attention_bias": False}),
+    ("olmo2", "olmo2", {}),
+    ("olmo2", "olmo3", {}),
+    ("exaone4", "exaone4", {}),
+    ("exaone4", "exaone4", NO_WINDOW | {"layer_types": ["full_attention"] * 5, "rope_parameters": LLAMA3}),
+    ("smollm3", "smollm3", UNUSED_WINDOW | BARE),
+    ("command-r", "cohere", {"use_qk_norm": True, "attention_bias": False}),
+    ("cohere2", "cohere2", {"attention_bias": False}),
+    ("nemotron", "nemotron", {}),
+    ("arcee", "arcee", {}),
+    ("jais2", "jais2", {}),
+    ("seed_oss", "seed_oss", {}),
+    ("ernie4_5", "ernie4_5", {}),
+    ("hunyuan-dense", "hunyuan_v1_dense", {}),
+    ("apertus", "apertus", {}),
+    ("gemma", "gemma", {"attention_bias": False}),
+    ("gemma2", "gemma2", {"query_pre_attn_scalar": 12}),
+    ("gemma3", "gemma3_text", {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window_pattern": 6}),
+    ("gpt2", "gpt2", {}),
+    ("gptneox", "gpt_neox", {}),
+    ("gptneox", "gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    ("starcoder", "gpt_bigcode", {}),
+    ("bloom", "bloom", {"seq_length": 64}),
+    ("falcon", "falcon", {}),
+    ("falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1}),
+    ("mpt", "mpt", {}),
+    ("mpt", "mpt", {"attn_config": {"clip_qkv": 1.2}}),
+    ("qwen2moe", "qwen2_moe", UNUSED_WINDOW | {"decoder_sparse_step": 1}),
+    ("qwen3moe", "qwen3_moe", UNUSED_WINDOW | {"norm_topk_prob": True, "mlp_only_layers": []}),
+    ("qwen3vlmoe", "qwen3_moe", UNUSED_WINDOW | BARE | {"norm_topk_prob": True, "mlp_only_layers": []}),
+    ("olmoe", "olmoe", {}),
+    ("phimoe", "phimoe", {}),
+    ("granitemoe", "granitemoe", {}),
+    ("granitemoe", "granitemoeshared", {"attention_bias": False}),
+    ("ernie4_5-moe", "ernie4_5_moe", {}),
+    ("ernie4_5-moe", "ernie4_5_moe", {"use_bias": False, "moe_num_shared_experts": 0, "moe_layer_start_index": 2}),
+    ("hunyuan-moe", "hunyuan_v1_moe", {}),
+    ("gpt-oss", "gpt_oss", {}),
+    ("glm4moe", "glm4_moe", {"num_nextn_predict_layers": 0}),
+    ("glm4moe", "glm4_moe", {"use_qk_norm": False, "norm_topk_prob": False, "num_nextn_predict_layers": 0}),
+    ("glm4moe", "solar_open", {}),
+    ("dbrx", "dbrx", {}),
+    ("minimax-m2", "minimax_m2", {}),
+    ("afmoe", "afmoe", {}),
+    ("exaone-moe", "exaone_moe", {}),
+    ("dots1", "dots1", NO_WINDOW | {"layer_types": ["full_attention"] * 5}),
+    ("llama4", "llama4_text", {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1}),
+    ("deepseek2", "deepseek_v2", {}),
+    ("deepseek2", "deepseek_v2", GROUPS | {"topk_method": "group_limited_greedy", "rope_parameters": DEEPSEEK_YARN}),
+    ("old deepseek2", "deepseek_v2", {"q_lora_rank": None}),
+    ("deepseek2", "deepseek_v3", {"rope_parameters": DEEPSEEK_YARN}),
+    ("old deepseek2", "deepseek_v3", {"attention_bias": False}),
+    ("deepseek2", "glm4_moe_lite", {}),
+    ("deepseek2", "youtu", {}),
+    ("minicpm3", "minicpm3", {"v_head_dim": 8}),
+)
+
+
+def label(case: tuple[str, str, dict[str, Any]]) -> str:
+    recipe, model_type, fields = case
+    return f"{recipe}-{model_type}-{'-'.join(fields)}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_file_is_the_checkpoint_it_was_made_from(tmp_path: Path, case: tuple[str, str, dict[str, Any]]) -> None:
+    recipe, model_type, fields = case
+    if model_type not in FAMILIES:
+        pytest.skip(f"{model_type} is not a family yet")
+    save_tiny(model_type, tmp_path / "hf", **fields)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", recipe)
+    theirs, ours = HuggingFaceSource(tmp_path / "hf"), GGUFSource(tmp_path / "m.gguf")
+    assert comparable(decoder_config(ours)) == comparable(decoder_config(theirs))
+    compare_weights(open_model(tmp_path / "m.gguf"), open_model(tmp_path / "hf"))
+
+
+def comparable(config: DecoderConfig) -> DecoderConfig:
+    """What the model computes."""
+    if config.moe is not None and all(config.has_experts(layer) for layer in range(config.num_layers)):
+        config = dataclasses.replace(config, intermediate_size=0, moe=dataclasses.replace(config.moe, layers=None))
+    return dataclasses.replace(config, model_type="", eos_token_ids=(), pad_token_id=None)
+
+
+def compare_weights(ours: Decoder, theirs: Decoder) -> None:
+    found, expected = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (ours, theirs))
+    assert found.keys() == expected.keys()
+    for path, variable in expected.items():
+        # Norms with one added lose a bit.
+        np.testing.assert_allclose(found[path].get_value(), variable.get_value(), rtol=0, atol=2e-7, err_msg=str(path))
+
+
+def test_every_architecture_is_tried() -> None:
+    tried = {recipe.removeprefix("old ") for recipe, _, _ in CASES}
+    written = {RECIPES[recipe].arch for recipe, _, _ in CASES}
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    assert {MODEL_ARCH_NAMES[arch] for arch in written} == set(ARCHITECTURES), tried
