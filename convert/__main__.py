@@ -17,6 +17,7 @@ _EPILOG = """examples:
   python -m convert model-Q4_1.gguf model --verify
   python -m convert ./Llama-3.2-1B tuned --adapter ./my-lora
   python -m convert ./Qwen3-0.6B qwen3 --dry-run
+  python -m convert ./new-model new --trust-remote-code
 """
 _EXPORT_EPILOG = """examples:
   tide-jax export smollm2 smollm2-hf
@@ -72,6 +73,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="LoRA adapter to merge: a directory PEFT saved, or its hub id")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers' (needs torch)")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code the checkpoint brings, to convert a model type transformers does not know",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check names and shapes, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at DST")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -86,6 +92,7 @@ def _run(args: argparse.Namespace) -> int:
             args.source,
             args.destination,
             adapter=args.adapter,
+            trust_remote_code=args.trust_remote_code,
             dtype=args.dtype,
             verify=args.verify,
             dry_run=args.dry_run,
@@ -118,11 +125,20 @@ def _written(verb: str, report: Any) -> list[str]:
         f"{verb} {report.destination}: {report.model_type}, {report.parameters:,} parameters, {report.dtype}, "
         f"{report.bytes / 1e6:,.1f} MB in {shards}"
     )
-    return [summary, *(f"  left out {name}: {reason}" for name, reason in report.ignored.items())]
+    names: dict[str, list[str]] = {}
+    for name, reason in report.ignored.items():
+        names.setdefault(reason, []).append(name)
+    return [summary, *(f"  left out {_several(group)}: {reason}" for reason, group in names.items())]
+
+
+def _several(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
 def _summary(report: Any) -> str:
     lines = _written("would write" if report.dry_run else "wrote", report)
+    if report.probed is not None:
+        lines.append("  the model type is in no table: probed, and logits equal those of the model's own code")
     if (proof := report.verification) is not None:
         lines.append(
             f"  logits differ from transformers' by {proof.max_difference:.2e} at most "

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,50 @@ def family_of(source: Source) -> Family:
     if model_type in REFUSED:
         raise TideError(f"{source.description}: model_type {model_type!r} does not convert: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        close = difflib.get_close_matches(model_type, FAMILIES, n=3)
-        meant = f"did you mean {' or '.join(close)}?" if close else "docs/families.md lists them"
-        raise TideError(
-            f"{source.description}: model_type {model_type!r} is none of the {len(FAMILIES)} that convert; {meant}"
-        )
+        raise TideError(f"{source.description}: {_unknown(model_type)}")
     return FAMILIES[model_type]
+
+
+def _unknown(model_type: str) -> str:
+    close = difflib.get_close_matches(model_type, FAMILIES, n=3)
+    listed = f"close are {', '.join(close)}" if close else "docs/families.md lists them"
+    return f"model_type {model_type!r} is none of the {len(FAMILIES)} that convert by table ({listed})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a source is, and how its tensors convert.
+
+    Attributes:
+      config: its architecture.
+      rules: its weight map.
+      probed: what probing found, JSON-ready, where the model type is in no table.
+    """
+
+    config: DecoderConfig
+    rules: tuple[Rule, ...]
+    probed: dict[str, Any] | None = None
+
+
+def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Architecture:
+    """The architecture of a source: from the table of families, or else by probing (see `convert.probe`).
+
+    Args:
+      trust_remote_code: run the Python code the checkpoint brings, to probe a model type transformers does not know.
+
+    Raises:
+      TideError: the model type is refused, or cannot be probed, or asks for what is not implemented.
+    """
+    model_type = source.config.get("model_type")
+    if model_type is None or model_type in FAMILIES or model_type in REFUSED:
+        return Architecture(decoder_config(source), family_of(source).rules)
+    from convert.probe import probe
+
+    try:
+        probed = probe(source, trust_remote_code=trust_remote_code)
+    except TideError as error:
+        raise TideError(f"{_unknown(model_type)}; {error}") from error
+    return Architecture(_with_token_ids(source, source.config, probed.config), probed.rules, probed.report)
 
 
 def decoder_config(source: Source) -> DecoderConfig:
@@ -49,11 +87,20 @@ def decoder_config(source: Source) -> DecoderConfig:
     hf = _transformers_config(source)
     try:
         config = family.config(hf)
-    except ArithmeticError as error:  # more heads than channels
-        raise TideError(f"{source.description}: config.json's sizes do not fit together ({error})") from error
+    except TideError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # more heads than channels
+        raise TideError(
+            f"{source.description}: config.json's values do not fit together ({_line(error)}); correct it"
+        ) from error
     if config.tie_embeddings and _has_own_head(source, family.rules):
         config = dataclasses.replace(config, tie_embeddings=False)
-    eos, pad = (_token_ids(source, hf, name) for name in ("eos_token_id", "pad_token_id"))
+    return _with_token_ids(source, hf.to_dict(), config)
+
+
+def _with_token_ids(source: Source, settings: Mapping[str, Any], config: DecoderConfig) -> DecoderConfig:
+    names = ("eos_token_id", "pad_token_id")
+    eos, pad = (_token_ids(source, settings.get(name), name, config.vocab_size) for name in names)
     return dataclasses.replace(config, eos_token_ids=eos, pad_token_id=pad[0] if pad else None)
 
 
@@ -64,17 +111,17 @@ def _check_sizes(source: Source) -> None:
             raise TideError(f"{source.description}: config.json has {name}={value!r}, expected 1 or more; correct it")
 
 
-def _token_ids(source: Source, hf: Any, name: str) -> tuple[int, ...]:
+def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tuple[int, ...]:
     """Token ids inside the vocabulary; generation_config.json's word counts before config.json's."""
     value = source.generation_config.get(name)
-    value = getattr(hf, name, None) if value is None else value
+    value = default if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise TideError(f"{source.description}: {name} is {value!r}, expected a token id or a list of them; correct it")
     # Published checkpoints write -1 or the vocabulary's size for "none"; the model can produce neither.
-    if outside := [i for i in ids if not 0 <= i < hf.vocab_size]:
-        logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, hf.vocab_size)
-    return tuple(i for i in ids if 0 <= i < hf.vocab_size)
+    if outside := [i for i in ids if not 0 <= i < vocab_size]:
+        logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, vocab_size)
+    return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
 def _transformers_config(source: Source) -> Any:
@@ -87,8 +134,11 @@ def _transformers_config(source: Source) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(dict(source.config))
     except Exception as error:  # its validators raise several unrelated classes
-        reason = " ".join(str(error).split())
-        raise TideError(f"{source.description}: config.json is not a valid {model_type} one: {reason}") from error
+        raise TideError(f"{source.description}: config.json is not a valid {model_type} one: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _has_own_head(source: Source, rules: Sequence[Rule]) -> bool:

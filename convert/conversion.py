@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.architecture import decoder_config, family_of
+from convert.architecture import architecture_of
 from convert.lora import with_adapter
 from convert.reader import Source, open_source
 from convert.replacement import replacing
 from convert.rules import Piece, Plan, coverage
+from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.writer import Layout, ShardWriter, plan_layout
 from tide_jax.checkpoint import CONFIG_KEY, FORMAT, is_converted, load, parse_dtype
@@ -43,6 +44,7 @@ class ConversionReport:
       bytes: size of the written weights.
       shards: the files they lie in.
       ignored: source tensors left out, with the reason.
+      probed: what probing found, where the model type is in no table (see `convert.probe`).
       verification: difference of the logits from transformers', None if it was not measured.
       dry_run: nothing was written.
     """
@@ -55,6 +57,7 @@ class ConversionReport:
     bytes: int
     shards: tuple[str, ...]
     ignored: dict[str, str]
+    probed: dict[str, Any] | None = None
     verification: Verification | None = None
     dry_run: bool = False
 
@@ -68,6 +71,7 @@ def convert(
     destination: str | Path,
     *,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
     dtype: Any = None,
     verify: bool = False,
     dry_run: bool = False,
@@ -84,6 +88,8 @@ def convert(
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       destination: the directory to make.
       adapter: a LoRA adapter to merge into the checkpoint: PEFT's directory or a hub id.
+      trust_remote_code: run the Python code that the checkpoint brings, to find out what a model type computes that
+        neither the table of families nor transformers knows.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
         (float32 in GGUF).
       verify: compare logits with transformers' and record the difference; needs torch.
@@ -105,8 +111,9 @@ def convert(
         check_destination(destination, overwrite, is_converted, "a converted model")
 
     check()
-    config = decoder_config(source)
-    plan = coverage(source.tensors, family_of(source).rules, config)
+    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    config = architecture.config
+    plan = coverage(source.tensors, architecture.rules, config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
     layout = plan_layout(plan.shapes, stored, max_shard_bytes)
     report = ConversionReport(
@@ -118,6 +125,7 @@ def convert(
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
         ignored=plan.ignored | getattr(source, "left_out", {}),
+        probed=architecture.probed,
         dry_run=dry_run,
     )
     if dry_run:
@@ -132,27 +140,35 @@ def convert(
     return report
 
 
-def open_model(source_ref: str | Path, dtype: Any = None, *, adapter: str | Path | None = None) -> Decoder:
+def open_model(
+    source_ref: str | Path,
+    dtype: Any = None,
+    *,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Decoder:
     """Converts a checkpoint in memory, without writing anything.
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own.
       adapter: a LoRA adapter to merge into it.
+      trust_remote_code: as in `convert`.
 
     Raises:
       TideError: as `convert`.
     """
     source = _open(source_ref, adapter)
-    config = decoder_config(source)
-    plan = coverage(source.tensors, family_of(source).rules, config)
+    architecture = architecture_of(source, trust_remote_code=trust_remote_code)
+    config = architecture.config
+    plan = coverage(source.tensors, architecture.rules, config)
     target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
     return from_parameters(config, _assembled(source, plan, config, target), dtype=target)
 
 
 def open_config(source_ref: str | Path) -> DecoderConfig:
     """The architecture of a checkpoint; no weights are read. Raises TideError as `convert`."""
-    return decoder_config(open_source(source_ref))
+    return architecture_of(_open(source_ref)).config
 
 
 def open_tokenizer(source_ref: str | Path) -> Any:
@@ -160,9 +176,9 @@ def open_tokenizer(source_ref: str | Path) -> Any:
     return open_source(source_ref).load_tokenizer()
 
 
-def _open(source_ref: str | Path, adapter: str | Path | None) -> Source:
+def _open(source_ref: str | Path, adapter: str | Path | None = None) -> Source:
     base = open_source(source_ref)
-    return base if adapter is None else with_adapter(base, adapter)
+    return text_decoder(base if adapter is None else with_adapter(base, adapter))
 
 
 def _assembled(source: Source, plan: Plan, config: DecoderConfig, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,9 +15,10 @@ import numpy as np
 
 from convert.architecture import family_of
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
+from convert.probe_rules import from_json
 from convert.reader import copy_side_files
 from convert.replacement import replacing
-from convert.rules import Piece, coverage
+from convert.rules import Piece, Rule, coverage
 from convert.writer import ShardWriter, plan_layout, split
 from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype, tokenizer_in
 from tide_jax.errors import TideError
@@ -87,13 +88,14 @@ class ConvertedSource:
         self.files = self._parameters.files
         recorded = _recorded_tensors(directory / RECORD_FILE)
         try:
-            plan = coverage(recorded, family_of(self).rules, self._decoder)
+            plan = coverage(recorded, self._rules(), self._decoder)
         except TideError as error:
             raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
         _check_shapes(directory, self._parameters.infos, plan.shapes)
         self._pieces = plan.by_source()
         self.tensors: Mapping[str, TensorInfo] = {name: recorded[name] for name in self._pieces}
         self.ignored = plan.ignored | self._unused_parts()
+        self._check_complete()
 
     def read(self, name: str) -> np.ndarray:
         """One tensor of the original checkpoint, in the dtype the conversion stored.
@@ -109,6 +111,11 @@ class ConvertedSource:
             view[...] = self._read_slot(piece)
         return tensor
 
+    def _rules(self) -> tuple[Rule, ...]:
+        """The weight map of the conversion: the family's, or the one that probing found."""
+        probed = read_json(self._directory / RECORD_FILE).get("probed")
+        return family_of(self).rules if probed is None else from_json(probed["weight_map"])
+
     def write_side_files(self, directory: Path) -> None:
         """Copies tokenizer files and generation_config.json."""
         copy_side_files(self._directory, directory)
@@ -116,6 +123,17 @@ class ConvertedSource:
     def load_tokenizer(self) -> Any:
         """The tokenizer that was converted along. Raises TideError where there is none."""
         return tokenizer_in(self._directory)
+
+    def _check_complete(self) -> None:
+        """Raises TideError where what was left out matters to texts longer than the conversion takes."""
+        longest = self.config.get("max_position_embeddings")
+        table = self._decoder.learned_positions  # whose first rows some models never use
+        if self.ignored and not table and isinstance(longest, int) and self._decoder.max_positions < longest:
+            name, reason = next(iter(self.ignored.items()))
+            raise TideError(
+                f"{self.description} cannot be exported: it was converted for {self._decoder.max_positions} tokens, "
+                f"not {longest}, without {name} ({reason})"
+            )
 
     def _unused_parts(self) -> dict[str, str]:
         """Tensors the conversion kept only a part of."""
@@ -195,7 +213,7 @@ def export(
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json, nested ones too, whose dtype is what was written, under either of the names in use."""
     written = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    return written | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    return written | {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)}
 
 
 def _recorded_tensors(path: Path) -> dict[str, TensorInfo]:

@@ -32,7 +32,7 @@ def rope_parameters(hp: Hyperparameters, width: int, context: int) -> dict[str, 
     # llama.cpp reads a factor without a type as linear.
     kind = hp.take("rope.scaling.type", "linear")
     original = hp.take("rope.scaling.original_context_length")
-    attention = hp.take("rope.scaling.attn_factor", 1.0)
+    attention = hp.take("rope.scaling.attn_factor")
     factors = hp.vector("rope_freqs.weight")
     if factors is not None and not np.all(factors == 1.0):
         if factor not in (0.0, 1.0):
@@ -59,17 +59,18 @@ def _yarn(hp: Hyperparameters, factor: float, original: int) -> dict[str, Any]:
     return yarn | {name: value for name, value in given.items() if value is not None}
 
 
-def _longrope(long: np.ndarray, short: np.ndarray, attention: float, context: int, original: int) -> dict[str, Any]:
+def _longrope(long: np.ndarray, short: np.ndarray, attention: float | None, context: int, original: int) -> Any:
     stretch = context / original
     usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    given = {} if math.isclose(attention, usual, rel_tol=1e-5) else {"attention_factor": attention}
+    # As float32 the usual value is not quite the one that transformers computes.
+    given = attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
     return {
         "rope_type": "longrope",
         "factor": stretch,
         "original_max_position_embeddings": original,
         "long_factor": _decimals(long),
         "short_factor": _decimals(short),
-        **given,
+        "attention_factor": attention if given else usual,
     }
 
 

@@ -106,7 +106,7 @@ class View:
     def read(self, config: Config) -> np.ndarray:
         """The tensor, one stored piece in memory at a time."""
         if len(self.pieces) == 1:
-            return np.ascontiguousarray(self.pieces[0].read(config)).reshape(self.info.shape)
+            return self.pieces[0].read(config).reshape(self.info.shape)
         first = self.pieces[0].read(config)
         out = np.empty(self.joined, first.dtype if self.info.dtype != "F32" else np.float32)
         out[self.pieces[0].slot] = first

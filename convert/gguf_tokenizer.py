@@ -7,7 +7,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from tokenizers import (
     processors,
 )
 
+from convert.gguf_pretokenizers import PRE_TOKENIZERS
 from tide_jax.errors import TideError
 
 if TYPE_CHECKING:
@@ -37,51 +37,6 @@ _SPECIAL_IDS = {
 }
 # Tokens a chat model ends its turn with.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
-
-
-@dataclasses.dataclass(frozen=True)
-class _PreTokenizer:
-    """How text is cut into words before byte-level merges.
-
-    Attributes:
-      split: regular expression of one word; None is GPT-2's, which `ByteLevel` has built in.
-      single_digits: every digit is a word, before `split` is applied.
-      nfc: text is normalised to Unicode NFC first.
-      ignore_merges: a word that is itself a token is taken whole, whatever its merges say.
-      add_bos: a begin-of-sequence token is added where the file does not say.
-    """
-
-    split: str | None = None
-    single_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-def _words(digits: str) -> str:
-    """The word pattern shared by Llama 3 and Qwen2, which differ in how many digits make a word."""
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + digits
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-_GPT2 = _PreTokenizer()
-_LLAMA3 = _PreTokenizer(split=_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
-_QWEN2 = _PreTokenizer(split=_words(r"\p{N}"), nfc=True)
-
-# Files written before `tokenizer.ggml.pre` existed, and those it says "default" of, hold GPT-2's pattern.
-_PRE_TOKENIZERS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": _PreTokenizer(single_digits=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-}
 
 
 def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerFast:
@@ -162,33 +117,25 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
+    if name not in PRE_TOKENIZERS:
         raise TideError(
-            f"tokenizer.ggml.pre={name!r} is not known, expected one of {', '.join(_PRE_TOKENIZERS)}; "
+            f"tokenizer.ggml.pre={name!r} is not known, expected one of {', '.join(PRE_TOKENIZERS)}; "
             "pass a Hugging Face tokenizer of the same model instead"
         )
-    pre = _PRE_TOKENIZERS[name]
+    pre = PRE_TOKENIZERS[name]
     merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_pre_tokenizer_steps(pre))
+    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in pre.splits]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if template := _template(metadata, add_bos=pre.add_bos):
         steps.append(template)
     tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
-
-
-def _pre_tokenizer_steps(pre: _PreTokenizer) -> list[Any]:
-    steps: list[Any] = []
-    if pre.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pre.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
-    return steps
 
 
 def _pair(merge: str) -> tuple[str, str]:

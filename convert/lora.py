@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.architecture import family_of
+from convert.families import FAMILIES
 from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, local_directory
 from tide_jax.checkpoint import tokenizer_in
 from tide_jax.checks import real_number, whole_number
@@ -46,6 +46,10 @@ _ROLES = {
     "base_layer.weight": "base",
 }
 _PAIRS = {"a": "b", "embedding_a": "embedding_b"}
+_USUAL_NAMES = {  # where no table says which tensors these are: in multimodal and in probed models
+    "embed.kernel": r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight",
+    "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
+}
 _BLOCK_ROWS = 4096
 
 
@@ -104,6 +108,8 @@ class LoRASource:
     Raises:
       TideError: not a LoRA adapter, of a variant that is not supported, or one that does not fit the base.
     """
+
+    rewritten = True
 
     def __init__(self, base: Source, directory: Path) -> None:
         self._base, self._directory = base, directory
@@ -299,8 +305,10 @@ class LoRASource:
         return any(re.fullmatch(pattern, name) for pattern in self._patterns(path))
 
     def _patterns(self, path: str) -> list[str]:
-        rules = family_of(self._base).rules
-        return [rule.pattern for rule in rules if any(target.path == path for target in rule.targets)]
+        family = FAMILIES.get(self._base.config.get("model_type", ""))
+        if family is None:
+            return [_USUAL_NAMES[path]]
+        return [rule.pattern for rule in family.rules if any(target.path == path for target in rule.targets)]
 
     def _float32(self, part: str) -> np.ndarray:
         return self._adapter.read(part).astype(np.float32, copy=False)

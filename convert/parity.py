@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.conversion import convert
+from convert.parity_reference import NEW_TOKENS, WHOLE_ROWS, Batch, Reference, random_batch
 from convert.verify import TOLERANCE
 from tide_jax.cache import KVCache, init_cache
 from tide_jax.checkpoint import load
@@ -26,11 +27,6 @@ from tide_jax.layers import DecoderLayer, KeyValue
 from tide_jax.router import Routers
 from tide_jax.testing import constant_routers
 
-LENGTHS = (20, 20, 13, 9)
-"""Real tokens of each row. Rows end together, and all are longer than the sliding windows of `convert.tiny` (7)."""
-NEW_TOKENS = 16
-_WHOLE = 2  # leading rows without padding
-_FIRST_TOKEN = 4  # below lie the special tokens
 _LEAST_RANGE = 2.0
 _PATHS = ("prefill", "padded", "decode", "forced_exit", "mixed_exit")
 
@@ -43,9 +39,9 @@ class ParityReport:
       model_type: of the checkpoint.
       prefill: rows without padding, in one pass.
       padded: rows with padding on the left, in one pass and token by token, against transformers without padding.
-      decode: rows without padding, token by token through the cache, against transformers' cache.
-      forced_exit: all tokens but the first leave at the middle layer, against transformers' state after that layer.
-      mixed_exit: some tokens leave there and others go on, against a plain walk over tokens and layers.
+      decode: rows without padding, token by token with exits that nobody takes, against transformers' cache.
+      forced_exit: token by token, all but the first leave at the middle layer; against transformers' state there.
+      mixed_exit: token by token, some leave at the middle layer; against a plain walk over tokens and layers.
       greedy_tokens: leading tokens of `NEW_TOKENS` after a prompt that equal transformers' greedy text in every row.
       logit_range: largest minus smallest logit of transformers.
     """
@@ -92,68 +88,64 @@ def measure_parity(checkpoint: str | Path) -> ParityReport:
     with tempfile.TemporaryDirectory() as directory:
         model_type = convert(checkpoint, Path(directory) / "converted", dtype="float32").model_type
         model = load(Path(directory) / "converted", "float32")
-    # Without provenance, families of one architecture share their compiled programs.
-    model.config = dataclasses.replace(model.config, model_type="", eos_token_ids=(), pad_token_id=None)
-    limit = _steady_length(model)
-    reference = Reference(checkpoint, together=limit is not None)
-    batch = random_batch(model.config.vocab_size)
-    short = batch if limit is None else batch.first(limit)
-    some = short.mask & np.random.default_rng(11).integers(0, 2, short.mask.shape).astype(bool)
+    try:
+        return _compare(model_type, model, Reference(checkpoint, together=_stretched(model)))
+    finally:
+        for program in _PROGRAMS:
+            program.clear_cache()  # of no use to the next model, and 30 MB
 
+
+def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityReport:
+    batch = random_batch(model.config.vocab_size)
+    nobody, everybody, some = np.zeros_like(batch.mask), np.ones_like(batch.mask), _some(batch)
     expected, states = reference.logits_and_states(batch, _middle(model))
     at_middle = np.where((batch.positions >= 1)[..., None], _head(model, jnp.asarray(states)), expected)
-    prefill, text = _prefill(model, batch)
-    decode = _decode(model, batch)
-    steps = reference.steps(batch)
     spread = float(np.ptp(expected[batch.mask]))
+    prefill, text = _prefill(model, batch)
+    decode, steps = _steps(model, batch, nobody), reference.steps(batch)
 
-    def relative(found: np.ndarray, wanted: np.ndarray, where: np.ndarray) -> float:
+    def relative(found: np.ndarray, wanted: np.ndarray, where: np.ndarray = batch.mask) -> float:
         return float(np.abs(found - wanted)[where].max()) / max(spread, 1e-30)
 
-    padded = (slice(_WHOLE, None), expected[_WHOLE:], batch.mask[_WHOLE:])
+    def whole(found: np.ndarray, wanted: np.ndarray) -> float:
+        return relative(found[:WHOLE_ROWS], wanted[:WHOLE_ROWS], batch.mask[:WHOLE_ROWS])
+
+    def padded(found: np.ndarray) -> float:
+        return relative(found[WHOLE_ROWS:], expected[WHOLE_ROWS:], batch.mask[WHOLE_ROWS:])
+
+    # Where frequencies depend on the length, so do cached keys: there, one pass and many differ by design.
+    one_pass = _stretched(model)
+    forced = (
+        _pass(model, batch, _empty_cache(model, batch), everybody)[0] if one_pass else _steps(model, batch, everybody)
+    )
     return ParityReport(
         model_type=model_type,
-        prefill=relative(prefill[:_WHOLE], expected[:_WHOLE], batch.mask[:_WHOLE]),
-        # Where frequencies depend on the length, so do the keys that a decoder has cached.
-        padded=max(relative(a[padded[0]], *padded[1:]) for a in ([prefill, decode] if limit is None else [prefill])),
-        decode=relative(decode[:_WHOLE], expected[:_WHOLE] if steps is None else steps, batch.mask[:_WHOLE]),
-        forced_exit=relative(_exit_at_middle(model, batch, batch.mask), at_middle, batch.mask),
-        mixed_exit=relative(_exit_at_middle(model, short, some), _walk(model, short, some), short.mask),
-        greedy_tokens=int(np.cumprod((text[:_WHOLE] == reference.greedy(batch)).all(axis=0)).sum()),
+        prefill=whole(prefill, expected),
+        padded=padded(prefill) if one_pass else max(padded(prefill), padded(decode)),
+        decode=whole(decode, expected if steps is None else steps),
+        forced_exit=relative(forced, at_middle),
+        mixed_exit=relative(_steps(model, batch, some), _walk(model, batch, some)),
+        greedy_tokens=_equal_tokens(text, reference.greedy(batch)),
         logit_range=spread,
     )
 
 
-def _steady_length(model: Decoder) -> int | None:
-    """Length up to which rotary frequencies do not depend on the length; None where they never do."""
+def _stretched(model: Decoder) -> bool:
+    """Whether rotary frequencies depend on the length of the text."""
     ropes = [kind.rope for kind in model.config.attention_types if kind.rope is not None]
-    limits = {"dynamic": "max_positions", "longrope": "original_max_positions"}
-    return min((getattr(rope, limits[rope.kind]) for rope in ropes if rope.kind in limits), default=None)
+    return any(rope.kind in ("dynamic", "longrope") for rope in ropes)
 
 
-class Batch(NamedTuple):
-    """Tokens [B, T], their positions (-1 for padding), and which are real."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    mask: np.ndarray
-
-    def first(self, columns: int) -> Batch:
-        """The leading columns."""
-        return Batch(*(a[:, :columns] for a in self))
-
-    def last(self, rows: np.ndarray, columns: int) -> Batch:
-        """The trailing columns of some rows."""
-        return Batch(*(a[rows, -columns:] for a in self))
+def _some(batch: Batch) -> np.ndarray:
+    """An arbitrary choice of tokens, with columns in which every row leaves, so that deep layers are skipped."""
+    chosen = np.random.default_rng(11).integers(0, 2, batch.mask.shape).astype(bool)
+    chosen[:, ::3] = True
+    return chosen
 
 
-def random_batch(vocab: int) -> Batch:
-    """Random tokens in rows of `LENGTHS`, padded on the left."""
-    longest = max(LENGTHS)
-    mask = np.arange(longest)[None] >= longest - np.array(LENGTHS)[:, None]
-    tokens = np.random.default_rng(7).integers(_FIRST_TOKEN, vocab, mask.shape)
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
-    return Batch(tokens.astype(np.int32), positions.astype(np.int32), mask)
+def _equal_tokens(found: np.ndarray, expected: np.ndarray) -> int:
+    """Leading columns that are equal in all of the expected rows."""
+    return int(np.cumprod((found[: len(expected)] == expected).all(axis=0)).sum())
 
 
 # Each program runs a few times on small arrays: compiling it is what takes time.
@@ -161,25 +153,13 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 
 
 @_jit
-def _forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Array, "B T V"], KeyValue]:
-    x, rows = model.run_layers(tokens, positions, None)
-    return model.logits(model.final_norm(x)), rows
-
-
-@_jit
-def _step(model: Decoder, tokens: Array, positions: Array, cache: KVCache) -> tuple[Float[Array, "B T V"], KVCache]:
-    x, rows = model.run_layers(tokens, positions, cache)
-    return model.logits(model.final_norm(x)), cache.append(rows, positions)
-
-
-@_jit
-def _exit(
-    model: Decoder, tokens: Array, positions: Array, routers: Routers, may_exit: Bool[Array, "B T"]
-) -> tuple[Float[Array, "B T V"], Int[Array, "B T"]]:
+def _depth(
+    model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
     """Logits and exit layers where every token that may leaves at the first checkpoint."""
     gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
-    out = run_depth(model, tokens, positions, None, routers=routers, gate=gate, may_exit=may_exit)
-    return model.logits(out.states), out.exit_layers
+    out = run_depth(model, tokens, positions, cache, routers=routers, gate=gate, may_exit=may_exit)
+    return model.logits(out.states), out.exit_layers, cache.append(out.new, positions)
 
 
 @_jit
@@ -188,25 +168,36 @@ def _head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"
 
 
 def _prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of one pass, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
-    logits, rows = _forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
-    cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions))
-    text = [np.argmax(logits[:, -1], axis=-1)]
+    """Logits of one pass at full depth, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
+    positions = jnp.asarray(batch.positions)
+    x, rows = model.run_layers(jnp.asarray(batch.tokens), positions, None)
+    logits, cache = np.asarray(_head(model, x)), _empty_cache(model, batch).append(rows, positions)
+    text = [np.argmax(logits[:, -1:], axis=-1).astype(np.int32)]
     for n in range(1, NEW_TOKENS):
-        tokens, positions = text[-1][:, None].astype(np.int32), batch.positions[:, -1:] + np.int32(n)
-        out, cache = _step(model, jnp.asarray(tokens), jnp.asarray(positions), cache)
-        text.append(np.argmax(out[:, -1], axis=-1))
-    return np.asarray(logits), np.stack(text, axis=1)
+        ones = np.ones_like(text[-1], bool)
+        out, cache = _pass(model, Batch(text[-1], batch.positions[:, -1:] + np.int32(n), ones), cache, ~ones)
+        text.append(np.argmax(out, axis=-1).astype(np.int32))
+    return logits, np.concatenate(text, axis=1)
 
 
-def _decode(model: Decoder, batch: Batch) -> np.ndarray:
-    """Logits of the batch's tokens, one at a time through the cache."""
+def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V], one token at a time through the cache, where the tokens that may leave do so in the middle."""
     cache, logits = _empty_cache(model, batch), []
     for t in range(batch.tokens.shape[1]):
-        now = (jnp.asarray(a[:, t : t + 1]) for a in (batch.tokens, batch.positions))
-        out, cache = _step(model, *now, cache)
-        logits.append(np.asarray(out))
+        out, cache = _pass(model, batch.column(t), cache, may_exit[:, t : t + 1])
+        logits.append(out)
     return np.concatenate(logits, axis=1)
+
+
+def _pass(model: Decoder, batch: Batch, cache: KVCache, may_exit: np.ndarray) -> tuple[np.ndarray, KVCache]:
+    """Logits [B, T, V] of one pass, NaN where a token left elsewhere than at the middle layer; and the longer cache."""
+    middle = _middle(model)
+    routers = constant_routers(model.config, interval=middle + 1)
+    arrays = (jnp.asarray(a) for a in (batch.tokens, batch.positions))
+    logits, layers, cache = _depth(model, *arrays, cache, routers, jnp.asarray(may_exit))
+    leave = may_exit & (batch.positions >= 1)
+    expected = np.where(batch.mask, np.where(leave, middle, model.config.num_layers - 1), -1)
+    return np.where((np.asarray(layers) == expected)[..., None], np.asarray(logits), np.nan), cache
 
 
 def _empty_cache(model: Decoder, batch: Batch) -> KVCache:
@@ -218,19 +209,8 @@ def _middle(model: Decoder) -> int:
     return (model.config.num_layers - 1) // 2
 
 
-def _exit_at_middle(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V] where the tokens that may leave do so at the middle layer; NaN where one left elsewhere."""
-    middle = _middle(model)
-    routers = constant_routers(model.config, interval=middle + 1)
-    arrays = (jnp.asarray(a) for a in (batch.tokens, batch.positions))
-    logits, layers = _exit(model, *arrays, routers, jnp.asarray(may_exit))
-    leave = may_exit & (batch.positions >= 1)
-    expected = np.where(batch.mask, np.where(leave, middle, model.config.num_layers - 1), -1)
-    return np.where((np.asarray(layers) == expected)[..., None], np.asarray(logits), np.nan)
-
-
 def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
-    """The same logits, one token and one layer after the other.
+    """The same logits as `_steps`, one token and one layer after the other.
 
     No groups and no cache: keys and values lie in Python lists. A token that has left stays as it is, and only leaves
     its keys and values behind.
@@ -242,9 +222,9 @@ def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
     leave = may_exit & (batch.positions >= 1)
     states = []
     for t in range(length):
-        tokens, positions = batch.tokens[:, t : t + 1], batch.positions[:, t : t + 1]
+        now = batch.column(t)
         seen = np.where(np.arange(length) < t, batch.positions, np.int32(-1))
-        x, contexts = _enter(model, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(seen))
+        x, contexts = _enter(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, seen)))
         for i, layer in enumerate(model.layers):
             left = leave[:, t] & (i > _middle(model))
             x, memory[i][t] = _advance(layer, x, contexts, memory[i], jnp.asarray(left))
@@ -277,105 +257,4 @@ def _advance(
     return jnp.where(left[:, None, None], x, y), new
 
 
-class Reference:
-    """Transformers' model of a checkpoint, float32, read from disk.
-
-    Args:
-      checkpoint: where it lies.
-      together: run the batch as one, padded; otherwise each length by itself, as a user with one prompt would.
-    """
-
-    def __init__(self, checkpoint: str | Path, together: bool) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
-        self._torch = torch
-        self._together = together
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        # Nothing but the greedy choice: some families force tokens or stop at them.
-        self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-
-    def logits_and_states(self, batch: Batch, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [B, T, V] and the residual stream after a layer [B, T, D]; zeros for padding."""
-        fired: dict[str, np.ndarray] = {}
-
-        def watch(name: str, module: Any) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                fired.setdefault(name, (output[0] if isinstance(output, (tuple, list)) else output).numpy())
-
-            return module.register_forward_hook(hook)
-
-        handles = [watch(name, module) for name, module in self._nth_modules(layer)]
-        logits, states = [], []
-        for rows in self._parts(batch):
-            fired.clear()
-            logits.append(self._run(rows))
-            states.append(fired[min(fired, key=lambda name: name.count("."))])
-        for handle in handles:
-            handle.remove()
-        return _padded(logits), _padded(states)
-
-    def steps(self, batch: Batch) -> np.ndarray | None:
-        """Logits of one token of whole rows at a time, through transformers' cache; None where it has none."""
-        cache, logits = None, []
-        for column in self._ids(batch.tokens[:_WHOLE]).T[:, :, None]:
-            with self._torch.no_grad():
-                out = self._model(input_ids=column, past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
-            if cache is None:
-                return None
-            logits.append(out.logits.numpy())
-        return np.concatenate(logits, axis=1)
-
-    def greedy(self, batch: Batch) -> np.ndarray:
-        """`NEW_TOKENS` tokens after each whole row: `generate`, where its text is that of the logits without a cache.
-
-        It is not for families whose `forward` counts positions from another number than `generate` does.
-        """
-        prompt = self._ids(batch.tokens[:_WHOLE])
-        text = self._model.generate(prompt, max_new_tokens=NEW_TOKENS)
-        if not self._together and not bool((self._best(text)[:, -NEW_TOKENS - 1 : -1] == text[:, -NEW_TOKENS:]).all()):
-            text = prompt
-            for _ in range(NEW_TOKENS):
-                text = self._torch.cat([text, self._best(text)[:, -1:]], dim=1)
-        return text.numpy()[:, prompt.shape[1] :]
-
-    def _best(self, ids: Any) -> Any:
-        """The most probable token after each token."""
-        with self._torch.no_grad():
-            return self._model(input_ids=ids).logits.argmax(-1)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """What to run at once: rows of equal length, or the whole batch."""
-        if self._together:
-            return [batch]
-        lengths = batch.mask.sum(axis=1)
-        return [batch.last(np.flatnonzero(lengths == n), int(n)) for n in dict.fromkeys(lengths.tolist())]
-
-    def _run(self, batch: Batch) -> np.ndarray:
-        inputs = {}
-        if not batch.mask.all():
-            mask = self._torch.tensor(batch.mask.astype(np.int64))
-            inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        with self._torch.no_grad():
-            return self._model(input_ids=self._ids(batch.tokens), **inputs).logits.numpy()
-
-    def _ids(self, tokens: np.ndarray) -> Any:
-        return self._torch.tensor(np.asarray(tokens, np.int64))
-
-    def _nth_modules(self, index: int) -> list[tuple[str, Any]]:
-        """The module at an index of every list as long as there are layers; the decoder layer is one of them."""
-        count = self._model.config.get_text_config().num_hidden_layers
-        return [
-            (name, module[index])
-            for name, module in self._model.named_modules()
-            if type(module).__name__ == "ModuleList" and len(module) == count
-        ]
-
-
-def _padded(parts: list[np.ndarray]) -> np.ndarray:
-    """Rows of several lengths in one array, ending together."""
-    longest = max(part.shape[1] for part in parts)
-    return np.concatenate([np.pad(part, ((0, 0), (longest - part.shape[1], 0), (0, 0))) for part in parts])
+_PROGRAMS: tuple[Any, ...] = (_depth, _head, _enter, _advance)

@@ -16,17 +16,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from convert.probe_decoder import context_length, decoder_of, layer_tensors, left_out, outside_tensors
+from convert.probe_decoder import context_length, decoder_of, places_of
 from convert.probe_layer import find_layer
+from convert.probe_names import weight_map
 from convert.probe_outside import find_embedding, find_head
+from convert.probe_record import record
 from convert.probe_reference import Reference, load_reference
-from convert.probe_rules import from_json, to_json, weight_map
-from convert.probe_trace import Trace, record
+from convert.probe_rules import from_json, to_json
+from convert.probe_trace import MATCH, Trace, distance
 from convert.reader import Source
 from convert.rules import Rule, coverage
 from convert.verify import TOLERANCE
 from tide_jax.architecture import DecoderConfig
-from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.decoder import from_parameters
 from tide_jax.errors import TideError
 
 __all__ = ["Probed", "from_json", "probe", "to_json"]
@@ -86,10 +88,8 @@ def _propose(source: Source, trace: Trace) -> Probed:
         layers.append(find_layer(trace, index, layers))
     head = find_head(trace)
     config = decoder_of(trace, str(source.config.get("model_type")), embedding, layers, head)
-    by_layer = [layer_tensors(layer) for layer in layers]
-    outside = outside_tensors(trace, config, embedding, head)
-    assigned = {name for part in (outside, *by_layer) for name in part}
-    rules = weight_map(source, trace.weights, by_layer, outside, left_out(trace, dict.fromkeys(assigned)))
+    places = places_of(trace, config, embedding, layers, head)
+    rules = weight_map(source, places)
     report = {"measured_against": trace.reference.route, "flags": _unusual(config), "weight_map": to_json(rules)}
     if not context_length(trace, embedding)[1]:
         report["assumed"] = f"max_positions={config.max_positions}: the configuration does not say"
@@ -120,10 +120,29 @@ def _prove(source: Source, reference: Reference, probed: Probed) -> dict[str, An
     relative = max(differences) / max(spread, 1e-30)
     if not relative <= TOLERANCE:
         raise TideError(
-            f"every part was found, but logits of {length} tokens differ by {relative:.1e} of their range, expected at "
-            f"most {TOLERANCE:.0e}"
+            f"logits of {length} tokens differ by {relative:.1e} of their range, expected at most {TOLERANCE:.0e}: "
+            f"{_first_difference(reference, model)}"
         )
     return {"max_difference": max(differences), "relative": relative, "tokens": 2 * length - start}
+
+
+def _first_difference(reference: Reference, model: Decoder) -> str:
+    """The first part of the decoder whose output is not the reference's."""
+    trace = record(reference)
+    positions = jnp.arange(len(trace.tokens), dtype=jnp.int32)[None]
+    x = model.embed_tokens(jnp.asarray(trace.tokens, jnp.int32)[None], positions)
+    streams, contexts = [x], model.contexts(positions, None)
+    for layer in model.layers:
+        x, _ = layer(x, contexts, None)
+        streams.append(x)
+    calls = [trace.call(name) for name in trace.layers]
+    expected = [calls[0].inputs, *(call.output for call in calls), trace.logits]
+    found = [*streams, model.logits(model.final_norm(x))]
+    names = ["the embedding", *(f"layer {i}" for i in range(len(calls))), "the head"]
+    for name, a, b in zip(names, found, expected, strict=True):
+        if (error := distance(np.asarray(a)[0], b)) > MATCH:
+            return f"{name} diverges first, by {error:.1e} of the range"
+    return f"no part of it does on {len(trace.tokens)} tokens"
 
 
 def assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from convert import probe_axes as axes
 from convert.probe_heads import Arrangement, Heads, arrangements, head_counts, repeated
-from convert.probe_trace import MATCH, Linear, NormCall, Trace, distance, normed, same
-from tide_jax.architecture import AttentionType, QKNorm, RopeConfig
-from tide_jax.attention import attention_context
-from tide_jax.rotary import rope_tables
+from convert.probe_numbers import fitted_scale, mixed, rotated
+from convert.probe_trace import CLEAR, MATCH, Linear, NormCall, Trace, distance, normed, same
+from tide_jax.architecture import AttentionType, QKNorm
 
 _Norm = Callable[[np.ndarray], np.ndarray]
-_CLEAR = 3e-6  # so close that no other candidate is tried
 _BEFORE_WINDOWS = 6
 
 
@@ -67,6 +63,16 @@ class AttentionFound:
     sinks: str | None
     error: float
 
+    @property
+    def kind(self) -> AttentionType:
+        """The attention type."""
+        return self.spec.kind
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """What the sublayer reads."""
+        return self.q.linear.inputs
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPieces:
@@ -105,11 +111,11 @@ def find_attention(
     search = _Search(trace, pieces)
     for spec in hints:
         search.try_full(spec)
-        if search.error <= _CLEAR:
+        if search.error <= CLEAR:
             return search.best, search.error
     for candidate in _candidates(trace, pieces):
         search.explore(candidate)
-        if search.error <= _CLEAR:
+        if search.error <= CLEAR:
             break
     return (search.best if search.error <= MATCH else None), search.error
 
@@ -148,7 +154,7 @@ class _Search:
         for clip in axes.clips(self.trace):
             if layer.values_fit(clip):
                 self._explore_flags(layer, clip)
-                if self.error <= _CLEAR:
+                if self.error <= CLEAR:
                     return
 
     def _explore_flags(self, layer: _Layer, clip: float | None) -> None:
@@ -158,7 +164,7 @@ class _Search:
             error = layer.error(spec, _BEFORE_WINDOWS)
             if error < least:
                 best, least = spec, error
-            if error <= _CLEAR:
+            if error <= CLEAR:
                 break
         if best is None:
             return
@@ -195,14 +201,20 @@ class _Layer:
         return self.sinks is not None or distance(values, self.expected[:1]) <= MATCH
 
     def specs(self, clip: float | None) -> Iterator[AttentionSpec]:
-        """Candidates without windows."""
+        """Candidates without windows. Their scale is fitted, or with a cap on scores one the configuration may mean."""
         trace, heads, width = self.trace, self.arrangement.heads, self.arrangement.width
-        scales = axes.scales(trace, width, self.pieces.out.output.shape[1], self.pieces.index)
+        known = axes.scales(trace, width, self.pieces.out.output.shape[1], self.pieces.index)
         places = axes.positions(trace, heads, width)
-        for norm, cap, scale in itertools.product(self._norm_flags(), axes.softcaps(trace), scales):
-            for place in places:
-                kind = AttentionType(scale, qk_norm=norm, sinks=self.sinks is not None, **place)
-                yield AttentionSpec(self.arrangement, kind, kind, cap, clip)
+        for norm, cap, place in itertools.product(self._norm_flags(), axes.softcaps(trace), places):
+            kind = AttentionType(1.0, qk_norm=norm, sinks=self.sinks is not None, **place)
+            spec = AttentionSpec(self.arrangement, kind, kind, cap, clip)
+            scales = known
+            if cap is None and not kind.alibi_bfloat16:
+                fitted = fitted_scale(*self._placed(spec, 2), self.expected[:2] / self.open[:2], kind)
+                scales = known[:1] if fitted is None else [axes.nearest(trace, fitted, known)]
+            for scale in scales:
+                scaled = dataclasses.replace(kind, scale=scale)
+                yield dataclasses.replace(spec, kind=scaled, seen=scaled)
 
     def _norm_flags(self) -> list[QKNorm | None]:
         """The recorded norms of queries and keys; without any, none or those that have no weights and no module."""
@@ -214,19 +226,20 @@ class _Layer:
 
     def error(self, spec: AttentionSpec, rows: int | None) -> float:
         """How far a candidate is from what enters the output projection, in its first rows."""
-        norms = [None, None] if spec.kind.qk_norm is None else [self._norm(spec.kind.qk_norm, i) for i in (0, 1)]
-        late = spec.kind.qk_norm is not None and spec.kind.qk_norm.after_rope
-
-        def placed(part: Heads, norm: _Norm | None) -> np.ndarray:
-            x = part.output[:rows]
-            x = _clipped(x if norm is None or late else norm(x), spec.clip)
-            x = _rotated(x, spec.seen)
-            return norm(x) if norm is not None and late else x
-
-        q, k = (placed(part, norm) for part, norm in zip((self.q, self.k), norms, strict=True))
-        v = _clipped(self.v.output[:rows], spec.clip)
         sinks = None if self.sinks is None else self.trace.weights[self.sinks]
-        return distance(mixed(q, k, v, spec.seen, spec.softcap, sinks) * self.open[:rows], self.expected[:rows])
+        found = mixed(*self._placed(spec, rows), spec.seen, spec.softcap, sinks)
+        return distance(found * self.open[:rows], self.expected[:rows])
+
+    def _placed(self, spec: AttentionSpec, rows: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries and keys as they meet, and values."""
+        flags = spec.kind.qk_norm
+
+        def placed(part: Heads, which: int) -> np.ndarray:
+            norm = (lambda x: x) if flags is None else self._norm(flags, which)
+            early, late = (lambda x: x, norm) if flags is not None and flags.after_rope else (norm, lambda x: x)
+            return late(rotated(_clipped(early(part.output[:rows]), spec.clip), spec.seen.rope))
+
+        return placed(self.q, 0), placed(self.k, 1), _clipped(self.v.output[:rows], spec.clip)
 
     def _norm(self, flags: QKNorm, which: int) -> _Norm:
         """The norm of queries (0) or keys (1), as a function of heads [T, N, hd]."""
@@ -297,55 +310,3 @@ def _fits(arrangement: Arrangement, linears: Sequence[Linear]) -> bool:
 
 def _clipped(x: np.ndarray, limit: float | None) -> np.ndarray:
     return x if limit is None else np.clip(x, -limit, limit)
-
-
-def _rotated(x: np.ndarray, kind: AttentionType) -> np.ndarray:
-    """Queries or keys [T, N, hd] turned by their positions."""
-    if kind.rope is None:
-        return x
-    cos, sin = _tables(dataclasses.replace(kind.rope, interleaved=False), len(x))
-    size = 2 * cos.shape[-1]
-    pairs = (
-        (slice(0, size, 2), slice(1, size, 2)) if kind.rope.interleaved else (slice(size // 2), slice(size // 2, size))
-    )
-    turned = x.copy()
-    turned[..., pairs[0]] = x[..., pairs[0]] * cos - x[..., pairs[1]] * sin
-    turned[..., pairs[1]] = x[..., pairs[1]] * cos + x[..., pairs[0]] * sin
-    return turned
-
-
-@functools.lru_cache(maxsize=256)
-def _tables(rope: RopeConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, [T, 1, R] each."""
-    tables = rope_tables(rope, jnp.arange(length, dtype=jnp.int32)[None], jnp.int32(length))
-    return np.asarray(tables[0])[0, :, None], np.asarray(tables[1])[0, :, None]
-
-
-@functools.lru_cache(maxsize=256)
-def _span(kind: AttentionType, length: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which keys each query sees [T, T], and what is added to the scores [H, T, T]."""
-    positions = jnp.arange(length, dtype=jnp.int32)[None]
-    span = attention_context(dataclasses.replace(kind, rope=None), positions, jnp.int32(length), None).new
-    return np.asarray(span.mask)[0], None if span.bias is None else np.asarray(span.bias)[0]
-
-
-def mixed(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, kind: AttentionType, softcap: float | None, sinks: np.ndarray | None
-) -> np.ndarray:
-    """What attention gives, [T, H, hv], for rotated queries [T, H, hd] and keys [T, KV, hd] and for values."""
-    keys, values = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    scores = np.matmul(q.swapaxes(0, 1), keys.transpose(1, 2, 0)) * np.float32(kind.scale)  # [H, T, S]
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    mask, bias = _span(_visible(kind), len(q))
-    scores = np.where(mask[None], scores if bias is None else scores + bias, -np.inf)
-    if sinks is not None:
-        scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=-1)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights = (weights / weights.sum(-1, keepdims=True))[..., : len(k)]
-    return np.matmul(weights, values.swapaxes(0, 1)).swapaxes(0, 1)
-
-
-def _visible(kind: AttentionType) -> AttentionType:
-    """An attention type without the flags that masks and biases do not depend on."""
-    return dataclasses.replace(kind, rope=None, qk_norm=None, scale=kind.scale if kind.alibi_bfloat16 else 1.0)

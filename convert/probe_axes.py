@@ -30,10 +30,16 @@ def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
 
 def scales(trace: Trace, width: int, hidden: int, layer: int) -> list[float]:
     """Numbers that query-key products may be multiplied by."""
-    named = [abs(v) for v in trace.numbers("scal|mult|attn|attention|query|norm_factor") if v]
+    named = [abs(v) for v in trace.settings.values() if v]
     found = [width**-0.5, 1.0, *(f(v) for v in named for f in (float, lambda v: v**-0.5, lambda v: 1 / v))]
     found += [1 / width, hidden**-0.5, width**-0.5 / (layer + 1)]
     return list(dict.fromkeys(found))
+
+
+def nearest(trace: Trace, fitted: float, known: Sequence[float]) -> float:
+    """A fitted number as the known one it stands for, where there is one."""
+    best = min(known, key=lambda value: abs(value - fitted))
+    return best if abs(best - fitted) <= 1e-3 * abs(best) else trace.exact(fitted)
 
 
 def positions(trace: Trace, heads: int, width: int) -> list[dict[str, Any]]:
@@ -49,8 +55,15 @@ def softcaps(trace: Trace) -> list[float | None]:
 
 
 def clips(trace: Trace) -> list[float | None]:
-    """Clamps of queries, keys and values."""
-    return [None, *(float(v) for v in trace.numbers("clip|clamp") if v > 0)]
+    """Clamps of queries, keys and values; those that numbers do not reach are taken from the configuration."""
+    declared = [float(v) for v in trace.numbers("clip_?qkv|qkv_?clip") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers("clip|clamp") if v > 0)]
+
+
+def limits(trace: Trace) -> list[float | None]:
+    """Clamps of gated activations; those that numbers do not reach are taken from the configuration."""
+    declared = [float(v) for v in trace.numbers("(glu|act|mlp|activation)_limit") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers("limit|clamp") if v > 0)]
 
 
 def windows(trace: Trace) -> Iterator[tuple[str, int, int]]:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from convert.probe_attention import AttentionFound
+from convert.probe_experts import expert_tensors
+from convert.probe_latent import LatentFound
 from convert.probe_layer import LayerFound
 from convert.probe_mlp import MLPFound
+from convert.probe_moe import MoEFound
+from convert.probe_names import Places
 from convert.probe_outside import EmbeddingFound, HeadFound
 from convert.probe_rules import (
     Assigned,
     Channels,
+    Oriented,
+    Shaped,
+    Slices,
     add_channels,
     add_heads,
     add_linear,
@@ -22,7 +29,7 @@ from convert.probe_rules import (
     add_out,
     add_tensor,
 )
-from convert.probe_trace import Linear, NormCall, Trace
+from convert.probe_trace import NormCall, Trace
 from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
@@ -39,10 +46,10 @@ def decoder_of(
     Raises:
       TideError: layers differ in what a `DecoderConfig` has one flag for.
     """
-    flags = _one([_layer_flags(layer) for layer in layers], [f"layer {i}" for i in range(len(layers))])
-    kinds = [layer.attention.spec.kind for layer in layers]
+    flags = _common(layers)
+    kinds = [layer.attention.kind for layer in layers]
     types = tuple(dict.fromkeys(kinds))
-    flags |= _norm_flags([norm for norm in _block_norms(embedding, layers, head)])
+    flags |= _norm_flags(list(_block_norms(embedding, layers, head)))
     flags |= _outside_flags(trace, embedding, head)
     if flags.get("positions") is None:
         flags["positions"] = "rope" if any(kind.rope for kind in types) else "none"
@@ -53,6 +60,25 @@ def decoder_of(
         attention_pattern=tuple(types.index(kind) for kind in kinds),
         **flags,
     )
+
+
+def _common(layers: Sequence[LayerFound]) -> Flags:
+    """The flags of all layers, with and without experts."""
+    found = [_layer_flags(layer) for layer in layers]
+    names = [f"layer {i}" for i in range(len(layers))]
+    mixed = [i for i, flags in enumerate(found) if "moe" in flags]
+    dense = [i for i in range(len(layers)) if i not in mixed]
+    if not mixed:
+        return _one(found, names)
+    flags = _one([found[i] for i in mixed], [names[i] for i in mixed])
+    moe = flags.pop("moe")
+    flags.setdefault("intermediate_size", moe.intermediate_size)
+    if dense:
+        plain = _one([found[i] for i in dense], [names[i] for i in dense])
+        flags = {**flags, "intermediate_size": plain["intermediate_size"], "mlp_bias": plain["mlp_bias"]}
+        _one([plain, flags], [names[dense[0]], names[mixed[0]]])
+        moe = dataclasses.replace(moe, layers=tuple(mixed))
+    return flags | {"moe": moe}
 
 
 def _one(found: Sequence[Flags], names: Sequence[str]) -> Flags:
@@ -80,7 +106,24 @@ def _layer_flags(layer: LayerFound) -> Flags:
     return flags | _attention_flags(attention) | _mlp_flags(mlp)
 
 
-def _attention_flags(attention: AttentionFound) -> Flags:
+def _latent_flags(attention: LatentFound) -> Flags:
+    down = {linear.bias is not None for linear in (attention.q_down, attention.kv_down) if linear is not None}
+    if len(down) > 1 or attention.q.bias is not None or attention.kv_up.bias is not None:
+        raise TideError("of latent attention's projections all those into the bottlenecks may have a bias, no others")
+    spec = attention.spec
+    return {
+        "latent": spec.latent,
+        "num_heads": spec.heads,
+        "num_kv_heads": spec.heads,
+        "head_dim": spec.latent.nope_dim + spec.latent.rope_dim,
+        "qkv_bias": down.pop(),
+        "attention_out_bias": attention.out.bias is not None,
+    }
+
+
+def _attention_flags(attention: AttentionFound | LatentFound) -> Flags:
+    if isinstance(attention, LatentFound):
+        return _latent_flags(attention)
     arrangement = attention.spec.arrangement
     gate = attention.gate
     kind = "none" if gate is None else "head" if gate.output.shape[1] == arrangement.heads else "channel"
@@ -105,7 +148,9 @@ def _projection_biases(attention: AttentionFound) -> Flags:
     return {"qkv_bias": q}
 
 
-def _mlp_flags(mlp: MLPFound) -> Flags:
+def _mlp_flags(mlp: MLPFound | MoEFound) -> Flags:
+    if isinstance(mlp, MoEFound):
+        return _mixture_flags(mlp)
     biases = {linear.bias is not None for linear in mlp.linears}
     if len(biases) > 1:
         raise TideError("some of the feed-forward block's linear maps have a bias and some have not")
@@ -118,10 +163,21 @@ def _mlp_flags(mlp: MLPFound) -> Flags:
     }
 
 
+def _mixture_flags(mlp: MoEFound) -> Flags:
+    flags: Flags = {"moe": mlp.moe, "activation": mlp.activation, "activation_limit": mlp.limit, "mlp_gated": True}
+    if mlp.shared is not None:
+        shared = _mlp_flags(mlp.shared)
+        flags["mlp_bias"] = shared["mlp_bias"]
+        if not shared["mlp_gated"] or shared["activation"] != mlp.activation:
+            raise TideError("routed and shared experts differ in their activation or gate")
+    return flags
+
+
 def _block_norms(embedding: EmbeddingFound, layers: Sequence[LayerFound], head: HeadFound) -> Iterable[NormCall]:
     """Every norm that takes its flags from the decoder."""
     around = [norm for layer in layers for norm in layer.norms.values()]
-    inner = [norm for layer in layers for norm in (layer.attention.sub_norm, layer.mlp.sub_norm)]
+    dense = [layer.mlp.shared if isinstance(layer.mlp, MoEFound) else layer.mlp for layer in layers]
+    inner = [layer.attention.sub_norm for layer in layers] + [mlp.sub_norm for mlp in dense if mlp is not None]
     return (norm for norm in (*around, *inner, embedding.norm, head.norm) if norm is not None)
 
 
@@ -178,14 +234,12 @@ def context_length(trace: Trace, embedding: EmbeddingFound) -> tuple[int, bool]:
     return (named[0], True) if named else (_UNKNOWN_CONTEXT, False)
 
 
-def outside_tensors(
-    trace: Trace, config: DecoderConfig, embedding: EmbeddingFound, head: HeadFound
-) -> Assigned:
+def outside_tensors(trace: Trace, config: DecoderConfig, embedding: EmbeddingFound, head: HeadFound) -> Assigned:
     """Places of the parameters outside the layers."""
     assigned: Assigned = {}
     add_tensor(assigned, embedding.table, "embed.kernel")
     if embedding.positions is not None:
-        shape = config.learned_positions, config.hidden_size
+        shape = Shaped((config.learned_positions, config.hidden_size))
         add_tensor(assigned, embedding.positions, "positions.kernel", shape)
     add_norm(assigned, embedding.norm, "embedding_norm")
     add_norm(assigned, head.norm, "final_norm")
@@ -199,17 +253,52 @@ def outside_tensors(
     return assigned
 
 
-def layer_tensors(layer: LayerFound) -> Assigned:
-    """Places of a layer's parameters, relative to the layer."""
+def layer_tensors(trace: Trace, layer: LayerFound, slices: Slices) -> Assigned:
+    """Places of a layer's parameters, relative to the layer; `slices` gains those of single stacked experts."""
     assigned: Assigned = {}
     for name, norm in layer.norms.items():
         add_norm(assigned, norm, name)
     _attention_tensors(assigned, layer.attention)
-    _mlp_tensors(assigned, layer.mlp)
+    if isinstance(layer.mlp, MLPFound):
+        _mlp_tensors(assigned, layer.mlp, "mlp")
+    else:
+        _mixture_tensors(assigned, layer.mlp, slices, trace)
     return assigned
 
 
-def _attention_tensors(assigned: Assigned, attention: AttentionFound) -> None:
+def _mixture_tensors(assigned: Assigned, mlp: MoEFound, slices: Slices, trace: Trace) -> None:
+    expert_tensors(assigned, slices, mlp.experts, trace.weights)
+    add_tensor(assigned, mlp.router, "mlp.router.kernel", Oriented())
+    for name, path in ((mlp.router_bias, "mlp.router.bias"), (mlp.correction, "mlp.correction")):
+        if name is not None:
+            add_tensor(assigned, name, path, Shaped((mlp.moe.num_experts,)))
+    if mlp.shared is not None:
+        _mlp_tensors(assigned, mlp.shared, "mlp.shared")
+    if mlp.shared_gate is not None:
+        add_linear(assigned, mlp.shared_gate, "mlp.shared_gate")
+
+
+def _latent_tensors(assigned: Assigned, attention: LatentFound) -> None:
+    heads, latent = attention.spec.heads, attention.spec.latent
+    both = latent.nope_dim + latent.value_dim
+    if attention.q_down is not None:
+        add_linear(assigned, attention.q_down, "attention.q_down")
+    add_norm(assigned, attention.q_norm, "attention.q_norm")
+    add_norm(assigned, attention.kv_norm, "attention.kv_norm")
+    add_linear(assigned, attention.kv_down, "attention.kv_down")
+    width = latent.nope_dim + latent.rope_dim
+    queries = Channels(attention.q.transposed, 0, heads, width, width, heads=True)
+    add_channels(assigned, attention.q, "attention.q", queries)
+    for path, start, size in (("k_up", 0, latent.nope_dim), ("v_up", latent.nope_dim, latent.value_dim)):
+        take = Channels(attention.kv_up.transposed, start, heads, both, size, heads=True)
+        add_channels(assigned, attention.kv_up, f"attention.{path}", take)
+    add_out(assigned, attention.out, "attention.out", heads)
+
+
+def _attention_tensors(assigned: Assigned, attention: AttentionFound | LatentFound) -> None:
+    if isinstance(attention, LatentFound):
+        _latent_tensors(assigned, attention)
+        return
     arrangement, flags = attention.spec.arrangement, attention.spec.kind.qk_norm
     add_heads(assigned, attention.q, "attention.q")
     add_heads(assigned, attention.k, "attention.kv", "0")
@@ -230,17 +319,17 @@ def _attention_tensors(assigned: Assigned, attention: AttentionFound) -> None:
         add_tensor(assigned, attention.sinks, "attention.sinks")
 
 
-def _mlp_tensors(assigned: Assigned, mlp: MLPFound) -> None:
-    add_linear(assigned, mlp.down, "mlp.down")
-    add_norm(assigned, mlp.sub_norm, "mlp.sub_norm")
+def _mlp_tensors(assigned: Assigned, mlp: MLPFound, path: str) -> None:
+    add_linear(assigned, mlp.down, f"{path}.down")
+    add_norm(assigned, mlp.sub_norm, f"{path}.sub_norm")
     if mlp.gate is None:
-        add_linear(assigned, mlp.up, "mlp.up")
+        add_linear(assigned, mlp.up, f"{path}.up")
     elif mlp.layout is None:
-        add_linear(assigned, mlp.gate, "mlp.gate_up", "0")
-        add_linear(assigned, mlp.up, "mlp.gate_up", "1")
+        add_linear(assigned, mlp.gate, f"{path}.gate_up", "0")
+        add_linear(assigned, mlp.up, f"{path}.gate_up", "1")
     else:
         for part in (0, 1):
-            add_channels(assigned, mlp.up, "mlp.gate_up", _part(mlp, part), str(part))
+            add_channels(assigned, mlp.up, f"{path}.gate_up", _part(mlp, part), str(part))
 
 
 def _part(mlp: MLPFound, part: int) -> Channels:
@@ -251,20 +340,32 @@ def _part(mlp: MLPFound, part: int) -> Channels:
     return Channels(mlp.up.transposed, which, size, 2, 1)
 
 
-def left_out(trace: Trace, assigned: Mapping[str, object]) -> dict[str, str]:
+def places_of(
+    trace: Trace, config: DecoderConfig, embedding: EmbeddingFound, layers: Sequence[LayerFound], head: HeadFound
+) -> Places:
+    """Where every parameter of the reference goes."""
+    slices: list[Slices] = [{} for _ in layers]
+    inside = [layer_tensors(trace, layer, parts) for layer, parts in zip(layers, slices, strict=True)]
+    outside = outside_tensors(trace, config, embedding, head)
+    assigned = {name for part in (outside, *inside) for name in part}
+    return Places(trace.weights, inside, slices, outside, _left_out(trace, assigned))
+
+
+def _left_out(trace: Trace, assigned: Set[str]) -> dict[str, str]:
     """Parameters of the reference that no part of the decoder needs, each with the reason."""
     import torch
 
     ran = {call.name for call in trace.calls}
     modules = dict(trace.reference.model.named_modules())
+    taken = {trace.weights[name].__array_interface__["data"][0] for name in assigned}
     reasons: dict[str, str] = {}
     for name, weight in trace.weights.items():
+        owner, _, short = name.rpartition(".")
         if name in assigned:
             continue
-        owner, _, short = name.rpartition(".")
         if not isinstance(getattr(modules.get(owner), short, None), torch.nn.Parameter):
             reasons[name] = "a constant, not a weight"
-        elif any(np.shares_memory(weight, trace.weights[other]) for other in assigned):
+        elif weight.__array_interface__["data"][0] in taken:
             reasons[name] = "tied to another tensor"
         elif owner not in ran:
             reasons[name] = "takes no part in reading text"

@@ -9,7 +9,9 @@ from typing import NamedTuple, NoReturn, get_args
 import numpy as np
 
 from convert.probe_attention import AttentionFound, AttentionPieces, find_attention
+from convert.probe_latent import LatentFound, find_latent
 from convert.probe_mlp import MLPFound, find_mlp
+from convert.probe_moe import MoEFound, find_moe
 from convert.probe_trace import (
     MATCH,
     Linear,
@@ -36,8 +38,8 @@ class LayerFound:
       placement, parallel, shared, residual_scale: flags of the decoder.
     """
 
-    attention: AttentionFound
-    mlp: MLPFound
+    attention: AttentionFound | LatentFound
+    mlp: MLPFound | MoEFound
     norms: dict[str, NormCall]
     placement: NormPlacement
     parallel: bool
@@ -92,10 +94,8 @@ class _Layer:
         )
 
     def find(self, hints: Sequence[LayerFound]) -> LayerFound:
-        mlp, error = find_mlp(self.trace, self.linears, self.norms, self.x.shape[1])
-        if mlp is None:
-            self.fail("no feed-forward block gives what its last linear map reads", error)
-        attention = self.attention([x for x in self.linears if x not in mlp.linears], hints)
+        mlp = self.feed_forward(hints)
+        attention = self.attention([x for x in self.linears if not mlp.owns(x)], hints)
         plans = [
             self.plan(attention, mlp, placement, parallel)
             for placement in get_args(NormPlacement)
@@ -106,31 +106,54 @@ class _Layer:
             self.fail("no placement of norms and residual adds gives its output", error)
         return dataclasses.replace(found, residual_scale=self.trace.exact(found.residual_scale))
 
+    def feed_forward(self, hints: Sequence[LayerFound]) -> MLPFound | MoEFound:
+        """The mixture of experts where the layer has experts, else the feed-forward block."""
+        hint = next((layer.mlp for layer in hints if isinstance(layer.mlp, MoEFound)), None)
+        mixture = find_moe(self.trace, self.trace.layers[self.index], [*self.linears, *self.norms], hint)
+        if mixture is not None:
+            if mixture[0] is None:
+                self.fail("no mixture of experts gives what the block of the experts gives", mixture[1])
+            return mixture[0]
+        found, error = find_mlp(self.trace, self.linears, self.norms, self.x.shape[1])
+        if found is None:
+            self.fail("no feed-forward block gives what its last linear map reads", error)
+        return found
+
     def fail(self, what: str, error: float) -> NoReturn:
         diverged(f"layer {self.index}", what, error)
 
-    def attention(self, left: Sequence[Linear], hints: Sequence[LayerFound]) -> AttentionFound:
+    def attention(self, left: Sequence[Linear], hints: Sequence[LayerFound]) -> AttentionFound | LatentFound:
         """Attention, from the linear maps that are not the feed-forward block's."""
         outs = [x for x in left if x.output.shape[1] == self.x.shape[1]]
         if len(left) < 2 or not outs:
             self.fail(f"{len(left)} linear maps are left for attention", np.inf)
         out = outs[-1]
         projections = tuple(x for x in left if x is not out)
+        low_rank = find_latent(self.trace, self.index, projections, self.norms, out)
+        if low_rank is not None:
+            if low_rank[0] is None:
+                self.fail("no kind of latent attention gives what its output projection reads", low_rank[1])
+            return low_rank[0]
         if stray := [x.name for x in projections if not equal(x.inputs, projections[0].inputs)]:
             self.fail(f"{', '.join(stray)} read something else than the other projections", np.inf)
         between = self.order(id(projections[0])), self.order(id(out))
         norms = tuple(norm for norm in self.norms if between[0] < self.order(id(norm)) < between[1])
         pieces = AttentionPieces(self.index, projections, out, norms, self.giving(out.inputs, ()), self.vectors)
-        found, error = find_attention(self.trace, pieces, list(dict.fromkeys(hint.attention.spec for hint in hints)))
+        specs = dict.fromkeys(h.attention.spec for h in hints if isinstance(h.attention, AttentionFound))
+        found, error = find_attention(self.trace, pieces, list(specs))
         if found is None:
             self.fail("no kind of attention gives what its output projection reads", error)
         return found
 
     def plan(
-        self, attention: AttentionFound, mlp: MLPFound, placement: NormPlacement, parallel: bool
+        self,
+        attention: AttentionFound | LatentFound,
+        mlp: MLPFound | MoEFound,
+        placement: NormPlacement,
+        parallel: bool,
     ) -> tuple[float, LayerFound | None]:
         """One way to place norms and adds, and how far it is from the layer's output; infinite without the norms."""
-        reads, gives = [attention.q.linear.inputs, mlp.inputs], [attention.out.output, mlp.output]
+        reads, gives = [attention.inputs, mlp.inputs], [attention.out.output, mlp.output]
         shared = parallel and equal(*reads)
         norms: dict[str, NormCall | None] = {}
         if placement in ("post", "sandwich"):
@@ -158,11 +181,11 @@ class _Layer:
         return max(errors), LayerFound(attention, mlp, present, placement, parallel, shared, scale)
 
     def giving(self, output: np.ndarray, streams: Sequence[np.ndarray]) -> NormCall | None:
-        """The norm that gave an array; where none was recorded, one without weights of one of the streams."""
+        """The norm that gave an array; where none was recorded, one of the streams by code without a module."""
         recorded = next((norm for norm in self.norms if equal(norm.output, output)), None)
         if recorded is not None or any(same(stream, output) for stream in streams):
             return recorded
-        bare = (bare_norm(self.trace, stream, output) for stream in streams)
+        bare = (bare_norm(self.trace, stream, output, self.vectors) for stream in streams)
         return next((norm for norm in bare if norm is not None), None)
 
     def reading(self, inputs: np.ndarray) -> NormCall | None:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from convert import probe_axes as axes
 from convert.probe_trace import MATCH, Linear, NormCall, Trace, distance, same
 from tide_jax.activations import ACTIVATIONS, SWIGLU_OAI, gated
 
-_NAMES = tuple({function: name for name, function in reversed(ACTIVATIONS.items())}.values())
+ACTIVATION_NAMES = tuple({function: name for name, function in reversed(ACTIVATIONS.items())}.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,10 @@ class MLPFound:
         """The linear maps it is made of."""
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
+    def owns(self, linear: Linear) -> bool:
+        """Whether a linear map is part of the block."""
+        return linear in self.linears
+
     @property
     def inputs(self) -> np.ndarray:
         """What the block reads."""
@@ -69,11 +74,11 @@ def find_mlp(
     Args:
       width: of the residual stream.
     """
-    limits = [None, *(float(v) for v in trace.numbers("limit|clamp") if v > 0)]
+    limits = axes.limits(trace)
     tried = (
         _measured(shape, activation, limit)
         for shape in _shapes(linears, norms, width)
-        for activation in (*_NAMES, SWIGLU_OAI)
+        for activation in (*ACTIVATION_NAMES, SWIGLU_OAI)
         for limit in limits
         if shape.gate is not None or (limit is None and activation != SWIGLU_OAI)
     )

@@ -65,11 +65,13 @@ def find_embedding(trace: Trace) -> EmbeddingFound:
     projects = [part for part in outside if isinstance(part, Linear) and equal(part.inputs, tokens.output)]
     norms = [part for part in outside if isinstance(part, NormCall) and equal(part.output, target)]
     tried = [
-        _embedding(trace, tokens, project, norm, lookups, target)
-        for project in (None, *projects)
-        for norm in (None, *norms)
+        _embedding(trace, tokens, project, norm, target) for project in (None, *projects) for norm in (None, *norms)
     ]
-    bare = bare_norm(trace, tokens.output, target)
+    bare = (
+        None
+        if norms or tokens.output.shape != target.shape
+        else bare_norm(trace, tokens.output, target, _vectors(trace))
+    )
     if bare is not None:
         tried.append((0.0, EmbeddingFound(tokens.table, None, 1.0, None, 0, bare)))
     error, found = min(tried, key=lambda entry: entry[0])
@@ -84,12 +86,17 @@ def _outside(trace: Trace) -> list[object]:
     return [part for part in trace.parts if not part.name.startswith(prefixes)]
 
 
+def _vectors(trace: Trace) -> list[str]:
+    """Parameters of one axis in no layer."""
+    prefixes = tuple(f"{layer}." for layer in trace.layers)
+    return [name for name, weight in trace.weights.items() if weight.ndim == 1 and not name.startswith(prefixes)]
+
+
 def _embedding(
     trace: Trace,
     tokens: Lookup,
     project: Linear | None,
     norm: NormCall | None,
-    lookups: Sequence[Lookup],
     target: np.ndarray,
 ) -> tuple[float, EmbeddingFound | None]:
     """The closest sum of scaled token vectors and positions."""
@@ -98,7 +105,7 @@ def _embedding(
     if vectors.shape != total.shape:
         return _NO_FIT
     best: tuple[float, EmbeddingFound | None] = _NO_FIT
-    for table, offset, added in _positions(trace, tokens, lookups, total.shape):
+    for table, offset, added in _positions(trace, tokens, total.shape):
         scale = trace.exact(factor(total - added, vectors))
         error = distance(np.float32(scale) * vectors + added, total)
         if error < best[0]:
@@ -106,14 +113,9 @@ def _embedding(
     return best
 
 
-def _positions(
-    trace: Trace, tokens: Lookup, lookups: Sequence[Lookup], shape: tuple[int, ...]
-) -> Iterator[tuple[str | None, int, np.ndarray]]:
+def _positions(trace: Trace, tokens: Lookup, shape: tuple[int, ...]) -> Iterator[tuple[str | None, int, np.ndarray]]:
     """Tables of position vectors that may have been added: parameter, offset, rows."""
     yield None, 0, np.zeros(shape, np.float32)
-    for part in lookups:
-        if part is not tokens and part.output.shape == shape and equal(part.output, trace.weights[part.table][part.inputs]):
-            yield part.table, int(part.inputs[0]), part.output
     for name, weight in trace.weights.items():
         rows = weight.size // max(weight.shape[-1], 1) if weight.ndim else 0
         if name != tokens.table and weight.ndim > 1 and weight.shape[-1] == shape[1] and rows == max(weight.shape[:-1]):
@@ -127,6 +129,9 @@ def find_head(trace: Trace) -> HeadFound:
     last = trace.call(trace.layers[-1]).output
     linears = [part for part in outside if isinstance(part, Linear)]
     norms = [part for part in outside if isinstance(part, NormCall) and equal(part.inputs, last)]
+    ends = [x.inputs for x in linears if x.output.shape == trace.logits.shape and not same(x.inputs, last)]
+    bare = (bare_norm(trace, last, end, _vectors(trace)) for end in ends if not norms and end.shape == last.shape)
+    norms += [norm for norm in bare if norm is not None]
     best: tuple[float, HeadFound | None] = _NO_FIT
     for norm in (*norms, None):
         for project in (None, *linears):

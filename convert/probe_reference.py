@@ -42,16 +42,30 @@ class Reference:
         """Logits [T, V] of one row of tokens [T]."""
         import torch
 
-        takes = inspect.signature(self.model.forward).parameters
-        options = {"use_cache": False} if "use_cache" in takes else {}
+        ids = torch.tensor(tokens[None], dtype=torch.int64)
         with torch.no_grad():
-            out = self.model(torch.tensor(tokens[None], dtype=torch.int64), **options)
-        logits = getattr(out, "logits", None)
+            out = self.model(ids, **_arguments(self.model, ids))
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if logits is None:
             logits = out[0] if isinstance(out, tuple | list) else out
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
-            raise TideError(f"{self.route} does not give logits [B, T, V], so nothing can be compared with it")
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[1] != len(tokens):
+            raise TideError(f"{self.route} does not give logits [B, T, V] of every token, so nothing can be compared")
         return logits[0].float().numpy()
+
+
+def _arguments(model: Any, ids: Any) -> dict[str, Any]:
+    """What a model's forward needs besides tokens, and no cache."""
+    import torch
+
+    taken = dict(list(inspect.signature(model.forward).parameters.items())[1:])
+    given = {name: False for name in ("use_cache",) if name in taken}
+    for name, parameter in taken.items():
+        if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            if "mask" in name:
+                given[name] = torch.ones_like(ids)
+            elif "pos" in name:
+                given[name] = torch.arange(ids.shape[1])[None]
+    return given
 
 
 def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bool) -> Reference:
@@ -112,13 +126,44 @@ class _KnownType(_KnownClass):
 class _OwnCode(_KnownType):
     """The checkpoint's own Python code, which the user trusts."""
 
-    def config(self) -> Any:
-        from transformers import AutoConfig
+    def __init__(self, source: Source, reference: str) -> None:
+        from transformers import AutoModelForCausalLM
 
-        return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
+        directory = source.files[0].parent
+        super().__init__(directory, source.config, f"the checkpoint's {reference}", AutoModelForCausalLM)
+        self.source, self.reference = source, reference
+
+    def config(self) -> Any:
+        from transformers import AutoConfig, PretrainedConfig
+
+        if "AutoConfig" in self.values["auto_map"]:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
+        return (getattr(self._own_class(), "config_class", None) or PretrainedConfig).from_dict(dict(self.values))
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
-        return _from_pretrained(self.model_class, self.directory, config=hf, trust_remote_code=True)
+        try:
+            return _from_pretrained(self.model_class, self.directory, config=hf, trust_remote_code=True)
+        except Exception as first:  # code written for other versions of transformers, or for none
+            try:
+                return self._by_hand(hf)
+            except Exception:
+                raise first from None
+
+    def _own_class(self) -> Any:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(self.reference, str(self.directory))
+
+    def _by_hand(self, hf: Any) -> tuple[Any, set[str]]:
+        """Makes the module and copies the checkpoint's tensors into it by their names."""
+        import torch
+
+        model = self._own_class()(hf)
+        tensors = {name: torch.from_numpy(self.source.read(name).astype(np.float32)) for name in self.source.tensors}
+        model.load_state_dict(tensors, strict=False)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {parameters[name].data_ptr() for name in tensors if name in parameters}
+        return model, {name for name, parameter in parameters.items() if parameter.data_ptr() not in loaded}
 
 
 def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
@@ -138,7 +183,7 @@ def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
                 f"{source.description}: model_type {model_type!r} is not supported, and the checkpoint brings its own "
                 f"Python code ({auto_map[_AUTO]}): read that code, then pass --trust-remote-code to run and probe it"
             )
-        return _OwnCode(directory, values, f"the checkpoint's {auto_map[_AUTO]}", transformers.AutoModelForCausalLM)
+        return _OwnCode(source, auto_map[_AUTO])
     for name in names:
         found = getattr(transformers, name, None)
         if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):

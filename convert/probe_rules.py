@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 
 from convert.probe_heads import Heads
 from convert.probe_trace import Linear, NormCall
-from convert.reader import Source
-from convert.rules import Rule, Target, ignore, move, whole
+from convert.rules import Rule, Take, Target, whole
 from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
 Assigned = dict[str, list[Target]]
 """Where each parameter of the reference goes."""
+
+
+Slices = dict[str, tuple[np.ndarray, Target]]
+"""Parts of stacked parameters that a checkpoint may store by themselves, with the place of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Channels:
     width: int
     heads: bool = False
 
-    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        x = a.T if self.transposed else a
+    def __call__(self, a: np.ndarray, c: DecoderConfig | None = None) -> np.ndarray:
+        x = a.swapaxes(-1, -2) if self.transposed else a
         first, offset = divmod(self.start, self.stride)
         runs = x.reshape(*x.shape[:-1], -1, self.stride)
         runs = runs[..., first : first + self.count, offset : offset + self.width]
@@ -57,10 +61,10 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Oriented:
-    """A linear map's weight as [in, out], stored [out, in]."""
+    """A linear map's weight as [..., in, out], stored [..., out, in]."""
 
-    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        return a.T
+    def __call__(self, a: np.ndarray, c: DecoderConfig | None = None) -> np.ndarray:
+        return a.swapaxes(-1, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ def add_channels(assigned: Assigned, linear: Linear, path: str, take: Channels, 
 def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> None:
     """Heads of a projection; `part` is the slot behind the heads' axis."""
     linear, width, starts = heads.linear, heads.width, heads.starts
-    strides = {b - a for a, b in zip(starts, starts[1:], strict=False)} or {width}
+    strides = {b - a for a, b in itertools.pairwise(starts)} or {width}
     stride = next(iter(strides))
     if len(strides) == 1 and linear.output.shape[1] % stride == 0 and starts[0] % stride + width <= stride:
         take = Channels(linear.transposed, starts[0], len(starts), stride, width, heads=True)
@@ -119,98 +123,13 @@ def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[
             _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
 
 
-def add_tensor(assigned: Assigned, name: str, path: str, shape: tuple[int, ...] | None = None) -> None:
-    """A parameter as it is, or in another shape."""
-    _add(assigned, name, Target(path, whole if shape is None else Shaped(shape)))
+def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole) -> None:
+    """One parameter."""
+    _add(assigned, name, Target(path, take))
 
 
 def _add(assigned: Assigned, name: str, target: Target) -> None:
     assigned.setdefault(name, []).append(target)
-
-
-def weight_map(
-    source: Source,
-    weights: Mapping[str, np.ndarray],
-    by_layer: Sequence[Assigned],
-    outside: Assigned,
-    left_out: Mapping[str, str],
-) -> tuple[Rule, ...]:
-    """The rules of a checkpoint's tensors.
-
-    Args:
-      weights: parameters of the reference, by its names.
-      by_layer: each layer's parameters; target paths are relative to the layer.
-      outside: all others.
-      left_out: parameters the decoder does not need, with the reason.
-    """
-    stored = stored_names(source, weights)
-    layer_of = {name: i for i, assigned in enumerate(by_layer) for name in assigned}
-    position = _layer_position([(name, layer_of[p]) for name, p in stored.items() if p in layer_of])
-    rules: dict[str, dict[tuple[Target, ...], list[tuple[str, int]]]] = {}
-    fixed: list[Rule] = []
-    for name, parameter in stored.items():
-        if parameter in layer_of:
-            layer = layer_of[parameter]
-            targets = tuple(by_layer[layer][parameter])
-            rules.setdefault(_template(name, position), {}).setdefault(targets, []).append((name, layer))
-        elif parameter in outside:
-            fixed.append(move(name, *outside[parameter]))
-        else:
-            reason = left_out.get(parameter, "") if parameter else "the reference model has no such parameter"
-            if not reason:
-                raise TideError(f"no part of the decoder was found for tensor {name}, which the model uses")
-            fixed.append(ignore(move(name).pattern, reason))
-    for template, kinds in rules.items():
-        if len(kinds) == 1:
-            fixed.append(move(template, *(_in_layer(target, "{layer}") for target in next(iter(kinds)))))
-        else:
-            fixed += [
-                move(name, *(_in_layer(target, str(layer)) for target in targets))
-                for targets, names in kinds.items()
-                for name, layer in names
-            ]
-    return tuple(fixed)
-
-
-def _in_layer(target: Target, layer: str) -> Target:
-    return dataclasses.replace(target, path=f"layers.{layer}.{target.path}")
-
-
-def _template(name: str, position: int) -> str:
-    parts = name.split(".")
-    return ".".join([*parts[:position], "{layer}", *parts[position + 1 :]])
-
-
-def _layer_position(names: Sequence[tuple[str, int]]) -> int:
-    """Which part of the tensors' names is the layer's number."""
-    common = None
-    for name, layer in names:
-        found = {i for i, part in enumerate(name.split(".")) if part == str(layer)}
-        common = found if common is None else common & found
-    if not common:
-        raise TideError("the layers' tensors are not named by the layer's number: no weight map can be written")
-    return min(common)
-
-
-def stored_names(source: Source, weights: Mapping[str, np.ndarray]) -> dict[str, str | None]:
-    """The reference's parameter that each stored tensor is: by its name, by the end of its name, or by its numbers."""
-    found: dict[str, str | None] = {}
-    left = dict.fromkeys(name for name in weights if name not in source.tensors)
-    for name, info in source.tensors.items():
-        fitting = [p for p in (name, *left) if p in weights and weights[p].shape == info.shape]
-        exact = [p for p in fitting if p == name]
-        ends = [p for p in fitting if p.endswith(f".{name}") or name.endswith(f".{p}")]
-        if not exact and len(ends) != 1:
-            tensor = source.read(name).astype(np.float32) if fitting else None
-            ends = [p for p in fitting if tensor is not None and np.array_equal(weights[p], tensor)]
-            ends.sort(key=lambda p: -_common_end(p, name))
-        found[name] = next(iter(exact or ends), None)
-    return found
-
-
-def _common_end(a: str, b: str) -> int:
-    """Characters two names have in common at their ends."""
-    return next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
 
 
 def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
@@ -229,9 +148,7 @@ def _target_json(target: Target) -> dict[str, Any]:
 def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
     """Inverse of `to_json`. Raises TideError for what it did not write."""
     try:
-        return tuple(
-            Rule(entry["pattern"], tuple(map(_target, entry["targets"])), entry["reason"]) for entry in values
-        )
+        return tuple(Rule(entry["pattern"], tuple(map(_target, entry["targets"])), entry["reason"]) for entry in values)
     except (KeyError, TypeError, ValueError) as error:
         raise TideError(f"the recorded weight map is damaged ({error}): convert the checkpoint again") from error
 

@@ -40,6 +40,8 @@ class QuantisedSource:
       TideError: the method, or the way it was used, is not supported; a part of a weight is missing or malformed.
     """
 
+    rewritten = True
+
     def __init__(self, stored: HuggingFaceSource) -> None:
         self._stored = stored
         self._weights = _packed_weights(stored, stored.config[CONFIG_KEY])

@@ -42,7 +42,8 @@ class Source(Protocol):
       tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
       files: the weight files, for hashing.
 
-    A source that shows less than its files hold has `left_out`, too: the other tensors, with the reason.
+    A source that shows less than its files hold has `left_out`, too: the other tensors, with the reason. One whose
+    tensors differ from what transformers makes of the files has `rewritten`, which is true.
     """
 
     description: str

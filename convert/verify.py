@@ -10,8 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from convert.lora import LoRASource
-from convert.quantised import QuantisedSource
 from convert.reader import Source
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
@@ -113,7 +111,7 @@ def reference_model(source: Source) -> Any:
     """
     import torch
 
-    if isinstance(source, (LoRASource, QuantisedSource)):
+    if getattr(source, "rewritten", False):
         return _model_of_read_weights(source)
     file = source.files[0]
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
@@ -130,7 +128,7 @@ def _model_of_read_weights(source: Source) -> Any:
 
     weights = {name: torch.tensor(source.read(name).astype(np.float32)) for name in source.tensors}
     config = CONFIG_MAPPING[source.config["model_type"]].from_dict(dict(source.config))
-    reference = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    reference: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return reference.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
 
 

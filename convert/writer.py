@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,11 +103,12 @@ class ShardWriter:
         for index in leading:
             shape = shape[1:]
             offset += index * self._bytes(shape)
-        row_bytes = self._bytes(shape[1:])
+        piece, (length, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
+        row_bytes = self._bytes(row)
         rows = max(1, _BLOCK_BYTES // row_bytes)
-        for start in range(0, shape[0], rows):
+        for start in range(0, length, rows):
             part = checked_cast(piece[start : start + rows], self._layout.dtype, source)
-            self._write_rows(shard, offset + start * row_bytes, (len(part), *shape[1:]), inner, part)
+            self._write_rows(shard, offset + start * row_bytes, (len(part), *row), inner, part)
 
     def sync(self) -> None:
         """Waits until the data is on disk."""
@@ -141,7 +142,7 @@ class ShardWriter:
         for name in names:
             self._places[name] = (shard, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def _bytes(self, shape: tuple[int, ...]) -> int:
+    def _bytes(self, shape: Sequence[int]) -> int:
         return math.prod(shape) * self._layout.dtype.itemsize
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes measured tables into README.md and docs/ from the JSON in scripts/results/: ``python scripts/readme_tables.py``.
+"""Writes measured tables into README.md and docs/ from scripts/results/: ``python scripts/readme_tables.py``.
 
 Each table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``. With --check nothing is written, and the exit
 code is 1 where a file is not what the results say.
@@ -86,14 +86,13 @@ def family_counts() -> str:
     report = json.loads((RESULTS / "families.json").read_text())
     types = report["types"]
     counts = collections.Counter(entry["status"] for entry in types.values())
-    proven = [entry["relative"] for entry in types.values() if entry["status"] == "parity"]
+    worst = max(entry["relative"] for entry in types.values() if entry["status"] == "parity")
+    in_part = f", {counts['in part']} in part" if counts["in part"] else ""
     return (
         f"Of the {len(types)} causal language model types of transformers {report['versions']['transformers']}, "
-        f"{counts['parity']} convert with parity"
-        + (f" and {counts['in part']} in part" if counts["in part"] else "")
-        + f" (largest difference of any logit: {max(proven):.0e} of the logit range); {counts['refused']} are refused by "
-        f"name, with the reason, and {counts['not a decoder']} are encoders or halves of encoder-decoder pairs. "
-        "docs/families.md lists them all."
+        f"{counts['parity']} convert with parity{in_part}; no logit differs by more than {worst:.0e} of their range. "
+        f"{counts['refused']} are refused by name, with the reason; {counts['not a decoder']} are encoders or pairs of "
+        "encoder and decoder. docs/families.md lists them all."
     )
 
 

@@ -15,7 +15,7 @@ from tiny_llama import random_tensors, refusal, save, save_sharded
 
 from convert import open_model
 from convert.architecture import decoder_config
-from convert.families import FAMILIES
+from convert.families import FAMILIES, REFUSED
 from convert.reader import HuggingFaceSource, open_source
 from convert.rules import Target, coverage, ignore, move
 from tide_jax.errors import TideError
@@ -149,14 +149,18 @@ def test_config_is_not_json(source: Path) -> None:
 
 def test_config_without_model_type(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type=None))
-    assert "config.json has no model_type; supported are" in message
-    assert "llama" in message
+    assert "config.json has no model_type, expected one such as 'llama'" in message
 
 
 def test_unsupported_model_type(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="t5"))
-    assert "model_type 't5' is not supported; supported are" in message
-    assert all(name in message for name in FAMILIES)
+    assert f"model_type 't5' is none of the {len(FAMILIES)} that convert by table" in message
+
+
+def test_a_state_space_model_is_refused_with_the_reason(tmp_path: Path) -> None:
+    message = refusal(save(tmp_path / "source", model_type="mamba"))
+    assert "model_type 'mamba' does not convert: it is a recurrent (state-space) model" in message
+    assert set(REFUSED).isdisjoint(FAMILIES)
 
 
 def test_invalid_config_value(tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_invalid_config_value(tmp_path: Path) -> None:
         ({"model_type": "gpt2", "n_layer": 1, "add_cross_attention": True}, "add_cross_attention=True"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ({"hidden_act": "mish"}, "activation 'mish' is not implemented"),
-        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_type 'proportional'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type 'spiral'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer type chunked_attention"),
     ],

@@ -18,6 +18,7 @@ from tiny_llama import CONFIG, random_tensors, save
 
 import convert.exporting
 import tide_jax
+import tide_jax.checkpoint
 import tide_jax.cli
 from convert import convert as convert_checkpoint
 from convert import export
@@ -77,10 +78,12 @@ def assert_same_logits(reference: Any, exported: Path) -> None:
     np.testing.assert_array_equal(logits(load_hf(exported)), expected)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_logits_of_every_family(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model_type", ["gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3"]
+)
+def test_logits(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tiny_hf import save_tiny
+    from convert.tiny import save_tiny
 
     reference = save_tiny(model_type, tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "converted", max_shard_bytes=30_000)
@@ -89,9 +92,31 @@ def test_logits_of_every_family(model_type: str, tmp_path: Path) -> None:
     assert_same_logits(reference, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from convert.tiny import save_tiny
+
+    save_tiny(model_type, tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
+    config = tide_jax.checkpoint.load_config(tmp_path / "converted")
+    longest = read_config(tmp_path / "source").get("max_position_embeddings", 0)
+    if config.max_positions < longest and not config.learned_positions:
+        message = refusal(tmp_path / "converted")
+        assert f"was converted for {config.max_positions} tokens, not {longest}, without " in message
+        return
+    report = export(tmp_path / "converted", tmp_path / "hf")
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "hf"))
+    assert found.keys() == {name for name in expected if name in found or name not in report.ignored}
+    for name in found:
+        unused = found[name] == 0 if name in report.ignored else False
+        np.testing.assert_array_equal(found[name], np.where(unused, 0, expected[name]), err_msg=name)
+    assert read_config(tmp_path / "hf") == read_config(tmp_path / "source") | {"dtype": "float32"}
+
+
 def test_bfloat16_in_shards(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tiny_hf import save_tiny
+    from convert.tiny import save_tiny
 
     reference = save_tiny("mixtral", tmp_path / "source", dtype="bfloat16", max_shard_size="60KB")
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
@@ -105,7 +130,7 @@ def test_bfloat16_in_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_heads_tied_and_not(model_type: str, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tiny_hf import save_tiny
+    from convert.tiny import save_tiny
 
     reference = save_tiny(model_type, tmp_path / "source", tie_word_embeddings=tied)
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import ExpertGatingFuncType, GGUFEndian, GGUFWriter, RopeScalingType
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFEndian, GGUFWriter, RopeScalingType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
 from gguf_files import FF, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, llama_cpp_row_order, save, smollm2, write_model
 
 from convert.gguf_source import GGUFSource
@@ -86,6 +88,28 @@ def test_weights_and_config_are_what_transformers_reads(tmp_path: Path, architec
     for key in ("hidden_size", "num_key_value_heads", "intermediate_size", "rope_parameters", "vocab_size"):
         assert source.config[key] == getattr(theirs, key), key
     assert type(model).__name__ == source.config["architectures"][0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q5_0, Kind.Q5_1, Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4]
+    + [kind for kind in Kind if kind.name.startswith("IQ")],
+    ids=lambda kind: kind.name,
+)
+def test_quantised_blocks_of_experts(tmp_path: Path, kind: Kind) -> None:
+    """Each expert is its own tensor, read by itself."""
+    block, size = GGML_QUANT_SIZES[kind]
+    rows = 512 // block * size
+    # No byte of a float16 scale above 0x3B: that would make it infinite.
+    stored = np.random.default_rng(0).integers(0, 0x3C, (3, 4, rows)).astype(np.uint8)
+    write_model(tmp_path / "m.gguf", extra=lambda w: w.add_tensor("blk.0.ffn_up_exps.weight", stored, raw_dtype=kind))
+    source = GGUFSource(tmp_path / "m.gguf")
+    expected = dequantize(stored, kind)
+    assert np.isfinite(expected).all()
+    for expert in range(3):
+        values = source.read(f"model.layers.0.block_sparse_moe.experts.{expert}.w3.weight")
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, expected[expert])
 
 
 def test_reading_an_unknown_name_is_refused(tmp_path: Path) -> None:
@@ -186,8 +210,14 @@ def test_rope_divisors_of_one_change_nothing(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
+SIGMOID = ExpertGatingFuncType.SIGMOID
 REFUSALS = {
-    "mixture": (lambda w: w.add_expert_count(8), "expert_count=8"),
+    "scores of experts": (
+        lambda w: (w.add_expert_count(8), w.add_expert_used_count(2), w.add_expert_gating_func(SIGMOID)),
+        "expert_gating_func=2",
+    ),
+    "value width": (lambda w: w.add_value_length(8), "attention.value_length=8"),
+    "encoder": (lambda w: w.add_causal_attention(False), "attention.causal=False"),
     "window": (lambda w: w.add_sliding_window(32), "sliding_window=32"),
     "unknown setting": (lambda w: w.add_clamp_kqv(1.0), "clamp_kqv"),
     "unknown tensor": (lambda w: w.add_tensor("blk.0.sinks.weight", np.ones(4, np.float32)), "blk.0.sinks.weight"),
@@ -220,8 +250,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "m.gguf", "gemma2")
-    assert "'gemma2', supported are llama, qwen2, qwen3" in error_of(tmp_path / "m.gguf")
+    write_model(tmp_path / "m.gguf", "mamba")
+    assert "'mamba', supported are llama, mistral3" in error_of(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.005, 0.02, 0.5, 0.99])
@@ -242,6 +272,37 @@ def test_flipped_bits_in_the_header_never_escape_as_another_error(tmp_path: Path
         (tmp_path / "m.gguf").write_bytes(damaged)
         with contextlib.suppress(TideError):
             GGUFSource(tmp_path / "m.gguf")
+
+
+def write_parts(directory: Path) -> list[Path]:
+    """A model in parts of four tensors."""
+    writer = GGUFWriter(directory / "m.gguf", "llama", split_max_tensors=4)
+    for i in range(10):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(4, np.float32))
+    save(writer)
+    return sorted(directory.glob("m-*.gguf"))
+
+
+def test_missing_part(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path)
+    assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    parts[1].unlink()
+    assert "expected m-00002-of-00003.gguf beside it" in error_of(parts[0])
+
+
+def test_renamed_part(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path)
+    error = error_of(parts[0].rename(tmp_path / "first.gguf"))
+    assert "one of 3 parts" in error
+    assert "model-00001-of-00003.gguf" in error
+
+
+def test_swapped_parts(tmp_path: Path) -> None:
+    first, second, _ = write_parts(tmp_path)
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert "says it is part 1 of 3, expected 0 of 3" in error_of(first)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 this is a zip", b"GG"])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter
+from gguf.constants import MODEL_ARCH_NAMES
+from gguf.quants import dequantize, quantize
 from gguf_converter import RECIPES, convert_to_gguf
 
 from convert.architecture import decoder_config
@@ -44,6 +50,7 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
     "factor": 4.0,
 }
+USUAL = math.sqrt(1 + math.log(4.0) / math.log(16))  # longrope's magnitude for a context four times 16
 GROUPS = {"n_group": 4, "topk_group": 2, "n_routed_experts": 8, "num_experts_per_tok": 3}
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 
@@ -54,6 +61,8 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("llama", "mistral", NO_WINDOW),
     ("llama", "internlm3", {}),
     ("mixtral", "mixtral", NO_WINDOW),
+    ("internlm2", "llama", BARE),
+    ("exaone", "llama", BARE | {"rope_parameters": LLAMA3}),
     ("mistral3", "mistral", NO_WINDOW),
     ("ministral3", "ministral3", NO_WINDOW),
     ("qwen2", "qwen2", UNUSED_WINDOW),
@@ -104,6 +113,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("qwen3vlmoe", "qwen3_moe", UNUSED_WINDOW | BARE | {"norm_topk_prob": True, "mlp_only_layers": []}),
     ("olmoe", "olmoe", {}),
     ("phimoe", "phimoe", {}),
+    ("phimoe", "phimoe", NO_WINDOW | {"rope_parameters": LONGROPE | {"short_mscale": USUAL, "long_mscale": USUAL}}),
     ("granitemoe", "granitemoe", {}),
     ("granitemoe", "granitemoeshared", {"attention_bias": False}),
     ("ernie4_5-moe", "ernie4_5_moe", {}),
@@ -163,8 +173,54 @@ def compare_weights(ours: Decoder, theirs: Decoder) -> None:
 
 
 def test_every_architecture_is_tried() -> None:
-    tried = {recipe.removeprefix("old ") for recipe, _, _ in CASES}
-    written = {RECIPES[recipe].arch for recipe, _, _ in CASES}
-    from gguf.constants import MODEL_ARCH_NAMES
+    assert {MODEL_ARCH_NAMES[RECIPES[recipe].arch] for recipe, _, _ in CASES} == set(ARCHITECTURES)
 
-    assert {MODEL_ARCH_NAMES[arch] for arch in written} == set(ARCHITECTURES), tried
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    save_tiny("glm4_moe", tmp_path / "hf", num_nextn_predict_layers=0)
+
+    def change(writer: GGUFWriter) -> None:
+        writer.add_block_count(6)
+        writer.add_nextn_predict_layers(1)
+        writer.add_tensor("blk.5.attn_norm.weight", np.ones(48, np.float32))
+        writer.add_tensor("blk.5.nextn.eh_proj.weight", np.ones((48, 96), np.float32))
+
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "glm4moe", change=change)
+    compare_weights(open_model(tmp_path / "m.gguf"), open_model(tmp_path / "hf"))
+
+
+def test_parts_of_a_model(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "hf", sliding_window=None)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "mixtral", split_max_tensors=20)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) > 2
+    for part in (parts[0], parts[-1]):
+        assert GGUFSource(part).files == parts
+        compare_weights(open_model(part), open_model(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    "recipe, model_type, fields",
+    [("mixtral", "mixtral", {}), ("deepseek2", "deepseek_v3", {}), ("gpt-oss", "gpt_oss", {})],
+)
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.MXFP4, Kind.BF16], ids=lambda kind: kind.name)
+def test_quantised_weights(tmp_path: Path, recipe: str, model_type: str, fields: dict[str, Any], kind: Kind) -> None:
+    """A file in quantised blocks is the file of the numbers they stand for."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "moe_intermediate_size": 32}
+    save_tiny(model_type, tmp_path / "hf", **sizes, **fields)
+
+    def quantised(name: str, values: np.ndarray) -> tuple[np.ndarray, Kind]:
+        fits = values.ndim > 1 and values.shape[-1] % 32 == 0
+        return (quantize(values, kind), kind) if fits else (values, Kind.F32)
+
+    def rounded(name: str, values: np.ndarray) -> tuple[np.ndarray, Kind]:
+        data, stored = quantised(name, values)
+        return dequantize(data, stored).astype(np.float32), Kind.F32
+
+    convert_to_gguf(tmp_path / "hf", tmp_path / "quantised.gguf", recipe, store=quantised)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "rounded.gguf", recipe, store=rounded)
+    assert kind.name in GGUFSource(tmp_path / "quantised.gguf").description
+    ours, theirs = (open_model(tmp_path / f"{name}.gguf", "float32") for name in ("quantised", "rounded"))
+    compare_weights(ours, theirs)
+    tokens = jnp.arange(4, 24)[None]
+    np.testing.assert_allclose(ours(tokens), theirs(tokens), rtol=0, atol=1e-5)

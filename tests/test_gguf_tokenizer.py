@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gguf import GGUFWriter
 from gguf_files import smollm2, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from convert.gguf_pretokenizers import PRE_TOKENIZERS
 from convert.gguf_source import GGUFSource
 from convert.gguf_tokenizer import build_tokenizer
 from tide_jax.errors import TideError
@@ -121,6 +123,38 @@ def test_words(pre: str, words: list[str]) -> None:
     assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345 ok!\n")] == words
 
 
+@pytest.mark.parametrize(
+    "pre, words",
+    [
+        ("mpt", "It|'s|ĠHTMLTag|'s|Ġ12345|Ġa|,|Ġb|!|ĊĊ"),
+        ("command-r", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!|ĊĊ"),
+        ("glm4", "It|'s|ĠHTMLTag|'s|Ġ|123|45|Ġa|,|Ġb|!ĊĊ"),
+        ("gpt-4o", "It's|ĠHTMLTag's|Ġ|123|45|Ġa|,|Ġb|!ĊĊ"),
+        ("tekken", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!ĊĊ"),
+        ("falcon", "It|'|s|ĠHTMLTag|'|s|Ġ|123|45|Ġa|,|Ġb|!|ĊĊ"),
+        ("bloom", "It's|ĠHTMLTag's|Ġ12345|Ġa|,|Ġb|!ĊĊ"),
+        ("exaone-moe", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!Ċ|Ċ"),
+        ("seed-coder", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!|ĊĊ"),
+        ("deepseek-llm", "It|'|s|ĠHTMLTag|'|s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!|Ċ|Ċ"),
+        ("deepseek-v3", "It|'s|ĠHTMLTag|'s|Ġ|123|45|Ġa|,|Ġb|!ĊĊ"),
+    ],
+)
+def test_words_are_those_of_llama_cpp(pre: str, words: str) -> None:
+    """What llama.cpp makes of the same text."""
+    tokenizer = build_tokenizer(bpe_metadata(pre))
+    assert tokenizer.pre_tokenizer is not None
+    found = tokenizer.pre_tokenizer.pre_tokenize_str("It's HTMLTag's 12345 a, b!\n\n")
+    assert "|".join(word for word, _ in found) == words
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_words_of_any_text_lose_nothing(pre: str) -> None:
+    tokenizer = build_tokenizer(bpe_metadata(pre))
+    for text in TEXTS:
+        normal = unicodedata.normalize("NFC", text) if PRE_TOKENIZERS[pre].nfc else text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, False) == normal
+
+
 def test_begin_token_is_added_where_the_file_asks() -> None:
     for pre, changes, expected in [
         ("smollm", {}, False),
@@ -179,7 +213,7 @@ def test_end_ids_include_the_end_of_turn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"pre": "tekken"}, "pre='tekken'"),
+        ({"pre": "kimi-k2"}, "pre='kimi-k2'"),
         ({"model": "rwkv"}, "model='rwkv'"),
         ({"tokens": []}, "no vocabulary"),
         ({"tokens": ["a"] * 2, "token_type": [1, 1]}, "1 duplicates"),

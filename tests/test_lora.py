@@ -379,7 +379,7 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     """Of PEFT's model before and after `merge_and_unload`, which gives something else where weights are tied."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    from tiny_hf import save_tiny
+    from convert.tiny import save_tiny
 
     model_type, overrides, settings = _PEFT_CASES[case]
     base = save_tiny(

@@ -14,7 +14,7 @@ from flax import nnx
 
 from tide_jax.architecture import Correction, GroupScore, MoEConfig
 from tide_jax.errors import TideError
-from tide_jax.moe import MoE, choose_experts
+from tide_jax.moe import MoE, _by_blocks, _by_runs, choose_experts, expert_matmul
 from tide_jax.testing import tiny_config
 
 TOKENS, EXPERTS, CHOSEN = 64, 12, 3
@@ -177,8 +177,9 @@ def mixture_of_one_token(moe: MoE, x: np.ndarray) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("tokens", [(3, 5), (2, 1)], ids=["many", "few"])
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-def test_what_the_experts_give(flags: dict[str, Any]) -> None:
+def test_what_the_experts_give(flags: dict[str, Any], tokens: tuple[int, int]) -> None:
     config = tiny_config(moe=moe_config(**flags))
     moe = MoE(config, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
     numbers = np.random.default_rng(2)
@@ -187,9 +188,27 @@ def test_what_the_experts_give(flags: dict[str, Any]) -> None:
         return jnp.asarray(numbers.normal(0, 0.5, leaf.shape), jnp.float32)
 
     nnx.update(moe, jax.tree.map(randomised, nnx.state(moe)))
-    x = numbers.normal(size=(3, 5, config.hidden_size)).astype(np.float32)
+    x = numbers.normal(size=(*tokens, config.hidden_size)).astype(np.float32)
     expected = [[mixture_of_one_token(moe, token.astype(np.float64)) for token in row] for row in x]
     np.testing.assert_allclose(np.asarray(moe(jnp.asarray(x))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", ["random", "one for all", "uneven", "few"])
+@pytest.mark.parametrize("way", [_by_blocks, _by_runs, expert_matmul])
+def test_products_by_expert(way: Any, spread: str) -> None:
+    numbers = np.random.default_rng(3)
+    expert = {
+        "random": numbers.integers(0, EXPERTS, 50),
+        "one for all": np.full(37, EXPERTS - 1),
+        "uneven": np.repeat([0, 3, 4, 11], [1, 40, 2, 5]),
+        "few": numbers.integers(0, EXPERTS, 5),
+    }[spread]
+    expert = np.sort(expert).astype(np.int32)
+    rows = numbers.normal(size=(len(expert), 6)).astype(np.float32)
+    kernels = numbers.normal(size=(EXPERTS, 6, 9)).astype(np.float32)
+    found = way(jnp.asarray(rows), jnp.asarray(kernels), jnp.asarray(expert))
+    expected = [row @ kernels[e] for row, e in zip(rows, expert, strict=True)]
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_weights_choose_as_their_float32_values_do() -> None:

@@ -1,4 +1,7 @@
-"""Converted models against transformers' own: logits, cached decoding, padding, windows, rotary variants, text."""
+"""Converted models against transformers' own: rotary variants, dtypes, shards, and `--verify`.
+
+Families are in test_family_parity.py.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_hf import FAMILIES, VOCAB, save_tiny
 
 import tide_jax.checkpoint
 import tide_jax.rotary
 from convert import convert
-from tide_jax.cache import KVCache, init_cache
+from convert.tiny import VOCAB, save_tiny
+from convert.verify import TOLERANCE
+from tide_jax.cache import init_cache
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 
 torch = pytest.importorskip("torch")
 
-TOLERANCE = 2e-4  # of the logit range
 LENGTH = 24  # beyond every sliding window (7) and every original rotary length (16)
-NEW_TOKENS = 32
-CAPACITY = LENGTH + NEW_TOKENS
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Decoder]:
-    """A transformers model and its conversion, for each family."""
-    return make_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def make_pair(directory: Path, model_type: str, **overrides: Any) -> tuple[Any, Decoder]:
@@ -43,18 +37,9 @@ def random_tokens(rows: int, length: int = LENGTH) -> np.ndarray:
     return np.random.default_rng(7).integers(4, VOCAB, (rows, length))
 
 
-def left_padding(*lengths: int) -> np.ndarray:
-    """Mask [rows, LENGTH] of rows that end together."""
-    return np.arange(LENGTH)[None] >= LENGTH - np.array(lengths)[:, None]
-
-
-def reference_logits(reference: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    attention_mask = torch.tensor(mask.astype(np.int64))
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+def reference_logits(reference: Any, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return reference(
-            input_ids=torch.tensor(tokens), attention_mask=attention_mask, position_ids=positions
-        ).logits.numpy()
+        return reference(input_ids=torch.tensor(tokens)).logits.numpy()
 
 
 def reference_steps(reference: Any, tokens: np.ndarray) -> np.ndarray:
@@ -68,85 +53,26 @@ def reference_steps(reference: Any, tokens: np.ndarray) -> np.ndarray:
     return np.concatenate(logits, axis=1)
 
 
-def forward(model: Decoder, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    return model(tokens, positions)
+def our_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(model(jnp.asarray(tokens, jnp.int32)))
 
 
-def step(model: Decoder, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    x, rows = model.run_layers(tokens, positions, cache)
-    return model.logits(model.final_norm(x)), cache.append(rows, positions)
-
-
-# Worth compiling where a model is run often; the others share the compiled operations of their common shapes.
-forward_jitted, step_jitted = jax.jit(forward), jax.jit(step)
-
-
-def our_logits(model: Decoder, tokens: np.ndarray, mask: np.ndarray, forward: Any = forward) -> np.ndarray:
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
-    return np.asarray(forward(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
-
-
-def our_steps(model: Decoder, tokens: np.ndarray, mask: np.ndarray, step: Any = step) -> np.ndarray:
+def our_steps(model: Decoder, tokens: np.ndarray) -> np.ndarray:
     """Logits of one token at a time, through our cache."""
-    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
-    cache = init_cache(model.config, tokens.shape[0], CAPACITY, jnp.dtype(jnp.float32))
+    cache = init_cache(model.config, *tokens.shape, jnp.dtype(jnp.float32))
     logits = []
     for t in range(tokens.shape[1]):
-        now = (jnp.asarray(a[:, t : t + 1], jnp.int32) for a in (tokens, positions))
-        out, cache = step(model, *now, cache)
-        logits.append(np.asarray(out))
+        positions = jnp.full((len(tokens), 1), t, jnp.int32)
+        x, rows = model.run_layers(jnp.asarray(tokens[:, t : t + 1], jnp.int32), positions, cache)
+        logits.append(np.asarray(model.logits(model.final_norm(x))))
+        cache = cache.append(rows, positions)
     return np.concatenate(logits, axis=1)
-
-
-def our_greedy_tokens(model: Decoder, prompt: np.ndarray) -> np.ndarray:
-    """`NEW_TOKENS` greedy tokens after a prompt, by the plain loop."""
-    cache = init_cache(model.config, prompt.shape[0], CAPACITY, jnp.dtype(jnp.float32))
-    tokens = list(prompt.T)
-    for t in range(prompt.shape[1] + NEW_TOKENS - 1):
-        positions = jnp.full((prompt.shape[0], 1), t, jnp.int32)
-        logits, cache = step_jitted(model, jnp.asarray(tokens[t][:, None], jnp.int32), positions, cache)
-        if t + 1 == len(tokens):
-            tokens.append(np.argmax(logits[:, -1], axis=-1))
-    return np.stack(tokens[prompt.shape[1] :], axis=1)
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     difference, spread = np.abs(found - expected).max(), np.ptp(expected)
     assert spread > 5, "the reference's logits hardly differ: nothing is tested"
     assert difference <= TOLERANCE * spread, f"max |d logit| {difference:.2e} of a range of {spread:.1f}"
-
-
-def test_prefill(pair: tuple[Any, Decoder]) -> None:
-    reference, model = pair
-    tokens, mask = random_tokens(2), np.ones((2, LENGTH), bool)
-    assert_close(our_logits(model, tokens, mask, forward_jitted), reference_logits(reference, tokens, mask))
-
-
-def test_ragged_batch_with_left_padding(pair: tuple[Any, Decoder]) -> None:
-    reference, model = pair
-    tokens, mask = random_tokens(2), left_padding(17, 5)
-    found = our_logits(model, tokens, mask, forward_jitted)
-    assert_close(found[mask], reference_logits(reference, tokens, mask)[mask])
-
-
-def test_token_by_token(pair: tuple[Any, Decoder]) -> None:
-    reference, model = pair
-    tokens, mask = random_tokens(2), np.ones((2, LENGTH), bool)
-    assert_close(our_steps(model, tokens, mask, step_jitted), reference_steps(reference, tokens))
-
-
-def test_token_by_token_in_a_ragged_batch(pair: tuple[Any, Decoder]) -> None:
-    reference, model = pair
-    tokens, mask = random_tokens(2), left_padding(LENGTH, 11)
-    assert_close(our_steps(model, tokens, mask, step_jitted)[mask], reference_logits(reference, tokens, mask)[mask])
-
-
-def test_greedy_tokens_equal_those_of_generate(pair: tuple[Any, Decoder]) -> None:
-    reference, model = pair
-    prompt = random_tokens(2, 9)
-    reference.generation_config.eos_token_id = None
-    expected = reference.generate(torch.tensor(prompt), max_new_tokens=NEW_TOKENS, do_sample=False)
-    np.testing.assert_array_equal(our_greedy_tokens(model, prompt), expected.numpy()[:, 9:])
 
 
 def _rope(kind: str, **settings: Any) -> dict[str, Any]:
@@ -174,40 +100,18 @@ _ROPES = {
 
 @pytest.mark.parametrize("rope", _ROPES)
 def test_rotary_variants(rope: str, tmp_path: Path) -> None:
-    reference, model = make_pair(tmp_path, "llama", num_hidden_layers=2, **_ROPES[rope])
+    reference, model = make_pair(tmp_path, "llama", num_hidden_layers=2, head_dim=10, **_ROPES[rope])
     below, above = random_tokens(2, 12), random_tokens(2)
-    assert_close(our_steps(model, above, np.ones_like(above, bool)), reference_steps(reference, above))
+    assert_close(our_steps(model, above), reference_steps(reference, above))
     for tokens in (below, above):
-        mask = np.ones_like(tokens, bool)
-        assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "overrides"),
-    [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-        ("gpt2", {"scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "relu"}),
-        ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
-        ("gpt_neox", {"rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_fast"}),
-        ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {"use_sliding_window": False}),
-        ("gemma3_text", {"rope_scaling": None, "final_logit_softcapping": None}),
-    ],
-)
-def test_family_flags(model_type: str, overrides: dict[str, Any], tmp_path: Path) -> None:
-    reference, model = make_pair(tmp_path, model_type, num_hidden_layers=3, **overrides)
-    tokens = random_tokens(2)
-    mask = np.ones_like(tokens, bool)
-    assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+        assert_close(our_logits(model, tokens), reference_logits(reference, tokens))
 
 
 def test_sharded_bfloat16_checkpoint(tmp_path: Path) -> None:
     reference, model = make_pair(tmp_path, "mixtral", dtype="bfloat16", max_shard_size="60KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     tokens = random_tokens(2)
-    mask = np.ones_like(tokens, bool)
-    assert_close(our_logits(model, tokens, mask), reference_logits(reference, tokens, mask))
+    assert_close(our_logits(model, tokens), reference_logits(reference, tokens))
     assert tide_jax.checkpoint.load(tmp_path / "hf", "bfloat16").dtype == jnp.bfloat16
 
 
@@ -245,7 +149,7 @@ def test_verify_looks_beyond_windows_and_original_lengths(tmp_path: Path) -> Non
     assert proof is not None
     assert (proof.row_length, proof.tokens) == (140, 140 + 94)
     rope = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 40, **_LONG}
-    save_tiny("llama", tmp_path / "long", rope_parameters=rope, max_position_embeddings=160)
+    save_tiny("llama", tmp_path / "long", rope_parameters=rope, max_position_embeddings=160, head_dim=10)
     proof = convert(tmp_path / "long", tmp_path / "long-converted", verify=True).verification
     assert proof is not None
     assert proof.row_length == 80

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.probe import probe
-from convert.probe_rules import from_json, to_json
+from convert.architecture import decoder_config
+from convert.probe import from_json, probe
+from convert.probe_decoder import decoder_of
 from convert.reader import open_source
+from convert.rules import coverage
 from convert.tiny import save_tiny
+from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
 torch = pytest.importorskip("torch")
@@ -93,7 +98,7 @@ _LLAMA_LIKE = """
                 "w3": nn.Linear(c.dim, c.ffn, bias=False),
                 "w2": nn.Linear(c.ffn, c.dim, bias=False),
             })
-            self.twist = index == c.twisted_layer
+            self.twist = index == getattr(c, 'twisted_layer', -1)
 
         def forward(self, x):
             x = x + self.mixer(self.n1(x))
@@ -147,8 +152,81 @@ _GPT_LIKE = """
             x = self.stack(self.words(ids) + self.places[:, : ids.shape[1]])
             return self.last(x) @ self.words.weight.T
 """
+_MIXTURE = """
+    class Block(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.ln_a, self.ln_b = nn.LayerNorm(c.dim, bias=False), nn.LayerNorm(c.dim, bias=False)
+            self.qk, self.vee = nn.Linear(c.dim, 2 * c.dim, bias=False), nn.Linear(c.dim, c.dim, bias=False)
+            self.o, self.nh = nn.Linear(c.dim, c.dim, bias=False), c.n_heads
+            self.moe = Choice(c)
+
+        def attend(self, x):
+            b, t, d = x.shape
+            q, k = self.qk(x).view(b, t, 2, self.nh, -1).permute(2, 0, 3, 1, 4)
+            v = self.vee(x).view(b, t, self.nh, -1).transpose(1, 2)
+            near = torch.ones(t, t).tril() * torch.ones(t, t).triu(1 - self.window)
+            mask = near.log()
+            return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, t, d))
+
+        def forward(self, x):
+            return x + self.attend(self.ln_a(x)) + self.moe(self.ln_b(x))
+
+    class Choice(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.chooser, self.k = nn.Linear(c.dim, 5, bias=False), c.num_selected
+            self.bank = nn.ModuleList(Expert(c) for _ in range(5))
+
+        def forward(self, x):
+            flat = x.view(-1, x.shape[-1])
+            weights, chosen = self.chooser(flat).softmax(-1).topk(self.k)
+            out = torch.zeros_like(flat)
+            for e, expert in enumerate(self.bank):
+                row, place = (chosen == e).nonzero(as_tuple=True)
+                out[row] += weights[row, place, None] * expert(flat[row])
+            return 1.5 * out.view_as(x)
+
+    class Expert(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.both, self.down = nn.Linear(c.dim, 2 * c.ffn, bias=False), nn.Linear(c.ffn, c.dim, bias=False)
+
+        def forward(self, x):
+            up, gate = self.both(x).chunk(2, -1)
+            return self.down(F.gelu(gate, approximate="tanh") * up)
+
+    class Net(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.table, self.rows = nn.Embedding(c.n_vocab, c.dim), nn.ModuleList(Block(c) for _ in range(c.n_layers))
+            for i, row in enumerate(self.rows):
+                row.window = 10**6 if i == 1 else c.attention_window
+            self.final, self.head = nn.LayerNorm(c.dim, bias=False), nn.Linear(c.dim, c.n_vocab)
+
+        def forward(self, ids):
+            x = self.table(ids) * 7.0
+            for row in self.rows:
+                x = row(x)
+            return 20.0 * torch.tanh(self.head(self.final(x)) / 20.0)
+"""
+_CONFIG: dict[str, Any] = {
+    "model_type": "acme_lm",
+    "architectures": ["AcmeLM"],
+    "auto_map": {"AutoConfig": "configuration_acme.AcmeConfig", "AutoModelForCausalLM": "modeling_acme.AcmeLM"},
+    "tie_word_embeddings": False,
+}
 _SIZES = {"n_vocab": 97, "dim": 48, "n_layers": 3, "n_heads": 6, "n_groups": 2, "ffn": 80, "block_size": 40}
-_EXTRA = {"rotary_base": 5000.0, "fuzz": 1e-4, "twisted_layer": -1}
+_NUMBERS = {"rotary_base": 5000.0, "fuzz": 1e-4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies a checkpoint's code before it runs it; here not to the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr("sys.path", list(sys.path))
+        yield
 
 
 def save_custom(directory: Path, network: str, **changes: Any) -> Path:
@@ -157,21 +235,15 @@ def save_custom(directory: Path, network: str, **changes: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory.mkdir()
-    config = {
-        "model_type": "acme_lm",
-        "architectures": ["AcmeLM"],
-        "auto_map": {"AutoConfig": "configuration_acme.AcmeConfig", "AutoModelForCausalLM": "modeling_acme.AcmeLM"},
-    }
-    (directory / "config.json").write_text(json.dumps(config | _SIZES | _EXTRA | changes))
+    (directory / "config.json").write_text(json.dumps(_CONFIG | _SIZES | _NUMBERS | changes))
     (directory / "configuration_acme.py").write_text(textwrap.dedent(_CONFIGURATION))
-    ran = f"    open({str(directory / 'ran')!r}, 'w').close()\n"
-    # The model uses Net when it is made, so the two may come in either order.
-    (directory / "modeling_acme.py").write_text(textwrap.dedent(_HEAD) + textwrap.dedent(network) + textwrap.dedent(ran))
+    ran = f"open({str(directory / 'ran')!r}, 'w').close()\n"
+    (directory / "modeling_acme.py").write_text(textwrap.dedent(_HEAD) + textwrap.dedent(network) + ran)
     hf = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     model = AutoModelForCausalLM.from_config(hf, trust_remote_code=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(w.shape, generator=generator) * (1.5 * 48**-0.5 if w.ndim > 1 else 0.3) + (w.ndim == 1)
+        name: torch.randn(w.shape, generator=generator) * (1.5 * 48**-0.5 if w.ndim > 1 else 0.3) + float(w.ndim == 1)
         for name, w in model.state_dict().items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -185,7 +257,8 @@ def test_a_renamed_llama_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 2, 8)
     assert (config.norm, config.norm_eps, config.activation, config.max_positions) == ("rms", 1e-4, "silu", 40)
     rope = config.attention_types[0].rope
-    assert rope is not None and (rope.theta, rope.interleaved) == (5000.0, True)
+    assert rope is not None
+    assert (rope.theta, rope.interleaved) == (5000.0, True)
     assert probed.report["relative"] < TOLERANCE
 
 
@@ -193,6 +266,94 @@ def test_a_gpt_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     probed = probe(open_source(save_custom(tmp_path / "acme_gpt", _GPT_LIKE)), trust_remote_code=True)
     config = probed.config
     assert (config.norm, config.positions, config.learned_positions) == ("layer", "learned", 40)
-    assert config.tie_embeddings and config.qkv_bias and config.mlp_bias and not config.mlp_gated
-    assert config.activation == "gelu"
+    assert (config.qkv_bias, config.mlp_bias, config.mlp_gated) == (True, True, False)
+    assert (config.activation, config.tie_embeddings) == ("gelu", True)
     assert probed.report["relative"] < TOLERANCE
+
+
+def test_a_mixture_with_its_own_code_is_found_out(tmp_path: Path) -> None:
+    source = save_custom(tmp_path / "acme_mix", _MIXTURE, attention_window=30, num_selected=2, cap=20.0)
+    probed = probe(open_source(source), trust_remote_code=True)
+    config = probed.config
+    assert (config.parallel_residual, config.shared_norm) == (False, False)
+    assert (config.positions, config.embedding_scale, config.logit_softcap) == ("none", 7.0, 20.0)
+    assert [config.attention(i).window for i in range(3)] == [30, None, 30]  # seen though the row was shorter
+    assert config.moe is not None
+    assert (config.moe.experts_per_token, config.moe.renormalise, config.moe.scale) == (2, False, pytest.approx(1.5))
+    assert probed.report["relative"] < TOLERANCE
+
+
+def test_own_code_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
+    source = save_custom(tmp_path / "untrusted", _GPT_LIKE)
+    with pytest.raises(TideError, match=r"brings its own Python code \(modeling_acme.AcmeLM\).*--trust-remote-code"):
+        probe(open_source(source))
+    assert not (source / "ran").exists()
+
+
+def test_what_no_candidate_gives_is_refused_by_its_layer(tmp_path: Path) -> None:
+    source = save_custom(tmp_path / "twisted", _LLAMA_LIKE, twisted_layer=1)
+    with pytest.raises(TideError, match=r"layer 1 diverges first: .* differs by \d\.\de[-+]\d+ of the range") as raised:
+        probe(open_source(source), trust_remote_code=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_known_class_under_a_new_model_type_is_found_out(tmp_path: Path) -> None:
+    save_tiny("qwen2", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "acme_lm"}))
+    probed = probe(open_source(tmp_path))
+    assert (probed.config.model_type, probed.config.qkv_bias) == ("acme_lm", True)
+    assert probed.report["measured_against"] == "transformers' Qwen2ForCausalLM"
+    assert probed.report["relative"] < TOLERANCE
+
+
+def test_nothing_to_measure_against_is_refused(tmp_path: Path) -> None:
+    save_tiny("qwen2", tmp_path)
+    path = tmp_path / "config.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["AcmeLM"]}))
+    with pytest.raises(TideError, match="knows neither it nor architectures AcmeLM, and the checkpoint brings no code"):
+        probe(open_source(tmp_path))
+    path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(TideError, match="transformers' GPT2LMHeadModel"):
+        probe(open_source(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "phi", "glm", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3"])
+def test_a_family_is_found_out_as_the_table_has_it(tmp_path: Path, model_type: str) -> None:
+    save_tiny(model_type, tmp_path)
+    source = open_source(tmp_path)
+    probed, known = probe(source), decoder_config(source)
+    same_gelu = {"gelu_pytorch_tanh": "gelu_new"}
+    expected = dataclasses.replace(
+        known,
+        activation=same_gelu.get(known.activation, known.activation),
+        eos_token_ids=(),
+        pad_token_id=None,
+    )
+    assert probed.config == expected
+    assert probed.report["relative"] < TOLERANCE
+
+
+def test_a_wrong_guess_is_never_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any) -> DecoderConfig:
+        return dataclasses.replace(decoder_of(*args), norm_eps=1e-2)
+
+    monkeypatch.setattr("convert.probe.decoder_of", wrong)
+    save_tiny("llama", tmp_path)
+    with pytest.raises(TideError, match=r"logits .* differ by .* layer 0 diverges first"):
+        probe(open_source(tmp_path))
+
+
+def test_a_probed_weight_map_can_be_kept_and_written_back_through(tmp_path: Path) -> None:
+    source = open_source(save_custom(tmp_path / "kept", _LLAMA_LIKE))
+    probed = probe(source, trust_remote_code=True)
+    rules = from_json(json.loads(json.dumps(probed.report["weight_map"])))
+    assert [(rule.pattern, rule.targets, rule.reason) for rule in rules] == [
+        (rule.pattern, rule.targets, rule.reason) for rule in probed.rules
+    ]
+    for name, pieces in coverage(source.tensors, rules, probed.config).by_source().items():
+        tensor = source.read(name)
+        views = [piece.take(tensor, probed.config) for piece in pieces]
+        assert all(np.shares_memory(view, tensor) for view in views)
+        assert sum(view.size for view in views) == tensor.size

@@ -50,6 +50,7 @@ class RopeConfig:
       short_factor, long_factor: per-frequency divisors of "longrope", ``rotary_dim // 2`` each.
       interleaved: neighbouring channels rotate together (GPT-J), instead of the first half with the second (GPT-NeoX).
       reverse: rotate the other way round.
+      values: values are rotated too.
     """
 
     theta: float
@@ -69,6 +70,7 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     interleaved: bool = False
     reverse: bool = False
+    values: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +181,7 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeadTransform:
-    """A dense layer, an activation and a norm before the output projection (BERT, Devlin et al. 2019, arXiv:1810.04805).
+    """Dense layer, activation and norm before the output projection (BERT, Devlin et al. 2019, arXiv:1810.04805).
 
     Attributes:
       activation: after the dense layer.
@@ -216,6 +218,7 @@ class MoEConfig:
       shared_scale: multiplies that MLP's output.
       shared_gate: that MLP's output is multiplied by the sigmoid of a learned projection.
       output_norm: the sum of routed and shared experts is normed, as `DecoderConfig.norm` says.
+      output_bias: a learned vector is added to the sum of routed experts.
     """
 
     num_experts: int
@@ -238,6 +241,7 @@ class MoEConfig:
     shared_scale: float = 1.0
     shared_gate: bool = False
     output_norm: bool = False
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, ExpertScore)
@@ -265,6 +269,7 @@ class DecoderConfig:
       attention_types: the distinct kinds of attention in the model.
       attention_pattern: index into `attention_types` for each layer.
       norm: "rms" (RMSNorm) or "layer" (LayerNorm).
+      layer_norm_eps: added to the mean square by the layers' norms where it is not `norm_eps`.
       norm_scale, norm_bias: whether norms have learned ones.
       norm_unit_offset: norms multiply by ``1 + scale`` instead of ``scale``.
       norm_placement: norms "pre" each sublayer, "post" it (before the residual add), both ("sandwich"), or after the
@@ -287,11 +292,15 @@ class DecoderConfig:
         last one above it.
       learned_positions: rows of the learned position table when `positions` is "learned".
       latent: multi-head latent attention instead of plain heads of keys and values.
+      attention_experts: queries and output projections of the attention are experts; heads are as many as those of
+        keys and values times the experts of a token.
       attention_gate: each "head" or each "channel" of the attention's output is multiplied by a function of a learned
         projection of its input.
       gate_activation: that function.
       gate_bias: each head has a bias inside of it.
       key_bias: keys have a bias where queries and values have.
+      value_dim: channels of a head's value where they are not its key's; values have a projection of their own then.
+      value_scale: multiplies values.
       clip_qkv: queries, keys and values are clamped to plus or minus this.
       mlp_gated: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
       activation_limit: clamps what enters a gated activation.
@@ -318,6 +327,7 @@ class DecoderConfig:
     embedding_size: int | None = None
     norm: NormKind = "rms"
     norm_eps: float = 1e-6
+    layer_norm_eps: float | None = None
     norm_scale: bool = True
     norm_bias: bool = False
     norm_unit_offset: bool = False
@@ -341,9 +351,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     key_bias: bool = True
     attention_out_bias: bool = False
+    attention_experts: MoEConfig | None = None
     attention_gate: AttentionGate = "none"
     gate_activation: GateActivation = "sigmoid"
     gate_bias: bool = False
+    value_dim: int | None = None
+    value_scale: float = 1.0
     clip_qkv: float | None = None
     attention_softcap: float | None = None
     activation: str = "silu"
@@ -402,7 +415,7 @@ class DecoderConfig:
             return 1, self.latent.kv_rank + self.latent.rope_dim, 0
         heads = max(kind.num_kv_heads or self.num_kv_heads for kind in self.attention_types)
         channels = max(kind.head_dim or self.head_dim for kind in self.attention_types)
-        return heads, channels, channels
+        return heads, channels, self.value_dim or channels
 
     @property
     def context_length(self) -> int:

@@ -27,11 +27,11 @@ class Span(NamedTuple):
 
     Attributes:
       mask: [B, T, S], which keys each query sees.
-      bias: [B, H, T, S] added to the scores, or None.
+      bias: [B, H, T or 1, S] added to the scores, or None.
     """
 
     mask: Bool[Array, "B T S"]
-    bias: Float[Array, "B H T S"] | None
+    bias: Float[Array, "B H #T S"] | None
 
 
 class AttentionContext(NamedTuple):
@@ -138,34 +138,41 @@ class Attention(nnx.Module):
         d, h, kv, hd = config.hidden_size, kind.num_heads or config.num_heads, config.num_kv_heads, config.head_dim
         self.scale, self.softcap, self.clip = kind.scale, config.attention_softcap, config.clip_qkv
         self.interleaved = kind.rope is not None and kind.rope.interleaved
+        self.rotates_values = kind.rope is not None and kind.rope.values
         self.norm_after_rope = kind.qk_norm is not None and kind.qk_norm.after_rope
         self.q = Dense((d,), (h, hd), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         value_bias = config.qkv_bias and not config.key_bias
-        parts = 1 if kind.keys_as_values else 2
+        vd = config.value_dim or hd
+        parts = 1 if kind.keys_as_values or config.value_dim else 2
         self.kv = Dense((d,), (kv, parts, hd), bias=config.qkv_bias and config.key_bias, dtype=dtype, rngs=rngs)
         self.value_bias = nnx.Param(jnp.zeros((kv, hd), dtype)) if value_bias else None
-        self.out = Dense((h, hd), (d,), bias=config.attention_out_bias or kind.out_bias, dtype=dtype, rngs=rngs)
+        self.value = Dense((d,), (kv, vd), bias=config.qkv_bias, dtype=dtype, rngs=rngs) if config.value_dim else None
+        self.value_scale = config.value_scale
+        self.out = Dense((h, vd), (d,), bias=config.attention_out_bias or kind.out_bias, dtype=dtype, rngs=rngs)
         self.q_norm = head_norm(kind.qk_norm, h, hd, dtype=dtype)
         self.k_norm = head_norm(kind.qk_norm, kv, hd, dtype=dtype)
         value_norm = QKNorm(eps=config.norm_eps, scale=False) if kind.value_norm else None
         self.value_norm = head_norm(value_norm, kv, hd, dtype=dtype)
         self.sinks = nnx.Param(jnp.zeros((h,), dtype)) if kind.sinks else None
-        gate = {"none": None, "head": (h, 1), "channel": (h, hd)}[config.attention_gate]
+        gate = {"none": None, "head": (h, 1), "channel": (h, vd)}[config.attention_gate]
         self.gate = None if gate is None else Dense((d,), gate, bias=False, dtype=dtype, rngs=rngs)
         self.gate_bias = nnx.Param(jnp.zeros((h, 1), dtype)) if config.gate_bias else None
         self.gate_activation = config.gate_activation
-        self.sub_norm = block_norm(config, (h, hd), dtype=dtype) if config.sub_norm else None
+        self.sub_norm = block_norm(config, (h, vd), dtype=dtype) if config.sub_norm else None
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
         """Keys (normed and rotated) and values of new tokens."""
         kv = self.kv(x)
-        keys, values = kv[..., 0, :], kv[..., -1, :]
+        keys, values = kv[..., 0, :], kv[..., -1, :] if self.value is None else self.value(x)
         if self.value_bias is not None:
             values = values + self.value_bias[...][None, None]
         if self.value_norm is not None:
             values = self.value_norm(values)
-        keys = self._placed(keys, self.k_norm, context)
-        return KeyValue(keys.swapaxes(1, 2), self._clipped(values).swapaxes(1, 2))
+        values = self._clipped(values)
+        values = values if self.value_scale == 1.0 else values * jnp.asarray(self.value_scale, values.dtype)
+        if self.rotates_values:
+            values = self._rotated(values, context)
+        return KeyValue(self._placed(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
@@ -197,10 +204,13 @@ class Attention(nnx.Module):
         """Queries or keys [B, T, N, hd], normed and rotated in the architecture's order."""
         if norm is not None and not self.norm_after_rope:
             x = norm(x)
-        x = self._clipped(x)
-        if context.cos is not None and context.sin is not None:
-            x = rotate(x, context.cos, context.sin, interleaved=self.interleaved)
+        x = self._rotated(self._clipped(x), context)
         return norm(x) if norm is not None and self.norm_after_rope else x
+
+    def _rotated(self, x: Array, context: AttentionContext) -> Array:
+        if context.cos is None or context.sin is None:
+            return x
+        return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
 
     def _clipped(self, x: Array) -> Array:
         return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)

@@ -56,10 +56,11 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
         if len(row) == 0:
             raise TideError(f"prompt {b} is empty; pass at least one token (for example the beginning-of-text token)")
         low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= config.vocab_size:
+        last = config.vocab_size + config.extra_tokens - 1
+        if low < 0 or high > last:
             raise TideError(
                 f"prompt {b} holds token id {low if low < 0 else high}, outside the vocabulary of "
-                f"0..{config.vocab_size - 1}; was it tokenised for another model?"
+                f"0..{last}; was it tokenised for another model?"
             )
         if len(row) > config.context_length:
             raise TideError(

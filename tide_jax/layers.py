@@ -6,6 +6,8 @@ experts) so that a converter can name the slice a source tensor fills and a shar
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -14,6 +16,7 @@ from tide_jax.architecture import AttentionType, DecoderConfig
 from tide_jax.attention import Attention, AttentionContext, KeyValue
 from tide_jax.differential_attention import DifferentialAttention
 from tide_jax.dynamic_mask import DynamicMaskAttention
+from tide_jax.expert_attention import ExpertAttention
 from tide_jax.feed_forward import MLP
 from tide_jax.latent_attention import LatentAttention
 from tide_jax.moe import MoE
@@ -25,6 +28,8 @@ class DecoderLayer(nnx.Module):
     """One decoder layer. Returns the new residual stream and the rows its cache gains."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        if config.layer_norm_eps is not None:
+            config = dataclasses.replace(config, norm_eps=config.layer_norm_eps)
         self.attention_type = config.attention_pattern[index]
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
         self.norm_after_add = config.norm_placement == "residual"
@@ -72,9 +77,11 @@ class DecoderLayer(nnx.Module):
 
 def _attention(
     config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> Attention | LatentAttention:
+) -> Attention | LatentAttention | ExpertAttention:
     if config.latent is not None:
         return LatentAttention(config, kind, dtype=dtype, rngs=rngs)
+    if config.attention_experts is not None:
+        return ExpertAttention(config, kind, dtype=dtype, rngs=rngs)
     attention = Attention if kind.differential is None else DifferentialAttention
     attention = DynamicMaskAttention if kind.dynamic_mask else attention
     if any(other.head_dim or other.num_kv_heads for other in config.attention_types):

@@ -1,10 +1,12 @@
 """Mixture-of-experts feed-forward blocks (Mixtral, Jiang et al. 2024, arXiv:2401.04088, and its successors).
 
-A router scores the experts, a selection chooses a few for each token and weighs them, and `lax.ragged_dot` runs every
-expert once over the tokens that chose it.
+A router scores the experts, a selection chooses a few for each token and weighs them, and every expert runs once over
+the tokens that chose it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from tide_jax.activations import gated
 from tide_jax.architecture import DecoderConfig, MoEConfig
 from tide_jax.feed_forward import MLP
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, matmul, matmul_precision, normal
+from tide_jax.ops import Dense, einsum, matmul, matmul_precision, normal
 
 
 class Experts(nnx.Module):
@@ -43,19 +45,18 @@ class MoE(nnx.Module):
         self.shared = MLP(config, size=moe.shared_size, dtype=dtype, rngs=rngs) if moe.shared_size else None
         self.shared_gate = Dense((d,), (1,), bias=False, dtype=dtype, rngs=rngs) if moe.shared_gate else None
         self.output_norm = block_norm(config, d, dtype=dtype) if moe.output_norm else None
+        self.output_bias = nnx.Param(jnp.zeros((d,), dtype)) if moe.output_bias else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self._choice(tokens)
         mixed = self._routed(tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
+        mixed = mixed if self.output_bias is None else mixed + self.output_bias[...][None, None, :]
         mixed = mixed if self.shared is None else mixed + self._shared(self.shared, x)
         return mixed if self.output_norm is None else self.output_norm(mixed)
 
     def _choice(self, tokens: Float[Array, "N D"]) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
-        # In float32: rounded logits would choose other experts where scores are close.
-        logits = matmul(tokens.astype(jnp.float32), self.router.kernel[...].astype(jnp.float32))
-        if self.router.bias is not None:
-            logits = logits + self.router.bias[...].astype(jnp.float32)[None, :]
+        logits = router_logits(self.router, tokens)
         if (cap := self.moe.router_softcap) is not None:
             logits = cap * jnp.tanh(logits / cap)
         correction = None if self.correction is None else self.correction[...].astype(jnp.float32)
@@ -69,29 +70,77 @@ class MoE(nnx.Module):
     def _routed(
         self, tokens: Float[Array, "N D"], weights: Float[Array, "N K"], chosen: Int[Array, "N K"]
     ) -> Float[Array, "N D"]:
-        # Sort the (token, expert) pairs by expert, so that each expert multiplies one contiguous run of rows.
-        n, k = chosen.shape
-        expert = chosen.reshape(-1)
-        order = jnp.argsort(expert, stable=True)
-        rows = tokens[order // k]
+        rows = jnp.broadcast_to(tokens[:, None, :], (*chosen.shape, tokens.shape[-1]))
         if self.moe.scale_input:
-            rows = (rows.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(rows.dtype)
+            rows = (rows.astype(jnp.float32) * weights[:, :, None]).astype(rows.dtype)
             weights = jnp.ones_like(weights)
-        mixed = self._run_experts(rows, expert[order])[jnp.argsort(order)].reshape(n, k, -1).astype(jnp.float32)
+        mixed = by_expert(rows, chosen, self._run_experts).astype(jnp.float32)
         return jnp.sum(mixed * weights[:, :, None], axis=1)
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
         """Runs row i, sorted by expert, through expert ``expert[i]``."""
-        gate_up, down = self.experts.gate_up[...], self.experts.down[...]
-        precision = matmul_precision(rows.dtype)
-        sizes = jnp.bincount(expert, length=gate_up.shape[0]).astype(jnp.int32)
-        hidden = lax.ragged_dot(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes, precision=precision)
+        gate_up = self.experts.gate_up[...]
+        hidden = expert_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), expert)
         hidden = hidden.reshape(-1, *gate_up.shape[2:])
         if self.experts.gate_up_bias is not None:
             hidden = hidden + self.experts.gate_up_bias[...][expert]
         hidden = gated(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
-        out = lax.ragged_dot(hidden, down, sizes, precision=precision)
+        out = expert_matmul(hidden, self.experts.down[...], expert)
         return out if self.experts.down_bias is None else out + self.experts.down_bias[...][expert]
+
+
+def by_expert(
+    rows: Float[Array, "N K D"],
+    chosen: Int[Array, "N K"],
+    run: Callable[[Float[Array, "M D"], Int[Array, " M"]], Float[Array, "M F"]],
+) -> Float[Array, "N K F"]:
+    """What the chosen experts make of the rows; `run` gets them sorted by expert, one contiguous run for each."""
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    out = run(rows.reshape(-1, rows.shape[-1])[order], expert[order])
+    return out[jnp.argsort(order)].reshape(*chosen.shape, -1)
+
+
+def expert_matmul(
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
+) -> Float[Array, "M F"]:
+    """Row i, sorted by expert, times ``kernels[expert[i]]``."""
+    if 2 * rows.shape[0] <= kernels.shape[0]:  # a step of decoding reads the experts it needs, not all
+        return einsum("md,mdf->mf", rows, kernels[expert])
+    return lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs)
+
+
+def _by_runs(
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
+) -> Float[Array, "M F"]:
+    sizes = jnp.bincount(expert, length=kernels.shape[0]).astype(jnp.int32)
+    return lax.ragged_dot(rows, kernels, sizes, precision=matmul_precision(rows.dtype))
+
+
+def _by_blocks(
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
+) -> Float[Array, "M F"]:
+    """For CPUs, where `lax.ragged_dot` multiplies every row with every expert: each expert fills whole blocks."""
+    (count, width), experts = rows.shape, kernels.shape[0]
+    size = -(-count // experts)
+    blocks = count // size + experts  # enough, however the rows are spread
+    sizes = jnp.bincount(expert, length=experts).astype(jnp.int32)
+    filled = (sizes + jnp.int32(size - 1)) // jnp.int32(size)
+    ends = jnp.cumsum(filled)
+    place = ((ends - filled) * jnp.int32(size) - (jnp.cumsum(sizes) - sizes))[expert] + jnp.arange(
+        count, dtype=jnp.int32
+    )
+    padded = jnp.zeros((blocks * size, width), rows.dtype).at[place].set(rows)
+    owner = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
+    owner = jnp.minimum(owner, experts - 1)
+    out = lax.map(lambda block: matmul(block[0], kernels[block[1]]), (padded.reshape(blocks, size, width), owner))
+    return out.reshape(blocks * size, -1)[place]
+
+
+def router_logits(router: Dense, tokens: Float[Array, "N D"]) -> Float[Array, "N E"]:
+    """In float32: rounded logits would choose other experts where scores are close."""
+    logits = matmul(tokens.astype(jnp.float32), router.kernel[...].astype(jnp.float32))
+    return logits if router.bias is None else logits + router.bias[...].astype(jnp.float32)[None, :]
 
 
 def choose_experts(

@@ -1,4 +1,4 @@
-"""Decoders in the dress of an encoder: the causal halves of BART and its relatives, BERT and its relatives."""
+"""Decoders in the dress of an encoder: BERT and its relatives, causal; those of BART come with `seq2seq`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tide_jax.errors import TideError
 
 def _encoder(hf: Any, attention_types: list[AttentionType] | None = None, **flags: Any) -> DecoderConfig:
     """What the relatives of BERT share, where they are decoders."""
-    if not hf.is_decoder:
+    if not getattr(hf, "is_decoder", True):
         raise TideError(
             f"{hf.model_type} attends in both directions unless config.json says is_decoder=true: "
             "only a decoder can be converted"
@@ -46,7 +46,7 @@ def _bert(hf: Any, **flags: Any) -> DecoderConfig:
     return _encoder(hf, **learned_positions(hf.max_position_embeddings), **flags)
 
 
-def _bert_generation(hf: Any) -> DecoderConfig:
+def _without_segments(hf: Any) -> DecoderConfig:
     return _bert(hf, added_embeddings=0, head_transform=None)
 
 
@@ -75,8 +75,7 @@ def _rembert(hf: Any) -> DecoderConfig:
 
 
 def _roformer(hf: Any) -> DecoderConfig:
-    require(hf, rotary_value=False)
-    rope = RopeConfig(theta=10000.0, rotary_dim=head_dim(hf), interleaved=True)
+    rope = RopeConfig(theta=10000.0, rotary_dim=head_dim(hf), interleaved=True, values=hf.rotary_value)
     return _encoder(hf, unrotated(hf, rope=rope), **_narrow(hf, hf.embedding_size))
 
 
@@ -143,10 +142,13 @@ _MODEL: Names = {
 }
 
 
-def _head(dense: str, norm: str, out: str, bias: str | None = None) -> tuple[Rule, ...]:
-    """Rules of the head; `bias` is the name the output projection's has where it is tied to the embedding."""
+def _transform(dense: str, norm: str) -> tuple[Rule, ...]:
+    return _moved({**linear(dense, "head_transform.dense"), **_norm(norm, "head_transform.norm")}, "")
+
+
+def _head(out: str, bias: str | None = None) -> tuple[Rule, ...]:
+    """Rules of the output projection; `bias` is the name of its bias where it is tied to the embedding."""
     rules = (
-        *_moved({**linear(dense, "head_transform.dense"), **_norm(norm, "head_transform.norm")}, ""),
         move(f"{out}.weight", Target("head.kernel"), when=untied),
         ignore(move(f"{out}.weight").pattern, "tied to the token embedding", when=tied),
     )
@@ -174,20 +176,23 @@ def _weights(prefix: str, head: tuple[Rule, ...]) -> tuple[Rule, ...]:
     )
 
 
-_CLS = _head(
-    "cls.predictions.transform.dense",
-    "cls.predictions.transform.LayerNorm",
-    "cls.predictions.decoder",
-    "cls.predictions.bias",
+_CLS = (
+    *_transform("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    *_head("cls.predictions.decoder", "cls.predictions.bias"),
 )
-_LM_HEAD = _head("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
-_GENERATOR = _head("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
-_REMBERT = _head("cls.predictions.dense", "cls.predictions.LayerNorm", "cls.predictions.decoder")
+_LM_HEAD = (*_transform("lm_head.dense", "lm_head.layer_norm"), *_head("lm_head.decoder", "lm_head.bias"))
+_GENERATOR = (
+    *_transform("generator_predictions.dense", "generator_predictions.LayerNorm"),
+    *_head("generator_lm_head"),
+)
+_REMBERT = (*_transform("cls.predictions.dense", "cls.predictions.LayerNorm"), *_head("cls.predictions.decoder"))
+_IMAGES = ignore(r"git\.(image_encoder|visual_projection|img_temporal_embedding)\..*", "reads images")
 ROBERTA = _weights("roberta", _LM_HEAD)
 FAMILIES: dict[str, Family] = {
     **seq2seq.FAMILIES,
     "bert": Family(_bert, _weights("bert", _CLS)),
-    "bert-generation": Family(_bert_generation, _weights("bert", _LM_HEAD)),
+    "bert-generation": Family(_without_segments, _weights("bert", _LM_HEAD)),
+    "git": Family(_without_segments, (*_weights("git", _head("output")), _IMAGES)),
     "ernie": Family(_ernie, _weights("ernie", _CLS)),
     "big_bird": Family(_big_bird, _weights("bert", _CLS)),
     "megatron-bert": Family(_megatron_bert, _weights("bert", _CLS)),

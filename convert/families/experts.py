@@ -1,4 +1,4 @@
-"""Families whose experts are scored by a softmax, or by no more than a sigmoid, with ordinary attention."""
+"""Families that score all experts together, with a softmax; Llama 4 too."""
 
 from __future__ import annotations
 
@@ -171,7 +171,9 @@ def _same(hf: Any, name: str) -> int:
 def _cohere2_moe(hf: Any) -> DecoderConfig:
     if hf.shared_expert_combination_strategy not in ("sum", "average"):
         strategy = hf.shared_expert_combination_strategy
-        raise TideError(f"cohere2_moe with shared_expert_combination_strategy={strategy!r} is not supported")
+        raise TideError(
+            f"cohere2_moe with shared_expert_combination_strategy={strategy!r} is not supported, only sum and average"
+        )
     average = hf.num_shared_experts > 0 and hf.shared_expert_combination_strategy == "average"
     share = 0.5 if average else 1.0
     moe = mixture(
@@ -186,7 +188,7 @@ def _cohere2_moe(hf: Any) -> DecoderConfig:
     )
     rotated_prefix = hf.prefix_dense_sliding_window_pattern == 1
     kinds = zip(hf.layer_types, hf.mlp_layer_types, strict=True)
-    no_rope = [kind == "full_attention" and not (mlp == "dense" and rotated_prefix) for kind, mlp in kinds]
+    no_rope = [kind == "full_attention" and not (block == "dense" and rotated_prefix) for kind, block in kinds]
     return decoder(
         hf,
         rotary(hf, hf.layer_types, no_rope=no_rope, interleaved=True),
@@ -271,6 +273,17 @@ def _llama4_attention(hf: Any, rotated: bool, kind: str) -> AttentionType:
     )
 
 
+def _jetmoe(hf: Any) -> DecoderConfig:
+    experts = mixture(hf, hf.num_local_experts)
+    return decoder(
+        hf,
+        rotary(hf),
+        moe=dataclasses.replace(experts, output_bias=True),
+        attention_experts=experts,
+        layer_norm_eps=1e-6,
+    )
+
+
 GRANITE_EXPERTS = {
     **linear("block_sparse_moe.router.layer", "mlp.router"),
     "block_sparse_moe.input_linear.weight": (Target("mlp.experts.gate_up", takes.stacked_halves),),
@@ -300,6 +313,17 @@ ARIA_EXPERTS = {
 }
 ERNIE_CORRECTION = {"mlp.moe_statics.e_score_correction_bias": (Target("mlp.correction", takes.flat),)}
 HUNYUAN_EXPERTS = {**linear("mlp.gate.wg", "mlp.router"), **mlp("mlp.shared_mlp", "mlp.shared")}
+JETMOE = {
+    **linear("self_attention.experts.router.layer", "attention.router"),
+    "self_attention.experts.input_linear.weight": (Target("attention.q", takes.expert_queries),),
+    "self_attention.experts.output_linear.weight": (Target("attention.out", takes.expert_outputs),),
+    "self_attention.experts.bias": (Target("attention.out_bias"),),
+    "self_attention.kv_proj.weight": (Target("attention.kv.kernel", takes.keys_values),),
+    **linear("mlp.router.layer", "mlp.router"),
+    "mlp.input_linear.weight": (Target("mlp.experts.gate_up", takes.stacked_halves),),
+    "mlp.output_linear.weight": (Target("mlp.experts.down", takes.transposed),),
+    "mlp.bias": (Target("mlp.output_bias"),),
+}
 DBRX = (
     *outside("transformer.wte", "transformer.norm_f"),
     *layers(
@@ -335,4 +359,5 @@ FAMILIES: dict[str, Family] = {
     "cohere2_moe": Family(_cohere2_moe),
     "aria_text": Family(_aria_text, llama_weights(PRE_NORMS, ARIA_EXPERTS)),
     "dbrx": Family(_dbrx, DBRX),
+    "jetmoe": Family(_jetmoe, llama_weights(PRE_NORMS, JETMOE)),
 }

@@ -141,7 +141,7 @@ def _conv1d_mlp(up: str, down: str) -> Names:
 
 
 _CAUSAL_MASK = ignore(
-    r"(transformer\.|gpt_neox\.)?(h|layers)\.\d+\.(attn|attention)\.(attention\.)?(bias|masked_bias|causal_mask)",
+    r"(\w+\.)?(h|layers)\.\d+\.(attn|attention)\.(attention\.)?(bias|masked_bias|causal_mask)",
     "a causal mask",
 )
 _POSITIONS = move("[transformer.]wpe.weight", Target("positions.kernel"))
@@ -154,7 +154,7 @@ _CONV1D: Names = {
 }
 GPT2 = (*_TOP, *layers("[transformer.]h", _LN, _CONV1D))
 OPENAI_GPT = (
-    *outside("[transformer.]tokens_embed", "no_final_norm"),
+    *outside("[transformer.]tokens_embed", "[transformer.]ln_f"),
     move("[transformer.]positions_embed.weight", Target("positions.kernel")),
     _CAUSAL_MASK,
     *layers("[transformer.]h", norm("ln_1", "post_attention_norm"), norm("ln_2", "post_mlp_norm"), _CONV1D),

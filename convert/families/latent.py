@@ -17,7 +17,7 @@ from tide_jax.errors import TideError
 logger = logging.getLogger(__name__)
 
 
-def _latent(hf: Any, *, interleaved: bool, q_scale: float = 1.0, kv_scale: float = 1.0, **flags: Any) -> DecoderConfig:
+def _latent(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
     """A decoder with latent attention; in these configurations `head_dim` is the rotated part alone."""
     head = hf.qk_nope_head_dim + hf.qk_rope_head_dim
     latent = LatentConfig(
@@ -26,8 +26,6 @@ def _latent(hf: Any, *, interleaved: bool, q_scale: float = 1.0, kv_scale: float
         nope_dim=hf.qk_nope_head_dim,
         rope_dim=hf.qk_rope_head_dim,
         value_dim=hf.v_head_dim,
-        q_scale=q_scale,
-        kv_scale=kv_scale,
     )
     layers = rotary(hf, scale=head**-0.5 * _temperature(hf) ** 2, interleaved=interleaved)
     return decoder(
@@ -51,7 +49,9 @@ def _temperature(hf: Any) -> float:
 
 def _deepseek_v2(hf: Any) -> DecoderConfig:
     if hf.topk_method not in ("greedy", "group_limited_greedy"):
-        raise TideError(f"deepseek_v2 with topk_method={hf.topk_method!r} is not supported")
+        raise TideError(
+            f"deepseek_v2 with topk_method={hf.topk_method!r} is not supported, only greedy and group_limited_greedy"
+        )
     grouped = hf.topk_method == "group_limited_greedy"
     moe = mixture(
         hf,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, unrotated
-from convert.rules import Target, move
+from convert.rules import Target, ignore, move
 from convert.weights.parts import (
     FAIRSEQ,
     FAIRSEQ_POST_NORMS,
@@ -19,7 +19,7 @@ from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
 _OFFSET = 2
-_EPS = 1e-5  # torch's default: no field of the configuration changes it
+EPS = 1e-5  # torch's default: no field of the configuration changes it
 
 
 def _opt(hf: Any) -> DecoderConfig:
@@ -29,7 +29,7 @@ def _opt(hf: Any) -> DecoderConfig:
         unrotated(hf),
         embedding_size=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
         intermediate_size=hf.ffn_dim,
-        norm_eps=_EPS,
+        norm_eps=EPS,
         norm_placement="pre" if before else "residual",
         final_norm=before and not hf._remove_final_layer_norm,
         norm_scale=affine,
@@ -45,7 +45,7 @@ def _xglm(hf: Any) -> DecoderConfig:
         hf,
         unrotated(hf),
         intermediate_size=hf.ffn_dim,
-        norm_eps=_EPS,
+        norm_eps=EPS,
         positions="sinusoidal",
         position_offset=_OFFSET,
         sinusoid_endpoint=True,
@@ -58,14 +58,16 @@ def _biogpt(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
         unrotated(hf),
-        norm_eps=_EPS,
+        norm_eps=EPS,
         embedding_scale=hf.hidden_size**0.5 if hf.scale_embedding else None,
         **learned_positions(hf.max_position_embeddings, _OFFSET),
         **plain_layer_norm(),
     )
 
 
+VERSION = ignore(r"(model\.)?(decoder\.)?version", "a version number")
 OPT = (
+    VERSION,
     *outside("[model.]decoder.embed_tokens", "[model.]decoder.final_layer_norm"),
     move("[model.]decoder.embed_positions.weight", Target("positions.kernel")),
     *projections("[model.]decoder.project_in", "[model.]decoder.project_out"),
@@ -74,6 +76,7 @@ OPT = (
     *layers("[model.]decoder.layers", FAIRSEQ_POST_NORMS, when=lambda config: config.norm_placement != "pre"),
 )
 XGLM = (
+    VERSION,
     *outside("[model.]embed_tokens", "[model.]layer_norm"),
     sinusoidal_table("[model.]embed_positions.weights"),
     *layers("[model.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),

@@ -31,6 +31,7 @@ REFUSED: dict[str, str] = {
     "cpmant": "its attention is not causal: prompt tokens see each other in both directions",
     "deepseek_v4": "its residual stream is several mixed streams and its attention reads compressed keys",
     "gemma3n_text": "its layers exchange four residual streams and share keys and values between layers",
+    "hrm_text": "its two stacks of layers run several times over each token, so its depth is no list of layers",
     "mllama_text_model": "some of its layers attend to an image only",
     "prophetnet": "it predicts several future tokens through parallel streams",
     "reformer": "it attends by locality-sensitive hashing and has reversible layers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, require
+from convert.families.opt import EPS, VERSION
 from convert.rules import Rule, Target, ignore, move
 from convert.weights import takes
 from convert.weights.parts import (
@@ -18,7 +19,6 @@ from convert.weights.parts import (
 )
 from tide_jax.architecture import AttentionType, DecoderConfig
 
-_EPS = 1e-5  # torch's default: no field of the configuration changes it
 _SINUSOIDAL: dict[str, Any] = {"positions": "sinusoidal"}
 
 
@@ -31,7 +31,7 @@ def _decoder(hf: Any, *, pre_norm: bool, **flags: Any) -> DecoderConfig:
         "num_kv_heads": heads,
         "head_dim": width,
         "intermediate_size": hf.decoder_ffn_dim,
-        "norm_eps": _EPS,
+        "norm_eps": EPS,
         "norm_placement": "pre" if pre_norm else "residual",
         "final_norm": pre_norm,
         "embedding_scale": hf.d_model**0.5 if hf.scale_embedding else None,
@@ -104,6 +104,7 @@ def _weights(norms: Names, *more: Names, final_norm: str = "layer_norm", head: s
         ignore(move(table).pattern, "sinusoidal positions are computed", when=computed),
         ignore(r"(model\.)?decoder\.layers\.\d+\.encoder_attn.*", "attends to an encoder, which is left out"),
         ignore(r"(model\.)?(encoder|shared)\..*", "belongs to the encoder, which is left out"),
+        VERSION,
         ignore("final_logits_bias", "a decoder that runs without its encoder does not add it"),
         *layers(f"{prefix}layers", FAIRSEQ, norms, *more),
     )

@@ -170,6 +170,22 @@ def _beam(hf: Any) -> DecoderConfig:
     )
 
 
+def _mimo_v2_flash(hf: Any) -> DecoderConfig:
+    """Layers with a sliding window have sinks, and twice the heads of keys and values."""
+    layers = [
+        dataclasses.replace(layer, sinks=True, num_kv_heads=2 * hf.num_key_value_heads) if layer.window else layer
+        for layer in rotary(hf, hf.layer_types)
+    ]
+    return decoder(
+        hf,
+        layers,
+        moe=corrected(hf, hf.n_routed_experts, layers=sparse_types(hf)),
+        value_dim=hf.v_head_dim,
+        value_scale=float(hf.attention_value_scale or 1.0),
+        **biases(hf.attention_bias, out=False),
+    )
+
+
 _BEAM_QUERIES = QueryScaling(0.1, 2048.0, offset=1, power=True)
 ATTENTION_GATE = {
     **linear("self_attn.gate_proj", "attention.gate", takes.gate),
@@ -191,6 +207,10 @@ KOLIBRI = {
     **norm("post_attn_norm", "post_attention_norm"),
     **norm("post_ffn_norm", "post_mlp_norm"),
     "moe.router.expert_bias": (Target("mlp.correction"),),
+}
+MIMO = {
+    **linear("self_attn.v_proj", "attention.value", takes.values_out, takes.values_out),
+    "self_attn.attention_sink_bias": (Target("attention.sinks"),),
 }
 MINIMAX_M3 = {
     **MIXTRAL_EXPERTS,
@@ -217,5 +237,6 @@ FAMILIES: dict[str, Family] = {
         llama_weights(PRE_NORMS, ATTENTION_GATE, {"mlp.experts.e_score_correction_bias": (Target("mlp.correction"),)}),
     ),
     "beam": Family(_beam, llama_weights(SANDWICH_NORMS, ATTENTION_GATE)),
+    "mimo_v2_flash": Family(_mimo_v2_flash, llama_weights(PRE_NORMS, MIMO, top=WITHOUT_MTP)),
     "minimax_m3_vl_text": Family(_minimax_m3, llama_weights(PRE_NORMS, MINIMAX_M3, top=WITHOUT_MTP)),
 }

@@ -103,6 +103,10 @@ PERMUTED: Names = {
     "attn_q": To("self_attn.q_proj", _halves("num_attention_heads")),
     "attn_k": To("self_attn.k_proj", _halves("num_key_value_heads")),
 }
+PERMUTED_WEIGHTS: Names = {
+    "attn_q.weight": To("self_attn.q_proj.weight", _halves("num_attention_heads")),
+    "attn_k.weight": To("self_attn.k_proj.weight", _halves("num_key_value_heads")),
+}
 
 
 def shifted(names: Names, *modules: str) -> Names:
@@ -131,7 +135,7 @@ def decoder(
     """
     hidden, heads, context = hp.need("embedding_length"), hp.need("attention.head_count"), hp.need("context_length")
     if head_dim is None:
-        head_dim = hp.take("attention.key_length", hidden // heads)
+        head_dim = int(hp.take("attention.key_length", hidden // heads))
         hp.expect("attention.value_length", head_dim)
     hp.expect("attention.causal", True)
     if (window := hp.take("attention.sliding_window", 0)) and window < context:
@@ -168,6 +172,7 @@ def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> d
     if width != head_dim and not partial:
         raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
     rope = rope_parameters(hp, width, context)
+    hp.expect("rope.freq_base_swa", rope["rope_theta"])
     # Said even of a whole head: some families' configurations rotate a part of it by default.
     return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
 
@@ -202,6 +207,18 @@ def multipliers(hp: Hyperparameters) -> dict[str, Any]:
         "residual_multiplier": hp.take("residual_scale", 1.0),
         "logits_scaling": hp.take("logit_scale", 1.0),
     }
+
+
+def local_rotary(hp: Hyperparameters, theta: float) -> dict[str, Any]:
+    """Rotary settings of layers with a window where those are not scaled, and turn by `theta` unless the file says."""
+    return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa", theta)}
+
+
+def inner_size(hp: Hyperparameters) -> int:
+    """Hidden width of a plain MLP: the converter writes four times the model's, whatever the matrices have."""
+    stated = hp.take("feed_forward_length")
+    up = hp.tensors.get("blk.0.ffn_up.weight")
+    return stated if up is None else up.shape[0]
 
 
 def sliding(hp: Hyperparameters, period: int | None = None) -> dict[str, Any]:

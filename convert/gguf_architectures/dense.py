@@ -11,6 +11,7 @@ from convert.gguf_architectures.base import (
     LLAMA,
     MLP,
     PERMUTED,
+    PERMUTED_WEIGHTS,
     POST_NORMS,
     PRE_NORMS,
     TOP,
@@ -18,7 +19,9 @@ from convert.gguf_architectures.base import (
     Names,
     biases,
     decoder,
+    inner_size,
     layer_norm,
+    local_rotary,
     multipliers,
     rms,
     shifted,
@@ -41,6 +44,13 @@ _HUNYUAN: Names = {
 def _llama(hp: Hyperparameters) -> Values:
     """Llama and Mistral; Mixtral where there are experts."""
     return mixtral(hp) if hp.peek("expert_count") else decoder(hp, "llama", **rms(hp), **biases(hp))
+
+
+def _exaone(hp: Hyperparameters) -> Values:
+    """Llama in all but name, whose converter writes the eps of RMS norms as that of LayerNorms."""
+    stated = hp.take("attention.layer_norm_epsilon")
+    eps = hp.take("attention.layer_norm_rms_epsilon", stated)
+    return decoder(hp, "llama", rms_norm_eps=eps, **biases(hp))
 
 
 def _mistral3(hp: Hyperparameters) -> Values:
@@ -94,7 +104,7 @@ def _phi3(hp: Hyperparameters) -> Values:
 
 
 def _phi2(hp: Hyperparameters) -> Values:
-    return decoder(hp, "phi", **layer_norm(hp), hidden_act="gelu_new", partial=True)
+    return decoder(hp, "phi", **layer_norm(hp), intermediate_size=inner_size(hp), hidden_act="gelu_new", partial=True)
 
 
 def _query_key_value(c: Any) -> tuple[int, ...]:
@@ -131,15 +141,13 @@ def _olmo(hp: Hyperparameters) -> Values:
 
 
 def _olmo2(hp: Hyperparameters) -> Values:
-    """OLMo 2, or OLMo 3 where there is a window; in layers that have it, rotary scaling is off."""
+    """OLMo 2, or OLMo 3 where there is a window."""
     window = sliding(hp, period=4)
-    values = decoder(hp, "olmo2", **rms(hp), **biases(hp))
     if window["sliding_window"] is None:
-        return values
-    rope = values["rope_parameters"]
-    local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    nested = {"full_attention": rope, "sliding_attention": local}
-    return values | window | {"model_type": "olmo3", "rope_parameters": nested}
+        return decoder(hp, "olmo2", **rms(hp), **biases(hp))
+    local = local_rotary(hp, hp.peek("rope.freq_base"))
+    values = decoder(hp, "olmo3", **rms(hp), **biases(hp), **window)
+    return values | {"rope_parameters": {"full_attention": values["rope_parameters"], "sliding_attention": local}}
 
 
 def _exaone4(hp: Hyperparameters) -> Values:
@@ -208,6 +216,8 @@ def _xielu(hp: Hyperparameters) -> dict[str, np.ndarray]:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama, {**_LLAMA_PERMUTED, **MIXTRAL_EXPERTS}),
+    "internlm2": Architecture(_llama, _LLAMA_PERMUTED),
+    "exaone": Architecture(_exaone, LLAMA),
     "mistral3": Architecture(_mistral3, _LLAMA_PERMUTED),
     "qwen2": Architecture(_qwen("qwen2"), LLAMA),
     "qwen2vl": Architecture(_qwen("qwen2"), LLAMA),
@@ -241,7 +251,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "starcoder2": Architecture(_starcoder2, {**LLAMA, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
-    "olmo": Architecture(_olmo, _LLAMA_PERMUTED),
+    "olmo": Architecture(_olmo, {**LLAMA, **PERMUTED_WEIGHTS}),
     "olmo2": Architecture(_olmo2, {**ATTENTION, **MLP, **POST_NORMS}),
     "exaone4": Architecture(_exaone4, {**ATTENTION, **MLP, **POST_NORMS}),
     "smollm3": Architecture(_smollm3, _LLAMA_PERMUTED),

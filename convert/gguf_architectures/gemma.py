@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.gguf_architectures.base import LLAMA, TOP, Architecture, Names, biases, decoder, rms, shifted, sliding
+from convert.gguf_architectures.base import (
+    LLAMA,
+    TOP,
+    Architecture,
+    Names,
+    biases,
+    decoder,
+    local_rotary,
+    rms,
+    shifted,
+    sliding,
+)
 from convert.gguf_hyperparameters import Hyperparameters
 
-_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+_GELU: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 _SANDWICH: Names = {
     **LLAMA,
     "post_attention_norm": "post_attention_layernorm",
@@ -41,9 +52,8 @@ def _gemma2(hp: Hyperparameters) -> dict[str, Any]:
 
 def _gemma3(hp: Hyperparameters) -> dict[str, Any]:
     window, caps = sliding(hp, period=6), _softcaps(hp)
-    theta = hp.take("rope.freq_base_swa", 10000.0)
+    local = local_rotary(hp, 10000.0)
     values = decoder(hp, "gemma3_text", **rms(hp), **biases(hp), **_GELU, **window)
-    local = {"rope_type": "default", "rope_theta": theta}
     rope = {"full_attention": values["rope_parameters"], "sliding_attention": local}
     return values | caps | _query_scale(values, 62) | {"rope_parameters": rope}
 

@@ -11,6 +11,7 @@ from convert.gguf_architectures.base import (
     Names,
     decoder,
     head_by_head,
+    inner_size,
     layer_norm,
     transposed,
 )
@@ -45,12 +46,11 @@ _BLOOM: Names = {
 
 
 def _gpt2(hp: Hyperparameters) -> dict[str, Any]:
-    inner = hp.take("feed_forward_length")
     return decoder(
         hp,
         "gpt2",
         **layer_norm(hp, "layer_norm_epsilon"),
-        n_inner=inner,
+        n_inner=inner_size(hp),
         activation_function="gelu_new",
         without=_ABSENT,
     )
@@ -73,7 +73,7 @@ def _starcoder(hp: Hyperparameters) -> dict[str, Any]:
         hp,
         "gpt_bigcode",
         **layer_norm(hp, "layer_norm_epsilon"),
-        n_inner=hp.take("feed_forward_length"),
+        n_inner=inner_size(hp),
         activation_function="gelu_pytorch_tanh",
         multi_query=True,
         without=_ABSENT,
@@ -102,7 +102,7 @@ def _falcon(hp: Hyperparameters) -> dict[str, Any]:
         alibi=False,
         bias=hp.has("attn_qkv.bias"),
         activation="gelu",
-        ffn_hidden_size=hp.take("feed_forward_length"),
+        ffn_hidden_size=inner_size(hp),
         without=_ABSENT,
     )
 
@@ -134,14 +134,13 @@ def _mpt(hp: Hyperparameters) -> dict[str, Any]:
     }
     if not attention["alibi_bias_max"]:
         raise hp.refuse("attention.max_alibi_bias=0.0: not supported, expected linear biases")
-    inner, hidden = hp.need("feed_forward_length"), hp.peek("embedding_length")
     values = decoder(
         hp,
         "mpt",
         **layer_norm(hp, "layer_norm_epsilon"),
         attn_config=attention,
         no_bias=True,
-        expansion_ratio=inner // hidden,
+        expansion_ratio=inner_size(hp) // hp.peek("embedding_length"),
         without=_ABSENT,
     )
     return values | {"max_seq_len": values["max_position_embeddings"]}

@@ -64,8 +64,8 @@ def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def _experts(hp: Hyperparameters) -> tuple[str, dict[str, Any]]:
-    """Model type, told by the scores, which files from before V3 do not name, and the experts' values."""
-    sigmoid = hp.take("expert_gating_func", 1) == 2
+    """Model type, told by the scores, and the experts' values. Sigmoids come with corrections of the choice."""
+    sigmoid = hp.take("expert_gating_func", 2 if hp.has("*exp_probs_b.bias") else 1) == 2
     groups = hp.take("expert_group_count", 1)
     values = {
         "n_routed_experts": hp.need("expert_count"),

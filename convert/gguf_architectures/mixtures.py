@@ -71,8 +71,12 @@ def _olmoe(hp: Hyperparameters) -> Values:
 
 
 def _phimoe(hp: Hyperparameters) -> Values:
+    """A file has the usual magnitude of longrope, not the one that Phi-3.5-MoE's configuration sets."""
     window = hp.take("attention.sliding_window", 0) or None
     values = decoder(hp, "phimoe", **rms(hp), **biases(hp), **experts(hp, "num_local_experts"))
+    rope = values["rope_parameters"]
+    if rope["rope_type"] == "longrope":
+        rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     return values | {"sliding_window": window, "lm_head_bias": "output.bias" in hp.tensors}
 
 

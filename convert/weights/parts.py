@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from convert.rules import Rule, Take, Target, ignore, move
+from convert.rules import Rule, Take, Target, ignore, move, whole
 from convert.weights import takes
 from tide_jax.architecture import DecoderConfig
 
@@ -25,12 +25,11 @@ def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | N
     }
 
 
-def norm(name: str, path: str, take: Take | None = None) -> Names:
+def norm(name: str, path: str, take: Take = whole) -> Names:
     """A norm's weight and bias."""
-    arrange = () if take is None else (take,)
     return {
-        f"{name}.weight": (Target(f"{path}.scale", *arrange),),
-        f"{name}.bias": (Target(f"{path}.bias", *arrange),),
+        f"{name}.weight": (Target(f"{path}.scale", take),),
+        f"{name}.bias": (Target(f"{path}.bias", take),),
     }
 
 

@@ -71,6 +71,12 @@ def column(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a[:, None]
 
 
+def values_out(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Values of a width of their own, [heads * vd, ...] to [..., heads, vd]."""
+    assert c.value_dim is not None
+    return a.T.reshape(*a.shape[1:], -1, c.value_dim)
+
+
 def conv1d_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """GPT-2's Conv1D is [in, out] already: [heads * hd, D] to [heads, hd, D]."""
     return a.reshape(c.num_heads, -1, a.shape[1])
@@ -173,6 +179,21 @@ def fused_kv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """The keys and values of a Linear [(H + 2 KV) * hd, ...]: [..., KV, 2, hd]."""
     both = a.T.reshape(*a.shape[1:], -1, c.head_dim)[..., c.num_heads :, :]
     return both.reshape(*both.shape[:-2], 2, -1, c.head_dim).swapaxes(-3, -2)
+
+
+def expert_queries(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Query projections of attention experts, [E, KV * hd, D] to [E, D, KV, hd]."""
+    return a.swapaxes(1, 2).reshape(a.shape[0], a.shape[2], -1, c.head_dim)
+
+
+def expert_outputs(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Output projections of attention experts, [E, D, KV * hd] to [E, KV, hd, D]."""
+    return a.swapaxes(1, 2).reshape(a.shape[0], -1, c.head_dim, a.shape[1])
+
+
+def keys_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """The keys and values of a Linear [2 * KV * hd, D] that holds nothing else: [D, KV, 2, hd]."""
+    return a.T.reshape(a.shape[1], 2, -1, c.head_dim).swapaxes(1, 2)
 
 
 def latent_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""The parity harness itself: every kind of wrong model is found out, on the path it is wrong on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+import tide_jax.early_exit
+from convert import parity
+from convert.parity import measure_parity
+from convert.tiny import save_tiny
+from tide_jax.cache import KVCache
+from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
+from tide_jax.layers import KeyValue
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("mistral")
+    save_tiny("mistral", directory, num_hidden_layers=4)
+    return directory
+
+
+def wrong_paths(checkpoint: Path) -> set[str]:
+    return {problem.partition(":")[0] for problem in measure_parity(checkpoint).problems}
+
+
+def test_a_right_model_has_no_problems(checkpoint: Path) -> None:
+    report = measure_parity(checkpoint)
+    assert report.problems == ()
+    assert 0 < report.relative < parity.TOLERANCE
+    assert report.model_type == "mistral"
+
+
+def test_a_wrong_norm(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path, dtype: str) -> Decoder:
+        model = real(path, dtype)
+        model.layers[3].pre_mlp_norm.eps = 5.0
+        return model
+
+    real = parity.load
+    monkeypatch.setattr(parity, "load", load)
+    assert {"prefill", "padded", "decode", "greedy"} <= wrong_paths(checkpoint)
+
+
+def test_a_cache_that_forgets(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(cache: KVCache, new: KeyValue, positions: Any) -> KVCache:
+        return real(cache, new, jnp.where(positions == 3, -1, positions))
+
+    real = KVCache.append
+    monkeypatch.setattr(KVCache, "append", append)
+    assert wrong_paths(checkpoint) == {"padded", "decode", "mixed_exit"}
+
+
+def test_skipped_layers_that_leave_nothing_behind(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def propagate(walk: Any, group: int, contexts: Any) -> Callable[[Any], Any]:
+        def fill(state: Any) -> Any:
+            state, rows = real(walk, group, contexts)(state)
+            return state, KeyValue(jnp.zeros_like(rows.keys), rows.values)
+
+        return fill
+
+    real = tide_jax.early_exit._Walk._propagate
+    monkeypatch.setattr(tide_jax.early_exit._Walk, "_propagate", propagate)
+    assert wrong_paths(checkpoint) == {"mixed_exit"}
+
+
+def test_tokens_that_leave_one_layer_late(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = parity.constant_routers
+    monkeypatch.setattr(parity, "constant_routers", lambda config, interval: real(config, interval=interval + 1))
+    assert {"forced_exit", "mixed_exit"} <= wrong_paths(checkpoint)
+
+
+def test_logits_that_hardly_differ(tmp_path: Path) -> None:
+    save_tiny("cohere", tmp_path, logit_scale=0.01, num_hidden_layers=2)
+    assert "nothing was tested" in "".join(measure_parity(tmp_path).problems)
+
+
+def test_a_checkpoint_that_does_not_convert(tmp_path: Path) -> None:
+    save_tiny("mamba", tmp_path, num_hidden_layers=2)
+    with pytest.raises(TideError, match="mamba"):
+        measure_parity(tmp_path)
