@@ -7,6 +7,7 @@ source tensor from the parameters, so the same table serves both directions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,20 @@ class ConvertedSource:
         tensor = np.zeros(self.tensors[name].shape, self.dtype)
         for piece in self._pieces[name]:
             view = piece.take(tensor, self._decoder)
-            if not np.shares_memory(view, tensor) or not view.flags.writeable:
-                raise TideError(f"{name} cannot be exported: its conversion is more than a rearrangement")
-            view[...] = self._read_slot(piece)
+            if np.shares_memory(view, tensor) and view.flags.writeable:
+                view[...] = self._read_slot(piece)
+            else:  # heads that lie apart have no view
+                tensor.reshape(-1)[self._places(piece, tensor.shape)] = self._read_slot(piece)
         return tensor
+
+    def _places(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
+        """Where each element of a slot lies in the source tensor: what arranging the elements' indices gives."""
+        indices = np.arange(math.prod(shape)).reshape(shape)
+        places = piece.take(indices, self._decoder)
+        moved = np.array_equal(piece.take(indices + 1, self._decoder), places + 1)
+        if not moved or np.unique(places).size != places.size:
+            raise TideError(f"{piece.source} cannot be exported: its conversion is more than a rearrangement")
+        return places
 
     def _rules(self) -> tuple[Rule, ...]:
         """The weight map of the conversion: the family's, or the one that probing found."""

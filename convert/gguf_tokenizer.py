@@ -151,12 +151,20 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
                 f"tokenizer.ggml.{key} is not supported with the 'llama' tokenizer; "
                 "pass a Hugging Face tokenizer of the same model instead"
             )
-    tokens = _tokens(metadata)
+    return _space_marked(metadata, _merges_from_scores(metadata))
+
+
+def _gemma4(metadata: Mapping[str, Any]) -> Tokenizer:
+    return _space_marked(metadata, [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())])
+
+
+def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) -> Tokenizer:
+    """Merges of characters, spaces among them as a mark, over the whole text; bytes stand in for unknown ones."""
     tokenizer = Tokenizer(
         models.BPE(
             vocab=_vocabulary(metadata),
-            merges=_merges_from_scores(metadata),
-            unk_token=_token(metadata, tokens, "unknown_token_id"),
+            merges=merges,
+            unk_token=_token(metadata, _tokens(metadata), "unknown_token_id"),
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -265,4 +273,4 @@ def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | No
     return tokens[index]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}

@@ -153,6 +153,12 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 
 
 @_jit
+def _forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Array, "B T V"], KeyValue]:
+    x, rows = model.run_layers(tokens, positions, None)
+    return model.logits(model.final_norm(x)), rows
+
+
+@_jit
 def _depth(
     model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
@@ -169,15 +175,14 @@ def _head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"
 
 def _prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Logits of one pass at full depth, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
-    positions = jnp.asarray(batch.positions)
-    x, rows = model.run_layers(jnp.asarray(batch.tokens), positions, None)
-    logits, cache = np.asarray(_head(model, x)), _empty_cache(model, batch).append(rows, positions)
+    logits, rows = _forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
+    cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions))
     text = [np.argmax(logits[:, -1:], axis=-1).astype(np.int32)]
     for n in range(1, NEW_TOKENS):
         ones = np.ones_like(text[-1], bool)
         out, cache = _pass(model, Batch(text[-1], batch.positions[:, -1:] + np.int32(n), ones), cache, ~ones)
         text.append(np.argmax(out, axis=-1).astype(np.int32))
-    return logits, np.concatenate(text, axis=1)
+    return np.asarray(logits), np.concatenate(text, axis=1)
 
 
 def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
@@ -257,4 +262,4 @@ def _advance(
     return jnp.where(left[:, None, None], x, y), new
 
 
-_PROGRAMS: tuple[Any, ...] = (_depth, _head, _enter, _advance)
+_PROGRAMS: tuple[Any, ...] = (_forward, _depth, _head, _enter, _advance)

@@ -50,12 +50,14 @@ class Reference:
 
     def __init__(self, checkpoint: str | Path, together: bool) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         self._torch = torch
+        # Falcon's eager attention counts its linear biases twice.
+        kind = "sdpa" if AutoConfig.from_pretrained(checkpoint).model_type == "falcon" else "eager"
         self._together = together
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
+            checkpoint, dtype=torch.float32, attn_implementation=kind
         ).eval()
         # Nothing but the greedy choice: some families force tokens or stop at them.
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)

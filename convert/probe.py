@@ -22,19 +22,17 @@ from convert.probe_names import weight_map
 from convert.probe_outside import find_embedding, find_head
 from convert.probe_record import record
 from convert.probe_reference import Reference, load_reference
-from convert.probe_rules import from_json, to_json
+from convert.probe_rules import to_json
 from convert.probe_trace import MATCH, Trace, distance
 from convert.reader import Source
 from convert.rules import Rule, coverage
-from convert.verify import TOLERANCE
+from convert.verify import TOLERANCE, Verification
 from tide_jax.architecture import DecoderConfig
-from tide_jax.decoder import from_parameters
+from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
 
-__all__ = ["Probed", "from_json", "probe", "to_json"]
-
 logger = logging.getLogger(__name__)
-_LENGTH = 64
+_LENGTH, _LONGEST = 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Probed:
     Attributes:
       config: its architecture.
       rules: its weight map.
-      report: JSON-ready: whose code it was measured against, how far logits are, and what a table entry would say.
+      report: JSON-ready: whose code it was measured against ("measured_against"), how far logits are ("verification"),
+        what a table entry would say ("flags", "weight_map"), and what had to be taken from config.json ("assumed").
     """
 
     config: DecoderConfig
@@ -67,17 +66,43 @@ def probe(source: Source, *, trust_remote_code: bool = False) -> Probed:
     """
     reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=True)
     try:
-        trace = record(reference)
-        probed = _propose(source, trace)
+        probed = _propose(source, record(reference))
         if reference.windows:
-            del trace
             reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
-        differences = _prove(source, reference, probed)
-    except TideError as error:
-        raise TideError(f"{source.description} was probed and cannot be converted: {error}") from error
-    report = probed.report | differences
+        model = from_parameters(probed.config, _assembled(source, probed), dtype=jnp.dtype(jnp.float32))
+        proof = _compare(reference, model)
+        if not proof.relative <= TOLERANCE:
+            raise TideError(f"{_too_far(proof)}: {_first_difference(reference, model)}")
+    except Exception as error:  # a model of any kind may do anything to the search
+        reason = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, TideError) else f"{type(error).__name__}: "
+        raise TideError(f"{source.description} was probed and cannot be converted: {kind}{reason}") from error
+    report = probed.report | {"verification": dataclasses.asdict(proof)}
     logger.info("probed %s: %s", source.description, report)
     return dataclasses.replace(probed, report=report)
+
+
+def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_remote_code: bool = False) -> Verification:
+    """Compares a converted model's logits with those of the code it was probed against.
+
+    Args:
+      source: what was converted.
+      model: the result, loaded in float32.
+      stored: the dtype it was stored in; the reference's weights are rounded to it too.
+
+    Raises:
+      TideError: logits that differ by more than `TOLERANCE` of their range.
+    """
+    import torch
+
+    reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
+    with torch.no_grad():
+        for parameter in reference.model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, stored.name)))
+    proof = _compare(reference, model)
+    if not proof.relative <= TOLERANCE:
+        raise TideError(f"{_too_far(proof)}: nothing was written, please report the model")
+    return proof
 
 
 def _propose(source: Source, trace: Trace) -> Probed:
@@ -90,10 +115,23 @@ def _propose(source: Source, trace: Trace) -> Probed:
     config = decoder_of(trace, str(source.config.get("model_type")), embedding, layers, head)
     places = places_of(trace, config, embedding, layers, head)
     rules = weight_map(source, places)
-    report = {"measured_against": trace.reference.route, "flags": _unusual(config), "weight_map": to_json(rules)}
-    if not context_length(trace, embedding)[1]:
-        report["assumed"] = f"max_positions={config.max_positions}: the configuration does not say"
+    report: dict[str, Any] = {
+        "measured_against": trace.reference.route,
+        "flags": _unusual(config),
+        "weight_map": to_json(rules),
+        "assumed": _assumed(config, context_length(trace, embedding)[1]),
+    }
     return Probed(config, rules, report)
+
+
+def _assumed(config: DecoderConfig, context_known: bool) -> list[str]:
+    """What short rows of ordinary numbers do not show: the configuration's word is taken for it."""
+    assumed = [] if context_known else [f"max_positions={config.max_positions}: the configuration does not say"]
+    for name in ("activation_limit", "clip_qkv"):
+        if (value := getattr(config, name)) is not None:
+            assumed.append(f"{name}={value}: numbers may not have reached it")
+    kinds = {kind.rope.kind for kind in config.attention_types if kind.rope} & {"dynamic", "longrope"}
+    return assumed + [f"{kind} rotary embeddings of longer texts" for kind in sorted(kinds)]
 
 
 def _unusual(config: DecoderConfig) -> dict[str, Any]:
@@ -103,27 +141,26 @@ def _unusual(config: DecoderConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if getattr(config, name) != defaults[name]}
 
 
-def _prove(source: Source, reference: Reference, probed: Probed) -> dict[str, Any]:
-    """Compares logits on random tokens: a long row, and a shorter one that is padded on the left for the decoder."""
-    config = probed.config
-    plan = coverage(source.tensors, probed.rules, config)
-    model = from_parameters(config, assembled(source, probed), dtype=jnp.dtype(jnp.float32))
-    del plan
-    length = min(_LENGTH, config.max_positions)
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, length))
+def _compare(reference: Reference, model: Decoder) -> Verification:
+    """Logits on random tokens: of a long row, and of a shorter one that is padded on the left for the decoder."""
+    config = model.config
+    windows = [2 * kind.window for kind in config.attention_types if kind.window and 2 * kind.window <= _LONGEST]
+    length = min(max([_LENGTH, *windows]), config.max_positions)
     start = length // 3
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, length))
     positions = np.stack([np.arange(length), np.maximum(np.arange(length) - start, -1)])
-    expected = [reference.logits(tokens[0]), reference.logits(tokens[1, start:])]
-    found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
-    differences = [float(np.abs(a - b).max()) for a, b in zip((found[0], found[1, start:]), expected, strict=True)]
-    spread = max(float(np.ptp(logits)) for logits in expected)
-    relative = max(differences) / max(spread, 1e-30)
-    if not relative <= TOLERANCE:
-        raise TideError(
-            f"logits of {length} tokens differ by {relative:.1e} of their range, expected at most {TOLERANCE:.0e}: "
-            f"{_first_difference(reference, model)}"
-        )
-    return {"max_difference": max(differences), "relative": relative, "tokens": 2 * length - start}
+    out = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
+    found = np.concatenate([out[0], out[1, start:]])
+    expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
+    difference, logit_range = float(np.abs(found - expected).max()), float(np.ptp(expected))
+    return Verification(difference, logit_range, difference / max(logit_range, 1e-30), len(found), length)
+
+
+def _too_far(proof: Verification) -> str:
+    return (
+        f"logits differ by {proof.relative:.1e} of their range over {proof.tokens} tokens, expected at most "
+        f"{TOLERANCE:.0e}"
+    )
 
 
 def _first_difference(reference: Reference, model: Decoder) -> str:
@@ -145,7 +182,7 @@ def _first_difference(reference: Reference, model: Decoder) -> str:
     return f"no part of it does on {len(trace.tokens)} tokens"
 
 
-def assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
+def _assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
     """Each parameter in turn, float32, put together from its pieces."""
     plan = coverage(source.tensors, probed.rules, probed.config)
     for path, pieces in plan.by_path().items():

@@ -29,7 +29,7 @@ from convert.probe_rules import (
     add_out,
     add_tensor,
 )
-from convert.probe_trace import NormCall, Trace
+from convert.probe_trace import MATCH, NormCall, Trace, distance
 from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
 
@@ -49,7 +49,7 @@ def decoder_of(
     flags = _common(layers)
     kinds = [layer.attention.kind for layer in layers]
     types = tuple(dict.fromkeys(kinds))
-    flags |= _norm_flags(list(_block_norms(embedding, layers, head)))
+    flags |= _norm_flags(trace, list(_block_norms(embedding, layers, head)))
     flags |= _outside_flags(trace, embedding, head)
     if flags.get("positions") is None:
         flags["positions"] = "rope" if any(kind.rope for kind in types) else "none"
@@ -181,7 +181,8 @@ def _block_norms(embedding: EmbeddingFound, layers: Sequence[LayerFound], head: 
     return (norm for norm in (*around, *inner, embedding.norm, head.norm) if norm is not None)
 
 
-def _norm_flags(norms: Sequence[NormCall]) -> Flags:
+def _norm_flags(trace: Trace, norms: Sequence[NormCall]) -> Flags:
+    norms = _one_eps(trace, norms)
     found = [
         {
             "norm": norm.kind,
@@ -193,6 +194,20 @@ def _norm_flags(norms: Sequence[NormCall]) -> Flags:
         for norm in norms
     ]
     return _one(found, [norm.name or "a norm without a module" for norm in norms]) if found else {}
+
+
+def _one_eps(trace: Trace, norms: Sequence[NormCall]) -> Sequence[NormCall]:
+    """The norms with the eps that suits all of them, where there is one: it hardly shows in large numbers."""
+
+    def error(eps: float) -> float:
+        alike = (dataclasses.replace(norm, eps=eps) for norm in norms)
+        return max(distance(norm.apply(norm.inputs, trace.weights), norm.output) for norm in alike)
+
+    candidates = list(dict.fromkeys(norm.eps for norm in norms))
+    if len(candidates) < 2:
+        return norms
+    best = min(candidates, key=error)
+    return [dataclasses.replace(norm, eps=best) for norm in norms] if error(best) <= MATCH else norms
 
 
 def _outside_flags(trace: Trace, embedding: EmbeddingFound, head: HeadFound) -> Flags:
@@ -367,6 +382,7 @@ def _left_out(trace: Trace, assigned: Set[str]) -> dict[str, str]:
             reasons[name] = "a constant, not a weight"
         elif weight.__array_interface__["data"][0] in taken:
             reasons[name] = "tied to another tensor"
-        elif owner not in ran:
-            reasons[name] = "takes no part in reading text"
+        else:
+            unused = "no part of the decoder needs it: logits are right without"
+            reasons[name] = unused if owner in ran else "takes no part in reading text"
     return reasons

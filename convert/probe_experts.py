@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,40 +68,54 @@ def find_experts(trace: Trace, layer: str, width: int) -> list[Experts]:
 
 
 def _stacked(own: Mapping[str, np.ndarray], width: int) -> Iterator[Experts]:
+    """Experts in parameters [E, ., .]."""
     cubes = {name: w for name, w in own.items() if w.ndim == 3 and len(w) > 1 and width in w.shape[1:]}
     for (fused, a), (down, b) in itertools.permutations(cubes.items(), 2):
-        if len(a) != len(b):
-            continue
-        for fused_out, down_out in itertools.product((1, 2), (1, 2)):
+        for fused_out, down_out in itertools.product((1, 2), (1, 2)):  # the axis of outputs
             size = b.shape[3 - down_out]
-            if a.shape[3 - fused_out] == width == b.shape[down_out] and a.shape[fused_out] == 2 * size:
-                yield from _fused(own, fused, fused_out == 1, down, down_out == 1, size, width)
+            fits = a.shape[3 - fused_out] == width == b.shape[down_out] and a.shape[fused_out] == 2 * size
+            for gate, up in _both((fused,), fused_out == 1, size) if fits and len(a) == len(b) else ():
+                yield _with_flat_biases(own, Experts(gate, up, _down((down,), down_out == 1)), size, width)
     for gate, up, down in itertools.permutations(cubes, 3):
-        names = ((gate,), (up,), (down,))
-        transposed = [own[name].shape[2] == width for name in (gate, up)]
         if own[gate].shape == own[up].shape:
-            yield _separate(names, transposed[0], own[down].shape[1] == width)
+            yield _separate((gate,), (up,), (down,), own[gate].shape[2] == width, own[down].shape[1] == width)
 
 
-def _fused(
-    own: Mapping[str, np.ndarray], fused: str, transposed: bool, down: str, down_transposed: bool, size: int, width: int
-) -> Iterator[Experts]:
-    count = len(own[fused])
-    flat = {name: w for name, w in own.items() if "bias" in name and w.shape in ((count, 2 * size), (count, width))}
-    of_fused = next((name for name, w in flat.items() if w.shape == (count, 2 * size)), None)
-    of_down = next((name for name, w in flat.items() if name != of_fused and w.shape == (count, width)), None)
+def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
+    """Experts that are modules ``parent.0``, ``parent.1``... with parameters of equal shapes."""
+    for found in _lists(own, layer).values():
+        for (fused, a), (down, b) in itertools.permutations(found.items(), 2):
+            fits = b[0] == width and a == (2 * b[1], width)
+            for gate, up in _both(fused, True, b[1]) if fits else ():
+                yield _with_biases(own, Experts(gate, up, _down(down, True)))
+        for (gate, a), (up, b), (down, c) in itertools.permutations(found.items(), 3):
+            if a == b == c[::-1] and a[1] == width:
+                yield _with_biases(own, _separate(gate, up, down, True, True))
+
+
+def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[str, ...], tuple[int, int]]]:
+    """For each parent, the matrices of numbered modules that have the same name in all of them, with their shape."""
+    lists: dict[tuple[str, str], dict[int, str]] = {}
+    for name, weight in own.items():
+        parts = name.removeprefix(f"{layer}.").split(".")
+        number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        if number is not None and weight.ndim == 2:
+            key = ".".join(parts[:number]), ".".join(parts[number + 1 :])
+            lists.setdefault(key, {})[int(parts[number])] = name
+    members: dict[str, dict[tuple[str, ...], tuple[int, int]]] = {}
+    for (parent, _), names in lists.items():
+        shapes = {(own[name].shape[0], own[name].shape[1]) for name in names.values()}
+        if len(names) > 1 and sorted(names) == list(range(len(names))) and len(shapes) == 1:
+            members.setdefault(parent, {})[tuple(names[i] for i in sorted(names))] = shapes.pop()
+    return members
+
+
+def _both(names: tuple[str, ...], transposed: bool, size: int) -> Iterator[tuple[Projection, Projection]]:
+    """Gate and up projection in one, in halves or pairs, either first."""
     for pairs, swapped in itertools.product((False, True), (False, True)):
-        parts = [_half(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
-        gate, up = (Projection((fused,), take, "mlp.experts.gate_up", f":, {i}") for i, take in enumerate(parts))
-        biases: tuple[Projection, ...] = ()
-        if of_fused is not None and of_down is not None:
-            takes = [dataclasses.replace(take, transposed=False) for take in parts]
-            biases = (
-                Projection((of_fused,), takes[0], "mlp.experts.gate_up_bias", "0"),
-                Projection((of_fused,), takes[1], "mlp.experts.gate_up_bias", "1"),
-                Projection((of_down,), None, "mlp.experts.down_bias", ""),
-            )
-        yield Experts(gate, up, _down((down,), down_transposed), biases)
+        takes = [_half(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
+        gate, up = (Projection(names, take, "mlp.experts.gate_up", f":, {i}") for i, take in enumerate(takes))
+        yield gate, up
 
 
 def _half(transposed: bool, size: int, pairs: bool, which: int) -> Channels:
@@ -112,40 +126,43 @@ def _down(names: tuple[str, ...], transposed: bool) -> Projection:
     return Projection(names, Oriented() if transposed else None, "mlp.experts.down", "")
 
 
-def _separate(names: tuple[tuple[str, ...], ...], transposed: bool, down_transposed: bool) -> Experts:
+def _separate(
+    gate: tuple[str, ...], up: tuple[str, ...], down: tuple[str, ...], transposed: bool, down_transposed: bool
+) -> Experts:
     take = Oriented() if transposed else None
-    gate, up = (Projection(part, take, "mlp.experts.gate_up", f":, {i}") for i, part in enumerate(names[:2]))
-    return Experts(gate, up, _down(names[2], down_transposed))
+    first, second = (Projection(part, take, "mlp.experts.gate_up", f":, {i}") for i, part in enumerate((gate, up)))
+    return Experts(first, second, _down(down, down_transposed))
 
 
-def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
-    """Experts that are modules ``parent.0``, ``parent.1``... with parameters of equal shapes."""
-    lists: dict[tuple[str, str], dict[int, str]] = {}
-    for name, weight in own.items():
-        parts = name.removeprefix(f"{layer}.").split(".")
-        number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
-        if number is not None and weight.ndim == 2:
-            key = ".".join(parts[:number]), ".".join(parts[number + 1 :])
-            lists.setdefault(key, {})[int(parts[number])] = name
-    members: dict[str, list[tuple[str, ...]]] = {}
-    for (parent, _), names in lists.items():
-        shapes = {own[name].shape for name in names.values()}
-        if len(names) > 1 and sorted(names) == list(range(len(names))) and len(shapes) == 1:
-            members.setdefault(parent, []).append(tuple(names[i] for i in sorted(names)))
-    for found in members.values():
-        for fused, down in itertools.permutations(found, 2):
-            size = own[down[0]].shape[1]
-            if own[fused[0]].shape == (2 * size, width) and own[down[0]].shape[0] == width:
-                for pairs, swapped in itertools.product((False, True), (False, True)):
-                    gate, up = (
-                        Projection(fused, _half(True, size, pairs, i ^ swapped), "mlp.experts.gate_up", f":, {i}")
-                        for i in (0, 1)
-                    )
-                    yield Experts(gate, up, _down(down, True))
-        for gate, up, down in itertools.permutations(found, 3):
-            shape = own[gate[0]].shape
-            if own[up[0]].shape == shape == own[down[0]].shape[::-1] and shape[1] == width:
-                yield _separate((gate, up, down), True, True)
+def _with_flat_biases(own: Mapping[str, np.ndarray], experts: Experts, size: int, width: int) -> Experts:
+    """Experts with the biases [E, 2 F] and [E, D] of stacked ones, where there are any."""
+    count = len(own[experts.down.names[0]])
+    flat = {name: w.shape for name, w in own.items() if "bias" in name}
+    of_both = next((name for name, shape in flat.items() if shape == (count, 2 * size)), None)
+    of_down = next((name for name, shape in flat.items() if name != of_both and shape == (count, width)), None)
+    if of_both is None or of_down is None:
+        return experts
+    return _biased(experts, ((of_both,), (of_both,), (of_down,)))
+
+
+def _with_biases(own: Mapping[str, np.ndarray], experts: Experts) -> Experts:
+    """Experts with the biases beside their weights, where all have one."""
+    weights = (experts.gate, experts.up, experts.down)
+    names = tuple(tuple(f"{name.removesuffix('weight')}bias" for name in part.names) for part in weights)
+    return _biased(experts, names) if all(name in own for part in names for name in part) else experts
+
+
+def _biased(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
+    takes = [
+        dataclasses.replace(part.take, transposed=False) if isinstance(part.take, Channels) else None
+        for part in (experts.gate, experts.up, experts.down)
+    ]
+    places = (("gate_up_bias", "0"), ("gate_up_bias", "1"), ("down_bias", ""))
+    biases = tuple(
+        Projection(part, take, f"mlp.experts.{path}", slot)
+        for part, take, (path, slot) in zip(names, takes, places, strict=True)
+    )
+    return dataclasses.replace(experts, biases=biases)
 
 
 def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights: Mapping[str, np.ndarray]) -> None:

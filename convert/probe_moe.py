@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from convert.probe_experts import Experts, find_experts
 from convert.probe_mlp import ACTIVATION_NAMES, MLPFound, find_mlp
 from convert.probe_trace import CLEAR, MATCH, Call, Linear, NormCall, Trace, distance, equal
 from tide_jax.activations import SWIGLU_OAI
-from tide_jax.architecture import MoEConfig
+from tide_jax.architecture import GroupScore, MoEConfig
 from tide_jax.moe import choose_experts
 
 _PER_TOKEN = r"top_?k|per_tok|num_select|active|moe_k|used"
@@ -199,11 +200,11 @@ class _Mixture:
         named = [int(v) for v in self.trace.numbers(_PER_TOKEN) if 1 <= v <= self.count]
         groups = [int(v) for v in self.trace.numbers("group") if 1 < v <= self.count and self.count % v == 0]
         kept = [int(v) for v in self.trace.numbers("group") if v >= 1]
-        grouped = [(n, k, s) for n in groups for k in kept if k < n for s in ("max", "top2")]
+        grouped = [(n, k, s) for n in groups for k in kept if k < n for s in get_args(GroupScore)]
         for per_token in dict.fromkeys([*named, *range(1, min(self.count, 4) + 1)]):
             for score, renormalise in itertools.product(("softmax", "sigmoid"), (True, False)):
                 for correction in ("score", "logit") if corrected else ("none",):
-                    for count, left, by in (*grouped, (1, 1, "top2")):
+                    for count, left, by in (*grouped, (1, 1, get_args(GroupScore)[-1])):
                         yield MoEConfig(
                             num_experts=self.count,
                             experts_per_token=per_token,

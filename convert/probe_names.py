@@ -49,7 +49,7 @@ def weight_map(source: Source, places: Places) -> tuple[Rule, ...]:
     """The rules of a checkpoint's tensors, one for all layers where the layers agree.
 
     Raises:
-      TideError: a tensor the model uses has no place, or the layers' names do not have the layer's number.
+      TideError: the layers' names do not have the layer's number.
     """
     stored = stored_names(source, places)
     rules: list[Rule] = []
@@ -57,9 +57,7 @@ def weight_map(source: Source, places: Places) -> tuple[Rule, ...]:
     for name, parameter in stored.items():
         found = None if parameter is None else places.of(parameter)
         if found is None:
-            reason = "the reference model has no such parameter"
-            if parameter is not None and not (reason := places.left_out.get(parameter, "")):
-                raise TideError(f"no part of the decoder was found for tensor {name}, which the model uses")
+            reason = "the reference model has no such parameter" if parameter is None else places.left_out[parameter]
             rules.append(ignore(move(name).pattern, reason))
         elif found[0] is None:
             rules.append(move(name, *found[1]))

@@ -6,15 +6,14 @@ Code that lies in a checkpoint runs only when it is trusted explicitly.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.reader import Source
-from convert.verify import require_torch
 from tide_jax.errors import TideError
 
 _AUTO = "AutoModelForCausalLM"
@@ -58,7 +57,7 @@ def _arguments(model: Any, ids: Any) -> dict[str, Any]:
     import torch
 
     taken = dict(list(inspect.signature(model.forward).parameters.items())[1:])
-    given = {name: False for name in ("use_cache",) if name in taken}
+    given: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
     for name, parameter in taken.items():
         if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             if "mask" in name:
@@ -79,7 +78,6 @@ def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bo
     Raises:
       TideError: no code for the model is at hand, it is not trusted, or it does not load this checkpoint.
     """
-    require_torch()
     build = _route(source, trust_remote_code)
     try:
         hf = build.config()
@@ -101,14 +99,28 @@ def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bo
 class _KnownClass:
     """A model class of the installed transformers."""
 
-    def __init__(self, directory: Path, values: Mapping[str, Any], name: str, model_class: Any) -> None:
-        self.directory, self.values, self.name, self.model_class = directory, values, name, model_class
+    def __init__(self, source: Source, name: str, model_class: Any) -> None:
+        self.source, self.name, self.model_class = source, name, model_class
+        self.directory = source.files[0].parent
 
     def config(self) -> Any:
-        return self.model_class.config_class.from_dict({k: v for k, v in self.values.items() if k != "model_type"})
+        values = {name: value for name, value in self.source.config.items() if name != "model_type"}
+        return self.model_class.config_class.from_dict(values)
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
-        return _from_pretrained(self.model_class, self.directory, config=hf)
+        """The model and the names of its weights that the checkpoint does not have."""
+        return self.loaded(self.model_class, hf)
+
+    def loaded(self, model_class: Any, hf: Any, **options: Any) -> tuple[Any, set[str]]:
+        import torch
+
+        place: Any = self.directory
+        if getattr(self.source, "rewritten", False):  # an adapter is merged, or weights are dequantised
+            place, options = None, options | {"state_dict": _tensors(self.source)}
+        model, info = model_class.from_pretrained(
+            place, config=hf, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+        )
+        return model, set(info["missing_keys"])
 
 
 class _KnownType(_KnownClass):
@@ -120,7 +132,7 @@ class _KnownType(_KnownClass):
         return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
-        return _from_pretrained(self.model_class, self.directory, config=hf, trust_remote_code=False)
+        return self.loaded(self.model_class, hf, trust_remote_code=False)
 
 
 class _OwnCode(_KnownType):
@@ -129,20 +141,22 @@ class _OwnCode(_KnownType):
     def __init__(self, source: Source, reference: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        directory = source.files[0].parent
-        super().__init__(directory, source.config, f"the checkpoint's {reference}", AutoModelForCausalLM)
-        self.source, self.reference = source, reference
+        super().__init__(source, f"the checkpoint's {reference}", AutoModelForCausalLM)
+        self.reference = reference
 
     def config(self) -> Any:
         from transformers import AutoConfig, PretrainedConfig
 
-        if "AutoConfig" in self.values["auto_map"]:
+        if "AutoConfig" in self.source.config["auto_map"]:
             return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
-        return (getattr(self._own_class(), "config_class", None) or PretrainedConfig).from_dict(dict(self.values))
+        config_class = getattr(self._own_class(), "config_class", None) or PretrainedConfig
+        return config_class.from_dict(dict(self.source.config))
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
+        if getattr(self.source, "rewritten", False):
+            return self._by_hand(hf)
         try:
-            return _from_pretrained(self.model_class, self.directory, config=hf, trust_remote_code=True)
+            return self.loaded(self.model_class, hf, trust_remote_code=True)
         except Exception as first:  # code written for other versions of transformers, or for none
             try:
                 return self._by_hand(hf)
@@ -156,53 +170,57 @@ class _OwnCode(_KnownType):
 
     def _by_hand(self, hf: Any) -> tuple[Any, set[str]]:
         """Makes the module and copies the checkpoint's tensors into it by their names."""
-        import torch
-
-        model = self._own_class()(hf)
-        tensors = {name: torch.from_numpy(self.source.read(name).astype(np.float32)) for name in self.source.tensors}
+        model, tensors = self._own_class()(hf), _tensors(self.source)
         model.load_state_dict(tensors, strict=False)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         loaded = {parameters[name].data_ptr() for name in tensors if name in parameters}
         return model, {name for name, parameter in parameters.items() if parameter.data_ptr() not in loaded}
 
 
+def _tensors(source: Source) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.tensors}
+
+
 def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
     """Where the modelling code of a checkpoint is to be had."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    values, directory = source.config, source.files[0].parent
-    model_type, auto_map = values.get("model_type"), values.get("auto_map") or {}
+    values = source.config
+    model_type, own = values.get("model_type"), (values.get("auto_map") or {}).get(_AUTO)
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if own is not None and not known and not trust_remote_code:
+        raise TideError(
+            f"{source.description} brings its own Python code ({own}): read that code, then pass --trust-remote-code "
+            "to run it and probe what it computes"
+        )
+    _require_torch(source)
+    import transformers
+
+    if known:
+        return _KnownType(source, f"transformers' {model_type}", transformers.AutoModelForCausalLM)
+    if own is not None:
+        return _OwnCode(source, own)
     names = [name for name in values.get("architectures") or [] if isinstance(name, str)]
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        name = f"transformers' {model_type}"
-        return _KnownType(directory, values, name, transformers.AutoModelForCausalLM)
-    if _AUTO in auto_map:
-        if not trust_remote_code:
-            raise TideError(
-                f"{source.description}: model_type {model_type!r} is not supported, and the checkpoint brings its own "
-                f"Python code ({auto_map[_AUTO]}): read that code, then pass --trust-remote-code to run and probe it"
-            )
-        return _OwnCode(source, auto_map[_AUTO])
     for name in names:
         found = getattr(transformers, name, None)
         if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
-            return _KnownClass(directory, values, f"transformers' {name}", found)
-    classes = f"architectures {', '.join(names)}" if names else "no architectures"
+            return _KnownClass(source, f"transformers' {name}", found)
+    classes = f"architectures {', '.join(names)}" if names else "any architectures"
     raise TideError(
-        f"{source.description}: model_type {model_type!r} is not supported, and nothing says what it computes: the "
-        f"installed transformers knows neither it nor {classes}, and the checkpoint brings no code of its own"
+        f"nothing says what {source.description} computes: the installed transformers knows neither model_type "
+        f"{model_type!r} nor {classes}, and the checkpoint brings no code of its own"
     )
 
 
-def _from_pretrained(model_class: Any, directory: Path, **options: Any) -> tuple[Any, set[str]]:
-    """A model and the names of its weights that the checkpoint does not have."""
-    import torch
-
-    model, info = model_class.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
-    )
-    return model, set(info["missing_keys"])
+def _require_torch(source: Source) -> None:
+    missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TideError(
+            f"{source.description} would have to be probed, with its own model in PyTorch: run `pip install "
+            f"{' '.join(missing)}` first"
+        )
 
 
 def _cut_windows(hf: Any) -> dict[int, int]:

@@ -154,6 +154,6 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 
 
 def _target(values: Mapping[str, Any]) -> Target:
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
     kind = fields.pop("kind", None)
     return Target(values["path"], whole if kind is None else _TAKES[kind](**fields), values["slot"])

@@ -77,7 +77,7 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     except Exception:  # its validators raise several unrelated classes; who reads the configuration next reports them
         return None
     text = whole.get_text_config(decoder=True)
-    return None if text is whole else text.to_dict()
+    return None if text is whole or not hasattr(text, "to_dict") else text.to_dict()
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -89,7 +89,7 @@ def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _alone(name: str) -> str:
     """``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` as ``model.layers.0...``."""
-    if _HEAD.search(name):
+    found = _TEXT.search(name)
+    if found is None or _HEAD.fullmatch(name):
         return name.removeprefix("language_model.")
-    prefix, _, rest = name.rpartition(_TEXT.search(name).group())  # type: ignore[union-attr]
-    return f"model.{rest}"
+    return f"model.{name[found.end() :]}"

@@ -127,9 +127,10 @@ def _untrained(config: Any) -> Any:
 def _randomise(model: Any, torch: Any) -> None:
     width = 1.5 * 48**-0.5
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point() or tensor.numel() == 0:
+            if name in frozen or not tensor.is_floating_point() or tensor.numel() == 0:
                 continue
             noise = torch.randn(tensor.shape)
             constant = bool((tensor == tensor.flatten()[0]).all())

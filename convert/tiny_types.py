@@ -1,4 +1,4 @@
-"""What model types need besides the fields of `convert.tiny`, and the variants of families worth a test each."""
+"""What model types need besides the fields of `convert.tiny` to build as tiny models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ _LINEAR = {
 }
 # More keys than the texts of a test have: what an indexer leaves out of longer ones is no dense attention.
 _INDEXER = {"index_topk": 40, "index_head_dim": 8, "index_n_heads": 4}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 TYPES: dict[str, dict[str, Any]] = {
     "afmoe": {"mup_enabled": True, "route_scale": 1.7, "num_dense_layers": 1},
@@ -26,6 +25,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _GROUPED | {"num_local_experts": 8, "layer_group_size": 3},
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
     "beam": {"num_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3},
+    "big_bird": {"attention_type": "original_full"},
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4]},
     "codegen": {"n_head": 4, "rotary_dim": 8},
     "cohere": {"logit_scale": 0.7, "tie_word_embeddings": True},
@@ -89,9 +89,11 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "num_hidden_layers": 6,
         "global_head_dim": 16,
-        "hidden_size_per_layer_input": 20,
+        "hidden_size_per_layer_input": 0,
         "tie_word_embeddings": True,
     },
+    "gemma3": {"text_config": {"final_logit_softcapping": None}},  # the whole model does not apply it
+    "gemma4": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma4_unified_text": {"num_hidden_layers": 6, "global_head_dim": 16, "tie_word_embeddings": True},
     "gemma4_assistant": {
         "num_centroids": 8,
@@ -199,128 +201,3 @@ TYPES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 20, "layer_types": ["hybrid"] * 5},
 }
 """Fields that a model type needs besides the common ones."""
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "afmoe-dense": ("afmoe", {"num_dense_layers": 5, "mup_enabled": False}),
-    "apertus-default-rope": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "bart-scaled": ("bart", {"scale_embedding": True}),
-    "bert-relu": ("bert", {"hidden_act": "relu"}),
-    "bloom-post-norm-residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
-    "codegen-partial": ("codegen", {"rotary_dim": 4}),
-    "cohere-qk-norm": ("cohere", {"use_qk_norm": True, "attention_bias": False}),
-    "cohere2_moe-shared": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "num_shared_experts": 2}),
-    "cohere2_moe-dense-first": (
-        "cohere2_moe",
-        {"mlp_layer_types": ["dense"] + ["sparse"] * 4, "norm_topk_prob": False, "num_shared_experts": 0},
-    ),
-    "dbrx-one-expert": ("dbrx", {"ffn_config": {"moe_top_k": 1, "moe_normalize_expert_weights": None}}),
-    "deepseek_v2-no-q-lora": ("deepseek_v2", {"q_lora_rank": None, "attention_bias": False}),
-    "deepseek_v2-grouped": (
-        "deepseek_v2",
-        _GROUPED | {"topk_method": "group_limited_greedy", "norm_topk_prob": True},
-    ),
-    "deepseek_v3-no-q-lora": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
-    "deepseek_v3-yarn": (
-        "deepseek_v3",
-        {"rope_parameters": _YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.3}},
-    ),
-    "ernie4_5_moe-interval": ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_layer_start_index": 0}),
-    "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": [_FULL] * 5}),
-    "falcon-mha": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True}),
-    "falcon-parallel-bias": ("falcon", {"multi_query": True, "bias": True, "alibi": False}),
-    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon-new-one-norm": (
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
-    ),
-    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
-    "gemma-relu": ("gemma", {"hidden_act": "relu", "attention_bias": False}),
-    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
-    "gemma3_text-default": ("gemma3_text", {"rope_scaling": None, "final_logit_softcapping": None}),
-    "gemma3n_text-own-kv": ("gemma3n_text", {"num_kv_shared_layers": 0}),
-    "gemma4_text-moe": (
-        "gemma4_text",
-        {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20},
-    ),
-    "gemma4_text-kv": (
-        "gemma4_text",
-        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
-    ),
-    "gpt2-by-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "gpt2-unscaled": (
-        "gpt2",
-        {"scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "relu"},
-    ),
-    "gpt_bigcode-mha": ("gpt_bigcode", {"multi_query": False}),
-    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
-    "gpt_neox-no-bias": ("gpt_neox", {"rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_fast"}),
-    "gpt_oss-default-rope": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "granitemoehybrid-attention": (
-        "granitemoehybrid",
-        {"layer_types": [_FULL] * 5, "position_embedding_type": "rope", "shared_intermediate_size": 56},
-    ),
-    "granitemoehybrid-dense": (
-        "granitemoehybrid",
-        {"layer_types": [_FULL] * 5, "num_local_experts": 0, "num_experts_per_tok": 0},
-    ),
-    "hunyuan_v1_dense-dynamic": (
-        "hunyuan_v1_dense",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
-    ),
-    "internlm3-dynamic": (
-        "internlm3",
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}, "max_position_embeddings": 16},
-    ),
-    "jetmoe-one": ("jetmoe", {"num_experts_per_tok": 1}),
-    "lfm2-attention": ("lfm2", {"full_attn_idxs": [0, 1, 2, 3, 4]}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
-    "llama4_text-dense": ("llama4_text", {"moe_layers": [], "use_qk_norm": False, "attn_temperature_tuning": False}),
-    "llama4_text-moe": ("llama4_text", {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2}),
-    "minimax-attention": ("minimax", {"layer_types": [_FULL] * 5}),
-    "mistral-full": ("mistral", {"sliding_window": None}),
-    "mixtral-window": ("mixtral", {"sliding_window": None, "num_experts_per_tok": 1}),
-    "mpt-clipped": ("mpt", {"attn_config": {"clip_qkv": 1.2, "softmax_scale": 0.3}}),
-    "mpt-qk-norm": ("mpt", {"attn_config": {"qk_ln": True}}),
-    "nemotron-bare": ("nemotron", {"attention_bias": False, "mlp_bias": False, "head_dim": None}),
-    "olmo-clipped": ("olmo", {"clip_qkv": 0.9}),
-    "olmoe-clipped": ("olmoe", {"clip_qkv": 0.9, "norm_topk_prob": True}),
-    "opt-post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
-    "opt-projected": ("opt", {"word_embed_proj_dim": 20, "enable_bias": False}),
-    "opt-bare-norms": ("opt", {"layer_norm_elementwise_affine": False, "_remove_final_layer_norm": True}),
-    "persimmon-plain": ("persimmon", {"qk_layernorm": False}),
-    "phi-qk-norm": ("phi", {"qk_layernorm": True}),
-    "phi3-longrope": (
-        "phi3",
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 1e4,
-                "short_factor": [1.0, 1.1, 1.3, 1.5],
-                "long_factor": [1.0, 2.0, 3.0, 4.0],
-                "original_max_position_embeddings": 16,
-            },
-            "original_max_position_embeddings": 16,
-            "sliding_window": None,
-        },
-    ),
-    "phimoe-bare": ("phimoe", {"attention_bias": False, "lm_head_bias": False, "sliding_window": None}),
-    "qwen2-full": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": False}),
-    "qwen2_moe-every-layer": (
-        "qwen2_moe",
-        {"decoder_sparse_step": 1, "mlp_only_layers": [2], "qkv_bias": False, "norm_topk_prob": True},
-    ),
-    "qwen3-full": ("qwen3", {"use_sliding_window": False, "attention_bias": False}),
-    "qwen3_next-attention": ("qwen3_next", {"layer_types": [_FULL] * 5}),
-    "roformer-value": ("roformer", {"rotary_value": True}),
-    "seed_oss-biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
-    "smollm3-full": ("smollm3", {"use_sliding_window": False, "no_rope_layer_interval": 2}),
-    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": False}),
-    "stablelm-qk-norm": ("stablelm", {"qk_layernorm": True}),
-    "starcoder2-full": ("starcoder2", {"sliding_window": None, "use_bias": False, "tie_word_embeddings": True}),
-    "trocr-no-norm": ("trocr", {"scale_embedding": True, "layernorm_embedding": False}),
-    "xglm-unscaled": ("xglm", {"scale_embedding": False}),
-    "xlm-sinusoidal": ("xlm", {"sinusoidal_embeddings": True, "gelu_activation": False}),
-    "xmod-pre-norm": ("xmod", {"pre_norm": True, "adapter_layer_norm": True, "ln_before_adapter": False}),
-    "youtu-no-q-lora": ("youtu", {"q_lora_rank": None, "rope_interleave": False}),
-}
-"""A name for tests and tables: the model type and fields laid over those of `TYPES`."""

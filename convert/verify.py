@@ -18,6 +18,7 @@ from tide_jax.shards import read_json
 
 TOLERANCE = 2e-4
 _LENGTH, _LONGEST = 64, 256
+_BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
       TideError: logits that differ by more than `TOLERANCE` of their range.
     """
     tokens, mask = _random_batch(model.config)
-    expected = _reference_logits(source, stored, tokens, mask)[mask]
+    together = any(kind.rope and kind.rope.kind in _BY_LENGTH for kind in model.config.attention_types)
+    expected = _reference_logits(source, stored, tokens, mask, together)
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
     found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))[mask]
     difference = float(np.abs(found - expected).max())
@@ -77,6 +79,8 @@ def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
     """Random tokens and the mask of the real ones: a full row, and one with padding on the left."""
     length = min(_row_length(config), config.max_positions)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
+    if config.pad_token_id is not None:  # some families leave it out of their positions
+        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     mask = np.ones((2, length), bool)
     mask[1, : length // 3] = False
     return tokens, mask
@@ -90,17 +94,23 @@ def _row_length(config: DecoderConfig) -> int:
     return min(_LONGEST, max(_LENGTH, 2 * max(reachable, default=0)))
 
 
-def _reference_logits(source: Source, stored: np.dtype, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _reference_logits(
+    source: Source, stored: np.dtype, tokens: np.ndarray, mask: np.ndarray, together: bool
+) -> np.ndarray:
+    """Logits of the real tokens [N, V]: each row by itself, as every family understands it, or `together`, padded."""
     import torch
 
     reference = reference_model(source).eval()
-    attention_mask = torch.tensor(mask.astype(np.int64))
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.copy_(parameter.to(getattr(torch, stored.name)))
+        if not together:
+            rows = [torch.tensor(row[real])[None] for row, real in zip(tokens, mask, strict=True)]
+            return np.concatenate([reference(input_ids=row).logits[0].float().numpy() for row in rows])
+        attention_mask = torch.tensor(mask.astype(np.int64))
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         output = reference(input_ids=torch.tensor(tokens), attention_mask=attention_mask, position_ids=positions)
-    return output.logits.float().numpy()
+    return output.logits.float().numpy()[mask]
 
 
 def reference_model(source: Source) -> Any:

@@ -1,6 +1,6 @@
 """Measures parity with transformers for every causal language model type it knows: ``python scripts/family_table.py``.
 
-Each model type is a tiny random checkpoint, and another for each of its variants in `convert.tiny_types`; each is
+Each model type is a tiny random checkpoint, and another for each of its variants in `convert.tiny_variants`; each is
 converted from disk and compared on all paths of `convert.parity`. Measuring happens in processes of their own, so a
 crash costs one model type. The results are scripts/results/families.json, from which `scripts/readme_tables.py` writes
 docs/families.md. The exit code is 1 where a model type converts but is not equal.
@@ -33,12 +33,13 @@ def measure(model_type: str) -> dict[str, Any]:
     """The results of one model type: its status, the largest difference, what its architecture has, and each case."""
     from convert.families import REFUSED
     from convert.tiny import text_type
-    from convert.tiny_types import VARIANTS
+    from convert.tiny_variants import REFUSED_VARIANTS, VARIANTS
 
     reason = REFUSED.get(model_type) or REFUSED.get(text_type(model_type))
     if reason is not None:
         return {"status": "refused" if _is_decoder(model_type) else "not a decoder", "reason": reason}
-    variants = {name: fields for name, (kind, fields) in VARIANTS.items() if kind == model_type}
+    every = VARIANTS | REFUSED_VARIANTS
+    variants = {name: fields for name, (kind, fields) in every.items() if kind == model_type}
     cases = {name: _case(model_type, fields) for name, fields in ({model_type: {}} | variants).items()}
     features = [found for case in cases.values() if (found := case.pop("features", None)) is not None]
     statuses = {case["status"] for case in cases.values()}

@@ -96,6 +96,30 @@ def family_counts() -> str:
     )
 
 
+_PAPER = {
+    "LLaMA": "llama llama4_text llama4",
+    "DeepSeek": "deepseek_v2 deepseek_v3 deepseek_v32",
+    "Qwen": "qwen2 qwen2_moe qwen3 qwen3_moe",
+    "Mistral": "mistral ministral ministral3",
+    "Mixtral": "mixtral",
+    "Gemma": "gemma gemma2 gemma3_text gemma3",
+    "GPT-2": "gpt2 gpt-sw3",
+    "GPT-NeoX": "gpt_neox gpt_neox_japanese",
+    "Phi": "phi phi3 phimoe",
+    "Falcon": "falcon",
+    "OPT": "opt",
+}
+
+
+def paper_families() -> str:
+    """The families the TIDE paper names, and those of their model types that are at parity."""
+    types = json.loads((RESULTS / "families.json").read_text())["types"]
+    rows = ["| families of the TIDE paper | model types at parity |", "|---|---|"]
+    for family, names in _PAPER.items():
+        rows.append(f"| {family} | {', '.join(n for n in names.split() if types[n]['status'] == 'parity') or 'none'} |")
+    return "\n".join(rows)
+
+
 def family_table() -> str:
     """Each model type, from family_table.py."""
     report = json.loads((RESULTS / "families.json").read_text())
@@ -119,7 +143,13 @@ def family_table() -> str:
 
 
 _STATUS = {"refused": "decoders that are refused", "not a decoder": "encoders and encoder-decoder pairs"}
-TABLES = {"decode": decode_table, "demo": demo_table, "family_counts": family_counts, "families": family_table}
+TABLES = {
+    "decode": decode_table,
+    "demo": demo_table,
+    "family_counts": family_counts,
+    "families": family_table,
+    "paper_families": paper_families,
+}
 FILES = (ROOT / "README.md", ROOT / "docs" / "families.md")
 
 

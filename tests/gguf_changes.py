@@ -193,3 +193,14 @@ def llama3_tensors(hp: HParams) -> Tensors:
 
 def apertus_tensors(tensors: Tensors, hp: HParams) -> Tensors:
     return {name: values for name, values in tensors.items() if ".act_fn." not in name}
+
+
+def gemma4_tensors(tensors: Tensors, hp: HParams) -> Tensors:
+    return {f"{name}.weight" if name.endswith("layer_scalar") else name: v for name, v in tensors.items()}
+
+
+def proportional_tensors(hp: HParams) -> Tensors:
+    """`rope_freqs.weight` of Gemma 4: channels that do not turn are divided by next to infinity."""
+    half = next(iter(hp["per_layer_config"].values()))["head_dim"] // 2
+    turning = int(half * hp.rope["partial_rotary_factor"])
+    return {"rope_freqs.weight": np.array([1.0] * turning + [1e30] * (half - turning), np.float32)}

@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "gemma": Recipe(A.GEMMA, keys.gemma_keys, changes.plus_one, common=False),
     "gemma2": Recipe(A.GEMMA2, keys.gemma2_keys, changes.plus_one, common=False),
     "gemma3": Recipe(A.GEMMA3, keys.gemma3_keys, changes.plus_one),
+    "gemma4": Recipe(A.GEMMA4, keys.gemma4_keys, changes.gemma4_tensors, changes.proportional_tensors),
     "gpt2": Recipe(A.GPT2, keys.with_eps(layer_norm_eps="layer_norm_epsilon"), changes.gpt2_tensors, common=False),
     "gptneox": Recipe(A.GPTNEOX, keys.gpt_neox_keys, changes.heads_apart, common=False),
     "starcoder": Recipe(

@@ -131,6 +131,22 @@ def gemma3_keys(w: GGUFWriter, hp: HParams) -> None:
     w.add_rope_freq_base_swa(hp["rope_parameters"]["sliding_attention"]["rope_theta"])
 
 
+def gemma4_keys(w: GGUFWriter, hp: HParams) -> None:
+    if hp.get("final_logit_softcapping"):
+        w.add_final_logit_softcapping(hp["final_logit_softcapping"])
+    pattern(w, hp)
+    w.add_shared_kv_layers(hp["num_kv_shared_layers"])
+    w.add_embedding_length_per_layer_input(hp["hidden_size_per_layer_input"])
+    slides = [kind == "sliding_attention" for kind in hp["layer_types"]]
+    whole = next(iter(hp["per_layer_config"].values()))  # the layers that see all tokens
+    for suffix, width in (("", whole["head_dim"]), ("_swa", hp.head_dim)):
+        for name in (f"key_length{suffix}", f"value_length{suffix}", f"rope_dimension_count{suffix}"):
+            getattr(w, f"add_{name}")(width)
+    if "num_key_value_heads" in whole:
+        w.add_head_count_kv([hp.kv_heads if slide else whole["num_key_value_heads"] for slide in slides])
+    w.add_rope_freq_base_swa(hp["rope_parameters"]["sliding_attention"]["rope_theta"])
+
+
 def gpt_neox_keys(w: GGUFWriter, hp: HParams) -> None:
     plain_keys(w, hp, rope_dimension_count=rotated(hp), layer_norm_eps=hp["layer_norm_eps"])
     w.add_parallel_residual(hp["use_parallel_residual"])

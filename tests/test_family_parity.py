@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from convert.families import FAMILIES, REFUSED
 from convert.parity import measure_parity
 from convert.tiny import save_tiny, text_type
-from convert.tiny_types import VARIANTS
+from convert.tiny_variants import REFUSED_VARIANTS, VARIANTS
+from tide_jax.errors import TideError
 
 pytest.importorskip("torch")
 
@@ -30,3 +31,11 @@ def test_parity(name: str, tmp_path: Path) -> None:
     model_type, fields = CASES[name]
     save_tiny(model_type, tmp_path, **fields)
     assert measure_parity(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize("name", REFUSED_VARIANTS)
+def test_variants_that_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    model_type, fields = REFUSED_VARIANTS[name]
+    save_tiny(model_type, tmp_path, **fields)
+    with pytest.raises(TideError, match=f"{model_type} with .* is not supported"):
+        measure_parity(tmp_path)

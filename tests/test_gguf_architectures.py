@@ -52,6 +52,14 @@ LONGROPE = {
 }
 USUAL = math.sqrt(1 + math.log(4.0) / math.log(16))  # longrope's magnitude for a context four times 16
 GROUPS = {"n_group": 4, "topk_group": 2, "n_routed_experts": 8, "num_experts_per_tok": 3}
+GEMMA4 = {
+    "attention_bias": False,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "num_experts": None,
+    "top_k_experts": None,
+    "moe_intermediate_size": None,
+}
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 
 # Recipe, model type, fields of its configuration. A file says nothing of what llama.cpp does one way only.
@@ -98,6 +106,8 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gemma", "gemma", {"attention_bias": False}),
     ("gemma2", "gemma2", {"query_pre_attn_scalar": 12}),
     ("gemma3", "gemma3_text", {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window_pattern": 6}),
+    ("gemma4", "gemma4_text", GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("gemma4", "gemma4_text", GEMMA4 | {"final_logit_softcapping": 9.0}),
     ("gpt2", "gpt2", {}),
     ("gptneox", "gpt_neox", {}),
     ("gptneox", "gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),

@@ -294,6 +294,14 @@ def test_sentencepiece_without_space_prefix() -> None:
     assert tokenizer.decode(tokenizer.encode(" tide").ids) == " tide"
 
 
+def test_gemma4_has_merges_instead_of_scores() -> None:
+    changes = {"model": "gemma4", "add_space_prefix": False, "merges": ["h e", "▁ t", "▁t he"]}
+    tokenizer = build_tokenizer(sentencepiece_metadata(**changes) | {"tokenizer.ggml.scores": []})
+    ids = tokenizer.encode("he the the é").ids
+    assert tokenizer.decode(ids) == "he the the é"
+    assert tokenizer.encode("he the é").tokens == ["<s>", "he", "▁the", "▁", "<0xC3>", "<0xA9>"]
+
+
 def test_sentencepiece_settings_not_supported_are_refused() -> None:
     with pytest.raises(TideError, match="remove_extra_whitespaces"):
         build_tokenizer(sentencepiece_metadata(remove_extra_whitespaces=True))

@@ -123,6 +123,7 @@ def decoder(
     *,
     partial: bool = False,
     head_dim: int | None = None,
+    rope: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
     **fields: Any,
 ) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def decoder(
 
     Args:
       partial: the family may rotate a part of a head's channels.
-      head_dim: config.json's, where that is not the width of a head.
+      head_dim: config.json's, where that is not the width of every head.
+      rope: rotary settings, where they are not the usual ones.
       without: values the family does not have.
     """
     hidden, heads, context = hp.need("embedding_length"), hp.need("attention.head_count"), hp.need("context_length")
@@ -152,7 +154,7 @@ def decoder(
         "num_key_value_heads": hp.take("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rope_parameters": rotary(hp, head_dim, context, partial),
+        "rope_parameters": rotary(hp, head_dim, context, partial) if rope is None else rope,
         "tie_word_embeddings": "output.weight" not in hp.tensors,
     }
     return {name: value for name, value in common.items() if value is not None and name not in without} | fields

@@ -1,4 +1,4 @@
-"""Gemma's lineage, whose norms multiply by one plus a weight that is stored with the one added."""
+"""Gemma's lineage, whose norms, up to Gemma 3, multiply by one plus a weight that is stored with the one added."""
 
 from __future__ import annotations
 
@@ -58,10 +58,57 @@ def _gemma3(hp: Hyperparameters) -> dict[str, Any]:
     return values | caps | _query_scale(values, 62) | {"rope_parameters": rope}
 
 
+def _gemma4(hp: Hyperparameters) -> dict[str, Any]:
+    """Layers that see all tokens have heads of another width and number, some of whose channels do not turn."""
+    hp.expect("attention.shared_kv_layers", 0)
+    hp.expect("embedding_length_per_layer_input", 0)
+    window, caps = sliding(hp), {"final_logit_softcapping": hp.take("final_logit_softcapping")}
+    kinds = window["layer_types"]
+    whole = kinds.index("full_attention") if "full_attention" in kinds else 0
+    heads = hp.take_list("attention.head_count_kv")
+    heads = heads if isinstance(heads, list) else [heads] * hp.layers
+    width, local_width = hp.need("attention.key_length"), hp.need("attention.key_length_swa")
+    for name, expected in (("value_length", width), ("value_length_swa", local_width)):
+        hp.expect(f"attention.{name}", expected)
+    rope = {
+        "full_attention": _proportional(hp, width),
+        "sliding_attention": local_rotary(hp, 10000.0),
+    }
+    hp.expect("rope.dimension_count_swa", local_width)
+    values = decoder(hp, "gemma4_text", **rms(hp), **biases(hp), **_GELU, **window, head_dim=local_width, rope=rope)
+    return (
+        values
+        | caps
+        | {
+            "num_key_value_heads": heads[kinds.index("sliding_attention") if "sliding_attention" in kinds else 0],
+            "num_global_key_value_heads": heads[whole],
+            "global_head_dim": width,
+            "attention_k_eq_v": f"blk.{whole}.attn_v.weight" not in hp.tensors,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+        }
+    )
+
+
+def _proportional(hp: Hyperparameters, width: int) -> dict[str, Any]:
+    """Channels that do not turn have rotary divisors that are next to infinite."""
+    hp.expect("rope.dimension_count", width)
+    factors = hp.vector("rope_freqs.weight")
+    turning = width // 2 if factors is None else int((factors == 1.0).sum())
+    if factors is not None and not ((factors == 1.0) | (factors > 1e20)).all():
+        raise hp.refuse("rope: rope_freqs.weight is not supported, expected divisors of 1 and next to infinity")
+    return {
+        "rope_type": "proportional",
+        "rope_theta": hp.take("rope.freq_base", 1000000.0),
+        "partial_rotary_factor": 2 * turning / width,
+    }
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture(_gemma, shifted(LLAMA, "attn_norm", "ffn_norm"), top=_SHIFTED_TOP),
     "gemma2": Architecture(_gemma2, shifted(_SANDWICH, *_SANDWICH_NORMS), top=_SHIFTED_TOP),
     "gemma3": Architecture(
         _gemma3, shifted(_SANDWICH, *_SANDWICH_NORMS, "attn_q_norm", "attn_k_norm"), top=_SHIFTED_TOP
     ),
+    "gemma4": Architecture(_gemma4, {**_SANDWICH, "layer_output_scale.weight": "layer_scalar"}),
 }

@@ -139,6 +139,7 @@ def _gpt_oss(hp: Hyperparameters) -> Values:
         **moe,
     )
     if values["rope_parameters"]["rope_type"] == "yarn":
+        # llama.cpp cuts the bounds of the ramp to integers; the model was trained without that.
         values["rope_parameters"]["truncate"] = False
     return values
 

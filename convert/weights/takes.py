@@ -1,7 +1,8 @@
 """Arrangements of source tensors: each picks the part that fills a slot of a parameter, as a view.
 
-torch's Linear weights are [out, in] and fuse axes; ours are [in..., out...] with heads on axes of their own. Only views
-may be returned: an export writes a checkpoint back through them.
+torch's Linear weights are [out, in] and fuse axes; ours are [in..., out...] with heads on axes of their own. An export
+writes a checkpoint back through the views. A copy does where the parts lie too far apart for a view; nothing may be
+computed.
 """
 
 from __future__ import annotations
