@@ -15,6 +15,7 @@ import numpy as np
 
 from convert.architecture import architecture_of
 from convert.lora import with_adapter
+from convert.probe import verify_probed
 from convert.reader import Source, open_source
 from convert.replacement import replacing
 from convert.rules import Piece, Plan, coverage
@@ -134,7 +135,11 @@ def convert(
         _write_weights(source, plan, config, layout, partial, progress)
         _write_config(source, config, stored, partial)
         if verify:
-            verification = verify_conversion(source, load(partial, "float32"), stored)
+            model = load(partial, "float32")
+            if architecture.probed is None:
+                verification = verify_conversion(source, model, stored)
+            else:
+                verification = verify_probed(source, model, stored, trust_remote_code=trust_remote_code)
             report = dataclasses.replace(report, verification=verification)
         _write_record(source, report, partial)
     return report

@@ -176,7 +176,7 @@ def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights
                 slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
                 assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
             continue
-        name, slot = part.names[0], f":, {part.slot}" if part.slot else ""
+        name, slot = next(iter(part.names)), f":, {part.slot}" if part.slot else ""
         assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
         for expert, matrix in enumerate(part.stack(weights)):
             slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"

@@ -15,7 +15,8 @@ from convert.probe_experts import Experts, find_experts
 from convert.probe_mlp import ACTIVATION_NAMES, MLPFound, find_mlp
 from convert.probe_trace import CLEAR, MATCH, Call, Linear, NormCall, Trace, distance, equal
 from tide_jax.activations import SWIGLU_OAI
-from tide_jax.architecture import GroupScore, MoEConfig
+from tide_jax.architecture import MoEConfig
+from tide_jax.architecture_parts import GroupScore
 from tide_jax.moe import choose_experts
 
 _PER_TOKEN = r"top_?k|per_tok|num_select|active|moe_k|used"

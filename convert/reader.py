@@ -169,7 +169,7 @@ def _download(repository: str) -> Path:
         return Path(
             snapshot_download(
                 repository,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"],
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"],
                 ignore_patterns=["original/*", "consolidated*"],
             )
         )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tide_jax.architecture import Correction, GroupScore, MoEConfig
+from tide_jax.architecture import MoEConfig
+from tide_jax.architecture_parts import Correction, GroupScore
 from tide_jax.errors import TideError
 from tide_jax.moe import MoE, _by_blocks, _by_runs, choose_experts, expert_matmul
 from tide_jax.testing import tiny_config

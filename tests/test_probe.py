@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert import convert
 from convert.architecture import decoder_config
+from convert.exporting import export
 from convert.probe import probe
 from convert.probe_decoder import decoder_of
 from convert.probe_rules import from_json
@@ -358,3 +360,24 @@ def test_a_probed_weight_map_can_be_kept_and_written_back_through(tmp_path: Path
         views = [piece.take(tensor, probed.config) for piece in pieces]
         assert all(np.shares_memory(view, tensor) for view in views)
         assert sum(view.size for view in views) == tensor.size
+
+
+def test_a_probed_model_converts_verifies_and_exports(tmp_path: Path) -> None:
+    source = save_custom(tmp_path / "whole", _MIXTURE, attention_window=30, num_selected=2, cap=20.0)
+    report = convert(source, tmp_path / "converted", dtype="bfloat16", verify=True, trust_remote_code=True)
+    assert report.probed is not None
+    assert report.verification is not None
+    assert report.verification.relative < TOLERANCE
+    export(tmp_path / "converted", tmp_path / "back")
+    back, there = (open_source(directory) for directory in (tmp_path / "back", source))
+    assert set(back.tensors) == set(there.tensors)
+    for name in there.tensors:
+        np.testing.assert_array_equal(back.read(name), there.read(name).astype(back.read(name).dtype))
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    source = save_custom(tmp_path / "left", _LLAMA_LIKE, twisted_layer=2)
+    for trusted, reason in ((False, "--trust-remote-code"), (True, "layer 2 diverges first")):
+        with pytest.raises(TideError, match=reason):
+            convert(source, tmp_path / "converted", trust_remote_code=trusted)
+        assert not (tmp_path / "converted").exists()

@@ -142,7 +142,8 @@ def decoder(
     hp.expect("attention.causal", True)
     if (window := hp.take("attention.sliding_window", 0)) and window < context:
         raise hp.refuse(f"attention.sliding_window={window}: not supported, expected attention to all tokens")
-    hp.ignore("vocab_size", "attention.sliding_window_pattern")
+    hp.expect("expert_count", 0)
+    hp.ignore("vocab_size", "attention.sliding_window_pattern", "expert_used_count")
     common = {
         "model_type": model_type,
         "vocab_size": vocab_size(hp),
@@ -201,8 +202,13 @@ def biases(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def multipliers(hp: Hyperparameters) -> dict[str, Any]:
-    """Granite's. Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned."""
+    """Granite's. Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned.
+
+    Files of models that could have had state-space layers give those layers' sizes all the same.
+    """
     hp.expect("rope.scaling.finetuned", True)
+    sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+    hp.ignore(*(f"ssm.{name}" for name in sizes))
     return {
         "attention_multiplier": hp.take("attention.scale", 1.0),
         "embedding_multiplier": hp.take("embedding_scale", 1.0),

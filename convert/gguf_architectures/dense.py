@@ -73,7 +73,9 @@ def _qwen(model_type: str) -> Any:
 
 
 def _granite(hp: Hyperparameters) -> Values:
-    return decoder(hp, "granite", **rms(hp), **biases(hp), **multipliers(hp))
+    hp.ignore("expert_shared_feed_forward_length")
+    width = inner_size(hp)
+    return decoder(hp, "granite", **rms(hp), **biases(hp), **multipliers(hp), intermediate_size=width)
 
 
 def _minicpm(hp: Hyperparameters) -> Values:
