@@ -161,12 +161,14 @@ class _Layer:
             norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
             gives = [output if norm is None else norm.output for norm, output in zip(found, gives, strict=True)]
         if placement in ("pre", "sandwich"):
-            found = [self.giving(inputs, (self.x, self.x + gives[0])) for inputs in reads]
+            once = np.float32(factor(self.y - self.x, gives[0] + gives[1]))  # the stream gains all that is added
+            found = [self.giving(inputs, (self.x, self.x + once * gives[0])) for inputs in reads]
             norms |= dict(zip(("pre_attention_norm", "pre_mlp_norm"), found[: 1 if shared else 2], strict=False))
             reads = [inputs if norm is None else norm.inputs for norm, inputs in zip(found, reads, strict=True)]
         totals = [reads[1], self.y]
         if placement == "residual":
-            found = [self.giving(total, ()) for total in totals]
+            sums = self.x + gives[0], reads[1] + gives[1]
+            found = [self.giving(total, (added,)) for total, added in zip(totals, sums, strict=True)]
             norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
             totals = [total if norm is None else norm.inputs for norm, total in zip(found, totals, strict=True)]
         present = {name: norm for name, norm in norms.items() if norm is not None}

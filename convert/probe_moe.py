@@ -179,8 +179,9 @@ class _Mixture:
                 )  # fmt: skip
 
     def factors(self, terms: Sequence[np.ndarray], target: np.ndarray) -> list[float]:
-        columns = np.stack([term.reshape(-1) for term in terms], axis=1).astype(np.float64)
-        fitted = np.linalg.lstsq(columns, target.reshape(-1).astype(np.float64), rcond=None)[0]
+        """How often each term goes into the target, by least squares."""
+        columns = np.stack([term.reshape(-1) for term in terms]).astype(np.float64)
+        fitted = np.linalg.lstsq(columns @ columns.T, columns @ target.reshape(-1), rcond=None)[0]
         return [self.trace.exact(float(f)) for f in fitted]
 
     def routings(self, only: MoEConfig | None) -> Iterator[_Routing]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from tide_jax.errors import TideError
 _LENGTH = 20
 _ROWS = 8
 _SMALL_VOCABULARY = 64
-_PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "addmm", "embedding")
-_SUMS = ("__add__", "add", "__radd__", "__iadd__", "add_")
+_PRODUCTS = ("mm", "bmm", "addmm", "embedding")
+_SUMS = ("add", "add_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,40 +99,45 @@ class _Recorder:
         self._begun: list[list[Any]] = []
         self._copies: dict[tuple[Any, ...], tuple[Any, np.ndarray]] = {}
 
-    def functions(self) -> Any:
-        """A context in which products with parameters are recorded."""
-        from torch.overrides import TorchFunctionMode
+    @contextlib.contextmanager
+    def functions(self) -> Iterator[None]:
+        """Within it, products with parameters are recorded, whatever code makes them."""
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
 
         recorder = self
 
-        class Functions(TorchFunctionMode):
-            def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                output = function(*args, **(kwargs or {}))
-                recorder.function(
-                    getattr(function, "__name__", ""), [*_tensors((*args, *(kwargs or {}).values()))], output
-                )
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                output = func(*args, **(kwargs or {}))
+                recorder.function(func.overloadpacket.__name__, [*_tensors(args)], output)
                 return output
 
-        return Functions()
+        fast = torch.backends.mha.get_fastpath_enabled()  # one operation, which hides the products in it
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with Operations():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     def function(self, name: str, tensors: Sequence[Any], output: Any) -> None:
         """Records a product with a parameter, or that a bias is added to the last one."""
         if name not in _PRODUCTS and name not in _SUMS:
             return
         own = [(tensor, self._parameter(tensor)) for tensor in tensors]
-        weight, bias = (next((p for _, p in own if p and p[1] == ndim), None) for ndim in (2, 1))
+        weight, bias = (next((p[0] for _, p in own if p and p[1] == ndim), None) for ndim in (2, 1))
         others = [tensor for tensor, parameter in own if parameter is None]
         if name in _PRODUCTS and weight is not None and len(others) == 1:
-            entry = [weight[0], [self._copy(others[0])], self._copy(output), None if bias is None else bias[0], output]
-            self._begun.append(entry)
+            self._begun.append([weight, [self._copy(others[0])], self._copy(output), bias, output])
         elif name in _SUMS and bias is not None and len(others) == 1:
             last = self._begun[-1]
-            if len(last) > 3 and last[4] is others[0]:
-                last[2:] = self._copy(output), bias[0], output
+            if len(last) > 3 and last[4].data_ptr() == others[0].data_ptr():
+                last[2:] = self._copy(output), bias, output
 
     def _parameter(self, tensor: Any) -> tuple[str, int] | None:
         name, count, ndim = self._parameters.get(tensor.data_ptr(), ("", -1, 0))
-        return (name, ndim) if count == tensor.numel() and ndim == tensor.ndim else None
+        return (name, ndim) if count == tensor.numel() else None
 
     def before(self, name: str) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> None:

@@ -143,8 +143,9 @@ def _open_gguf(path: Path) -> Source:
 
 
 def _open_directory(path: Path) -> Source:
-    weights = list(path.glob("*.gguf"))
-    if len(weights) == 1 and not (path / "config.json").exists():
+    weights = sorted(path.glob("*.gguf"))
+    models = {re.sub(r"-\d{5}-of-", "-of-", weight.name) for weight in weights}  # a model may lie in several parts
+    if len(models) == 1 and not (path / "config.json").exists():
         return _open_gguf(weights[0])
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
         raise _adapter_alone(path)

@@ -52,12 +52,14 @@ class Rule:
       targets: where they go; nowhere when empty.
       reason: why a tensor without targets is left out.
       when: the rule holds only for configurations of which this is true.
+      past_layers: the rule is for layers past the last, by the pattern's group ``layer``; there it alone holds.
     """
 
     pattern: str
     targets: tuple[Target, ...] = ()
     reason: str = ""
     when: Callable[[DecoderConfig], bool] = lambda config: True
+    past_layers: bool = False
 
 
 def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
@@ -122,7 +124,7 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
     pieces: list[Piece] = []
     ignored: dict[str, str] = {}
     for name, info in tensors.items():
-        matches = [(match, rule) for regex, rule in compiled if (match := regex.fullmatch(name))]
+        matches = _matches(name, compiled, config)
         if len(matches) != 1:
             found = "is unknown to this family" if not matches else f"matches {len(matches)} rules"
             problems.append(f"source tensor {name} {list(info.shape)} {found}, expected one rule")
@@ -141,6 +143,15 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
         listed = "; ".join(problems)
         raise TideError(f"the checkpoint does not fit its configuration, {len(problems)} problems: {listed}")
     return Plan(shapes, tuple(pieces), ignored)
+
+
+def _matches(
+    name: str, rules: Sequence[tuple[re.Pattern[str], Rule]], config: DecoderConfig
+) -> list[tuple[re.Match[str], Rule]]:
+    """The rules that hold for a tensor."""
+    matches = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
+    past = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
+    return past or [(match, rule) for match, rule in matches if not rule.past_layers]
 
 
 def _piece(name: str, match: re.Match[str], target: Target) -> Piece:

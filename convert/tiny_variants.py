@@ -189,6 +189,145 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "roberta-pad": ("roberta", {"pad_token_id": 1}),
     "stablelm-both": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "glm4_moe-plain": (
+        "glm4_moe",
+        {
+            "use_qk_norm": False,
+            "attention_bias": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 3,
+            "head_dim": 14,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "deepseek_v2-yarn": (
+        "deepseek_v2",
+        {
+            "q_lora_rank": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 40.0,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "phimoe-longrope": (
+        "phimoe",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.3, 1.5],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+                "short_mscale": 1.24,
+                "long_mscale": 1.24,
+                "original_max_position_embeddings": 64,
+            },
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "cohere2_moe-rms": (
+        "cohere2_moe",
+        {
+            "rms_norm_eps": 1e-05,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse"],
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "num_shared_experts": 2,
+            "shared_expert_combination_strategy": "sum",
+        },
+    ),
+    "cohere2_moe-prefix": (
+        "cohere2_moe",
+        {
+            "prefix_dense_sliding_window_pattern": 2,
+            "mlp_layer_types": ["dense", "dense", "sparse", "sparse", "sparse"],
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "prefix_dense_intermediate_size": 36,
+        },
+    ),
+    "gpt_oss-limit": ("gpt_oss", {"swiglu_limit": 0.5, "num_experts_per_tok": 3, "attention_bias": False}),
+    "minimax_m3-dense": (
+        "minimax_m3_vl_text",
+        {"mlp_layer_types": ["dense", "sparse", "sparse", "dense", "sparse"], "swiglu_limit": 0.7},
+    ),
+    "minimax_m2-partial": ("minimax_m2", {"rotary_dim": 6}),
+    "hunyuan_v1_moe-dynamic": (
+        "hunyuan_v1_moe",
+        {
+            "moe_topk": [2, 2, 2, 2, 2],
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
+    "granitemoe_swa-theta": (
+        "granitemoe_swa",
+        {
+            "layer_rope_theta": [10000.0, 0, 500.0, 0, 10000.0],
+            "shared_intermediate_size": 0,
+            "embedding_multiplier": 1.7,
+            "logits_scaling": 0.6,
+            "residual_multiplier": 0.8,
+            "attention_multiplier": 0.4,
+        },
+    ),
+    "dots1-grouped": (
+        "dots1",
+        {
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "laguna-channel": (
+        "laguna",
+        {
+            "gating": "per-element",
+            "num_attention_heads_per_layer": None,
+            "moe_router_logit_softcapping": 1.5,
+            "moe_routed_scaling_factor": 1.7,
+            "rope_parameters": None,
+            "layer_types": [
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "sliding_attention",
+            ],
+        },
+    ),
+    "mimo-full": (
+        "mimo_v2_flash",
+        {"attention_value_scale": None, "attention_bias": False, "v_head_dim": 18, "num_attention_heads": 8},
+    ),
+    "jetmoe-eps": ("jetmoe", {"rms_norm_eps": 0.1, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
+    "glm_moe_dsa-short": (
+        "glm_moe_dsa",
+        {"index_topk": 64, "indexer_types": ["full", "full", "shared", "shared", "full"]},
+    ),
 }
 """A name for tests and tables: the model type and fields laid over those of `TYPES`."""
 

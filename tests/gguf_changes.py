@@ -105,6 +105,20 @@ def afmoe_tensors(tensors: Tensors, hp: HParams) -> Tensors:
     return {name.replace(".expert_bias", ".expert_bias.bias"): v for name, v in stacked(tensors, hp).items()}
 
 
+def fused_tensors(tensors: Tensors, hp: HParams) -> Tensors:
+    """Phi-2 as it was before transformers had it: queries, keys and values in one."""
+    parts = [{name: v for name, v in tensors.items() if f".{part}_proj." in name} for part in "qkv"]
+    fused = {name.replace("q_proj", "qkv_proj"): name for name in parts[0]}
+    joined = {
+        re.sub(r"model\.layers\.(\d+)\.self_attn\.qkv_proj", r"blk.\1.attn_qkv", new): np.concatenate(
+            [part[name.replace("q_proj", f"{letter}_proj")] for letter, part in zip("qkv", parts, strict=True)]
+        )
+        for new, name in fused.items()
+    }
+    apart = {name for part in parts for name in part}
+    return {name: values for name, values in tensors.items() if name not in apart} | joined
+
+
 def granite_moe_tensors(tensors: Tensors, hp: HParams) -> Tensors:
     out = {}
     for name, values in permuted(tensors, hp).items():

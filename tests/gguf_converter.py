@@ -61,6 +61,7 @@ RECIPES: dict[str, Recipe] = {
     "chatglm": Recipe(A.CHATGLM, keys.glm_keys, common=False),
     "glm4": Recipe(A.GLM4, keys.rotary_count),
     "phi2": Recipe(A.PHI2, keys.phi2_keys, common=False),
+    "old phi2": Recipe(A.PHI2, keys.phi2_keys, changes.fused_tensors, common=False),
     "phi3": Recipe(A.PHI3, keys.phi3_keys, extra=changes.longrope_tensors, common=False),
     "stablelm": Recipe(A.STABLELM, keys.stablelm_keys, changes.stablelm_tensors, common=False),
     "starcoder2": Recipe(A.STARCODER2),

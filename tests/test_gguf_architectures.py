@@ -82,6 +82,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("chatglm", "glm", {"head_dim": 8}),
     ("glm4", "glm4", {}),
     ("phi2", "phi", {}),
+    ("old phi2", "phi", {}),
     ("phi3", "phi3", {}),
     ("phi3", "phi3", NO_WINDOW | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
     ("stablelm", "stablelm", {}),

@@ -322,7 +322,7 @@ def test_nothing_to_measure_against_is_refused(tmp_path: Path) -> None:
         probe(open_source(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "phi", "glm", "gemma3_text", "gpt_neox", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "phi", "glm", "gemma3_text", "mixtral", "youtu"])
 def test_a_family_is_found_out_as_the_table_has_it(tmp_path: Path, model_type: str) -> None:
     save_tiny(model_type, tmp_path)
     source = open_source(tmp_path)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary, static_ntk, windowed
-from convert.rules import Target, ignore
+from convert.rules import Target, ignore, ignore
 from convert.weights import takes
 from convert.weights.parts import PRE_NORMS, attention, layers, linear, llama_weights, norm, outside, plain_mlp
 from tide_jax.architecture import DecoderConfig, QueryScaling
@@ -65,7 +65,9 @@ def _qwen2(hf: Any) -> DecoderConfig:
 
 
 def _qwen3(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, hf.layer_types, qk_norm=rms_qk_norm(hf)), **biases(hf.attention_bias))
+    return decoder(
+        hf, rotary(hf, getattr(hf, "layer_types", None), qk_norm=rms_qk_norm(hf)), **biases(hf.attention_bias)
+    )
 
 
 def _hunyuan(hf: Any) -> DecoderConfig:
@@ -150,6 +152,10 @@ MOSHI = (
         linear("mlp.fc2", "mlp.down"),
     ),
 )
+PHI4_MULTIMODAL = (
+    *llama_weights(),
+    ignore(r"model\.embed_tokens_extend\..*", "reads images and sound, which are left out"),
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama),
     "iquestcoder": Family(_llama),
@@ -165,8 +171,13 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(_ministral3),
     "cwm": Family(_cwm),
     "phi3": Family(_mistral),
+    "phi4_multimodal": Family(_mistral, PHI4_MULTIMODAL),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3),
+    # The text decoders of multimodal models: on text their rotary embedding in three dimensions is the ordinary one.
+    "qwen2_vl_text": Family(_qwen2),
+    "qwen2_5_vl_text": Family(_qwen2),
+    "qwen3_vl_text": Family(_qwen3),
     "hunyuan_v1_dense": Family(_hunyuan),
     "apertus": Family(_apertus, APERTUS),
     "bitnet": Family(_bitnet, BITNET),

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import first
-from convert.rules import ignore
+from convert.rules import Rule, ignore
 from convert.weights.parts import OUTSIDE
 from tide_jax.architecture import MoEConfig
 
-WITHOUT_MTP = (*OUTSIDE, ignore(r"(model\.)?mtp[._].*", "layers that predict further tokens, for speculative decoding"))
-"""`OUTSIDE` of checkpoints with multi-token prediction under names of its own."""
+_MTP = "layers that predict further tokens, for speculative decoding"
+WITHOUT_MTP = (
+    *OUTSIDE,
+    ignore(r"(model\.)?mtp[._].*", _MTP),
+    Rule(r"model\.layers\.(?P<layer>\d+)\..*", reason=_MTP, past_layers=True),
+)
+"""`OUTSIDE` of checkpoints with multi-token prediction, under names of its own or as layers past the last."""
 
 
 def mixture(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
