@@ -139,6 +139,8 @@ def _summary(report: Any) -> str:
     lines = _written("would write" if report.dry_run else "wrote", report)
     if report.probed is not None:
         lines.append("  the model type is in no table: probed, and logits equal those of the model's own code")
+        if (assumed := report.probed.get("assumed")) is not None:
+            lines.append(f"  assumed {assumed}")
     if (proof := report.verification) is not None:
         lines.append(
             f"  logits differ from transformers' by {proof.max_difference:.2e} at most "

@@ -71,6 +71,7 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     model_type = source.config.get("model_type")
     if model_type is None or model_type in FAMILIES or model_type in REFUSED:
         return Architecture(decoder_config(source), family_of(source).rules)
+    _check_decoder(source)
     from convert.probe import probe
 
     try:
@@ -78,6 +79,19 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     except TideError as error:
         raise TideError(f"{_unknown(model_type)}; {error}") from error
     return Architecture(_with_token_ids(source, source.config, probed.config), probed.rules, probed.report)
+
+
+def _check_decoder(source: Source) -> None:
+    """Raises TideError for an encoder-decoder, without loading anything."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = source.config["model_type"]
+    known = model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type]().is_encoder_decoder
+    if source.config.get("is_encoder_decoder", known):
+        raise TideError(
+            f"{source.description}: model_type {model_type!r} is an encoder and a decoder that reads the encoder's "
+            "output; only decoders that stand alone convert"
+        )
 
 
 def decoder_config(source: Source) -> DecoderConfig:

@@ -237,7 +237,7 @@ class _Layer:
         def placed(part: Heads, which: int) -> np.ndarray:
             norm = (lambda x: x) if flags is None else self._norm(flags, which)
             early, late = (lambda x: x, norm) if flags is not None and flags.after_rope else (norm, lambda x: x)
-            return late(rotated(_clipped(early(part.output[:rows]), spec.clip), spec.seen.rope))
+            return late(rotated(_clipped(early(part.output[:rows]), spec.clip), spec.seen.rope, len(part.output)))
 
         return placed(self.q, 0), placed(self.k, 1), _clipped(self.v.output[:rows], spec.clip)
 

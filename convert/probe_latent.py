@@ -166,9 +166,9 @@ def _placed(
         rope = place.get("rope")
         if place.get("alibi"):
             continue
-        turned = np.repeat(rotated(shared, rope), heads, axis=1)
+        turned = np.repeat(rotated(shared, rope, length), heads, axis=1)
         keys = np.concatenate([kv[..., :nope], turned], axis=-1)
-        queries = np.concatenate([q[..., :nope], rotated(q[..., nope:], rope)], axis=-1)
+        queries = np.concatenate([q[..., :nope], rotated(q[..., nope:], rope, length)], axis=-1)
         kind = AttentionType(1.0, rope=rope)
         fitted = fitted_scale(queries[:2], keys[:2], values[:2], expected[:2], kind)
         if fitted is None:

@@ -16,11 +16,11 @@ from tide_jax.rotary import rope_tables
 _MIXED = (0.02, 0.98)  # shares of a key from which scores can be told
 
 
-def rotated(x: np.ndarray, rope: RopeConfig | None) -> np.ndarray:
-    """Queries or keys [T, N, hd] turned by their positions."""
+def rotated(x: np.ndarray, rope: RopeConfig | None, length: int) -> np.ndarray:
+    """Queries or keys [T, N, hd] turned by their positions: those of the first tokens of a row of `length`."""
     if rope is None:
         return x
-    cos, sin = _tables(dataclasses.replace(rope, interleaved=False), len(x))
+    cos, sin = (table[: len(x)] for table in _tables(dataclasses.replace(rope, interleaved=False), length))
     size = 2 * cos.shape[-1]
     pairs = slice(size // 2), slice(size // 2, size)
     if rope.interleaved:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.quiet import quiet_transformers
 from convert.reader import Source
 from tide_jax.errors import TideError
 
@@ -117,9 +118,9 @@ class _KnownClass:
         place: Any = self.directory
         if getattr(self.source, "rewritten", False):  # an adapter is merged, or weights are dequantised
             place, options = None, options | {"state_dict": _tensors(self.source)}
-        model, info = model_class.from_pretrained(
-            place, config=hf, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
-        )
+        options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(place, config=hf, **options)
         return model, set(info["missing_keys"])
 
 
@@ -192,8 +193,8 @@ def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
     known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if own is not None and not known and not trust_remote_code:
         raise TideError(
-            f"{source.description} brings its own Python code ({own}): read that code, then pass --trust-remote-code "
-            "to run it and probe what it computes"
+            f"{source.description} brings its own Python code ({own}): read that code, then let "
+            "'tide-jax convert SRC DST --trust-remote-code' run it and probe what it computes"
         )
     _require_torch(source)
     import transformers

@@ -26,8 +26,8 @@ _ROUNDING = 5e-7
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the expected values' range; infinite where shapes differ."""
-    if found.shape != expected.shape:
+    """Largest difference as a share of the expected values' range; infinite where shapes differ or nothing is there."""
+    if found.shape != expected.shape or not found.size:
         return np.inf
     worst = float(np.abs(found - expected).max())
     return worst / max(float(np.ptp(expected)), 1e-30) if np.isfinite(worst) else np.inf

@@ -26,6 +26,7 @@ _SIDE_FILES = (
     "chat_template*",
     "*.tiktoken",
     "*.model",
+    "*.py",  # code a checkpoint brings: copied, never run
 )
 CONV1D_TYPES = ("gpt2", "openai-gpt")  # model types that store weights as [in, out]
 ADAPTER_CONFIG = "adapter_config.json"
@@ -76,6 +77,7 @@ class HuggingFaceSource:
         self.directory = directory
         self.description = str(directory)
         self.config = read_json(directory / "config.json")
+        _check_types(directory, self.config)
         if CONFIG_KEY in self.config:
             raise TideError(f"{directory} is a converted model already: load it with tide_jax.load")
         generation = directory / "generation_config.json"
@@ -99,6 +101,16 @@ class HuggingFaceSource:
     def load_tokenizer(self) -> Any:
         """`AutoTokenizer` over the directory. Raises TideError where it holds no tokenizer."""
         return tokenizer_in(self.directory)
+
+
+def _check_types(directory: Path, config: dict[str, Any]) -> None:
+    """Raises TideError where what says how to read the rest is of the wrong type."""
+    expected = {"model_type": (str, "a string"), "architectures": (list, "a list"), "auto_map": (dict, "an object")}
+    for name, (kind, described) in expected.items():
+        value = config.get(name)
+        values = value if isinstance(value, list) else value.values() if isinstance(value, dict) else []
+        if (value is not None and not isinstance(value, kind)) or not all(isinstance(v, (str, list)) for v in values):
+            raise TideError(f"{directory}: config.json has {name}={value!r}, expected {described}; correct it")
 
 
 def copy_side_files(source: Path, destination: Path) -> None:

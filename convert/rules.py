@@ -140,8 +140,8 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
             pieces.append(piece)
     problems += _filling(shapes, pieces)
     if problems:
-        listed = "; ".join(problems)
-        raise TideError(f"the checkpoint does not fit its configuration, {len(problems)} problems: {listed}")
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise TideError(f"the checkpoint does not fit its configuration, {count}: {'; '.join(problems)}")
     return Plan(shapes, tuple(pieces), ignored)
 
 

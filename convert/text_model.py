@@ -76,6 +76,8 @@ def _text_config(source: Source) -> dict[str, Any] | None:
         whole = CONFIG_MAPPING[model_type].from_dict(dict(source.config))
     except Exception:  # its validators raise several unrelated classes; who reads the configuration next reports them
         return None
+    if whole.is_encoder_decoder:
+        return None
     text = whole.get_text_config(decoder=True)
     return None if text is whole or not hasattr(text, "to_dict") else text.to_dict()
 

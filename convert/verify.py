@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from convert.quiet import quiet_transformers
 from convert.reader import Source
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
@@ -100,7 +101,8 @@ def _reference_logits(
     """Logits of the real tokens [N, V]: each row by itself, as every family understands it, or `together`, padded."""
     import torch
 
-    reference = reference_model(source).eval()
+    with quiet_transformers():
+        reference = reference_model(source).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.copy_(parameter.to(getattr(torch, stored.name)))

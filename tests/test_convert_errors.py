@@ -153,8 +153,21 @@ def test_config_without_model_type(tmp_path: Path) -> None:
 
 
 def test_unsupported_model_type(tmp_path: Path) -> None:
+    message = refusal(save(tmp_path / "source", model_type="acme"))
+    assert f"model_type 'acme' is none of the {len(FAMILIES)} that convert by table" in message
+
+
+def test_an_encoder_decoder_is_refused_with_the_reason(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="t5"))
-    assert f"model_type 't5' is none of the {len(FAMILIES)} that convert by table" in message
+    assert "model_type 't5' is an encoder and a decoder that reads the encoder's output" in message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"model_type": ["llama"]}, {"model_type": 7}, {"architectures": 5}, {"architectures": "A"}, {"auto_map": ["A"]}],
+)
+def test_what_says_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any], tmp_path: Path) -> None:
+    assert f"config.json has {next(iter(values))}=" in refusal(save(tmp_path / "source", **values))
 
 
 def test_a_state_space_model_is_refused_with_the_reason(tmp_path: Path) -> None:
