@@ -213,6 +213,52 @@ _MIXTURE = """
                 x = row(x)
             return 20.0 * torch.tanh(self.head(self.final(x)) / 20.0)
 """
+_WITHOUT_MODULES = """
+    def rms(x, gain):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + gain)
+
+    class Block(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            d, f, weight = c.dim, c.ffn, lambda *shape: nn.Parameter(torch.zeros(*shape))
+            self.wq, self.wk, self.wv, self.wo = weight(d, d), weight(d, d // 3), weight(d, d // 3), weight(d, d)
+            self.up, self.up_b, self.down, self.down_b = weight(f, d), weight(f), weight(d, f), weight(d)
+            self.g1, self.g2, self.nh = weight(d), weight(d), c.n_heads
+
+        def forward(self, x):
+            b, t, d = x.shape
+            h = rms(x, self.g1)
+            q, k, v = ((h @ w).view(b, t, -1, d // self.nh).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3)
+            x = x + 0.4 * (y.transpose(1, 2).reshape(b, t, d) @ self.wo)
+            h = F.relu(rms(x, self.g2) @ self.up.T + self.up_b).square()
+            return x + 0.4 * F.linear(h, self.down, self.down_b)
+
+    class Net(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.emb, self.gain = nn.Parameter(torch.zeros(c.n_vocab, c.dim)), nn.Parameter(torch.zeros(c.dim))
+            self.stack = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+
+        def forward(self, ids):
+            x = F.embedding(ids, self.emb)
+            for block in self.stack:
+                x = block(x)
+            return rms(x, self.gain) @ self.emb.T
+"""
+_OF_TORCH = """
+    class Net(nn.Module):
+        def __init__(self, c):
+            super().__init__()
+            self.emb, self.pos = nn.Embedding(c.n_vocab, c.dim), nn.Parameter(torch.zeros(c.block_size, c.dim))
+            layer = nn.TransformerEncoderLayer(c.dim, c.n_heads, c.ffn, activation="gelu", batch_first=True)
+            self.enc, self.out = nn.TransformerEncoder(layer, c.n_layers), nn.Linear(c.dim, c.n_vocab, bias=False)
+
+        def forward(self, ids):
+            t = ids.shape[1]
+            x = self.emb(ids) * math.sqrt(48) + self.pos[:t]
+            return self.out(self.enc(x, mask=nn.Transformer.generate_square_subsequent_mask(t), is_causal=True))
+"""
 _CONFIG: dict[str, Any] = {
     "model_type": "acme_lm",
     "architectures": ["AcmeLM"],
@@ -283,6 +329,20 @@ def test_a_mixture_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     assert [config.attention(i).window for i in range(3)] == [30, None, 30]  # seen though the row was shorter
     assert config.moe is not None
     assert (config.moe.experts_per_token, config.moe.renormalise, config.moe.scale) == (2, False, pytest.approx(1.5))
+    assert probed.report["verification"]["relative"] < TOLERANCE
+
+
+def test_code_without_modules_is_found_out(tmp_path: Path) -> None:
+    probed = probe(open_source(save_custom(tmp_path / "acme_raw", _WITHOUT_MODULES)), trust_remote_code=True)
+    config = probed.config
+    assert (config.activation, config.norm_unit_offset, config.residual_scale) == ("relu2", True, 0.4)
+    assert config.attention_types[0].scale == 0.3
+    assert probed.report["verification"]["relative"] < TOLERANCE
+
+
+def test_the_transformer_of_torch_is_found_out(tmp_path: Path) -> None:
+    probed = probe(open_source(save_custom(tmp_path / "acme_torch", _OF_TORCH)), trust_remote_code=True)
+    assert (probed.config.norm_placement, probed.config.final_norm) == ("residual", False)
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
