@@ -317,7 +317,12 @@ def _attention_tensors(assigned: Assigned, attention: AttentionFound | LatentFou
     arrangement, flags = attention.spec.arrangement, attention.spec.kind.qk_norm
     add_heads(assigned, attention.q, "attention.q")
     add_heads(assigned, attention.k, "attention.kv", "0")
-    add_heads(assigned, attention.v, "attention.kv", "1")
+    values = attention.v
+    if values.linear.bias is not None and attention.k.linear.bias is None:
+        take = Channels(False, values.starts[0], len(values.starts), values.width, values.width, heads=True)
+        add_tensor(assigned, values.linear.bias, "attention.value_bias", take)
+        values = dataclasses.replace(values, linear=dataclasses.replace(values.linear, bias=None))
+    add_heads(assigned, values, "attention.kv", "1")
     add_out(assigned, attention.out, "attention.out", arrangement.heads)
     for norm, name, heads in (
         (attention.q_norm, "attention.q_norm", arrangement.heads),
