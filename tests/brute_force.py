@@ -71,7 +71,7 @@ class BruteForce:
         for position, token in enumerate(row):
             x, state, left = self._embed(token, position), None, self.config.num_layers - 1
             for layer in range(self.config.num_layers):
-                key, value = self._key_value(layer, x, position)
+                key, value = self._key_value(layer, x if state is None else self._translated(left, layer, x), position)
                 keys[layer].append(key)
                 values[layer].append(value)
                 if state is not None:
@@ -103,6 +103,15 @@ class BruteForce:
         for factor in head.factors:
             mapped = mapped @ np.asarray(factor, np.float64)
         return normed + mapped + np.asarray(head.bias, np.float64)
+
+    def _translated(self, left: int, layer: int, x: np.ndarray) -> np.ndarray:
+        """What the layer reads of a token that left after layer `left` with x."""
+        if self.routers.translators is None or layer == left + 1:
+            return x
+        c, entry = self.routers.checkpoints.index(left), self.routers.translators.layers[layer]
+        size = math.sqrt(np.mean(x**2) + self.config.norm_eps)
+        code = x / size @ np.asarray(self.routers.translators.down[c], np.float64)
+        return x + size * (np.asarray(entry.shift[c], np.float64) + code @ np.asarray(entry.up[c], np.float64))
 
     def _embed(self, token: int, position: int) -> np.ndarray:
         x = self.weights["embed.kernel"][token] * (self.config.embedding_scale or 1.0)

@@ -14,9 +14,12 @@ from tide_jax.calibrate import calibrate
 from tide_jax.checkpoint import load, load_tokenizer
 from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
 from tide_jax.decoder import Decoder
+from tide_jax.drift import DriftMonitor, DriftReport
 from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
 from tide_jax.errors import TideError
 from tide_jax.generate import decode_step, generate_tokens, prefill
+from tide_jax.risk_control import GuaranteeError, RiskGuarantee
+from tide_jax.risk_guarantee import guarantee
 from tide_jax.router import Routers
 from tide_jax.stats import ExitStats
 
@@ -27,16 +30,21 @@ __all__ = [
     "CalibrationConfig",
     "Decoder",
     "DecoderConfig",
+    "DriftMonitor",
+    "DriftReport",
     "ExitConfig",
     "ExitStats",
     "GenerateOutput",
+    "GuaranteeError",
     "KVCache",
+    "RiskGuarantee",
     "Routers",
     "ScoreOutput",
     "TideError",
     "calibrate",
     "decode_step",
     "generate_tokens",
+    "guarantee",
     "init_cache",
     "load",
     "load_tokenizer",

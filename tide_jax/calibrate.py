@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from tide_jax.collect import Collected, Progress, Splits, collect, tokenise
@@ -31,6 +33,8 @@ def calibrate(
     *,
     source: str = "texts",
     progress: Progress | None = None,
+    work_dir: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Routers:
     """Trains routers (and exit heads) on a frozen model.
 
@@ -47,13 +51,22 @@ def calibrate(
         data sets and the model itself.
       config: how; default `CalibrationConfig()`.
       source: a name for the data, recorded in the metadata.
-      progress: called with (stage, done, total).
+      progress: called with (stage, done, total); for the reading pass also when it starts, with what an interrupted
+        run has done of it.
+      work_dir: an empty or missing folder in an existing one. The reading pass keeps what it has there, and when run
+        again with the same model, texts in the same order, and configuration, goes on where it was (the texts are
+        tokenised again and compared); what is fitted afterwards may differ. Up to `reservoir_bytes` stay in the
+        folder, so that other fits need not read again: delete it when the routers are good. None keeps all in memory.
+      mesh: devices that share the reading pass: rows of a batch are split over the axis "data", so its size should
+        be a multiple of the devices (`batch_size` counts texts over all of them). Every device holds the whole model.
+        The same tokens are kept whatever the mesh; their states may differ in the last float16 bit.
 
     Returns:
       Routers; `.report` holds what was measured, by checkpoint and by threshold.
 
     Raises:
-      TideError: the model has too few layers for a checkpoint, or there is too little text.
+      TideError: the model has too few layers for a checkpoint, or there is too little text; `work_dir`
+        belongs to another model, text or configuration, is damaged or can't be written; `mesh` has no axis "data".
     """
     depth = model.config.num_layers
     config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
@@ -67,7 +80,7 @@ def calibrate(
             f"{model.config.num_layers} layers; lower it"
         )
     samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
-    collected = collect(model, samples, checkpoints, config, progress)
+    collected = collect(model, samples, checkpoints, config, progress, work_dir=work_dir, mesh=mesh)
     splits = collected.splits
     affine = config.exit_strategy == "affine"
     heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress) if affine else None

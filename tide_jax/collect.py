@@ -1,23 +1,36 @@
-"""One pass of a frozen model over text: hidden states at the checkpoints, into bounded reservoirs."""
+"""One pass of a frozen model over text: hidden states at the checkpoints, into bounded reservoirs.
+
+Everything but the states is settled before the pass starts: which texts run together, which tokens are kept and where
+(`tide_jax.reading_plan`). So logits are computed and states leave the device for kept tokens alone, the next batch
+runs while the last one is stored, and an interrupted pass can go on at any batch.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float16, Int
 
 from pallas_kernels.exit_step.reference import rms_normalise
+from tide_jax.checkpoint import fingerprint
 from tide_jax.config import CalibrationConfig
+from tide_jax.data_parallel import Placement
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 from tide_jax.evaluation import Batch
-from tide_jax.reservoir import Reservoir
+from tide_jax.reading_plan import ReadingPlan, Sample, assign, digest, padded
+from tide_jax.reservoir import Allocate, Reservoir
+from tide_jax.work_folder import WorkFolder
+
+__all__ = ["Collected", "Progress", "Sample", "Splits", "collect", "tokenise"]
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, how much is done and how much there is (0 when unknown)."""
@@ -29,14 +42,7 @@ HELD_OUT_TEXTS = (16, 48)
 """Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
 every threshold of the report, which would otherwise take longer than everything else."""
 
-_WINDOW = 16  # batches sorted by length together, so that little of a batch is padding
-
-
-class Sample(NamedTuple):
-    """A text as token ids; tokens before `start` are read but not learned from (a prompt the model did not write)."""
-
-    ids: Sequence[int]
-    start: int = 0
+_CHUNK = 256  # tokens whose logits are in memory at once
 
 
 class Splits(NamedTuple):
@@ -97,106 +103,173 @@ def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
 
 def collect(
     model: Decoder,
-    samples: Iterator[Sample],
+    samples: Iterable[Sample],
     checkpoints: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None = None,
+    *,
+    work_dir: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Collected:
-    """Reads tokenised texts once.
+    """Reads tokenised texts: all of them into memory as token ids first (8 bytes a token), then through the model.
+
+    Args:
+      work_dir: see `tide_jax.calibrate`.
+      mesh: see `tide_jax.calibrate`.
 
     Raises:
-      TideError: no text, or too little of it.
+      TideError: no text, or too little of it; a mesh without an axis "data"; a folder that holds something else.
     """
-    splits = _reservoirs(model, len(checkpoints), config)
-    run = jax.jit(_states, static_argnames="checkpoints")
-    counts, held_out = {"texts": 0, "tokens": 0}, list[Sample]()
-    for batch in _batches(samples, config):
-        arrays = _arrays(batch, config)
-        out = jax.device_get(run(model, arrays.tokens, arrays.positions, checkpoints=checkpoints))
-        for row, (ids, start) in enumerate(batch):
-            split, learned = _neediest(splits, config), slice(start, len(ids))
-            splits[split].add(out[0][:, row, learned], out[1][row, learned], out[2][row, learned])
-            if split == _VALIDATION and len(held_out) < np.clip(counts["texts"] // 12, *HELD_OUT_TEXTS):
-                held_out.append(batch[row])
-            counts["texts"] += 1
-            counts["tokens"] += len(ids) - start
-        if progress is not None:
-            progress("reading text", counts["texts"], config.calibration_samples)
-    _check_enough(splits, counts, config)
-    whole = [held_out[i : i + config.batch_size] for i in range(0, len(held_out), config.batch_size)]
-    return Collected(splits, [_arrays(batch, config) for batch in whole], counts)
+    placement = Placement.of(mesh)
+    texts = [Sample(np.asarray(ids, np.int32), start) for ids, start in samples]
+    counts = {"texts": len(texts), "tokens": sum(len(ids) - start for ids, start in texts)}
+    owners, seen = assign(texts, _shares(config))
+    _check_enough(seen, counts, config)
+    folder = None if work_dir is None else WorkFolder(work_dir, _identity(model, texts, checkpoints, config))
+    splits = _reservoirs(model, len(checkpoints), seen, config, folder)
+    plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
+    _read(placement, model, plan, splits, checkpoints, folder, progress)
+    whole = [texts[i] for i in np.flatnonzero(owners == _VALIDATION)[: np.clip(len(texts) // 12, *HELD_OUT_TEXTS)]]
+    whole.sort(key=lambda text: len(text.ids))
+    held_out = [whole[i : i + config.batch_size] for i in range(0, len(whole), config.batch_size)]
+    return Collected(splits, [_batch(batch, config) for batch in held_out], counts)
 
 
 _VALIDATION = Splits._fields.index("validation")
 
 
-def _arrays(batch: Sequence[Sample], config: CalibrationConfig) -> Batch:
-    """A full batch of one of few widths, each a compilation: a quarter, half or all of `max_length`."""
-    longest = max(len(sample.ids) for sample in batch)
-    width = next(w for w in (-(-config.max_length // part) for part in (4, 2, 1)) if w >= longest)
-    tokens = np.zeros((config.batch_size, width), np.int32)
-    positions = np.full((config.batch_size, width), -1, np.int32)
-    counted = np.zeros((config.batch_size, width), bool)
-    for row, (ids, start) in enumerate(batch):
-        tokens[row, : len(ids)] = ids
-        positions[row, : len(ids)] = np.arange(len(ids))
-        counted[row, start : len(ids)] = True
-    return Batch(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(counted))
+def _batch(texts: list[Sample], config: CalibrationConfig) -> Batch:
+    return Batch(*map(jnp.asarray, padded(texts, config.batch_size, config.max_length, widths=4)))
 
 
-def _states(
-    model: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], *, checkpoints: tuple[int, ...]
-) -> tuple[Array, Array, Array]:
-    """Normed states at the checkpoints [C, B, T, D] and after the last layer [B, T, D], float16, and argmax [B, T]."""
-    contexts = model.contexts(positions, None)
-    x, states = model.embed_tokens(tokens, positions), []
-    for i, layer in enumerate(model.layers):
-        x, _ = layer(x, contexts, None)
-        if i in checkpoints:
-            states.append(_normed(model, x))
-    # One row at a time: logits of a whole batch would dwarf everything else in memory.
-    targets = lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), model.final_norm(x))
-    return jnp.stack(states), _normed(model, x), targets.astype(jnp.int32)
+def _identity(
+    model: Decoder, texts: list[Sample], checkpoints: tuple[int, ...], config: CalibrationConfig
+) -> dict[str, Any]:
+    """Everything the outcome of a reading pass depends on."""
+    names = ("max_length", "batch_size", "reservoir_bytes", "seed")
+    return {
+        "model": f"{fingerprint(model)} in {model.dtype}",
+        "checkpoints": list(checkpoints),
+        "configuration": {name: getattr(config, name) for name in names} | {"shares": list(_shares(config))},
+        "text": digest(texts),
+    }
 
 
-def _normed(model: Decoder, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    rows = rms_normalise(x.reshape(-1, x.shape[-1]), model.config.norm_eps)
-    return rows.reshape(x.shape).astype(jnp.float16)
-
-
-def _reservoirs(model: Decoder, count: int, config: CalibrationConfig) -> Splits:
+def _reservoirs(
+    model: Decoder, count: int, seen: Int[np.ndarray, " 3"], config: CalibrationConfig, folder: WorkFolder | None
+) -> Splits:
     size = model.config.hidden_size
     tokens = config.reservoir_bytes // Reservoir.bytes_per_token(count, size)
-    needed = config.calibration_samples * (config.max_length - 1)
-    capacities = [max(MIN_TOKENS, int(min(tokens, needed) * share)) for share in _shares(config)]
-    return Splits(*(Reservoir(n, count, size, seed=config.seed + 1 + i) for i, n in enumerate(capacities)))
+
+    def reservoir(i: int, share: float) -> Reservoir:
+        capacity = min(int(seen[i]), max(MIN_TOKENS, int(tokens * share)))
+        allocate = None if folder is None else _allocate_in(folder, Splits._fields[i])
+        return Reservoir(capacity, count, size, seed=config.seed + 1 + i, allocate=allocate)
+
+    return Splits(*(reservoir(i, share) for i, share in enumerate(_shares(config))))
+
+
+def _allocate_in(folder: WorkFolder, split: str) -> Allocate:
+    return lambda name, shape, dtype: folder.array(f"{split}.{name}", shape, dtype)
 
 
 def _shares(config: CalibrationConfig) -> tuple[float, float, float]:
     rest = 1.0 - config.validation_fraction
-    heads = 0.5 * rest if config.exit_strategy == "affine" else 0.0
+    heads = 0.5 * rest if config.exit_strategy != "identity" else 0.0
     return heads, rest - heads, config.validation_fraction
 
 
-def _neediest(splits: Splits, config: CalibrationConfig) -> int:
-    """The split furthest behind its share of the tokens: shares hold for few texts as for many."""
-    total = sum(split.seen for split in splits) + 1
-    return int(np.argmax([share * total - split.seen for share, split in zip(_shares(config), splits, strict=True)]))
-
-
-def _batches(samples: Iterator[Sample], config: CalibrationConfig) -> Iterator[Sequence[Sample]]:
-    while window := list(itertools.islice(samples, config.batch_size * _WINDOW)):
-        window.sort(key=lambda sample: len(sample.ids))
-        for start in range(0, len(window), config.batch_size):
-            yield window[start : start + config.batch_size]
-
-
-def _check_enough(splits: Splits, counts: dict[str, int], config: CalibrationConfig) -> None:
+def _check_enough(seen: Int[np.ndarray, " 3"], counts: dict[str, int], config: CalibrationConfig) -> None:
     if counts["texts"] == 0:
         raise TideError("no calibration text: every text was empty or a single token; pass longer texts")
-    for name, share, split in zip(Splits._fields, _shares(config), splits, strict=True):
-        if share and len(split) < MIN_TOKENS:
+    for name, share, tokens in zip(Splits._fields, _shares(config), seen, strict=True):
+        if share and tokens < MIN_TOKENS:
             raise TideError(
-                f"calibration text too short: {counts['texts']} texts gave {len(split)} tokens to the {name} split, "
+                f"calibration text too short: {counts['texts']} texts gave {tokens} tokens to the {name} split, "
                 f"at least {MIN_TOKENS} are needed; pass more or longer texts"
             )
+
+
+def _read(
+    placement: Placement,
+    model: Decoder,
+    plan: ReadingPlan,
+    splits: Splits,
+    checkpoints: tuple[int, ...],
+    folder: WorkFolder | None,
+    progress: Progress | None,
+) -> None:
+    """Runs the batches of a plan that its folder does not have yet. One batch is stored while the next one runs."""
+    waiting = list[tuple[int, _States]]()
+    first, total = 0 if folder is None else folder.done(len(plan.batches)), sum(len(batch) for batch in plan.batches)
+    texts = sum(len(batch) for batch in plan.batches[:first])
+    if progress is not None:
+        progress("reading text", texts, total)
+    replicated = placement.replicated(model)
+
+    def finish(number: int, out: _States) -> None:
+        nonlocal texts
+        _store(plan, number, jax.device_get(out), splits)
+        texts += len(plan.batches[number])
+        if folder is not None:
+            folder.finished(number + 1, len(plan.batches))
+        if progress is not None:
+            progress("reading text", texts, total)
+
+    for number in range(first, len(plan.batches)):
+        inputs = (placement.split(array) for array in plan.inputs(number, _CHUNK))
+        out = _run(replicated, *inputs, checkpoints=checkpoints)
+        jax.tree.map(lambda array: array.copy_to_host_async(), out)
+        waiting.append((number, out))
+        if len(waiting) == 2:
+            finish(*waiting.pop(0))
+    for number, out in waiting:
+        finish(number, out)
+
+
+def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits) -> None:
+    """Puts the kept tokens of a batch where they belong."""
+    states, last, targets = map(np.asarray, out)
+    places, owners, slots = plan.kept(number, _CHUNK)
+    for i, split in enumerate(splits):
+        mine = owners == i
+        rows = places[mine]
+        split.put(slots[mine], states[:, rows], last[rows], targets[rows])
+
+
+class _States(NamedTuple):
+    """Normed states of picked tokens at the checkpoints and after the last layer, and the model's argmax."""
+
+    states: Float16[Array, "C N D"]
+    last: Float16[Array, "N D"]
+    targets: Int[Array, " N"]
+
+
+def _states(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    picked: Int[Array, "S K N"],
+    *,
+    checkpoints: tuple[int, ...],
+) -> _States:
+    """States of the `picked` tokens: places within each of S equal parts of the batch, in K chunks of N."""
+    shards, chunks, count = picked.shape
+
+    def pick(x: Float[Array, "B T D"]) -> Float[Array, "S M D"]:
+        take = jax.vmap(lambda rows, places: jnp.take(rows, places, axis=0, mode="clip"))
+        return take(x.reshape(shards, -1, x.shape[-1]), picked.reshape(shards, -1))
+
+    residuals = [x for x, _ in model.layer_outputs(tokens, positions, None)]
+    states = [_normed(model, pick(residuals[layer])) for layer in checkpoints]
+    last = pick(residuals[-1])
+    rows = model.final_norm(last).reshape(shards, chunks, count, last.shape[-1]).swapaxes(0, 1)
+    targets = lax.map(lambda chunk: jnp.argmax(model.logits(chunk), axis=-1).astype(jnp.int32), rows)
+    return _States(jnp.stack(states), _normed(model, last), targets.swapaxes(0, 1).reshape(-1))
+
+
+_run = jax.jit(_states, static_argnames="checkpoints")
+
+
+def _normed(model: Decoder, x: Float[Array, "S M D"]) -> Float16[Array, "N D"]:
+    return rms_normalise(x.reshape(-1, x.shape[-1]), model.config.norm_eps).astype(jnp.float16)

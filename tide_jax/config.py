@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, RopeConfig, check_choice
 from tide_jax.checks import real_number, share, whole_number
 from tide_jax.errors import TideError
+from tide_jax.risk_control import RiskGuarantee
 
 __all__ = [
     "AttentionType",
@@ -19,6 +20,7 @@ __all__ = [
     "DecoderConfig",
     "ExitConfig",
     "MoEConfig",
+    "RiskGuarantee",
     "RopeConfig",
     "checkpoint_layers",
     "layer_groups",
@@ -41,12 +43,14 @@ class ExitConfig:
       kv_strategy: how the cache of skipped layers is filled: "propagate" projects keys and values from the exit
         state with the token's true position (CALM, Schuster et al. 2022, section 3.3).
       prefill_exits: let prompt tokens exit too. By default the prompt runs at full depth.
+      guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
     """
 
     exit_threshold: float | tuple[float, ...] = 0.85
     min_layers: int = 8
     kv_strategy: KVStrategy = "propagate"
     prefill_exits: bool = False
+    guarantee: RiskGuarantee | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.exit_threshold, (tuple, list)):
@@ -58,6 +62,32 @@ class ExitConfig:
         if not isinstance(self.prefill_exits, bool):
             raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
         check_choice("kv_strategy", self.kv_strategy, KVStrategy)
+        if not isinstance(self.guarantee, RiskGuarantee | None):
+            raise TideError(f"guarantee={self.guarantee!r} must be a RiskGuarantee or None")
+        # Here rather than wherever fields are changed: no `dataclasses.replace` can carry a promise to other settings.
+        if self.guarantee is not None and any(getattr(self, n) != v for n, v in self.guarantee.settings.items()):
+            object.__setattr__(self, "guarantee", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExitConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+          TideError: unknown fields, or values they can't have.
+        """
+        values = dict(values)
+        if values.get("guarantee") is not None:
+            values["guarantee"] = RiskGuarantee.from_dict(values["guarantee"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise TideError(
+                f"exit settings not understood ({error}); another version of tide_jax wrote them"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)

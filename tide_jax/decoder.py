@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -106,13 +106,18 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Plain pass through every layer: the last layer's output and the new rows ``[L, B, KV, T, hd]``."""
-        x = self.embed_tokens(tokens, positions)
-        contexts = self.contexts(positions, cache)
-        new: list[KeyValue] = []
+        outputs = list(self.layer_outputs(tokens, positions, cache))
+        rows = [rows for _, rows in outputs]
+        return outputs[-1][0], KeyValue(jnp.stack([r.keys for r in rows]), jnp.stack([r.values for r in rows]))
+
+    def layer_outputs(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
+    ) -> Iterator[tuple[Float[Array, "B T D"], KeyValue]]:
+        """The residual stream after each layer and the layer's new rows ``[B, KV, T, hd]``, in order."""
+        x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
         for i, layer in enumerate(self.layers):
             x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
-            new.append(rows)
-        return x, KeyValue(jnp.stack([r.keys for r in new]), jnp.stack([r.values for r in new]))
+            yield x, rows
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token (and absolute position) embeddings: the residual stream before the first layer."""

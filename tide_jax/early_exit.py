@@ -10,7 +10,8 @@ nobody needs is never run. Two rules make a skipped group free (measured; see th
   filled afterwards by the `kv_strategy`, and the caller writes the cache once.
 
 Deciding per token with a learned router follows TIDE (2026); projecting the cache of skipped layers from the exit
-state is CALM's state propagation (Schuster et al. 2022, arXiv:2207.07061, section 3.3).
+state is CALM's state propagation (Schuster et al. 2022, arXiv:2207.07061, section 3.3), here from the exit state as
+translated to each skipped layer (`tide_jax.translators`) where the routers have translators.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class _Tokens(NamedTuple):
 
     x: Float[Array, "B T D"]  # residual stream; frozen at the exit state once a token has left
     states: Float[Array, "B T D"]
+    code: Float[Array, "B T R"] | None  # what translators read of the exit state; None without translators
     active: Bool[Array, "B T"]
     exit_layers: Int[Array, "B T"]
 
@@ -100,9 +102,11 @@ def run_depth(
       implementation: of the exit step, see `pallas_kernels`.
     """
     x = model.embed_tokens(tokens, positions)
+    translators = None if routers is None or gate is None else routers.translators
     state = _Tokens(
         x=x,
         states=jnp.zeros_like(x),
+        code=None if translators is None else jnp.zeros((*positions.shape, translators.rank), x.dtype),
         active=positions >= 0,
         exit_layers=jnp.full(positions.shape, -1, jnp.int32),
     )
@@ -138,12 +142,24 @@ class _Gating(NamedTuple):
         )
         exits = step.exits.reshape(allowed.shape)
 
-        def project(states: Array) -> Array:
-            out = model.final_norm(self.routers.exit_state(checkpoint, state.x, eps=model.config.norm_eps))
-            return jnp.where(exits[:, :, None], out, states)
+        def leave(state: _Tokens) -> _Tokens:
+            eps, leaving = model.config.norm_eps, exits[:, :, None]
+            out = model.final_norm(self.routers.exit_state(checkpoint, state.x, eps=eps))
+            state = state._replace(states=jnp.where(leaving, out, state.states), active=state.active & ~exits)
+            if state.code is None or self.routers.translators is None:
+                return state
+            code = self.routers.translators.code(checkpoint, state.x, eps=eps)
+            return state._replace(code=jnp.where(leaving, code, state.code))
 
-        states = lax.cond(jnp.any(exits), project, lambda states: states, state.states)
-        return state._replace(states=states, active=state.active & ~exits)
+        return lax.cond(jnp.any(exits), leave, lambda state: state, state)
+
+    def translated(self, model: Decoder, layer: int, state: _Tokens) -> Float[Array, "B T D"]:
+        """What a layer reads of tokens that have left."""
+        translators = self.routers.translators
+        if translators is None or state.code is None:
+            return state.x
+        number = jnp.searchsorted(jnp.asarray(self.routers.checkpoints, jnp.int32), state.exit_layers)
+        return translators.translate(layer, state.x, state.code, number, eps=model.config.norm_eps)
 
 
 class _Walk(NamedTuple):
@@ -166,17 +182,19 @@ class _Walk(NamedTuple):
         return DepthOutput(loop.tokens.states, loop.tokens.exit_layers, self._by_layer(loop.rows), executed)
 
     def _branch(self, g: int, contexts: tuple[AttentionContext, ...]) -> _Branch:
-        """Runs group `g`, then decides who leaves. A frozen token is put back to its exit state after every layer, so
-        that a layer's new rows for it are those of state propagation even while other tokens still run the layer."""
+        """Runs group `g`, then decides who leaves. A token that has left keeps its exit state, so that a layer's new
+        rows for it are those of state propagation even while other tokens still run the layer."""
 
         def run(state: _Tokens) -> tuple[_Tokens, KeyValue]:
-            x, rows = state.x, []
+            rows, active = [], state.active[:, :, None]
+            all_active = self.gating is None or active.size == 1  # a lone token is active, or the loop would have ended
             for i in self.groups[g]:
+                x = state.x if all_active else jnp.where(active, state.x, self._translated(i, state))
                 y, new = self.model.layers[i](x, contexts, self.cache.layer(i) if self.cache is not None else None)
-                x = y if self.gating is None else jnp.where(state.active[:, :, None], y, x)
+                state = state._replace(x=y if all_active else jnp.where(active, y, state.x))
                 rows.append(new)
             last = jnp.int32(self.groups[g].stop - 1)
-            state = state._replace(x=x, exit_layers=jnp.where(state.active, last, state.exit_layers))
+            state = state._replace(exit_layers=jnp.where(state.active, last, state.exit_layers))
             return self._leave(g, state), self._stack(rows)
 
         return run
@@ -193,9 +211,13 @@ class _Walk(NamedTuple):
         """`kv_strategy="propagate"`: a skipped layer's keys and values come from the exit state."""
 
         def fill(state: _Tokens) -> tuple[_Tokens, KeyValue]:
-            return state, self._stack([self.model.layers[i].project_kv(state.x, contexts) for i in self.groups[g]])
+            layers = ((self.model.layers[i], self._translated(i, state)) for i in self.groups[g])
+            return state, self._stack([layer.project_kv(x, contexts) for layer, x in layers])
 
         return fill
+
+    def _translated(self, layer: int, state: _Tokens) -> Float[Array, "B T D"]:
+        return state.x if self.gating is None else self.gating.translated(self.model, layer, state)
 
     def _longest(self) -> int:
         return max(len(group) for group in self.groups)

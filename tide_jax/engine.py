@@ -18,53 +18,17 @@ from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prom
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
+from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
 from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens, run_exits
+from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
 from tide_jax.programs import Programs
 from tide_jax.router import Routers
 from tide_jax.sampling import make_sampling
 from tide_jax.stats import ExitStats
 
 logger = logging.getLogger(__name__)
-
-
-class GenerateOutput(NamedTuple):
-    """Result of `TIDE.generate`, numpy arrays; N is the longest row's number of new tokens.
-
-    Attributes:
-      tokens: new tokens, int32 [B, N], padded after a row's end.
-      lengths: new tokens of each row, its end-of-sequence token included, int32 [B].
-      exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
-      stats: layers run and wall clock.
-    """
-
-    tokens: Int[np.ndarray, "B N"]
-    lengths: Int[np.ndarray, " B"]
-    exit_layers: Int[np.ndarray, "B N"]
-    stats: ExitStats
-
-
-class ScoreOutput(NamedTuple):
-    """Result of scoring a batch.
-
-    Attributes:
-      logits: of the token after each token, float32 [B, T, V]; meaningless at padding.
-      exit_layers: index of the last layer each token ran, int32 [B, T], -1 at padding.
-      stats: layers run and wall clock.
-    """
-
-    logits: Float[Array, "B T V"]
-    exit_layers: Int[np.ndarray, "B T"]
-    stats: ExitStats
-
-
-class StreamStep(NamedTuple):
-    """One step of `TIDE.stream`: the new token of each row [B] and its exit layer [B], -1 for rows that had ended."""
-
-    tokens: Int[np.ndarray, " B"]
-    exit_layers: Int[np.ndarray, " B"]
-    layers_executed: int
 
 
 class TIDE:
@@ -100,6 +64,8 @@ class TIDE:
     def with_config(self, **changes: Any) -> TIDE:
         """The same engine with other `ExitConfig` fields; compiled programs are shared, nothing recompiles.
 
+        A `guarantee` stays only where the settings it was certified for do.
+
         Raises:
           TideError: no such field, or a value it can't have.
         """
@@ -131,6 +97,7 @@ class TIDE:
         pad_token_id: int | None = None,
         key: PRNGKeyArray | None = None,
         streamer: Any = None,
+        monitor: DriftMonitor | None = None,
     ) -> GenerateOutput:
         """Continues prompts.
 
@@ -144,6 +111,7 @@ class TIDE:
           pad_token_id: written after a row's end; default: the model's, else 0.
           key: randomness, required when temperature is above 0.
           streamer: an object with ``put(array)`` and ``end()``, such as transformers' TextStreamer; one row only.
+          monitor: audits a share of the finished rows; see `tide_jax.DriftMonitor`. Ignored without exits.
 
         Raises:
           TideError: bad input, in one line.
@@ -162,10 +130,18 @@ class TIDE:
             pad_token_id=pad_token_id,
             key=key,
         )
-        return self._generate_whole(call) if streamer is None else self._generate_streaming(call, streamer)
+        self._watch(monitor, call.exits)
+        out = self._generate_whole(call) if streamer is None else self._generate_streaming(call, streamer)
+        if monitor is None:
+            return out
+        greedy = temperature == 0 and repetition_penalty == 1
+        prompts, prompt_exits = call.rows.rows, self.config.prefill_exits
+        finished = generated(prompts, out.tokens, out.lengths, prompt_exits=prompt_exits, greedy=greedy)
+        return out._replace(stats=self._audited(out.stats, monitor, call.exits, finished))
 
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
-        """Yields each step's tokens as soon as they are made; arguments as in `generate`, without `streamer`."""
+        """Yields each step's tokens as soon as they are made; arguments as in `generate`, but for `streamer`
+        and `monitor`, which needs a finished row."""
         return self._steps(self._call(input_ids, **arguments))
 
     def __call__(
@@ -175,6 +151,7 @@ class TIDE:
         attention_mask: Any = None,
         mode: Mode | None = None,
         prompt_lengths: Any = 0,
+        monitor: DriftMonitor | None = None,
     ) -> ScoreOutput:
         """Scores every token of every row in one pass: the definition that decoding follows.
 
@@ -183,6 +160,7 @@ class TIDE:
           mode: "exit" (default when there are routers) or "full".
           prompt_lengths: leading tokens of each row, int or [B], that run at full depth, as a prompt does in
             `generate`. The token at position 0 always does.
+          monitor: as in `generate`.
 
         Raises:
           TideError: bad input, in one line.
@@ -193,11 +171,12 @@ class TIDE:
         positions = positions_of(rows.mask, padded)
         tokens = np.zeros((batch, padded), np.int32)
         tokens[positions >= 0] = np.concatenate(rows.rows)
-        prompt = prompt_column(prompt_lengths, batch)
+        prompt, exits = prompt_column(prompt_lengths, batch), self._exits(mode)
+        self._watch(monitor, exits)
         (out, logits), seconds, compiled = self._programs.run(
             _score,
             (self.model,),
-            (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt), self._exits(mode)),
+            (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt), exits),
             implementation=self._implementation,
         )
         exit_layers = np.asarray(out.exit_layers)[:, :width]
@@ -209,7 +188,8 @@ class TIDE:
             wall_time=seconds,
             compile_time=compiled,
         )
-        return ScoreOutput(logits[:, :width], exit_layers, stats)
+        logits = logits[:, :width]
+        return ScoreOutput(logits, exit_layers, self._audited(stats, monitor, exits, scored(rows, prompt, logits)))
 
     def _check(self) -> None:
         config, layers = self.config, self.model.config.num_layers
@@ -243,6 +223,21 @@ class TIDE:
         thresholds = jnp.broadcast_to(jnp.asarray(self.config.exit_threshold, jnp.float32), (count,))
         gate = ExitGate(thresholds, jnp.int32(self.config.min_layers))
         return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits))
+
+    def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
+        if not isinstance(monitor, DriftMonitor | None):
+            raise TideError(f"monitor is {type(monitor).__name__}, expected a tide_jax.DriftMonitor")
+        if monitor is not None and exits is not None:
+            monitor.watch(self.config)
+
+    def _audited(
+        self, stats: ExitStats, monitor: DriftMonitor | None, exits: Exits | None, finished: list[Finished]
+    ) -> ExitStats:
+        if monitor is None:
+            return stats
+        if exits is not None:
+            monitor.audit(finished, exits, Auditor(self.model, self._programs, self._implementation))
+        return dataclasses.replace(stats, drift=monitor.report())
 
     def _call(
         self,

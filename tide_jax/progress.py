@@ -11,6 +11,9 @@ from typing import Any
 def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
     """A callback ``progress(stage, done, total)`` that draws a bar for each stage, by default only on a terminal.
 
+    Where the total is known, the bar tells the time left, from the rate since the stage's first report: what was done
+    by then (by an interrupted run, say) took no time of this one.
+
     Args:
       options: tqdm's, such as ``unit="B"``, or ``disable=False`` for bars in any case.
     """
@@ -22,7 +25,7 @@ def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
         if stage not in bars:
             _close(bars)
             settings: dict[str, Any] = {"disable": None} | options
-            bars[stage] = tqdm(total=total or None, desc=stage, **settings)
+            bars[stage] = tqdm(total=total or None, initial=done, desc=stage, **settings)
         bars[stage].update(done - bars[stage].n)
 
     try:

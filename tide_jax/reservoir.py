@@ -1,13 +1,22 @@
-"""A uniform sample of hidden states in bounded memory, taken in one pass over the text."""
+"""A uniform sample of hidden states in bounded memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float16, Int
 
+Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
+"""Makes the array of a name, shape and dtype; what it holds at first does not matter."""
+
 
 class Reservoir:
     """Reservoir sampling (Vitter 1985, algorithm R) of tokens with their states at every checkpoint.
+
+    Which tokens are kept, and where, depends on their number and the seed alone: `offer` decides it before any state
+    is known, `put` stores the states once they are, in any order and as often as wanted.
 
     States are kept RMS-normed in float16: that is what routers and exit heads read, and its range is small, which the
     raw residual stream's is not.
@@ -17,12 +26,16 @@ class Reservoir:
       checkpoints: number of checkpoints C.
       size: hidden size D.
       seed: which tokens are kept follows from it.
+      allocate: makes the three arrays; by default in memory.
     """
 
-    def __init__(self, capacity: int, checkpoints: int, size: int, *, seed: int) -> None:
-        self._states = np.empty((checkpoints, capacity, size), np.float16)
-        self._last = np.empty((capacity, size), np.float16)
-        self._targets = np.empty((capacity,), np.int32)
+    def __init__(
+        self, capacity: int, checkpoints: int, size: int, *, seed: int, allocate: Allocate | None = None
+    ) -> None:
+        allocate = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
+        self._states = allocate("states", (checkpoints, capacity, size), np.float16)
+        self._last = allocate("last", (capacity, size), np.float16)
+        self._targets = allocate("targets", (capacity,), np.int32)
         self._rng = np.random.default_rng(seed)
         self.seen = 0
 
@@ -31,24 +44,42 @@ class Reservoir:
         """Memory one kept token takes."""
         return 2 * size * (checkpoints + 1) + 4
 
+    def offer(self, count: int) -> Int[np.ndarray, " N"]:
+        """Offers `count` more tokens; returns the slot that each is to fill, -1 for those not kept. No slot is named
+        twice, but one of an earlier offer may be."""
+        index, capacity = self.seen + np.arange(count), len(self._targets)
+        drawn = np.where(index < capacity, index, (self._rng.random(count) * (index + 1)).astype(np.int64))
+        kept = np.flatnonzero(drawn < capacity)
+        # A slot drawn twice goes to its later token.
+        _, final = np.unique(drawn[kept][::-1], return_index=True)
+        kept = kept[::-1][final]
+        slots = np.full(count, -1)
+        slots[kept] = drawn[kept]
+        self.seen += count
+        return slots
+
+    def put(
+        self,
+        slots: Int[np.ndarray, " N"],
+        states: Float16[np.ndarray, "C N D"],
+        last: Float16[np.ndarray, "N D"],
+        targets: Int[np.ndarray, " N"],
+    ) -> None:
+        """Stores tokens in slots: states at the checkpoints, at the last layer, and the full model's argmax."""
+        self._states[:, slots] = states
+        self._last[slots] = last
+        self._targets[slots] = targets
+
     def add(
         self,
         states: Float16[np.ndarray, "C N D"],
         last: Float16[np.ndarray, "N D"],
         targets: Int[np.ndarray, " N"],
     ) -> None:
-        """Offers N tokens: states at the checkpoints, at the last layer, and the full model's argmax."""
-        index = self.seen + np.arange(len(targets))
-        capacity = len(self._targets)
-        slots = np.where(index < capacity, index, (self._rng.random(len(index)) * (index + 1)).astype(np.int64))
-        kept = np.flatnonzero(slots < capacity)
-        # A slot drawn twice keeps its later token; dropping the earlier one keeps the three arrays in step.
-        _, final = np.unique(slots[kept][::-1], return_index=True)
-        kept = kept[::-1][final]
-        self._states[:, slots[kept]] = states[:, kept]
-        self._last[slots[kept]] = last[kept]
-        self._targets[slots[kept]] = targets[kept]
-        self.seen += len(targets)
+        """Offers tokens whose states are known, and stores those that are kept."""
+        slots = self.offer(len(targets))
+        kept = np.flatnonzero(slots >= 0)
+        self.put(slots[kept], states[:, kept], last[kept], targets[kept])
 
     def __len__(self) -> int:
         return min(self.seen, len(self._targets))

@@ -19,6 +19,7 @@ from tide_jax.checkpoint import fingerprint
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 from tide_jax.ops import matmul
+from tide_jax.translators import LayerTranslators, Translators
 
 
 class Router(NamedTuple):
@@ -75,12 +76,15 @@ class Routers:
       routers: one for each checkpoint.
       heads: one for each checkpoint with `exit_strategy` "affine"; None with "identity".
       checkpoints: 0-based layers after which a router sits, ascending.
+      translators: from exit states to the inputs of skipped layers, for their keys and values; None uses exit states
+        as they are.
       metadata: where they come from; `report` is read from it.
     """
 
     routers: tuple[Router, ...]
     heads: tuple[ExitHead, ...] | None
     checkpoints: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    translators: Translators | None = None
     metadata: RouterMetadata = dataclasses.field(default=RouterMetadata(), metadata={"static": True})
 
     @property
@@ -106,17 +110,18 @@ class Routers:
         return dataclasses.replace(self, metadata=RouterMetadata())
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file; affine heads go to ``<stem>.heads.safetensors`` beside it.
+        """Writes one safetensors file; affine heads and translators go to ``<stem>.heads.safetensors`` beside it.
 
         Raises:
           TideError: the file can't be written.
         """
         path, files = Path(path), dict[Path, bytes]()
         metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
-        if self.heads is not None:
-            heads = {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
-            files[heads_path(path)] = router_file.encode(heads, metadata)
+        if large := self._large_arrays():
+            files[heads_path(path)] = router_file.encode(large, metadata)
             metadata["heads_sha256"] = hashlib.sha256(files[heads_path(path)]).hexdigest()
+            metadata["translators"] = self.translators is not None
+            metadata["exit_heads"] = self.heads is not None
         routers = {
             f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
         }
@@ -146,15 +151,31 @@ class Routers:
         reader = _Reader(path, tensors, model.config.hidden_size)
         checkpoints = _checkpoints(path, metadata, model.config.num_layers)
         routers = tuple(reader.router(c) for c in checkpoints)
-        heads = _load_heads(path, metadata, checkpoints, reader.size) if "heads_sha256" in metadata else None
-        return cls(routers, heads, checkpoints, RouterMetadata.from_dict(metadata))
+        heads = translators = None
+        if "heads_sha256" in metadata:
+            large = _large_reader(path, metadata, reader.size)
+            heads = tuple(large.head(c) for c in checkpoints) if metadata.get("exit_heads", True) else None
+            if metadata.get("translators"):
+                translators = large.translators(checkpoints, model.config.num_layers)
+        return cls(routers, heads, checkpoints, translators, RouterMetadata.from_dict(metadata))
+
+    def _large_arrays(self) -> dict[str, np.ndarray]:
+        """What the second file holds."""
+        arrays = dict[str, np.ndarray]()
+        if self.heads is not None:
+            arrays |= {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
+        if self.translators is not None:
+            arrays |= {f"translators.{c}.down": np.asarray(a) for c, a in self._by_checkpoint(self.translators.down)}
+            layers = [(i, entry) for i, entry in enumerate(self.translators.layers) if entry is not None]
+            arrays |= {f"translators.{i}.{n}": np.asarray(a) for i, entry in layers for n, a in entry._asdict().items()}
+        return arrays
 
     def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
         return zip(self.checkpoints, items, strict=True)
 
 
 def heads_path(path: Path) -> Path:
-    """Where the affine heads of a router file are kept."""
+    """Where the affine heads and translators of a router file are kept."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.heads.safetensors")
 
 
@@ -190,14 +211,13 @@ def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple
     return tuple(layers)
 
 
-def _load_heads(path: Path, metadata: dict[str, Any], checkpoints: tuple[int, ...], size: int) -> tuple[ExitHead, ...]:
+def _large_reader(path: Path, metadata: dict[str, Any], size: int) -> _Reader:
     file = heads_path(path)
     if not file.is_file():
         raise TideError(f"{path} needs its exit heads in {file.name}, which is not there; keep the two files together")
     if hashlib.sha256(file.read_bytes()).hexdigest() != metadata["heads_sha256"]:
         raise TideError(f"{file} is damaged or belongs to other routers than {path.name}; calibrate again")
-    reader = _Reader(file, router_file.read(file)[0], size)
-    return tuple(reader.head(c) for c in checkpoints)
+    return _Reader(file, router_file.read(file)[0], size)
 
 
 class _Reader(NamedTuple):
@@ -219,6 +239,19 @@ class _Reader(NamedTuple):
         if f"{checkpoint}.factor.1" not in self.tensors:
             return ExitHead((self._tensor(f"{checkpoint}.factor.0", (self.size, self.size)),), bias)
         return ExitHead((first, self._tensor(f"{checkpoint}.factor.1", (first.shape[1], self.size))), bias)
+
+    def translators(self, checkpoints: tuple[int, ...], num_layers: int) -> Translators:
+        first = self._tensor(f"translators.{checkpoints[0]}.down", (self.size, None))
+        rank = first.shape[1]
+        down = tuple(self._tensor(f"translators.{c}.down", (self.size, rank)) for c in checkpoints)
+        return Translators(down, tuple(self._layer(i, checkpoints, rank) for i in range(num_layers)))
+
+    def _layer(self, layer: int, checkpoints: tuple[int, ...], rank: int) -> LayerTranslators | None:
+        count = sum(c < layer for c in checkpoints)
+        if layer <= checkpoints[0] + 1:
+            return None
+        shift = self._tensor(f"translators.{layer}.shift", (count, self.size))
+        return LayerTranslators(shift, self._tensor(f"translators.{layer}.up", (count, rank, self.size)))
 
     def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Array:
         tensor = self.tensors.get(name)

@@ -1,4 +1,4 @@
-"""What a run cost: layers run, where tokens left, wall clock."""
+"""What a run cost: layers run, where tokens left, wall clock; and how far exits have drifted from the full model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+
+from tide_jax.drift import DriftReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ExitStats:
       steps: forward passes that produced tokens.
       wall_time: seconds, compilation left out.
       compile_time: seconds spent compiling for this call, 0.0 when the program was already there.
+      drift: what the call's `DriftMonitor` knows, this call included; None without one.
     """
 
     num_layers: int
@@ -33,6 +36,7 @@ class ExitStats:
     steps: int
     wall_time: float
     compile_time: float = 0.0
+    drift: DriftReport | None = None
 
     @classmethod
     def from_exit_layers(
@@ -92,12 +96,11 @@ class ExitStats:
         """A few lines for people."""
         exits = ", ".join(f"layer {i}: {n}" for i, n in enumerate(self.exits_per_layer) if n)
         executed = self.layers_executed / self.steps if self.steps else 0.0
-        return "\n".join(
-            [
-                f"{self.tokens} tokens in {self.wall_time:.2f} s: {self.tokens_per_second:.1f} tokens/s",
-                f"layers run per token: {self.layers_per_token:.2f} of {self.num_layers} (depth {self.depth:.1%}); "
-                f"executed per step: {executed:.2f}",
-                f"ran all layers: {self.full_depth_tokens} of {self.tokens} tokens",
-                f"last layer run: {exits or 'none'}",
-            ]
-        )
+        lines = [
+            f"{self.tokens} tokens in {self.wall_time:.2f} s: {self.tokens_per_second:.1f} tokens/s",
+            f"layers run per token: {self.layers_per_token:.2f} of {self.num_layers} (depth {self.depth:.1%}); "
+            f"executed per step: {executed:.2f}",
+            f"ran all layers: {self.full_depth_tokens} of {self.tokens} tokens",
+            f"last layer run: {exits or 'none'}",
+        ]
+        return "\n".join(lines if self.drift is None else [*lines, self.drift.summary()])

@@ -11,6 +11,7 @@ from flax import nnx
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import Decoder
 from tide_jax.router import ExitHead, Router, Routers
+from tide_jax.translators import LayerTranslators, Translators
 
 
 def tiny_config(**changes: Any) -> DecoderConfig:
@@ -43,6 +44,7 @@ def random_routers(
     interval: int = 2,
     bottleneck: int = 16,
     affine: bool = False,
+    translator_rank: int | None = None,
     seed: int = 0,
 ) -> Routers:
     """Untrained routers whose scores spread over (0, 1), so that rows leave at different checkpoints."""
@@ -65,8 +67,21 @@ def random_routers(
     def head(c: int) -> ExitHead:
         return ExitHead((normal(c, 3, shape=(d, d), scale=d**-0.5),), normal(c, 4, shape=(d,), scale=0.1))
 
+    def translators(rank: int) -> Translators:
+        down = tuple(normal(c, 5, shape=(d, rank), scale=d**-0.5) for c in count)
+        return Translators(down, tuple(layer_translators(i, rank) for i in range(config.num_layers)))
+
+    def layer_translators(layer: int, rank: int) -> LayerTranslators | None:
+        if layer <= checkpoints[0] + 1:
+            return None
+        number = sum(c < layer for c in checkpoints)
+        shift = normal(layer, 6, shape=(number, d), scale=0.5)
+        return LayerTranslators(shift, normal(layer, 7, shape=(number, rank, d), scale=rank**-0.5))
+
     count = range(len(checkpoints))
-    return Routers(tuple(router(c) for c in count), tuple(head(c) for c in count) if affine else None, checkpoints)
+    heads = tuple(head(c) for c in count) if affine else None
+    made = None if translator_rank is None else translators(translator_rank)
+    return Routers(tuple(router(c) for c in count), heads, checkpoints, made)
 
 
 def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True, bottleneck: int = 1) -> Routers:

@@ -1,0 +1,150 @@
+"""Choosing a setting whose risk is held with a stated confidence: the statistics, in numpy.
+
+Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052): every setting is a null hypothesis
+"its risk exceeds the promised one", with a p-value from losses on held-out examples; settings are tested in an order
+fixed beforehand until the first that can't be rejected. Nothing is assumed about how risk moves along that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tide_jax.checks import real_number, share, whole_number
+from tide_jax.errors import TideError
+
+
+class GuaranteeError(TideError):
+    """No setting can be promised: too few texts, or none passed the test."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RiskGuarantee:
+    """What was promised for a setting of the exits, and what was measured for it.
+
+    With probability 1 - `delta` over the draw of the texts, the mean loss of a new text of the same kind is at most
+    `risk`, for the model and routers it was measured with.
+
+    Attributes:
+      risk: promised mean loss of a text: a share of tokens ("disagreement"), nats ("nll"), or the callable's own.
+      delta: probability that the promise fails.
+      loss: "disagreement", "nll" or the callable's name.
+      sequences, tokens: texts tested on, and their counted tokens.
+      p_value: of the hypothesis that the risk is exceeded; at most `delta`.
+      observed: mean loss of those texts, in the unit of `risk`.
+      depth: mean share of the layers that counted tokens ran.
+      max_length: tokens read of each text.
+      bound: increase of a text's mean loss at which "nll" is clipped, in nats; 1.0 for other losses.
+      exit_threshold, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no other.
+    """
+
+    risk: float
+    delta: float
+    loss: str
+    sequences: int
+    tokens: int
+    p_value: float
+    observed: float
+    depth: float
+    max_length: int
+    exit_threshold: float | tuple[float, ...]
+    min_layers: int
+    bound: float = 1.0
+    kv_strategy: str = "propagate"
+    prefill_exits: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exit_threshold, list):  # as JSON has it
+            object.__setattr__(self, "exit_threshold", tuple(self.exit_threshold))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `ExitConfig` that it holds for."""
+        names = ("exit_threshold", "min_layers", "kv_strategy", "prefill_exits")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RiskGuarantee:
+        """Inverse of `to_dict`.
+
+        Raises:
+          TideError: unknown or missing fields.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise TideError(
+                f"guarantee not understood ({error}); it was written by another version of tide_jax: measure it again"
+            ) from error
+
+
+def hb_p_value(mean_loss: float, count: int, risk: float) -> float:
+    """Hoeffding-Bentkus p-value of "the expected loss exceeds `risk`" (arXiv:2110.01052, proposition 2).
+
+    Args:
+      mean_loss: of `count` independent examples, each loss in [0, 1].
+      risk: in (0, 1).
+
+    >>> round(hb_p_value(0.0, 149, 0.02), 4)
+    0.0493
+    """
+    mean_loss, count, risk = share("mean_loss", mean_loss), whole_number("count", count, 1), _inside("risk", risk)
+    low = min(mean_loss, risk)
+    # h1(a, b), the relative entropy of two coins: Hoeffding's bound is exp(-n h1).
+    entropy = (1 - low) * math.log((1 - low) / (1 - risk)) + (low * math.log(low / risk) if low else 0.0)
+    bentkus = math.e * _binomial_cdf(math.ceil(count * mean_loss), count, risk)
+    return min(math.exp(-count * entropy), bentkus, 1.0)
+
+
+def _binomial_cdf(successes: int, count: int, rate: float) -> float:
+    """P(Binomial(count, rate) <= successes), summed in logarithms: the terms under- and overflow by themselves."""
+    if successes >= count:
+        return 1.0
+    k = np.arange(1, successes + 1, dtype=np.float64)
+    steps = np.log((count + 1 - k) / k) + (math.log(rate) - math.log1p(-rate))
+    terms = count * math.log1p(-rate) + np.concatenate([[0.0], np.cumsum(steps)])
+    top = float(terms.max())
+    return min(1.0, math.exp(top) * float(np.exp(terms - top).sum()))
+
+
+def smallest_sample(risk: float, delta: float) -> int:
+    """Examples below which not even losses of zero throughout would give a p-value of `delta`.
+
+    >>> smallest_sample(0.02, 0.05)
+    149
+    """
+    risk, delta = _inside("risk", risk), _inside("delta", delta)
+    count = max(1, math.floor(math.log(delta) / math.log1p(-risk)))
+    while hb_p_value(0.0, count, risk) > delta:
+        count += 1
+    return count
+
+
+def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
+    """How many hypotheses, from the first on, are rejected before the first that is not.
+
+    The probability that any of them is true is at most `delta`, however many there are: no correction is needed, since
+    a false rejection requires rejecting the first true hypothesis of the order. The order must not depend on the data
+    the p-values come from. They are taken one at a time, and none after the first above `delta`.
+    """
+    delta, rejected = _inside("delta", delta), 0
+    for p_value in p_values:
+        if p_value > delta:
+            break
+        rejected += 1
+    return rejected
+
+
+def _inside(name: str, value: Any) -> float:
+    number = real_number(name, value)
+    if not 0.0 < number < 1.0:
+        raise TideError(f"{name}={value!r} must lie between 0 and 1")
+    return number

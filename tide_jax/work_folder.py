@@ -1,0 +1,126 @@
+"""A folder in which a long pass keeps its arrays and how far it came, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tide_jax.errors import TideError
+
+JOURNAL, _UNFINISHED = "journal.json", "journal.json.new"
+_FORMAT = 1
+_SECONDS = 10.0  # between journal entries: what is done again after a kill, at the most
+
+
+class WorkFolder:
+    """Memory maps and a journal of finished batches.
+
+    The journal names what the pass depends on. A batch counts as finished only after its rows are on disk; storing
+    one again writes the same values to the same places, so it does not matter when the run is killed.
+
+    Args:
+      path: an empty or missing folder, or one of an earlier run. Its parent must exist.
+      identity: what the outcome depends on, JSON-ready, by the names an error is to use.
+
+    Raises:
+      TideError: the folder holds the work of another identity or something else, is damaged, or can't be written.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
+        self._path = Path(path).expanduser()
+        self._identity = identity
+        self._arrays: list[np.memmap] = []
+        self._written = time.monotonic()
+        try:
+            self._path.mkdir(exist_ok=True)
+            found = {entry.name for entry in self._path.iterdir()} - {_UNFINISHED}
+        except OSError as error:
+            raise TideError(
+                f"can't write work_dir {path}: {error.strerror or error}; pass a folder in an existing, writable one"
+            ) from error
+        if found and JOURNAL not in found:
+            raise TideError(f"work_dir {path} holds other files and no {JOURNAL}; pass an empty or missing folder")
+        self._done = self._read() if found else 0
+        if not found:
+            self._write(0)
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """A memory map of this name: the earlier run's, or a fresh one where nothing is done yet."""
+        file = self._path / f"{name}.npy"
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        if self._done:
+            found = self._open(file)
+            if found.shape != shape or found.dtype != dtype:
+                raise self._damaged(file.name)
+        else:
+            self._check_space(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+            found = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        self._arrays.append(found)
+        return found.view(np.ndarray)
+
+    def done(self, total: int) -> int:
+        """Batches, of `total`, that need not be run again."""
+        if self._done > total:
+            raise self._damaged(JOURNAL)
+        return self._done
+
+    def finished(self, done: int, total: int) -> None:
+        """Notes that so many batches are stored: now and then, and at the end."""
+        if done == total or time.monotonic() - self._written >= _SECONDS:
+            for array in self._arrays:
+                array.flush()
+            self._write(done)
+            self._written = time.monotonic()
+
+    def _open(self, file: Path) -> np.memmap:
+        try:
+            np.lib.format.open_memmap(file, mode="r")  # unlike "r+", this does not lengthen a file that was cut off
+            return np.lib.format.open_memmap(file, mode="r+")
+        except (OSError, ValueError) as error:
+            raise self._damaged(file.name) from error
+
+    def _check_space(self, needed: int) -> None:
+        """A memory map that outgrows its disk ends the process."""
+        free = shutil.disk_usage(self._path).free
+        if needed > free:
+            raise TideError(
+                f"work_dir {self._path} needs {needed / 1e6:.0f} MB more, {free / 1e6:.0f} MB are free; "
+                "make room or lower reservoir_bytes"
+            )
+
+    def _read(self) -> int:
+        try:
+            found = json.loads((self._path / JOURNAL).read_text(encoding="utf-8"))
+            identity, done, known = found["identity"], found["done"], found["format"] == _FORMAT
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(JOURNAL) from error
+        if not known or not isinstance(identity, dict) or not isinstance(done, int) or done < 0:
+            raise self._damaged(JOURNAL)
+        for name, value in self._identity.items():
+            if identity.get(name) != value:
+                raise TideError(
+                    f"work_dir {self._path} was begun with another {name} ({identity.get(name)}, now {value}); "
+                    "pass another folder, or delete this one to start over"
+                )
+        return done
+
+    def _write(self, done: int) -> None:
+        text = json.dumps({"format": _FORMAT, "identity": self._identity, "done": done}, indent=2)
+        try:
+            with open(self._path / _UNFINISHED, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(self._path / _UNFINISHED, self._path / JOURNAL)
+        except OSError as error:
+            raise TideError(f"can't write {self._path / JOURNAL}: {error.strerror or error}") from error
+
+    def _damaged(self, name: str) -> TideError:
+        return TideError(f"work_dir {self._path}: {name} is missing or damaged; delete the folder to start over")
