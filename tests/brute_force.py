@@ -82,8 +82,11 @@ class BruteForce:
                     continue
                 c = checkpoints.index(layer)
                 threshold = self.thresholds if isinstance(self.thresholds, float) else self.thresholds[c]
-                score = self._score(c, x)
-                walked.margin = min(walked.margin, abs(score - threshold))
+                score, margin = self._score(c, x), math.inf
+                if self.routers.confidence is not None:
+                    margin = abs(score - float(self.routers.confidence[c].screen))
+                    score = self._second_look(c, x, score)
+                walked.margin = min(walked.margin, margin, abs(score - threshold))
                 if score > threshold:
                     state, left = self._exit_state(c, x), layer
             walked.exit_layers.append(left)
@@ -94,6 +97,16 @@ class BruteForce:
         down, down_bias, up, up_bias = (np.asarray(a, np.float64) for a in self.routers.routers[c])
         hidden = _ACTIVATIONS["silu"](_rms(x, self.config.norm_eps) @ down + down_bias)
         return float(1 / (1 + np.exp(-(hidden @ up + up_bias))))
+
+    def _second_look(self, c: int, x: np.ndarray, first: float) -> float:
+        look = self.routers.confidence[c]
+        if first <= float(look.screen):
+            return 0.0
+        logits = np.sort(self._logits(self._exit_state(c, x))[np.asarray(self.routers.candidates.ids)])
+        total = np.log(np.sum(np.exp(logits - logits[-1]))) + logits[-1]
+        found = np.asarray([np.log(first / (1 - first)), logits[-1] - total, logits[-1] - logits[-2], total])
+        down, down_bias, up, up_bias = (np.asarray(a, np.float64) for a in look[1:])
+        return float(1 / (1 + np.exp(-(_ACTIVATIONS["silu"](found @ down + down_bias) @ up + up_bias))))
 
     def _exit_state(self, c: int, x: np.ndarray) -> np.ndarray:
         if self.routers.heads is None:

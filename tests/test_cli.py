@@ -53,6 +53,7 @@ def calibration(model: Path, text: Path) -> tuple[Path, dict[str, Any]]:
     """A router file made by the command line, and what the command printed."""
     routers = text.parent / "routers.safetensors"
     options = ["--checkpoint-interval", "1", "--bottleneck", "4", "--min-layers", "1", "--max-length", "16", "--json"]
+    options += ["--exit-head-steps", "5"]
     arguments = ["calibrate", model, "--text", text, "--output", routers, *options]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = tide_jax.cli.main(list(map(str, arguments)))

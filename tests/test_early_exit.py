@@ -21,6 +21,8 @@ from tide_jax.testing import constant_routers, random_routers, tiny_config
 PROMPTS = random_prompts((7, 1, 12))
 NEW = 6
 AFFINE = ("sandwich norms", "parallel", "sliding windows")
+SECOND_LOOKS = tuple(CONFIGS)[::2]
+TRANSLATOR_RANKS = {name: (None, 3, 0)[i % 3] for i, name in enumerate(CONFIGS)}
 FLOAT32_NOISE = 1e-5  # scores closer to a threshold than this decide nothing
 
 
@@ -31,9 +33,12 @@ def model_of(name: str) -> Decoder:
 
 @functools.cache
 def engine_of(name: str) -> TIDE:
-    """One engine for each model, half of them with affine heads: its compiled programs are shared by all tests."""
-    config = CONFIGS[name]
-    routers = random_routers(config, interval=2 if config.num_layers > 4 else 1, affine=name in AFFINE)
+    """One engine for each model, some with affine heads, translators or a second look: its compiled programs are shared
+    by all tests."""
+    config, rank = CONFIGS[name], TRANSLATOR_RANKS[name]
+    interval = 2 if config.num_layers > 4 else 1
+    looks = model_of(name) if name in SECOND_LOOKS else None
+    routers = random_routers(config, interval=interval, affine=name in AFFINE, translator_rank=rank, model=looks)
     return TIDE(model_of(name), routers, ExitConfig(exit_threshold=0.5, min_layers=0))
 
 

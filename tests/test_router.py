@@ -28,10 +28,12 @@ from tide_jax.testing import random_routers, tiny_config
 MODEL = tiny_model(tiny_config())
 
 
-def made_for(model: Decoder, *, affine: bool = False, seed: int = 0, **metadata: Any) -> Routers:
+def made_for(
+    model: Decoder, *, affine: bool = False, translator_rank: int | None = None, seed: int = 0, **metadata: Any
+) -> Routers:
     """Random routers that say they belong to a model."""
     values = model_identity(model) | {"config": {"checkpoint_interval": 2}} | metadata
-    routers = random_routers(model.config, affine=affine, seed=seed)
+    routers = random_routers(model.config, affine=affine, translator_rank=translator_rank, seed=seed)
     return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(values))
 
 

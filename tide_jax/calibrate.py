@@ -13,13 +13,16 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
 from tide_jax.collect import Collected, Progress, Splits, collect, tokenise
+from tide_jax.confidence_training import HELD_BACK, final_scores, train_confidence
 from tide_jax.config import CalibrationConfig, checkpoint_layers
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 from tide_jax.evaluation import measure_exits
 from tide_jax.exit_heads import fit_heads, label_tokens
-from tide_jax.router import RouterMetadata, Routers, model_identity
-from tide_jax.router_training import router_probabilities, train_routers
+from tide_jax.router import Candidates, RouterMetadata, Routers, model_identity
+from tide_jax.router_training import train_routers
+from tide_jax.translator_fit import fit_translators
+from tide_jax.tuned_heads import frequent, tune_heads
 
 SWEEP = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds the report states expected exits for."""
@@ -38,11 +41,12 @@ def calibrate(
 ) -> Routers:
     """Trains routers (and exit heads) on a frozen model.
 
-    One pass over the text keeps a bounded, uniform sample of hidden states; affine heads are fitted in closed form on
-    one part of it, routers trained by binary cross-entropy on another; a third chooses the ridge strength and when to
-    stop, and the report is measured on its texts. Position 0 is left out. The recipe is TIDE's (2026); the default
-    label is whether the exit's argmax is the full model's, since on real models states hardly ever come within the
-    paper's cosine of the last one before the last layer.
+    One pass over the text keeps a bounded, uniform sample of hidden states. On one part of it affine heads are fitted
+    in closed form and tuned on the full model's predictions, and translators fitted for the cache of skipped layers;
+    on another routers and their second look (`tide_jax.confidence`) are trained by binary cross-entropy; a third
+    chooses the ridge strength and when to stop, and the report is measured on its texts. Position 0 is left out. The
+    recipe is TIDE's (2026); the default label is whether the exit's argmax is the full model's, since on real models
+    states hardly ever come within the paper's cosine of the last one before the last layer.
 
     Args:
       model: the decoder; not changed.
@@ -81,14 +85,7 @@ def calibrate(
         )
     samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
     collected = collect(model, samples, checkpoints, config, progress, work_dir=work_dir, mesh=mesh)
-    splits = collected.splits
-    affine = config.exit_strategy == "affine"
-    heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress) if affine else None
-    bare = Routers((), heads, checkpoints)
-    labels = label_tokens(model, bare, splits.routers, config, progress)
-    held_out = label_tokens(model, bare, splits.validation, config, progress)
-    trained = train_routers(splits.routers.states, labels, splits.validation.states, held_out, config, progress)
-    routers = Routers(trained, heads, checkpoints)
+    routers, labels, held_out = _fit(model, collected, checkpoints, config, progress)
     report = _report(model, routers, collected, labels, held_out, config, progress)
     metadata = model_identity(model) | {
         "config": dataclasses.asdict(config),
@@ -97,6 +94,39 @@ def calibrate(
         "report": report,
     }
     return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
+
+
+def _fit(
+    model: Decoder,
+    collected: Collected,
+    checkpoints: tuple[int, ...],
+    config: CalibrationConfig,
+    progress: Progress | None,
+) -> tuple[Routers, Bool[np.ndarray, "C N"], Bool[np.ndarray, "C M"]]:
+    """Everything that is trained, and the labels of the routers' and the validation tokens."""
+    splits, heads, translators = collected.splits, None, None
+    if config.exit_strategy == "affine":
+        heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress)
+        if config.exit_head_steps:
+            heads = tune_heads(model, heads, splits.heads, splits.validation, config, progress)
+    if config.translator_rank is not None:
+        translators = fit_translators(
+            model, collected.fitting, checkpoints, config.translator_rank, config.reservoir_bytes, progress
+        )
+    routers = Routers((), heads, checkpoints, translators)
+    labels = label_tokens(model, routers, splits.routers, config, progress)
+    held_out = label_tokens(model, routers, splits.validation, config, progress)
+    looked = int(len(splits.routers) * HELD_BACK) if config.confidence_candidates else 0
+    own, theirs = slice(looked, None), slice(0, looked)
+    states = splits.routers.states
+    trained = train_routers(states[:, own], labels[:, own], splits.validation.states, held_out, config, progress)
+    routers = dataclasses.replace(routers, routers=trained)
+    if looked:
+        ids = frequent(splits.routers.targets, model.config.vocab_size, config.confidence_candidates)
+        routers = dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)))
+        looks = train_confidence(model, routers, states[:, theirs], labels[:, theirs], config.seed, progress)
+        routers = dataclasses.replace(routers, confidence=looks)
+    return routers, labels, held_out
 
 
 def _kept(splits: Splits) -> dict[str, int]:
@@ -115,7 +145,7 @@ def _report(
     """What the routers do on the validation split: by checkpoint, and by threshold with the engine itself."""
     depth, checkpoints = model.config.num_layers, routers.checkpoints
     states = collected.splits.validation.states
-    scores = np.stack([router_probabilities(r, s) for r, s in zip(routers.routers, states, strict=True)])
+    scores = final_scores(model, routers, states)
     by_checkpoint = [
         {
             "layer": layer,

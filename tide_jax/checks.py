@@ -37,6 +37,14 @@ def share(name: str, value: Any) -> float:
     return number
 
 
+def open_share(name: str, value: Any) -> float:
+    """`value` as a float. Raises TideError, naming it `name`, unless it lies between 0 and 1, ends excluded."""
+    number = real_number(name, value)
+    if not 0.0 < number < 1.0:
+        raise TideError(f"{name}={_shown(value)} must lie between 0 and 1")
+    return number
+
+
 def _plain(value: Any) -> Any:
     """Python's own number in place of a numpy scalar or an array without axes."""
     return value.item() if getattr(value, "ndim", None) == 0 else value

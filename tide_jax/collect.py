@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 MIN_TOKENS = 64
 """Fewer usable tokens than this in any split is no sample to train on."""
 
-HELD_OUT_TEXTS = (16, 48)
+HELD_OUT_TEXTS = (16, 32)
 """Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
 every threshold of the report, which would otherwise take longer than everything else."""
 
@@ -60,12 +60,18 @@ class Collected(NamedTuple):
     Attributes:
       splits: sampled hidden states.
       held_out: batches of validation texts, for measuring with the engine; bounded in number.
+      fitting: batches of other texts, for what is fitted on whole texts; bounded in number.
       counts: texts and tokens read.
     """
 
     splits: Splits
     held_out: list[Batch]
+    fitting: list[Batch]
     counts: dict[str, int]
+
+
+FITTING_TEXTS = 96
+"""Texts kept whole for fits that read them again."""
 
 
 def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vocab_size: int) -> Iterator[Sample]:
@@ -129,13 +135,18 @@ def collect(
     splits = _reservoirs(model, len(checkpoints), seen, config, folder)
     plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
     _read(placement, model, plan, splits, checkpoints, folder, progress)
-    whole = [texts[i] for i in np.flatnonzero(owners == _VALIDATION)[: np.clip(len(texts) // 12, *HELD_OUT_TEXTS)]]
-    whole.sort(key=lambda text: len(text.ids))
-    held_out = [whole[i : i + config.batch_size] for i in range(0, len(whole), config.batch_size)]
-    return Collected(splits, [_batch(batch, config) for batch in held_out], counts)
+    held_out = np.flatnonzero(owners == _VALIDATION)[: np.clip(len(texts) // 12, *HELD_OUT_TEXTS)]
+    fitting = np.flatnonzero(owners != _VALIDATION)[:FITTING_TEXTS]
+    held_out, fitting = (_whole([texts[i] for i in chosen], config) for chosen in (held_out, fitting))
+    return Collected(splits, held_out, fitting, counts)
 
 
 _VALIDATION = Splits._fields.index("validation")
+
+
+def _whole(texts: list[Sample], config: CalibrationConfig) -> list[Batch]:
+    texts = sorted(texts, key=lambda text: len(text.ids))
+    return [_batch(texts[i : i + config.batch_size], config) for i in range(0, len(texts), config.batch_size)]
 
 
 def _batch(texts: list[Sample], config: CalibrationConfig) -> Batch:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO
 
 from tide_jax.errors import TideError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
-_FLAGS = {"calibration_samples": "samples", "router_bottleneck_dim": "bottleneck", "exit_threshold": "threshold"}
+_FLAGS = {
+    "calibration_samples": "samples",
+    "exit_threshold": "threshold",
+    "rate": "audit",
+    "router_bottleneck_dim": "bottleneck",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +49,33 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def model_command(subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
+    """Adds a command about a model, with ``--json``; returns its parser."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="MODEL", help="converted directory, Hugging Face directory, hub id or .gguf file"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    """Prints a result: the facts with ``--json``, the text without."""
+    print(json.dumps(facts, indent=2) if args.json else text)
+
+
+def note(text: str) -> None:
+    """Prints beside the result, to standard error."""
+    print(text, file=sys.stderr)
 
 
 def seed(text: str) -> int:

@@ -11,20 +11,11 @@ import math
 
 import numpy as np
 
-from tide_jax.checks import share
-from tide_jax.errors import TideError
+from tide_jax.checks import open_share, share
 
 _STAKE = 0.9  # share of the capital that one observation may lose
 _PRIOR_MEAN, _PRIOR_VARIANCE = 0.05, 0.01  # of the first bets; wrong ones cost width, never validity
 _GRID = np.linspace(0.0, 1.0, 2001)[1:-1] ** 2  # candidate means, denser where losses are: 0.0001 apart at 0.02
-
-
-def open_share(name: str, value: float) -> float:
-    """`value` as a float. Raises TideError, naming it `name`, unless it lies between 0 and 1, ends excluded."""
-    number = share(name, value)
-    if not 0.0 < number < 1.0:
-        raise TideError(f"{name}={value!r} must lie between 0 and 1")
-    return number
 
 
 class ConfidenceSequence:

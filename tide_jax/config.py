@@ -102,6 +102,12 @@ class CalibrationConfig:
       router_bottleneck_dim: hidden width of the router's MLP.
       exit_strategy: "identity" reads the exit state as it is; "affine" maps it with a fitted affine head first.
       exit_head_rank: rank of the affine heads' correction to the identity; None is full rank.
+      exit_head_steps: gradient steps that tune affine heads on the full model's predictions after the closed form
+        (tuned lens); 0 for none.
+      confidence_candidates: frequent tokens over which a second look at tokens that routers let pass takes logits;
+        0 leaves the decision to the routers.
+      translator_rank: rank of the maps from exit states to what skipped layers would have read, from which their keys
+        and values are projected; 0 for shifts only, None for the exit state as it is.
       label: a token counts as exitable where the exit's argmax equals the full model's ("agreement"), or where the
         exit state's cosine with the last state exceeds `convergence_threshold` ("cosine", the TIDE paper's).
       reservoir_bytes: memory for sampled hidden states; more text than fits is sampled uniformly.
@@ -116,9 +122,12 @@ class CalibrationConfig:
     router_bottleneck_dim: int = 128
     exit_strategy: ExitStrategy = "affine"
     exit_head_rank: int | None = None
+    exit_head_steps: int = 120
+    confidence_candidates: int = 2048
+    translator_rank: int | None = 64
     label: Label = "agreement"
     convergence_threshold: float = 0.98
-    reservoir_bytes: int = 512 * 2**20
+    reservoir_bytes: int = 384 * 2**20
     validation_fraction: float = 0.15
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -131,7 +140,8 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         check_choice("exit_strategy", self.exit_strategy, ExitStrategy)
         check_choice("label", self.label, Label)
-        least = {"max_length": 2, "min_layers": 0, "patience": 0, "seed": 0}  # of a text, position 0 is left out
+        least = dict.fromkeys(("min_layers", "patience", "seed"), 0) | {"max_length": 2}  # position 0 is left out
+        least |= dict.fromkeys(("exit_head_steps", "confidence_candidates", "translator_rank"), 0)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):

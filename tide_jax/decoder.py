@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ class Head(nnx.Module):
         shape = (config.vocab_size, config.head_size)
         self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, shape, config.head_size, dtype))
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
+
+
+class HeadRows(NamedTuple):
+    """Rows of the output projection: what the logits of K tokens need."""
+
+    kernel: Float[Array, "K E"]
+    bias: Float[Array, " K"] | None
 
 
 class HeadLayer(nnx.Module):
@@ -150,21 +158,29 @@ class Decoder(nnx.Module):
         seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
         return tuple(attention_context(kind, positions, seq_len, slots) for kind in self.config.attention_types)
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits, float32, of final-normed states."""
+    def logits(self, x: Float[Array, "B T D"], rows: HeadRows | None = None) -> Float[Array, "B T V"]:
+        """Logits, float32, of final-normed states; of a part of the vocabulary only where `rows` are given."""
         if self.head_transform is not None:
             x = self.head_transform(x)
         elif self.project_out is not None:
             x = self.project_out(x)
-        kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
-        out = einsum("btd,vd->btv", x, kernel[...]).astype(jnp.float32)
-        if self.head.bias is not None:
-            out = out + self.head.bias[...].astype(jnp.float32)[None, None, :]
+        rows = self._head_rows() if rows is None else rows
+        out = einsum("btd,vd->btv", x, rows.kernel).astype(jnp.float32)
+        if rows.bias is not None:
+            out = out + rows.bias.astype(jnp.float32)[None, None, :]
         if self.config.logit_scale != 1.0:
             out = out * self.config.logit_scale
         if (cap := self.config.logit_softcap) is not None:
             out = cap * jnp.tanh(out / cap)
         return out
+
+    def head_rows(self, ids: Int[Array, " K"]) -> HeadRows:
+        """The output projection's rows of some tokens, for `logits`."""
+        return jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), self._head_rows())
+
+    def _head_rows(self) -> HeadRows:
+        kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
+        return HeadRows(kernel[...], None if self.head.bias is None else self.head.bias[...])
 
 
 class _Identity(nnx.Module):

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.exit_step import exit_step
 from tide_jax.attention import AttentionContext, KeyValue
 from tide_jax.cache import KVCache
+from tide_jax.confidence import second_look
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.router import Routers
@@ -129,29 +130,32 @@ class _Gating(NamedTuple):
         layer = self.routers.checkpoints[checkpoint]
         allowed = state.active & self.may_exit & (jnp.int32(layer + 1) >= self.gate.min_layers)
         router = self.routers.routers[checkpoint]
+        looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
         step = exit_step(
             state.x.reshape(-1, state.x.shape[-1]),
             router.down,
             router.down_bias,
             router.up,
             router.up_bias,
-            self.gate.thresholds[checkpoint],
+            threshold if looks is None else looks[checkpoint].screen,
             allowed.reshape(-1),
             eps=model.config.norm_eps,
             implementation=self.implementation,
         )
-        exits = step.exits.reshape(allowed.shape)
+        passed, first = step.exits.reshape(allowed.shape), step.scores.reshape(allowed.shape)
 
         def leave(state: _Tokens) -> _Tokens:
-            eps, leaving = model.config.norm_eps, exits[:, :, None]
-            out = model.final_norm(self.routers.exit_state(checkpoint, state.x, eps=eps))
-            state = state._replace(states=jnp.where(leaving, out, state.states), active=state.active & ~exits)
+            answers = second_look(model, self.routers, checkpoint, state.x, first)
+            exits = passed & (answers.scores > threshold)
+            leaving = exits[:, :, None]
+            state = state._replace(states=jnp.where(leaving, answers.states, state.states))
+            state = state._replace(active=state.active & ~exits)
             if state.code is None or self.routers.translators is None:
                 return state
-            code = self.routers.translators.code(checkpoint, state.x, eps=eps)
+            code = self.routers.translators.code(checkpoint, state.x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
-        return lax.cond(jnp.any(exits), leave, lambda state: state, state)
+        return lax.cond(jnp.any(passed), leave, lambda state: state, state)
 
     def translated(self, model: Decoder, layer: int, state: _Tokens) -> Float[Array, "B T D"]:
         """What a layer reads of tokens that have left."""

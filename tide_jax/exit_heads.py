@@ -119,12 +119,13 @@ def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float
     """The token each state would produce if it left at this checkpoint, int32 [N]."""
     parts = [
         _argmax(model, routers.without_metadata(), jnp.asarray(chunk), checkpoint=checkpoint)
-        for chunk in _padded_chunks(states)
+        for chunk in padded_chunks(states)
     ]
     return np.concatenate([np.asarray(p) for p in parts])[: len(states)]
 
 
-def _padded_chunks(states: np.ndarray) -> Iterable[np.ndarray]:
+def padded_chunks(states: np.ndarray) -> Iterable[np.ndarray]:
+    """Rows in chunks of one size, the last one padded: one compilation, and bounded memory for their logits."""
     for start in range(0, len(states), _CHUNK):
         chunk = states[start : start + _CHUNK]
         yield np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))

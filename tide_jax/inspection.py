@@ -9,6 +9,7 @@ from typing import Any
 from tide_jax.checkpoint import load, load_config
 from tide_jax.config import CalibrationConfig, DecoderConfig, checkpoint_layers
 from tide_jax.decoder import abstract_parameters
+from tide_jax.promise import refusal
 from tide_jax.router import Routers, heads_path
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
@@ -39,6 +40,7 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
         "checkpoints": list(checkpoints),
         "router_file_bytes": router_bytes(config, len(checkpoints), bottleneck),
         "affine_head_file_bytes": len(checkpoints) * config.hidden_size * (config.hidden_size + 1) * _FLOAT16,
+        "translator_bytes": translator_bytes(config, checkpoints, CalibrationConfig.translator_rank or 0),
         "config": config.to_dict(),
     }
 
@@ -48,18 +50,30 @@ def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
     return count * (config.hidden_size * bottleneck * _INT8 + (3 * bottleneck + 1) * _FLOAT32)
 
 
+def translator_bytes(config: DecoderConfig, checkpoints: tuple[int, ...], rank: int) -> int:
+    """Tensor bytes that translators add to the affine heads' file: a map out of every checkpoint, and one into every
+    layer from each checkpoint that ends before the layer in front of it."""
+    maps = sum(c + 1 < layer for c in checkpoints for layer in range(config.num_layers))
+    return config.hidden_size * (len(checkpoints) * rank + maps * (rank + 1)) * _FLOAT16
+
+
 def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
     """Facts about a router file, after checking that it belongs to the model. Raises TideError if it does not."""
     path = Path(path)
     routers = Routers.load(path, model=load(source))
-    files = [path] + ([heads_path(path)] if routers.heads is not None else [])
-    metadata = routers.metadata.to_dict()
+    files = [path] + ([heads_path(path)] if "heads_sha256" in routers.metadata.to_dict() else [])
+    metadata, exits = routers.metadata.to_dict(), routers.exit_config
     return {
         "files": {str(file): file.stat().st_size for file in files},
         "checkpoints": list(routers.checkpoints),
         "exit_strategy": routers.exit_strategy,
+        "translators": routers.translators is not None,
+        "second_look": routers.confidence is not None,
         "label": metadata.get("report", {}).get("label"),
         "data": metadata.get("data"),
+        "exit_config": None if exits is None else exits.to_dict(),
+        "promise": exits.guarantee.summary() if exits is not None and exits.guarantee is not None else None,
+        "no_guarantee": refusal(routers),
     }
 
 
@@ -77,12 +91,15 @@ def text_table(facts: dict[str, Any]) -> str:
         f"{_megabytes(size['bfloat16'])} in bfloat16",
         "checkpoints": f"after layers {checkpoints} (every {facts['checkpoint_interval']})",
         "router file": f"{_megabytes(facts['router_file_bytes'])}, affine exit heads "
-        f"{_megabytes(facts['affine_head_file_bytes'])}",
+        f"{_megabytes(facts['affine_head_file_bytes'])}, translators {_megabytes(facts['translator_bytes'])}",
     }
     if "routers" in facts:
         routers = facts["routers"]
         layers = ", ".join(map(str, routers["checkpoints"]))
-        rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}, fitted to {routers['data']}"
+        parts = {"second_look": "a second look", "translators": "translators for skipped layers"}
+        found = "".join(f", with {part}" for name, part in parts.items() if routers[name])
+        rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}{found}, fitted to {routers['data']}"
+        rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was asked for'}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tide_jax.checks import real_number, share, whole_number
+from tide_jax.checks import open_share, share, whole_number
 from tide_jax.errors import TideError
 
 
@@ -67,6 +67,20 @@ class RiskGuarantee:
         names = ("exit_threshold", "min_layers", "kv_strategy", "prefill_exits")
         return {name: getattr(self, name) for name in names}
 
+    def summary(self) -> str:
+        """One line for people."""
+        bound, observed = f"{self.risk:.4g}", f"{self.observed:.4g}"
+        what = f"a mean loss ({self.loss}) of at most {bound}"
+        if self.loss == "disagreement":
+            bound, observed = f"{self.risk:.2%}", f"{self.observed:.2%}"
+            what = f"at most {bound} of a text's tokens differ from the full model's, on average"
+        if self.loss == "nll":
+            what = f"a text's mean negative log-likelihood rises by at most {bound} nats, on average"
+        return (
+            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {_listed(self.exit_threshold)}, "
+            f"{self.sequences} texts: {observed}, p-value {self.p_value:.3g}, mean depth {self.depth:.1%})"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` reads them back."""
         return dataclasses.asdict(self)
@@ -96,7 +110,7 @@ def hb_p_value(mean_loss: float, count: int, risk: float) -> float:
     >>> round(hb_p_value(0.0, 149, 0.02), 4)
     0.0493
     """
-    mean_loss, count, risk = share("mean_loss", mean_loss), whole_number("count", count, 1), _inside("risk", risk)
+    mean_loss, count, risk = share("mean_loss", mean_loss), whole_number("count", count, 1), open_share("risk", risk)
     low = min(mean_loss, risk)
     # h1(a, b), the relative entropy of two coins: Hoeffding's bound is exp(-n h1).
     entropy = (1 - low) * math.log((1 - low) / (1 - risk)) + (low * math.log(low / risk) if low else 0.0)
@@ -121,7 +135,7 @@ def smallest_sample(risk: float, delta: float) -> int:
     >>> smallest_sample(0.02, 0.05)
     149
     """
-    risk, delta = _inside("risk", risk), _inside("delta", delta)
+    risk, delta = open_share("risk", risk), open_share("delta", delta)
     count = max(1, math.floor(math.log(delta) / math.log1p(-risk)))
     while hb_p_value(0.0, count, risk) > delta:
         count += 1
@@ -135,7 +149,7 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     a false rejection requires rejecting the first true hypothesis of the order. The order must not depend on the data
     the p-values come from. They are taken one at a time, and none after the first above `delta`.
     """
-    delta, rejected = _inside("delta", delta), 0
+    delta, rejected = open_share("delta", delta), 0
     for p_value in p_values:
         if p_value > delta:
             break
@@ -143,8 +157,6 @@ def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
     return rejected
 
 
-def _inside(name: str, value: Any) -> float:
-    number = real_number(name, value)
-    if not 0.0 < number < 1.0:
-        raise TideError(f"{name}={value!r} must lie between 0 and 1")
-    return number
+def _listed(threshold: float | tuple[float, ...]) -> str:
+    values = threshold if isinstance(threshold, tuple) else (threshold,)
+    return " ".join(f"{value:.4g}" for value in values)

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.exit_step.reference import rms_normalise, router_scores
 from tide_jax import router_file
 from tide_jax.checkpoint import fingerprint
-from tide_jax.decoder import Decoder
+from tide_jax.config import ExitConfig
+from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.errors import TideError
 from tide_jax.ops import matmul
 from tide_jax.translators import LayerTranslators, Translators
@@ -29,6 +30,40 @@ class Router(NamedTuple):
     down_bias: Float[Array, " H"]
     up: Float[Array, " H"]
     up_bias: Float[Array, ""]
+
+
+class Candidates(NamedTuple):
+    """Frequent tokens whose logits tell how sure an exit is.
+
+    Attributes:
+      ids: the tokens.
+      rows: their rows of the model's output projection.
+    """
+
+    ids: Int[Array, " K"]
+    rows: HeadRows
+
+
+class Confidence(NamedTuple):
+    """A checkpoint's second look, a network over the features of `tide_jax.confidence`, float32.
+
+    Attributes:
+      screen: tokens with a router score up to this are not looked at.
+      down, down_bias, up, up_bias: ``up . silu(down^T features + down_bias) + up_bias`` is the log odds that leaving
+        is right.
+    """
+
+    screen: Float[Array, ""]
+    down: Float[Array, "F H"]
+    down_bias: Float[Array, " H"]
+    up: Float[Array, " H"]
+    up_bias: Float[Array, ""]
+
+    def logit(self, features: Float[Array, "... F"]) -> Float[Array, "..."]:
+        """Log odds that leaving is right."""
+        lead = (1,) * (features.ndim - 1)
+        hidden = jnp.dot(features, self.down, precision="highest") + self.down_bias.reshape(*lead, -1)
+        return jnp.dot(jax.nn.silu(hidden), self.up, precision="highest") + self.up_bias
 
 
 class ExitHead(NamedTuple):
@@ -78,6 +113,8 @@ class Routers:
       checkpoints: 0-based layers after which a router sits, ascending.
       translators: from exit states to the inputs of skipped layers, for their keys and values; None uses exit states
         as they are.
+      candidates, confidence: the second look at tokens that routers let pass, one network for each checkpoint; None
+        leaves the decision to the routers.
       metadata: where they come from; `report` is read from it.
     """
 
@@ -85,12 +122,21 @@ class Routers:
     heads: tuple[ExitHead, ...] | None
     checkpoints: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     translators: Translators | None = None
+    candidates: Candidates | None = None
+    confidence: tuple[Confidence, ...] | None = None
     metadata: RouterMetadata = dataclasses.field(default=RouterMetadata(), metadata={"static": True})
 
     @property
     def report(self) -> dict[str, Any]:
         """What calibration measured on held-out text (empty for routers made by hand)."""
         return self.metadata.to_dict().get("report", {})
+
+    @property
+    def exit_config(self) -> ExitConfig | None:
+        """Exit settings that `tide_jax.guarantee` chose for these routers and that were stored with them, promise
+        included; None without. Raises TideError where they can't be read."""
+        found = self.metadata.to_dict().get("exit_config")
+        return None if found is None else ExitConfig.from_dict(found)
 
     @property
     def exit_strategy(self) -> str:
@@ -125,6 +171,10 @@ class Routers:
         routers = {
             f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
         }
+        if self.candidates is not None and self.confidence is not None:
+            routers["candidates"] = np.asarray(self.candidates.ids)
+            looks = self._by_checkpoint(self.confidence)
+            routers |= {f"{c}.confidence.{n}": np.asarray(a) for c, look in looks for n, a in look._asdict().items()}
         files[path] = router_file.encode(routers, metadata)
         router_file.write(files)
 
@@ -157,7 +207,9 @@ class Routers:
             heads = tuple(large.head(c) for c in checkpoints) if metadata.get("exit_heads", True) else None
             if metadata.get("translators"):
                 translators = large.translators(checkpoints, model.config.num_layers)
-        return cls(routers, heads, checkpoints, translators, RouterMetadata.from_dict(metadata))
+        candidates, confidence = reader.second_look(checkpoints, model)
+        history = RouterMetadata.from_dict(metadata)
+        return cls(routers, heads, checkpoints, translators, candidates, confidence, history)
 
     def _large_arrays(self) -> dict[str, np.ndarray]:
         """What the second file holds."""
@@ -240,6 +292,20 @@ class _Reader(NamedTuple):
             return ExitHead((self._tensor(f"{checkpoint}.factor.0", (self.size, self.size)),), bias)
         return ExitHead((first, self._tensor(f"{checkpoint}.factor.1", (first.shape[1], self.size))), bias)
 
+    def second_look(
+        self, checkpoints: tuple[int, ...], model: Decoder
+    ) -> tuple[Candidates | None, tuple[Confidence, ...] | None]:
+        if "candidates" not in self.tensors:
+            return None, None
+        ids = self._tensor("candidates", (None,)).astype(jnp.int32)
+        return Candidates(ids, model.head_rows(ids)), tuple(self._confidence(c) for c in checkpoints)
+
+    def _confidence(self, checkpoint: int) -> Confidence:
+        down = self._tensor(f"{checkpoint}.confidence.down", (None, None))
+        bias, up = (self._tensor(f"{checkpoint}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
+        screen, up_bias = (self._tensor(f"{checkpoint}.confidence.{n}", ()) for n in ("screen", "up_bias"))
+        return Confidence(screen, down, bias, up, up_bias)
+
     def translators(self, checkpoints: tuple[int, ...], num_layers: int) -> Translators:
         first = self._tensor(f"translators.{checkpoints[0]}.down", (self.size, None))
         rank = first.shape[1]
@@ -247,8 +313,8 @@ class _Reader(NamedTuple):
         return Translators(down, tuple(self._layer(i, checkpoints, rank) for i in range(num_layers)))
 
     def _layer(self, layer: int, checkpoints: tuple[int, ...], rank: int) -> LayerTranslators | None:
-        count = sum(c < layer for c in checkpoints)
-        if layer <= checkpoints[0] + 1:
+        count = sum(c + 1 < layer for c in checkpoints)
+        if count == 0:
             return None
         shift = self._tensor(f"translators.{layer}.shift", (count, self.size))
         return LayerTranslators(shift, self._tensor(f"translators.{layer}.up", (count, rank, self.size)))

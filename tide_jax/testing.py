@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import Decoder
-from tide_jax.router import ExitHead, Router, Routers
+from tide_jax.router import Candidates, Confidence, ExitHead, Router, Routers
 from tide_jax.translators import LayerTranslators, Translators
 
 
@@ -45,9 +46,11 @@ def random_routers(
     bottleneck: int = 16,
     affine: bool = False,
     translator_rank: int | None = None,
+    model: Decoder | None = None,
     seed: int = 0,
 ) -> Routers:
-    """Untrained routers whose scores spread over (0, 1), so that rows leave at different checkpoints."""
+    """Untrained routers whose scores spread over (0, 1), so that rows leave at different checkpoints; a second look
+    comes with `model`."""
     d, checkpoints = config.hidden_size, checkpoint_layers(config.num_layers, interval)
 
     def normal(*path: int, shape: tuple[int, ...], scale: float) -> jax.Array:
@@ -67,21 +70,31 @@ def random_routers(
     def head(c: int) -> ExitHead:
         return ExitHead((normal(c, 3, shape=(d, d), scale=d**-0.5),), normal(c, 4, shape=(d,), scale=0.1))
 
+    def confidence(c: int) -> Confidence:
+        down, up = normal(c, 8, shape=(4, 3), scale=1.0), normal(c, 9, shape=(3,), scale=2.0)
+        usual = jnp.asarray([0.0, -4.0, 0.4, 4.5])  # the features of an undecided answer
+        return Confidence(jnp.float32(0.3), down, -jnp.dot(usual, down, precision="highest"), up, jnp.float32(0.0))
+
     def translators(rank: int) -> Translators:
         down = tuple(normal(c, 5, shape=(d, rank), scale=d**-0.5) for c in count)
         return Translators(down, tuple(layer_translators(i, rank) for i in range(config.num_layers)))
 
     def layer_translators(layer: int, rank: int) -> LayerTranslators | None:
-        if layer <= checkpoints[0] + 1:
+        number = sum(c + 1 < layer for c in checkpoints)
+        if number == 0:
             return None
-        number = sum(c < layer for c in checkpoints)
         shift = normal(layer, 6, shape=(number, d), scale=0.5)
-        return LayerTranslators(shift, normal(layer, 7, shape=(number, rank, d), scale=rank**-0.5))
+        return LayerTranslators(shift, normal(layer, 7, shape=(number, rank, d), scale=max(rank, 1) ** -0.5))
 
     count = range(len(checkpoints))
     heads = tuple(head(c) for c in count) if affine else None
     made = None if translator_rank is None else translators(translator_rank)
-    return Routers(tuple(router(c) for c in count), heads, checkpoints, made)
+    routers = Routers(tuple(router(c) for c in count), heads, checkpoints, made)
+    if model is None:
+        return routers
+    ids = jnp.arange(1, config.vocab_size, 3, dtype=jnp.int32)
+    looks = tuple(confidence(c) for c in count)
+    return dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)), confidence=looks)
 
 
 def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True, bottleneck: int = 1) -> Routers:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from tide_jax.answers import pack
 from tide_jax.collect import Progress, Sample
+from tide_jax.confidence import exit_scores
 from tide_jax.config import CalibrationConfig
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
@@ -130,17 +131,17 @@ def score(
 @jax.jit
 def _score(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array]:
     """Scores and agreement with the full model [C, B, T]."""
-    eps = model.config.norm_eps
     contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
     scores, answers = [], []
 
     def argmax(states: Array) -> Array:
-        return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), model.final_norm(states))
+        return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), states)
 
     for i, layer in enumerate(model.layers):
         x, _ = layer(x, contexts, None)
         if i in routers.checkpoints:
             c = routers.checkpoints.index(i)
-            scores.append(routers.scores(c, x.reshape(-1, x.shape[-1]), eps=eps).reshape(x.shape[:2]))
-            answers.append(argmax(routers.exit_state(c, x, eps=eps)))
-    return jnp.stack(scores), jnp.stack(answers) == argmax(x)[None]
+            found = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
+            scores.append(found.scores.reshape(x.shape[:2]))
+            answers.append(argmax(found.states.reshape(x.shape)))
+    return jnp.stack(scores), jnp.stack(answers) == argmax(model.final_norm(x))[None]

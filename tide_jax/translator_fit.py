@@ -42,7 +42,6 @@ def fit_translators(
     batches: Sequence[Batch],
     checkpoints: tuple[int, ...],
     rank: int,
-    *,
     max_bytes: int,
     progress: Progress | None = None,
 ) -> Translators:
@@ -73,9 +72,7 @@ def fit_translators(
         if progress is not None:
             progress("fitting translators", number + 1, len(checkpoints))
     entries = [
-        LayerTranslators(jnp.asarray(np.stack(shifts[i])), jnp.asarray(np.stack(ups[i])))
-        if i > checkpoints[0] + 1
-        else None
+        LayerTranslators(jnp.asarray(np.stack(shifts[i])), jnp.asarray(np.stack(ups[i]))) if shifts[i] else None
         for i in range(depth)
     ]
     return Translators(tuple(down), tuple(entries))
@@ -108,15 +105,15 @@ def _run(model: Decoder, batch: Batch, *, first: int) -> tuple[Float16[Array, "L
 def _fit(
     inputs: LayerInputs, checkpoint: int, depth: int, rank: int
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """A checkpoint's `down`, and (shift, up) of every later layer; those of the next one are zero."""
+    """A checkpoint's `down`, and (shift, up) of every layer behind the next one, which reads the exit state itself."""
     x = jnp.asarray(inputs.states[checkpoint + 1 - inputs.first], jnp.float32)
-    size, mean_x = x.shape[1], jnp.mean(x, axis=0)
+    mean_x = jnp.mean(x, axis=0)
     targets = {layer: _target(inputs, checkpoint, layer, x) for layer in range(checkpoint + 2, depth)}
     gram = _gram(x, mean_x)
     crosses = {layer: _cross(x, mean_x, target) for layer, target in targets.items()}
     down = _directions(gram, list(crosses.values()), rank)
     down = jnp.asarray(round_half(np.asarray(down)))
-    fitted = {checkpoint + 1: (np.zeros((size,), np.float32), np.zeros((down.shape[1], size), np.float32))}
+    fitted = dict[int, tuple[np.ndarray, np.ndarray]]()
     for layer, (cross, mean_y, _) in crosses.items():
         up = round_half(np.asarray(jnp.dot(down.T, cross, precision="highest")))
         read = np.asarray(jnp.dot(mean_x, down, precision="highest"))

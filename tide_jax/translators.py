@@ -19,7 +19,7 @@ from tide_jax.ops import einsum
 
 
 class LayerTranslators(NamedTuple):
-    """Translators into one layer's input from each of the C' checkpoints before it.
+    """Translators into one layer's input from each of the C' checkpoints that end before the layer in front of it.
 
     Attributes:
       shift: added to every token, in units of the exit state's root mean square.

@@ -1,0 +1,222 @@
+"""What exits cost in quality on given text: the measures of bench_quality.py.
+
+Everything is teacher-forced with the engine's own pass, in which skipped layers' keys and values are propagated and
+read by later tokens. Both models' distributions over the whole vocabulary are compared on the device, a few tokens at
+a time. Position 0 is never counted: it cannot exit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from tide_jax.answers import pack
+from tide_jax.collect import Sample
+from tide_jax.decoder import Decoder
+from tide_jax.early_exit import run_depth
+from tide_jax.evaluation import Batch
+from tide_jax.generate import Exits, run_exits
+from tide_jax.router import Routers
+
+_CHUNK = 64  # tokens whose logits are in memory at once
+Progress = Callable[[int, int], None]
+Row = dict[str, Any]
+
+
+class Comparison(NamedTuple):
+    """The full model and exits after each of N tokens.
+
+    Attributes:
+      agrees: whether both have the same likeliest next token.
+      kl: KL(full || exits) of their distributions, nats.
+      full_nll, exit_nll: negative log probability of the text's own next token; NaN after a text's last one.
+      layers: layers run with exits.
+      texts: number of the text each token is of.
+    """
+
+    agrees: np.ndarray
+    kl: np.ndarray
+    full_nll: np.ndarray
+    exit_nll: np.ndarray
+    layers: np.ndarray
+    texts: np.ndarray
+
+
+class Reference:
+    """Texts with the full model's final-normed states after each of their tokens, which stay on the device.
+
+    Args:
+      texts: token ids.
+      max_length: of the longest.
+      batch_size: texts in a forward pass.
+      progress: called with batches done and all.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        texts: Sequence[Sequence[int]],
+        *,
+        max_length: int,
+        batch_size: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model = model
+        ordered = sorted(texts, key=len)  # little of a batch is padding
+        groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        self.batches = [pack([Sample(ids, 1) for ids in group], batch_size, max_length) for group in groups]
+        self.states = list(_reported(self.batches, lambda b: _full_states(model, b), progress))
+
+    def compare(self, exits: Exits, progress: Progress | None = None) -> Comparison:
+        """Reads the texts with exits."""
+        numbered = list(enumerate(zip(self.batches, self.states, strict=True)))
+        parts = _reported(numbered, lambda item: self._compare(item[0], item[1][0], item[1][1], exits), progress)
+        return Comparison(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def oracle(self, routers: Routers, min_layers: int) -> Row:
+        """Mean depth if every token left at the first checkpoint whose exit argmax is the full model's, every token's
+        past at full depth; and each checkpoint's agreement."""
+        depth, layers = self.model.config.num_layers, np.asarray(routers.checkpoints)
+        bare = routers.without_metadata()
+        right = []
+        for batch, states in zip(self.batches, self.states, strict=True):
+            found = np.asarray(_right_exits(self.model, bare, batch, states))
+            right.append(found[:, np.asarray(batch.counted)])
+        agrees = np.concatenate(right, axis=1)
+        run = first_right(agrees, layers, depth, min_layers)
+        return {
+            "layers": float(run.mean()),
+            "depth": float(run.mean() / depth),
+            "depth_without_min_layers": float(first_right(agrees, layers, depth, 0).mean() / depth),
+            "agreement_by_layer": {str(layer): float(a.mean()) for layer, a in zip(layers, agrees, strict=True)},
+        }
+
+    def _compare(self, number: int, batch: Batch, states: Array, exits: Exits) -> Comparison:
+        counted = np.asarray(batch.counted)
+        out = _compare(self.model, batch, states, exits)
+        agrees, kl, full, early, exit_layers = (np.asarray(a)[counted] for a in out)
+        row, column = np.nonzero(counted)
+        last = column == counted.shape[1] - 1 - np.argmax(counted[:, ::-1], axis=1)[row]
+        full, early = (np.where(last, np.nan, a.astype(np.float64)) for a in (full, early))
+        return Comparison(agrees, kl.astype(np.float64), full, early, exit_layers + 1, number * counted.shape[0] + row)
+
+
+def summarise(found: Comparison, num_layers: int) -> Row:
+    """A strategy at one threshold, in numbers."""
+    has_next = ~np.isnan(found.full_nll)
+    full, early = (float(a[has_next].mean()) for a in (found.full_nll, found.exit_nll))
+    values, counts = np.unique(found.layers, return_counts=True)
+    return {
+        "layers": float(found.layers.mean()),
+        "depth": float(found.layers.mean() / num_layers),
+        "agreement": float(found.agrees.mean()),
+        "agreement_error": standard_error(found.agrees, found.texts),
+        "kl": float(found.kl.mean()),
+        "full_nll": full,
+        "exit_nll": early,
+        "perplexity_ratio": math.exp(early - full),
+        "exit_rate": float((found.layers < num_layers).mean()),
+        "share_by_last_layer": {str(v - 1): float(n / found.layers.size) for v, n in zip(values, counts, strict=True)},
+        "tokens": int(found.layers.size),
+    }
+
+
+def standard_error(values: np.ndarray, texts: np.ndarray) -> float | None:
+    """Of a mean over tokens, where texts and not tokens are independent; None for a single text."""
+    numbers = np.unique(texts)
+    if numbers.size < 2:
+        return None
+    residuals = values - values.mean()
+    sums = np.asarray([residuals[texts == n].sum() for n in numbers])
+    return float(math.sqrt(numbers.size / (numbers.size - 1) * np.square(sums).sum()) / values.size)
+
+
+def first_right(agrees: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int) -> np.ndarray:
+    """Layers run by each of N tokens that leave at the first checkpoint where ``agrees [C, N]``, else never."""
+    allowed = agrees & (checkpoints + 1 >= min_layers)[:, None]
+    return np.where(allowed.any(axis=0), checkpoints[allowed.argmax(axis=0)] + 1, num_layers)
+
+
+def qualifies(row: Row, agreement: float, perplexity_ratio: float) -> bool:
+    """Whether a measured row keeps both limits."""
+    return row["agreement"] >= agreement and row["perplexity_ratio"] <= perplexity_ratio
+
+
+def at_target(rows: Sequence[Row], agreement: float, perplexity_ratio: float) -> Row | None:
+    """The measured row of least depth that keeps both limits; of equal ones that with the highest threshold."""
+    kept = [row for row in rows if qualifies(row, agreement, perplexity_ratio)]
+    return min(kept, key=lambda row: (row["depth"], -row["threshold"]), default=None)
+
+
+def next_threshold(rows: Sequence[Row], agreement: float, perplexity_ratio: float) -> float | None:
+    """Where to measure next: halfway between the best row's threshold and the one below it (0 if there is none), or,
+    where no row keeps the limits, halfway from the highest threshold under 1 to 1."""
+    measured = [row["threshold"] for row in rows]
+    best = at_target(rows, agreement, perplexity_ratio)
+    if best is None or best["depth"] == 1.0:
+        top = max((t for t in measured if t < 1.0), default=0.0)
+        return (top + 1.0) / 2
+    below = max((t for t in measured if t < best["threshold"]), default=0.0)
+    return None if best["threshold"] == 0.0 else (best["threshold"] + below) / 2
+
+
+def _reported(items: Sequence[Any], work: Callable[[Any], Any], progress: Progress | None) -> list[Any]:
+    results = []
+    for done, item in enumerate(items, 1):
+        results.append(jax.block_until_ready(work(item)))
+        if progress is not None:
+            progress(done, len(items))
+    return results
+
+
+@jax.jit
+def _full_states(model: Decoder, batch: Batch) -> Float[Array, "B T D"]:
+    return run_depth(model, batch.tokens, batch.positions, None).states
+
+
+@jax.jit
+def _compare(
+    model: Decoder, batch: Batch, states: Float[Array, "B T D"], exits: Exits
+) -> tuple[Array, Array, Array, Array, Int[Array, "B T"]]:
+    """Agreement, KL, both models' negative log-likelihoods, and the last layer run, of each token [B, T]."""
+    may_exit = batch.counted | exits.prompt
+    out = run_exits(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit)
+
+    def one(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        full, early, following = arguments
+        logits = [model.logits(state[None, None])[0, 0].astype(jnp.float32) for state in (full, early)]
+        logs = [jax.nn.log_softmax(values) for values in logits]
+        # 0 * -inf would be NaN where a model never gives some tokens.
+        kl = jnp.sum(jnp.where(logs[0] > -jnp.inf, jnp.exp(logs[0]) * (logs[0] - logs[1]), jnp.float32(0)))
+        return jnp.argmax(logits[0]) == jnp.argmax(logits[1]), kl, -logs[0][following], -logs[1][following]
+
+    flat = [a.reshape(-1, a.shape[-1]) for a in (states, out.states)]
+    following = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
+    found = lax.map(one, (flat[0], flat[1], following), batch_size=_CHUNK)
+    return *(a.reshape(batch.tokens.shape) for a in found), out.exit_layers
+
+
+@jax.jit
+def _right_exits(model: Decoder, routers: Routers, batch: Batch, states: Float[Array, "B T D"]) -> Array:
+    """Whether leaving at each checkpoint gives the full model's argmax, bool [C, B, T]."""
+    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
+
+    def argmax(states: Array) -> Array:
+        flat = states.reshape(-1, states.shape[-1])
+        found = lax.map(lambda s: jnp.argmax(model.logits(s[None, None])[0, 0]), flat, batch_size=_CHUNK)
+        return found.reshape(states.shape[:2])
+
+    exits = []
+    for i, layer in enumerate(model.layers):
+        x, _ = layer(x, contexts, None)
+        if i in routers.checkpoints:
+            state = routers.exit_state(routers.checkpoints.index(i), x, eps=model.config.norm_eps)
+            exits.append(argmax(model.final_norm(state)))
+    return jnp.stack(exits) == argmax(states)[None]

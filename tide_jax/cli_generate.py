@@ -1,0 +1,124 @@
+"""``tide-jax generate``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from tide_jax.command_line import model_command, note, seed, show
+from tide_jax.errors import TideError
+
+if TYPE_CHECKING:
+    from tide_jax import TIDE, DriftMonitor
+
+
+def add_command(subparsers: Any) -> None:
+    """Registers `generate`."""
+    parser = model_command(
+        subparsers,
+        "generate",
+        "continue prompts, with exits where routers are given",
+        '  tide-jax generate smollm2 --prompt "What is a volcano?"\n'
+        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --threshold 0.9\n'
+        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --audit 1\n'
+        '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
+        _run,
+    )
+    parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
+    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
+    parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        dest="exit_threshold",
+        help="a token exits above this router score (the one promised in the router file, else 0.85)",
+    )
+    parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
+    parser.add_argument("--mode", choices=["exit", "full"], help="default: exit when there are routers")
+    parser.add_argument(
+        "--audit",
+        type=float,
+        dest="rate",
+        metavar="RATE",
+        help="run this share of the answers again at full depth and say how far exits agree with it",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
+    parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    import tide_jax
+
+    monitor = _checked(args)
+    model, tokenizer = tide_jax.load(args.source, args.dtype), tide_jax.load_tokenizer(args.source)
+    engine, promise = _engine(args, model, audited=monitor is not None)
+    prompts = [_prompt_ids(tokenizer, text, raw=args.raw) for text in args.prompt]
+    dials = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
+    options: dict[str, Any] = {name: getattr(args, name) for name in dials}
+    options |= {"key": jax.random.key(args.seed), "monitor": monitor}
+    streaming = len(prompts) == 1 and not args.json and not args.no_stream
+    if streaming:
+        from transformers import TextStreamer
+
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = engine.generate(prompts, **options)
+    texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(out.tokens, out.lengths, strict=True)]
+    rows = [
+        {"prompt": prompt, "text": text, "tokens": t[:n].tolist(), "exit_layers": e[:n].tolist()}
+        for prompt, text, t, e, n in zip(args.prompt, texts, out.tokens, out.exit_layers, out.lengths, strict=True)
+    ]
+    exits = None if promise is None else engine.config.to_dict()
+    if args.json or not streaming:
+        show(args, {"outputs": rows, "stats": out.stats.to_dict(), "exit_config": exits}, "\n\n".join(texts))
+    if not args.json:
+        note("\n".join(["", out.stats.summary()] + ([] if promise is None else [promise])))
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> DriftMonitor | None:
+    """Finds out before the model is loaded."""
+    import tide_jax
+
+    if not all(args.prompt):
+        raise TideError("the prompt is empty; pass some text")
+    if args.mode == "exit" and args.routers is None:
+        raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
+    if args.rate is not None and (args.routers is None or args.mode == "full"):
+        raise TideError("--audit compares exits with the full model; it needs --routers, and no --mode full")
+    given = {name: getattr(args, name) for name in ("exit_threshold", "min_layers")}
+    tide_jax.ExitConfig(**{name: value for name, value in given.items() if value is not None})
+    return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
+
+
+def _engine(args: argparse.Namespace, model: Any, *, audited: bool) -> tuple[TIDE, str | None]:
+    """The engine, and what is promised for it; None where nothing exits."""
+    import tide_jax
+    from tide_jax.promise import exit_settings
+
+    if args.routers is None:
+        config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
+        return tide_jax.TIDE(model, None, config), None
+    routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
+    config, promise = exit_settings(model, routers, exit_threshold=args.exit_threshold, min_layers=args.min_layers)
+    if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
+        config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
+    return tide_jax.TIDE(model, routers, config), None if args.mode == "full" else promise
+
+
+def _prompt_ids(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+    from tide_jax.texts import chat_ids
+
+    if getattr(tokenizer, "chat_template", None) and not raw:
+        return chat_ids(tokenizer, text)
+    return list(tokenizer(text)["input_ids"])

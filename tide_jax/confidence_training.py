@@ -1,0 +1,126 @@
+"""Training the second look: a small network a checkpoint, on tokens that the routers have not learned from."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.exit_step.reference import router_scores
+from tide_jax.collect import Progress
+from tide_jax.confidence import exit_scores, features
+from tide_jax.decoder import Decoder
+from tide_jax.exit_heads import padded_chunks
+from tide_jax.router import Confidence, Routers
+
+HELD_BACK = 0.3
+"""Share of the routers' tokens for the second look: a router is too sure of those it has seen."""
+
+_HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
+_LOST = 0.02  # of the tokens likely to be right, this share may be screened out
+_LIKELY = 0.5
+
+
+def train_confidence(
+    model: Decoder,
+    routers: Routers,
+    states: Float[np.ndarray, "C N D"],
+    labels: Bool[np.ndarray, "C N"],
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Confidence, ...]:
+    """One network for each checkpoint, by binary cross-entropy.
+
+    Args:
+      routers: with routers, heads and candidates.
+      states: RMS-normed states of tokens that neither heads nor routers were trained on.
+      labels: whether leaving there is right.
+    """
+    looks = []
+    for c in range(len(states)):
+        found = _features_of(model, routers, c, states[c])
+        look = _fit(found, labels[c], jax.random.fold_in(jax.random.key(seed), c))
+        looks.append(look._replace(screen=_screen(look, found)))
+        if progress is not None:
+            progress("training the second look", c + 1, len(states))
+    return tuple(looks)
+
+
+def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "C N"]:
+    """What thresholds are compared with, for RMS-normed states."""
+    bare = routers.without_metadata()
+    rows = []
+    for c in range(len(states)):
+        parts = [np.asarray(_scores(model, bare, jnp.asarray(s), checkpoint=c)) for s in padded_chunks(states[c])]
+        rows.append(np.concatenate(parts)[: states.shape[1]])
+    return np.stack(rows)
+
+
+def _score(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, " N"]:
+    return exit_scores(model, routers, checkpoint, states.astype(model.dtype)).scores[0]
+
+
+_scores = jax.jit(_score, static_argnames="checkpoint")
+
+
+def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
+    bare = routers.without_metadata()
+    parts = [_features(model, bare, jnp.asarray(chunk), checkpoint=c) for chunk in padded_chunks(states)]
+    return jnp.concatenate(parts)[: len(states)]
+
+
+def _compute(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, "N F"]:
+    assert routers.candidates is not None
+    x, eps = states.astype(model.dtype), model.config.norm_eps
+    first = router_scores(x, *routers.routers[checkpoint], eps=eps)
+    out = model.final_norm(routers.exit_state(checkpoint, x[None], eps=eps))
+    return features(model, routers.candidates.rows, out, first[None])[0]
+
+
+_features = jax.jit(_compute, static_argnames="checkpoint")
+
+
+def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:
+    """The network on standardised features, the standardisation folded into its first layer afterwards."""
+    mean, scale = jnp.mean(found, axis=0), jnp.maximum(jnp.std(found, axis=0), 1e-3)
+    rate = float(np.clip(labels.mean(), 1e-4, 1 - 1e-4))
+    width = found.shape[1]
+    look = Confidence(
+        screen=jnp.float32(0.0),
+        down=jax.random.normal(key, (width, _HIDDEN), jnp.float32) / np.float32(np.sqrt(width)),
+        down_bias=jnp.zeros((_HIDDEN,), jnp.float32),
+        up=jnp.zeros((_HIDDEN,), jnp.float32),
+        up_bias=jnp.float32(np.log(rate / (1 - rate))),
+    )
+    look = _descend(look, (found - mean[None, :]) / scale[None, :], jnp.asarray(labels, jnp.float32))
+    down = look.down / scale[:, None]
+    return look._replace(down=down, down_bias=look.down_bias - jnp.dot(mean, down, precision="highest"))
+
+
+@jax.jit
+def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array, " N"]) -> Confidence:
+    optimiser = optax.adamw(optax.cosine_decay_schedule(_RATE, _STEPS), weight_decay=_DECAY)
+
+    def loss(look: Confidence) -> Array:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(look.logit(inputs), labels))
+
+    def step(_: int, carry: tuple[Confidence, optax.OptState]) -> tuple[Confidence, optax.OptState]:
+        look, state = carry
+        gradients = jax.grad(loss)(look)
+        # optax relies on implicit promotion; a caller's strict mode must not reach into it.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, state = optimiser.update(gradients, state, look)
+            return cast(Confidence, optax.apply_updates(look, updates)), state
+
+    return jax.lax.fori_loop(0, _STEPS, step, (look, optimiser.init(look)))[0]
+
+
+def _screen(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, ""]:
+    """The router score that all but a few of the tokens likely to be right exceed; 1 where none is likely."""
+    likely = np.asarray(jax.nn.sigmoid(look.logit(found))) > _LIKELY
+    first = np.asarray(jax.nn.sigmoid(found[:, 0]))[likely]
+    return jnp.float32(np.quantile(first, _LOST) * (1 - 1e-6)) if len(first) else jnp.float32(1.0)
