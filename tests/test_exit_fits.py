@@ -123,9 +123,8 @@ def test_the_second_look_knows_what_the_router_does_not() -> None:
     found = auc(scores[0], right(fresh)[0])
     assert found is not None
     assert found > 0.6, "the router alone has .5"
-    likely = scores[0] > 0.6
-    assert likely.any()
-    assert right(fresh)[0, likely].mean() == pytest.approx(scores[0, likely].mean(), abs=0.06), "a probability"
+    likely = scores[0] > np.quantile(scores[0], 0.75)  # 500 tokens: a standard error of 0.02
+    assert right(fresh)[0, likely].mean() == pytest.approx(scores[0, likely].mean(), abs=0.07), "a probability"
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])

@@ -71,9 +71,10 @@ def random_routers(
         return ExitHead((normal(c, 3, shape=(d, d), scale=d**-0.5),), normal(c, 4, shape=(d,), scale=0.1))
 
     def confidence(c: int) -> Confidence:
-        down, up = normal(c, 8, shape=(4, 3), scale=1.0), normal(c, 9, shape=(3,), scale=2.0)
+        down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's opinion
         usual = jnp.asarray([0.0, -4.0, 0.4, 4.5])  # the features of an undecided answer
-        return Confidence(jnp.float32(0.3), down, -jnp.dot(usual, down, precision="highest"), up, jnp.float32(0.0))
+        bias = -jnp.dot(usual, down, precision="highest")
+        return Confidence(jnp.float32(0.3), down, bias, jnp.ones((3,)), jnp.float32(-0.3))
 
     def translators(rank: int) -> Translators:
         down = tuple(normal(c, 5, shape=(d, rank), scale=d**-0.5) for c in count)
