@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", required=True, help="a .txt, .jsonl or .parquet file, or hub:NAME[:CONFIG[:SPLIT]]")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--save", type=Path, metavar="ROUTERS", help="keep the routers in this file")
     parser.add_argument("--samples", type=int, default=2000, help="texts to read (2000)")
     parser.add_argument("--batch-size", type=int, default=8, help="texts at once (8)")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of each text (256)")
@@ -68,7 +69,9 @@ def main() -> None:
     batches = forward_batches(samples, config)
     tokens, run = sum(len(s.ids) for s in samples), sum(batch[0].size for batch in batches)
     loaded = peak_memory()
-    calibration = time_calibration(model, tokenizer, texts, config, Path(args.text).name)
+    calibration, routers = time_calibration(model, tokenizer, texts, config, Path(args.text).name)
+    if args.save:
+        routers.save(args.save)
     calibrated = peak_memory()
     bare = time_forward(model, batches)
     estimate = estimate_calibration(eight_billion(), config, texts=len(samples), tokens=tokens, padding=run / tokens)
@@ -135,8 +138,8 @@ def time_forward(model: tide_jax.Decoder, batches: list[tuple[np.ndarray, np.nda
     return Clock.now().since(start)
 
 
-def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> dict[str, Any]:
-    """Total and by stage."""
+def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> tuple[dict[str, Any], tide_jax.Routers]:
+    """Total and by stage, and the routers."""
     tokenizer, texts, config, source = arguments
     stages, last = dict[str, Clock](), Clock.now()
     start = last
@@ -153,11 +156,12 @@ def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> dict[str, Any]
         routers = tide_jax.calibrate(model, tokenizer, texts, config, source=source, progress=progress)
     end = Clock.now()
     stages["report"] = end.since(last)
-    return {
+    report = {
         "total": end.since(start)._asdict(),
         "stages": {name: clock._asdict() for name, clock in stages.items()},
         "kept": {name: count for name, count in routers.report["counts"].items() if name.endswith("_tokens")},
     }
+    return report, routers
 
 
 def peak_memory() -> dict[str, int]:

@@ -70,9 +70,7 @@ def main() -> None:
     texts = read_texts(args, tokenizer)
     prompts = [ids[: args.prompt_length] for ids in texts if len(ids) >= args.prompt_length][: args.prompts]
     if not args.no_generation and not prompts:
-        sys.exit(
-            f"{args.text} has no text of {args.prompt_length} tokens to take a prompt from; lower --prompt-length"
-        )
+        sys.exit(f"{args.text} has no text of {args.prompt_length} tokens to take a prompt from; lower --prompt-length")
     report = describe(args, model, texts, prompts)
     with bar("full depth") as progress:
         reference = Reference(model, texts, max_length=args.max_length, batch_size=args.batch_size, progress=progress)

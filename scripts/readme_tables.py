@@ -188,9 +188,7 @@ def paper_families() -> str:
     types = json.loads((RESULTS / "families.json").read_text())["types"]
     rows = ["| families of the TIDE paper | model types at parity |", "|---|---|"]
     for family, names in _PAPER.items():
-        rows.append(
-            f"| {family} | {', '.join(n for n in names.split() if types[n]['status'] == 'parity') or 'none'} |"
-        )
+        rows.append(f"| {family} | {', '.join(n for n in names.split() if types[n]['status'] == 'parity') or 'none'} |")
     return "\n".join(rows)
 
 

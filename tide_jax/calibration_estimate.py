@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from tide_jax.calibrate import SWEEP
 from tide_jax.collect import HELD_OUT_TEXTS
+from tide_jax.confidence_training import HELD_BACK
 from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import abstract_parameters
 from tide_jax.reservoir import Reservoir
+from tide_jax.translator_fit import TOKENS
+from tide_jax.tuned_heads import BATCH, VOCABULARY
 
 _RIDGES = 5  # strengths of an affine head's fit that are tried
 
@@ -108,6 +111,7 @@ def estimate_calibration(
     body, head = operations(model, width=round(tokens / texts))
     held_out = tokens / texts * min(max(texts // 12, HELD_OUT_TEXTS[0]), HELD_OUT_TEXTS[1])
     solving = _RIDGES * (size**3 / 3 + 2 * size**3)
+    maps, solved, moved = _translators(model, config)
     work = [  # stage, bfloat16 operations, float32 operations, bytes between host and device
         ("reading text", tokens * padding * body + kept * head, 0.0, kept * Reservoir.bytes_per_token(count, size)),
         (
@@ -115,6 +119,19 @@ def estimate_calibration(
             0.0,
             count * ((4 * heads + 2 * _RIDGES * validation) * size**2 + solving) if affine else 0.0,
             count * 4 * size * (heads + _RIDGES * validation) if affine else 0.0,
+        ),
+        (
+            "tuning exit heads",
+            # The full model's and the head's predictions, and twice the latter again for the gradient.
+            count * config.exit_head_steps * BATCH * (8 * size * VOCABULARY + 6 * size**2) if affine else 0.0,
+            0.0,
+            count * config.exit_head_steps * BATCH * 4 * size if affine else 0.0,
+        ),
+        (
+            "fitting translators",
+            TOKENS * body if maps else 0.0,
+            maps * (2 * TOKENS * size**2 + 2 * size**3) + solved,
+            moved,
         ),
         (
             "labelling",
@@ -127,6 +144,12 @@ def estimate_calibration(
             0.0,
             config.max_epochs * count * (3 * routers + validation) * 2 * size * config.router_bottleneck_dim,
             config.max_epochs * count * (routers + validation) * 2 * size,
+        ),
+        (
+            "training the second look",
+            count * HELD_BACK * routers * 2 * size * (config.confidence_candidates + size),
+            0.0,
+            count * HELD_BACK * routers * 2 * size,
         ),
         ("measuring exits", (len(SWEEP) + 1) * held_out * padding * (body + head), 0.0, 0.0),
     ]
@@ -142,6 +165,15 @@ def estimate_calibration(
             "left out": "loading the model, tokenising, compilation; transfers and products take turns",
         },
     }
+
+
+def _translators(model: DecoderConfig, config: CalibrationConfig) -> tuple[float, float, float]:
+    """Pairs of checkpoint and later layer, operations of their eigenproblems, bytes of the sampled states."""
+    if config.translator_rank is None:
+        return 0.0, 0.0, 0.0
+    checkpoints, size = checkpoint_layers(model.num_layers, config.checkpoint_interval), model.hidden_size
+    pairs = sum(model.num_layers - c - 2 for c in checkpoints)
+    return float(pairs), len(checkpoints) * 12.0 * size**3, pairs * TOKENS * 4.0 * size
 
 
 def _stage(machine: Accelerator, name: str, products: float, exact: float, moved: float) -> dict[str, Any]:

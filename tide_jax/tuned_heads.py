@@ -23,9 +23,9 @@ from tide_jax.reservoir import Reservoir
 from tide_jax.router import ExitHead
 from tide_jax.router_file import round_half
 
-_BATCH = 512
+BATCH = 512
 _HELD_OUT = 2048  # tokens that decide whether tuning helped
-_VOCABULARY = 4096
+VOCABULARY = 4096
 _RATE = 0.024  # of Adam, divided by the root of the hidden size: a step moves predictions alike at any width
 
 _Step = Callable[..., tuple[ExitHead, optax.OptState]]
@@ -44,14 +44,14 @@ def tune_heads(
     Returns:
       Heads rounded to float16 values, so that saving them changes nothing.
     """
-    rows = model.head_rows(frequent(fit.targets, model.config.vocab_size, _VOCABULARY))
+    rows = model.head_rows(frequent(fit.targets, model.config.vocab_size, VOCABULARY))
     size, steps = model.config.hidden_size, config.exit_head_steps
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE / float(np.sqrt(size)), steps))
     step, tuned = _training_step(optimiser), list[ExitHead]()
     for c, head in enumerate(heads):
         rng, best, state = np.random.default_rng(config.seed), head, optimiser.init(head)
         for _ in range(steps):
-            chosen = np.sort(rng.integers(0, len(fit), min(_BATCH, len(fit))))
+            chosen = np.sort(rng.integers(0, len(fit), min(BATCH, len(fit))))
             head, state = step(model, rows, head, state, jnp.asarray(fit.states[c, chosen]), fit.last[chosen])
         head = jax.tree.map(lambda a: jnp.asarray(round_half(np.asarray(a))), head)
         before, after = (_divergence_of(model, rows, each, held_out, c) for each in (best, head))
@@ -84,7 +84,7 @@ _mean_divergence = jax.jit(_divergence)
 
 def _divergence_of(model: Decoder, rows: HeadRows, head: ExitHead, sample: Reservoir, c: int) -> float:
     states, last = sample.states[c, :_HELD_OUT], sample.last[:_HELD_OUT]
-    size = min(_BATCH, len(last))
+    size = min(BATCH, len(last))
     starts = range(0, len(last) - size + 1, size)
     parts = (_mean_divergence(model, rows, head, states[i : i + size], last[i : i + size]) for i in starts)
     return float(np.mean([float(part) for part in parts]))
