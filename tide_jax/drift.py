@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.batch import Rows, bucket
-from tide_jax.checks import share, whole_number
-from tide_jax.confidence_sequence import ConfidenceSequence, RiskTest, open_share
+from tide_jax.checks import open_share, share, whole_number
+from tide_jax.confidence_sequence import ConfidenceSequence, RiskTest
 from tide_jax.config import ExitConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError

@@ -10,6 +10,7 @@ Importing this module registers the model; ``tide-jax eval`` does so and then is
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from tide_jax.decoder import parameters
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
 from tide_jax.progress import progress_bars
+from tide_jax.promise import exit_settings
 from tide_jax.router import Routers
 from tide_jax.stop_strings import generate_until
 
@@ -49,7 +51,7 @@ class TideLM(TemplateLM):
       pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
       tokenizer: anything `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file of `tide-jax calibrate`; without one every layer runs.
-      threshold, min_layers, prefill_exits: see `ExitConfig`. Only with `prefill_exits` may the context's tokens exit,
+      threshold, min_layers, prefill_exits: see `ExitConfig`; default: those promised in the router file, if any. Only with `prefill_exits` may the context's tokens exit,
         and with them the prediction of a continuation's first token.
       mode: "exit" (default when there are routers) or "full".
       dtype: of the weights, see `tide_jax.load`.
@@ -321,14 +323,19 @@ def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dty
             raise TideError("an engine brings its routers and its dtype; pass them where the engine is made")
         engine = pretrained.with_config(**dials)
     else:
-        config = ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
+        ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
         if mode == "exit" and routers is None:
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
         model = load(str(pretrained), dtype)
         found = None if routers is None else Routers.load(str(routers), model=model)
-        if "min_layers" not in dials:
-            config = ExitConfig(**dials, min_layers=min(config.min_layers, model.config.num_layers))
-        engine = TIDE(model, found, config)
+        if found is None:
+            engine = TIDE(model)
+        else:
+            known = {name: dials.get(name) for name in ("exit_threshold", "min_layers")}
+            config, promised = exit_settings(model, found, **known)
+            logger.info("exits: %s", promised)
+            prefill_exits = dials.get("prefill_exits", config.prefill_exits)
+            engine = TIDE(model, found, dataclasses.replace(config, prefill_exits=prefill_exits))
     if mode == "exit" and engine.routers is None:
         raise TideError("mode=exit needs an engine with routers")
     return engine
