@@ -51,8 +51,8 @@ class TideLM(TemplateLM):
       pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
       tokenizer: anything `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file of `tide-jax calibrate`; without one every layer runs.
-      threshold, min_layers, prefill_exits: see `ExitConfig`; default: those promised in the router file, if any. Only with `prefill_exits` may the context's tokens exit,
-        and with them the prediction of a continuation's first token.
+      threshold, min_layers, prefill_exits: see `ExitConfig`; default: those promised in the router file, if any. Only
+        with `prefill_exits` may the context's tokens exit, and with them the prediction of a continuation's first one.
       mode: "exit" (default when there are routers) or "full".
       dtype: of the weights, see `tide_jax.load`.
       batch_size: rows in a forward pass.
