@@ -24,7 +24,7 @@ from tide_jax.router_training import train_routers
 from tide_jax.translator_fit import fit_translators
 from tide_jax.tuned_heads import frequent, tune_heads
 
-SWEEP = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+SWEEP = (0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds the report states expected exits for."""
 
 

@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 MIN_TOKENS = 64
 """Fewer usable tokens than this in any split is no sample to train on."""
 
-HELD_OUT_TEXTS = (16, 32)
+HELD_OUT_TEXTS = (16, 24)
 """Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
 every threshold of the report, which would otherwise take longer than everything else."""
 
