@@ -113,6 +113,24 @@ def quality_frontier() -> str:
     return "\n".join(lines)
 
 
+def calibrate_line() -> str:
+    """Calibration's time against a bare forward pass, from bench_calibrate.py."""
+    path = RESULTS / "calibrate.json"
+    if not path.exists():
+        return _NOT_MEASURED
+    report = json.loads(path.read_text())
+    text, total, bare = report["text"], report["calibration"]["total"], report["forward"]
+    estimate = report["estimate_8b_h100"]
+    assumed = estimate["assumptions"]["accelerator"]
+    return (
+        f"{_machine(report['machine'])}; {text['texts']} texts, {text['tokens']} tokens: calibration takes "
+        f"{total['seconds']:.0f} s, a bare forward pass over the same tokens {bare['seconds']:.0f} s "
+        f"({report['ratio']['seconds']:.2f} x; {report['ratio']['cpu_seconds']:.2f} x in processor time). "
+        f"Estimated, not measured: {estimate['seconds']:.0f} s for an 8B model on one {assumed['name']}, if it reaches "
+        f"{assumed['utilisation']:.0%} of its peak, compilation and loading left out."
+    )
+
+
 _NOT_MEASURED = "Not measured yet."
 _QUALITY_HEADER = (
     "| strategy | threshold | layers run | depth | agreement | perplexity ratio | KL, nats | tokens/s / full depth |"
@@ -216,6 +234,7 @@ def family_table() -> str:
 
 _STATUS = {"refused": "decoders that are refused", "not a decoder": "encoders and encoder-decoder pairs"}
 TABLES = {
+    "calibrate": calibrate_line,
     "decode": decode_table,
     "demo": demo_table,
     "family_counts": family_counts,
