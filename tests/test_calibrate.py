@@ -60,13 +60,15 @@ def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) ->
 # ------------------------------------------------------------------------------------------------------- known answers
 
 
-def test_tokens_leave_where_nothing_is_left_to_do() -> None:
+@pytest.mark.parametrize("candidates", [0, 64])
+def test_tokens_leave_where_nothing_is_left_to_do(candidates: int) -> None:
     model = finished_model()
-    routers = calibrate(model, None, TEXTS, CONFIG)
+    routers = calibrate(model, None, TEXTS, config(confidence_candidates=candidates))
     assert [c["agreement"] for c in routers.report["checkpoints"]] == [1.0, 1.0]
     at_dial = next(e for e in routers.report["exits"] if e["threshold"] == 0.85)
     assert at_dial["exit_rate"] == at_dial["agreement"] == 1.0
-    assert at_dial["depth"] == pytest.approx(1 / 3)
+    # A second look holds back where two answers are all but equal, if only because float16 states may swap them.
+    assert at_dial["depth"] == pytest.approx(1 / 3, abs=0.01 if candidates else 1e-6)
     engine = TIDE(model, routers, ExitConfig(exit_threshold=0.85, min_layers=0))
     row = random_prompts((16,), seed=7)
     early, full = (engine(row, mode=mode) for mode in ("exit", "full"))
@@ -94,9 +96,10 @@ def test_cosine_labels_where_every_state_is_the_last_one() -> None:
 
 @pytest.mark.parametrize("rank", [None, 6])
 def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | None) -> None:
-    model, settings = random_model(), config(exit_strategy="affine", exit_head_rank=rank)
+    model, settings = random_model(), config(exit_strategy="affine", exit_head_rank=rank, confidence_candidates=0)
     routers = calibrate(model, None, TEXTS, settings)
     assert routers.heads is not None
+    assert routers.confidence is None
     width = model.config.hidden_size
     shapes = [(width, width)] if rank is None else [(width, rank), (rank, width)]
     assert [[f.shape for f in head.factors] for head in routers.heads] == [shapes] * 2
@@ -231,14 +234,16 @@ def targets_of(model: Decoder, texts: list[list[int]], starts: list[int]) -> lis
 def test_every_token_but_the_first_of_a_text_is_seen_once(count: int) -> None:
     model, texts = random_model(), TEXTS[:count]
     assert count % CONFIG.batch_size, "the last batch is a part of one"
-    splits, _, counts = gather(model, config(exit_strategy="affine"), texts)
+    splits, _, _, counts = gather(model, config(exit_strategy="affine"), texts)
     assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == targets_of(model, texts, [1] * count)
     assert counts == {"texts": count, "tokens": sum(len(text) - 1 for text in texts)}
 
 
 def test_prompts_of_samples_are_read_but_not_learned_from() -> None:
     model, starts = random_model(), [i % 9 for i in range(90)]
-    splits, _, counts = gather(model, CONFIG, [Sample(text, start) for text, start in zip(TEXTS, starts, strict=True)])
+    splits, _, _, counts = gather(
+        model, CONFIG, [Sample(text, start) for text, start in zip(TEXTS, starts, strict=True)]
+    )
     starts = [max(1, start) for start in starts]
     assert sorted(np.concatenate([split.targets for split in splits]).tolist()) == targets_of(model, TEXTS, starts)
     assert counts["tokens"] == sum(len(text) - start for text, start in zip(TEXTS, starts, strict=True))
@@ -250,17 +255,18 @@ def test_splits_share_no_text() -> None:
     model = with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in range(3) for name in names})
     model = with_parameters(model, {"final_norm.scale": 1.0})
     texts = [[token] * 16 for token in range(10, 110)]
-    splits, held_out, _ = gather(model, config(exit_strategy="affine"), texts)
+    splits, held_out, fitting, _ = gather(model, config(exit_strategy="affine"), texts)
     held = [set(split.targets.tolist()) for split in splits]
     assert sum(len(tokens) for tokens in held) == len(set.union(*held)) == 100
     assert [len(tokens) / 100 for tokens in held] == pytest.approx([0.425, 0.425, 0.15], abs=0.02)
-    texts_held_out = {int(t) for batch in held_out for t in np.unique(batch.tokens) if t}
-    assert texts_held_out == held[2], "exits are measured on validation texts alone"
+    whole = [{int(t) for batch in batches for t in np.unique(batch.tokens) if t} for batches in (held_out, fitting)]
+    assert whole[0] == held[2], "exits are measured on validation texts alone"
+    assert whole[1] == held[0] | held[1], "and nothing is fitted on those"
 
 
 def test_memory_is_bounded_by_what_is_allowed() -> None:
     per_token = Reservoir.bytes_per_token(2, 48)
-    splits, _, counts = gather(random_model(), config(reservoir_bytes=500 * per_token))
+    splits, _, _, counts = gather(random_model(), config(reservoir_bytes=500 * per_token))
     assert counts["tokens"] > 1000
     for split, most in zip(splits, (0, 425, 75), strict=True):
         assert len(split) <= max(64, most)
@@ -366,7 +372,10 @@ def test_progress_is_told_of_every_stage() -> None:
     assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
         "reading text",
         "fitting exit heads",
+        "tuning exit heads",
+        "fitting translators",
         "labelling",
         "training routers",
+        "training the second look",
         "measuring exits",
     ]

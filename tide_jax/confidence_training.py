@@ -23,6 +23,7 @@ HELD_BACK = 0.3
 _HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
 _LOST = 0.02  # of the tokens likely to be right, this share may be screened out
 _LIKELY = 0.5
+_PLAUSIBLE = 0.5  # a router score above this is always looked at
 
 
 def train_confidence(
@@ -123,4 +124,6 @@ def _screen(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, ""]:
     """The router score that all but a few of the tokens likely to be right exceed; 1 where none is likely."""
     likely = np.asarray(jax.nn.sigmoid(look.logit(found))) > _LIKELY
     first = np.asarray(jax.nn.sigmoid(found[:, 0]))[likely]
-    return jnp.float32(np.quantile(first, _LOST) * (1 - 1e-6)) if len(first) else jnp.float32(1.0)
+    if not len(first):
+        return jnp.float32(1.0)
+    return jnp.float32(min(np.quantile(first, _LOST) * (1 - 1e-6), _PLAUSIBLE))
