@@ -65,12 +65,14 @@ def test_tuning_brings_predictions_closer_to_the_full_models() -> None:
 
 
 def test_a_head_that_tuning_does_not_better_stays() -> None:
-    """Fitted to noise, a head gets worse on other tokens."""
-    fit, validation = sample(64, 1, noise=30.0), sample(600, 2, noise=30.0)
-    nothing = (ExitHead((jnp.zeros((SIZE, SIZE)),), jnp.zeros((SIZE,))),)
-    config = CalibrationConfig(exit_head_steps=400)
-    kept = tune_heads(MODEL, nothing, fit, validation, config)
-    assert divergence(kept[0], validation) <= divergence(nothing[0], validation) * 1.02
+    """Tuned on few tokens that are all noise, a head gets worse on others: one fitted to those others stays."""
+    fit, validation = sample(64, 1, noise=30.0), sample(600, 2)
+    heads = fit_heads(validation, validation, None)
+    config = CalibrationConfig(exit_head_steps=40)
+    kept = tune_heads(MODEL, heads, fit, validation, config)
+    jax.tree.map(np.testing.assert_array_equal, kept, heads)
+    changed = tune_heads(MODEL, heads, fit, fit, config)
+    assert divergence(changed[0], validation) > divergence(heads[0], validation), "tuning would have made it worse"
 
 
 def test_low_rank_heads_are_tuned_too() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tide_jax import ExitConfig, RiskGuarantee, TideError
-from tide_jax.risk_control import fixed_sequence_test, hb_p_value, smallest_sample
+from tide_jax.risk_control import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
 
 # ------------------------------------------------------------------------------------------------------------ p-values
 
@@ -218,3 +218,9 @@ def test_settings_of_another_version_are_refused(values: dict[str, Any], expecte
 def test_a_guarantee_must_be_one() -> None:
     with pytest.raises(TideError, match=r"guarantee=.* must be a RiskGuarantee"):
         ExitConfig(guarantee=0.02)  # type: ignore
+
+
+@pytest.mark.parametrize("risk", [1e-9, 1e-17, 1e-320])
+def test_a_risk_that_no_sample_can_show_is_refused_by_name(risk: float) -> None:
+    with pytest.raises(GuaranteeError, match=r"risk=.*more than a billion texts"):
+        smallest_sample(risk, 0.05)

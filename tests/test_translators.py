@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
+from tide_jax import router_file
 from tide_jax.decoder import Decoder
+from tide_jax.errors import TideError
 from tide_jax.evaluation import Batch, measure_exits
 from tide_jax.router import RouterMetadata, Routers, model_identity
 from tide_jax.testing import random_routers, tiny_config
@@ -90,9 +92,14 @@ def test_a_linear_relation_is_found_exactly() -> None:
 
 
 def test_memory_bounds_the_tokens_read() -> None:
-    few = fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 20)
-    same = fit_translators(MODEL, batches(8, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 20)
+    few = fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 100)
+    same = fit_translators(MODEL, batches(8, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 100)
     jax.tree.map(np.testing.assert_array_equal, few, same)
+
+
+def test_the_least_memory_still_gives_numbers() -> None:
+    for leaf in jax.tree.leaves(fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, 4, 1)):
+        assert np.isfinite(leaf).all()
 
 
 def test_translated_rows_keep_more_of_the_model_than_propagated_ones() -> None:
@@ -104,6 +111,19 @@ def test_translated_rows_keep_more_of_the_model_than_propagated_ones() -> None:
         for routers in (bare, dataclasses.replace(bare, translators=fitted))
     ]
     assert agreement[1] > agreement[0]
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 5], [5, -1], [5, 500000], [5, 2.5], None])
+def test_candidates_that_are_no_tokens_are_refused(ids: list[float] | None, tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    routers = random_routers(MODEL.config, interval=2, model=MODEL)
+    dataclasses.replace(routers, metadata=RouterMetadata.from_dict(model_identity(MODEL))).save(path)
+    tensors, metadata = router_file.read(path)
+    del tensors["candidates"]
+    extra = {} if ids is None else {"candidates": np.asarray(ids, np.float32)}
+    path.write_bytes(router_file.encode(tensors | extra, metadata))
+    with pytest.raises(TideError, match="candidates"):
+        Routers.load(path, model=MODEL)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from tide_jax.calibrate import SWEEP
-from tide_jax.collect import HELD_OUT_TEXTS
+from tide_jax.collect import HELD_OUT_TEXTS, MIN_TOKENS
 from tide_jax.confidence_training import HELD_BACK
 from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import abstract_parameters
@@ -112,6 +112,7 @@ def estimate_calibration(
     held_out = tokens / texts * min(max(texts // 12, HELD_OUT_TEXTS[0]), HELD_OUT_TEXTS[1])
     solving = _RIDGES * (size**3 / 3 + 2 * size**3)
     maps, solved, moved = _translators(model, config)
+    read = _translator_tokens(model, config)
     work = [  # stage, bfloat16 operations, float32 operations, bytes between host and device
         ("reading text", tokens * padding * body + kept * head, 0.0, kept * Reservoir.bytes_per_token(count, size)),
         (
@@ -129,8 +130,8 @@ def estimate_calibration(
         ),
         (
             "fitting translators",
-            TOKENS * body if maps else 0.0,
-            maps * (2 * TOKENS * size**2 + 2 * size**3) + solved,
+            read * body if maps else 0.0,
+            maps * (2 * read * size**2 + 2 * size**3) + solved,
             moved,
         ),
         (
@@ -173,7 +174,12 @@ def _translators(model: DecoderConfig, config: CalibrationConfig) -> tuple[float
         return 0.0, 0.0, 0.0
     checkpoints, size = checkpoint_layers(model.num_layers, config.checkpoint_interval), model.hidden_size
     pairs = sum(model.num_layers - c - 2 for c in checkpoints)
-    return float(pairs), len(checkpoints) * 12.0 * size**3, pairs * TOKENS * 4.0 * size
+    return float(pairs), len(checkpoints) * 12.0 * size**3, pairs * _translator_tokens(model, config) * 4.0 * size
+
+
+def _translator_tokens(model: DecoderConfig, config: CalibrationConfig) -> int:
+    layers = model.num_layers - checkpoint_layers(model.num_layers, config.checkpoint_interval)[0] - 1
+    return max(MIN_TOKENS, min(TOKENS, config.reservoir_bytes // (layers * (2 * model.hidden_size + 4))))
 
 
 def _stage(machine: Accelerator, name: str, products: float, exact: float, moved: float) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--bottleneck", type=int, dest="router_bottleneck_dim", help="width of a router (128)")
     parser.add_argument("--exit-strategy", choices=["identity", "affine"], help="exit heads (affine)")
     parser.add_argument("--exit-head-rank", type=int, help="rank of affine heads (full)")
-    parser.add_argument("--exit-head-steps", type=int, help="gradient steps that tune affine heads; 0 for none (150)")
+    parser.add_argument("--exit-head-steps", type=int, help="gradient steps that tune affine heads; 0 for none (120)")
     parser.add_argument("--translator-rank", type=int, help="rank of the maps for the cache of skipped layers (64)")
     parser.add_argument(
         "--confidence-candidates", type=int, help="frequent tokens a second look has logits of; 0 for none (2048)"

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float16, Int
 
 from pallas_kernels.exit_step.reference import rms_normalise
 from tide_jax.checkpoint import fingerprint
+from tide_jax.checks import whole_number
 from tide_jax.config import CalibrationConfig
 from tide_jax.data_parallel import Placement
 from tide_jax.decoder import Decoder
@@ -60,7 +61,8 @@ class Collected(NamedTuple):
     Attributes:
       splits: sampled hidden states.
       held_out: batches of validation texts, for measuring with the engine; bounded in number.
-      fitting: batches of other texts, for what is fitted on whole texts; bounded in number.
+      fitting: batches of the heads' texts (the routers' where there are no heads to fit), for what is fitted on whole
+        texts; bounded in number.
       counts: texts and tokens read.
     """
 
@@ -98,7 +100,10 @@ def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vo
 
 def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
     if isinstance(text, Sample):
-        return text
+        whole_number(f"start of text {number}", text.start)
+        return Sample(_sample(tokenizer, text.ids, number).ids, text.start)
+    if isinstance(text, str) and tokenizer is None:
+        raise TideError(f"text {number} is a string, which takes a tokenizer; pass tokenizer= or token ids")
     ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
@@ -135,13 +140,14 @@ def collect(
     splits = _reservoirs(model, len(checkpoints), seen, config, folder)
     plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
     _read(placement, model, plan, splits, checkpoints, folder, progress)
-    held_out = np.flatnonzero(owners == _VALIDATION)[: np.clip(len(texts) // 12, *HELD_OUT_TEXTS)]
-    fitting = np.flatnonzero(owners != _VALIDATION)[:FITTING_TEXTS]
-    held_out, fitting = (_whole([texts[i] for i in chosen], config) for chosen in (held_out, fitting))
+    rng, fitted = np.random.default_rng(config.seed), _HEADS if seen[_HEADS] else _ROUTERS
+    counted = (_VALIDATION, np.clip(len(texts) // 12, *HELD_OUT_TEXTS)), (fitted, FITTING_TEXTS)
+    drawn = (np.sort(rng.permutation(np.flatnonzero(owners == owner))[:most]) for owner, most in counted)
+    held_out, fitting = (_whole([texts[i] for i in chosen], config) for chosen in drawn)
     return Collected(splits, held_out, fitting, counts)
 
 
-_VALIDATION = Splits._fields.index("validation")
+_HEADS, _ROUTERS, _VALIDATION = range(len(Splits._fields))
 
 
 def _whole(texts: list[Sample], config: CalibrationConfig) -> list[Batch]:

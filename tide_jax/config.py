@@ -37,8 +37,9 @@ class ExitConfig:
     """When a token may leave the decoder early. Changing any field but `kv_strategy` never recompiles.
 
     Attributes:
-      exit_threshold: a token exits at the first checkpoint whose router score exceeds it, in [0, 1]; one number,
-        or one for each checkpoint.
+      exit_threshold: a token exits at the first checkpoint whose score exceeds it, in [0, 1]; one number, or one for
+        each checkpoint. The score is the router's, or that of the second look at tokens which the router lets pass; the
+        others have none and stay.
       min_layers: layers every token runs, at the least.
       kv_strategy: how the cache of skipped layers is filled: "propagate" projects keys and values from the exit
         state with the token's true position (CALM, Schuster et al. 2022, section 3.3).
@@ -79,6 +80,8 @@ class ExitConfig:
         Raises:
           TideError: unknown fields, or values they can't have.
         """
+        if not isinstance(values, dict):
+            raise TideError(f"exit settings {values!r} are no table of fields; calibrate again")
         values = dict(values)
         if values.get("guarantee") is not None:
             values["guarantee"] = RiskGuarantee.from_dict(values["guarantee"])

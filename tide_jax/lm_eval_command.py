@@ -47,6 +47,10 @@ def _run(args: argparse.Namespace) -> int:
     before, sys.argv = sys.argv, ["tide-jax eval", *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise TideError(f"{error}; see `tide-jax eval ls tasks`") from error
     finally:
         sys.argv = before
         log.removeHandler(handler)

@@ -14,7 +14,7 @@ from tide_jax.config import CalibrationConfig, ExitConfig
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.risk_control import GuaranteeError, smallest_sample
-from tide_jax.risk_guarantee import PATH_SHARE, guarantee
+from tide_jax.risk_guarantee import guarantee, pilot_texts
 from tide_jax.router import RouterMetadata, Routers
 
 ROOM = 2
@@ -56,7 +56,7 @@ class Promise:
     def least(self) -> int:
         """Texts below which no threshold could qualify, those that choose thresholds for each checkpoint included."""
         tested = count = smallest_sample(self.risk, self.delta)
-        while self.per_checkpoint and count - int(PATH_SHARE * count) < tested:
+        while self.per_checkpoint and count - pilot_texts(count) < tested:
             count += 1
         return count
 

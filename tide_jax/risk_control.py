@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tide_jax.checks import open_share, share, whole_number
+from tide_jax.checks import open_share, real_number, share, whole_number
 from tide_jax.errors import TideError
 
 
@@ -60,6 +60,10 @@ class RiskGuarantee:
     def __post_init__(self) -> None:
         if isinstance(self.exit_threshold, list):  # as JSON has it
             object.__setattr__(self, "exit_threshold", tuple(self.exit_threshold))
+        for name in ("risk", "delta", "p_value", "observed", "depth", "bound"):
+            real_number(name, getattr(self, name))
+        for name in ("sequences", "tokens", "max_length"):
+            whole_number(name, getattr(self, name))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -136,7 +140,10 @@ def smallest_sample(risk: float, delta: float) -> int:
     149
     """
     risk, delta = open_share("risk", risk), open_share("delta", delta)
-    count = max(1, math.floor(math.log(delta) / math.log1p(-risk)))
+    estimate = math.log(delta) / math.log1p(-risk) if risk > 1e-12 else math.inf
+    if estimate > 1e9:
+        raise GuaranteeError(f"risk={risk:g} with delta={delta:g} takes more than a billion texts; raise risk or delta")
+    count = max(1, math.floor(estimate))
     while hb_p_value(0.0, count, risk) > delta:
         count += 1
     return count

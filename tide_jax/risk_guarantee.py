@@ -89,6 +89,7 @@ def guarantee(
       TideError: bad input, in one line.
     """
     task = _task(engine, risk, delta, loss, bound)
+    seed = whole_number("seed", seed, 0, 2**63 - 1)
     settings = CalibrationConfig(
         calibration_samples=sys.maxsize,
         max_length=min(whole_number("max_length", max_length, 2), engine.model.config.context_length),
@@ -98,14 +99,19 @@ def guarantee(
         raise TideError("per_checkpoint=True chooses its own thresholds; leave out thresholds or per_checkpoint")
     grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
     samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
-    pilot = int(PATH_SHARE * len(samples)) if per_checkpoint else 0
+    pilot = pilot_texts(len(samples)) if per_checkpoint else 0
     _check_enough(task, len(samples) - pilot, pilot)
     if per_checkpoint:
-        order = np.random.default_rng(whole_number("seed", seed)).permutation(len(samples))
+        order = np.random.default_rng(seed).permutation(len(samples))
         grid = threshold_path(engine, [samples[i] for i in order[:pilot]], settings, progress)
         samples = [samples[i] for i in order[pilot:]]
     found = _test(engine, samples, task, grid, settings, progress)
     return dataclasses.replace(engine.config, exit_threshold=found.exit_threshold, guarantee=found)
+
+
+def pilot_texts(count: int) -> int:
+    """How many of so many texts choose thresholds with `per_checkpoint`; the others test them."""
+    return max(1, int(PATH_SHARE * count))
 
 
 class _Task(NamedTuple):

@@ -32,6 +32,10 @@ class Router(NamedTuple):
     up_bias: Float[Array, ""]
 
 
+FEATURES = 4
+"""Figures that a second look sees of a token, see `tide_jax.confidence.features`."""
+
+
 class Candidates(NamedTuple):
     """Frequent tokens whose logits tell how sure an exit is.
 
@@ -192,6 +196,9 @@ class Routers:
         path = Path(path)
         tensors, metadata = router_file.read(path)
         _check_model(path, metadata, model)
+        for name in ("config", "report"):
+            if not isinstance(metadata.get(name, {}), dict):
+                raise TideError(f"{path} is damaged: its {name} is no table of fields; calibrate again")
         found = metadata.get("config", {}).get("checkpoint_interval")
         if checkpoint_interval is not None and found != checkpoint_interval:
             raise TideError(
@@ -205,7 +212,7 @@ class Routers:
         if "heads_sha256" in metadata:
             large = _large_reader(path, metadata, reader.size)
             heads = tuple(large.head(c) for c in checkpoints) if metadata.get("exit_heads", True) else None
-            if metadata.get("translators"):
+            if metadata.get("translators") or any(name.startswith("translators.") for name in large.tensors):
                 translators = large.translators(checkpoints, model.config.num_layers)
         candidates, confidence = reader.second_look(checkpoints, model)
         history = RouterMetadata.from_dict(metadata)
@@ -258,7 +265,7 @@ def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
 def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     found = metadata.get("checkpoints")
     layers = found if isinstance(found, list) and all(isinstance(c, int) for c in found) else [-1]
-    if sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
+    if not layers or sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
         raise TideError(f"{path} names checkpoints {found}, expected ascending layers below the last; calibrate again")
     return tuple(layers)
 
@@ -295,13 +302,17 @@ class _Reader(NamedTuple):
     def second_look(
         self, checkpoints: tuple[int, ...], model: Decoder
     ) -> tuple[Candidates | None, tuple[Confidence, ...] | None]:
-        if "candidates" not in self.tensors:
+        if not any(".confidence." in name or name == "candidates" for name in self.tensors):
             return None, None
-        ids = self._tensor("candidates", (None,)).astype(jnp.int32)
+        found = np.asarray(self._tensor("candidates", (None,)))
+        known = (found >= 0) & (found < model.config.vocab_size + model.config.extra_tokens) & (found == np.rint(found))
+        if not known.all() or len(np.unique(found)) != len(found) or len(found) < 2:
+            raise TideError(f"{self.path}: candidates must be two or more different tokens; calibrate again")
+        ids = jnp.asarray(found, jnp.int32)
         return Candidates(ids, model.head_rows(ids)), tuple(self._confidence(c) for c in checkpoints)
 
     def _confidence(self, checkpoint: int) -> Confidence:
-        down = self._tensor(f"{checkpoint}.confidence.down", (None, None))
+        down = self._tensor(f"{checkpoint}.confidence.down", (FEATURES, None))
         bias, up = (self._tensor(f"{checkpoint}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
         screen, up_bias = (self._tensor(f"{checkpoint}.confidence.{n}", ()) for n in ("screen", "up_bias"))
         return Confidence(screen, down, bias, up, up_bias)

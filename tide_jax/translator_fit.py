@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16
 
-from tide_jax.collect import Progress
+from tide_jax.collect import MIN_TOKENS, Progress
 from tide_jax.decoder import Decoder
 from tide_jax.evaluation import Batch
 from tide_jax.router_file import round_half
 from tide_jax.translators import LayerTranslators, Translators
 
 TOKENS = 8192
-"""Tokens a fit uses at the most: 120 low-rank maps change little beyond."""
+"""Tokens a fit uses at the most; memory may allow fewer."""
 
 _RIDGE = 3e-3  # of the mean squared input channel
 
@@ -54,7 +54,7 @@ def fit_translators(
     Args:
       batches: text the routers are not trained on.
       rank: 0 fits the shifts only.
-      max_bytes: memory for the sampled states.
+      max_bytes: memory for the sampled states, as far as it holds `MIN_TOKENS`.
 
     Returns:
       Translators rounded to float16 values, so that saving them changes nothing.
@@ -80,7 +80,7 @@ def fit_translators(
 
 def _layer_inputs(model: Decoder, batches: Sequence[Batch], first: int, max_bytes: int) -> LayerInputs:
     layers, size = model.config.num_layers - first, model.config.hidden_size
-    budget = max(1, min(TOKENS, max_bytes // (layers * (2 * size + 4))))
+    budget = max(MIN_TOKENS, min(TOKENS, max_bytes // (layers * (2 * size + 4))))
     states, scales, kept = [], [], 0
     for batch in batches:
         places = np.flatnonzero(np.asarray(batch.counted).reshape(-1))[: budget - kept]
@@ -108,9 +108,9 @@ def _fit(
     """A checkpoint's `down`, and (shift, up) of every layer behind the next one, which reads the exit state itself."""
     x = jnp.asarray(inputs.states[checkpoint + 1 - inputs.first], jnp.float32)
     mean_x = jnp.mean(x, axis=0)
-    targets = {layer: _target(inputs, checkpoint, layer, x) for layer in range(checkpoint + 2, depth)}
     gram = _gram(x, mean_x)
-    crosses = {layer: _cross(x, mean_x, target) for layer, target in targets.items()}
+    layers = range(checkpoint + 2, depth)
+    crosses = {layer: _cross(x, mean_x, _target(inputs, checkpoint, layer, x)) for layer in layers}
     down = _directions(gram, list(crosses.values()), rank)
     down = jnp.asarray(round_half(np.asarray(down)))
     fitted = dict[int, tuple[np.ndarray, np.ndarray]]()
@@ -132,7 +132,8 @@ def _target(inputs: LayerInputs, checkpoint: int, layer: int, x: Float[Array, "N
 def _gram(x: Float[Array, "N D"], mean: Float[Array, " D"]) -> Float[Array, "D D"]:
     centred = x - mean[None, :]
     gram = jnp.dot(centred.T, centred, precision="highest") / x.shape[0]
-    return gram + _RIDGE * (jnp.trace(gram) / gram.shape[0]) * jnp.eye(gram.shape[0], dtype=gram.dtype)
+    strength = _RIDGE * jnp.maximum(jnp.trace(gram) / gram.shape[0], 1e-6)
+    return gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype)
 
 
 @jax.jit
