@@ -329,7 +329,8 @@ def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dty
         model = load(str(pretrained), dtype)
         found = None if routers is None else Routers.load(str(routers), model=model)
         if found is None:
-            engine = TIDE(model)
+            dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
+            engine = TIDE(model, None, ExitConfig(**dials))
         else:
             known = {name: dials.get(name) for name in ("exit_threshold", "min_layers")}
             config, promised = exit_settings(model, found, **known)
