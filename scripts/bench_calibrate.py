@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -31,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missi
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_decode import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -87,7 +87,7 @@ def main() -> None:
         "ratio": {name: calibration["total"][name] / getattr(bare, name) for name in Clock._fields},
         "peak_memory": {"loaded": loaded, "calibrated": calibrated, "with_forward": peak_memory()},
         "estimate_8b_h100": estimate | {"paper_seconds": PAPER_SECONDS},
-        "machine": machine(),
+        "machine": machine("jaxlib", "optax"),
     }
     show(report)
     if args.out:
@@ -170,17 +170,6 @@ def peak_memory() -> dict[str, int]:
     found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.devices()[0].memory_stats() or {}
     return found | ({"device": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})
-
-
-def machine() -> dict[str, Any]:
-    names = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "tide_jax")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: __import__(name).__version__ for name in names},
-    }
 
 
 def show(report: dict[str, Any]) -> None:

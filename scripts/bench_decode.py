@@ -217,8 +217,10 @@ def summarise(
     return rows
 
 
-def machine() -> dict[str, Any]:
-    versions = {name: __import__(name).__version__ for name in ("jax", "flax", "numpy", "transformers", "tide_jax")}
+def machine(*more: str) -> dict[str, Any]:
+    """What a result was measured on; the versions of `more` packages, too."""
+    names = ("jax", "flax", "numpy", "transformers", "tide_jax", *more)
+    versions = {name: __import__(name).__version__ for name in names}
     if importlib.util.find_spec("torch"):
         versions["torch"] = __import__("torch").__version__
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,8 @@ from pallas_kernels.exit_step.reference import router_scores
 from tide_jax.collect import Progress
 from tide_jax.confidence import exit_scores, features
 from tide_jax.decoder import Decoder
-from tide_jax.exit_heads import padded_chunks
+from tide_jax.exit_heads import in_chunks
+from tide_jax.gradient_step import apply_gradients
 from tide_jax.router import Confidence, Routers
 
 HELD_BACK = 0.3
@@ -54,11 +53,11 @@ def train_confidence(
 def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "C N"]:
     """What thresholds are compared with, for RMS-normed states."""
     bare = routers.without_metadata()
-    rows = []
-    for c in range(len(states)):
-        parts = [np.asarray(_scores(model, bare, jnp.asarray(s), checkpoint=c)) for s in padded_chunks(states[c])]
-        rows.append(np.concatenate(parts)[: states.shape[1]])
-    return np.stack(rows)
+
+    def scores(checkpoint: int) -> np.ndarray:
+        return in_chunks(lambda chunk: _scores(model, bare, chunk, checkpoint=checkpoint), states[checkpoint])
+
+    return np.stack([scores(c) for c in range(len(states))])
 
 
 def _score(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, " N"]:
@@ -70,8 +69,7 @@ _scores = jax.jit(_score, static_argnames="checkpoint")
 
 def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
     bare = routers.without_metadata()
-    parts = [_features(model, bare, jnp.asarray(chunk), checkpoint=c) for chunk in padded_chunks(states)]
-    return jnp.concatenate(parts)[: len(states)]
+    return jnp.asarray(in_chunks(lambda chunk: _features(model, bare, chunk, checkpoint=c), states))
 
 
 def _compute(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, "N F"]:
@@ -112,10 +110,7 @@ def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array,
     def step(_: int, carry: tuple[Confidence, optax.OptState]) -> tuple[Confidence, optax.OptState]:
         look, state = carry
         gradients = jax.grad(loss)(look)
-        # optax relies on implicit promotion; a caller's strict mode must not reach into it.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, state = optimiser.update(gradients, state, look)
-            return cast(Confidence, optax.apply_updates(look, updates)), state
+        return apply_gradients(optimiser, gradients, state, look)
 
     return jax.lax.fori_loop(0, _STEPS, step, (look, optimiser.init(look)))[0]
 

@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.batch import Rows, bucket
@@ -23,6 +22,7 @@ from tide_jax.confidence_sequence import ConfidenceSequence, RiskTest
 from tide_jax.config import ExitConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.evaluation import argmax_by_row
 from tide_jax.generate import Exits, run_exits
 from tide_jax.programs import Programs
 
@@ -266,6 +266,6 @@ def _argmaxes(
     *,
     implementation: str | None,
 ) -> Int[Array, "B T"]:
-    """Argmax after each token; one row's logits in memory at a time."""
+    """Argmax after each token."""
     out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
-    return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1).astype(jnp.int32), out.states)
+    return argmax_by_row(model, out.states)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import ExitGate, run_depth
@@ -72,15 +72,15 @@ def _row(
 
 @jax.jit
 def _argmax_full(model: Decoder, batch: Batch) -> Int[Array, "B T"]:
-    return _argmax(model, run_depth(model, batch.tokens, batch.positions, None).states)
+    return argmax_by_row(model, run_depth(model, batch.tokens, batch.positions, None).states)
 
 
 @jax.jit
 def _argmax_with_exits(model: Decoder, routers: Routers, batch: Batch, gate: ExitGate) -> tuple[Array, Array]:
     out = run_depth(model, batch.tokens, batch.positions, None, routers=routers, gate=gate, may_exit=batch.counted)
-    return _argmax(model, out.states), out.exit_layers
+    return argmax_by_row(model, out.states), out.exit_layers
 
 
-def _argmax(model: Decoder, states: Array) -> Array:
-    """One row's logits in memory at a time."""
+def argmax_by_row(model: Decoder, states: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The likeliest token after each final-normed state; one row's logits in memory at a time."""
     return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1).astype(jnp.int32), states)

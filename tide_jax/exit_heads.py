@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -117,18 +117,18 @@ def label_tokens(
 
 def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
     """The token each state would produce if it left at this checkpoint, int32 [N]."""
-    parts = [
-        _argmax(model, routers.without_metadata(), jnp.asarray(chunk), checkpoint=checkpoint)
-        for chunk in padded_chunks(states)
-    ]
-    return np.concatenate([np.asarray(p) for p in parts])[: len(states)]
+    bare = routers.without_metadata()
+    return in_chunks(lambda chunk: _argmax(model, bare, chunk, checkpoint=checkpoint), states)
 
 
-def padded_chunks(states: np.ndarray) -> Iterable[np.ndarray]:
-    """Rows in chunks of one size, the last one padded: one compilation, and bounded memory for their logits."""
+def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
+    """A function of rows, applied to chunks of one size, the last one padded: one compilation, and bounded memory for
+    their logits."""
+    parts = []
     for start in range(0, len(states), _CHUNK):
         chunk = states[start : start + _CHUNK]
-        yield np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))
+        parts.append(np.asarray(function(jnp.asarray(np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))))))
+    return np.concatenate(parts)[: len(states)]
 
 
 def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, checkpoint: int) -> Array:

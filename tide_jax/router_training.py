@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from tide_jax.collect import Progress
 from tide_jax.config import CalibrationConfig
+from tide_jax.gradient_step import apply_gradients
 from tide_jax.router import Router
 from tide_jax.router_file import round_columns
 
@@ -94,10 +94,7 @@ def _training_step(optimiser: optax.GradientTransformation) -> Callable[..., tup
     @jax.jit
     def step(parameters: Router, state: optax.OptState, states: Array, labels: Array) -> tuple[Router, optax.OptState]:
         gradients = jax.grad(loss)(parameters, states, labels)
-        # optax relies on implicit promotion; a caller's strict mode must not reach into it.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, state = optimiser.update(gradients, state, parameters)
-        return cast(Router, optax.apply_updates(parameters, updates)), state
+        return apply_gradients(optimiser, gradients, state, parameters)
 
     return step
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from tide_jax.answers import pack
@@ -17,7 +16,7 @@ from tide_jax.confidence import exit_scores
 from tide_jax.config import CalibrationConfig
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
-from tide_jax.evaluation import Batch
+from tide_jax.evaluation import Batch, argmax_by_row
 from tide_jax.router import Routers
 
 _LEVELS = np.minimum(0.001 * 1.4 ** np.arange(22), 1.0)
@@ -134,14 +133,11 @@ def _score(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array
     contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
     scores, answers = [], []
 
-    def argmax(states: Array) -> Array:
-        return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1), states)
-
     for i, layer in enumerate(model.layers):
         x, _ = layer(x, contexts, None)
         if i in routers.checkpoints:
             c = routers.checkpoints.index(i)
             found = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
             scores.append(found.scores.reshape(x.shape[:2]))
-            answers.append(argmax(found.states.reshape(x.shape)))
-    return jnp.stack(scores), jnp.stack(answers) == argmax(model.final_norm(x))[None]
+            answers.append(argmax_by_row(model, found.states.reshape(x.shape)))
+    return jnp.stack(scores), jnp.stack(answers) == argmax_by_row(model, model.final_norm(x))[None]

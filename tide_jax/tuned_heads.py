@@ -8,7 +8,6 @@ the model answers with in the sample, a small part of the vocabulary and nearly 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 from tide_jax.collect import Progress
 from tide_jax.config import CalibrationConfig
 from tide_jax.decoder import Decoder, HeadRows
+from tide_jax.gradient_step import apply_gradients
 from tide_jax.reservoir import Reservoir
 from tide_jax.router import ExitHead
 from tide_jax.router_file import round_half
@@ -96,9 +96,6 @@ def _training_step(optimiser: optax.GradientTransformation) -> _Step:
         model: Decoder, rows: HeadRows, head: ExitHead, state: optax.OptState, states: Array, last: Array
     ) -> tuple[ExitHead, optax.OptState]:
         gradients = jax.grad(lambda head: _divergence(model, rows, head, states, last))(head)
-        # optax relies on implicit promotion; a caller's strict mode must not reach into it.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, state = optimiser.update(gradients, state, head)
-        return cast(ExitHead, optax.apply_updates(head, updates)), state
+        return apply_gradients(optimiser, gradients, state, head)
 
     return step
