@@ -1,8 +1,10 @@
 """Quality against depth and wall clock, for router files over a sweep of thresholds.
 
   python scripts/bench_quality.py MODEL affine=a.safetensors tuned=b.safetensors --text eval.txt --out quality.json
+  python scripts/bench_quality.py MODEL a.safetensors exact=recompute:a.safetensors --text eval.txt --out quality.json
 
-MODEL is anything tide_jax.load takes; a router file is named by LABEL=PATH or by its stem. Every threshold is measured
+MODEL is anything tide_jax.load takes; a router file is named by LABEL=PATH or by its stem, and LABEL=recompute:PATH
+measures it with kv_strategy="recompute". Every threshold is measured
 
 * on held-out text, teacher-forced with the engine itself: layers run, agreement with the full model's likeliest next
   token on the same prefix, KL(full || exits) in nats, and perplexity over the full model's. Position 0 is not counted;
@@ -41,6 +43,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
+from tide_jax.config import KVStrategy
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits
 from tide_jax.texts import load_texts
@@ -53,6 +56,8 @@ DEFINITIONS = {
     "kl": "mean KL(full || exits) of next-token distributions, nats",
     "perplexity_ratio": "text: perplexity of the text with exits over the full model's; generation: the full model's "
     "perplexity on text generated with exits over that on its own",
+    "executed": "share of the layers that a decode step runs, mean over steps: the depth and, with recompute, passes "
+    "for waiting tokens alone",
     "time_ratio": "time per decoded token, exits over full depth beside it: median over prompts",
     "gain_per_skipped": "(1 - time_ratio) / (1 - depth) of the generation: share of time saved over share of layers "
     "skipped",
@@ -65,7 +70,8 @@ DEFINITIONS = {
 def main() -> None:
     args = parse()
     model, tokenizer = tide_jax.load(args.model, args.dtype), tide_jax.load_tokenizer(args.model)
-    strategies = [tide_jax.Routers.load(path, model=model) for _, path in args.routers]
+    loaded = {path: tide_jax.Routers.load(path, model=model) for _, path, _ in args.routers}
+    strategies = [loaded[path] for _, path, _ in args.routers]
     fit(args, model, strategies)
     texts = read_texts(args, tokenizer)
     prompts = [ids[: args.prompt_length] for ids in texts if len(ids) >= args.prompt_length][: args.prompts]
@@ -75,8 +81,8 @@ def main() -> None:
     with bar("full depth") as progress:
         reference = Reference(model, texts, max_length=args.max_length, batch_size=args.batch_size, progress=progress)
     generator = None if args.no_generation else Generator(model, prompts, args.new_tokens)
-    for (name, path), routers in zip(args.routers, strategies, strict=True):
-        entry = start_strategy(name, path, routers, reference, args.min_layers)
+    for (name, path, kv_strategy), routers in zip(args.routers, strategies, strict=True):
+        entry = start_strategy(name, path, routers, reference, args.min_layers) | {"kv_strategy": kv_strategy}
         report["strategies"].append(entry)
         sweep(entry, report, routers, reference, generator, args)
     report["complete"] = True
@@ -91,7 +97,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("routers", metavar="ROUTERS", nargs="+", type=named, help="router file, or LABEL=FILE")
+    parser.add_argument(
+        "routers", metavar="ROUTERS", nargs="+", type=named, help="router file, LABEL=FILE or LABEL=recompute:FILE"
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .jsonl, .parquet)")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture to draw (.svg, .png; extra 'plot')")
@@ -115,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     args = parser.parse_args()
     args.thresholds = sorted({*args.thresholds, 1.0}, reverse=True)
-    names = [name for name, _ in args.routers]
+    names = [name for name, _, _ in args.routers]
     if len(set(names)) < len(names):
         parser.error(f"two router files are called the same ({', '.join(names)}); name them with LABEL=FILE")
     if not all(0.0 <= t <= 1.0 for t in args.thresholds):
@@ -148,10 +156,13 @@ def fit(args: argparse.Namespace, model: tide_jax.Decoder, strategies: list[tide
         )
 
 
-def named(argument: str) -> tuple[str, Path]:
-    """A strategy's name and its router file."""
+def named(argument: str) -> tuple[str, Path, KVStrategy]:
+    """A strategy's name, its router file, and how the cache of skipped layers is filled."""
     label, equals, path = argument.partition("=")
-    return (label, Path(path)) if equals and not Path(argument).exists() else (Path(argument).stem, Path(argument))
+    if not equals or Path(argument).exists():
+        return Path(argument).stem, Path(argument), "propagate"
+    recomputed = path.removeprefix("recompute:")
+    return label, Path(recomputed), "propagate" if recomputed == path else "recompute"
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
@@ -233,7 +244,7 @@ def sweep(
 
     def measure(threshold: float) -> None:
         gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(args.min_layers))
-        exits = Exits(routers.without_metadata(), gate, jnp.asarray(False))
+        exits = Exits(routers.without_metadata(), gate, jnp.asarray(False), entry["kv_strategy"])
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:
             text = summarise(reference.compare(exits, progress), reference.model.config.num_layers)
         row: Row = {"threshold": threshold, "text": text, "generation": None}

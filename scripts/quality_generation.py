@@ -42,10 +42,11 @@ class Scores(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One generation: new tokens, the last layer each counted one ran, and seconds per counted token."""
+    """One generation: new tokens, the last layer each counted one ran, layers the device ran for it, and seconds."""
 
     tokens: np.ndarray
     exit_layers: np.ndarray
+    executed: np.ndarray
     seconds: float
 
 
@@ -84,8 +85,9 @@ class Generator:
         _, short = self._generate(ids, exits, 1)
         out, long = self._generate(ids, exits, self.new_tokens)
         seconds = (long - short) / (self.new_tokens - 1)
-        tokens, layers = np.asarray(out.tokens)[0], np.asarray(out.exit_layers)[0]
-        return Run(tokens[: self.new_tokens], layers[1 : self.new_tokens], seconds)
+        counted = slice(1, self.new_tokens)
+        layers, executed = np.asarray(out.exit_layers)[0, counted], np.asarray(out.layers_executed)[counted]
+        return Run(np.asarray(out.tokens)[0, : self.new_tokens], layers, executed, seconds)
 
     def _generate(self, ids: np.ndarray, exits: Exits | None, count: int) -> tuple[Generated, float]:
         prompt = Prompt(jnp.asarray(ids[None]), jnp.full((1,), len(ids), jnp.int32))
@@ -124,6 +126,7 @@ def summarise(
     return {
         "layers": float(layers.mean()),
         "depth": depth,
+        "executed": float(np.concatenate([run.executed for run, _ in pairs]).mean() / num_layers),
         "agreement": float(np.concatenate([s.agrees for s in scores]).mean()),
         "full_agreement": float(np.concatenate([s.agrees for s in full]).mean()),
         "nll": means[0],

@@ -1,7 +1,7 @@
 """What exits cost in quality on given text: the measures of bench_quality.py.
 
-Everything is teacher-forced with the engine's own pass, in which skipped layers' keys and values are propagated and
-read by later tokens. Both models' distributions over the whole vocabulary are compared on the device, a few tokens at
+Everything is teacher-forced with the engine's own pass, in which later tokens read the keys and values that exits leave
+behind. Both models' distributions over the whole vocabulary are compared on the device, a few tokens at
 a time. Position 0 is never counted: it cannot exit.
 """
 

@@ -42,12 +42,14 @@ class Walked:
 
 @dataclasses.dataclass
 class BruteForce:
-    """A model, its routers and its dials."""
+    """A model, its routers and its dials; `exact`: tokens that have left run their other layers all the same, for their
+    keys and values."""
 
     model: Decoder
     routers: Routers | None = None
     thresholds: float | Sequence[float] = 1.0
     min_layers: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         self.config = self.model.config
@@ -71,14 +73,16 @@ class BruteForce:
         for position, token in enumerate(row):
             x, state, left = self._embed(token, position), None, self.config.num_layers - 1
             for layer in range(self.config.num_layers):
-                key, value = self._key_value(layer, x if state is None else self._translated(left, layer, x), position)
+                going_on = state is None or self.exact
+                key, value = self._key_value(layer, x if going_on else self._translated(left, layer, x), position)
                 keys[layer].append(key)
                 values[layer].append(value)
-                if state is not None:
+                if not going_on:
                     continue  # it has left: only its keys and values go on
                 x = self._layer(layer, x, position, keys[layer], values[layer])
                 checkpoints = self.routers.checkpoints if self.routers is not None else ()
-                if layer not in checkpoints or position < max(prompt_length, 1) or layer + 1 < self.min_layers:
+                allowed = position >= max(prompt_length, 1) and layer + 1 >= self.min_layers
+                if state is not None or layer not in checkpoints or not allowed:
                     continue
                 c = checkpoints.index(layer)
                 threshold = self.thresholds if isinstance(self.thresholds, float) else self.thresholds[c]

@@ -134,7 +134,7 @@ def test_gain_is_time_saved_over_layers_skipped() -> None:
     scores = [quality_generation.Scores(np.asarray([True, False]), np.zeros(2))] * 3
 
     def run(layer: int, seconds: float) -> quality_generation.Run:
-        return quality_generation.Run(np.zeros(3), np.asarray([layer, 9]), seconds)
+        return quality_generation.Run(np.zeros(3), np.asarray([layer, 9]), np.asarray([layer + 1, 10]), seconds)
 
     pairs = [(run(4, s), run(9, 2.0)) for s in (1.0, 1.7, 1.6)]
     row = quality_generation.summarise(pairs, scores, scores, 10)

@@ -1,5 +1,5 @@
-"""What a model answers after each token of whole texts, at full depth and with exits: the engine's own pass, with keys
-and values of skipped layers propagated and read by later tokens."""
+"""What a model answers after each token of whole texts, at full depth and with exits: the engine's own pass, in which
+later tokens read the keys and values that exits leave behind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TextReader:
     Memory is a batch's activations, one text's logits, and eight bytes a token for the answers at full depth.
 
     Args:
-      engine: model, routers, `min_layers` and `prefill_exits`.
+      engine: model, routers, `min_layers`, `kv_strategy` and `prefill_exits`.
       samples: texts of at most `max_length` tokens.
       batch_size: texts in a forward pass.
       progress: called with texts read at full depth and all texts.

@@ -11,6 +11,29 @@ from jaxtyping import Array, Float, Int
 from tide_jax.architecture import DecoderConfig
 from tide_jax.attention import KeyValue
 
+QUEUE_LENGTH = 8
+"""Tokens whose deep layers may wait, the newest included. A pass over so few rows reads the weights once."""
+
+
+class Pending(NamedTuple):
+    """Tokens that have left, and whose deep keys and values are still to be computed (``kv_strategy="recompute"``).
+
+    A group of layers always runs all tokens that wait for it, so what waits for a group is what came after its last
+    run: the newest slots, none missing.
+
+    Attributes:
+      states: residual stream of the newest Q slots, each after the last group that ran it.
+      ran: slots that each group of layers has run, int32; never more than the group before.
+    """
+
+    states: Float[Array, "B Q D"]
+    ran: Int[Array, " groups"]
+
+    @property
+    def queue_length(self) -> int:
+        """Q, slots held."""
+        return self.states.shape[1]
+
 
 class KVCache(NamedTuple):
     """Keys and values of every layer, with the position each slot holds.
@@ -23,12 +46,14 @@ class KVCache(NamedTuple):
         keeps everything in the keys (see `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the token position in each slot, -1 where empty.
       length: slots written so far (the same for all rows), int32 scalar.
+      pending: slots whose deep layers are yet to run; None where every slot is complete.
     """
 
     keys: Float[Array, "L B KV S hk"]
     values: Float[Array, "L B KV S hv"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
+    pending: Pending | None = None
 
     @property
     def capacity(self) -> int:
@@ -42,25 +67,50 @@ class KVCache(NamedTuple):
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
         """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
 
-        The caller sees to it that ``length + T <= capacity``.
+        The caller sees to it that ``length + T <= capacity``, and that nothing is pending.
         """
         zero = jnp.int32(0)
         start = (zero, zero, zero, self.length, zero)
+        length = self.length + jnp.int32(positions.shape[1])
+        pending = self.pending
+        if pending is not None:
+            pending = pending._replace(ran=jnp.broadcast_to(length, pending.ran.shape))
         return KVCache(
             keys=lax.dynamic_update_slice(self.keys, new.keys.astype(self.keys.dtype), start),
             values=lax.dynamic_update_slice(self.values, new.values.astype(self.values.dtype), start),
             positions=lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), (zero, self.length)),
-            length=self.length + jnp.int32(positions.shape[1]),
+            length=length,
+            pending=pending,
         )
 
 
-def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache of `capacity` slots for `batch` rows."""
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    *,
+    pending_groups: int = 0,
+    queue_length: int = QUEUE_LENGTH,
+) -> KVCache:
+    """An empty cache of `capacity` slots for `batch` rows.
+
+    Args:
+      pending_groups: for ``kv_strategy="recompute"``, the number of layer groups (checkpoints and one); 0 otherwise.
+      queue_length: tokens whose deep layers may wait, the newest included.
+    """
     heads, key_channels, value_channels = config.cache_shape
-    shape = (config.num_layers, batch, heads, capacity)
+    # The newest slots are rewritten when their deep layers run: empty slots ahead of the first keep that window inside.
+    ahead, pending = 0, None
+    if pending_groups:
+        ahead = queue_length - 1
+        states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
+        pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32))
+    shape = (config.num_layers, batch, heads, ahead + capacity)
     return KVCache(
         keys=jnp.zeros((*shape, key_channels), dtype),
         values=jnp.zeros((*shape, value_channels), dtype),
-        positions=jnp.full((batch, capacity), -1, jnp.int32),
-        length=jnp.int32(0),
+        positions=jnp.full((batch, ahead + capacity), -1, jnp.int32),
+        length=jnp.int32(ahead),
+        pending=pending,
     )

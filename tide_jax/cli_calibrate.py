@@ -71,6 +71,11 @@ def _add_promise(group: Any) -> None:
         help="of a text: the share of tokens that differ from the full model's, or the rise of its mean negative "
         "log-likelihood in nats (disagreement)",
     )
+    group.add_argument(
+        "--kv-strategy",
+        choices=["propagate", "recompute"],
+        help="how runs are to fill the cache of skipped layers: the promise is for these (propagate)",
+    )
     group.add_argument("--per-checkpoint", action="store_true", default=None, help="a threshold for each checkpoint")
     group.add_argument(
         "--guarantee-texts",
@@ -125,7 +130,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 def _promise(args: argparse.Namespace) -> Promise | None:
     from tide_jax.promise import Promise
 
-    dials = ("delta", "loss", "per_checkpoint", "guarantee_texts")
+    dials = ("delta", "loss", "per_checkpoint", "kv_strategy", "guarantee_texts")
     given = {name: getattr(args, name) for name in dials if getattr(args, name) is not None}
     if args.risk is not None:
         return Promise(args.risk, **given)

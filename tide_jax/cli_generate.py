@@ -36,6 +36,12 @@ def add_command(subparsers: Any) -> None:
         help="a token exits above this router score (the one promised in the router file, else 0.85)",
     )
     parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
+    parser.add_argument(
+        "--kv-strategy",
+        choices=["propagate", "recompute"],
+        help="fill the cache of skipped layers from exit states, or run these layers later (the router file's, else "
+        "propagate)",
+    )
     parser.add_argument("--mode", choices=["exit", "full"], help="default: exit when there are routers")
     parser.add_argument(
         "--audit",
@@ -96,8 +102,10 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode == "full"):
         raise TideError("--audit compares exits with the full model; it needs --routers, and no --mode full")
-    given = {name: getattr(args, name) for name in ("exit_threshold", "min_layers")}
+    given = {name: getattr(args, name) for name in ("exit_threshold", "min_layers", "kv_strategy")}
     tide_jax.ExitConfig(**{name: value for name, value in given.items() if value is not None})
+    if args.kv_strategy is not None and args.routers is None:
+        raise TideError("--kv-strategy says what exits do to the cache; it needs --routers")
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
@@ -110,7 +118,8 @@ def _engine(args: argparse.Namespace, model: Any, *, audited: bool) -> tuple[TID
         config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
         return tide_jax.TIDE(model, None, config), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
-    config, promise = exit_settings(model, routers, exit_threshold=args.exit_threshold, min_layers=args.min_layers)
+    dials = {name: getattr(args, name) for name in ("exit_threshold", "min_layers", "kv_strategy")}
+    config, promise = exit_settings(model, routers, **dials)
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
         config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
     return tide_jax.TIDE(model, routers, config), None if args.mode == "full" else promise

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ExitStrategy = Literal["identity", "affine"]
-KVStrategy = Literal["propagate"]
+KVStrategy = Literal["propagate", "recompute"]
 Label = Literal["agreement", "cosine"]
 Mode = Literal["exit", "full"]
 
@@ -40,14 +40,21 @@ class ExitConfig:
       exit_threshold: a token exits at the first checkpoint whose score exceeds it, in [0, 1]; one number, or one for
         each checkpoint. The score is the router's, or that of the second look at tokens which the router lets pass; the
         others have none and stay.
+      threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
+        `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the
+        layers that leaving there saves, and `exit_threshold` is what holds halfway through the model (see
+        `tilted_thresholds`).
       min_layers: layers every token runs, at the least.
       kv_strategy: how the cache of skipped layers is filled: "propagate" projects keys and values from the exit
-        state with the token's true position (CALM, Schuster et al. 2022, section 3.3).
+        state with the token's true position (CALM, Schuster et al. 2022, section 3.3); "recompute" keeps exit states
+        and runs the skipped layers for all of them at once when a later token needs these layers, or many wait: keys
+        and values are then the full model's, and an exit costs nothing but its own answer.
       prefill_exits: let prompt tokens exit too. By default the prompt runs at full depth.
       guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
     """
 
     exit_threshold: float | tuple[float, ...] = 0.85
+    threshold_tilt: float = 0.0
     min_layers: int = 8
     kv_strategy: KVStrategy = "propagate"
     prefill_exits: bool = False
@@ -59,6 +66,9 @@ class ExitConfig:
             object.__setattr__(self, "exit_threshold", thresholds)
         else:
             object.__setattr__(self, "exit_threshold", share("exit_threshold", self.exit_threshold))
+        object.__setattr__(self, "threshold_tilt", share("threshold_tilt", self.threshold_tilt))
+        if self.threshold_tilt and isinstance(self.exit_threshold, tuple):
+            raise TideError("threshold_tilt tilts one exit_threshold; pass one, or a tuple and threshold_tilt=0")
         object.__setattr__(self, "min_layers", whole_number("min_layers", self.min_layers))
         if not isinstance(self.prefill_exits, bool):
             raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
@@ -68,6 +78,12 @@ class ExitConfig:
         # Here rather than wherever fields are changed: no `dataclasses.replace` can carry a promise to other settings.
         if self.guarantee is not None and any(getattr(self, n) != v for n, v in self.guarantee.settings.items()):
             object.__setattr__(self, "guarantee", None)
+
+    def thresholds(self, checkpoints: tuple[int, ...], num_layers: int) -> tuple[float, ...]:
+        """What a token's score is compared with at each checkpoint."""
+        if isinstance(self.exit_threshold, tuple):
+            return self.exit_threshold
+        return tilted_thresholds(self.exit_threshold, self.threshold_tilt, checkpoints, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` reads them back."""
@@ -156,6 +172,24 @@ class CalibrationConfig:
         for name in ("learning_rate", "weight_decay"):
             if not 0.0 <= real_number(name, getattr(self, name)) < float("inf"):
                 raise TideError(f"{name}={getattr(self, name)!r} must be 0 or more")
+
+
+def tilted_thresholds(
+    threshold: float, tilt: float, checkpoints: tuple[int, ...], num_layers: int
+) -> tuple[float, ...]:
+    """A threshold for each checkpoint from one dial.
+
+    A score estimates the probability that leaving is right. To lose least agreement for the layers saved, a token
+    should leave where ``1 - score`` is under a price for each layer that it would skip: the Lagrangian of that trade,
+    leaving aside that a later checkpoint may be surer. `threshold`, which holds halfway through the model, sets it.
+
+    >>> tilted_thresholds(0.8, 0.0, (1, 3, 5), 8)
+    (0.8, 0.8, 0.8)
+    >>> [round(t, 3) for t in tilted_thresholds(0.8, 1.0, (1, 3, 5), 8)]
+    [0.7, 0.8, 0.9]
+    """
+    saved = (1 - (c + 1) / num_layers for c in checkpoints)
+    return tuple(max(0.0, 1 - (1 - threshold) * (1 - tilt + 2 * tilt * share)) for share in saved)
 
 
 def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:

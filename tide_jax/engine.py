@@ -219,10 +219,9 @@ class TIDE:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
         if mode == "full" or self._weights is None:
             return None
-        count = len(self._weights.checkpoints)
-        thresholds = jnp.broadcast_to(jnp.asarray(self.config.exit_threshold, jnp.float32), (count,))
-        gate = ExitGate(thresholds, jnp.int32(self.config.min_layers))
-        return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits))
+        thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
+        gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
+        return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits), self.config.kv_strategy)
 
     def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
         if not isinstance(monitor, DriftMonitor | None):

@@ -1,5 +1,5 @@
-"""What exits do to a model's answers, measured with the engine's own definition: skipped layers' keys and values are
-propagated from exit states, and later tokens read them."""
+"""What exits do to a model's answers, measured with the engine's own definition under ``kv_strategy="propagate"``:
+skipped layers' keys and values come from exit states, and later tokens read them."""
 
 from __future__ import annotations
 

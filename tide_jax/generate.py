@@ -7,6 +7,7 @@ Donate the cache when you jit `decode_step` yourself: ``jax.jit(decode_step, don
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,8 +16,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tide_jax.cache import KVCache, init_cache
+from tide_jax.config import KVStrategy
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.errors import TideError
+from tide_jax.recompute import recompute_step
 from tide_jax.router import Routers
 from tide_jax.sampling import Sampling, sample
 
@@ -51,12 +55,27 @@ class Prompt(NamedTuple):
         return jnp.maximum(slots - (jnp.int32(width) - self.lengths)[:, None], -1)
 
 
-class Exits(NamedTuple):
-    """Routers with their dials; `prompt` says whether prompt tokens may exit, too (bool scalar)."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """Routers with their dials: a pytree, whose `kv_strategy` is static.
+
+    Attributes:
+      routers: what scores tokens.
+      gate: thresholds and least depth.
+      prompt: whether prompt tokens may exit, too, bool scalar.
+      kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
+    """
 
     routers: Routers
     gate: ExitGate
     prompt: Bool[Array, ""]
+    kv_strategy: KVStrategy = dataclasses.field(default="propagate", metadata={"static": True})
+
+    @property
+    def pending_groups(self) -> int:
+        """What `init_cache` is to be told."""
+        return len(self.routers.checkpoints) + 1 if self.kv_strategy == "recompute" else 0
 
 
 class Request(NamedTuple):
@@ -130,15 +149,17 @@ def run_exits(
     implementation: str | None = None,
 ) -> DepthOutput:
     """`tide_jax.early_exit.run_depth` with routers and dials as one argument; None runs every layer."""
-    routers, gate = (None, None) if exits is None else (exits.routers, exits.gate)
+    if exits is None:
+        return run_depth(model, tokens, positions, cache, implementation=implementation)
     return run_depth(
         model,
         tokens,
         positions,
         cache,
-        routers=routers,
-        gate=gate,
+        routers=exits.routers,
+        gate=exits.gate,
         may_exit=may_exit,
+        kv_strategy=exits.kv_strategy,
         implementation=implementation,
     )
 
@@ -171,8 +192,23 @@ def decode_step(
       positions: position of each token in its row.
       active: rows to run.
       exits: routers and dials; None runs every layer.
+
+    Raises:
+      TideError: with "recompute", a cache that was not made for it, or the other way round.
     """
     positions = jnp.where(active, positions, -1)[:, None]
+    groups = 0 if cache.pending is None else len(cache.pending.ran)
+    wanted = 0 if exits is None else exits.pending_groups
+    if groups != wanted:
+        raise TideError(
+            f"the cache holds pending states for {groups} layer groups, these exits need {wanted}; make the cache with "
+            f"init_cache(..., pending_groups={wanted})"
+        )
+    if exits is not None and cache.pending is not None:
+        out, cache = recompute_step(
+            model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
+        )
+        return StepOutput(model.logits(out.states)[:, 0], cache, out.exit_layers[:, 0], out.layers_executed)
     out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
     logits = model.logits(out.states)[:, 0]
     return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
@@ -189,7 +225,8 @@ def begin(
 ) -> GenerationState:
     """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
     batch, width = prompt.tokens.shape
-    cache = init_cache(model.config, batch, width + capacity, model.dtype)
+    groups = 0 if exits is None else exits.pending_groups
+    cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups)
     step = prefill(model, prompt, cache, exits, implementation=implementation)
     rows = jnp.arange(batch)[:, None]
     real = prompt.positions >= 0

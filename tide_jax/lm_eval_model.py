@@ -10,7 +10,6 @@ Importing this module registers the model; ``tide-jax eval`` does so and then is
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tide_jax.checkpoint import load, load_tokenizer
 from tide_jax.checks import whole_number
-from tide_jax.config import ExitConfig, Mode
+from tide_jax.config import ExitConfig, KVStrategy, Mode
 from tide_jax.continuations import Continuation, Score, score_continuations
 from tide_jax.decoder import parameters
 from tide_jax.engine import TIDE
@@ -51,8 +50,9 @@ class TideLM(TemplateLM):
       pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
       tokenizer: anything `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file of `tide-jax calibrate`; without one every layer runs.
-      threshold, min_layers, prefill_exits: see `ExitConfig`; default: those promised in the router file, if any. Only
-        with `prefill_exits` may the context's tokens exit, and with them the prediction of a continuation's first one.
+      threshold, min_layers, kv_strategy, prefill_exits: see `ExitConfig`; default: those promised in the router file,
+        if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction of a
+        continuation's first one.
       mode: "exit" (default when there are routers) or "full".
       dtype: of the weights, see `tide_jax.load`.
       batch_size: rows in a forward pass.
@@ -77,6 +77,7 @@ class TideLM(TemplateLM):
         routers: str | None = None,
         threshold: Any = None,
         min_layers: int | None = None,
+        kv_strategy: KVStrategy | None = None,
         prefill_exits: bool | None = None,
         mode: Mode | None = None,
         dtype: str | None = None,
@@ -98,7 +99,12 @@ class TideLM(TemplateLM):
         self.batch_size = whole_number("batch_size", _number(batch_size), 1)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
         self._seed = whole_number("seed", seed)
-        dials = {"exit_threshold": threshold, "min_layers": min_layers, "prefill_exits": prefill_exits}
+        dials = {
+            "exit_threshold": threshold,
+            "min_layers": min_layers,
+            "kv_strategy": kv_strategy,
+            "prefill_exits": prefill_exits,
+        }
         self.engine = _engine(pretrained, routers, {k: v for k, v in dials.items() if v is not None}, mode, dtype)
         config = self.engine.model.config
         context = config.context_length
@@ -203,13 +209,17 @@ class TideLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes beside the results: the exits' dials, and the layers run to predict each token."""
         model, config = self.engine.model, self.engine.config
-        dials = {"threshold": config.exit_threshold, "min_layers": config.min_layers} if self._mode == "exit" else {}
+        dials = {
+            "threshold": config.exit_threshold,
+            "min_layers": config.min_layers,
+            "kv_strategy": config.kv_strategy,
+        }
         return {
             "model_num_parameters": sum(int(tensor.size) for tensor in parameters(model).values()),
             "model_dtype": str(model.dtype),
             "exits": {
                 "mode": self._mode,
-                **dials,
+                **(dials if self._mode == "exit" else {}),
                 "prefill_exits": self._mode == "exit" and config.prefill_exits,
                 "num_layers": model.config.num_layers,
                 **_depth(sum(self._exits.values(), self._none())),
@@ -332,11 +342,9 @@ def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dty
             dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
             engine = TIDE(model, None, ExitConfig(**dials))
         else:
-            known = {name: dials.get(name) for name in ("exit_threshold", "min_layers")}
-            config, promised = exit_settings(model, found, **known)
+            config, promised = exit_settings(model, found, **dials)
             logger.info("exits: %s", promised)
-            prefill_exits = dials.get("prefill_exits", config.prefill_exits)
-            engine = TIDE(model, found, dataclasses.replace(config, prefill_exits=prefill_exits))
+            engine = TIDE(model, found, config)
     if mode == "exit" and engine.routers is None:
         raise TideError("mode=exit needs an engine with routers")
     return engine

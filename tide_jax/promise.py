@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tide_jax.architecture import check_choice
 from tide_jax.checks import whole_number
 from tide_jax.collect import Progress, Sample
-from tide_jax.config import CalibrationConfig, ExitConfig
+from tide_jax.config import CalibrationConfig, ExitConfig, KVStrategy
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.risk_control import GuaranteeError, smallest_sample
@@ -30,6 +31,7 @@ class Promise:
 
     Attributes:
       risk, delta, loss, per_checkpoint: as in `tide_jax.guarantee`.
+      kv_strategy: what the promise is for, see `tide_jax.ExitConfig`.
       guarantee_texts: how many to set aside; None: `ROOM` times the fewest that could do or `SHARE` of all, whichever
         is more, but no more than half of them where fewer could do.
 
@@ -42,9 +44,11 @@ class Promise:
     delta: float = 0.05
     loss: Literal["disagreement", "nll"] = "disagreement"
     per_checkpoint: bool = False
+    kv_strategy: KVStrategy = "propagate"
     guarantee_texts: int | None = None
 
     def __post_init__(self) -> None:
+        check_choice("kv_strategy", self.kv_strategy, KVStrategy)
         least = self.least
         if self.guarantee_texts is not None and whole_number("guarantee_texts", self.guarantee_texts, 1) < least:
             raise GuaranteeError(
@@ -118,7 +122,8 @@ def with_guarantee(
     Raises:
       TideError: bad input, in one line.
     """
-    engine = TIDE(model, routers, ExitConfig(min_layers=config.min_layers))
+    settings = ExitConfig(min_layers=config.min_layers, kv_strategy=promise.kv_strategy)
+    engine = TIDE(model, routers, settings)
     try:
         found = guarantee(
             engine,
@@ -140,13 +145,14 @@ def with_guarantee(
     return dataclasses.replace(routers, metadata=metadata)
 
 
-def exit_settings(
-    model: Decoder, routers: Routers, *, exit_threshold: float | None = None, min_layers: int | None = None
-) -> tuple[ExitConfig, str]:
+def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitConfig, str]:
     """Exit settings for a run, and a line that says what is promised for them.
 
     What was stored with the routers holds where nothing else is asked for; a promise is dropped with any other setting,
     and in another dtype than it was measured in.
+
+    Args:
+      asked: fields of `ExitConfig`; None asks for nothing.
 
     Raises:
       TideError: a setting outside its range, or stored ones that can't be read.
@@ -154,11 +160,7 @@ def exit_settings(
     stored = routers.exit_config
     default = min(ExitConfig.min_layers, model.config.num_layers)
     base = ExitConfig(min_layers=default) if stored is None else stored
-    config = dataclasses.replace(
-        base,
-        exit_threshold=base.exit_threshold if exit_threshold is None else exit_threshold,
-        min_layers=base.min_layers if min_layers is None else min_layers,
-    )
+    config = dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})
     measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), str(model.dtype)
     if config.guarantee is not None and measured != dtype:
         config = dataclasses.replace(config, guarantee=None)

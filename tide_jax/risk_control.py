@@ -39,7 +39,8 @@ class RiskGuarantee:
       depth: mean share of the layers that counted tokens ran.
       max_length: tokens read of each text.
       bound: increase of a text's mean loss at which "nll" is clipped, in nats; 1.0 for other losses.
-      exit_threshold, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no other.
+      exit_threshold, threshold_tilt, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no
+        other.
     """
 
     risk: float
@@ -56,6 +57,7 @@ class RiskGuarantee:
     bound: float = 1.0
     kv_strategy: str = "propagate"
     prefill_exits: bool = False
+    threshold_tilt: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.exit_threshold, list):  # as JSON has it
@@ -68,7 +70,7 @@ class RiskGuarantee:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `ExitConfig` that it holds for."""
-        names = ("exit_threshold", "min_layers", "kv_strategy", "prefill_exits")
+        names = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy", "prefill_exits")
         return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:

@@ -59,7 +59,7 @@ def guarantee(
     tokens of given texts, not over what the model writes with exits once it has gone another way.
 
     Args:
-      engine: model, routers, and the `min_layers`, `kv_strategy` and `prefill_exits` to hold it for.
+      engine: model, routers, and the `threshold_tilt`, `min_layers`, `kv_strategy` and `prefill_exits` to hold it for.
       texts: strings, sequences of token ids, or `tide_jax.collect.Sample`s, whose tokens before `start` run at full
         depth as a prompt does (unless `prefill_exits`) and are not counted. Position 0 never is. Texts with nothing
         to count are passed over. `risk_control.smallest_sample` says how many are needed at the least.
@@ -71,8 +71,8 @@ def guarantee(
         0..`bound`.
         Otherwise a function of a `tide_jax.answers.TextAnswers` that returns a number in [0, 1].
       tokenizer: for strings.
-      per_checkpoint: a threshold for each checkpoint. A quarter of the texts, drawn by `seed`, chooses the vectors to
-        test and their order; only the others are tested on.
+      per_checkpoint: a threshold for each checkpoint, with `threshold_tilt` 0. A quarter of the texts, drawn by `seed`,
+        chooses the vectors to test and their order; only the others are tested on.
       thresholds: what to test instead of `THRESHOLDS`, safest first; numbers, or one for each checkpoint. They must
         have been chosen without a look at these texts.
       bound: where "nll" is clipped, in nats.
@@ -97,6 +97,7 @@ def guarantee(
     )
     if thresholds is not None and per_checkpoint:
         raise TideError("per_checkpoint=True chooses its own thresholds; leave out thresholds or per_checkpoint")
+    engine = engine.with_config(threshold_tilt=0.0) if per_checkpoint else engine
     grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
     samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
     pilot = pilot_texts(len(samples)) if per_checkpoint else 0
@@ -231,6 +232,7 @@ def _test(
                     min_layers=engine.config.min_layers,
                     kv_strategy=engine.config.kv_strategy,
                     prefill_exits=engine.config.prefill_exits,
+                    threshold_tilt=engine.config.threshold_tilt,
                 )
             )
             yield tested[-1].p_value

@@ -1,0 +1,183 @@
+"""``kv_strategy="recompute"``: tokens that have left wait, and their deep layers run together with a later token's.
+
+The exit state of a token is all that its deep layers need. So a token that leaves is kept in a queue
+(`tide_jax.cache.Pending`), and when a later token runs on past the same checkpoint, or the queue is full, the group
+runs every token that waits for it in one pass over its weights. Keys and values are then those of the full model, and
+exits cost nothing but their own answers; what it costs instead is that deep passes have several rows.
+
+Making up for missing deep keys and values in a later token's pass is EE-LLM's KV recomputation (Chen et al. 2023,
+arXiv:2312.04916); LayerSkip keeps exit states to verify drafts from (Elhoushi et al. 2024, arXiv:2404.16710).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.attention import AttentionContext, KeyValue
+from tide_jax.cache import KVCache, Pending
+from tide_jax.config import layer_groups
+from tide_jax.decoder import Decoder
+from tide_jax.early_exit import DepthOutput
+from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
+from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
+from tide_jax.router import Routers
+
+
+def recompute_step(
+    model: Decoder,
+    tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"],
+    cache: KVCache,
+    routers: Routers,
+    gate: ExitGate,
+    *,
+    implementation: str | None = None,
+) -> tuple[DepthOutput, KVCache]:
+    """Runs one token of each row as deep as it needs, and with it what waits for the layers it runs.
+
+    Rows share the queue: a group that any row needs runs the waiting tokens of all rows, and their newest ones, too.
+
+    Args:
+      tokens: token ids.
+      positions: position of each token in its row, -1 for rows that are not to be run.
+      cache: earlier tokens, with `pending` for the routers' groups.
+      routers: routers and exit heads.
+      gate: thresholds.
+      implementation: of the exit step, see `pallas_kernels`.
+
+    Returns:
+      What the pass gave, `new` with the rows of the newest Q slots (zeros where a layer did not run them), and the
+      cache with the tokens appended.
+    """
+    pending = cache.pending
+    assert pending is not None
+    state = TokenState.start(model.embed_tokens(tokens, positions), positions)
+    window = jnp.concatenate([pending.states[:, 1:], state.x], axis=1)
+    gating = Gating(routers, gate, positions >= 1, implementation)
+    groups = layer_groups(model.config.num_layers, routers.checkpoints)
+    return _Walk(model, groups, cache, pending, gating, positions).run(_Window(window, state))
+
+
+class _Window(NamedTuple):
+    """The newest Q slots, and the last of them as the token that is decoded."""
+
+    states: Float[Array, "B Q D"]
+    newest: TokenState
+
+
+class _Walk(NamedTuple):
+    """One token's walk over the layer groups."""
+
+    model: Decoder
+    groups: tuple[range, ...]
+    cache: KVCache
+    pending: Pending
+    gating: Gating
+    positions: Int[Array, "B 1"]
+
+    def run(self, window: _Window) -> tuple[DepthOutput, KVCache]:
+        count, rows, ran = len(self.groups), GroupRows(self.groups), self.pending.ran
+        contexts = self.model.contexts(self.positions, self.cache)
+        branches = [self._alone(g, contexts) for g in range(count)]
+        branches += [self._with_waiting(g, width) for width in self._widths for g in range(count)]
+        # A step later the queue would not hold what waits for the last group.
+        full = self.cache.length + 1 - ran[-1] >= self.pending.queue_length
+        loop = run_groups(
+            lambda s: (s.group < count) & (full | jnp.any(s.state.newest.active)),
+            branches,
+            Loop(jnp.int32(0), window, rows.empty(self.model.config, window.states)),
+            choose=lambda s: s.group + count * self._width_number(s.group),
+        )
+        new, newest = rows.by_layer(loop.rows), loop.state.newest
+        out = DepthOutput(newest.states, newest.exit_layers, new, rows.layers_before(loop.group))
+        return out, self._written(new, loop.state.states, jnp.arange(count) < loop.group)
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """Slots in a pass with waiting tokens. Mostly one waits, and two rows are cheaper than a whole queue's."""
+        return tuple(sorted({min(2, self.pending.queue_length), self.pending.queue_length}))
+
+    def _width_number(self, group: Int[Array, ""]) -> Int[Array, ""]:
+        """0: nothing waits for the group; otherwise one plus the least width that holds what does."""
+        needed = self.cache.length + 1 - self.pending.ran[group]
+        edges = jnp.asarray((1, *self._widths[:-1]), jnp.int32)
+        return jnp.sum(needed > edges, dtype=jnp.int32)
+
+    def _alone(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[_Window]:
+        """Runs group `g` for the newest token: nothing waits."""
+
+        def run(window: _Window) -> tuple[_Window, KeyValue]:
+            return self._after(g, window, *self._layers(g, window.newest.x, contexts))
+
+        return run
+
+    def _with_waiting(self, g: int, width: int) -> Branch[_Window]:
+        """Runs group `g` for the newest token and all that wait for it, `width` slots."""
+
+        def run(window: _Window) -> tuple[_Window, KeyValue]:
+            waits = self._waits(self.pending.ran[g][None])[:, -width:]
+            positions = jnp.where(waits, self._window_positions()[:, -width:], -1)
+            slots = jnp.arange(self.cache.capacity)[None]
+            complete = jnp.where(slots < self.pending.ran[g], self.cache.positions, -1)
+            contexts = self.model.contexts(positions, self.cache._replace(positions=complete))
+            before = window.states[:, -width:]
+            x, rows = self._layers(g, before, contexts)
+            return self._after(g, window, jnp.where(waits[:, :, None], x, before), rows)
+
+        return run
+
+    def _layers(
+        self, g: int, x: Float[Array, "B W D"], contexts: tuple[AttentionContext, ...]
+    ) -> tuple[Float[Array, "B W D"], list[KeyValue]]:
+        rows = []
+        for i in self.groups[g]:
+            x, new = self.model.layers[i](x, contexts, self.cache.layer(i))
+            rows.append(new)
+        return x, rows
+
+    def _after(
+        self, g: int, window: _Window, x: Float[Array, "B W D"], rows: list[KeyValue]
+    ) -> tuple[_Window, KeyValue]:
+        """The window once its last W slots have run group `g`, and the group's rows for all of its slots."""
+        newest = leave(self.model, self.groups, g, window.newest._replace(x=x[:, -1:]), self.gating)
+        ahead = window.states.shape[1] - x.shape[1]
+        front = ((0, 0), (0, 0), (ahead, 0), (0, 0))
+        padded = [KeyValue(jnp.pad(r.keys, front), jnp.pad(r.values, front)) for r in rows]
+        states = jnp.concatenate([window.states[:, :ahead], x], axis=1)
+        return _Window(states, newest), GroupRows(self.groups).stack(padded)
+
+    def _waits(self, ran: Int[Array, " groups"]) -> Bool[Array, "groups Q"]:
+        """Which slots of the window groups that have run so many have yet to run, the newest included."""
+        return (self._first_slot() + jnp.arange(self.pending.queue_length))[None] >= ran[:, None]
+
+    def _first_slot(self) -> Int[Array, ""]:
+        return self.cache.length + 1 - self.pending.queue_length
+
+    def _window_positions(self) -> Int[Array, "B Q"]:
+        size = (self.positions.shape[0], self.pending.queue_length - 1)
+        earlier = lax.dynamic_slice(self.cache.positions, (jnp.int32(0), self._first_slot()), size)
+        return jnp.concatenate([earlier, self.positions], axis=1)
+
+    def _written(self, new: KeyValue, states: Float[Array, "B Q D"], done: Bool[Array, " groups"]) -> KVCache:
+        """The cache with the token appended, and the rows that groups have computed."""
+        by_group = self._waits(self.pending.ran) & done[:, None]
+        fresh = jnp.stack([by_group[g] for g, group in enumerate(self.groups) for _ in group])[:, None, None, :, None]
+        zero = jnp.int32(0)
+        start = (zero, zero, zero, self._first_slot(), zero)
+
+        def write(old: Array, rows: Array) -> Array:
+            kept = lax.dynamic_slice(old, start, rows.shape)
+            return lax.dynamic_update_slice(old, jnp.where(fresh, rows.astype(old.dtype), kept), start)
+
+        length = self.cache.length + 1
+        return KVCache(
+            keys=write(self.cache.keys, new.keys),
+            values=write(self.cache.values, new.values),
+            positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.cache.length)),
+            length=length,
+            pending=Pending(states, jnp.where(done, length, self.pending.ran)),
+        )
