@@ -1,10 +1,11 @@
 """Quality against depth and wall clock, for router files over a sweep of thresholds.
 
   python scripts/bench_quality.py MODEL affine=a.safetensors tuned=b.safetensors --text eval.txt --out quality.json
-  python scripts/bench_quality.py MODEL a.safetensors exact=recompute:a.safetensors --text eval.txt --out quality.json
+  python scripts/bench_quality.py MODEL a.safetensors exact=recompute,tilt:a.safetensors --text t.txt --out q.json
 
-MODEL is anything tide_jax.load takes; a router file is named by LABEL=PATH or by its stem, and LABEL=recompute:PATH
-measures it with kv_strategy="recompute". Every threshold is measured
+MODEL is anything tide_jax.load takes; a router file is named by LABEL=PATH or by its stem, and
+LABEL=recompute:PATH, LABEL=tilt:PATH or LABEL=recompute,tilt:PATH measure it with kv_strategy="recompute", with
+threshold_tilt=1, or both. Every threshold is measured
 
 * on held-out text, teacher-forced with the engine itself: layers run, agreement with the full model's likeliest next
   token on the same prefix, KL(full || exits) in nats, and perplexity over the full model's. Position 0 is not counted;
@@ -12,8 +13,10 @@ measures it with kv_strategy="recompute". Every threshold is measured
   model's choice on the same generated prefix, the full model's perplexity on that text over that on its own, and tokens
   per second at batch 1, in turn with full depth in the same process.
 
-After the thresholds given, more are measured by bisection around the best one that keeps --agreement and --perplexity.
-`at_target` names it; nothing is interpolated. The oracle leaves at the first checkpoint that answers as the full model.
+After the thresholds given, more are measured by bisection around the best one that keeps --agreement, and then around
+the best one that keeps --perplexity, too. `at_agreement` and `at_target` name them; nothing is interpolated. One oracle
+leaves at the first checkpoint that answers as the full model, another where it costs least divergence for the layers
+saved: with the same heads, no router can do better at either.
 The JSON is written anew after every threshold ("complete" tells whether it is whole). Text must be none that routers
 were calibrated on, and time is worth something on a quiet machine only.
 """
@@ -25,11 +28,12 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
 
@@ -43,7 +47,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.config import KVStrategy
+from tide_jax.config import KVStrategy, tilted_thresholds
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits
 from tide_jax.texts import load_texts
@@ -63,8 +67,18 @@ DEFINITIONS = {
     "skipped",
     "oracle": "every token leaves at the first checkpoint, from min_layers on, whose answer is the full model's, all "
     "tokens before it at full depth",
+    "oracle_by_kl": "the least depth at a mean KL of at most the logarithm of the perplexity limit, every token's "
+    "divergence at each checkpoint known",
+    "at_agreement": "the measured threshold of least mean depth on text that keeps the limit of agreement",
     "at_target": "the measured threshold of least mean depth on text that keeps both limits",
 }
+
+
+class Dials(NamedTuple):
+    """What a strategy is run with, as in `tide_jax.ExitConfig`."""
+
+    kv_strategy: KVStrategy = "propagate"
+    threshold_tilt: float = 0.0
 
 
 def main() -> None:
@@ -81,8 +95,8 @@ def main() -> None:
     with bar("full depth") as progress:
         reference = Reference(model, texts, max_length=args.max_length, batch_size=args.batch_size, progress=progress)
     generator = None if args.no_generation else Generator(model, prompts, args.new_tokens)
-    for (name, path, kv_strategy), routers in zip(args.routers, strategies, strict=True):
-        entry = start_strategy(name, path, routers, reference, args.min_layers) | {"kv_strategy": kv_strategy}
+    for (name, path, dials), routers in zip(args.routers, strategies, strict=True):
+        entry = start_strategy(name, path, routers, dials, reference, args)
         report["strategies"].append(entry)
         sweep(entry, report, routers, reference, generator, args)
     report["complete"] = True
@@ -98,7 +112,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
-        "routers", metavar="ROUTERS", nargs="+", type=named, help="router file, LABEL=FILE or LABEL=recompute:FILE"
+        "routers", metavar="ROUTERS", nargs="+", type=named, help="router file, or LABEL=[recompute,][tilt:]FILE"
     )
     parser.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .jsonl, .parquet)")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
@@ -107,7 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256, help="tokens of each (256)")
     parser.add_argument("--batch-size", type=int, default=8, help="texts in a forward pass (8)")
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
-    parser.add_argument("--bisect", type=int, default=4, help="thresholds measured by bisection after those (4)")
+    parser.add_argument("--bisect", type=int, default=4, help="thresholds measured by bisection for each limit (4)")
     parser.add_argument("--agreement", type=float, default=0.95, help="limit for at_target (0.95)")
     parser.add_argument("--perplexity", type=float, default=1.01, help="limit of the perplexity ratio (1.01)")
     parser.add_argument(
@@ -156,13 +170,17 @@ def fit(args: argparse.Namespace, model: tide_jax.Decoder, strategies: list[tide
         )
 
 
-def named(argument: str) -> tuple[str, Path, KVStrategy]:
-    """A strategy's name, its router file, and how the cache of skipped layers is filled."""
+def named(argument: str) -> tuple[str, Path, Dials]:
+    """A strategy's name, its router file, and its dials."""
     label, equals, path = argument.partition("=")
     if not equals or Path(argument).exists():
-        return Path(argument).stem, Path(argument), "propagate"
-    recomputed = path.removeprefix("recompute:")
-    return label, Path(recomputed), "propagate" if recomputed == path else "recompute"
+        return Path(argument).stem, Path(argument), Dials()
+    words, colon, rest = path.partition(":")
+    chosen = set(words.split(","))
+    if not colon or not chosen <= {"recompute", "tilt"}:
+        return label, Path(path), Dials()
+    dials = Dials("recompute" if "recompute" in chosen else "propagate", 1.0 if "tilt" in chosen else 0.0)
+    return label, Path(rest), dials
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
@@ -215,8 +233,15 @@ def describe(
     }
 
 
-def start_strategy(name: str, path: Path, routers: tide_jax.Routers, reference: Reference, min_layers: int) -> Row:
-    """A strategy before its sweep: what it is, and its oracle."""
+def start_strategy(
+    name: str,
+    path: Path,
+    routers: tide_jax.Routers,
+    dials: Dials,
+    reference: Reference,
+    args: argparse.Namespace,
+) -> Row:
+    """A strategy before its sweep: what it is, and its oracles."""
     metadata = routers.metadata.to_dict()
     return {
         "name": name,
@@ -226,8 +251,10 @@ def start_strategy(name: str, path: Path, routers: tide_jax.Routers, reference: 
         "translator_rank": None if routers.translators is None else routers.translators.rank,
         "confidence_candidates": None if routers.candidates is None else len(routers.candidates.ids),
         "calibration": metadata.get("config"),
-        "oracle": reference.oracle(routers, min_layers),
+        **dials._asdict(),
+        **reference.oracles(routers, args.min_layers, args.perplexity),
         "rows": [],
+        "at_agreement": None,
         "at_target": None,
     }
 
@@ -243,25 +270,29 @@ def sweep(
     """Measures a strategy at the thresholds given, then at those found by bisection."""
 
     def measure(threshold: float) -> None:
-        gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(args.min_layers))
+        layers = reference.model.config.num_layers
+        thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.checkpoints, layers)
+        gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(args.min_layers))
         exits = Exits(routers.without_metadata(), gate, jnp.asarray(False), entry["kv_strategy"])
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:
-            text = summarise(reference.compare(exits, progress), reference.model.config.num_layers)
+            text = summarise(reference.compare(exits, progress), layers)
         row: Row = {"threshold": threshold, "text": text, "generation": None}
         if generator is not None and text["agreement"] >= args.generate_from:
             with bar(f"{entry['name']} at {threshold:.4f}, generating") as progress:
                 row["generation"] = generator.measure(exits, progress)
         entry["rows"] = sorted([*entry["rows"], row], key=lambda r: r["threshold"])
-        entry["at_target"] = best_row(entry["rows"], args)
+        entry["at_agreement"] = best_row(entry["rows"], args.agreement, math.inf)
+        entry["at_target"] = best_row(entry["rows"], args.agreement, args.perplexity)
         save(report, args.out)
 
     for threshold in args.thresholds:
         measure(threshold)
-    for _ in range(args.bisect):
-        threshold = next_threshold(flat(entry["rows"]), args.agreement, args.perplexity)
-        if threshold is None:
-            break
-        measure(threshold)
+    for limit in (math.inf, args.perplexity):
+        for _ in range(args.bisect):
+            threshold = next_threshold(flat(entry["rows"]), args.agreement, limit)
+            if threshold is None:
+                break
+            measure(threshold)
 
 
 def flat(rows: list[Row]) -> list[Row]:
@@ -269,8 +300,8 @@ def flat(rows: list[Row]) -> list[Row]:
     return [{"threshold": row["threshold"]} | row["text"] for row in rows]
 
 
-def best_row(rows: list[Row], args: argparse.Namespace) -> Row | None:
-    found = at_target(flat(rows), args.agreement, args.perplexity)
+def best_row(rows: list[Row], agreement: float, perplexity_ratio: float) -> Row | None:
+    found = at_target(flat(rows), agreement, perplexity_ratio)
     return None if found is None else next(row for row in rows if row["threshold"] == found["threshold"])
 
 
@@ -305,10 +336,11 @@ def show(console: Console, report: Row) -> None:
         for row in entry["rows"]:
             table.add_row(*cells(row))
         console.print(table)
-        best, limits = entry["at_target"], f"agreement >= {target['agreement']}, perplexity ratio <= "
-        limits += f"{target['perplexity_ratio']}"
-        found = "none" if best is None else f"depth {best['text']['depth']:.3f} at {best['threshold']:.4f}"
-        console.print(f"{limits}: {found}")
+        limits = {"at_agreement": "", "at_target": f" and perplexity ratio <= {target['perplexity_ratio']}"}
+        for key, more in limits.items():
+            best = entry[key]
+            found = "none" if best is None else f"depth {best['text']['depth']:.3f} at {best['threshold']:.4f}"
+            console.print(f"agreement >= {target['agreement']}{more}: {found}")
 
 
 def cells(row: Row) -> list[str]:

@@ -80,23 +80,31 @@ class Reference:
         parts = _reported(numbered, lambda item: self._compare(item[0], item[1][0], item[1][1], exits), progress)
         return Comparison(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def oracle(self, routers: Routers, min_layers: int) -> Row:
-        """Mean depth if every token left at the first checkpoint whose exit argmax is the full model's, every token's
-        past at full depth; and each checkpoint's agreement."""
+    def oracles(self, routers: Routers, min_layers: int, perplexity_ratio: float) -> Row:
+        """What could be had of these heads, every token's past at full depth.
+
+        Returns:
+          "oracle": mean depth if every token left at the first checkpoint whose exit argmax is the full model's, and
+          each checkpoint's agreement and mean divergence; "oracle_by_kl": `least_depth` at a mean KL of the logarithm
+          of `perplexity_ratio`.
+        """
         depth, layers = self.model.config.num_layers, np.asarray(routers.checkpoints)
         bare = routers.without_metadata()
-        right = []
+        parts = []
         for batch, states in zip(self.batches, self.states, strict=True):
-            found = np.asarray(_right_exits(self.model, bare, batch, states))
-            right.append(found[:, np.asarray(batch.counted)])
-        agrees = np.concatenate(right, axis=1)
+            counted = np.asarray(batch.counted)
+            parts.append([np.asarray(a)[:, counted] for a in _exits_everywhere(self.model, bare, batch, states)])
+        agrees, kl = (np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
         run = first_right(agrees, layers, depth, min_layers)
-        return {
+        by_kl, spent = least_depth(kl, layers, depth, min_layers, math.log(perplexity_ratio))
+        oracle = {
             "layers": float(run.mean()),
             "depth": float(run.mean() / depth),
             "depth_without_min_layers": float(first_right(agrees, layers, depth, 0).mean() / depth),
             "agreement_by_layer": {str(layer): float(a.mean()) for layer, a in zip(layers, agrees, strict=True)},
+            "kl_by_layer": {str(layer): float(a.mean()) for layer, a in zip(layers, kl, strict=True)},
         }
+        return {"oracle": oracle, "oracle_by_kl": {"depth": by_kl, "kl": spent}}
 
     def _compare(self, number: int, batch: Batch, states: Array, exits: Exits) -> Comparison:
         counted = np.asarray(batch.counted)
@@ -142,6 +150,34 @@ def first_right(agrees: np.ndarray, checkpoints: np.ndarray, num_layers: int, mi
     """Layers run by each of N tokens that leave at the first checkpoint where ``agrees [C, N]``, else never."""
     allowed = agrees & (checkpoints + 1 >= min_layers)[:, None]
     return np.where(allowed.any(axis=0), checkpoints[allowed.argmax(axis=0)] + 1, num_layers)
+
+
+def least_depth(
+    kl: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int, limit: float
+) -> tuple[float, float]:
+    """Least mean depth of N tokens whose mean divergence stays within `limit`, and that divergence.
+
+    Each token leaves where its divergence less a price for the layers saved is least, or not at all; the price is the
+    highest that keeps the limit. For the divergence that it spends, no other choice of exits runs fewer layers.
+
+    Args:
+      kl: divergence of each token's answer at each checkpoint, ``[C, N]``.
+    """
+    saved = np.where(checkpoints + 1 >= min_layers, 1 - (checkpoints + 1) / num_layers, -np.inf)[:, None]
+
+    def choose(price: float) -> tuple[float, float]:
+        cost = np.concatenate([kl - price * saved, np.zeros((1, kl.shape[1]))])
+        best = cost.argmin(axis=0)
+        leaves = best < len(kl)
+        at = np.where(leaves, best, 0)
+        depth = np.where(leaves, (checkpoints[at] + 1) / num_layers, 1.0)
+        return float(depth.mean()), float(np.where(leaves, kl[at, np.arange(kl.shape[1])], 0.0).mean())
+
+    low, high = 1e-9, 1e3
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if choose(middle)[1] <= limit else (low, middle)
+    return choose(low)
 
 
 def qualifies(row: Row, agreement: float, perplexity_ratio: float) -> bool:
@@ -191,11 +227,8 @@ def _compare(
 
     def one(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         full, early, following = arguments
-        logits = [model.logits(state[None, None])[0, 0].astype(jnp.float32) for state in (full, early)]
-        logs = [jax.nn.log_softmax(values) for values in logits]
-        # 0 * -inf would be NaN where a model never gives some tokens.
-        kl = jnp.sum(jnp.where(logs[0] > -jnp.inf, jnp.exp(logs[0]) * (logs[0] - logs[1]), jnp.float32(0)))
-        return jnp.argmax(logits[0]) == jnp.argmax(logits[1]), kl, -logs[0][following], -logs[1][following]
+        agrees, kl, logs = _differences(model, full, early)
+        return agrees, kl, -logs[0][following], -logs[1][following]
 
     flat = [a.reshape(-1, a.shape[-1]) for a in (states, out.states)]
     following = jnp.roll(batch.tokens, -1, axis=1).reshape(-1)
@@ -203,20 +236,35 @@ def _compare(
     return *(a.reshape(batch.tokens.shape) for a in found), out.exit_layers
 
 
-@jax.jit
-def _right_exits(model: Decoder, routers: Routers, batch: Batch, states: Float[Array, "B T D"]) -> Array:
-    """Whether leaving at each checkpoint gives the full model's argmax, bool [C, B, T]."""
-    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
+def _differences(
+    model: Decoder, full: Float[Array, " D"], early: Float[Array, " D"]
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Whether two final-normed states have one argmax, KL(full || early), and both log distributions."""
+    logits = [model.logits(state[None, None])[0, 0].astype(jnp.float32) for state in (full, early)]
+    logs = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1])
+    # 0 * -inf would be NaN where a model never gives some tokens.
+    kl = jnp.sum(jnp.where(logs[0] > -jnp.inf, jnp.exp(logs[0]) * (logs[0] - logs[1]), jnp.float32(0)))
+    return jnp.argmax(logits[0]) == jnp.argmax(logits[1]), kl, logs
 
-    def argmax(states: Array) -> Array:
-        flat = states.reshape(-1, states.shape[-1])
-        found = lax.map(lambda s: jnp.argmax(model.logits(s[None, None])[0, 0]), flat, batch_size=_CHUNK)
-        return found.reshape(states.shape[:2])
+
+@jax.jit
+def _exits_everywhere(
+    model: Decoder, routers: Routers, batch: Batch, states: Float[Array, "B T D"]
+) -> tuple[Array, Array]:
+    """Whether leaving at each checkpoint gives the full model's argmax, and KL(full || exit), ``[C, B, T]``."""
+    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
+    full = states.reshape(-1, states.shape[-1])
+
+    def compare(exits: Array) -> tuple[Array, Array]:
+        pairs = full, exits.reshape(full.shape)
+        agrees, kl = lax.map(lambda pair: _differences(model, *pair)[:2], pairs, batch_size=_CHUNK)
+        return agrees.reshape(batch.tokens.shape), kl.reshape(batch.tokens.shape)
 
     exits = []
     for i, layer in enumerate(model.layers):
         x, _ = layer(x, contexts, None)
         if i in routers.checkpoints:
             state = routers.exit_state(routers.checkpoints.index(i), x, eps=model.config.norm_eps)
-            exits.append(argmax(model.final_norm(state)))
-    return jnp.stack(exits) == argmax(states)[None]
+            exits.append(compare(model.final_norm(state)))
+    agrees, kl = zip(*exits, strict=True)
+    return jnp.stack(agrees), jnp.stack(kl)

@@ -93,18 +93,24 @@ def test_the_oracle_leaves_at_the_first_right_checkpoint(
 ) -> None:
     prefixes = [text[: t + 1] for text in TEXTS for t in range(1, len(text))]
     last = np.arange(len(prefixes)), np.asarray([len(prefix) - 1 for prefix in prefixes])
-    full = np.asarray(ENGINE(prefixes, mode="full").logits)[last].argmax(-1)
-    right = []
+    full = log_softmax(np.asarray(ENGINE(prefixes, mode="full").logits)[last])
+    right, kl = [], []
     for c, layer in enumerate(ROUTERS.checkpoints):  # only the last token may leave: its past is at full depth
         thresholds = tuple(0.0 if i == c else 1.0 for i in range(len(ROUTERS.checkpoints)))
         out = ENGINE.with_config(exit_threshold=thresholds)(prefixes, prompt_lengths=last[1])
         assert set(out.exit_layers[last].tolist()) == {layer}
-        right.append(np.asarray(out.logits)[last].argmax(-1) == full)
+        early = log_softmax(np.asarray(out.logits)[last])
+        right.append(early.argmax(-1) == full.argmax(-1))
+        kl.append((np.exp(full) * (full - early)).sum(-1))
     layers = [layer for layer in ROUTERS.checkpoints if layer + 1 >= min_layers]
     by_layer = dict(zip(ROUTERS.checkpoints, right, strict=True))
     run = [next((layer + 1 for layer in layers if by_layer[layer][n]), 3) for n in range(len(prefixes))]
     assert np.mean(run) < 3, "some token may leave"
-    found = reference.oracle(ROUTERS, min_layers)
+    oracles = reference.oracles(ROUTERS, min_layers, 1.5)
+    found, by_kl = oracles["oracle"], oracles["oracle_by_kl"]
+    assert list(found["kl_by_layer"].values()) == pytest.approx(np.mean(kl, axis=1).tolist(), abs=1e-5)
+    assert 0 < by_kl["kl"] <= np.log(1.5)
+    assert by_kl["depth"] < 1
     assert found["layers"] == pytest.approx(np.mean(run))
     assert list(found["agreement_by_layer"].values()) == pytest.approx(np.mean(right, axis=1).tolist())
 
@@ -151,6 +157,21 @@ def row_of(threshold: float, depth: float, agreement: float, ratio: float) -> di
 
 FULL = row_of(1.0, 1.0, 1.0, 1.0)
 KEPT = row_of(0.9, 0.9, 0.97, 1.005)
+
+
+def test_the_oracle_by_kl_spends_its_limit_where_most_layers_are_saved() -> None:
+    checkpoints = np.asarray([1, 3])  # of 6 layers: leaving saves 4 or 2
+    kl = np.asarray([[0.4, 0.1, 9.0], [0.3, 0.1, 0.15]])
+
+    def spent(limit: float, min_layers: int = 0) -> tuple[float, float]:
+        depth, found = quality_measures.least_depth(kl, checkpoints, 6, min_layers, limit)
+        return round(depth * 18), round(found * 3, 6)
+
+    assert spent(0.0) == (18, 0.0)
+    assert spent(0.1 / 3) == (14, 0.1), "the second token leaves early"
+    assert spent(0.3 / 3) == (12, 0.25), "the third follows, later; together they save six layers of 18"
+    assert spent(10.0) == (6, 9.5)
+    assert spent(10.0, min_layers=4) == (12, 0.55)
 
 
 def test_at_target_is_a_measured_row_that_keeps_both_limits() -> None:
