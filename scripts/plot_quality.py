@@ -1,7 +1,8 @@
 """Draws bench_quality.py's JSON: ``python scripts/plot_quality.py quality.json quality.svg``. Needs the extra "plot".
 
 Agreement against depth and against wall clock, and the perplexity ratio against depth, every strategy a line. Vertical
-lines mark the oracle's depth, horizontal ones the limits, stars the point of least depth that keeps them.
+lines mark the oracle's depth, horizontal ones the limits, stars the least depth
+that keeps the limit of agreement.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
 
 
 def _draw_strategy(axes: Any, entry: dict[str, Any], colour: str) -> None:
-    rows, best, label = entry["rows"], entry["at_target"], entry["name"]
+    rows, best, label = entry["rows"], entry["at_agreement"], entry["name"]
     made = [row for row in rows if row["generation"] is not None]
     lines = [
         ([row["text"]["depth"] for row in rows], [row["text"]["agreement"] for row in rows]),

@@ -128,6 +128,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing there": (("inspect", "/nowhere/at/all"), "/nowhere/at/all"),
     "an empty prompt": (("generate", "MODEL", "--prompt", ""), "the prompt is empty"),
     "a threshold above 1": (("generate", "MODEL", *_PROMPT, "--threshold", "1.5"), "--threshold 1.5"),
+    "a cache strategy without routers": (
+        ("generate", "MODEL", *_PROMPT, "--kv-strategy", "recompute"),
+        "--kv-strategy says how tokens exit; it needs --routers",
+    ),
     "a threshold below 0": (("generate", "MODEL", *_PROMPT, "--threshold", "-0.5"), "--threshold -0.5"),
     "more layers than there are": (("generate", "MODEL", *_PROMPT, "--min-layers", "5"), "--min-layers 5"),
     "exits without routers": (

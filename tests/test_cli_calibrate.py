@@ -337,3 +337,28 @@ def test_texts_with_nothing_to_test_are_left_to_the_routers() -> None:
         set_aside(texts, Promise(0.3, 0.1, guarantee_texts=20))
     with pytest.raises(TideError, match="guarantee_texts=True"):
         Promise(guarantee_texts=True)
+
+
+# ---- the cache's strategy and the tilt ----
+
+
+def test_a_promise_for_recomputed_caches_is_what_generate_runs(
+    model: Path,  # noqa: F811
+    text: Path,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    output = tmp_path / "routers.safetensors"
+    dials = ("--kv-strategy", "recompute", "--threshold-tilt", "0.5")
+    assert run("calibrate", model, "--text", text, "--output", output, *QUICK, *PROMISE, *dials) == 0
+    stored = metadata(output, model)["exit_config"]
+    assert (stored["kv_strategy"], stored["threshold_tilt"]) == ("recompute", 0.5)
+    capsys.readouterr()
+    prompt = ("--prompt", WORDS[1], "--max-new-tokens", "4", "--json")
+    assert run("generate", model, "--routers", output, *prompt) == 0
+    used = json.loads(capsys.readouterr().out)["exit_config"]
+    assert (used["kv_strategy"], used["threshold_tilt"]) == ("recompute", 0.5)
+    assert used["guarantee"] is not None
+    assert run("generate", model, "--routers", output, *prompt, "--kv-strategy", "propagate") == 0
+    other = json.loads(capsys.readouterr().out)["exit_config"]
+    assert (other["kv_strategy"], other["guarantee"]) == ("propagate", None)

@@ -25,12 +25,24 @@ from tide_jax.testing import tiny_config
         ({"min_layers": -1}, "min_layers=-1"),
         ({"min_layers": 2.5}, "min_layers=2.5"),
         ({"min_layers": True}, "min_layers=True"),
-        ({"kv_strategy": "forget"}, "kv_strategy='forget'.*propagate"),
+        ({"kv_strategy": "forget"}, "kv_strategy='forget'.*propagate.*recompute"),
+        ({"threshold_tilt": 1.5}, "threshold_tilt=1.5"),
+        ({"threshold_tilt": 0.5, "exit_threshold": (0.5, 0.6)}, "threshold_tilt tilts one exit_threshold"),
     ],
 )
 def test_exit_settings_out_of_range(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(TideError, match=expected):
         ExitConfig(**values)
+
+
+def test_a_tilted_threshold_asks_more_of_deep_checkpoints() -> None:
+    checkpoints = (1, 3, 5)
+    assert ExitConfig(exit_threshold=0.8).thresholds(checkpoints, 8) == pytest.approx((0.8, 0.8, 0.8))
+    tilted = ExitConfig(exit_threshold=0.8, threshold_tilt=1.0).thresholds(checkpoints, 8)
+    assert tilted == pytest.approx((0.7, 0.8, 0.9)), "what may go wrong is in proportion to the layers saved"
+    assert ExitConfig(exit_threshold=0.1, threshold_tilt=1.0).thresholds((0,), 8) == (0.0,)
+    assert ExitConfig(exit_threshold=1.0, threshold_tilt=1.0).thresholds(checkpoints, 8) == (1.0, 1.0, 1.0)
+    assert ExitConfig(exit_threshold=(0.1, 0.2, 0.3)).thresholds(checkpoints, 8) == (0.1, 0.2, 0.3)
 
 
 def test_a_list_of_thresholds_stays_hashable() -> None:

@@ -179,6 +179,16 @@ def test_each_checkpoint_has_its_threshold() -> None:
     assert not np.array_equal(scored.exit_layers, engine.with_config(exit_threshold=(0.2, 0.9))(PROMPTS).exit_layers)
 
 
+def test_a_tilt_is_these_thresholds() -> None:
+    engine = engine_of("pre norm")
+    tilted = engine.with_config(exit_threshold=0.5, threshold_tilt=1.0)
+    thresholds = tilted.config.thresholds(engine.routers.checkpoints, engine.model.config.num_layers)
+    assert thresholds[0] < 0.5 < thresholds[-1]
+    expected = engine.with_config(exit_threshold=thresholds)(PROMPTS).exit_layers
+    np.testing.assert_array_equal(tilted(PROMPTS).exit_layers, expected)
+    assert not np.array_equal(engine(PROMPTS).exit_layers, expected)
+
+
 def test_scoring_the_generated_row_gives_its_exit_layers() -> None:
     engine = engine_of("sliding windows")
     out = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])

@@ -76,6 +76,11 @@ def _add_promise(group: Any) -> None:
         choices=["propagate", "recompute"],
         help="how runs are to fill the cache of skipped layers: the promise is for these (propagate)",
     )
+    group.add_argument(
+        "--threshold-tilt",
+        type=float,
+        help="0 to 1: how much surer a deep checkpoint has to be than a shallow one, in the promise's runs (0)",
+    )
     group.add_argument("--per-checkpoint", action="store_true", default=None, help="a threshold for each checkpoint")
     group.add_argument(
         "--guarantee-texts",
@@ -130,7 +135,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 def _promise(args: argparse.Namespace) -> Promise | None:
     from tide_jax.promise import Promise
 
-    dials = ("delta", "loss", "per_checkpoint", "kv_strategy", "guarantee_texts")
+    dials = ("delta", "loss", "per_checkpoint", "kv_strategy", "threshold_tilt", "guarantee_texts")
     given = {name: getattr(args, name) for name in dials if getattr(args, name) is not None}
     if args.risk is not None:
         return Promise(args.risk, **given)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from tide_jax import TIDE, DriftMonitor
 
 
+_DIALS = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy")
+"""Options that are fields of `tide_jax.ExitConfig`."""
+
+
 def add_command(subparsers: Any) -> None:
     """Registers `generate`."""
     parser = model_command(
@@ -34,6 +38,11 @@ def add_command(subparsers: Any) -> None:
         type=float,
         dest="exit_threshold",
         help="a token exits above this router score (the one promised in the router file, else 0.85)",
+    )
+    parser.add_argument(
+        "--threshold-tilt",
+        type=float,
+        help="0 to 1: how much surer a deep checkpoint has to be than a shallow one (the router file's, else 0)",
     )
     parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
     parser.add_argument(
@@ -102,10 +111,10 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode == "full"):
         raise TideError("--audit compares exits with the full model; it needs --routers, and no --mode full")
-    given = {name: getattr(args, name) for name in ("exit_threshold", "min_layers", "kv_strategy")}
-    tide_jax.ExitConfig(**{name: value for name, value in given.items() if value is not None})
-    if args.kv_strategy is not None and args.routers is None:
-        raise TideError("--kv-strategy says what exits do to the cache; it needs --routers")
+    given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
+    tide_jax.ExitConfig(**given)
+    if args.routers is None and (unused := [n for n in ("threshold_tilt", "kv_strategy") if n in given]):
+        raise TideError(f"--{unused[0].replace('_', '-')} says how tokens exit; it needs --routers")
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
@@ -118,8 +127,7 @@ def _engine(args: argparse.Namespace, model: Any, *, audited: bool) -> tuple[TID
         config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
         return tide_jax.TIDE(model, None, config), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
-    dials = {name: getattr(args, name) for name in ("exit_threshold", "min_layers", "kv_strategy")}
-    config, promise = exit_settings(model, routers, **dials)
+    config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
         config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
     return tide_jax.TIDE(model, routers, config), None if args.mode == "full" else promise

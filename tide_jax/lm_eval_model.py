@@ -50,9 +50,9 @@ class TideLM(TemplateLM):
       pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
       tokenizer: anything `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file of `tide-jax calibrate`; without one every layer runs.
-      threshold, min_layers, kv_strategy, prefill_exits: see `ExitConfig`; default: those promised in the router file,
-        if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction of a
-        continuation's first one.
+      threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
+        the router file, if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction
+        of a continuation's first one.
       mode: "exit" (default when there are routers) or "full".
       dtype: of the weights, see `tide_jax.load`.
       batch_size: rows in a forward pass.
@@ -78,6 +78,7 @@ class TideLM(TemplateLM):
         threshold: Any = None,
         min_layers: int | None = None,
         kv_strategy: KVStrategy | None = None,
+        threshold_tilt: float | None = None,
         prefill_exits: bool | None = None,
         mode: Mode | None = None,
         dtype: str | None = None,
@@ -103,6 +104,7 @@ class TideLM(TemplateLM):
             "exit_threshold": threshold,
             "min_layers": min_layers,
             "kv_strategy": kv_strategy,
+            "threshold_tilt": threshold_tilt,
             "prefill_exits": prefill_exits,
         }
         self.engine = _engine(pretrained, routers, {k: v for k, v in dials.items() if v is not None}, mode, dtype)
@@ -213,6 +215,7 @@ class TideLM(TemplateLM):
             "threshold": config.exit_threshold,
             "min_layers": config.min_layers,
             "kv_strategy": config.kv_strategy,
+            "threshold_tilt": config.threshold_tilt,
         }
         return {
             "model_num_parameters": sum(int(tensor.size) for tensor in parameters(model).values()),

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 
 from tide_jax.architecture import check_choice
-from tide_jax.checks import whole_number
+from tide_jax.checks import share, whole_number
 from tide_jax.collect import Progress, Sample
 from tide_jax.config import CalibrationConfig, ExitConfig, KVStrategy
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
+from tide_jax.errors import TideError
 from tide_jax.risk_control import GuaranteeError, smallest_sample
 from tide_jax.risk_guarantee import guarantee, pilot_texts
 from tide_jax.router import RouterMetadata, Routers
@@ -31,7 +32,7 @@ class Promise:
 
     Attributes:
       risk, delta, loss, per_checkpoint: as in `tide_jax.guarantee`.
-      kv_strategy: what the promise is for, see `tide_jax.ExitConfig`.
+      kv_strategy, threshold_tilt: what the promise is for, see `tide_jax.ExitConfig`.
       guarantee_texts: how many to set aside; None: `ROOM` times the fewest that could do or `SHARE` of all, whichever
         is more, but no more than half of them where fewer could do.
 
@@ -45,10 +46,13 @@ class Promise:
     loss: Literal["disagreement", "nll"] = "disagreement"
     per_checkpoint: bool = False
     kv_strategy: KVStrategy = "propagate"
+    threshold_tilt: float = 0.0
     guarantee_texts: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("kv_strategy", self.kv_strategy, KVStrategy)
+        if share("threshold_tilt", self.threshold_tilt) and self.per_checkpoint:
+            raise TideError("threshold_tilt tilts one threshold, per_checkpoint chooses many; pass one of them")
         least = self.least
         if self.guarantee_texts is not None and whole_number("guarantee_texts", self.guarantee_texts, 1) < least:
             raise GuaranteeError(
@@ -122,8 +126,8 @@ def with_guarantee(
     Raises:
       TideError: bad input, in one line.
     """
-    settings = ExitConfig(min_layers=config.min_layers, kv_strategy=promise.kv_strategy)
-    engine = TIDE(model, routers, settings)
+    dials = {"kv_strategy": promise.kv_strategy, "threshold_tilt": promise.threshold_tilt}
+    engine = TIDE(model, routers, ExitConfig(min_layers=config.min_layers, **dials))
     try:
         found = guarantee(
             engine,

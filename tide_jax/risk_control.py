@@ -82,8 +82,9 @@ class RiskGuarantee:
             what = f"at most {bound} of a text's tokens differ from the full model's, on average"
         if self.loss == "nll":
             what = f"a text's mean negative log-likelihood rises by at most {bound} nats, on average"
+        tilt = f", tilt {self.threshold_tilt:g}" if self.threshold_tilt else ""
         return (
-            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {_listed(self.exit_threshold)}, "
+            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {_listed(self.exit_threshold)}{tilt}, "
             f"{self.sequences} texts: {observed}, p-value {self.p_value:.3g}, mean depth {self.depth:.1%})"
         )
 
