@@ -14,6 +14,7 @@ time minus the time of embedding, output head and argmax alone; taken within eac
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -102,6 +103,9 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     for checkpoint in routers.checkpoints:
         exits = forced(routers, checkpoint + 1)
         variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
+    middle = min(routers.checkpoints, key=lambda c: abs(2 * (c + 1) - model.config.num_layers)) + 1
+    recomputed = dataclasses.replace(forced(routers, middle), kv_strategy="recompute")
+    variants[f"forced {middle} recompute"] = engine_variant(model, recomputed, batch, args.steps)
     if reference is not None:
         variants["transformers"] = reference_variant(reference, model.config.vocab_size, batch, args.steps)
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -211,6 +215,7 @@ def summarise(
         if name.startswith("forced"):
             depth = int(name.split()[1])
             row["layers"] = depth
+            row["kv_strategy"] = "recompute" if name.endswith("recompute") else "propagate"
             saved = ((f - v) / (f - head) for v, f in zip(values, beside[name], strict=True))
             row["skip_efficiency"] = statistics.median(saved) / (1 - depth / layers)
         rows.append(row)

@@ -31,6 +31,7 @@ def decode_table() -> str:
         lines += ["|---|---:|---:|---:|---:|"]
         for row in batch["variants"]:
             forced = f"every token leaves after {row.get('layers')} of {layers} layers"
+            forced += ", cache recomputed" if row.get("kv_strategy") == "recompute" else ""
             name = forced if "layers" in row else _NAMES[row["name"]]
             efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
             lines.append(
