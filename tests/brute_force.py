@@ -14,7 +14,7 @@ import numpy as np
 
 from tide_jax.architecture import AttentionType, QKNorm
 from tide_jax.decoder import Decoder, parameters
-from tide_jax.router import Routers
+from tide_jax.router import SCREEN_LEVELS, Routers
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -88,8 +88,9 @@ class BruteForce:
                 threshold = self.thresholds if isinstance(self.thresholds, float) else self.thresholds[c]
                 score, margin = self._score(c, x), math.inf
                 if self.routers.confidence is not None:
-                    margin = abs(score - float(self.routers.confidence[c].screen))
-                    score = self._second_look(c, x, score)
+                    screen = self._screen(c, threshold)
+                    margin = abs(score - screen)
+                    score = self._second_look(c, x, score) if score > screen else 0.0
                 walked.margin = min(walked.margin, margin, abs(score - threshold))
                 if score > threshold:
                     state, left = self._exit_state(c, x), layer
@@ -102,10 +103,13 @@ class BruteForce:
         hidden = _ACTIVATIONS["silu"](_rms(x, self.config.norm_eps) @ down + down_bias)
         return float(1 / (1 + np.exp(-(hidden @ up + up_bias))))
 
+    def _screen(self, c: int, threshold: float) -> float:
+        """That of the highest level up to the threshold, or of the lowest one."""
+        levels = [level for level in SCREEN_LEVELS if level <= np.float32(threshold)] or SCREEN_LEVELS[:1]
+        return 1.0 if threshold >= 1 else float(self.routers.confidence[c].screens[len(levels) - 1])
+
     def _second_look(self, c: int, x: np.ndarray, first: float) -> float:
         look = self.routers.confidence[c]
-        if first <= float(look.screen):
-            return 0.0
         logits = np.sort(self._logits(self._exit_state(c, x))[np.asarray(self.routers.candidates.ids)])
         total = np.log(np.sum(np.exp(logits - logits[-1]))) + logits[-1]
         found = np.asarray([np.log(first / (1 - first)), logits[-1] - total, logits[-1] - logits[-2], total])

@@ -16,7 +16,7 @@ from tide_jax.confidence_training import final_scores, train_confidence
 from tide_jax.config import CalibrationConfig
 from tide_jax.exit_heads import fit_heads
 from tide_jax.reservoir import Reservoir
-from tide_jax.router import Candidates, ExitHead, Router, Routers
+from tide_jax.router import SCREEN_LEVELS, Candidates, ExitHead, Router, Routers
 from tide_jax.testing import random_routers, tiny_config
 from tide_jax.tuned_heads import frequent, tune_heads
 
@@ -144,7 +144,34 @@ def test_the_screen_hides_what_lies_below_it() -> None:
     first = np.asarray(routers.scores(0, rows, eps=MODEL.config.norm_eps))
     scores = np.asarray(exit_scores(MODEL, routers, 0, rows).scores[0])
     assert routers.confidence is not None
-    screened = first <= float(routers.confidence[0].screen)
+    screened = first <= float(routers.confidence[0].screens[0])
     assert 0 < screened.sum() < 200
     assert (scores[screened] == 0).all()
     assert (scores[~screened] > 0).all()
+
+
+def test_a_screen_lets_pass_what_its_threshold_may() -> None:
+    fit, fresh = sample(3000, 1), sample(2000, 2)
+    routers = random_routers(tiny_config(), interval=2, model=MODEL)
+    routers = dataclasses.replace(routers, routers=routers.routers[:1], checkpoints=routers.checkpoints[:1])
+
+    def first(each: Reservoir) -> np.ndarray:
+        states = jnp.asarray(each.states[0], jnp.float32)
+        return np.asarray(routers.scores(0, states, eps=MODEL.config.norm_eps))
+
+    likely = np.quantile(first(fit), 0.6)
+    draws = np.random.default_rng(0).random(len(fit))
+    labels = (draws < jax.nn.sigmoid(12 * (first(fit) - likely)))[None]
+    looks = train_confidence(MODEL, routers, fit.states, labels, seed=0)
+    scores = final_scores(MODEL, dataclasses.replace(routers, confidence=looks), fresh.states)[0]
+    passed = []
+    for level in SCREEN_LEVELS:
+        screen = float(looks[0].screen(jnp.float32(level)))
+        assert screen <= level + 1e-6, "what the router itself takes for so likely is looked at"
+        above = scores > level
+        assert (above & (first(fresh) <= screen)).sum() <= max(0.05 * above.sum(), 3)
+        passed.append((first(fresh) > screen).mean())
+    assert passed == sorted(passed, reverse=True)
+    assert passed[-1] < 0.6 * passed[0]
+    assert float(looks[0].screen(jnp.float32(1.0))) == 1.0, "nothing ends above 1"
+    assert float(looks[0].screen(jnp.float32(0.1))) == float(looks[0].screens[0])

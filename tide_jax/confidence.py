@@ -41,7 +41,7 @@ def second_look(
         return ExitAnswers(first, states)
     confidence = routers.confidence[checkpoint]
     scores = jax.nn.sigmoid(confidence.logit(features(model, routers.candidates.rows, states, first)))
-    return ExitAnswers(jnp.where(first > confidence.screen, scores, 0.0), states)
+    return ExitAnswers(jnp.where(first > confidence.screens[0], scores, 0.0), states)
 
 
 def exit_scores(model: Decoder, routers: Routers, checkpoint: int, x: Float[Array, "N D"]) -> ExitAnswers:

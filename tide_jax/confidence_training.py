@@ -14,15 +14,13 @@ from tide_jax.confidence import exit_scores, features
 from tide_jax.decoder import Decoder
 from tide_jax.exit_heads import in_chunks
 from tide_jax.gradient_step import apply_gradients
-from tide_jax.router import Confidence, Routers
+from tide_jax.router import SCREEN_LEVELS, Confidence, Routers
 
 HELD_BACK = 0.3
 """Share of the routers' tokens for the second look: a router is too sure of those it has seen."""
 
 _HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
-_LOST = 0.02  # of the tokens likely to be right, this share may be screened out
-_LIKELY = 0.5
-_PLAUSIBLE = 0.5  # a router score above this is always looked at
+_LOST = 0.02  # of the tokens that a look would put above a level, this share may be screened out
 
 
 def train_confidence(
@@ -44,7 +42,7 @@ def train_confidence(
     for c in range(len(states)):
         found = _features_of(model, routers, c, states[c])
         look = _fit(found, labels[c], jax.random.fold_in(jax.random.key(seed), c))
-        looks.append(look._replace(screen=_screen(look, found)))
+        looks.append(look._replace(screens=_screens(look, found)))
         if progress is not None:
             progress("training the second look", c + 1, len(states))
     return tuple(looks)
@@ -89,7 +87,7 @@ def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array)
     rate = float(np.clip(labels.mean(), 1e-4, 1 - 1e-4))
     width = found.shape[1]
     look = Confidence(
-        screen=jnp.float32(0.0),
+        screens=jnp.zeros((len(SCREEN_LEVELS),), jnp.float32),
         down=jax.random.normal(key, (width, _HIDDEN), jnp.float32) / np.float32(np.sqrt(width)),
         down_bias=jnp.zeros((_HIDDEN,), jnp.float32),
         up=jnp.zeros((_HIDDEN,), jnp.float32),
@@ -115,10 +113,14 @@ def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array,
     return jax.lax.fori_loop(0, _STEPS, step, (look, optimiser.init(look)))[0]
 
 
-def _screen(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, ""]:
-    """The router score that all but a few of the tokens likely to be right exceed; 1 where none is likely."""
-    likely = np.asarray(jax.nn.sigmoid(look.logit(found))) > _LIKELY
-    first = np.asarray(jax.nn.sigmoid(found[:, 0]))[likely]
-    if not len(first):
-        return jnp.float32(1.0)
-    return jnp.float32(min(np.quantile(first, _LOST) * (1 - 1e-6), _PLAUSIBLE))
+def _screens(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, " levels"]:
+    """For each level the router score that all but a few of the tokens above it exceed, but never more than the level:
+    what the router itself takes for so likely is always looked at. 1 where no token is above the lowest level."""
+    final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (look.logit(found), found[:, 0]))
+    screens = []
+    for level in SCREEN_LEVELS:
+        above = first[final > level]
+        screens.append(min(np.quantile(above, _LOST) * (1 - 1e-6), level) if len(above) else level)
+    if not (final > SCREEN_LEVELS[0]).any():
+        screens = [1.0] * len(screens)
+    return jnp.asarray(np.maximum.accumulate(screens), jnp.float32)

@@ -79,7 +79,7 @@ class Gating(NamedTuple):
             router.down_bias,
             router.up,
             router.up_bias,
-            threshold if looks is None else looks[checkpoint].screen,
+            threshold if looks is None else looks[checkpoint].screen(threshold),
             allowed.reshape(-1),
             eps=model.config.norm_eps,
             implementation=self.implementation,

@@ -35,6 +35,9 @@ class Router(NamedTuple):
 FEATURES = 4
 """Figures that a second look sees of a token, see `tide_jax.confidence.features`."""
 
+SCREEN_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+"""Thresholds for which a second look has a screen of its own: what has to pass it to be looked at."""
+
 
 class Candidates(NamedTuple):
     """Frequent tokens whose logits tell how sure an exit is.
@@ -52,16 +55,23 @@ class Confidence(NamedTuple):
     """A checkpoint's second look, a network over the features of `tide_jax.confidence`, float32.
 
     Attributes:
-      screen: tokens with a router score up to this are not looked at.
+      screens: tokens with a router score up to this are not looked at, for a threshold of at least each of
+        `SCREEN_LEVELS`; ascending.
       down, down_bias, up, up_bias: ``up . silu(down^T features + down_bias) + up_bias`` is the log odds that leaving
         is right.
     """
 
-    screen: Float[Array, ""]
+    screens: Float[Array, " levels"]
     down: Float[Array, "F H"]
     down_bias: Float[Array, " H"]
     up: Float[Array, " H"]
     up_bias: Float[Array, ""]
+
+    def screen(self, threshold: Float[Array, ""]) -> Float[Array, ""]:
+        """The router score up to which no look could end above the threshold, but for a few: looking costs as much as
+        part of a layer. Nothing ends above 1."""
+        level = jnp.sum(threshold >= jnp.asarray(SCREEN_LEVELS, jnp.float32)) - 1
+        return jnp.where(threshold >= 1, jnp.float32(1), self.screens[jnp.maximum(level, 0)])
 
     def logit(self, features: Float[Array, "... F"]) -> Float[Array, "..."]:
         """Log odds that leaving is right."""
@@ -314,8 +324,8 @@ class _Reader(NamedTuple):
     def _confidence(self, checkpoint: int) -> Confidence:
         down = self._tensor(f"{checkpoint}.confidence.down", (FEATURES, None))
         bias, up = (self._tensor(f"{checkpoint}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
-        screen, up_bias = (self._tensor(f"{checkpoint}.confidence.{n}", ()) for n in ("screen", "up_bias"))
-        return Confidence(screen, down, bias, up, up_bias)
+        screens = self._tensor(f"{checkpoint}.confidence.screens", (len(SCREEN_LEVELS),))
+        return Confidence(screens, down, bias, up, self._tensor(f"{checkpoint}.confidence.up_bias", ()))
 
     def translators(self, checkpoints: tuple[int, ...], num_layers: int) -> Translators:
         first = self._tensor(f"translators.{checkpoints[0]}.down", (self.size, None))

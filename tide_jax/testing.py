@@ -11,7 +11,7 @@ from flax import nnx
 
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import Decoder
-from tide_jax.router import Candidates, Confidence, ExitHead, Router, Routers
+from tide_jax.router import SCREEN_LEVELS, Candidates, Confidence, ExitHead, Router, Routers
 from tide_jax.translators import LayerTranslators, Translators
 
 
@@ -74,7 +74,8 @@ def random_routers(
         down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's opinion
         usual = jnp.asarray([0.0, -4.0, 0.4, 4.5])  # the features of an undecided answer
         bias = -jnp.dot(usual, down, precision="highest")
-        return Confidence(jnp.float32(0.3), down, bias, jnp.ones((3,)), jnp.float32(-0.3))
+        screens = jnp.linspace(0.3, 0.44, len(SCREEN_LEVELS), dtype=jnp.float32)
+        return Confidence(screens, down, bias, jnp.ones((3,)), jnp.float32(-0.3))
 
     def translators(rank: int) -> Translators:
         down = tuple(normal(c, 5, shape=(d, rank), scale=d**-0.5) for c in count)
