@@ -15,8 +15,8 @@ threshold_tilt=1, or both. Every threshold is measured
 
 After the thresholds given, more are measured by bisection around the best one that keeps --agreement, and then around
 the best one that keeps --perplexity, too. `at_agreement` and `at_target` name them; nothing is interpolated. One oracle
-leaves at the first checkpoint that answers as the full model, another where it costs least divergence for the layers
-saved: with the same heads, no router can do better at either.
+leaves at the first checkpoint that answers as the full model: with the same heads no router runs fewer layers without
+ever being wrong. Another leaves where it costs least divergence for the layers saved: none runs fewer for as much KL.
 The JSON is written anew after every threshold ("complete" tells whether it is whole). Text must be none that routers
 were calibrated on, and time is worth something on a quiet machine only.
 """
@@ -67,8 +67,8 @@ DEFINITIONS = {
     "skipped",
     "oracle": "every token leaves at the first checkpoint, from min_layers on, whose answer is the full model's, all "
     "tokens before it at full depth",
-    "oracle_by_kl": "the least depth at a mean KL of at most the logarithm of the perplexity limit, every token's "
-    "divergence at each checkpoint known",
+    "oracle_by_kl": "the least depth for the mean KL it spends, nearly the logarithm of the perplexity limit, every "
+    "token's divergence at each checkpoint known",
     "at_agreement": "the measured threshold of least mean depth on text that keeps the limit of agreement",
     "at_target": "the measured threshold of least mean depth on text that keeps both limits",
 }
@@ -142,6 +142,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"two router files are called the same ({', '.join(names)}); name them with LABEL=FILE")
     if not all(0.0 <= t <= 1.0 for t in args.thresholds):
         parser.error("--thresholds must lie in 0..1")
+    if not args.perplexity >= 1.0:
+        parser.error("--perplexity is a ratio to the full model's and must be at least 1")
     least = {"texts": 1, "max_length": 2, "batch_size": 1, "bisect": 0, "prompts": 1, "prompt_length": 1}
     for name, low in (least | {"new_tokens": 2, "min_layers": 0}).items():
         if getattr(args, name) is not None and getattr(args, name) < low:

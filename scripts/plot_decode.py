@@ -25,7 +25,11 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(report["batches"]), figsize=(5 * len(report["batches"]), 4), squeeze=False)
     for axis, batch in zip(axes[0], report["batches"], strict=True):
         times = {row["name"]: row["ms_per_step"] for row in batch["variants"]}
-        forced = [(row["layers"], row["ms_per_step"]) for row in batch["variants"] if "layers" in row]
+        rows = [row for row in batch["variants"] if "layers" in row]
+        recomputed = [row for row in rows if row.get("kv_strategy") == "recompute"]
+        forced = [(row["layers"], row["ms_per_step"]) for row in rows if row not in recomputed]
+        for row in recomputed:
+            axis.plot(row["layers"], row["ms_per_step"], marker="s", linestyle="", label="cache recomputed")
         axis.plot(*zip(*forced, (layers, times["full"]), strict=True), marker="o", label="measured")
         axis.plot([0, layers], [times["head only"], times["full"]], linestyle="--", label="skipped layers for free")
         axis.set(

@@ -52,7 +52,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
 
 
 def _draw_strategy(axes: Any, entry: dict[str, Any], colour: str) -> None:
-    rows, best, label = entry["rows"], entry["at_agreement"], entry["name"]
+    rows, label = entry["rows"], entry["name"]
     made = [row for row in rows if row["generation"] is not None]
     lines = [
         ([row["text"]["depth"] for row in rows], [row["text"]["agreement"] for row in rows]),
@@ -61,14 +61,14 @@ def _draw_strategy(axes: Any, entry: dict[str, Any], colour: str) -> None:
     ]
     for axis, (across, up) in zip(axes, lines, strict=True):
         axis.plot(across, up, marker="o", markersize=3, color=colour, label=label)
-    oracle = entry["oracle"]["depth"]
-    for axis in (axes[0], axes[2]):
-        axis.axvline(oracle, color=colour, linestyle="--", linewidth=1, label=f"{label}, oracle")
-    if best is None:
-        return
+    for axis, oracle in ((axes[0], entry["oracle"]), (axes[2], entry["oracle_by_kl"])):
+        axis.axvline(oracle["depth"], color=colour, linestyle="--", linewidth=1, label=f"{label}, oracle")
     star = {"marker": "*", "markersize": 13, "color": colour, "linestyle": ""}
+    if (best := entry["at_target"]) is not None:
+        axes[2].plot(best["text"]["depth"], best["text"]["perplexity_ratio"], **star)
+    if (best := entry["at_agreement"]) is None:
+        return
     axes[0].plot(best["text"]["depth"], best["text"]["agreement"], **star)
-    axes[2].plot(best["text"]["depth"], best["text"]["perplexity_ratio"], **star)
     if best["generation"] is not None:
         axes[1].plot(best["generation"]["time_ratio"], best["generation"]["agreement"], **star)
 

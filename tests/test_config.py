@@ -37,7 +37,7 @@ def test_exit_settings_out_of_range(values: dict[str, Any], expected: str) -> No
 
 def test_a_tilted_threshold_asks_more_of_deep_checkpoints() -> None:
     checkpoints = (1, 3, 5)
-    assert ExitConfig(exit_threshold=0.8).thresholds(checkpoints, 8) == pytest.approx((0.8, 0.8, 0.8))
+    assert ExitConfig(exit_threshold=0.8).thresholds(checkpoints, 8) == (0.8, 0.8, 0.8)
     tilted = ExitConfig(exit_threshold=0.8, threshold_tilt=1.0).thresholds(checkpoints, 8)
     assert tilted == pytest.approx((0.7, 0.8, 0.9)), "what may go wrong is in proportion to the layers saved"
     assert ExitConfig(exit_threshold=0.1, threshold_tilt=1.0).thresholds((0,), 8) == (0.0,)

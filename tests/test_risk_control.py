@@ -192,13 +192,33 @@ def test_a_guarantee_survives_json_and_hashing() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"exit_threshold": 0.9}, {"exit_threshold": (0.9, 0.81)}, {"min_layers": 5}, {"prefill_exits": True}]
+    "changes",
+    [
+        {"exit_threshold": 0.9},
+        {"exit_threshold": (0.9, 0.81)},
+        {"min_layers": 5},
+        {"prefill_exits": True},
+        {"kv_strategy": "recompute"},
+    ],
 )
 def test_other_settings_lose_the_guarantee(changes: dict[str, Any]) -> None:
     assert dataclasses.replace(CONFIG, **changes).guarantee is None
     kept = dataclasses.replace(GUARANTEE, **changes)
     assert dataclasses.replace(CONFIG, **changes, guarantee=kept).guarantee == kept
     assert dataclasses.replace(CONFIG, min_layers=4).guarantee == GUARANTEE
+
+
+def test_another_tilt_loses_the_guarantee() -> None:
+    found = dataclasses.replace(GUARANTEE, exit_threshold=0.9, threshold_tilt=1.0)
+    config = ExitConfig(exit_threshold=0.9, threshold_tilt=1.0, min_layers=4, guarantee=found)
+    assert config.guarantee == found
+    assert dataclasses.replace(config, threshold_tilt=0.5).guarantee is None
+
+
+def test_settings_written_without_a_tilt_have_none() -> None:
+    values = CONFIG.to_dict()
+    del values["threshold_tilt"], values["guarantee"]["threshold_tilt"]
+    assert ExitConfig.from_dict(values) == CONFIG
 
 
 @pytest.mark.parametrize(

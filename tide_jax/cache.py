@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from tide_jax.architecture import DecoderConfig
 from tide_jax.attention import KeyValue
+from tide_jax.checks import whole_number
 
 QUEUE_LENGTH = 8
-"""Tokens whose deep layers may wait, the newest included. A pass over so few rows reads the weights once."""
+"""Tokens whose deep layers may wait, the newest included: one pass over the weights runs them all."""
 
 
 class Pending(NamedTuple):
@@ -45,7 +46,8 @@ class KVCache(NamedTuple):
       keys, values: ``[layers, B, KV, S, hk]`` and ``[layers, B, KV, S, hv]``, keys already rotated. Latent attention
         keeps everything in the keys (see `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the token position in each slot, -1 where empty.
-      length: slots written so far (the same for all rows), int32 scalar.
+      length: slots written so far (the same for all rows), int32 scalar. With `pending`, the empty slots in front that
+        its window needs count as written, here and in `Pending.ran`.
       pending: slots whose deep layers are yet to run; None where every slot is complete.
     """
 
@@ -98,11 +100,15 @@ def init_cache(
     Args:
       pending_groups: for ``kv_strategy="recompute"``, the number of layer groups (checkpoints and one); 0 otherwise.
       queue_length: tokens whose deep layers may wait, the newest included.
+
+    Raises:
+      TideError: a queue of no token.
     """
     heads, key_channels, value_channels = config.cache_shape
     # The newest slots are rewritten when their deep layers run: empty slots ahead of the first keep that window inside.
     ahead, pending = 0, None
     if pending_groups:
+        queue_length = whole_number("queue_length", queue_length, 1)
         ahead = queue_length - 1
         states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
         pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32))

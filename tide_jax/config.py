@@ -40,10 +40,6 @@ class ExitConfig:
       exit_threshold: a token exits at the first checkpoint whose score exceeds it, in [0, 1]; one number, or one for
         each checkpoint. The score is the router's, or that of the second look at tokens which the router lets pass; the
         others have none and stay.
-      threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
-        `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the
-        layers that leaving there saves, and `exit_threshold` is what holds halfway through the model (see
-        `tilted_thresholds`).
       min_layers: layers every token runs, at the least.
       kv_strategy: how the cache of skipped layers is filled: "propagate" projects keys and values from the exit
         state with the token's true position (CALM, Schuster et al. 2022, section 3.3); "recompute" keeps exit states
@@ -51,14 +47,18 @@ class ExitConfig:
         and values are then the full model's, and an exit costs nothing but its own answer.
       prefill_exits: let prompt tokens exit too. By default the prompt runs at full depth.
       guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
+      threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
+        `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the
+        layers that leaving there saves, and `exit_threshold` is what holds halfway through the model (see
+        `tilted_thresholds`).
     """
 
     exit_threshold: float | tuple[float, ...] = 0.85
-    threshold_tilt: float = 0.0
     min_layers: int = 8
     kv_strategy: KVStrategy = "propagate"
     prefill_exits: bool = False
     guarantee: RiskGuarantee | None = None
+    threshold_tilt: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.exit_threshold, (tuple, list)):
@@ -188,8 +188,10 @@ def tilted_thresholds(
     >>> [round(t, 3) for t in tilted_thresholds(0.8, 1.0, (1, 3, 5), 8)]
     [0.7, 0.8, 0.9]
     """
+    if not tilt:
+        return (threshold,) * len(checkpoints)
     saved = (1 - (c + 1) / num_layers for c in checkpoints)
-    return tuple(max(0.0, 1 - (1 - threshold) * (1 - tilt + 2 * tilt * share)) for share in saved)
+    return tuple(max(0.0, 1 - (1 - threshold) * (1 - tilt + 2 * tilt * part)) for part in saved)
 
 
 def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tide_jax.architecture import check_choice
 from tide_jax.attention import AttentionContext, KeyValue
 from tide_jax.cache import KVCache
 from tide_jax.config import KVStrategy, layer_groups
@@ -69,7 +70,11 @@ def run_depth(
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
       kv_strategy: "propagate" skips layers and projects their rows; "recompute" runs them all, for the rows.
       implementation: of the exit step, see `pallas_kernels`.
+
+    Raises:
+      TideError: no such `kv_strategy`.
     """
+    check_choice("kv_strategy", kv_strategy, KVStrategy)
     exact = kv_strategy == "recompute"
     translators = None if routers is None or gate is None or exact else routers.translators
     code_size = None if translators is None else translators.rank

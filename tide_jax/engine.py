@@ -62,7 +62,8 @@ class TIDE:
         self._check()
 
     def with_config(self, **changes: Any) -> TIDE:
-        """The same engine with other `ExitConfig` fields; compiled programs are shared, nothing recompiles.
+        """The same engine with other `ExitConfig` fields; compiled programs are shared, and nothing recompiles but for
+        another `kv_strategy`.
 
         A `guarantee` stays only where the settings it was certified for do.
 

@@ -86,7 +86,7 @@ class Gating(NamedTuple):
         )
         passed, first = step.exits.reshape(allowed.shape), step.scores.reshape(allowed.shape)
 
-        def leave(state: TokenState) -> TokenState:
+        def let_go(state: TokenState) -> TokenState:
             answers = second_look(model, self.routers, checkpoint, state.x, first)
             exits = passed & (answers.scores > threshold)
             leaving = exits[:, :, None]
@@ -97,7 +97,7 @@ class Gating(NamedTuple):
             code = self.routers.translators.code(checkpoint, state.x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
-        return lax.cond(jnp.any(passed), leave, lambda state: state, state)
+        return lax.cond(jnp.any(passed), let_go, lambda state: state, state)
 
     def translated(self, model: Decoder, layer: int, state: TokenState) -> Float[Array, "B T D"]:
         """What a layer reads of tokens that have left."""

@@ -205,6 +205,8 @@ class TideLM(TemplateLM):
         usual = (self._prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in usual if token is not None), None)
         if found is None:
+            if unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]:
+                raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
             raise TideError("the tokenizer has neither a beginning- nor an end-of-text token; pass prefix_token_id=")
         return found
 

@@ -56,7 +56,7 @@ def recompute_step(
     pending = cache.pending
     assert pending is not None
     state = TokenState.start(model.embed_tokens(tokens, positions), positions)
-    window = jnp.concatenate([pending.states[:, 1:], state.x], axis=1)
+    window = jnp.concatenate([pending.states[:, 1:].astype(state.x.dtype), state.x], axis=1)
     gating = Gating(routers, gate, positions >= 1, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints)
     return _Walk(model, groups, cache, pending, gating, positions).run(_Window(window, state))
@@ -125,7 +125,8 @@ class _Walk(NamedTuple):
             complete = jnp.where(slots < self.pending.ran[g], self.cache.positions, -1)
             contexts = self.model.contexts(positions, self.cache._replace(positions=complete))
             before = window.states[:, -width:]
-            x, rows = self._layers(g, before, contexts)
+            # Slots that do not wait are masked, but what is no number would not be.
+            x, rows = self._layers(g, jnp.where(waits[:, :, None], before, jnp.zeros_like(before)), contexts)
             return self._after(g, window, jnp.where(waits[:, :, None], x, before), rows)
 
         return run
@@ -179,5 +180,5 @@ class _Walk(NamedTuple):
             values=write(self.cache.values, new.values),
             positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.cache.length)),
             length=length,
-            pending=Pending(states, jnp.where(done, length, self.pending.ran)),
+            pending=Pending(states.astype(self.pending.states.dtype), jnp.where(done, length, self.pending.ran)),
         )

@@ -71,8 +71,8 @@ def guarantee(
         0..`bound`.
         Otherwise a function of a `tide_jax.answers.TextAnswers` that returns a number in [0, 1].
       tokenizer: for strings.
-      per_checkpoint: a threshold for each checkpoint, with `threshold_tilt` 0. A quarter of the texts, drawn by `seed`,
-        chooses the vectors to test and their order; only the others are tested on.
+      per_checkpoint: a threshold for each checkpoint, of an engine without `threshold_tilt`. A quarter of the texts,
+        drawn by `seed`, chooses the vectors to test and their order; only the others are tested on.
       thresholds: what to test instead of `THRESHOLDS`, safest first; numbers, or one for each checkpoint. They must
         have been chosen without a look at these texts.
       bound: where "nll" is clipped, in nats.
@@ -97,7 +97,8 @@ def guarantee(
     )
     if thresholds is not None and per_checkpoint:
         raise TideError("per_checkpoint=True chooses its own thresholds; leave out thresholds or per_checkpoint")
-    engine = engine.with_config(threshold_tilt=0.0) if per_checkpoint else engine
+    if per_checkpoint and engine.config.threshold_tilt:
+        raise TideError("per_checkpoint=True chooses its own thresholds; pass an engine with threshold_tilt=0")
     grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
     samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
     pilot = pilot_texts(len(samples)) if per_checkpoint else 0

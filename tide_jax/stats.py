@@ -21,7 +21,8 @@ class ExitStats:
       layers_run: layers those tokens ran, summed.
       exits_per_layer: tokens whose last layer was this one, for each layer.
       layers_executed: layers the device ran, summed over steps. With one row it equals `layers_run`; with more, a step
-        costs the depth of its deepest row.
+        costs the depth of its deepest row. With ``kv_strategy="recompute"``, layers that ran for waiting tokens alone
+        are in it.
       steps: forward passes that produced tokens.
       wall_time: seconds, compilation left out.
       compile_time: seconds spent compiling for this call, 0.0 when the program was already there.
