@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,11 +85,11 @@ class Reference:
 
     def steps(self, batch: Batch) -> np.ndarray | None:
         """Logits of one token of whole rows at a time, through transformers' cache; None where it has none."""
-        cache, logits = None, []
+        cache, logits, name = None, [], cache_name(self._model)
         for column in self._ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
             with self._torch.no_grad():
-                out = self._model(input_ids=column, past_key_values=cache, use_cache=True)
-            cache = getattr(out, "past_key_values", None)
+                out = self._model(input_ids=column, **{name: cache}, use_cache=True)
+            cache = getattr(out, name, None)
             if cache is None:
                 return None
             logits.append(out.logits.numpy())
@@ -138,6 +139,11 @@ class Reference:
             for name, module in self._model.named_modules()
             if type(module).__name__ == "ModuleList" and len(module) == count
         ]
+
+
+def cache_name(model: Any) -> str:
+    """What a transformers model and its output call the cache: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _padded(parts: list[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,7 @@ import pytest
 import tide_jax.checkpoint
 import tide_jax.rotary
 from convert import convert
+from convert.parity_reference import cache_name
 from convert.tiny import VOCAB, save_tiny
 from convert.verify import TOLERANCE
 from tide_jax.cache import init_cache
@@ -44,11 +45,11 @@ def reference_logits(reference: Any, tokens: np.ndarray) -> np.ndarray:
 
 def reference_steps(reference: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits of one token at a time, through transformers' cache."""
-    cache, logits = None, []
+    cache, logits, name = None, [], cache_name(reference)
     with torch.no_grad():
         for t in range(tokens.shape[1]):
-            out = reference(input_ids=torch.tensor(tokens[:, t : t + 1]), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = reference(input_ids=torch.tensor(tokens[:, t : t + 1]), **{name: cache}, use_cache=True)
+            cache = getattr(out, name)
             logits.append(out.logits.numpy())
     return np.concatenate(logits, axis=1)
 
