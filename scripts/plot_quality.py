@@ -62,7 +62,7 @@ def _draw_strategy(axes: Any, entry: dict[str, Any], colour: str) -> None:
     for axis, (across, up) in zip(axes, lines, strict=True):
         axis.plot(across, up, marker="o", markersize=3, color=colour, label=label)
     for axis, oracle in ((axes[0], entry["oracle"]), (axes[2], entry["oracle_by_kl"])):
-        axis.axvline(oracle["depth"], color=colour, linestyle="--", linewidth=1, label=f"{label}, oracle")
+        axis.axvline(oracle["depth"], color=colour, linestyle="--", linewidth=1)
     star = {"marker": "*", "markersize": 13, "color": colour, "linestyle": ""}
     if (best := entry["at_target"]) is not None:
         axes[2].plot(best["text"]["depth"], best["text"]["perplexity_ratio"], **star)
