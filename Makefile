@@ -32,7 +32,8 @@ quality: .venv/demo
 	test -d .demo/smollm2 || $(BIN)/python scripts/demo.py
 	$(BIN)/tide-jax calibrate .demo/smollm2 --text $(TEXT) --output .demo/quality.safetensors
 	$(BIN)/python scripts/bench_calibrate.py .demo/smollm2 --text $(TEXT) --out scripts/results/calibrate.json
-	$(BIN)/python scripts/bench_quality.py .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
+	$(BIN)/python scripts/bench_quality.py .demo/smollm2 propagate=.demo/quality.safetensors \
+		"recompute, tilted=recompute,tilt:.demo/quality.safetensors" --text $(HELD_OUT) \
 		--out scripts/results/quality.json
 	$(BIN)/python scripts/bench_drift.py .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
