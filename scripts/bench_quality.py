@@ -95,8 +95,9 @@ def main() -> None:
     with bar("full depth") as progress:
         reference = Reference(model, texts, max_length=args.max_length, batch_size=args.batch_size, progress=progress)
     generator = None if args.no_generation else Generator(model, prompts, args.new_tokens)
+    oracles = {path: reference.oracles(r, args.min_layers, args.perplexity) for path, r in loaded.items()}
     for (name, path, dials), routers in zip(args.routers, strategies, strict=True):
-        entry = start_strategy(name, path, routers, dials, reference, args)
+        entry = start_strategy(name, path, routers, dials) | oracles[path]
         report["strategies"].append(entry)
         sweep(entry, report, routers, reference, generator, args)
     report["complete"] = True
@@ -235,15 +236,8 @@ def describe(
     }
 
 
-def start_strategy(
-    name: str,
-    path: Path,
-    routers: tide_jax.Routers,
-    dials: Dials,
-    reference: Reference,
-    args: argparse.Namespace,
-) -> Row:
-    """A strategy before its sweep: what it is, and its oracles."""
+def start_strategy(name: str, path: Path, routers: tide_jax.Routers, dials: Dials) -> Row:
+    """A strategy before its sweep: what it is."""
     metadata = routers.metadata.to_dict()
     return {
         "name": name,
@@ -254,7 +248,6 @@ def start_strategy(
         "confidence_candidates": None if routers.candidates is None else len(routers.candidates.ids),
         "calibration": metadata.get("config"),
         **dials._asdict(),
-        **reference.oracles(routers, args.min_layers, args.perplexity),
         "rows": [],
         "at_agreement": None,
         "at_target": None,

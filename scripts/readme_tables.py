@@ -94,24 +94,21 @@ def quality_table() -> str:
         f"Least depth measured with at least {target['agreement']:.1%} agreement, and the depth of an oracle that "
         "leaves at the first right answer:",
         "",
-        _QUALITY_HEADER + " oracle's depth |",
-        _QUALITY_RULE + "---:|",
-    ]
-    for entry in report["strategies"]:
-        best = entry["at_agreement"] or entry["rows"][-1]
-        lines.append(f"{_quality_row(report, entry, best)} {entry['oracle']['depth']:.1%} |")
-    lines += [
+        *_quality_best(report, "at_agreement", "oracle"),
         "",
         f"The same with a perplexity ratio of at most {target['perplexity_ratio']}, too, and an oracle that knows each "
         "answer's divergence and spends as much of it:",
         "",
-        _QUALITY_HEADER + " oracle's depth |",
-        _QUALITY_RULE + "---:|",
+        *_quality_best(report, "at_target", "oracle_by_kl"),
     ]
-    for entry in report["strategies"]:
-        best = entry["at_target"] or entry["rows"][-1]
-        lines.append(f"{_quality_row(report, entry, best)} {entry['oracle_by_kl']['depth']:.1%} |")
     return "\n".join(lines)
+
+
+def _quality_best(report: dict[str, Any], best: str, oracle: str) -> list[str]:
+    """A table of each strategy's best row by one limit, with an oracle's depth."""
+    rows = ((entry, entry[best] or entry["rows"][-1]) for entry in report["strategies"])
+    lines = [f"{_quality_row(report, entry, row)} {entry[oracle]['depth']:.1%} |" for entry, row in rows]
+    return [_QUALITY_HEADER + " oracle's depth |", _QUALITY_RULE + "---:|", *lines]
 
 
 def quality_frontier() -> str:

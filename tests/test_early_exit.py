@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import BruteForce
-from tiny_models import CONFIGS, random_prompts, tiny_model, with_parameters
+from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model, with_parameters
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, init_cache
 from tide_jax.attention import KeyValue
 from tide_jax.early_exit import run_depth
-from tide_jax.layers import DecoderLayer
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -224,17 +223,8 @@ def test_rows_leave_independently_of_each_other() -> None:
 
 
 def test_a_skipped_layer_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer writes down that it ran, on the device's side."""
-    model, ran = tiny_model(tiny_config(num_layers=4)), []
-    for number, layer in enumerate(model.layers):
-        layer.number = number
-    run = DecoderLayer.__call__
-
-    def recorded(layer: Any, *arguments: Any) -> Any:
-        jax.debug.callback(lambda: ran.append(layer.number))
-        return run(layer, *arguments)
-
-    monkeypatch.setattr(DecoderLayer, "__call__", recorded)
+    model = tiny_model(tiny_config(num_layers=4))
+    ran = record_layers(model, monkeypatch)
     engine = TIDE(model, constant_routers(model.config, interval=1), ExitConfig(min_layers=0))
     for depth in (1, 3):
         ran.clear()

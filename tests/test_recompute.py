@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import BruteForce
-from tiny_models import CONFIGS, random_prompts, tiny_model
+from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
 from tide_jax.cache import QUEUE_LENGTH
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits
-from tide_jax.layers import DecoderLayer
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -137,17 +136,8 @@ def test_the_cache_holds_the_full_models_rows_where_a_group_has_run(name: str) -
 
 
 def test_a_full_queue_runs_every_layer_and_no_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer writes down that it ran, on the device's side."""
-    model, ran = tiny_model(tiny_config(num_layers=4)), []
-    for number, layer in enumerate(model.layers):
-        layer.number = number
-    run = DecoderLayer.__call__
-
-    def recorded(layer: Any, *arguments: Any) -> Any:
-        jax.debug.callback(lambda: ran.append(layer.number))
-        return run(layer, *arguments)
-
-    monkeypatch.setattr(DecoderLayer, "__call__", recorded)
+    model = tiny_model(tiny_config(num_layers=4))
+    ran = record_layers(model, monkeypatch)
     config = ExitConfig(min_layers=2, kv_strategy="recompute")
     engine = TIDE(model, constant_routers(model.config, interval=1), config)
     out = engine.generate([PROMPTS[0]], max_new_tokens=2 * QUEUE_LENGTH + 1, eos_token_id=[])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tide_jax.architecture import (
     AttentionType,
@@ -18,6 +20,7 @@ from tide_jax.architecture import (
     RopeConfig,
 )
 from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
+from tide_jax.layers import DecoderLayer
 from tide_jax.testing import tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
@@ -134,3 +137,18 @@ def random_prompts(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 259)
     """Rows of random token ids."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab, n).tolist() for n in lengths]
+
+
+def record_layers(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which each layer adds its number when it runs, on the device's side."""
+    ran: list[int] = []
+    for number, layer in enumerate(model.layers):
+        layer.number = number
+    run = DecoderLayer.__call__
+
+    def recorded(layer: Any, *arguments: Any) -> Any:
+        jax.debug.callback(lambda: ran.append(layer.number))
+        return run(layer, *arguments)
+
+    monkeypatch.setattr(DecoderLayer, "__call__", recorded)
+    return ran

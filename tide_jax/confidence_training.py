@@ -117,10 +117,10 @@ def _screens(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, " lev
     """For each level the router score that all but a few of the tokens above it exceed, but never more than the level:
     what the router itself takes for so likely is always looked at. 1 where no token is above the lowest level."""
     final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (look.logit(found), found[:, 0]))
+    if not (final > SCREEN_LEVELS[0]).any():
+        return jnp.ones((len(SCREEN_LEVELS),), jnp.float32)
     screens = []
     for level in SCREEN_LEVELS:
         above = first[final > level]
         screens.append(min(np.quantile(above, _LOST) * (1 - 1e-6), level) if len(above) else level)
-    if not (final > SCREEN_LEVELS[0]).any():
-        screens = [1.0] * len(screens)
     return jnp.asarray(np.maximum.accumulate(screens), jnp.float32)
