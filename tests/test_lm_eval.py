@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -343,6 +344,8 @@ def test_sampling_follows_the_seed(files: Files) -> None:
         ({"min_layers": 9}, "exceeds the model's 6 layers"),
         ({"mode": "deep"}, "choose 'exit' or 'full'"),
         ({"mode": "exit"}, "needs routers"),
+        ({"kv_strategy": "recompute"}, "kv_strategy says how tokens exit; it needs routers"),
+        ({"threshold_tilt": 1.0}, "threshold_tilt says how tokens exit; it needs routers"),
         ({"routers": "missing.safetensors"}, "missing.safetensors"),
         ({"dtype": "int8"}, "int8"),
         ({"batch_size": "auto"}, "batch_size='auto'"),
@@ -357,6 +360,13 @@ def test_bad_arguments_are_refused_in_one_line(files: Files, arguments: dict[str
         TideLM(**({"pretrained": str(files.converted)} | arguments))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_ends_needs_a_prefix(exiting: tide_jax.TIDE) -> None:
+    tokenizer = SimpleNamespace(decode=None, bos_token_id=None, eos_token_id=None)
+    with pytest.raises(tide_jax.TideError, match="pass prefix_token_id="):
+        _ = TideLM(exiting, tokenizer=tokenizer).prefix_token_id
+    assert TideLM(exiting, tokenizer=tokenizer, prefix_token_id=3).prefix_token_id == 3
 
 
 @pytest.mark.parametrize(

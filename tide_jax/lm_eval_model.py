@@ -205,8 +205,6 @@ class TideLM(TemplateLM):
         usual = (self._prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in usual if token is not None), None)
         if found is None:
-            if unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]:
-                raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
             raise TideError("the tokenizer has neither a beginning- nor an end-of-text token; pass prefix_token_id=")
         return found
 
@@ -341,6 +339,8 @@ def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dty
         ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
         if mode == "exit" and routers is None:
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
+        if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
+            raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
         model = load(str(pretrained), dtype)
         found = None if routers is None else Routers.load(str(routers), model=model)
         if found is None:
