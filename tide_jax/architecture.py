@@ -210,6 +210,12 @@ class DecoderConfig:
         stretch = [t.rope.factor for t in self.attention_types if t.rope and t.rope.kind == "dynamic"]
         return int(self.max_positions * max(stretch, default=1.0))
 
+    @property
+    def length_changes_rope(self) -> bool:
+        """Whether rotary frequencies depend on how long the row is so far."""
+        ropes = (kind.rope for kind in self.attention_types)
+        return any(rope is not None and rope.kind in ("dynamic", "longrope") for rope in ropes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` reads them back."""
         return dataclasses.asdict(self)

@@ -12,26 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm, QueryScaling
 from tide_jax.norms import Norm, block_norm, head_norm
-from tide_jax.ops import Dense, einsum
+from tide_jax.ops import Dense
 from tide_jax.rotary import rope_tables, rotate
-
-_MASKED = -1e30  # finite: a padding query that sees nothing stays free of NaN
-
-
-class Span(NamedTuple):
-    """A run of keys as the new tokens' queries see it.
-
-    Attributes:
-      mask: [B, T, S], which keys each query sees.
-      bias: [B, H, T or 1, S] added to the scores, or None.
-    """
-
-    mask: Bool[Array, "B T S"]
-    bias: Float[Array, "B H #T S"] | None
+from tide_jax.span_attention import CachedRows, KeyValue, Span, attend
 
 
 class AttentionContext(NamedTuple):
@@ -51,11 +38,7 @@ class AttentionContext(NamedTuple):
     cached: Span | None
 
 
-class KeyValue(NamedTuple):
-    """Keys and values of one layer, heads before tokens: ``[B, KV, tokens, channels]`` each, keys already rotated."""
-
-    keys: Float[Array, "B KV S hk"]
-    values: Float[Array, "B KV S hv"]
+Spans = list[tuple[KeyValue | CachedRows, Span]]
 
 
 def attention_context(
@@ -94,41 +77,6 @@ def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"])
         return Span(mask, -slopes * distance.astype(jnp.float32)[:, None])
     bias = slopes.astype(jnp.bfloat16) * key.astype(jnp.bfloat16)[:, None, None, :]
     return Span(mask, bias.astype(jnp.float32) * kind.scale)
-
-
-def attend(
-    q: Float[Array, "B T KV G hk"],
-    spans: list[tuple[KeyValue, Span]],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Float[Array, " H"] | None = None,
-) -> Float[Array, "B T KV G hv"]:
-    """One softmax over several spans of keys, without concatenating them (the cache stays where it is)."""
-    groups = q.shape[2:4]
-    scores = [_scores(q, kv.keys, span, scale, softcap) for kv, span in spans]
-    sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, *groups, 1)
-    peak = jnp.max(scores[0], axis=-1)
-    for s in scores[1:]:
-        peak = jnp.maximum(peak, jnp.max(s, axis=-1))
-    peak = peak if sink is None else jnp.maximum(peak, sink)
-    weights = [jnp.exp(s - peak[..., None]) for s in scores]
-    total = sum((jnp.sum(w, axis=-1) for w in weights), start=jnp.zeros_like(peak))
-    total = total if sink is None else total + jnp.exp(sink - peak)
-    mixed = jnp.zeros((*q.shape[:-1], spans[0][0].values.shape[-1]), jnp.float32)
-    for w, (kv, _) in zip(weights, spans, strict=True):
-        share = (w / total[..., None]).astype(kv.values.dtype)
-        mixed += einsum("bkgts,bksd->btkgd", share, kv.values).astype(jnp.float32)
-    return mixed.astype(q.dtype)
-
-
-def _scores(q: Array, keys: Array, span: Span, scale: float, softcap: float | None) -> Float[Array, "B KV G T S"]:
-    scores = einsum("btkgd,bksd->bkgts", q, keys).astype(jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if span.bias is not None:
-        scores = scores + span.bias.reshape(scores.shape[0], *scores.shape[1:3], *span.bias.shape[2:])
-    return jnp.where(span.mask[:, None, None, :, :], scores, _MASKED)
 
 
 class Attention(nnx.Module):
@@ -175,7 +123,7 @@ class Attention(nnx.Module):
         return KeyValue(self._placed(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
         new = self.project_kv(x, context)
@@ -192,13 +140,17 @@ class Attention(nnx.Module):
         gate = gate if self.gate_bias is None else gate + self.gate_bias[...][None, None]
         return jax.nn.sigmoid(gate) if self.gate_activation == "sigmoid" else jax.nn.softplus(gate)
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: list[tuple[KeyValue, Span]]) -> Float[Array, "B T H hd"]:
+    def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
         """What each head brings together of the values."""
-        kv = spans[0][0].keys.shape[1]
+        kv = self.kv.outputs[0]
         grouped = q.reshape(*q.shape[:2], kv, q.shape[2] // kv, q.shape[3])
         sinks = None if self.sinks is None else self.sinks[...]
-        mixed = attend(grouped, spans, scale=self.scale, softcap=self.softcap, sinks=sinks)
+        mixed = attend(grouped, spans, scale=self.scale, softcap=self.softcap, sinks=sinks, adapt=self._read)
         return mixed.reshape(*q.shape[:3], -1)
+
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
+        """Stored rows as queries meet them; other kinds of attention change them here."""
+        return rows, span
 
     def _placed(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
         """Queries or keys [B, T, N, hd], normed and rotated in the architecture's order."""
@@ -216,7 +168,7 @@ class Attention(nnx.Module):
         return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
 
 
-def spans_of(new: KeyValue, cached: KeyValue | None, context: AttentionContext) -> list[tuple[KeyValue, Span]]:
+def spans_of(new: KeyValue, cached: CachedRows | None, context: AttentionContext) -> Spans:
     """The runs of keys a layer attends over."""
-    spans = [(new, context.new)]
+    spans: Spans = [(new, context.new)]
     return spans if cached is None or context.cached is None else [*spans, (cached, context.cached)]

@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tide_jax.architecture import DecoderConfig
-from tide_jax.attention import KeyValue
 from tide_jax.checks import whole_number
+from tide_jax.sharding import constrain_cache
+from tide_jax.span_attention import CachedRows, KeyValue
 
 QUEUE_LENGTH = 8
 """Tokens whose deep layers may wait, the newest included: one pass over the weights runs them all."""
@@ -62,9 +63,9 @@ class KVCache(NamedTuple):
         """Number of slots S."""
         return self.keys.shape[3]
 
-    def layer(self, index: int) -> KeyValue:
-        """One layer's keys and values."""
-        return KeyValue(self.keys[index], self.values[index])
+    def layer(self, index: int) -> CachedRows:
+        """One layer's keys and values, left where they are."""
+        return CachedRows(self.keys, self.values, index, self.length)
 
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
         """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
@@ -95,7 +96,7 @@ def init_cache(
     pending_groups: int = 0,
     queue_length: int = QUEUE_LENGTH,
 ) -> KVCache:
-    """An empty cache of `capacity` slots for `batch` rows.
+    """An empty cache of `capacity` slots for `batch` rows; on the mesh of ``jax.set_mesh`` where there is one.
 
     Args:
       pending_groups: for ``kv_strategy="recompute"``, the number of layer groups (checkpoints and one); 0 otherwise.
@@ -113,10 +114,11 @@ def init_cache(
         states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
         pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32))
     shape = (config.num_layers, batch, heads, ahead + capacity)
-    return KVCache(
+    cache = KVCache(
         keys=jnp.zeros((*shape, key_channels), dtype),
         values=jnp.zeros((*shape, value_channels), dtype),
         positions=jnp.full((batch, ahead + capacity), -1, jnp.int32),
         length=jnp.int32(ahead),
         pending=pending,
     )
+    return constrain_cache(cache)

@@ -7,8 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig
-from tide_jax.attention import Attention, KeyValue, Span
+from tide_jax.attention import Attention, Spans
 from tide_jax.norms import Norm
+from tide_jax.span_attention import KeyValue, Span
 
 
 class DifferentialAttention(Attention):
@@ -25,14 +26,16 @@ class DifferentialAttention(Attention):
         self.weights = nnx.Param(jnp.zeros((2, 2, config.head_dim), dtype))
         self.pair_norm = Norm((2 * config.head_dim,), kind="rms", eps=config.norm_eps, scale=False, dtype=dtype)
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: list[tuple[KeyValue, Span]]) -> Float[Array, "B T H hd"]:
-        wide = [(KeyValue(rows.keys, _paired(rows.values)), span) for rows, span in spans]
-        first, second = jnp.split(super()._mixed(q, wide), 2, axis=2)
+    def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
+        first, second = jnp.split(super()._mixed(q, spans), 2, axis=2)
         weights = self.weights[...].astype(jnp.float32)
         grown = jnp.exp(jnp.sum(weights[:, 0] * weights[:, 1], axis=-1))
         share = (grown[0] - grown[1] + self.initial).astype(q.dtype)
         difference = self.pair_norm(first - share * second)
         return (difference * jnp.asarray(1.0 - self.initial, q.dtype)).reshape(q.shape)
+
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
+        return KeyValue(rows.keys, _paired(rows.values)), span
 
 
 def _paired(values: Float[Array, "B KV S hd"]) -> Float[Array, "B KV S 2hd"]:

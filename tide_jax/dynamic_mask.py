@@ -8,8 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig
-from tide_jax.attention import Attention, KeyValue, Span
+from tide_jax.attention import Attention
 from tide_jax.ops import Dense
+from tide_jax.span_attention import KeyValue, Span
 
 
 class DynamicMaskAttention(Attention):
@@ -25,8 +26,8 @@ class DynamicMaskAttention(Attention):
         self.score = Dense((kv * hd,), (kv,), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.strength = nnx.Param(jnp.zeros((kv,), dtype))
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: list[tuple[KeyValue, Span]]) -> Float[Array, "B T H hd"]:
-        return super()._mixed(q, [(rows, span._replace(bias=self._bias(rows, q.shape[2]))) for rows, span in spans])
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
+        return rows, span._replace(bias=self._bias(rows, self.q.outputs[0]))
 
     def _bias(self, rows: KeyValue, heads: int) -> Float[Array, "B H 1 S"]:
         values = rows.values.swapaxes(1, 2)

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.architecture import check_choice
-from tide_jax.attention import AttentionContext, KeyValue
+from tide_jax.attention import AttentionContext
 from tide_jax.cache import KVCache
 from tide_jax.config import KVStrategy, layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
 from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
 from tide_jax.router import Routers
+from tide_jax.span_attention import KeyValue
 
 
 class DepthOutput(NamedTuple):

@@ -7,10 +7,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig
-from tide_jax.attention import AttentionContext, KeyValue, attend, spans_of
+from tide_jax.attention import AttentionContext, spans_of
 from tide_jax.moe import by_expert, choose_experts, expert_matmul, router_logits
 from tide_jax.ops import Dense, normal
 from tide_jax.rotary import rotate
+from tide_jax.span_attention import CachedRows, KeyValue, attend
 
 
 class ExpertAttention(nnx.Module):
@@ -35,7 +36,7 @@ class ExpertAttention(nnx.Module):
         return KeyValue(_rotated(kv[..., 0, :], context).swapaxes(1, 2), kv[..., 1, :].swapaxes(1, 2))
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
         (b, t, d), (experts, _, kv, hd), k = x.shape, self.q.shape, self.moe.experts_per_token

@@ -24,6 +24,9 @@ from tide_jax.recompute import recompute_step
 from tide_jax.router import Routers
 from tide_jax.sampling import Sampling, sample
 
+PREFILL_CHUNK = 512
+"""Prompt tokens run at once."""
+
 
 class StepOutput(NamedTuple):
     """Result of `prefill` or `decode_step`.
@@ -167,12 +170,33 @@ def run_exits(
 def prefill(
     model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
 ) -> StepOutput:
-    """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row."""
-    positions = prompt.positions
-    may_exit = None if exits is None else jnp.broadcast_to(exits.prompt, positions.shape)
-    out = run_exits(model, prompt.tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
-    logits = model.logits(out.states[:, -1:])[:, 0]
-    return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, -1], out.layers_executed)
+    """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row.
+
+    Prompts of more than `PREFILL_CHUNK` tokens run in chunks of so many, which bounds the memory of attention scores.
+    """
+    positions, width = prompt.positions, prompt.tokens.shape[1]
+    may_exit = jnp.broadcast_to(False if exits is None else exits.prompt, positions.shape)
+    # Frequencies that depend on the length so far would be those of each chunk, not those of the prompt.
+    chunk = width if model.config.length_changes_rope else min(width, PREFILL_CHUNK)
+
+    def run(start: Int[Array, ""] | int, size: int, earlier: KVCache | None) -> StepOutput:
+        def cut(a: Array) -> Array:
+            return lax.dynamic_slice_in_dim(a, start, size, axis=1)
+
+        tokens, places, may = cut(prompt.tokens), cut(positions), cut(may_exit)
+        out = run_exits(model, tokens, places, earlier, exits, may_exit=may, implementation=implementation)
+        grown = (cache if earlier is None else earlier).append(out.new, places)
+        return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed)
+
+    def more(i: Int[Array, ""], step: StepOutput) -> StepOutput:
+        after = run(first + i * chunk, chunk, step.cache)
+        return after._replace(layers_executed=jnp.maximum(step.layers_executed, after.layers_executed))
+
+    first = width % chunk or chunk
+    step = run(0, first, None)  # its logits are states yet: only the last are put through the head
+    if first < width:
+        step = lax.fori_loop(0, (width - first) // chunk, more, step)
+    return step._replace(logits=model.logits(step.logits[:, None])[:, 0])
 
 
 def decode_step(

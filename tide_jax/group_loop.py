@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.architecture import DecoderConfig
-from tide_jax.attention import KeyValue
+from tide_jax.span_attention import KeyValue
 
 State = TypeVar("State")
 Branch = Callable[[State], tuple[State, KeyValue]]

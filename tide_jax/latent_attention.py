@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig, LatentConfig
-from tide_jax.attention import AttentionContext, KeyValue, attend, spans_of
+from tide_jax.attention import AttentionContext, spans_of
 from tide_jax.norms import Norm
 from tide_jax.ops import Dense, einsum
 from tide_jax.rotary import rotate
+from tide_jax.span_attention import CachedRows, KeyValue, attend
 
 
 class LatentAttention(nnx.Module):
@@ -51,14 +52,18 @@ class LatentAttention(nnx.Module):
         return KeyValue(keys, keys[..., :0])
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: AttentionContext, cached: KeyValue | None
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
         new = self.project_kv(x, context)
         # Values are the leading channels of the keys. Mixing whole keys and cutting the result copies no cache.
-        spans = [(KeyValue(kv.keys, kv.keys), span) for kv, span in spans_of(new, cached, context)]
-        mixed = attend(self._queries(x, context)[:, :, None], spans, scale=self.scale)[:, :, 0]
-        values = einsum("bthr,rhv->bthv", mixed[..., : self.latent.kv_rank], self.v_up.kernel[...])
+        mixed = attend(
+            self._queries(x, context)[:, :, None],
+            spans_of(new, cached, context),
+            scale=self.scale,
+            adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
+        )[:, :, 0]
+        values = einsum("bthr,hvr->bthv", mixed[..., : self.latent.kv_rank], self.v_up.kernel[...])
         return self.out(values), new
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
@@ -66,7 +71,7 @@ class LatentAttention(nnx.Module):
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down(x)) * self.latent.q_scale
         q = self.q(x)
-        nope = einsum("bthn,rhn->bthr", q[..., : self.latent.nope_dim], self.k_up.kernel[...])
+        nope = einsum("bthn,hnr->bthr", q[..., : self.latent.nope_dim], self.k_up.kernel[...])
         return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
 
     def _rotated(self, x: Array, context: AttentionContext) -> Array:

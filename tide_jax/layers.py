@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig
-from tide_jax.attention import Attention, AttentionContext, KeyValue
+from tide_jax.attention import Attention, AttentionContext
 from tide_jax.differential_attention import DifferentialAttention
 from tide_jax.dynamic_mask import DynamicMaskAttention
 from tide_jax.expert_attention import ExpertAttention
@@ -22,6 +22,8 @@ from tide_jax.latent_attention import LatentAttention
 from tide_jax.moe import MoE
 from tide_jax.norms import Norm, block_norm
 from tide_jax.shaped_attention import ShapedAttention
+from tide_jax.sharding import whole_channels
+from tide_jax.span_attention import CachedRows, KeyValue
 
 
 class DecoderLayer(nnx.Module):
@@ -52,7 +54,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = (MoE if config.has_experts(index) else MLP)(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: KeyValue | None
+        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Runs the layer on new tokens; returns the new residual stream and the new key and value rows."""
         normed = _apply(self.pre_attention_norm, x)
@@ -60,7 +62,7 @@ class DecoderLayer(nnx.Module):
         middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
-        return _weighted(out, self.output_scale), new
+        return whole_channels(_weighted(out, self.output_scale)), new
 
     def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
         """The key and value rows this layer would store for `x`, without running it."""

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.architecture import AttentionType, DecoderConfig
-from tide_jax.attention import Attention, AttentionContext, KeyValue, Span
+from tide_jax.attention import Attention, AttentionContext
+from tide_jax.span_attention import KeyValue, Span
 
 
 class ShapedAttention(Attention):
@@ -29,6 +30,6 @@ class ShapedAttention(Attention):
         """As `Attention.project_kv`, padded with zeros."""
         return KeyValue(*(jnp.pad(rows, self.padding) for rows in super().project_kv(x, context)))
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: list[tuple[KeyValue, Span]]) -> Float[Array, "B T H hd"]:
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
         kv, hd = self.shape
-        return super()._mixed(q, [(KeyValue(*(a[:, :kv, :, :hd] for a in rows)), span) for rows, span in spans])
+        return KeyValue(*(a[:, :kv, :, :hd] for a in rows)), span
