@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from convert.architecture import architecture_of
 from convert.lora import with_adapter
@@ -151,6 +152,7 @@ def open_model(
     *,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Converts a checkpoint in memory, without writing anything.
 
@@ -159,6 +161,7 @@ def open_model(
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own.
       adapter: a LoRA adapter to merge into it.
       trust_remote_code: as in `convert`.
+      mesh: as in `tide_jax.load`.
 
     Raises:
       TideError: as `convert`.
@@ -168,7 +171,7 @@ def open_model(
     config = architecture.config
     plan = coverage(source.tensors, architecture.rules, config)
     target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
-    return from_parameters(config, _assembled(source, plan, config, target), dtype=target)
+    return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh)
 
 
 def open_config(source_ref: str | Path) -> DecoderConfig:

@@ -159,7 +159,7 @@ def mixture_of_one_token(moe: MoE, x: np.ndarray) -> np.ndarray:
     weight = {
         ".".join(map(str, path)): np.asarray(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(nnx.state(moe))
     }
-    logits = x @ weight["router.kernel"] + weight.get("router.bias", 0)
+    logits = weight["router.kernel"] @ x + weight.get("router.bias", 0)
     if (cap := moe.moe.router_softcap) is not None:
         logits = cap * np.tanh(logits / cap)
     out = np.zeros_like(x)
@@ -170,9 +170,9 @@ def mixture_of_one_token(moe: MoE, x: np.ndarray) -> np.ndarray:
         down = silu(hidden[0]) * hidden[1] @ weight["experts.down"][expert]
         out += leaving * (down + (weight["experts.down_bias"][expert] if moe.moe.expert_bias else 0))
     if moe.moe.shared_size:
-        hidden = np.einsum("d,dpf->pf", x, weight["shared.gate_up.kernel"])
-        gate = 1 / (1 + np.exp(-x @ weight["shared_gate.kernel"])) if moe.moe.shared_gate else 1
-        out += moe.moe.shared_scale * gate * (silu(hidden[0]) * hidden[1] @ weight["shared.down.kernel"])
+        hidden = np.einsum("d,pfd->pf", x, weight["shared.gate_up.kernel"])
+        gate = 1 / (1 + np.exp(-weight["shared_gate.kernel"] @ x)) if moe.moe.shared_gate else 1
+        out += moe.moe.shared_scale * gate * (weight["shared.down.kernel"] @ (silu(hidden[0]) * hidden[1]))
     if moe.moe.output_norm:
         out = out / np.sqrt(np.mean(out**2) + 1e-6) * weight["output_norm.scale"]
     return out
@@ -216,8 +216,8 @@ def test_bfloat16_weights_choose_as_their_float32_values_do() -> None:
     """Router logits are not rounded: two experts a bfloat16's last bit apart stay apart."""
     config = tiny_config(moe=moe_config(num_experts=2, experts_per_token=1))
     moe = MoE(config, dtype=jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0))
-    kernel = np.zeros((config.hidden_size, 2), np.float32)
-    kernel[0], kernel[1] = 1.0, (0.0, 2.0**-9)  # logits 1 and 1 + 2^-9: equal in bfloat16
+    kernel = np.zeros((2, config.hidden_size), np.float32)
+    kernel[:, 0], kernel[:, 1] = 1.0, (0.0, 2.0**-9)  # logits 1 and 1 + 2^-9: equal in bfloat16
     moe.router.kernel[...] = jnp.asarray(kernel, jnp.bfloat16)
     moe.experts.down[...] = moe.experts.down[...].at[0].set(0.0)
     x = jnp.zeros((1, 1, config.hidden_size), jnp.bfloat16).at[..., :2].set(1.0)

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, from_parameters, parameters
+from tide_jax.decoder import Decoder, from_parameters, named_parameters
 from tide_jax.errors import TideError
+from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 
 FORMAT = 1
@@ -26,7 +28,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
 
 
-def load(source: str | Path, dtype: Any = None) -> Decoder:
+def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> Decoder:
     """Loads a model.
 
     Args:
@@ -34,20 +36,24 @@ def load(source: str | Path, dtype: Any = None) -> Decoder:
         id, a GGUF file. These are converted in memory.
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
         are slower, and the checkpoint's own elsewhere.
+      mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
+        device ever holds more than its part, and the host one tensor.
 
     Raises:
-      TideError: nothing loadable is there, a file is damaged, or the dtype is not one of the three.
+      TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, or `mesh` has no axes
+        "data" and "model".
     """
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
+    mesh = None if mesh is None else checked_mesh(mesh)
     if not is_converted(source):
-        return _opener("model")(source, dtype)
+        return _opener("model")(source, dtype, **({} if mesh is None else {"mesh": mesh}))
     directory = Path(source).expanduser()
     settings = _settings(directory)
     config = DecoderConfig.from_dict(settings["decoder"])
     tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
     checked = ((name, checked_cast(tensors.read(name), dtype, name)) for name in tensors.infos)
-    return from_parameters(config, checked, dtype=dtype)
+    return from_parameters(config, checked, dtype=dtype, mesh=mesh)
 
 
 def load_config(source: str | Path) -> DecoderConfig:
@@ -106,7 +112,7 @@ def fingerprint(model: Decoder) -> str:
     for name in ("model_type", "eos_token_ids", "pad_token_id"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for _, parameter in sorted(parameters(model).items()):
+    for _, parameter in named_parameters(model):
         digest.update(_sample(parameter).tobytes())
     return digest.hexdigest()[:16]
 
@@ -148,4 +154,4 @@ def _sample(kernel: jax.Array) -> np.ndarray:
     """Evenly spaced elements, rounded to bfloat16."""
     places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
     index = tuple(axis.astype(np.int32) for axis in np.unravel_index(places, kernel.shape))
-    return np.asarray(kernel[index]).astype(ml_dtypes.bfloat16)
+    return np.asarray(fetch(kernel[index])).astype(ml_dtypes.bfloat16)

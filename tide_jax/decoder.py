@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tide_jax.activations import ACTIVATIONS
 from tide_jax.architecture import DecoderConfig, HeadTransform
-from tide_jax.attention import AttentionContext, KeyValue, attention_context
+from tide_jax.attention import AttentionContext, attention_context
 from tide_jax.cache import KVCache
 from tide_jax.errors import TideError
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, einsum, normal
+from tide_jax.ops import Dense, einsum, known_kernel, normal, stored_kernel
+from tide_jax.sharding import place, whole_channels
+from tide_jax.span_attention import KeyValue
 
 
 class Embedding(nnx.Module):
@@ -129,6 +132,9 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token (and absolute position) embeddings: the residual stream before the first layer."""
+        return whole_channels(self._embedded(tokens, positions))
+
+    def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config, x = self.config, self.embed(tokens)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -203,18 +209,34 @@ def _sinusoid(index: Int[Array, "B T"], size: int, *, endpoint: bool) -> Float[A
 def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its dotted path (``layers.0.attention.q.kernel``), without allocating any."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return {_dotted(path): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return {_dotted(path): _known_shape(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def named_parameters(model: Decoder) -> Iterator[tuple[str, Array]]:
+    """Every parameter of a model by its dotted path, in the order of paths, one after the other; kernels as
+    ``inputs + outputs``, whatever their layout."""
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    for path in sorted(leaves):
+        value, axes = leaves[path].get_value(), _input_axes(leaves[path])
+        yield path, value if axes is None else known_kernel(value, axes)
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
-    """Every parameter of a model by its dotted path."""
-    return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    """`named_parameters` all at once: a second copy of the kernels."""
+    return dict(named_parameters(model))
 
 
 def from_parameters(
-    config: DecoderConfig, tensors: Iterable[tuple[str, np.ndarray | Array]], *, dtype: jnp.dtype
+    config: DecoderConfig,
+    tensors: Iterable[tuple[str, np.ndarray | Array]],
+    *,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` one at a time.
+
+    Args:
+      mesh: where to, see `tide_jax.load`.
 
     Raises:
       TideError: a path is unknown, has the wrong shape or is missing; all of them in one message.
@@ -227,15 +249,33 @@ def from_parameters(
     for path, tensor in tensors:
         if path not in leaves:
             problems.append(f"unknown parameter {path}")
-        elif leaves[path].get_value().shape != tensor.shape:
-            problems.append(f"{path} has shape {tensor.shape}, expected {leaves[path].get_value().shape}")
+        elif (shape := _known_shape(leaves[path])) != tensor.shape:
+            problems.append(f"{path} has shape {tensor.shape}, expected {shape}")
         else:
-            filled[path] = jnp.asarray(tensor, dtype)
+            axes = _input_axes(leaves[path])
+            filled[path] = _placed(path, tensor if axes is None else stored_kernel(tensor, axes), dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
         raise TideError("the tensors do not fit the model configuration: " + "; ".join(sorted(problems)))
     state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
     return nnx.merge(graph, state)
+
+
+def _input_axes(leaf: nnx.Variable) -> int | None:
+    """Leading input axes of a `Dense` kernel; None for other parameters."""
+    return leaf.get_metadata().get("input_axes")
+
+
+def _known_shape(leaf: nnx.Variable) -> tuple[int, ...]:
+    shape, axes = tuple(leaf.get_value().shape), _input_axes(leaf)
+    return shape if axes is None else shape[len(shape) - axes :] + shape[: len(shape) - axes]
+
+
+def _placed(path: str, tensor: np.ndarray | Array, dtype: jnp.dtype, mesh: Mesh | None) -> Array:
+    if mesh is None:
+        return jnp.asarray(tensor, dtype)
+    # Cast on the host where it is numpy's: no device has to hold all of it.
+    return place(path, tensor if tensor.dtype == dtype else tensor.astype(dtype), mesh)
 
 
 def _dotted(path: tuple) -> str:

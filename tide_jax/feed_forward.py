@@ -23,7 +23,7 @@ class MLP(nnx.Module):
         d, f, bias = config.hidden_size, size or config.intermediate_size, config.mlp_bias
         self.activation, self.limit, self.gated = config.activation, config.activation_limit, config.mlp_gated
         if self.gated:
-            self.gate_up = Dense((d,), (2, f), bias=bias, dtype=dtype, rngs=rngs)
+            self.gate_up = Dense((d,), (2, f), bias=bias, stacked=True, dtype=dtype, rngs=rngs)
         else:
             self.up = Dense((d,), (f,), bias=bias, dtype=dtype, rngs=rngs)
         self.act = XIELU(dtype=dtype) if self.activation == LEARNED else None

@@ -79,9 +79,7 @@ class MoE(nnx.Module):
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
         """Runs row i, sorted by expert, through expert ``expert[i]``."""
-        gate_up = self.experts.gate_up[...]
-        hidden = expert_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), expert)
-        hidden = hidden.reshape(-1, *gate_up.shape[2:])
+        hidden = expert_matmul(rows, self.experts.gate_up[...], expert)
         if self.experts.gate_up_bias is not None:
             hidden = hidden + self.experts.gate_up_bias[...][expert]
         hidden = gated(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
@@ -102,24 +100,26 @@ def by_expert(
 
 
 def expert_matmul(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
-) -> Float[Array, "M F"]:
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
     """Row i, sorted by expert, times ``kernels[expert[i]]``."""
     if 2 * rows.shape[0] <= kernels.shape[0]:  # a step of decoding reads the experts it needs, not all
-        return einsum("md,mdf->mf", rows, kernels[expert])
+        return einsum("md,md...->m...", rows, kernels[expert])
     return lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs)
 
 
 def _by_runs(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
-) -> Float[Array, "M F"]:
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
     sizes = jnp.bincount(expert, length=kernels.shape[0]).astype(jnp.int32)
-    return lax.ragged_dot(rows, kernels, sizes, precision=matmul_precision(rows.dtype))
+    flat = kernels.reshape(*kernels.shape[:2], -1)
+    out = lax.ragged_dot(rows, flat, sizes, precision=matmul_precision(rows.dtype))
+    return out.reshape(-1, *kernels.shape[2:])
 
 
 def _by_blocks(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D F"], expert: Int[Array, " M"]
-) -> Float[Array, "M F"]:
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
     """For CPUs, where `lax.ragged_dot` multiplies every row with every expert: each expert fills whole blocks."""
     (count, width), experts = rows.shape, kernels.shape[0]
     size = -(-count // experts)
@@ -133,12 +133,12 @@ def _by_blocks(
     owner = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
     owner = jnp.minimum(owner, experts - 1)
     out = lax.map(lambda block: matmul(block[0], kernels[block[1]]), (padded.reshape(blocks, size, width), owner))
-    return out.reshape(blocks * size, -1)[place]
+    return out.reshape(blocks * size, *kernels.shape[2:])[place]
 
 
 def router_logits(router: Dense, tokens: Float[Array, "N D"]) -> Float[Array, "N E"]:
     """In float32: rounded logits would choose other experts where scores are close."""
-    logits = matmul(tokens.astype(jnp.float32), router.kernel[...].astype(jnp.float32))
+    logits = einsum("td,ed->te", tokens.astype(jnp.float32), router.kernel[...].astype(jnp.float32))
     return logits if router.bias is None else logits + router.bias[...].astype(jnp.float32)[None, :]
 
 
