@@ -342,7 +342,7 @@ def test_sampling_follows_the_seed(files: Files) -> None:
         ({"pretrained": "nowhere/at/all"}, "nowhere/at/all"),
         ({"threshold": 1.5}, "outside"),
         ({"min_layers": 9}, "exceeds the model's 6 layers"),
-        ({"mode": "deep"}, "choose 'exit' or 'full'"),
+        ({"mode": "deep"}, "choose 'exit', 'lossless' or 'full'"),
         ({"mode": "exit"}, "needs routers"),
         ({"kv_strategy": "recompute"}, "kv_strategy says how tokens exit; it needs routers"),
         ({"threshold_tilt": 1.0}, "threshold_tilt says how tokens exit; it needs routers"),

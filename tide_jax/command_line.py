@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tide_jax.errors import TideError
@@ -30,9 +31,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code."""
+    """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code.
+
+    Commands find in ``args.as_program`` whether the process is theirs, and with it JAX's configuration.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
-    args = argparse.Namespace()
+    args = argparse.Namespace(as_program=arguments is None)
     try:
         parser.parse_args(arguments, args)
         code = args.run(args)
@@ -76,6 +80,18 @@ def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
 def note(text: str) -> None:
     """Prints beside the result, to standard error."""
     print(text, file=sys.stderr)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk for the next run, in ``$XDG_CACHE_HOME/tide_jax`` (``~/.cache/tide_jax``), unless
+    the user has told JAX where to keep them (JAX_COMPILATION_CACHE_DIR)."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(home / "tide_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def seed(text: str) -> int:

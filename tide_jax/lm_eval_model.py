@@ -26,7 +26,7 @@ from tide_jax.checkpoint import load, load_tokenizer
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, KVStrategy, Mode
 from tide_jax.continuations import Continuation, Score, score_continuations
-from tide_jax.decoder import parameters
+from tide_jax.decoder import named_parameters
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
 from tide_jax.progress import progress_bars
@@ -53,7 +53,7 @@ class TideLM(TemplateLM):
       threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
         the router file, if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction
         of a continuation's first one.
-      mode: "exit" (default when there are routers) or "full".
+      mode: "exit" (default when there are routers), "full", or "lossless": scores as "full", generates its tokens.
       dtype: of the weights, see `tide_jax.load`.
       batch_size: rows in a forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
@@ -218,7 +218,7 @@ class TideLM(TemplateLM):
             "threshold_tilt": config.threshold_tilt,
         }
         return {
-            "model_num_parameters": sum(int(tensor.size) for tensor in parameters(model).values()),
+            "model_num_parameters": sum(int(tensor.size) for _, tensor in named_parameters(model)),
             "model_dtype": str(model.dtype),
             "exits": {
                 "mode": self._mode,
@@ -329,8 +329,8 @@ class TideLM(TemplateLM):
 
 
 def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any) -> TIDE:
-    if mode not in (None, "exit", "full"):
-        raise TideError(f"mode={mode!r} is not known; choose 'exit' or 'full'")
+    if mode not in (None, "exit", "lossless", "full"):
+        raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
     if isinstance(pretrained, TIDE):
         if routers is not None or dtype is not None:
             raise TideError("an engine brings its routers and its dtype; pass them where the engine is made")

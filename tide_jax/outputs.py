@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tide_jax.stats import ExitStats
+from tide_jax.stats import DraftStats, ExitStats
 
 
 class GenerateOutput(NamedTuple):
@@ -41,8 +41,16 @@ class ScoreOutput(NamedTuple):
 
 
 class StreamStep(NamedTuple):
-    """One step of `TIDE.stream`: the new token of each row [B] and its exit layer [B], -1 for rows that had ended."""
+    """One step of `TIDE.stream`.
+
+    Attributes:
+      tokens: the new token of each row.
+      exit_layers: index of the last layer it ran; -1 for rows that had ended.
+      layers_executed: layers the device ran since the last step.
+      drafts: what drafts have come to so far; None but with ``mode="lossless"``.
+    """
 
     tokens: Int[np.ndarray, " B"]
     exit_layers: Int[np.ndarray, " B"]
     layers_executed: int
+    drafts: DraftStats | None = None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.attention import AttentionContext, KeyValue
+from tide_jax.attention import AttentionContext
 from tide_jax.cache import KVCache, Pending
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
@@ -25,41 +25,65 @@ from tide_jax.early_exit import DepthOutput
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
 from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
 from tide_jax.router import Routers
+from tide_jax.span_attention import KeyValue
 
 
 def recompute_step(
     model: Decoder,
-    tokens: Int[Array, "B 1"],
-    positions: Int[Array, "B 1"],
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
     cache: KVCache,
-    routers: Routers,
-    gate: ExitGate,
+    routers: Routers | None,
+    gate: ExitGate | None,
     *,
+    count: Int[Array, ""] | None = None,
+    may_exit: Bool[Array, ""] | bool = True,
+    finish: Bool[Array, ""] | bool = False,
     implementation: str | None = None,
 ) -> tuple[DepthOutput, KVCache]:
-    """Runs one token of each row as deep as it needs, and with it what waits for the layers it runs.
+    """Runs the newest token of each row as deep as it needs, and with it what waits for the layers it runs.
 
     Rows share the queue: a group that any row needs runs the waiting tokens of all rows, and their newest ones, too.
 
     Args:
-      tokens: token ids.
-      positions: position of each token in its row, -1 for rows that are not to be run.
+      tokens: token ids; several are the newest and drafts before it that have run no layer. With what waits they must
+        fit the queue.
+      positions: position of each token in its row, -1 where there is none.
       cache: earlier tokens, with `pending` for the routers' groups.
-      routers: routers and exit heads.
-      gate: thresholds.
+      routers: routers and exit heads; None for one group of all layers.
+      gate: thresholds, required with `routers`.
+      count: the leading columns of `tokens` that are there, 1 to T; all when omitted.
+      may_exit: whether the newest token may leave early.
+      finish: run every group, whoever needs it.
       implementation: of the exit step, see `pallas_kernels`.
 
     Returns:
-      What the pass gave, `new` with the rows of the newest Q slots (zeros where a layer did not run them), and the
-      cache with the tokens appended.
+      What the pass gave for the newest token, `new` with the rows of the newest Q slots (zeros where a layer did not
+      run them), and the cache with the tokens appended. Slots that have now run the last group are in its
+      ``pending.states`` as the last layer left them.
     """
     pending = cache.pending
     assert pending is not None
-    state = TokenState.start(model.embed_tokens(tokens, positions), positions)
-    window = jnp.concatenate([pending.states[:, 1:].astype(state.x.dtype), state.x], axis=1)
-    gating = Gating(routers, gate, positions >= 1, implementation)
-    groups = layer_groups(model.config.num_layers, routers.checkpoints)
-    return _Walk(model, groups, cache, pending, gating, positions).run(_Window(window, state))
+    width = pending.queue_length
+    embedded = model.embed_tokens(tokens, positions)
+    earlier = lax.dynamic_slice(
+        cache.positions, (jnp.int32(0), cache.length + 1 - width), (positions.shape[0], width - 1)
+    )
+    states = jnp.concatenate([pending.states[:, 1:].astype(embedded.dtype), embedded], axis=1)
+    places = jnp.concatenate([earlier, positions], axis=1)
+    if count is None:
+        count = jnp.int32(tokens.shape[1])
+        states, places = states[:, -width:], places[:, -width:]
+    else:
+        states = lax.dynamic_slice_in_dim(states, count - 1, width, axis=1)
+        places = lax.dynamic_slice_in_dim(places, count - 1, width, axis=1)
+    newest = TokenState.start(states[:, -1:], places[:, -1:])
+    allowed = (places[:, -1:] >= 1) & may_exit
+    gating = None if routers is None or gate is None else Gating(routers, gate, allowed, implementation)
+    groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
+    return _Walk(model, groups, cache, pending, gating, places, cache.length + count, finish).run(
+        _Window(states, newest)
+    )
 
 
 class _Window(NamedTuple):
@@ -70,22 +94,24 @@ class _Window(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """One token's walk over the layer groups."""
+    """One walk over the layer groups. `positions` are the window's, `length` counts its slots."""
 
     model: Decoder
     groups: tuple[range, ...]
     cache: KVCache
     pending: Pending
-    gating: Gating
-    positions: Int[Array, "B 1"]
+    gating: Gating | None
+    positions: Int[Array, "B Q"]
+    length: Int[Array, ""]
+    finish: Bool[Array, ""] | bool
 
     def run(self, window: _Window) -> tuple[DepthOutput, KVCache]:
         count, rows, ran = len(self.groups), GroupRows(self.groups), self.pending.ran
-        contexts = self.model.contexts(self.positions, self.cache)
+        contexts = self.model.contexts(self.positions[:, -1:], self.cache)
         branches = [self._alone(g, contexts) for g in range(count)]
         branches += [self._with_waiting(g, width) for width in self._widths for g in range(count)]
         # A step later the queue would not hold what waits for the last group.
-        full = self.cache.length + 1 - ran[-1] >= self.pending.queue_length
+        full = self.finish | (self.length - ran[-1] >= self.pending.queue_length)
         loop = run_groups(
             lambda s: (s.group < count) & (full | jnp.any(s.state.newest.active)),
             branches,
@@ -98,14 +124,12 @@ class _Walk(NamedTuple):
 
     @property
     def _widths(self) -> tuple[int, ...]:
-        """Slots in a pass with waiting tokens. Mostly one waits, and two rows are cheaper than a whole queue's."""
-        return tuple(sorted({min(2, self.pending.queue_length), self.pending.queue_length}))
+        """Slots in a pass with waiting tokens."""
+        return pass_widths(self.pending.queue_length)[1:]
 
     def _width_number(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """0: nothing waits for the group; otherwise one plus the least width that holds what does."""
-        needed = self.cache.length + 1 - self.pending.ran[group]
-        edges = jnp.asarray((1, *self._widths[:-1]), jnp.int32)
-        return jnp.sum(needed > edges, dtype=jnp.int32)
+        return pass_number(self.length - self.pending.ran[group], self.pending.queue_length)
 
     def _alone(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[_Window]:
         """Runs group `g` for the newest token: nothing waits."""
@@ -120,7 +144,7 @@ class _Walk(NamedTuple):
 
         def run(window: _Window) -> tuple[_Window, KeyValue]:
             waits = self._waits(self.pending.ran[g][None])[:, -width:]
-            positions = jnp.where(waits, self._window_positions()[:, -width:], -1)
+            positions = jnp.where(waits, self.positions[:, -width:], -1)
             slots = jnp.arange(self.cache.capacity)[None]
             complete = jnp.where(slots < self.pending.ran[g], self.cache.positions, -1)
             contexts = self.model.contexts(positions, self.cache._replace(positions=complete))
@@ -156,15 +180,10 @@ class _Walk(NamedTuple):
         return (self._first_slot() + jnp.arange(self.pending.queue_length))[None] >= ran[:, None]
 
     def _first_slot(self) -> Int[Array, ""]:
-        return self.cache.length + 1 - self.pending.queue_length
-
-    def _window_positions(self) -> Int[Array, "B Q"]:
-        size = (self.positions.shape[0], self.pending.queue_length - 1)
-        earlier = lax.dynamic_slice(self.cache.positions, (jnp.int32(0), self._first_slot()), size)
-        return jnp.concatenate([earlier, self.positions], axis=1)
+        return self.length - self.pending.queue_length
 
     def _written(self, new: KeyValue, states: Float[Array, "B Q D"], done: Bool[Array, " groups"]) -> KVCache:
-        """The cache with the token appended, and the rows that groups have computed."""
+        """The cache with the tokens appended, and the rows that groups have computed."""
         by_group = self._waits(self.pending.ran) & done[:, None]
         fresh = jnp.stack([by_group[g] for g, group in enumerate(self.groups) for _ in group])[:, None, None, :, None]
         zero = jnp.int32(0)
@@ -174,11 +193,23 @@ class _Walk(NamedTuple):
             kept = lax.dynamic_slice(old, start, rows.shape)
             return lax.dynamic_update_slice(old, jnp.where(fresh, rows.astype(old.dtype), kept), start)
 
-        length = self.cache.length + 1
         return KVCache(
             keys=write(self.cache.keys, new.keys),
             values=write(self.cache.values, new.values),
-            positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.cache.length)),
-            length=length,
-            pending=Pending(states.astype(self.pending.states.dtype), jnp.where(done, length, self.pending.ran)),
+            positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self._first_slot())),
+            length=self.length,
+            pending=Pending(states.astype(self.pending.states.dtype), jnp.where(done, self.length, self.pending.ran)),
         )
+
+
+def pass_widths(queue_length: int) -> tuple[int, ...]:
+    """Slots in the passes that a group is compiled for. Mostly one token waits, and two rows are cheaper than eight."""
+    return tuple(sorted({1, min(2, queue_length), queue_length}))
+
+
+def pass_number(needed: Int[Array, "..."], queue_length: int) -> Int[Array, "..."]:
+    """Index into `pass_widths` of the least width that holds so many slots."""
+    number = jnp.zeros_like(needed)
+    for width in pass_widths(queue_length)[:-1]:
+        number += (needed > width).astype(number.dtype)
+    return number

@@ -74,12 +74,22 @@ def sample(
       logits: float32.
       seen: tokens already in the row, for the repetition penalty.
     """
+    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0])), logits, sampling, seen)
+
+
+def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
+    """The keys that rows of a batch draw from."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+def sample_rows(
+    keys: Callable[[], PRNGKeyArray], logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
+) -> Int[Array, " B"]:
+    """`sample` with a key for each row, made when they are needed: greedy decoding needs none."""
     logits = penalise(logits, sampling.repetition_penalty, seen)
 
     def draw() -> Array:
-        kept = filter_logits(logits, sampling)
-        keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys(), filter_logits(logits, sampling)).astype(jnp.int32)
 
     return lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 

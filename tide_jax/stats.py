@@ -12,6 +12,30 @@ from tide_jax.drift import DriftReport
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftStats:
+    """What drafts came to in ``mode="lossless"``; drafts are counted over all rows.
+
+    Attributes:
+      passes: passes over some or all layers, prefill included.
+      ngram_drafted, ngram_accepted: drafts copied from the rows' own text.
+      exit_drafted, exit_accepted: drafts of tokens that left early.
+    """
+
+    passes: int
+    ngram_drafted: int
+    ngram_accepted: int
+    exit_drafted: int
+    exit_accepted: int
+
+    def summary(self) -> str:
+        """A line for people."""
+        return (
+            f"lossless: {self.passes} passes; drafts accepted: {self.ngram_accepted} of {self.ngram_drafted} from the "
+            f"text, {self.exit_accepted} of {self.exit_drafted} from exits"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExitStats:
     """Depth and time of a generation or a scoring call.
 
@@ -22,11 +46,13 @@ class ExitStats:
       exits_per_layer: tokens whose last layer was this one, for each layer.
       layers_executed: layers the device ran, summed over steps. With one row it equals `layers_run`; with more, a step
         costs the depth of its deepest row. With ``kv_strategy="recompute"``, layers that ran for waiting tokens alone
-        are in it.
+        are in it. With ``mode="lossless"`` a layer counts once for a pass, however many drafts it verifies.
       steps: forward passes that produced tokens.
       wall_time: seconds, compilation left out.
-      compile_time: seconds spent compiling for this call, 0.0 when the program was already there.
+      compile_time: seconds spent compiling for this call (and, with ``mode="lossless"``, measuring what passes cost),
+        0.0 when the program was already there.
       drift: what the call's `DriftMonitor` knows, this call included; None without one.
+      drafts: what drafts came to; None but with ``mode="lossless"``.
     """
 
     num_layers: int
@@ -38,6 +64,7 @@ class ExitStats:
     wall_time: float
     compile_time: float = 0.0
     drift: DriftReport | None = None
+    drafts: DraftStats | None = None
 
     @classmethod
     def from_exit_layers(
@@ -104,4 +131,5 @@ class ExitStats:
             f"ran all layers: {self.full_depth_tokens} of {self.tokens} tokens",
             f"last layer run: {exits or 'none'}",
         ]
-        return "\n".join(lines if self.drift is None else [*lines, self.drift.summary()])
+        lines += [part.summary() for part in (self.drafts, self.drift) if part is not None]
+        return "\n".join(lines)

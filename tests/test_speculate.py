@@ -1,0 +1,312 @@
+"""Lossless generation: the tokens of full depth whatever is drafted, fewer passes where drafts hold, bounded losses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, random_prompts, tiny_model
+
+from tide_jax import TIDE, DriftMonitor, ExitConfig, PassCosts, TideError, generate_lossless, measure_pass_costs
+from tide_jax.batch import bucket, eos_table, pad_left
+from tide_jax.draft_control import DraftControl, Round, learned, plan
+from tide_jax.early_exit import ExitGate
+from tide_jax.generate import Exits, Prompt, Request
+from tide_jax.ngram_drafts import ngram_drafts
+from tide_jax.sampling import make_sampling
+from tide_jax.speculate import LosslessGenerated
+from tide_jax.testing import constant_routers, random_routers, tiny_config
+
+NEW = 37
+# One of each way to read the cache.
+ARCHITECTURES = ("pre norm", "experts", "alibi and sinks", "latent attention", "sliding windows", "gated output")
+PROMPTS = random_prompts((7, 1, 12, 9))
+# A layer costs the same whatever the width, and heads nothing: every draft is worth a try.
+FREE = PassCosts(jnp.ones((3,)), jnp.zeros((3,)), jnp.float32(0.0))
+# Exits first, for as long as it takes to learn better.
+EAGER = DraftControl.start()._replace(exit_rate=jnp.float32(50.0))
+NO_EXITS = EAGER._replace(exit_rate=jnp.float32(0.0))
+DEAR = PassCosts(jnp.asarray([1.0, 10.0, 100.0]), jnp.zeros((3,)), jnp.float32(0.0))
+
+
+@functools.cache
+def engine_of(name: str) -> TIDE:
+    model = tiny_model(CONFIGS[name])
+    interval = 2 if model.config.num_layers > 4 else 1
+    routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
+    return TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0))
+
+
+@functools.cache
+def program() -> Any:
+    return jax.jit(generate_lossless, static_argnames=("capacity", "queue_length"))
+
+
+def lossless(
+    engine: TIDE,
+    prompts: Any,
+    new: int = NEW,
+    *,
+    costs: PassCosts = FREE,
+    threshold: float | None = 0.5,
+    eos: Any = (),
+    key: int = 0,
+    control: DraftControl | None = None,
+    queue_length: int = 8,
+    routers: Any = None,
+    **dials: Any,
+) -> LosslessGenerated:
+    """The pure function with costs of our own; a `threshold` of None drafts from the text alone."""
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
+    prompt = Prompt(jnp.asarray(pad_left(prompts, bucket(int(lengths.max())))), jnp.asarray(lengths))
+    request = Request(
+        sampling=make_sampling(**dials),
+        key=jax.random.key(key),
+        eos=jnp.asarray(eos_table(list(eos), len(prompts))),
+        pad=jnp.int32(0),
+        max_new_tokens=jnp.int32(new),
+    )
+    exits, routers = None, engine.routers if routers is None else routers
+    if threshold is not None:
+        gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(0))
+        exits = Exits(routers.without_metadata(), gate, jnp.asarray(False), "recompute")
+    arguments = (engine.model, prompt, request, exits, costs, control)
+    return program()(*arguments, capacity=bucket(new), queue_length=queue_length)
+
+
+def assert_full(engine: TIDE, prompts: Any, out: LosslessGenerated, new: int = NEW, **options: Any) -> None:
+    full = engine.generate(prompts, max_new_tokens=new, mode="full", **({"eos_token_id": []} | options))
+    for b in range(len(prompts)):
+        assert int(out.lengths[b]) == full.lengths[b], b
+        assert out.tokens[b, : full.lengths[b]].tolist() == full.tokens[b, : full.lengths[b]].tolist(), b
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
+    engine = engine_of(name)
+    always = constant_routers(engine.model.config, interval=1)
+    out = lossless(engine, PROMPTS, routers=always, control=EAGER)
+    assert_full(engine, PROMPTS, out)
+    assert out.counts.exit_drafted > out.counts.exit_accepted, "some drafts fail"
+    from_text = lossless(engine, PROMPTS, routers=always, control=NO_EXITS)
+    assert_full(engine, PROMPTS, from_text)
+    assert from_text.counts.ngram_drafted > 0
+
+
+@pytest.mark.parametrize("queue_length, threshold", [(1, None), (1, 0.4), (2, 0.1), (3, 0.45), (11, None), (11, 0.4)])
+def test_queues_of_any_length_and_drafts_of_both_kinds(queue_length: int, threshold: float | None) -> None:
+    engine, costs = engine_of("pre norm"), FREE
+    if queue_length < 3:
+        costs = PassCosts(FREE.layer[:queue_length], FREE.head[:queue_length], FREE.leaving)
+    control = DraftControl.start() if threshold is None else EAGER
+    out = lossless(engine, PROMPTS, costs=costs, queue_length=queue_length, threshold=threshold, control=control)
+    assert_full(engine, PROMPTS, out)
+    if threshold is None:
+        assert out.counts.exit_drafted == 0
+        assert (out.counts.ngram_accepted > 0) == (queue_length > 1)
+
+
+def test_hundreds_of_prompts() -> None:
+    engine = engine_of("pre norm")
+    rng = np.random.default_rng(3)
+    accepted = drafted = 0
+    for _ in range(30):
+        lengths = rng.integers(1, 16, 8)
+        prompts = [rng.integers(0, 259, n).tolist() for n in lengths]
+        prompts = [p * 3 if rng.random() < 0.5 else p for p in prompts]
+        prompts[0] = prompts[0] + [5] * (48 - len(prompts[0]))  # one shape for all
+        out = lossless(engine, prompts, 24, control=EAGER if rng.random() < 0.5 else DraftControl.start())
+        assert_full(engine, prompts, out, 24)
+        accepted += int(out.counts.ngram_accepted + out.counts.exit_accepted)
+        drafted += int(out.counts.ngram_drafted + out.counts.exit_drafted)
+    assert 0 < accepted < drafted
+
+
+def test_one_row_makes_fewer_passes_where_its_text_repeats() -> None:
+    engine, prompt = engine_of("pre norm"), [list(range(20, 40)) * 2]
+    out = lossless(engine, prompt, 48, threshold=None)
+    assert_full(engine, prompt, out, 48)
+    assert out.counts.passes < 48, "a pass makes more than a token"
+    assert out.counts.layers_executed == out.counts.passes * engine.model.config.num_layers
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"temperature": 0.8},
+        {"temperature": 0.3, "top_k": 5},
+        {"temperature": 1.2, "top_p": 0.7, "repetition_penalty": 1.3},
+        {"repetition_penalty": 1.5},
+    ],
+)
+def test_sampling_draws_what_full_depth_draws_with_the_same_key(dials: dict[str, float]) -> None:
+    engine = engine_of("pre norm")
+    for seed in range(3):
+        out = lossless(engine, PROMPTS, key=seed, control=EAGER, **dials)
+        assert_full(engine, PROMPTS, out, key=jax.random.key(seed), **dials)
+        assert out.counts.exit_drafted > 0
+
+
+def test_sampled_tokens_have_the_full_models_distribution() -> None:
+    engine, rows, temperature = engine_of("pre norm"), 64, 0.25
+    prompt = [11, 12, 13, 11, 12]
+    counts = np.zeros((engine.model.config.vocab_size,))
+    drawn, second = [], np.zeros_like(counts)
+    for seed in range(24):
+        out = lossless(engine, [prompt] * rows, 2 + 1, key=seed, control=EAGER, temperature=temperature)
+        drawn += np.asarray(out.tokens)[:, :3].tolist()
+    firsts = sorted({row[0] for row in drawn})
+    logits = np.asarray(engine([[*prompt, t] for t in firsts], mode="full").logits)
+    first = np.asarray(jax.nn.softmax(logits[0, len(prompt) - 1] / temperature))
+    after = np.asarray(jax.nn.softmax(logits[:, len(prompt)] / temperature, axis=-1))
+    weights = np.asarray([first[t] for t in firsts])
+    second = weights @ after / weights.sum()
+    for column, expected in ((0, first), (1, second)):
+        counts = np.bincount([row[column] for row in drawn], minlength=len(expected)) / len(drawn)
+        likely = expected > 0.01
+        error = np.sqrt(expected * (1 - expected) / len(drawn))
+        assert np.all(np.abs(counts - expected)[likely] < 4.5 * error[likely] + 0.002)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 16])
+def test_generations_of_any_length(new: int) -> None:
+    engine = engine_of("pre norm")
+    out = lossless(engine, PROMPTS, new)
+    assert out.lengths.tolist() == [new] * len(PROMPTS)
+    assert_full(engine, PROMPTS, out, new)
+
+
+def test_rows_end_at_their_end_of_sequence_token() -> None:
+    engine = engine_of("pre norm")
+    free = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[]).tokens
+    for at in (0, 3, 11):
+        eos = sorted({int(free[0, at]), int(free[2, 2 * at])})
+        for threshold in (None, 0.1, 0.5):
+            control = DraftControl.start() if threshold is None else EAGER
+            out = lossless(engine, PROMPTS, eos=eos, threshold=threshold, control=control)
+            assert_full(engine, PROMPTS, out, eos_token_id=eos)
+            assert int(out.lengths.min()) < NEW
+
+
+def test_slots_last_though_one_rows_drafts_hold_and_anothers_fail() -> None:
+    engine = engine_of("pre norm")
+    prompts = [[7] * 30, *random_prompts((5, 29, 13, 8, 21))]
+    for threshold, control in ((None, DraftControl.start()), (0.2, EAGER)):
+        out = lossless(engine, prompts, 96, threshold=threshold, control=control)
+        assert_full(engine, prompts, out, 96)
+
+
+def test_drafts_that_cost_more_than_they_bring_are_not_made() -> None:
+    out = lossless(engine_of("pre norm"), [[7] * 30], costs=DEAR, threshold=None)
+    assert out.counts.ngram_drafted == 0
+    assert out.counts.passes == NEW
+
+
+def test_exits_that_always_fail_are_given_up() -> None:
+    engine = engine_of("pre norm")
+    routers = constant_routers(engine.model.config, interval=2, bottleneck=4)
+    out = lossless(engine, PROMPTS[:1], 96, routers=routers, costs=DEAR, threshold=0.5)
+    assert_full(engine, PROMPTS[:1], out, 96)
+    assert 0 < int(out.counts.exit_drafted) < 40
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 3, 7])
+def test_losses_are_bounded_and_gains_taken(accepted: int) -> None:
+    """A row whose every draft holds for so many tokens, at the costs of a CPU."""
+    costs, layers = PassCosts(jnp.asarray([1.0, 1.4, 2.5]), jnp.zeros((3,)), jnp.float32(0.0)), 30
+    control, seconds, tokens = DraftControl.start(), 0.0, 0
+    matched, running = jnp.asarray([3]), jnp.asarray([True])
+    for _ in range(400):
+        choice = plan(control, costs, layers, matched, running, most=7, waiting=jnp.asarray(False))
+        drafts = int(choice.drafts)
+        held = min(drafts, accepted)
+        spent = layers * {0: 1.0, 1: 1.4, 7: 2.5}[drafts]
+        done = Round(
+            matched if drafts else jnp.zeros_like(matched),
+            jnp.asarray([held]),
+            choice.drafts,
+            jnp.asarray(False),
+            jnp.float32(held + 1),
+            jnp.float32(spent),
+        )
+        control = learned(control, costs, layers, done)
+        seconds, tokens = seconds + spent, tokens + held + 1
+        assert seconds <= layers * (1.02 * tokens + 3.1)
+    gain = layers * tokens / seconds
+    assert gain > {0: 0.97, 1: 1.3, 3: 1.4, 7: 2.5}[accepted]
+
+
+def test_ngram_drafts_continue_the_latest_longest_match() -> None:
+    rows = [[1, 2, 3, 9, 2, 3, 5, 2, 3, 0, 0], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 6, 7, 6, 7, 6, 0, 0, 0, 0]]
+    found = ngram_drafts(jnp.asarray(rows), jnp.asarray([0, 0, 2]), jnp.asarray([9, 3, 7]), 4)
+    assert found.matched.tolist() == [2, 2, 3]
+    assert found.tokens.tolist() == [[5, 2, 3, 5], [4, 4, 4, 4], [7, 6, 7, 6]]
+    none = ngram_drafts(jnp.asarray([[1, 2, 3, 1, 0]]), jnp.asarray([1]), jnp.asarray([4]), 2)
+    assert none.matched.tolist() == [0], "what stands before the row is not the row's"
+
+
+def test_the_engine_measures_costs_and_says_what_drafts_came_to() -> None:
+    engine = engine_of("pre norm")
+    out = engine.generate(PROMPTS, max_new_tokens=NEW, mode="lossless", eos_token_id=[])
+    full = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[])
+    assert out.tokens.tolist() == full.tokens.tolist()
+    assert out.exit_layers.tolist() == full.exit_layers.tolist()
+    assert out.stats.drafts is not None
+    assert out.stats.steps == out.stats.drafts.passes
+    assert out.stats.depth == 1.0
+    assert "lossless: " in out.stats.summary()
+    assert full.stats.drafts is None
+
+
+def test_streaming_and_without_routers() -> None:
+    engine = TIDE(engine_of("pre norm").model)
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        full = engine.generate(prompts, max_new_tokens=NEW, eos_token_id=[])
+        steps = list(engine.stream(prompts, max_new_tokens=NEW, mode="lossless", eos_token_id=[]))
+        assert np.stack([s.tokens for s in steps], axis=1).tolist() == full.tokens.tolist()
+        assert steps[-1].drafts is not None
+        assert sum(s.layers_executed for s in steps) >= steps[-1].drafts.passes
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.got: list[int] = []
+
+        def put(self, tokens: np.ndarray) -> None:
+            self.got += np.asarray(tokens).reshape(-1).tolist()
+
+        def end(self) -> None:
+            self.got.append(-1)
+
+    streamer = Streamer()
+    out = engine.generate(PROMPTS[:1], max_new_tokens=NEW, mode="lossless", eos_token_id=[], streamer=streamer)
+    assert streamer.got == [*PROMPTS[0], *out.tokens[0].tolist(), -1]
+    assert out.tokens.tolist() == full.tokens.tolist()
+
+
+def test_lossless_scores_as_full_depth_and_has_no_drift() -> None:
+    engine, monitor = engine_of("pre norm"), DriftMonitor(1.0)
+    scored, full = engine(PROMPTS, mode="lossless", monitor=monitor), engine(PROMPTS, mode="full")
+    np.testing.assert_array_equal(scored.logits, full.logits)
+    engine.generate(PROMPTS, max_new_tokens=4, mode="lossless", monitor=monitor)
+    assert monitor.report().tokens == 0
+
+
+def test_half_precision_runs() -> None:
+    engine = TIDE(tiny_model(tiny_config(), dtype=jnp.bfloat16))
+    out = engine.generate(PROMPTS, max_new_tokens=NEW, mode="lossless", eos_token_id=[])
+    assert out.lengths.tolist() == [NEW] * len(PROMPTS)
+
+
+def test_costs_are_positive_and_bad_sizes_refused() -> None:
+    engine = engine_of("pre norm")
+    costs = measure_pass_costs(engine.model, engine.routers, batch=2)
+    assert costs.layer.shape == costs.head.shape == (3,)
+    assert bool(jnp.all(costs.layer > 0) & jnp.all(costs.head > 0) & (costs.leaving > 0))
+    with pytest.raises(TideError, match="batch"):
+        measure_pass_costs(engine.model, batch=0)
+    with pytest.raises(TideError, match="lossless"):
+        engine.generate(PROMPTS, mode="loss-less")

@@ -1,0 +1,200 @@
+"""Running checked requests: compiled programs, whole or step by step, and what they report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tide_jax.batch import Rows
+from tide_jax.decoder import Decoder
+from tide_jax.draft_control import DraftControl, PassCosts
+from tide_jax.errors import TideError
+from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.outputs import GenerateOutput, StreamStep
+from tide_jax.pass_costs import measure_pass_costs
+from tide_jax.programs import Programs
+from tide_jax.sharding import agreed, fetch, mesh_context, mesh_of
+from tide_jax.speculate import DraftCounts, advance_lossless, begin_lossless, generate_lossless
+from tide_jax.stats import DraftStats, ExitStats
+
+
+class Call(NamedTuple):
+    """A checked request, ready for the pure functions."""
+
+    rows: Rows
+    prompt: Prompt
+    request: Request
+    exits: Exits | None
+    capacity: int
+
+
+class Runner(Protocol):
+    """One way to run a call."""
+
+    def whole(self, call: Call) -> GenerateOutput:
+        """Runs a generation in one compiled program."""
+        ...
+
+    def steps(self, call: Call) -> Iterator[StreamStep]:
+        """Runs it step by step."""
+        ...
+
+
+class PlainRunner:
+    """One token of each row a step: ``mode="exit"`` and ``mode="full"``."""
+
+    def __init__(self, model: Decoder, programs: Programs, implementation: str | None) -> None:
+        self._model, self._programs = model, programs
+        self._options: dict[str, Any] = {"implementation": implementation}
+
+    def whole(self, call: Call) -> GenerateOutput:
+        arguments = (call.prompt, call.request, call.exits)
+        out, seconds, compiled = self._programs.run(
+            generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
+        )
+        out = fetch(out)
+        steps = int(out.steps)
+        return output(
+            out.tokens[:, :steps],
+            out.exit_layers[:, :steps],
+            num_layers=self._model.config.num_layers,
+            layers_executed=int(np.sum(out.layers_executed)),
+            steps=steps,
+            wall_time=seconds,
+            compile_time=compiled,
+        )
+
+    def steps(self, call: Call) -> Iterator[StreamStep]:
+        arguments = (call.prompt, call.request, call.exits)
+        state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity, **self._options)
+        while True:
+            step, done, *arrays = fetch((state.step, state.done, state.last, state.exit_layers, state.layers_executed))
+            yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
+            if step >= call.request.max_new_tokens or done.all():
+                return
+            arguments = (state, call.request, call.exits)
+            state, _, _ = self._programs.run(advance, (self._model,), arguments, donate=1, **self._options)
+
+
+class LosslessRunner:
+    """Drafts and verification: ``mode="lossless"``. Keeps what it has measured and learned, by batch size."""
+
+    def __init__(self, model: Decoder, programs: Programs, implementation: str | None, known: Drafting) -> None:
+        self._model, self._programs, self._known = model, programs, known
+        self._options: dict[str, Any] = {"implementation": implementation}
+
+    def whole(self, call: Call) -> GenerateOutput:
+        batch = len(call.rows.rows)
+        costs, measuring = self._known.costs(self._model, call.exits, batch)
+        arguments = (call.prompt, call.request, call.exits, costs, self._known.control(batch))
+        out, seconds, compiled = self._programs.run(
+            generate_lossless, (self._model,), arguments, capacity=call.capacity, **self._options
+        )
+        self._known.learn(batch, out.control)
+        out = fetch(out._replace(control=None))
+        longest, last = int(np.max(out.lengths)), self._model.config.num_layers - 1
+        made = np.arange(longest)[None] < out.lengths[:, None]
+        return output(
+            out.tokens[:, :longest],
+            np.where(made, last, -1).astype(np.int32),
+            num_layers=last + 1,
+            layers_executed=int(out.counts.layers_executed),
+            steps=int(out.counts.passes),
+            wall_time=seconds,
+            compile_time=compiled + measuring,
+            drafts=_draft_stats(out.counts),
+        )
+
+    def steps(self, call: Call) -> Iterator[StreamStep]:
+        batch, width = call.prompt.tokens.shape
+        costs, _ = self._known.costs(self._model, call.exits, batch)
+        arguments = (call.prompt, call.request, call.exits, self._known.control(batch))
+        state, _, _ = self._programs.run(
+            begin_lossless, (self._model,), arguments, capacity=call.capacity, **self._options
+        )
+        sent, last, executed = 0, self._model.config.num_layers - 1, 0
+        while True:
+            done, verified, tokens, counts = fetch(
+                (state.done, state.verified - state.width, state.tokens, state.counts)
+            )
+            # A step has a token of every row that goes on so far, so rows wait for the slowest of them.
+            ready = int(verified.max() if done.all() else verified[~done].min())
+            for n in range(sent, ready):
+                there = n < verified
+                column = np.where(there, tokens[:, width + n], int(call.request.pad)).astype(np.int32)
+                layers = int(counts.layers_executed) - executed
+                executed += layers
+                yield StreamStep(column, np.where(there, last, -1).astype(np.int32), layers, _draft_stats(counts))
+            sent = max(sent, ready)
+            if done.all():
+                self._known.learn(batch, state.control)
+                return
+            arguments = (state, call.request, call.exits, costs)
+            state, _, _ = self._programs.run(advance_lossless, (self._model,), arguments, donate=1, **self._options)
+
+
+class Drafting:
+    """What an engine knows of drafts: costs of passes, measured once, and what generations have learned."""
+
+    def __init__(self) -> None:
+        self._costs: dict[int, PassCosts] = {}
+        self._control: dict[int, DraftControl] = {}
+
+    def costs(self, model: Decoder, exits: Exits | None, batch: int) -> tuple[PassCosts, float]:
+        """The costs at a batch size, and the seconds that it took to measure them now."""
+        start = time.perf_counter()
+        if batch not in self._costs:
+            routers = None if exits is None else exits.routers
+            with mesh_context(mesh_of(model)):
+                self._costs[batch] = agreed(measure_pass_costs(model, routers, batch=batch))
+        return self._costs[batch], time.perf_counter() - start
+
+    def control(self, batch: int) -> DraftControl:
+        """What has been learned at a batch size."""
+        return self._control.get(batch) or DraftControl.start()
+
+    def learn(self, batch: int, control: DraftControl) -> None:
+        """Keeps what a generation has learned."""
+        self._control[batch] = control
+
+
+def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:
+    """Runs a call of one row step by step and puts its tokens into a streamer as they are made."""
+    if len(call.rows.rows) != 1:
+        raise TideError(
+            f"a streamer takes one prompt at a time, got {len(call.rows.rows)}; use TIDE.stream for a batch"
+        )
+    streamer.put(np.stack(call.rows.rows))
+    compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
+    for step in runner.steps(call):
+        streamer.put(step.tokens)
+        steps.append(step)
+    streamer.end()
+    compiled, drafts = programs.compile_time - compiled_before, steps[-1].drafts
+    return output(
+        np.stack([s.tokens for s in steps], axis=1),
+        np.stack([s.exit_layers for s in steps], axis=1),
+        num_layers=num_layers,
+        layers_executed=sum(s.layers_executed for s in steps),
+        steps=len(steps) if drafts is None else drafts.passes,
+        wall_time=time.perf_counter() - start - compiled,
+        compile_time=compiled,
+        drafts=drafts,
+    )
+
+
+def output(
+    tokens: np.ndarray, exit_layers: np.ndarray, *, drafts: DraftStats | None = None, **figures: Any
+) -> GenerateOutput:
+    """A generation with its statistics; `figures` as `ExitStats.from_exit_layers` takes them."""
+    stats = ExitStats.from_exit_layers(exit_layers, **figures)
+    lengths = np.sum(exit_layers >= 0, axis=1).astype(np.int32)
+    return GenerateOutput(tokens, lengths, exit_layers, dataclasses.replace(stats, drafts=drafts))
+
+
+def _draft_stats(counts: DraftCounts) -> DraftStats:
+    return DraftStats(**{name: int(n) for name, n in counts._asdict().items() if name != "layers_executed"})
