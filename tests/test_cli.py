@@ -159,6 +159,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "MODEL", "--text", "TEXT", "--output", "/proc/a"),
         "can't write /proc/a",
     ),
+    "a mesh that is none": (("generate", "MODEL", *_PROMPT, "--mesh", "4"), "--mesh '4' must be DATAxMODEL"),
+    "more devices than there are": (("generate", "MODEL", *_PROMPT, "--mesh", "1x64"), "--mesh 1x64 needs 64 devices"),
+    "processes without a mesh": (("generate", "MODEL", *_PROMPT, "--distributed"), "--distributed needs --mesh"),
+    "a process that is alone": (("generate", "MODEL", *_PROMPT, "--process-id", "1"), "it needs --distributed"),
+    "processes that can't be joined": (
+        ("generate", "MODEL", *_PROMPT, "--mesh", "1x1", "--distributed"),
+        "give each of them --coordinator HOST:PORT",
+    ),
     "no samples": (("calibrate", "MODEL", "--text", "TEXT", "--output", "OUT", "--samples", "0"), "--samples 0"),
 }
 

@@ -14,14 +14,18 @@ from tide_jax.calibrate import calibrate
 from tide_jax.checkpoint import load, load_tokenizer
 from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
 from tide_jax.decoder import Decoder
+from tide_jax.draft_control import DraftControl, PassCosts
 from tide_jax.drift import DriftMonitor, DriftReport
 from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
 from tide_jax.errors import TideError
 from tide_jax.generate import decode_step, generate_tokens, prefill
+from tide_jax.pass_costs import measure_pass_costs
 from tide_jax.risk_control import GuaranteeError, RiskGuarantee
 from tide_jax.risk_guarantee import guarantee
 from tide_jax.router import Routers
-from tide_jax.stats import ExitStats
+from tide_jax.sharding import make_mesh, shard
+from tide_jax.speculate import generate_lossless
+from tide_jax.stats import DraftStats, ExitStats
 
 __version__ = "0.1.0"
 
@@ -30,6 +34,8 @@ __all__ = [
     "CalibrationConfig",
     "Decoder",
     "DecoderConfig",
+    "DraftControl",
+    "DraftStats",
     "DriftMonitor",
     "DriftReport",
     "ExitConfig",
@@ -37,16 +43,21 @@ __all__ = [
     "GenerateOutput",
     "GuaranteeError",
     "KVCache",
+    "PassCosts",
     "RiskGuarantee",
     "Routers",
     "ScoreOutput",
     "TideError",
     "calibrate",
     "decode_step",
+    "generate_lossless",
     "generate_tokens",
     "guarantee",
     "init_cache",
     "load",
     "load_tokenizer",
+    "make_mesh",
+    "measure_pass_costs",
     "prefill",
+    "shard",
 ]

@@ -62,7 +62,8 @@ def calibrate(
         tokenised again and compared); what is fitted afterwards may differ. Up to `reservoir_bytes` stay in the
         folder, so that other fits need not read again: delete it when the routers are good. None keeps all in memory.
       mesh: devices that share the reading pass: rows of a batch are split over the axis "data", so its size should
-        be a multiple of the devices (`batch_size` counts texts over all of them). Every device holds the whole model.
+        be a multiple of the devices (`batch_size` counts texts over all of them). Every device holds the whole model,
+        unless the mesh has an axis "model", too (`tide_jax.make_mesh`): then each holds its part.
         The same tokens are kept whatever the mesh; their states may differ in the last float16 bit.
 
     Returns:

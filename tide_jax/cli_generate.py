@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from tide_jax.command_line import model_command, note, seed, show
+from tide_jax.cli_devices import Silent, add_options, first_process, open_mesh
+from tide_jax.command_line import keep_programs, model_command, note, seed, show
 from tide_jax.errors import TideError
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from tide_jax import TIDE, DriftMonitor
 
 
@@ -26,6 +29,7 @@ def add_command(subparsers: Any) -> None:
         '  tide-jax generate smollm2 --prompt "What is a volcano?"\n'
         '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --threshold 0.9\n'
         '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --audit 1\n'
+        '  tide-jax generate smollm2 --prompt "Repeat after me: ..." --mode lossless\n'
         '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
         _run,
     )
@@ -51,7 +55,12 @@ def add_command(subparsers: Any) -> None:
         help="fill the cache of skipped layers from exit states, or run these layers later (the router file's, else "
         "propagate)",
     )
-    parser.add_argument("--mode", choices=["exit", "full"], help="default: exit when there are routers")
+    parser.add_argument(
+        "--mode",
+        choices=["exit", "lossless", "full"],
+        help="exit, the default when there are routers; every layer for every token; or lossless: the full model's "
+        "tokens, from drafts that it verifies where that is faster",
+    )
     parser.add_argument(
         "--audit",
         type=float,
@@ -68,6 +77,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    add_options(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -75,9 +85,11 @@ def _run(args: argparse.Namespace) -> int:
 
     import tide_jax
 
-    monitor = _checked(args)
-    model, tokenizer = tide_jax.load(args.source, args.dtype), tide_jax.load_tokenizer(args.source)
-    engine, promise = _engine(args, model, audited=monitor is not None)
+    monitor, mesh = _checked(args), open_mesh(args)
+    if args.as_program:
+        keep_programs()
+    model, tokenizer = tide_jax.load(args.source, args.dtype, mesh=mesh), tide_jax.load_tokenizer(args.source)
+    engine, promise = _engine(args, model, mesh, audited=monitor is not None)
     prompts = [_prompt_ids(tokenizer, text, raw=args.raw) for text in args.prompt]
     dials = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in dials}
@@ -86,8 +98,11 @@ def _run(args: argparse.Namespace) -> int:
     if streaming:
         from transformers import TextStreamer
 
-        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options["streamer"] = text if first_process() else Silent()
     out = engine.generate(prompts, **options)
+    if not first_process():
+        return 0
     texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(out.tokens, out.lengths, strict=True)]
     rows = [
         {"prompt": prompt, "text": text, "tokens": t[:n].tolist(), "exit_layers": e[:n].tolist()}
@@ -109,8 +124,8 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError("the prompt is empty; pass some text")
     if args.mode == "exit" and args.routers is None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
-    if args.rate is not None and (args.routers is None or args.mode == "full"):
-        raise TideError("--audit compares exits with the full model; it needs --routers, and no --mode full")
+    if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):
+        raise TideError(f"--audit compares exits with the full model; it needs --routers, and no --mode {args.mode}")
     given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
     tide_jax.ExitConfig(**given)
     if args.routers is None and (unused := [n for n in ("threshold_tilt", "kv_strategy") if n in given]):
@@ -118,19 +133,19 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
-def _engine(args: argparse.Namespace, model: Any, *, audited: bool) -> tuple[TIDE, str | None]:
+def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited: bool) -> tuple[TIDE, str | None]:
     """The engine, and what is promised for it; None where nothing exits."""
     import tide_jax
     from tide_jax.promise import exit_settings
 
     if args.routers is None:
         config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
-        return tide_jax.TIDE(model, None, config), None
+        return tide_jax.TIDE(model, None, config, mesh=mesh), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
     config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
         config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
-    return tide_jax.TIDE(model, routers, config), None if args.mode == "full" else promise
+    return tide_jax.TIDE(model, routers, config, mesh=mesh), promise if args.mode in (None, "exit") else None
 
 
 def _prompt_ids(tokenizer: Any, text: str, *, raw: bool) -> list[int]:

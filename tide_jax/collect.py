@@ -29,6 +29,7 @@ from tide_jax.errors import TideError
 from tide_jax.evaluation import Batch
 from tide_jax.reading_plan import ReadingPlan, Sample, assign, digest, padded
 from tide_jax.reservoir import Allocate, Reservoir
+from tide_jax.sharding import mesh_context
 from tide_jax.work_folder import WorkFolder
 
 __all__ = ["Collected", "Progress", "Sample", "Splits", "collect", "tokenise"]
@@ -222,7 +223,7 @@ def _read(
     texts = sum(len(batch) for batch in plan.batches[:first])
     if progress is not None:
         progress("reading text", texts, total)
-    replicated = placement.replicated(model)
+    placed = placement.model(model)
 
     def finish(number: int, out: _States) -> None:
         nonlocal texts
@@ -235,7 +236,8 @@ def _read(
 
     for number in range(first, len(plan.batches)):
         inputs = (placement.split(array) for array in plan.inputs(number, _CHUNK))
-        out = _run(replicated, *inputs, checkpoints=checkpoints)
+        with mesh_context(placement.mesh):
+            out = _run(placed, *inputs, checkpoints=checkpoints)
         jax.tree.map(lambda array: array.copy_to_host_async(), out)
         waiting.append((number, out))
         if len(waiting) == 2:

@@ -1,4 +1,4 @@
-"""Batches split over devices by rows, with the model on each of them."""
+"""Batches split over devices by rows, with the model on each of them, or on each group of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from tide_jax.errors import TideError
+from tide_jax.sharding import DATA as AXIS
+from tide_jax.sharding import MODEL, shard
 
-AXIS = "data"
 T = TypeVar("T")
 
 
@@ -50,6 +51,10 @@ class Placement(NamedTuple):
     def replicated(self, tree: T) -> T:
         """A pytree on every device."""
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def model(self, model: T) -> T:
+        """A model: split where the mesh has an axis "model" (see `tide_jax.shard`), otherwise on every device."""
+        return self.replicated(model) if self.mesh is None or MODEL not in self.mesh.shape else shard(model, self.mesh)
 
     def split(self, array: np.ndarray) -> Array:
         """An array whose first axis is split over the devices."""

@@ -25,6 +25,7 @@ from tide_jax.errors import TideError
 from tide_jax.evaluation import argmax_by_row
 from tide_jax.generate import Exits, run_exits
 from tide_jax.programs import Programs
+from tide_jax.sharding import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Auditor(NamedTuple):
             may_exit[row, sequence.prompt : length] = True
         arguments = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(may_exit), exits)
         found, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments, implementation=self.implementation)
-        return [row[: len(s.tokens)] for row, s in zip(np.asarray(found), sequences, strict=False)], seconds
+        return [row[: len(s.tokens)] for row, s in zip(fetch(found), sequences, strict=False)], seconds
 
 
 class DriftMonitor:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from pallas_kernels.exit_step.api import IMPLEMENTATIONS
+from pallas_kernels.exit_step import IMPLEMENTATIONS
 from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, Mode
@@ -21,14 +21,17 @@ from tide_jax.decoder import Decoder
 from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
-from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens, run_exits
+from tide_jax.generate import Exits, Prompt, Request, run_exits
 from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
 from tide_jax.programs import Programs
 from tide_jax.router import Routers
+from tide_jax.running import Call, Drafting, LosslessRunner, PlainRunner, Runner, stream_to
 from tide_jax.sampling import make_sampling
+from tide_jax.sharding import checked_mesh, fetch, mesh_of, readable, shard, split_rows
 from tide_jax.stats import ExitStats
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class TIDE:
@@ -39,10 +42,14 @@ class TIDE:
       routers: trained routers; without them every call runs full depth.
       config: thresholds, minimum depth and cache policy.
       implementation: of the fused exit step, see `pallas_kernels`; None chooses by platform.
+      mesh: devices to run on, from `tide_jax.make_mesh`: the model, routers and cache are split over "model", rows over
+        "data" where their number divides. None runs where the model lies, on a mesh if it was loaded onto one. With
+        several processes (`jax.distributed`) all of them make the same calls, and all get the results.
 
     Raises:
       TideError: the routers belong to a model of another depth or width, `min_layers` exceeds the depth, or there is
-        not one threshold for each checkpoint, or there is no such implementation.
+        not one threshold for each checkpoint, or the implementation can't run here, or `mesh` has no axes "data" and
+        "model".
     """
 
     def __init__(
@@ -52,13 +59,16 @@ class TIDE:
         config: ExitConfig | None = None,
         *,
         implementation: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.model = model
+        self._mesh = mesh_of(model) if mesh is None else checked_mesh(mesh)
+        self.model = self._on_mesh(model)
         self.routers = routers
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
         self._implementation = implementation
-        self._weights = routers.without_metadata() if routers is not None else None
-        self._programs = Programs()
+        self._weights = self._on_mesh(routers.without_metadata()) if routers is not None else None
+        self._programs = Programs(self._mesh)
+        self._drafting = Drafting()
         self._check()
 
     def with_config(self, **changes: Any) -> TIDE:
@@ -78,8 +88,9 @@ class TIDE:
             self.routers,
             dataclasses.replace(self.config, **changes),
             implementation=self._implementation,
+            mesh=self._mesh,
         )
-        other._programs = self._programs
+        other._programs, other._drafting = self._programs, self._drafting
         return other
 
     def generate(
@@ -106,7 +117,9 @@ class TIDE:
           input_ids: int array [B, T] or [T], or a list of unequal lists.
           attention_mask: [B, T], 0 where `input_ids` is padding (on either side).
           max_new_tokens: tokens to produce at the most; clipped, with a warning logged, where the context ends.
-          mode: "exit" (default when there are routers) or "full".
+          mode: "exit" (default when there are routers), "full", or "lossless": the tokens of "full", from drafts that
+            the full model verifies wherever that is faster (`tide_jax.speculate`). Its first call at a batch size
+            measures what passes cost, in seconds.
           temperature, top_k, top_p, min_p, repetition_penalty: see `tide_jax.sampling`; temperature 0 is greedy.
           eos_token_id: an id, a list of ids, or a list of ids for each row; default: the model's. ``[]`` for none.
           pad_token_id: written after a row's end; default: the model's, else 0.
@@ -131,19 +144,24 @@ class TIDE:
             pad_token_id=pad_token_id,
             key=key,
         )
-        self._watch(monitor, call.exits)
-        out = self._generate_whole(call) if streamer is None else self._generate_streaming(call, streamer)
+        watched = None if mode == "lossless" else call.exits
+        self._watch(monitor, watched)
+        runner = self._runner(mode)
+        if streamer is None:
+            out = runner.whole(call)
+        else:
+            out = stream_to(streamer, runner, call, self._programs, self.model.config.num_layers)
         if monitor is None:
             return out
         greedy = temperature == 0 and repetition_penalty == 1
         prompts, prompt_exits = call.rows.rows, self.config.prefill_exits
         finished = generated(prompts, out.tokens, out.lengths, prompt_exits=prompt_exits, greedy=greedy)
-        return out._replace(stats=self._audited(out.stats, monitor, call.exits, finished))
+        return out._replace(stats=self._audited(out.stats, monitor, watched, finished))
 
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
         """Yields each step's tokens as soon as they are made; arguments as in `generate`, but for `streamer`
         and `monitor`, which needs a finished row."""
-        return self._steps(self._call(input_ids, **arguments))
+        return self._runner(arguments.get("mode")).steps(self._call(input_ids, **arguments))
 
     def __call__(
         self,
@@ -158,7 +176,7 @@ class TIDE:
 
         Args:
           input_ids, attention_mask: as in `generate`.
-          mode: "exit" (default when there are routers) or "full".
+          mode: "exit" (default when there are routers) or "full"; "lossless" scores as "full" does.
           prompt_lengths: leading tokens of each row, int or [B], that run at full depth, as a prompt does in
             `generate`. The token at position 0 always does.
           monitor: as in `generate`.
@@ -172,33 +190,28 @@ class TIDE:
         positions = positions_of(rows.mask, padded)
         tokens = np.zeros((batch, padded), np.int32)
         tokens[positions >= 0] = np.concatenate(rows.rows)
-        prompt, exits = prompt_column(prompt_lengths, batch), self._exits(mode)
+        prompt, exits = prompt_column(prompt_lengths, batch), self._exits("full" if mode == "lossless" else mode)
         self._watch(monitor, exits)
+        inputs = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt))
         (out, logits), seconds, compiled = self._programs.run(
-            _score,
-            (self.model,),
-            (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt), exits),
-            implementation=self._implementation,
+            _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self._implementation
         )
-        exit_layers = np.asarray(out.exit_layers)[:, :width]
+        exit_layers = fetch(out.exit_layers)[:, :width]
         stats = ExitStats.from_exit_layers(
             exit_layers,
             num_layers=self.model.config.num_layers,
-            layers_executed=int(out.layers_executed),
+            layers_executed=int(fetch(out.layers_executed)),
             steps=1,
             wall_time=seconds,
             compile_time=compiled,
         )
-        logits = logits[:, :width]
+        logits = jnp.asarray(readable(logits))[:, :width]
         return ScoreOutput(logits, exit_layers, self._audited(stats, monitor, exits, scored(rows, prompt, logits)))
 
     def _check(self) -> None:
         config, layers = self.config, self.model.config.num_layers
-        if self._implementation not in (None, *IMPLEMENTATIONS):
-            raise TideError(
-                f"implementation={self._implementation!r} is not known; choose None or one of "
-                f"{', '.join(sorted(IMPLEMENTATIONS))}"
-            )
+        if reason := IMPLEMENTATIONS.refusal(self._implementation):
+            raise TideError(reason)
         if config.min_layers > layers:
             raise TideError(f"min_layers={config.min_layers} exceeds the model's {layers} layers; lower it")
         if self.routers is None:
@@ -214,15 +227,21 @@ class TIDE:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
     def _exits(self, mode: Mode | None) -> Exits | None:
-        if mode not in (None, "exit", "full"):
-            raise TideError(f"mode={mode!r} is not known; choose 'exit' or 'full'")
+        if mode not in (None, "exit", "lossless", "full"):
+            raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
         if mode == "full" or self._weights is None:
             return None
         thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
+        if mode == "lossless":  # drafts wait for their deep layers, which verify them
+            return Exits(self._weights, gate, jnp.asarray(False), "recompute")
         return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits), self.config.kv_strategy)
+
+    def _runner(self, mode: Mode | None) -> Runner:
+        shared = self.model, self._programs, self._implementation
+        return LosslessRunner(*shared, self._drafting) if mode == "lossless" else PlainRunner(*shared)
 
     def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
         if not isinstance(monitor, DriftMonitor | None):
@@ -250,7 +269,7 @@ class TIDE:
         pad_token_id: int | None = None,
         key: PRNGKeyArray | None = None,
         **dials: Any,
-    ) -> _Call:
+    ) -> Call:
         config = self.model.config
         rows = to_rows(input_ids, attention_mask, config)
         sampling = make_sampling(**dials)
@@ -271,7 +290,10 @@ class TIDE:
         )
         width = bucket(int(rows.lengths.max()))
         prompt = Prompt(jnp.asarray(pad_left(rows.rows, width)), jnp.asarray(rows.lengths))
-        return _Call(rows, prompt, request, exits, bucket(new))
+        return Call(rows, split_rows(prompt, self._mesh), request, exits, bucket(new))
+
+    def _on_mesh(self, tree: T) -> T:
+        return tree if self._mesh is None else shard(tree, self._mesh)
 
     def _fit_context(self, rows: Rows, max_new_tokens: int) -> int:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
@@ -283,81 +305,6 @@ class TIDE:
                 "max_new_tokens=%d clipped to %d: the context holds %d tokens", max_new_tokens, room, context
             )
         return min(max_new_tokens, room)
-
-    def _generate_whole(self, call: _Call) -> GenerateOutput:
-        out, seconds, compiled = self._programs.run(
-            generate_tokens,
-            (self.model,),
-            (call.prompt, call.request, call.exits),
-            capacity=call.capacity,
-            implementation=self._implementation,
-        )
-        steps = int(out.steps)
-        return self._output(
-            np.asarray(out.tokens)[:, :steps],
-            np.asarray(out.exit_layers)[:, :steps],
-            int(np.sum(out.layers_executed)),
-            seconds,
-            compiled,
-        )
-
-    def _generate_streaming(self, call: _Call, streamer: Any) -> GenerateOutput:
-        if len(call.rows.rows) != 1:
-            raise TideError(
-                f"a streamer takes one prompt at a time, got {len(call.rows.rows)}; use TIDE.stream for a batch"
-            )
-        streamer.put(np.stack(call.rows.rows))
-        compiled_before, start, steps = self._programs.compile_time, time.perf_counter(), []
-        for step in self._steps(call):
-            streamer.put(step.tokens)
-            steps.append(step)
-        streamer.end()
-        compiled = self._programs.compile_time - compiled_before
-        return self._output(
-            np.stack([s.tokens for s in steps], axis=1),
-            np.stack([s.exit_layers for s in steps], axis=1),
-            sum(s.layers_executed for s in steps),
-            time.perf_counter() - start - compiled,
-            compiled,
-        )
-
-    def _steps(self, call: _Call) -> Iterator[StreamStep]:
-        options: dict[str, Any] = {"implementation": self._implementation}
-        arguments = (call.prompt, call.request, call.exits)
-        state, _, _ = self._programs.run(begin, (self.model,), arguments, capacity=call.capacity, **options)
-        while True:
-            step, done, *arrays = jax.device_get(
-                (state.step, state.done, state.last, state.exit_layers, state.layers_executed)
-            )
-            yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
-            if step >= call.request.max_new_tokens or done.all():
-                return
-            arguments = (state, call.request, call.exits)
-            state, _, _ = self._programs.run(advance, (self.model,), arguments, donate=1, **options)
-
-    def _output(
-        self, tokens: np.ndarray, exit_layers: np.ndarray, executed: int, seconds: float, compiled: float
-    ) -> GenerateOutput:
-        stats = ExitStats.from_exit_layers(
-            exit_layers,
-            num_layers=self.model.config.num_layers,
-            layers_executed=executed,
-            steps=tokens.shape[1],
-            wall_time=seconds,
-            compile_time=compiled,
-        )
-        lengths = np.sum(exit_layers >= 0, axis=1).astype(np.int32)
-        return GenerateOutput(tokens, lengths, exit_layers, stats)
-
-
-class _Call(NamedTuple):
-    """A checked request, ready for the pure functions."""
-
-    rows: Rows
-    prompt: Prompt
-    request: Request
-    exits: Exits | None
-    capacity: int
 
 
 def _score(

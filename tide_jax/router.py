@@ -20,6 +20,7 @@ from tide_jax.config import ExitConfig
 from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.errors import TideError
 from tide_jax.ops import matmul
+from tide_jax.sharding import mesh_of, shard, whole_channels
 from tide_jax.translators import LayerTranslators, Translators
 
 
@@ -96,7 +97,7 @@ class ExitHead(NamedTuple):
         mapped = rows.astype(x.dtype)
         for factor in self.factors:
             mapped = matmul(mapped, factor.astype(x.dtype))
-        out = rows + mapped.astype(jnp.float32) + self.bias.astype(jnp.float32)[None, :]
+        out = rows + whole_channels(mapped).astype(jnp.float32) + self.bias.astype(jnp.float32)[None, :]
         return out.astype(x.dtype).reshape(x.shape)
 
 
@@ -194,7 +195,7 @@ class Routers:
 
     @classmethod
     def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
-        """Reads routers written by `save` and checks that they belong to `model`.
+        """Reads routers written by `save`, onto `model`'s mesh if it has one, and checks that they belong to it.
 
         Args:
           checkpoint_interval: the interval the caller counts on; None accepts the file's.
@@ -209,10 +210,10 @@ class Routers:
         for name in ("config", "report"):
             if not isinstance(metadata.get(name, {}), dict):
                 raise TideError(f"{path} is damaged: its {name} is no table of fields; calibrate again")
-        found = metadata.get("config", {}).get("checkpoint_interval")
-        if checkpoint_interval is not None and found != checkpoint_interval:
+        interval = metadata.get("config", {}).get("checkpoint_interval")
+        if checkpoint_interval is not None and interval != checkpoint_interval:
             raise TideError(
-                f"{path} has a router every {found} layers, expected every {checkpoint_interval}; "
+                f"{path} has a router every {interval} layers, expected every {checkpoint_interval}; "
                 "calibrate again with that checkpoint_interval or drop it"
             )
         reader = _Reader(path, tensors, model.config.hidden_size)
@@ -226,7 +227,8 @@ class Routers:
                 translators = large.translators(checkpoints, model.config.num_layers)
         candidates, confidence = reader.second_look(checkpoints, model)
         history = RouterMetadata.from_dict(metadata)
-        return cls(routers, heads, checkpoints, translators, candidates, confidence, history)
+        found, mesh = cls(routers, heads, checkpoints, translators, candidates, confidence, history), mesh_of(model)
+        return jax.tree.map(jnp.asarray, found) if mesh is None else shard(found, mesh)
 
     def _large_arrays(self) -> dict[str, np.ndarray]:
         """What the second file holds."""
@@ -340,10 +342,10 @@ class _Reader(NamedTuple):
         shift = self._tensor(f"translators.{layer}.shift", (count, self.size))
         return LayerTranslators(shift, self._tensor(f"translators.{layer}.up", (count, rank, self.size)))
 
-    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Array:
+    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Any:
         tensor = self.tensors.get(name)
         fits = tensor is not None and len(tensor.shape) == len(shape)
         if tensor is None or not fits or any(w not in (None, n) for n, w in zip(tensor.shape, shape, strict=True)):
             found = "missing" if tensor is None else f"of shape {tensor.shape}"
             raise TideError(f"{self.path}: tensor {name} is {found}, expected shape {shape}; calibrate again")
-        return jnp.asarray(tensor)
+        return tensor

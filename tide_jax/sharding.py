@@ -1,0 +1,254 @@
+"""Models, routers and caches over a mesh of devices, by rules on logical axes.
+
+A mesh has two axes: "data" splits rows, "model" splits the weights within a group of devices (tensor parallelism as in
+Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053: one sum over the group after attention, one after the feed-forward
+block). `PARAMETERS` and `CACHE` name the axes of tensors, `RULES` says what becomes of each name, and XLA's partitioner
+derives the rest: the model's code is the same with and without a mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from tide_jax.errors import TideError
+
+T = TypeVar("T")
+Axes = tuple[str | None, ...]
+
+DATA, MODEL = "data", "model"
+
+RULES: Mapping[str, str | None] = {
+    "rows": DATA,
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "ffn": MODEL,
+    "vocab": MODEL,
+    "exit_rank": MODEL,
+    # Experts are split inside, by "ffn": a step that needs a few of them loads all devices alike and moves no weights.
+    "experts": None,
+}
+"""Mesh axis of each logical axis. An axis that the mesh does not divide evenly stays whole, for that tensor."""
+
+PARAMETERS: Mapping[str, Axes] = {
+    "*.embed.kernel": ("vocab", None),
+    "*.head.kernel": ("vocab", None),
+    "*.head.bias": ("vocab",),
+    "*.attention.q.kernel": ("heads", None, None),
+    "*.attention.q.bias": ("heads", None),
+    "*.attention.kv.kernel": ("kv_heads", None, None, None),
+    "*.attention.kv.bias": ("kv_heads", None, None),
+    "*.attention.value.kernel": ("kv_heads", None, None),
+    "*.attention.value.bias": ("kv_heads", None),
+    "*.attention.value_bias": ("kv_heads", None),
+    "*.attention.out.kernel": (None, "heads", None),
+    "*.attention.gate.kernel": ("heads", None, None),
+    "*.attention.gate_bias": ("heads", None),
+    "*.attention.sinks": ("heads",),
+    "*.attention.k_up.kernel": ("heads", None, None),
+    "*.attention.v_up.kernel": ("heads", None, None),
+    "*.attention.q": ("experts", None, "kv_heads", None),
+    "*.attention.out": ("experts", "kv_heads", None, None),
+    "*.gate_up.kernel": (None, "ffn", None),
+    "*.gate_up.bias": (None, "ffn"),
+    "*.up.kernel": ("ffn", None),
+    "*.up.bias": ("ffn",),
+    "*.down.kernel": (None, "ffn"),
+    "*.experts.gate_up": ("experts", None, None, "ffn"),
+    "*.experts.gate_up_bias": ("experts", None, "ffn"),
+    "*.experts.down": ("experts", "ffn", None),
+    "*.heads.*.factors.0": (None, "exit_rank"),
+    "*.heads.*.factors.1": ("exit_rank", None),
+    "*.candidates.rows.kernel": ("vocab", None),
+    "*.candidates.rows.bias": ("vocab",),
+}
+"""Logical axes of parameters, as they are kept, by dotted path, the first pattern that fits. All others lie on every
+device: norms, routers, low-rank bottlenecks, which are small, and translators: split, each layer that is skipped would
+need a sum over the group, which costs more than what they read."""
+
+CACHE: Mapping[str, Axes] = {
+    "*.keys": (None, "rows", "kv_heads", None, None),
+    "*.values": (None, "rows", "kv_heads", None, None),
+    "*.positions": ("rows", None),
+    "*.pending.states": ("rows", None, None),
+}
+"""The same of a `tide_jax.KVCache`."""
+
+
+def make_mesh(shape: str | tuple[int, int]) -> Mesh:
+    """A mesh for `load`, `shard` and `TIDE`.
+
+    Args:
+      shape: ``"DATAxMODEL"`` or ``(data, model)``: rows are split over `data` groups of devices, the model over the
+        `model` devices of each. The first devices are taken, neighbours into a group.
+
+    Raises:
+      TideError: another format; more devices than JAX has; some, but not all devices of several processes.
+    """
+    data, model = _mesh_shape(shape)
+    devices, needed = jax.devices(), data * model
+    if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
+        found = f"JAX has {len(devices)} ({devices[0].platform}) in {jax.process_count()} process(es)"
+        advice = "take all of them" if needed < len(devices) else "take a smaller mesh or start more processes"
+        raise TideError(f"mesh={data}x{model} needs {needed} devices, {found}: {advice}")
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+
+
+def shard(tree: T, mesh: Mesh) -> T:
+    """A `Decoder`, `Routers` or any pytree of theirs with each tensor where the rules put it; shapes and dtypes stay.
+
+    Tensors that lie there already are not copied.
+
+    Raises:
+      TideError: `mesh` has no axes "data" and "model".
+    """
+    mesh = checked_mesh(mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(_dotted(path), leaf, mesh), tree)
+
+
+def checked_mesh(mesh: Any) -> Mesh:
+    """A caller's mesh with automatic axes. Raises TideError without axes "data" and "model"."""
+    if not isinstance(mesh, Mesh) or not {DATA, MODEL} <= set(mesh.axis_names):
+        found = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
+        raise TideError(f'mesh has {found}, expected axes "data" and "model": tide_jax.make_mesh("1x4")')
+    # jax.make_mesh's axes may be explicit, which asks for a sharding of every intermediate array.
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def mesh_of(model: Any) -> Mesh | None:
+    """The mesh that `load` or `shard` put a model on; None for a model that lies on none."""
+    sharding = getattr(next(iter(jax.tree.leaves(model)), None), "sharding", None)
+    found = isinstance(sharding, NamedSharding) and {DATA, MODEL} <= set(sharding.mesh.axis_names)
+    return sharding.mesh if found else None
+
+
+def place(path: str, tensor: Any, mesh: Mesh) -> Array:
+    """A parameter, numpy's or JAX's, on the mesh: each device gets its own part and no more."""
+    return _put(tensor, NamedSharding(mesh, _spec(_axes(f".{path}", PARAMETERS), tensor.shape, mesh.shape)))
+
+
+def split_rows(tree: T, mesh: Mesh | None) -> T:
+    """Arrays whose leading axis is split over "data" where it can be; as they are without a mesh."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda a: _put(a, NamedSharding(mesh, _spec(("rows",), a.shape, mesh.shape))), tree)
+
+
+def replicate(tree: T, mesh: Mesh | None) -> T:
+    """Puts what does not lie on the mesh yet on every device of it; as it is without a mesh."""
+    if mesh is None:
+        return tree
+    devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> Array:
+        there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+        return leaf if there else _put(leaf, everywhere)
+
+    return jax.tree.map(put, tree)
+
+
+def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Where programs over a mesh are traced, for `on_mesh`; nothing without one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on_mesh() -> bool:
+    """Whether what is traced runs on a mesh with axes "data" and "model", that of ``jax.set_mesh``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {DATA, MODEL} <= set(mesh.axis_names) and all(kind == AxisType.Auto for kind in mesh.axis_types)
+
+
+def constrain_cache(cache: T) -> T:
+    """Inside jit: holds a cache to its rules on the mesh of ``jax.set_mesh``; as it is without one."""
+    if not on_mesh():
+        return cache
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def constrain(path: Any, leaf: Array) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, _spec(_axes(f".{_dotted(path)}", CACHE), leaf.shape, sizes))
+
+    return jax.tree_util.tree_map_with_path(constrain, cache)
+
+
+def whole_channels(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Inside jit: a residual stream with all channels on each device of a group; as it is without a mesh.
+
+    Split by channels, as exit heads give it, it would have to be put together again before each matrix.
+    """
+    if not on_mesh():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1), None))
+
+
+def readable(tree: T) -> T:
+    """The tree with arrays that are spread over several processes as whole numpy arrays. All processes must call it."""
+
+    def read(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(read, tree)
+
+
+def fetch(tree: T) -> T:
+    """The tree as numpy arrays, those spread over several processes included. All processes must call it."""
+    return jax.device_get(readable(tree))
+
+
+def agreed(tree: T) -> T:
+    """What the first process holds: programs over a mesh need equal values in every process."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    return broadcast_one_to_all(tree)
+
+
+def _mesh_shape(shape: Any) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", shape) if isinstance(shape, str) else None
+    sizes = tuple(map(int, found.groups())) if found else shape
+    if not isinstance(sizes, tuple | list) or len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
+        raise TideError(f"mesh={shape!r} must be DATAxMODEL, two whole numbers from 1 on, such as '1x4'")
+    return sizes[0], sizes[1]
+
+
+def _dotted(path: Any) -> str:
+    """``layers.0.attention.q.kernel``: a parameter's path without the name of what an `nnx.Param` holds."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _axes(path: str, table: Mapping[str, Axes]) -> Axes:
+    return next((axes for pattern, axes in table.items() if fnmatch.fnmatchcase(path, pattern)), ())
+
+
+def _spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Where the rules put a tensor; what has other axes than its name promises stays whole."""
+    if len(axes) > len(shape):
+        return PartitionSpec()
+    names = [None if axis is None else RULES[axis] for axis in axes]
+    return PartitionSpec(*(n if n and size % sizes[n] == 0 else None for n, size in zip(names, shape, strict=False)))
+
+
+def _put(array: Any, sharding: NamedSharding) -> Array:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, sharding)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data, spec = jax.random.key_data(array), PartitionSpec(*sharding.spec)
+        data = _put(data, NamedSharding(sharding.mesh, spec))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    whole = np.asarray(array)  # every process has all of it, and gives its devices their parts
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
