@@ -74,7 +74,8 @@ import os
 environment = dict(os.environ)
 import jax
 settings = dict(jax.config.values)
-import tide_jax, tide_jax.testing, tide_jax.texts, pallas_kernels.exit_step
+import tide_jax, tide_jax.testing, tide_jax.texts
+import pallas_kernels.exit_project.pallas_triton, pallas_kernels.exit_step.pallas_triton
 changed = {k for k in settings | jax.config.values if settings.get(k) != jax.config.values.get(k)}
 assert not changed, f"jax.config: {changed}"
 assert dict(os.environ) == environment, "os.environ"

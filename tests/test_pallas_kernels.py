@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.exit_step import ExitStep, exit_step
-from pallas_kernels.exit_step.reference import rms_normalise
+from pallas_kernels.exit_step import ExitRows, ExitStep, exit_step
+from pallas_kernels.exit_step.reference import normalise, rms_normalise, router_scores
 
 EPS = 1e-5
 
@@ -34,8 +34,9 @@ def scores_by_hand(x: jax.Array, router: tuple[jax.Array, ...]) -> np.ndarray:
 def step(
     x: jax.Array, router: tuple[jax.Array, ...], threshold: float, candidates: np.ndarray | None = None
 ) -> ExitStep:
-    candidates = np.ones(len(x), bool) if candidates is None else candidates
-    return exit_step(x, *router, jnp.float32(threshold), jnp.asarray(candidates), eps=EPS)
+    may_exit = np.ones(len(x), bool) if candidates is None else candidates
+    rows = ExitRows(jnp.ones(len(x), bool), jnp.asarray(may_exit), jnp.zeros(len(x), jnp.int32))
+    return exit_step(x, *router, jnp.float32(threshold), rows, layer=3, min_layers=jnp.int32(2), eps=EPS)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -73,14 +74,36 @@ def test_rows_of_zeros_and_of_the_largest_float16_are_scored() -> None:
     np.testing.assert_allclose(rms_normalise(x, EPS)[1], 1.0, rtol=1e-3)
 
 
+def test_layer_norm_takes_the_mean_off_first() -> None:
+    x, router = states_of(5, 63, jnp.float32) + 7, router_of(63, 16)
+    centred = x - jnp.mean(x, axis=1, keepdims=True)
+    np.testing.assert_array_equal(normalise(x, "layer", EPS), rms_normalise(centred, EPS))
+    np.testing.assert_allclose(
+        router_scores(x, *router, eps=EPS, norm="layer"), scores_by_hand(centred, router), atol=2e-6
+    )
+
+
+def test_only_active_rows_that_may_and_have_run_enough_leave() -> None:
+    router = (jnp.zeros((7, 2)), jnp.zeros((2,)), jnp.zeros((2,)), jnp.float32(9.0))  # scores near 1
+    rows = ExitRows(
+        jnp.asarray([True, True, False]), jnp.asarray([True, False, True]), jnp.asarray([1, 1, 0], jnp.int32)
+    )
+
+    def found(min_layers: int) -> ExitStep:
+        x, counts = states_of(3, 7, jnp.float32), {"layer": 3, "min_layers": jnp.int32(min_layers)}
+        return exit_step(x, *router, jnp.float32(0.5), rows, **counts, eps=EPS)
+
+    step = found(4)
+    assert step.exits.tolist() == [True, False, False]
+    assert step.active.tolist() == [False, True, False]
+    assert step.exit_layers.tolist() == [3, 3, 0]
+    assert (bool(step.any_exits), bool(step.any_active)) == (True, True)
+    assert not found(5).any_exits
+    assert found(5).active.tolist() == [True, True, False]
+
+
 def test_an_unknown_implementation_is_refused_with_those_there_are() -> None:
-    router = router_of(7, 5)
-    with pytest.raises(ValueError, match=r"no implementation 'magic'; choose one of .*reference"):
-        exit_step(
-            states_of(2, 7, jnp.float32),
-            *router,
-            jnp.float32(0.5),
-            jnp.ones((2,), bool),
-            eps=EPS,
-            implementation="magic",
-        )
+    rows = ExitRows(jnp.ones(2, bool), jnp.ones(2, bool), jnp.zeros(2, jnp.int32))
+    arguments = states_of(2, 7, jnp.float32), *router_of(7, 5), jnp.float32(0.5), rows
+    with pytest.raises(ValueError, match=r"implementation='magic' is not known; choose None or one of reference"):
+        exit_step(*arguments, layer=3, min_layers=jnp.int32(2), eps=EPS, implementation="magic")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.exit_step import exit_step
+from pallas_kernels.exit_step import ExitRows, exit_step
 from tide_jax.confidence import second_look
 from tide_jax.decoder import Decoder
 from tide_jax.router import Routers
@@ -68,9 +68,9 @@ class Gating(NamedTuple):
     implementation: str | None
 
     def decide(self, model: Decoder, checkpoint: int, state: TokenState) -> TokenState:
-        """Freezes the tokens that leave at this checkpoint and projects their output states."""
-        layer = self.routers.checkpoints[checkpoint]
-        allowed = state.active & self.may_exit & (jnp.int32(layer + 1) >= self.gate.min_layers)
+        """Takes note that the active tokens have run the checkpoint's layer, freezes those that leave and projects
+        their output states."""
+        shape = state.active.shape
         router = self.routers.routers[checkpoint]
         looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
         step = exit_step(
@@ -80,11 +80,14 @@ class Gating(NamedTuple):
             router.up,
             router.up_bias,
             threshold if looks is None else looks[checkpoint].screen(threshold),
-            allowed.reshape(-1),
+            ExitRows(*(a.reshape(-1) for a in (state.active, self.may_exit, state.exit_layers))),
+            layer=self.routers.checkpoints[checkpoint],
+            min_layers=self.gate.min_layers,
             eps=model.config.norm_eps,
             implementation=self.implementation,
         )
-        passed, first = step.exits.reshape(allowed.shape), step.scores.reshape(allowed.shape)
+        passed, first = step.exits.reshape(shape), step.scores.reshape(shape)
+        state = state._replace(exit_layers=step.exit_layers.reshape(shape))
 
         def let_go(state: TokenState) -> TokenState:
             answers = second_look(model, self.routers, checkpoint, state.x, first)
@@ -97,7 +100,7 @@ class Gating(NamedTuple):
             code = self.routers.translators.code(checkpoint, state.x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
-        return lax.cond(jnp.any(passed), let_go, lambda state: state, state)
+        return lax.cond(step.any_exits, let_go, lambda state: state, state)
 
     def translated(self, model: Decoder, layer: int, state: TokenState) -> Float[Array, "B T D"]:
         """What a layer reads of tokens that have left."""
@@ -113,10 +116,12 @@ def leave(
 ) -> TokenState:
     """Takes note that the active tokens have run a group, and lets those leave that need no more: after the last group
     all of them, with the final norm."""
+    if group < len(groups) - 1 and gating is not None:
+        return gating.decide(model, group, state)
     ran = jnp.int32(groups[group].stop - 1)
     state = state._replace(exit_layers=jnp.where(state.active, ran, state.exit_layers))
     if group < len(groups) - 1:
-        return state if gating is None else gating.decide(model, group, state)
+        return state
     out = model.final_norm(state.x)
     if gating is not None:
         out = jnp.where(state.active[:, :, None], out, state.states)

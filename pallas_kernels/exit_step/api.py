@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float
+import functools
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.exit_step import reference
-from pallas_kernels.exit_step.reference import ExitStep
+from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind
+from pallas_kernels.exit_step.shapes import Problem
+from pallas_kernels.selection import Choices
 
-IMPLEMENTATIONS = {"reference": reference.exit_step}
-"""Implementation by name. ``None`` picks the fastest that runs on the platform."""
+IMPLEMENTATIONS = Choices(
+    "exit_step", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
+)
+"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language."""
 
 
 def exit_step(
@@ -18,27 +25,45 @@ def exit_step(
     up: Float[Array, " H"],
     up_bias: Float[Array, ""],
     threshold: Float[Array, ""],
-    candidates: Bool[Array, " N"],
+    rows: ExitRows,
     *,
+    layer: int,
+    min_layers: Int[Array, ""],
     eps: float,
+    norm: NormKind = "rms",
     implementation: str | None = None,
 ) -> ExitStep:
-    """Scores rows with a router and decides which candidates exit.
+    """Scores rows with a router and decides which leave after this layer.
 
     Args:
-      x: hidden states, any float dtype.
-      down, down_bias, up, up_bias: the router's weights.
+      x: hidden states, any float dtype; kernels take float32, float16 and bfloat16.
+      down, down_bias, up, up_bias: the router's weights, any float dtype.
       threshold: a row exits when its score exceeds it, float32 scalar.
-      candidates: rows that may exit.
-      eps: added to the mean square before the root.
-      implementation: a name from `IMPLEMENTATIONS`, or None to choose.
+      rows: which rows are active and may exit, and how far each has run.
+      layer: 0-based index of the layer that active rows have just run.
+      min_layers: layers that every row runs, int32 scalar.
+      eps: added to the mean square (or variance) before the root.
+      norm: "rms" or "layer", without gain and bias: those fold into `down` and `down_bias`.
+      implementation: a name from `IMPLEMENTATIONS`; None takes the reference on a CPU, and on a GPU the first kernel
+        that can be imported and takes these shapes; without one, the reference, with a warning in the log.
 
     Raises:
-      ValueError: `implementation` is not available, with those that are.
+      ValueError: the implementation that was named can't run here, with the reason.
     """
-    name = implementation or "reference"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"exit_step has no implementation {name!r}; choose one of {', '.join(sorted(IMPLEMENTATIONS))}"
-        )
-    return IMPLEMENTATIONS[name](x, down, down_bias, up, up_bias, threshold, candidates, eps=eps)
+    name = IMPLEMENTATIONS.choose(implementation, Problem.of(x, down, norm).misfit())
+    return _function(name)(
+        x, down, down_bias, up, up_bias, threshold, rows, layer=layer, min_layers=min_layers, eps=eps, norm=norm
+    )
+
+
+def _function(name: str) -> Callable[..., ExitStep]:
+    """Imports what an implementation needs, and only that."""
+    if name == "reference":
+        return reference.exit_step
+    if name == "triton":
+        from pallas_kernels.exit_step import triton
+
+        return triton.exit_step
+    from pallas_kernels.exit_step import pallas_triton
+
+    return functools.partial(pallas_triton.exit_step, interpret=name == "pallas_interpret")

@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+NormKind = Literal["rms", "layer"]
+
+
+class ExitRows(NamedTuple):
+    """What is known of rows before an exit step.
+
+    Attributes:
+      active: rows that have not left.
+      may_exit: rows that are allowed to leave early.
+      exit_layers: 0-based index of the last layer each row ran, int32.
+    """
+
+    active: Bool[Array, " N"]
+    may_exit: Bool[Array, " N"]
+    exit_layers: Int[Array, " N"]
 
 
 class ExitStep(NamedTuple):
     """Result of an exit step.
 
     Attributes:
-      scores: router scores in [0, 1], float32 [N].
-      exits: rows that leave now, bool [N].
+      scores: router scores in [0, 1], float32.
+      exits: rows that leave now.
+      active: rows that stay.
+      exit_layers: the last layer each row ran, int32: this one for all that were active.
+      any_exits, any_active: whether there are such rows.
     """
 
     scores: Float[Array, " N"]
     exits: Bool[Array, " N"]
+    active: Bool[Array, " N"]
+    exit_layers: Int[Array, " N"]
+    any_exits: Bool[Array, ""]
+    any_active: Bool[Array, ""]
 
 
 def rms_normalise(x: Float[Array, "N D"], eps: float) -> Float[Array, "N D"]:
     """RMSNorm without a gain, in float32 (a gain would fold into the next matrix)."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def normalise(x: Float[Array, "N D"], norm: NormKind, eps: float) -> Float[Array, "N D"]:
+    """RMSNorm or LayerNorm without gain and bias, in float32."""
+    if norm == "layer":
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return rms_normalise(x, eps)
 
 
 def router_scores(
@@ -36,9 +67,10 @@ def router_scores(
     up_bias: Float[Array, ""],
     *,
     eps: float,
+    norm: NormKind = "rms",
 ) -> Float[Array, " N"]:
     """``sigmoid(up . silu(down^T norm(x) + down_bias) + up_bias)``, all in float32."""
-    hidden = jnp.dot(rms_normalise(x, eps), down.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    hidden = jnp.dot(normalise(x, norm, eps), down.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     hidden = jax.nn.silu(hidden + down_bias.astype(jnp.float32)[None, :])
     logit = jnp.dot(hidden, up.astype(jnp.float32), precision=lax.Precision.HIGHEST) + up_bias.astype(jnp.float32)
     return jax.nn.sigmoid(logit)
@@ -51,10 +83,17 @@ def exit_step(
     up: Float[Array, " H"],
     up_bias: Float[Array, ""],
     threshold: Float[Array, ""],
-    candidates: Bool[Array, " N"],
+    rows: ExitRows,
     *,
+    layer: int,
+    min_layers: Int[Array, ""],
     eps: float,
+    norm: NormKind = "rms",
 ) -> ExitStep:
-    """Candidates whose router score exceeds the threshold exit."""
-    scores = router_scores(x, down, down_bias, up, up_bias, eps=eps)
-    return ExitStep(scores, candidates & (scores > threshold))
+    """Active rows that may leave, have run `min_layers` layers and score above the threshold exit."""
+    scores = router_scores(x, down, down_bias, up, up_bias, eps=eps, norm=norm)
+    candidates = rows.active & rows.may_exit & (jnp.int32(layer + 1) >= min_layers)
+    exits = candidates & (scores > threshold)
+    active = rows.active & ~exits
+    exit_layers = jnp.where(rows.active, jnp.int32(layer), rows.exit_layers)
+    return ExitStep(scores, exits, active, exit_layers, jnp.any(exits), jnp.any(active))

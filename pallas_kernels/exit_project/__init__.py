@@ -1,0 +1,6 @@
+"""The answer of rows that leave: exit head and final norm, written into the buffer of output states."""
+
+from pallas_kernels.exit_project.api import IMPLEMENTATIONS, exit_project
+from pallas_kernels.exit_project.reference import AffineHead, FinalNorm
+
+__all__ = ["IMPLEMENTATIONS", "AffineHead", "FinalNorm", "exit_project"]

@@ -1,0 +1,71 @@
+"""Exit projection in Triton's own language, called through jax_triton. Importing this needs triton."""
+
+from __future__ import annotations
+
+import jax
+import triton
+import triton.language as tl
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import jax_triton_call
+from pallas_kernels.exit_project.config import warps
+from pallas_kernels.exit_project.reference import AffineHead, FinalNorm, FinalNormKind, mapped_rows
+from pallas_kernels.exit_step.shapes import power_of_two
+
+
+def exit_project(
+    x: Float[Array, "N D"],
+    head: AffineHead | None,
+    final_norm: FinalNorm,
+    exits: Bool[Array, " N"],
+    out: Float[Array, "N D"],
+    *,
+    eps: float,
+    norm: FinalNormKind = "rms",
+    unit_offset: bool = False,
+) -> Float[Array, "N D"]:
+    """The reference's result within rounding.
+
+    Rows that stay are copied: an output that takes an input's place is called differently in each release of
+    jax_triton.
+    """
+    rows, size = x.shape
+    block = power_of_two(size)
+    # A parameter that is missing needs a pointer all the same; nothing is read there.
+    mapped, bias = (x, x) if head is None else (mapped_rows(x, head, eps), head.bias)
+    learned = tuple(x if parameter is None else parameter for parameter in final_norm)
+    constants = {"D": size, "BLOCK": block, "SIZE": float(size), "EPS": eps, "HEAD": head is not None, "NORM": norm}
+    constants |= {"OFFSET": float(unit_offset)}
+    constants |= {"SCALE": final_norm.scale is not None, "BIAS": final_norm.bias is not None}
+    outputs = (jax.ShapeDtypeStruct(out.shape, out.dtype),)
+    inputs = x, exits, out, mapped, bias, *learned
+    (found,) = jax_triton_call.run(_kernel, inputs, outputs, grid=(rows,), warps=warps(block), constants=constants)
+    return found
+
+
+@triton.jit
+def _kernel(
+    x, exits, out, mapped, head_bias, scale, bias, found,
+    D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EPS: tl.constexpr, HEAD: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at, inside = row * D + columns, columns < D
+    if tl.load(exits + row) != 0:
+        y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if HEAD:
+            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + EPS)
+            y += tl.load(mapped + at, mask=inside, other=0.0).to(tl.float32)
+            y += tl.load(head_bias + columns, mask=inside, other=0.0).to(tl.float32)
+            y = y.to(x.dtype.element_ty).to(tl.float32)
+        if NORM == "layer":
+            y = tl.where(inside, y - tl.sum(y, axis=0) / SIZE, 0.0)
+        if NORM != "none":
+            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + EPS)
+            if SCALE:
+                y = y * (OFFSET + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32))
+            if BIAS:
+                y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(found + at, y.to(found.dtype.element_ty), mask=inside)
+    else:
+        tl.store(found + at, tl.load(out + at, mask=inside, other=0.0), mask=inside)

@@ -1,0 +1,91 @@
+"""Which implementation of an operation runs: the one that was named, or the best there is on this platform."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import NamedTuple
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+_MODULES = {"pallas_triton": "jax.experimental.pallas.triton", "triton": "jax_triton"}
+"""What an implementation imports that may be missing."""
+
+
+class Choices(NamedTuple):
+    """The implementations of one operation.
+
+    Attributes:
+      operation: its name, for messages.
+      names: all implementations.
+      on_gpu: those that run on a GPU alone; None tries them there in this order, and the reference is what is left.
+      proven: whether a GPU has run them and found them right. Until then None is the reference everywhere.
+    """
+
+    operation: str
+    names: tuple[str, ...]
+    on_gpu: tuple[str, ...]
+    proven: bool = False
+
+    def refusal(self, name: str | None) -> str | None:
+        """Why `name` can't run in this process, whatever its arguments; None where it can."""
+        if name is None or name == "reference":
+            return None
+        if name not in self.names:
+            return f"implementation={name!r} is not known; choose None or one of {', '.join(self.names)}"
+        if name in self.on_gpu and platform() != "gpu":
+            return (
+                f"{self.operation}: {name!r} runs on a GPU, this process computes on a {platform()}; "
+                "leave implementation= out to choose by platform"
+            )
+        missing = _import_error(_MODULES["pallas_triton" if name == "pallas_interpret" else name])
+        return None if missing is None else f"{self.operation}: {name!r} can't be imported: {missing}"
+
+    def choose(self, name: str | None, misfit: str | None) -> str:
+        """The implementation to run.
+
+        Args:
+          name: the caller's; None chooses by platform.
+          misfit: why no kernel can take the arguments; None where they can.
+
+        Raises:
+          ValueError: `name` can't run here, with the reason.
+        """
+        if name is not None:
+            reason = self.refusal(name) or (misfit if name != "reference" else None)
+            if reason is not None:
+                raise ValueError(reason)
+            return name
+        if platform() != "gpu" or not self.proven:
+            return "reference"
+        for candidate in self.on_gpu:
+            reason = self.refusal(candidate) or misfit
+            if reason is None:
+                return candidate
+            _warn_once(reason)
+        return "reference"
+
+
+def platform() -> str:
+    """Where computations go that are not placed by hand: "cpu", "gpu" or "tpu"."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return getattr(device, "platform", device)
+
+
+@functools.cache
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # jax_triton raises what its parts raise where there is no CUDA
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("%s; falling back", reason)

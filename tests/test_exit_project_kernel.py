@@ -1,0 +1,129 @@
+"""The exit projection: its reference against the model's own modules, its Pallas kernel against the reference."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import gpu_lowering
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import selection
+from pallas_kernels.exit_project import AffineHead, FinalNorm, exit_project, pallas_triton, reference
+from tide_jax.norms import Norm
+from tide_jax.router import ExitHead
+
+EPS = 1e-5
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def arguments_of(rows: int, size: int, dtype: Any, rank: int | None = None) -> tuple[Any, ...]:
+    """Rows, a head (identity without a rank, full rank with 0), a final norm, exits and a buffer."""
+    rng = np.random.default_rng(rows)
+
+    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(scale * rng.normal(size=shape), dtype)
+
+    shapes = [(size, size)] if rank == 0 else [(size, rank or 1), (rank or 1, size)]
+    factors = tuple(normal(*shape, scale=shape[0] ** -0.5) for shape in shapes)
+    head = None if rank is None else AffineHead(factors, normal(size))
+    final_norm = FinalNorm(normal(size), normal(size))
+    return normal(rows, size, scale=3.0), head, final_norm, jnp.asarray(rng.random(rows) < 0.6), normal(rows, size)
+
+
+def assert_is_the_reference(arguments: tuple[Any, ...], found: jax.Array, **settings: Any) -> None:
+    expected = reference.exit_project(*arguments, eps=EPS, **settings)
+    assert found.dtype == expected.dtype
+    tolerance = {"float32": 1e-5, "bfloat16": 1.6e-2, "float16": 2e-3}[arguments[-1].dtype.name]
+    found, expected, before = (np.asarray(a, np.float32) for a in (found, expected, arguments[-1]))
+    exits = np.asarray(arguments[3])
+    np.testing.assert_allclose(found[exits], expected[exits], atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(found[~exits], before[~exits])
+
+
+@pytest.mark.parametrize("rank", [None, 0, 5])
+@pytest.mark.parametrize("kind, unit_offset", [("rms", False), ("rms", True), ("layer", False)])
+def test_reference_is_what_the_model_does(rank: int | None, kind: Any, unit_offset: bool) -> None:
+    x, head, final_norm, exits, out = arguments_of(7, 24, jnp.float32, rank)
+    norm = Norm((24,), kind=kind, eps=EPS, bias=True, unit_offset=unit_offset, dtype=jnp.float32)
+    norm.scale[...], norm.bias[...] = final_norm
+    states = x if head is None else ExitHead(*head)(x, eps=EPS)
+    found = exit_project(x, head, final_norm, exits, out, eps=EPS, norm=kind, unit_offset=unit_offset)
+    np.testing.assert_array_equal(found, jnp.where(exits[:, None], norm(states), out))
+
+
+@pytest.mark.parametrize("rank", [None, 0, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, size", [(1, 8), (3, 63), (17, 576), (5, 130)])
+def test_kernel_is_the_reference(rank: int | None, dtype: Any, rows: int, size: int) -> None:
+    arguments = arguments_of(rows, size, dtype, rank)
+    found = exit_project(*arguments, eps=EPS, implementation="pallas_interpret")
+    assert_is_the_reference(arguments, found)
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(
+    "settings",
+    [{"norm": "layer"}, {"norm": "rms", "unit_offset": True}, {"norm": "none"}],
+    ids=["layer", "unit offset", "none"],
+)
+def test_kernel_has_every_final_norm(settings: dict[str, Any], rank: int | None) -> None:
+    x, head, final_norm, exits, out = arguments_of(6, 70, jnp.float32, rank)
+    for given in (final_norm, final_norm._replace(bias=None), FinalNorm()):
+        arguments = x + 20, head, given, exits, out
+        found = exit_project(*arguments, eps=EPS, implementation="pallas_interpret", **settings)
+        assert_is_the_reference(arguments, found, **settings)
+
+
+def test_rows_that_stay_may_hold_anything() -> None:
+    x, head, final_norm, exits, out = arguments_of(9, 70, jnp.float32, 0)
+    spoilt = jnp.where(exits[:, None], x, jnp.nan)
+    marked = jnp.where(exits[:, None], jnp.nan, out)
+    found = exit_project(spoilt, head, final_norm, exits, marked, eps=EPS, implementation="pallas_interpret")
+    assert_is_the_reference((x, head, final_norm, exits, marked), found)
+
+
+def test_the_buffer_keeps_its_own_dtype() -> None:
+    x, head, final_norm, exits, out = arguments_of(4, 40, jnp.bfloat16)
+    arguments = x, head, final_norm, exits, out.astype(jnp.float32)
+    assert_is_the_reference(arguments, exit_project(*arguments, eps=EPS, implementation="pallas_interpret"))
+
+
+def test_none_is_the_reference_on_a_cpu_and_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels() -> bool:
+        return bool(gpu_lowering.kernel_equations(functools.partial(exit_project, eps=EPS), *arguments))
+
+    arguments = arguments_of(4, 40, jnp.float32)
+    assert not kernels()
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    assert kernels()
+
+
+def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
+    arguments = arguments_of(4, 40, jnp.float32)
+    for name in ("pallas_triton", "triton"):
+        with pytest.raises(ValueError, match=f"'{name}' runs on a GPU, this process computes on a cpu"):
+            exit_project(*arguments, eps=EPS, implementation=name)
+    with pytest.raises(ValueError, match="'magic' is not known; choose None or one of reference"):
+        exit_project(*arguments, eps=EPS, implementation="magic")
+    wide = jnp.zeros((1, 20000))
+    with pytest.raises(ValueError, match="rows up to 16384 wide, not 20000"):
+        exit_project(wide, None, FinalNorm(), jnp.ones((1,), bool), wide, eps=EPS, implementation="pallas_interpret")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [63, 576, 3584, 5120, 8192])
+def test_kernel_lowers_for_cuda(size: int, dtype: Any) -> None:
+    def of(shape: tuple[int, ...], dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    head = AffineHead((of((size, 16)), of((16, size))), of((size,)))
+    for rows, given, norm in ((1, None, "rms"), (37, head, "layer"), (65536, head, "rms")):
+        kernel = functools.partial(pallas_triton.exit_project, eps=EPS, norm=norm)
+        states = of((rows, size))
+        arguments = states, given, FinalNorm(of((size,)), of((size,))), of((rows,), jnp.bool_), states
+        assert gpu_lowering.lower(kernel, *arguments).count(gpu_lowering.KERNEL_CALL) == 1
+        assert not gpu_lowering.undefined_loads(gpu_lowering.kernel_equations(kernel, *arguments))
