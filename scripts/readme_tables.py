@@ -122,6 +122,78 @@ def quality_frontier() -> str:
     return "\n".join(lines)
 
 
+def peers_table() -> str:
+    """tide_jax beside transformers, from bench_peers.py."""
+    path = RESULTS / "peers.json"
+    report = json.loads(path.read_text()) if path.exists() else None
+    if report is None or not report["complete"]:
+        return _NOT_MEASURED
+    lines = [_peers_setting(report)]
+    for entry in report["sets"]:
+        lines += ["", f"| {entry['name']} prompts {_PEERS_HEADER}", "|---|" + "---:|" * (_PEERS_HEADER.count("|") - 1)]
+        lines += [_peers_row(row, report["memory"].get(row["name"], {})) for row in entry["variants"]]
+    titles = {row["name"]: row["title"] for entry in report["sets"] for row in entry["variants"]}
+    failed = [f"{titles.get(name, name)}: {reason}." for name, reason in report["failed"].items()]
+    found = report["divergence"]
+    if found is not None:
+        there = found["median_margin_there"]
+        margin = "" if there is None else f", with a median margin of {there:.3f} there"
+        failed.append(
+            f"In {found['dtype']}, {found['diverging']:.0%} of {found['prompts']} lossless sequences of "
+            f"{found['new_tokens']} tokens part from full depth{margin}; the median margin between the two likeliest "
+            f"tokens is {found['median_margin']:.3f}."
+        )
+    return "\n".join([*lines, *(line for text in failed for line in ("", text))])
+
+
+_PEERS_HEADER = (
+    "| tokens/s (quartiles) | / eager | / full depth | tokens/s, prompt included | first token, s | "
+    "layers per token | drafts accepted per pass | same tokens as full depth | peak MiB |"
+)
+
+
+def _peers_setting(report: dict[str, Any]) -> str:
+    method, model, threads, exits = report["method"], report["model"], report["threads"], report["exits"]
+    lengths = sorted(n for entry in report["sets"] for n in entry["prompt_tokens"])
+    slow = method["slow"]
+    dials = {} if exits is None else exits["config"]
+    promised = (
+        ""
+        if exits is None
+        else (
+            f" Exits: threshold {dials['exit_threshold']}, tilt {dials['threshold_tilt']:g}, {dials['kv_strategy']}; "
+            f"{exits['promise']}."
+        )
+    )
+    past = ", ".join(f"{entry['past_end'] or 0.0:.0%} ({entry['name']})" for entry in report["sets"])
+    return (
+        f"{_machine(report['machine'])}; {model['name']}, {model['dtype']}, {threads['cores']} threads for all; "
+        f"prompts of {lengths[0]} to {lengths[-1]} tokens, {method['new_tokens']} new ones for all, {past} of them "
+        f"past the end; medians over prompts and {method['rounds']} alternating rounds ({', '.join(slow['variants'])}: "
+        f"{slow['prompts']} prompts, {slow['rounds']} round).{promised}"
+    )
+
+
+def _peers_row(row: dict[str, Any], memory: dict[str, Any]) -> str:
+    def number(value: float | None, form: str = ".2f") -> str:
+        return "" if value is None else format(value, form)
+
+    low, high = row["tokens_per_second_quartiles"]
+    cells = [
+        row["title"],
+        f"{row['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})",
+        number(row["ratio_to_eager"]),
+        number(row["ratio_to_full"]),
+        number(row["whole_tokens_per_second"], ".1f"),
+        number(row["first_token_seconds"]),
+        number(row["layers_per_token"], ".1f"),
+        number(row.get("accepted_per_pass")),
+        number(row["same_tokens_as_full"], ".0%"),
+        number(memory.get("peak"), ".0f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def calibrate_line() -> str:
     """Calibration's time against a bare forward pass, from bench_calibrate.py."""
     path = RESULTS / "calibrate.json"
@@ -250,6 +322,7 @@ TABLES = {
     "family_counts": family_counts,
     "families": family_table,
     "paper_families": paper_families,
+    "peers": peers_table,
     "quality": quality_table,
     "quality_frontier": quality_frontier,
 }
