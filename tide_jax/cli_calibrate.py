@@ -52,7 +52,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--exit-head-steps", type=int, help="gradient steps that tune affine heads; 0 for none (120)")
     parser.add_argument("--translator-rank", type=int, help="rank of the maps for the cache of skipped layers (64)")
     parser.add_argument(
-        "--confidence-candidates", type=int, help="frequent tokens a second look has logits of; 0 for none (2048)"
+        "--confidence-candidates", type=int, help="frequent tokens a second look has logits of; 0 for none (512)"
     )
     parser.add_argument("--label", choices=["agreement", "cosine"], help="when an exit counts as right (agreement)")
     parser.add_argument("--min-layers", type=int, help="layers every token runs, for the report and the promise (8)")

@@ -29,7 +29,7 @@ __all__ = [
 ExitStrategy = Literal["identity", "affine"]
 KVStrategy = Literal["propagate", "recompute"]
 Label = Literal["agreement", "cosine"]
-Mode = Literal["exit", "full"]
+Mode = Literal["exit", "lossless", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ class CalibrationConfig:
     exit_strategy: ExitStrategy = "affine"
     exit_head_rank: int | None = None
     exit_head_steps: int = 120
-    confidence_candidates: int = 2048
+    confidence_candidates: int = 512
     translator_rank: int | None = 64
     label: Label = "agreement"
     convergence_threshold: float = 0.98
