@@ -18,11 +18,14 @@ lint: .venv/lint
 types: .venv/lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Both results the README's tables are made from; compares with transformers where torch is installed.
+# Results the README's tables are made from; compares with transformers where torch is installed. For exits at a promised
+# risk, beside transformers: make bench ROUTERS=routers.safetensors
 bench: .venv/demo .venv/test
 	$(BIN)/python scripts/demo.py --report scripts/results/demo_report.json
 	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
 		--out scripts/results/decode.json
+	$(BIN)/python scripts/bench_peers.py .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) --divergence 8 \
+		--transformers $$($(BIN)/python scripts/demo.py --where) --out scripts/results/peers.json
 	$(BIN)/python scripts/readme_tables.py
 
 # Quality, calibration time and drift, on text files (.txt, .jsonl, .parquet) of your own:
