@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selection
-from pallas_kernels.exit_project import AffineHead, FinalNorm, exit_project, pallas_triton, reference
+from pallas_kernels.exit_project import AffineHead, FinalNorm, api, exit_project, pallas_triton, reference
 from tide_jax.norms import Norm
 from tide_jax.router import ExitHead
 
@@ -92,14 +92,17 @@ def test_the_buffer_keeps_its_own_dtype() -> None:
     assert_is_the_reference(arguments, exit_project(*arguments, eps=EPS, implementation="pallas_interpret"))
 
 
-def test_none_is_the_reference_on_a_cpu_and_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels() -> bool:
         return bool(gpu_lowering.kernel_equations(functools.partial(exit_project, eps=EPS), *arguments))
 
     arguments = arguments_of(4, 40, jnp.float32)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=True))
     assert not kernels()
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
     assert kernels()
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=False))
+    assert not kernels()
 
 
 def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
