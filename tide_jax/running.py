@@ -111,7 +111,8 @@ class LosslessRunner:
 
     def steps(self, call: Call) -> Iterator[StreamStep]:
         batch, width = call.prompt.tokens.shape
-        costs, _ = self._known.costs(self._model, call.exits, batch)
+        costs, measuring = self._known.costs(self._model, call.exits, batch)
+        self._programs.compile_time += measuring  # not running, either
         arguments = (call.prompt, call.request, call.exits, self._known.control(batch))
         state, _, _ = self._programs.run(
             begin_lossless, (self._model,), arguments, capacity=call.capacity, **self._options
