@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.decoder import named_parameters
+from tide_jax.decoder import stored_parameters
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:
 
 
 def windows(model: tide_jax.Decoder, times: list[float], size: int) -> list[dict[str, Any]]:
-    weights = sum(tensor.nbytes for _, tensor in named_parameters(model))
+    weights = sum(p.value.nbytes for p in stored_parameters(model))
     heads, keys, values = model.config.cache_shape
     slot = model.config.num_layers * heads * (keys + values) * model.dtype.itemsize
     first = statistics.median(times[:size])

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, from_parameters, named_parameters
+from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
@@ -112,7 +112,7 @@ def fingerprint(model: Decoder) -> str:
     for name in ("model_type", "eos_token_ids", "pad_token_id"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for _, parameter in named_parameters(model):
+    for parameter in stored_parameters(model):
         digest.update(_sample(parameter).tobytes())
     return digest.hexdigest()[:16]
 
@@ -150,8 +150,11 @@ def _opener(name: str) -> Callable[..., Any]:
     return next(iter(found)).load()
 
 
-def _sample(kernel: jax.Array) -> np.ndarray:
-    """Evenly spaced elements, rounded to bfloat16."""
+def _sample(parameter: StoredParameter) -> np.ndarray:
+    """Evenly spaced elements of the shape it is known by, rounded to bfloat16; read where they are stored."""
+    kernel, axes = parameter.value, parameter.input_axes
+    outputs = kernel.ndim - axes
     places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
-    index = tuple(axis.astype(np.int32) for axis in np.unravel_index(places, kernel.shape))
-    return np.asarray(fetch(kernel[index])).astype(ml_dtypes.bfloat16)
+    index = np.unravel_index(places, kernel.shape[outputs:] + kernel.shape[:outputs])
+    stored = tuple(axis.astype(np.int32) for axis in index[axes:] + index[:axes])
+    return np.asarray(fetch(kernel[stored])).astype(ml_dtypes.bfloat16)

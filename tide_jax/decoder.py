@@ -212,18 +212,29 @@ def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {_dotted(path): _known_shape(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def named_parameters(model: Decoder) -> Iterator[tuple[str, Array]]:
-    """Every parameter of a model by its dotted path, in the order of paths, one after the other; kernels as
-    ``inputs + outputs``, whatever their layout."""
+class StoredParameter(NamedTuple):
+    """A parameter as the model keeps it.
+
+    Attributes:
+      path: its dotted path.
+      value: the array itself, no copy.
+      input_axes: trailing axes of `value` that lead in the shape it is known by; 0 where both shapes are the same.
+    """
+
+    path: str
+    value: Array
+    input_axes: int
+
+
+def stored_parameters(model: Decoder) -> list[StoredParameter]:
+    """Every parameter of a model, in the order of paths; nothing is copied."""
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
-    for path in sorted(leaves):
-        value, axes = leaves[path].get_value(), _input_axes(leaves[path])
-        yield path, value if axes is None else known_kernel(value, axes)
+    return [StoredParameter(p, leaves[p].get_value(), _input_axes(leaves[p]) or 0) for p in sorted(leaves)]
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
-    """`named_parameters` all at once: a second copy of the kernels."""
-    return dict(named_parameters(model))
+    """Every parameter of a model by its dotted path; kernels as ``inputs + outputs``, a second copy of them."""
+    return {p.path: known_kernel(p.value, p.input_axes) if p.input_axes else p.value for p in stored_parameters(model)}
 
 
 def from_parameters(

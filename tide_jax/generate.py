@@ -57,6 +57,11 @@ class Prompt(NamedTuple):
         slots = jnp.arange(width, dtype=jnp.int32)[None, :]
         return jnp.maximum(slots - (jnp.int32(width) - self.lengths)[:, None], -1)
 
+    def seen(self, vocab_size: int) -> Bool[Array, "B V"]:
+        """The tokens in each row."""
+        batch = self.tokens.shape[0]
+        return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], self.tokens].max(self.positions >= 0)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -252,15 +257,12 @@ def begin(
     groups = 0 if exits is None else exits.pending_groups
     cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups)
     step = prefill(model, prompt, cache, exits, implementation=implementation)
-    rows = jnp.arange(batch)[:, None]
-    real = prompt.positions >= 0
-    seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, prompt.tokens].max(real)
     state = GenerationState(
         step=jnp.int32(0),
         last=jnp.zeros((batch,), jnp.int32),
         positions=prompt.lengths - 1,
         done=jnp.zeros((batch,), bool),
-        seen=seen,
+        seen=prompt.seen(model.config.vocab_size),
         exit_layers=jnp.full((batch,), -1, jnp.int32),
         layers_executed=jnp.int32(0),
         cache=step.cache,

@@ -26,7 +26,7 @@ from tide_jax.checkpoint import load, load_tokenizer
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, KVStrategy, Mode
 from tide_jax.continuations import Continuation, Score, score_continuations
-from tide_jax.decoder import named_parameters
+from tide_jax.decoder import stored_parameters
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
 from tide_jax.progress import progress_bars
@@ -218,7 +218,7 @@ class TideLM(TemplateLM):
             "threshold_tilt": config.threshold_tilt,
         }
         return {
-            "model_num_parameters": sum(int(tensor.size) for _, tensor in named_parameters(model)),
+            "model_num_parameters": sum(int(p.value.size) for p in stored_parameters(model)),
             "model_dtype": str(model.dtype),
             "exits": {
                 "mode": self._mode,

@@ -117,9 +117,7 @@ def begin_lossless(
         model.config, batch, width + slots, model.dtype, pending_groups=groups, queue_length=queue_length
     )
     step = prefill(model, prompt, cache, None, implementation=implementation)
-    rows = jnp.arange(batch)
-    seen = jnp.zeros((batch, model.config.vocab_size), bool)
-    seen = seen.at[rows[:, None], prompt.tokens].max(prompt.positions >= 0)
+    seen = prompt.seen(model.config.vocab_size)
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen)
     room = jnp.broadcast_to(request.pad, (batch, capacity + queue_length - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
@@ -132,7 +130,7 @@ def begin_lossless(
         ends=ends,
         verified=ends,
         done=_ended(tokens, ends, request) | (request.max_new_tokens <= 1),
-        seen=seen.at[rows, drawn].set(True),
+        seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
         control=control,
         seconds=jnp.float32(0.0),
@@ -314,18 +312,25 @@ def _pass_seconds(
     return jnp.sum(jnp.where(ran, layers * costs.layer[pass_number(needed, queue_length)], 0.0))
 
 
+def _seen(state: LosslessState, tokens: Int[Array, "B S"], ends: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """`state.seen` with the tokens between what was verified before and the given ends."""
+    assert state.cache.pending is not None
+    rows = jnp.arange(ends.shape[0])[:, None]
+    columns = state.verified[:, None] + jnp.arange(state.cache.pending.queue_length)[None]
+    fresh = jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
+    return state.seen.at[rows, fresh].max(columns < ends[:, None])
+
+
 def _draft(model: Decoder, state: LosslessState, out: DepthOutput, request: Request, costs: PassCosts) -> LosslessState:
     """Every running row's newest token has left: its answer is the next draft."""
     logits = model.logits(out.states)
-    rows, running = jnp.arange(state.ends.shape[0])[:, None], ~state.done
-    columns = state.verified[:, None] + jnp.arange(state.cache.pending.queue_length)[None]
-    drafts = jnp.take_along_axis(state.tokens, columns, axis=1, mode="clip")
-    seen = state.seen.at[rows, drafts].max(columns < state.ends[:, None])
+    rows, running = jnp.arange(state.ends.shape[0]), ~state.done
+    seen = _seen(state, state.tokens, state.ends)
     drawn = draw(logits, (state.ends - state.width)[:, None], request, seen[:, None])[:, 0]
     kept = jnp.take_along_axis(state.tokens, state.ends[:, None], axis=1)[:, 0]
     number = jnp.sum(running, dtype=jnp.int32)
     return state._replace(
-        tokens=state.tokens.at[rows[:, 0], state.ends].set(jnp.where(running, drawn, kept)),
+        tokens=state.tokens.at[rows, state.ends].set(jnp.where(running, drawn, kept)),
         ends=state.ends + running.astype(jnp.int32),
         seconds=state.seconds + costs.head[0] + costs.leaving,
         counts=state.counts._replace(exit_drafted=state.counts.exit_drafted + number),
@@ -344,7 +349,7 @@ def _verify(
     ends = state.ends + batch.drafted
     drawn = Drawn(state.tokens, state.starts, ends, state.width, state.seen)
     found = verified(model, drawn, state.cache, first, request)
-    rows, running = jnp.arange(ends.shape[0])[:, None], ~state.done
+    running = ~state.done
     gained = jnp.where(running, found.ends - state.verified, 0)
     accepted = jnp.where(found.corrected, gained - 1, gained)
     by_exits = jnp.any(state.ends > state.verified)
@@ -358,15 +363,13 @@ def _verify(
         seconds=seconds,
     )
     counts, total = state.counts, jnp.sum(accepted, dtype=jnp.int32)
-    columns = state.verified[:, None] + jnp.arange(found.queue_length)[None]
-    fresh = jnp.take_along_axis(found.tokens, columns, axis=1, mode="clip")
     limit = state.width + request.max_new_tokens
     return state._replace(
         tokens=found.tokens,
         ends=found.ends,
         verified=found.ends,
         done=state.done | _ended(found.tokens, found.ends, request) | (found.ends >= limit),
-        seen=state.seen.at[rows, fresh].max(columns < found.ends[:, None]),
+        seen=_seen(state, found.tokens, found.ends),
         cache=found.cache,
         control=learned(state.control, costs, model.config.num_layers, done),
         seconds=jnp.float32(0.0),

@@ -41,8 +41,9 @@ def exit_project(
       eps: added to mean squares (or the variance) before the root.
       norm: kind of the final norm; "none" where the model has none.
       unit_offset: whether the gain is ``1 + scale``.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference on a CPU, and on a GPU the first kernel
-        that can be imported and takes these shapes; without one, the reference, with a warning in the log.
+      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
+        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
+        the reference, with a warning in the log.
 
     Returns:
       Rows of out's dtype.

@@ -44,8 +44,9 @@ def exit_step(
       min_layers: layers that every row runs, int32 scalar.
       eps: added to the mean square (or variance) before the root.
       norm: "rms" or "layer", without gain and bias: those fold into `down` and `down_bias`.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference on a CPU, and on a GPU the first kernel
-        that can be imported and takes these shapes; without one, the reference, with a warning in the log.
+      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
+        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
+        the reference, with a warning in the log.
 
     Raises:
       ValueError: the implementation that was named can't run here, with the reason.
