@@ -20,6 +20,7 @@ from convert.probe import verify_probed
 from convert.reader import Source, open_source
 from convert.replacement import replacing
 from convert.rules import Piece, Plan, coverage
+from convert.stored import as_stored
 from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.writer import Layout, ShardWriter, plan_layout
@@ -115,7 +116,7 @@ def convert(
     check()
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = coverage(source.tensors, architecture.rules, config)
+    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
     layout = plan_layout(plan.shapes, stored, max_shard_bytes)
     report = ConversionReport(
@@ -169,9 +170,9 @@ def open_model(
     source = _open(source_ref, adapter)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = coverage(source.tensors, architecture.rules, config)
+    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
     target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
-    return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh)
+    return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh, stored=True)
 
 
 def open_config(source_ref: str | Path) -> DecoderConfig:

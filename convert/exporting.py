@@ -20,6 +20,7 @@ from convert.probe_rules import from_json
 from convert.reader import copy_side_files
 from convert.replacement import replacing
 from convert.rules import Piece, Rule, coverage
+from convert.stored import as_stored
 from convert.writer import ShardWriter, plan_layout, split
 from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype, tokenizer_in
 from tide_jax.errors import TideError
@@ -89,7 +90,7 @@ class ConvertedSource:
         self.files = self._parameters.files
         recorded = _recorded_tensors(directory / RECORD_FILE)
         try:
-            plan = coverage(recorded, self._rules(), self._decoder)
+            plan = as_stored(coverage(recorded, self._rules(), self._decoder), self._decoder)
         except TideError as error:
             raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
         _check_shapes(directory, self._parameters.infos, plan.shapes)

@@ -21,6 +21,7 @@ from convert.rules import Slot
 from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
 
 _BLOCK_BYTES = 32 * 2**20
+_ALIGNMENT = 64  # of tensors in a file, where it is what XLA wants of memory that it works on as it lies
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -130,13 +131,13 @@ class ShardWriter:
     def _lay_out(self, shard: str, names: tuple[str, ...]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": self._layout.framework}}
         begin = 0
-        for name in names:
+        for name in sorted(names, key=lambda name: self._layout.nbytes(name) % _ALIGNMENT > 0):
             end = begin + self._layout.nbytes(name)
             shape = list(self._layout.shapes[name])
             header[name] = {"dtype": _NAMES[self._layout.dtype], "shape": shape, "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         self._files[shard].write(struct.pack("<Q", len(text)) + text)
         self._files[shard].truncate(8 + len(text) + begin)
         for name in names:

@@ -18,7 +18,7 @@ import tide_jax.checkpoint
 from convert import convert, open_model
 from convert.architecture import decoder_config
 from convert.reader import HuggingFaceSource
-from tide_jax.decoder import parameters
+from tide_jax.decoder import parameters, stored_parameters
 from tide_jax.errors import TideError
 
 # ---- what is written ----
@@ -59,9 +59,24 @@ def test_written_shards_are_valid_safetensors(source: Path, tmp_path: Path) -> N
     from safetensors.numpy import load_file
 
     convert(source, tmp_path / "out")
-    model = parameters(tide_jax.checkpoint.load(tmp_path / "out"))
-    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
-        np.testing.assert_array_equal(model[name], value, err_msg=name)
+    model = stored_parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    file = load_file(tmp_path / "out" / "model.safetensors")
+    assert file.keys() == {parameter.path for parameter in model}
+    for parameter in model:
+        np.testing.assert_array_equal(parameter.value, file[parameter.path], err_msg=parameter.path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where memory is mapped to is read from Linux's /proc")
+def test_a_model_on_a_cpu_lies_in_its_file(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    model = tide_jax.checkpoint.load(tmp_path / "out")
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [m[0].split("-") for m in maps if m[-1] == str(tmp_path / "out" / "model.safetensors")]
+    ranges = [range(*(int(end, 16) for end in ends)) for ends in files]
+    aligned = [p for p in stored_parameters(model) if p.value.nbytes % 64 == 0]
+    assert aligned
+    for parameter in aligned:
+        assert any(parameter.value.unsafe_buffer_pointer() in r for r in ranges), parameter.path
 
 
 def test_sharded_source(source: Path, tmp_path: Path) -> None:
@@ -158,7 +173,7 @@ def test_damaged_conversions(source: Path, tmp_path: Path) -> None:
     settings = json.loads((out / "config.json").read_text())
     shard = out / "model-00002-of-00005.safetensors"
     (out / "config.json").write_text(json.dumps(settings | {"tide_jax": {"format": 99}}))
-    with pytest.raises(TideError, match="converted in format 99, this version of tide_jax reads format 1"):
+    with pytest.raises(TideError, match="converted in format 99, this version of tide_jax reads format 2"):
         tide_jax.checkpoint.load(out)
     (out / "config.json").write_text(json.dumps(settings))
     content = next(out.glob("model-00002-of-*")).read_bytes()

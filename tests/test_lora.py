@@ -252,7 +252,7 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"of": "the adapter"}'
     q = load_file(tmp_path / "out" / "model.safetensors")["layers.1.attention.q.kernel"]
     expected = random_tensors()[f"{Q}.weight"] + 2.5 * b @ a
-    np.testing.assert_allclose(q.reshape(12, 18).T, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(q.reshape(18, 12), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tide_jax.errors import TideError
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_KEY = "tide_jax"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
@@ -52,8 +52,11 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
     config = DecoderConfig.from_dict(settings["decoder"])
     tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
-    checked = ((name, checked_cast(tensors.read(name), dtype, name)) for name in tensors.infos)
-    return from_parameters(config, checked, dtype=dtype, mesh=mesh)
+    # A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a time.
+    mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
+    read = tensors.map if mapped else tensors.read
+    checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
+    return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
 
 
 def load_config(source: str | Path) -> DecoderConfig:
@@ -80,10 +83,8 @@ def load_tokenizer(source: str | Path) -> Any:
 
 def tokenizer_in(directory: Path) -> Any:
     """The tokenizer whose files lie in a directory. Raises TideError where there is none."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return _tokenizer_class(directory).from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise TideError(
@@ -138,6 +139,21 @@ def _settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
+def _tokenizer_class(directory: Path) -> Any:
+    """What loads a directory's tokenizer: `AutoTokenizer`, or the class that it would choose anyway where the directory
+    says so. `AutoTokenizer` imports torch where that is installed, which takes seconds and 300 MB."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = settings.get("tokenizer_class") if isinstance(settings, dict) else None
+    if named == "TokenizersBackend" and (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
 def _default_dtype() -> jnp.dtype | None:
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else None
 
@@ -157,4 +173,7 @@ def _sample(parameter: StoredParameter) -> np.ndarray:
     places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
     index = np.unravel_index(places, kernel.shape[outputs:] + kernel.shape[:outputs])
     stored = tuple(axis.astype(np.int32) for axis in index[axes:] + index[:axes])
-    return np.asarray(fetch(kernel[stored])).astype(ml_dtypes.bfloat16)
+    in_host_memory = kernel.is_fully_addressable and all(device.platform == "cpu" for device in kernel.devices())
+    # On a CPU the array is a view for numpy, and hundreds of gathers would each be dispatched.
+    picked = np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))
+    return picked.astype(ml_dtypes.bfloat16)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tide_jax.activations import ACTIVATIONS
 from tide_jax.architecture import DecoderConfig, HeadTransform
@@ -208,8 +208,15 @@ def _sinusoid(index: Int[Array, "B T"], size: int, *, endpoint: bool) -> Float[A
 
 def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its dotted path (``layers.0.attention.q.kernel``), without allocating any."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = _abstract(config)
     return {_dotted(path): _known_shape(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
+    """Of the parameters that a model keeps as ``outputs + inputs``: how many axes are inputs, by path."""
+    model = _abstract(config)
+    axes = {_dotted(path): _input_axes(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return {path: count for path, count in axes.items() if count is not None}
 
 
 class StoredParameter(NamedTuple):
@@ -243,33 +250,50 @@ def from_parameters(
     *,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
+    stored: bool = False,
 ) -> Decoder:
     """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` one at a time.
 
+    A numpy array of `dtype` becomes part of the model as it is, where its memory allows: it must not be changed.
+
     Args:
+      stored: the tensors have the shapes that the model keeps (`StoredParameter`), not those they are known by.
       mesh: where to, see `tide_jax.load`.
 
     Raises:
       TideError: a path is unknown, has the wrong shape or is missing; all of them in one message.
     """
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(_abstract(config, dtype))
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     filled: dict[str, Array] = {}
     problems: list[str] = []
     for path, tensor in tensors:
         if path not in leaves:
             problems.append(f"unknown parameter {path}")
-        elif (shape := _known_shape(leaves[path])) != tensor.shape:
+        elif (shape := tuple(leaves[path].shape) if stored else _known_shape(leaves[path])) != tensor.shape:
             problems.append(f"{path} has shape {tensor.shape}, expected {shape}")
         else:
-            axes = _input_axes(leaves[path])
+            axes = None if stored else _input_axes(leaves[path])
             filled[path] = _placed(path, tensor if axes is None else stored_kernel(tensor, axes), dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
         raise TideError("the tensors do not fit the model configuration: " + "; ".join(sorted(problems)))
     state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
     return nnx.merge(graph, state)
+
+
+class _OneKey(NamedTuple):
+    """In place of `nnx.Rngs` where no number is drawn: its counters take longer to trace than all of the modules."""
+
+    key: PRNGKeyArray
+
+    def params(self) -> PRNGKeyArray:
+        return self.key
+
+
+def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
+    """The model without its numbers."""
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey(jax.random.key(0)))))
 
 
 def _input_axes(leaf: nnx.Variable) -> int | None:
@@ -284,7 +308,8 @@ def _known_shape(leaf: nnx.Variable) -> tuple[int, ...]:
 
 def _placed(path: str, tensor: np.ndarray | Array, dtype: jnp.dtype, mesh: Mesh | None) -> Array:
     if mesh is None:
-        return jnp.asarray(tensor, dtype)
+        same = isinstance(tensor, np.ndarray) and tensor.dtype == dtype
+        return jax.device_put(tensor, may_alias=True) if same else jnp.asarray(tensor, dtype)
     # Cast on the host where it is numpy's: no device has to hold all of it.
     return place(path, tensor if tensor.dtype == dtype else tensor.astype(dtype), mesh)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -57,6 +58,11 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Runs the layer on new tokens; returns the new residual stream and the new key and value rows."""
+        return _traced_once(self, x, contexts, cached)
+
+    def _run(
+        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
         normed = _apply(self.pre_attention_norm, x)
         attended, new = self.attention(normed, contexts[self.attention_type], cached)
         middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
@@ -75,6 +81,14 @@ class DecoderLayer(nnx.Module):
         if self.residual_scale != 1.0:
             update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)  # a rounded scale adds up
         return _apply(norm, x + update) if self.norm_after_add else x + update
+
+
+@jax.jit
+def _traced_once(
+    layer: DecoderLayer, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
+) -> tuple[Float[Array, "B T D"], KeyValue]:
+    """Layers of the same structure are traced and lowered once in a program; XLA inlines the calls."""
+    return layer._run(x, contexts, cached)
 
 
 def _attention(
