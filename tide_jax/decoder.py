@@ -20,7 +20,7 @@ from tide_jax.cache import KVCache
 from tide_jax.errors import TideError
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, einsum, known_kernel, normal, stored_kernel
+from tide_jax.ops import Dense, known_kernel, normal, stored_kernel, times_rows
 from tide_jax.sharding import place, whole_channels
 from tide_jax.span_attention import KeyValue
 
@@ -171,7 +171,7 @@ class Decoder(nnx.Module):
         elif self.project_out is not None:
             x = self.project_out(x)
         rows = self._head_rows() if rows is None else rows
-        out = einsum("btd,vd->btv", x, rows.kernel).astype(jnp.float32)
+        out = times_rows(x, rows.kernel).astype(jnp.float32)
         if rows.bias is not None:
             out = out + rows.bias.astype(jnp.float32)[None, None, :]
         if self.config.logit_scale != 1.0:
