@@ -70,7 +70,7 @@ def run_depth(
       may_exit: tokens allowed to leave early. The token at position 0 never is: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
       kv_strategy: "propagate" skips layers and projects their rows; "recompute" runs them all, for the rows.
-      implementation: of the exit step, see `pallas_kernels`.
+      implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Raises:
       TideError: no such `kv_strategy`.

@@ -41,7 +41,7 @@ class TIDE:
       model: the decoder, frozen.
       routers: trained routers; without them every call runs full depth.
       config: thresholds, minimum depth and cache policy.
-      implementation: of the fused exit step, see `pallas_kernels`; None chooses by platform.
+      implementation: of the kernels around an exit, see `pallas_kernels`; None chooses by platform.
       mesh: devices to run on, from `tide_jax.make_mesh`: the model, routers and cache are split over "model", rows over
         "data" where their number divides. None runs where the model lies, on a mesh if it was loaded onto one. With
         several processes (`jax.distributed`) all of them make the same calls, and all get the results.
