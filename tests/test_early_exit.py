@@ -270,7 +270,6 @@ def test_dials_never_recompile() -> None:
         (engine.with_config(exit_threshold=0.9), PROMPTS, {}),
         (engine.with_config(exit_threshold=(0.1, 0.2)), PROMPTS, {}),
         (engine.with_config(min_layers=5), PROMPTS, {}),
-        (engine.with_config(prefill_exits=True), PROMPTS, {}),
         (engine, PROMPTS, {"temperature": 0.0}),
         (engine, PROMPTS, {"temperature": 2.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}),
         (engine, random_prompts((2, 14, 16)), {}),
@@ -285,6 +284,8 @@ def test_dials_never_recompile() -> None:
         arguments = {"max_new_tokens": NEW, "temperature": 0.5, "key": key, "eos_token_id": 3} | arguments
         assert other.generate(prompts, **arguments).stats.compile_time == 0.0, arguments
     assert engine.generate(random_prompts((17,) * 3), max_new_tokens=NEW).stats.compile_time > 0.0, "another bucket"
+    prompts_exit = engine.with_config(prefill_exits=True)
+    assert prompts_exit.generate(PROMPTS, max_new_tokens=NEW).stats.compile_time > 0.0, "another program"
 
 
 def test_another_fit_of_the_same_shape_scores_without_compiling() -> None:

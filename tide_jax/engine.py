@@ -73,7 +73,7 @@ class TIDE:
 
     def with_config(self, **changes: Any) -> TIDE:
         """The same engine with other `ExitConfig` fields; compiled programs are shared, and nothing recompiles but for
-        another `kv_strategy`.
+        another `kv_strategy` or `prefill_exits`.
 
         A `guarantee` stays only where the settings it was certified for do.
 
@@ -236,8 +236,8 @@ class TIDE:
         thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
         if mode == "lossless":  # drafts wait for their deep layers, which verify them
-            return Exits(self._weights, gate, jnp.asarray(False), "recompute")
-        return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits), self.config.kv_strategy)
+            return Exits(self._weights, gate, False, "recompute")
+        return Exits(self._weights, gate, self.config.prefill_exits, self.config.kv_strategy)
 
     def _runner(self, mode: Mode | None) -> Runner:
         shared = self.model, self._programs, self._implementation
