@@ -81,6 +81,15 @@ class DecoderLayer(nnx.Module):
           new: key and value rows of all new tokens.
           contexts: with these tokens asking and all new tokens seen.
         """
+        return _some_traced_once(self, x, new, contexts, cached)
+
+    def _run_on(
+        self,
+        x: Float[Array, "B M D"],
+        new: KeyValue,
+        contexts: tuple[AttentionContext, ...],
+        cached: CachedRows | None,
+    ) -> Float[Array, "B M D"]:
         normed = _apply(self.pre_attention_norm, x)
         return self._after_attention(x, normed, self.attention.read(normed, new, contexts[self.attention_type], cached))
 
@@ -110,6 +119,17 @@ def _traced_once(
 ) -> tuple[Float[Array, "B T D"], KeyValue]:
     """Layers of the same structure are traced and lowered once in a program; XLA inlines the calls."""
     return layer._run(x, contexts, cached)
+
+
+@jax.jit
+def _some_traced_once(
+    layer: DecoderLayer,
+    x: Float[Array, "B M D"],
+    new: KeyValue,
+    contexts: tuple[AttentionContext, ...],
+    cached: CachedRows | None,
+) -> Float[Array, "B M D"]:
+    return layer._run_on(x, new, contexts, cached)
 
 
 def _attention(
