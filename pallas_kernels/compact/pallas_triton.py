@@ -79,19 +79,19 @@ class _Plan(NamedTuple):
         return first + jnp.arange(self.block, dtype=jnp.int32) < self.columns
 
 
-def _gather(plan: _Plan, x_ref: Any, order_ref: Any, count_ref: Any, out_ref: Any) -> None:
+def _gather(plan: _Plan, x_ref: Any, order_ref: Any, kept_ref: Any, out_ref: Any) -> None:
     number, entry, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * plan.block
     source = entry * plan.rows + order_ref[entry * plan.rows + number]
     inside = plan.inside(first)
-    there = inside & (number < count_ref[entry])
+    there = inside & (number < kept_ref[entry])
     found = plt.load(x_ref.at[plan.part(source, first)], mask=there, other=0.0)
     plt.store(out_ref.at[plan.part(entry * plan.size + number, first)], found, mask=inside)
 
 
-def _scatter(plan: _Plan, _: Any, compacted_ref: Any, order_ref: Any, count_ref: Any, out_ref: Any) -> None:
+def _scatter(plan: _Plan, _: Any, compacted_ref: Any, order_ref: Any, kept_ref: Any, out_ref: Any) -> None:
     number, entry, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * plan.block
 
-    @pl.when(number < count_ref[entry])
+    @pl.when(number < kept_ref[entry])
     def _move() -> None:
         target = entry * plan.rows + order_ref[entry * plan.rows + number]
         at, inside = plan.part(entry * plan.size + number, first), plan.inside(first)
