@@ -284,8 +284,6 @@ def test_dials_never_recompile() -> None:
         arguments = {"max_new_tokens": NEW, "temperature": 0.5, "key": key, "eos_token_id": 3} | arguments
         assert other.generate(prompts, **arguments).stats.compile_time == 0.0, arguments
     assert engine.generate(random_prompts((17,) * 3), max_new_tokens=NEW).stats.compile_time > 0.0, "another bucket"
-    prompts_exit = engine.with_config(prefill_exits=True)
-    assert prompts_exit.generate(PROMPTS, max_new_tokens=NEW).stats.compile_time > 0.0, "another program"
 
 
 def test_another_fit_of_the_same_shape_scores_without_compiling() -> None:
