@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import triton
 import triton.language as tl
@@ -32,9 +34,7 @@ def scatter_rows(
     return _run(_scatter, inputs, jax.ShapeDtypeStruct(out.shape, out.dtype), out.shape[1], sizes)
 
 
-def _run(
-    kernel: triton.JITFunction, inputs: tuple[Array, ...], out: jax.ShapeDtypeStruct, rows: int, sizes: dict[str, int]
-) -> Array:
+def _run(kernel: Any, inputs: tuple[Array, ...], out: jax.ShapeDtypeStruct, rows: int, sizes: dict[str, int]) -> Array:
     batch, _, columns = out.shape
     width = block(columns)
     grid = (rows, batch, -(-columns // width))
