@@ -19,6 +19,7 @@ from pallas_kernels.exit_project import AffineHead, FinalNorm, exit_project
 from pallas_kernels.exit_step.reference import router_scores
 from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.router import Routers
+from tide_jax.sharding import on_mesh
 
 
 class ExitAnswers(NamedTuple):
@@ -66,7 +67,9 @@ def _exit_states(
     passed: Bool[Array, "B T"],
     implementation: str | None,
 ) -> Float[Array, "B T D"]:
-    """Final-normed exit states of the tokens that passed, zeros for the others."""
+    """Final-normed exit states of the tokens that passed."""
+    if on_mesh():  # the modules say how a head's channels are put together again before the norm
+        return model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
     config, norm, rows = model.config, model.final_norm, x.reshape(-1, x.shape[-1])
     learned = (getattr(norm, name, None) for name in ("scale", "bias"))
     states = exit_project(
