@@ -120,7 +120,7 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
 def forced(routers: tide_jax.Routers, depth: int) -> Exits:
     """Exits that take `routers` at their word from the first checkpoint that leaves `depth` layers run."""
     gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5, jnp.float32), jnp.int32(depth))
-    return Exits(routers, gate, jnp.asarray(False))
+    return Exits(routers, gate)
 
 
 def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:

@@ -268,7 +268,7 @@ def sweep(
         layers = reference.model.config.num_layers
         thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.checkpoints, layers)
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(args.min_layers))
-        exits = Exits(routers.without_metadata(), gate, jnp.asarray(False), entry["kv_strategy"])
+        exits = Exits(routers.without_metadata(), gate, False, entry["kv_strategy"])
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:
             text = summarise(reference.compare(exits, progress), layers)
         row: Row = {"threshold": threshold, "text": text, "generation": None}

@@ -30,7 +30,7 @@ ENGINE = TIDE(MODEL, ROUTERS, ExitConfig(min_layers=0))
 
 def exits_at(threshold: float, min_layers: int = 0) -> Exits:
     gate = ExitGate(jnp.full((len(ROUTERS.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
-    return Exits(ROUTERS, gate, jnp.asarray(False))
+    return Exits(ROUTERS, gate)
 
 
 @pytest.fixture(scope="module")

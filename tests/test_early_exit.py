@@ -270,7 +270,6 @@ def test_dials_never_recompile() -> None:
         (engine.with_config(exit_threshold=0.9), PROMPTS, {}),
         (engine.with_config(exit_threshold=(0.1, 0.2)), PROMPTS, {}),
         (engine.with_config(min_layers=5), PROMPTS, {}),
-        (engine.with_config(prefill_exits=True), PROMPTS, {}),
         (engine, PROMPTS, {"temperature": 0.0}),
         (engine, PROMPTS, {"temperature": 2.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}),
         (engine, random_prompts((2, 14, 16)), {}),

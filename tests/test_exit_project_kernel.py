@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import CONFIGS, tiny_model
 
 from pallas_kernels import selection
 from pallas_kernels.exit_project import AffineHead, FinalNorm, api, exit_project, pallas_triton, reference
+from tide_jax import TIDE, ExitConfig, confidence
 from tide_jax.norms import Norm
 from tide_jax.router import ExitHead
+from tide_jax.testing import random_routers
 
 EPS = 1e-5
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -103,6 +106,28 @@ def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: 
     assert kernels()
     monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=False))
     assert not kernels()
+
+
+@pytest.mark.parametrize("name", ["sandwich norms", "parallel", "norms after the residual add"])
+def test_an_engine_takes_its_exit_states_from_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RMSNorm with a unit offset, LayerNorm and no norm at all; affine heads, and a second look at what they give."""
+    asked: list[str | None] = []
+
+    def recorded(*arguments: Any, implementation: str | None, **settings: Any) -> jax.Array:
+        asked.append(implementation)
+        return exit_project(*arguments, implementation=implementation, **settings)
+
+    monkeypatch.setattr(confidence, "exit_project", recorded)
+    model, dials = tiny_model(CONFIGS[name]), ExitConfig(exit_threshold=0.4, min_layers=0)
+    routers = random_routers(model.config, affine=True, interval=1, model=model)
+    expected = TIDE(model, routers, dials)([[5, 3, 7, 11], [2, 9]])
+    assert set(asked) == {None}
+    asked.clear()
+    found = TIDE(model, routers, dials, implementation="pallas_interpret")([[5, 3, 7, 11], [2, 9]])
+    assert set(asked) == {"pallas_interpret"}
+    assert (expected.exit_layers < model.config.num_layers - 1).any()
+    np.testing.assert_array_equal(found.exit_layers, expected.exit_layers)
+    np.testing.assert_allclose(found.logits, expected.logits, atol=2e-5)
 
 
 def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:

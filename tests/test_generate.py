@@ -334,7 +334,7 @@ def test_streaming_a_batch_gives_what_generate_gives(arguments: dict[str, Any]) 
 
 def test_prefill_and_decode_step_under_the_users_own_jit() -> None:
     model, routers = engine().model, engine().routers
-    exits = Exits(routers, ExitGate(jnp.full((2,), 0.5, jnp.float32), jnp.int32(0)), jnp.asarray(False))
+    exits = Exits(routers, ExitGate(jnp.full((2,), 0.5, jnp.float32), jnp.int32(0)))
     prompt = Prompt(jnp.asarray(pad_left([np.asarray(p) for p in PROMPTS], 9)), jnp.asarray([4, 7, 1], jnp.int32))
     step = jax.jit(decode_step, donate_argnames="cache")
     out = jax.jit(prefill)(model, prompt, init_cache(model.config, 3, 20, model.dtype), exits)

@@ -19,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.compact import Partition
+from pallas_kernels.compact import pallas_triton as compact
 from pallas_kernels.exit_project import AffineHead, FinalNorm
 from pallas_kernels.exit_project import pallas_triton as exit_project
 from pallas_kernels.exit_step import ExitRows
 from pallas_kernels.exit_step import pallas_triton as exit_step
 from pallas_kernels.exit_step.config import Blocks
+from pallas_kernels.kv_fill import InputNorm, KVRows, Projection, Rotary, Settings
+from pallas_kernels.kv_fill import pallas_triton as kv_fill
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -132,6 +136,37 @@ def test_exit_project(tmp_path: Path, architecture: int, dtype: Any, size: int) 
     states, final_norm = of((64, size), dtype), FinalNorm(of((size,), dtype), of((size,), dtype))
     found = compiled(tmp_path, architecture, kernel, states, head, final_norm, of((64,), jnp.bool_), states)
     (made,) = found.values()
+    assert not made.spilled
+    assert made.count(r"ld\.global\.v4")
+    assert made.count(r"st\.global\.v4")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [576, 4096])
+def test_compaction_copies_sixteen_bytes_at_once(tmp_path: Path, architecture: int, dtype: Any, size: int) -> None:
+    rows = Partition(of((2, 64), jnp.int32), of((2, 64), jnp.int32), of((2,), jnp.int32))
+    states, compacted = of((2, 64, size), dtype), of((2, 48, size), dtype)
+    gather = functools.partial(compact.gather_rows, size=48)
+    found = compiled(tmp_path, architecture, gather, states, rows)
+    found |= compiled(tmp_path, architecture, compact.scatter_rows, compacted, rows, states)
+    assert set(found) == {"compact_gather", "compact_scatter"}
+    for made in found.values():
+        assert not made.spilled
+        assert made.count(r"ld\.global\.v4")
+        assert made.count(r"st\.global\.v4")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 128, 64)])
+def test_kv_fill(tmp_path: Path, architecture: int, dtype: Any, heads: int, channels: int, half: int) -> None:
+    weights = of((heads, 2, channels, 32), dtype), of((heads, 2, channels), dtype), of((channels,), dtype)
+    rows = of((2, heads, 64, channels), dtype)
+    kernel = functools.partial(kv_fill.kv_fill, settings=Settings(1e-5))
+    tables = Rotary(of((2, 64, half)), of((2, 64, half)))
+    arguments = of((2, 64, 32), dtype), InputNorm(), Projection(*weights), tables, of((2, 64), jnp.bool_)
+    (made,) = compiled(tmp_path, architecture, kernel, *arguments, KVRows(rows, rows)).values()
     assert not made.spilled
     assert made.count(r"ld\.global\.v4")
     assert made.count(r"st\.global\.v4")

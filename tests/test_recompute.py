@@ -104,7 +104,7 @@ def test_streaming_is_generating() -> None:
 def exits_of(model: Decoder, threshold: float, min_layers: int = 0) -> Exits:
     routers = random_routers(model.config, interval=2)
     gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
-    return Exits(routers.without_metadata(), gate, jnp.asarray(False), "recompute")
+    return Exits(routers.without_metadata(), gate, False, "recompute")
 
 
 def rows_of_full_model(model: Decoder, tokens: np.ndarray) -> Any:

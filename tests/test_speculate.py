@@ -73,7 +73,7 @@ def lossless(
     exits, routers = None, engine.routers if routers is None else routers
     if threshold is not None:
         gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(0))
-        exits = Exits(routers.without_metadata(), gate, jnp.asarray(False), "recompute")
+        exits = Exits(routers.without_metadata(), gate, False, "recompute")
     arguments = (engine.model, prompt, request, exits, costs, control)
     return program()(*arguments, capacity=bucket(new), queue_length=queue_length)
 

@@ -13,11 +13,17 @@ import numpy as np
 import torch
 
 from pallas_kernels import jax_triton_call
+from pallas_kernels.compact import partition
+from pallas_kernels.compact import reference as compact_reference
+from pallas_kernels.compact import triton as compact_twin
 from pallas_kernels.exit_project import AffineHead, FinalNorm
 from pallas_kernels.exit_project import reference as project_reference
 from pallas_kernels.exit_project import triton as project_twin
 from pallas_kernels.exit_step import ExitRows, reference, triton
 from pallas_kernels.exit_step.config import Blocks
+from pallas_kernels.kv_fill import InputNorm, KVRows, Projection, Rotary, Settings
+from pallas_kernels.kv_fill import reference as fill_reference
+from pallas_kernels.kv_fill import triton as fill_twin
 
 
 def interpret(
@@ -73,6 +79,48 @@ def compare_projection(dtype: Any, norm: Any, rank: int | None, learned: bool) -
     np.testing.assert_array_equal(found[~exits], out[~exits])
 
 
+def compare_compaction(rows: int, columns: int, share: float, dtype: Any) -> None:
+    """Raises AssertionError where the kernels differ."""
+    rng = np.random.default_rng(rows)
+    active = jnp.asarray(rng.random((2, rows)) < share)
+    x = jnp.where(active[:, :, None], jnp.asarray(rng.normal(size=(2, rows, columns)), dtype), jnp.nan)
+    found_at = partition(active)
+    for size in {(rows + 1) // 2, rows}:
+        found = compact_twin.gather_rows(x, found_at, size)
+        np.testing.assert_array_equal(found, compact_reference.gather_rows(x, found_at, size))
+        out = jnp.asarray(rng.normal(size=(2, rows, columns)), jnp.float32)
+        there = jnp.arange(size)[None] < found_at.kept[:, None]
+        rows_back = jnp.where(there[:, :, None], found + 1, jnp.nan)
+        expected = compact_reference.scatter_rows(rows_back, found_at, out)
+        np.testing.assert_array_equal(compact_twin.scatter_rows(rows_back, found_at, out), expected)
+
+
+def compare_fill(dtype: Any, heads: int, channels: int, half: int, learned: bool, interleaved: bool) -> None:
+    """Raises AssertionError where the kernel differs."""
+    rng = np.random.default_rng(channels)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    projection = Projection(
+        0.2 * normal(heads, 2, channels, 24),
+        normal(heads, 2, channels) if learned else None,
+        normal(channels) if learned else None,
+    )
+    angles = rng.uniform(0, 6, (2, 5, half))
+    rotary = Rotary(*(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))) if half else None
+    fill = jnp.asarray(rng.random((2, 5)) < 0.6)
+    out = KVRows(*(normal(2, heads, 5, channels) for _ in range(2)))
+    x = jnp.where(fill[:, :, None], normal(2, 5, 24), jnp.nan)
+    settings = Settings(1e-5, key_eps=1e-5, interleaved=interleaved, key_unit_offset=interleaved)
+    arguments = x, InputNorm(normal(24)), projection, rotary, fill, out
+    found = fill_twin.kv_fill(*arguments, settings=settings)
+    expected = fill_reference.kv_fill(*arguments, settings=settings)
+    tolerance = 1e-5 if dtype == jnp.float32 else 4e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
 def main() -> None:
     """bfloat16 is left out of the exit step: the interpreter's products of bfloat16 blocks are wrong."""
     jax_triton_call.run = interpret
@@ -84,6 +132,14 @@ def main() -> None:
     for dtype, norm, rank, learned in cases:
         compare_projection(dtype, norm, rank, learned)
         print("exit_project", jnp.dtype(dtype).name, norm, rank, learned)
+    dtypes, sizes = (jnp.float32, jnp.float16), ((1, 1), (17, 130))
+    for (rows, columns), share, dtype in itertools.product(sizes, (0.0, 0.6, 1.0), dtypes):
+        compare_compaction(rows, columns, share, dtype)
+        print("compact", rows, columns, share, jnp.dtype(dtype).name)
+    shapes = (1, 8, 4), (3, 20, 6), (5, 10, 0)
+    for dtype, shape, learned in itertools.product(dtypes, shapes, (True, False)):
+        compare_fill(dtype, *shape, learned, interleaved=learned)
+        print("kv_fill", jnp.dtype(dtype).name, *shape, learned)
 
 
 if __name__ == "__main__":

@@ -42,19 +42,24 @@ Spans = list[tuple[KeyValue | CachedRows, Span]]
 
 
 def attention_context(
-    kind: AttentionType, positions: Int[Array, "B T"], seq_len: Int[Array, ""], slots: Int[Array, "B S"] | None
+    kind: AttentionType,
+    positions: Int[Array, "B T"],
+    seq_len: Int[Array, ""],
+    slots: Int[Array, "B S"] | None,
+    new: Int[Array, "B N"] | None = None,
 ) -> AttentionContext:
     """Masks, biases and rotary tables of one attention type.
 
     Args:
-      positions: position of each new token in its row, -1 for padding.
+      positions: position in its row of each token that asks, -1 for padding.
       seq_len: tokens seen so far in the longest row.
       slots: position each cache slot holds, -1 where empty; None without a cache.
+      new: positions of all new tokens, where only some of them ask.
     """
     cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
     scale = None if kind.query_scaling is None else _query_scale(kind.query_scaling, positions)
     cached = None if slots is None else _span(kind, positions, slots)
-    return AttentionContext(cos, sin, scale, _span(kind, positions, positions), cached)
+    return AttentionContext(cos, sin, scale, _span(kind, positions, positions if new is None else new), cached)
 
 
 def _query_scale(scaling: QueryScaling, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -127,13 +132,19 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
         new = self.project_kv(x, context)
+        return self.read(x, new, context, cached), new
+
+    def read(
+        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
+    ) -> Float[Array, "B T D"]:
+        """Attends from tokens to `new` and `cached` rows; the context says which of them each token sees."""
         q = self._placed(self.q(x), self.q_norm, context)
         if context.query_scale is not None:
             q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
         mixed = self._mixed(q, spans_of(new, cached, context))
         if self.gate is not None:
             mixed = mixed * self._opened(self.gate(x))
-        return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed)), new
+        return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed))
 
     def _opened(self, gate: Float[Array, "B T H hg"]) -> Float[Array, "B T H hg"]:
         """How far each head or channel is open."""

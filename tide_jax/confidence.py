@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.exit_project import AffineHead, FinalNorm, exit_project
 from pallas_kernels.exit_step.reference import router_scores
 from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.router import Routers
+from tide_jax.sharding import on_mesh
 
 
 class ExitAnswers(NamedTuple):
@@ -33,15 +35,55 @@ class ExitAnswers(NamedTuple):
 
 
 def second_look(
-    model: Decoder, routers: Routers, checkpoint: int, x: Float[Array, "B T D"], first: Float[Array, "B T"]
+    model: Decoder,
+    routers: Routers,
+    checkpoint: int,
+    x: Float[Array, "B T D"],
+    first: Float[Array, "B T"],
+    *,
+    passed: Bool[Array, "B T"] | None = None,
+    implementation: str | None = None,
 ) -> ExitAnswers:
-    """Exit states and final scores of tokens with state `x` and router score `first`."""
-    states = model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+    """Exit states and final scores of tokens with state `x` and router score `first`.
+
+    Args:
+      passed: tokens that the router let pass; what the answers are for the others does not matter. All when omitted.
+      implementation: of the exit projection, see `pallas_kernels`.
+    """
+    passed = jnp.ones(first.shape, bool) if passed is None else passed
+    states = _exit_states(model, routers, checkpoint, x, passed, implementation)
     if routers.confidence is None or routers.candidates is None:
         return ExitAnswers(first, states)
     confidence = routers.confidence[checkpoint]
     scores = jax.nn.sigmoid(confidence.logit(features(model, routers.candidates.rows, states, first)))
     return ExitAnswers(jnp.where(first > confidence.screens[0], scores, 0.0), states)
+
+
+def _exit_states(
+    model: Decoder,
+    routers: Routers,
+    checkpoint: int,
+    x: Float[Array, "B T D"],
+    passed: Bool[Array, "B T"],
+    implementation: str | None,
+) -> Float[Array, "B T D"]:
+    """Final-normed exit states of the tokens that passed."""
+    if on_mesh():  # the modules say how a head's channels are put together again before the norm
+        return model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+    config, norm, rows = model.config, model.final_norm, x.reshape(-1, x.shape[-1])
+    learned = (getattr(norm, name, None) for name in ("scale", "bias"))
+    states = exit_project(
+        rows,
+        None if routers.heads is None else AffineHead(*routers.heads[checkpoint]),
+        FinalNorm(*(None if parameter is None else parameter[...] for parameter in learned)),
+        passed.reshape(-1),
+        jnp.zeros_like(rows),
+        eps=config.norm_eps,
+        norm=config.norm if config.final_norm else "none",
+        unit_offset=config.norm_unit_offset,
+        implementation=implementation,
+    )
+    return states.reshape(x.shape)
 
 
 def exit_scores(model: Decoder, routers: Routers, checkpoint: int, x: Float[Array, "N D"]) -> ExitAnswers:

@@ -34,7 +34,8 @@ Mode = Literal["exit", "lossless", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class ExitConfig:
-    """When a token may leave the decoder early. Changing any field but `kv_strategy` never recompiles.
+    """When a token may leave the decoder early. Changing any field but `kv_strategy` and `prefill_exits` never
+    recompiles.
 
     Attributes:
       exit_threshold: a token exits at the first checkpoint whose score exceeds it, in [0, 1]; one number, or one for
@@ -45,7 +46,8 @@ class ExitConfig:
         state with the token's true position (CALM, Schuster et al. 2022, section 3.3); "recompute" keeps exit states
         and runs the skipped layers for all of them at once when a later token needs these layers, or many wait: keys
         and values are then the full model's, and an exit costs nothing but its own answer.
-      prefill_exits: let prompt tokens exit too. By default the prompt runs at full depth.
+      prefill_exits: let prompt tokens exit too, and run deep layers only on the prompt tokens that are left
+        (`tide_jax.survivors`). By default the prompt runs at full depth.
       guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
       threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
         `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the

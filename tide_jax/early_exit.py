@@ -22,12 +22,14 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.architecture import check_choice
 from tide_jax.attention import AttentionContext
 from tide_jax.cache import KVCache
+from tide_jax.cache_fill import fill_rows
 from tide_jax.config import KVStrategy, layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
-from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
+from tide_jax.group_loop import Branch, GroupRows, Loop, next_group, run_groups
 from tide_jax.router import Routers
 from tide_jax.span_attention import KeyValue
+from tide_jax.survivors import Survivors
 
 
 class DepthOutput(NamedTuple):
@@ -57,6 +59,7 @@ def run_depth(
     gate: ExitGate | None = None,
     may_exit: Bool[Array, "B T"] | None = None,
     kv_strategy: KVStrategy = "propagate",
+    survivors: bool = False,
     implementation: str | None = None,
 ) -> DepthOutput:
     """Runs each token as deep as it needs.
@@ -70,7 +73,9 @@ def run_depth(
       may_exit: tokens allowed to leave early. The token at position 0 never is: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
       kv_strategy: "propagate" skips layers and projects their rows; "recompute" runs them all, for the rows.
-      implementation: of the exit step, see `pallas_kernels`.
+      survivors: whether layers run only for the tokens that are left, where many run (`tide_jax.survivors`): the same
+        to rounding, and more to compile. Without effect on short rows, without routers, and with "recompute".
+      implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Raises:
       TideError: no such `kv_strategy`.
@@ -83,7 +88,8 @@ def run_depth(
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
     gating = None if routers is None or gate is None else Gating(routers, gate, may_exit, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
-    return _Walk(model, groups, cache, gating, exact).run(state, model.contexts(positions, cache))
+    walk = _Walk(model, groups, cache, gating, exact, positions)
+    return walk.run(state, model.contexts(positions, cache), survivors)
 
 
 class _Walk(NamedTuple):
@@ -94,12 +100,20 @@ class _Walk(NamedTuple):
     cache: KVCache | None
     gating: Gating | None
     exact: bool
+    positions: Int[Array, "B T"]
 
-    def run(self, state: TokenState, contexts: tuple[AttentionContext, ...]) -> DepthOutput:
+    def run(self, state: TokenState, contexts: tuple[AttentionContext, ...], survivors: bool) -> DepthOutput:
         count, rows = len(self.groups), GroupRows(self.groups)
         loop = Loop(jnp.int32(0), state, rows.empty(self.model.config, state.x))
-        branches = [self._branch(g, contexts) for g in range(count)]
-        loop = run_groups(lambda s: (s.group < count) & (self.exact | jnp.any(s.state.active)), branches, loop)
+        branches, choose = [self._branch(g, contexts) for g in range(count)], next_group
+        if survivors and self.gating is not None and not self.exact:
+            fewer = Survivors(self.model, self.groups, self.cache, self.gating, self.positions, contexts)
+            branches, choose = branches + fewer.branches(), fewer.choose
+
+        def unfinished(s: Loop[TokenState]) -> Bool[Array, ""]:
+            return (s.group < count) & (self.exact | jnp.any(s.state.active))
+
+        loop = run_groups(unfinished, branches, loop, choose=choose)
         executed = rows.layers_before(loop.group)
         if self.gating is not None and not self.exact:
             loop = run_groups(lambda s: s.group < count, [self._propagate(g, contexts) for g in range(count)], loop)
@@ -126,8 +140,11 @@ class _Walk(NamedTuple):
         """`kv_strategy="propagate"`: a skipped layer's keys and values come from the exit state."""
 
         def fill(state: TokenState) -> tuple[TokenState, KeyValue]:
-            layers = ((self.model.layers[i], self._translated(i, state)) for i in self.groups[g])
-            return state, GroupRows(self.groups).stack([layer.project_kv(x, contexts) for layer, x in layers])
+            rows, implementation = [], None if self.gating is None else self.gating.implementation
+            for i in self.groups[g]:
+                x, real = self._translated(i, state), self.positions >= 0
+                rows.append(fill_rows(self.model.layers[i], x, contexts, real, implementation=implementation))
+            return state, GroupRows(self.groups).stack(rows)
 
         return fill
 

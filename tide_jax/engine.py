@@ -41,7 +41,7 @@ class TIDE:
       model: the decoder, frozen.
       routers: trained routers; without them every call runs full depth.
       config: thresholds, minimum depth and cache policy.
-      implementation: of the fused exit step, see `pallas_kernels`; None chooses by platform.
+      implementation: of the kernels around an exit, see `pallas_kernels`; None chooses by platform.
       mesh: devices to run on, from `tide_jax.make_mesh`: the model, routers and cache are split over "model", rows over
         "data" where their number divides. None runs where the model lies, on a mesh if it was loaded onto one. With
         several processes (`jax.distributed`) all of them make the same calls, and all get the results.
@@ -73,7 +73,7 @@ class TIDE:
 
     def with_config(self, **changes: Any) -> TIDE:
         """The same engine with other `ExitConfig` fields; compiled programs are shared, and nothing recompiles but for
-        another `kv_strategy`.
+        another `kv_strategy` or `prefill_exits`.
 
         A `guarantee` stays only where the settings it was certified for do.
 
@@ -236,8 +236,8 @@ class TIDE:
         thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
         if mode == "lossless":  # drafts wait for their deep layers, which verify them
-            return Exits(self._weights, gate, jnp.asarray(False), "recompute")
-        return Exits(self._weights, gate, jnp.asarray(self.config.prefill_exits), self.config.kv_strategy)
+            return Exits(self._weights, gate, False, "recompute")
+        return Exits(self._weights, gate, self.config.prefill_exits, self.config.kv_strategy)
 
     def _runner(self, mode: Mode | None) -> Runner:
         shared = self.model, self._programs, self._implementation

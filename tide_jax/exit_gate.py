@@ -90,7 +90,9 @@ class Gating(NamedTuple):
         state = state._replace(exit_layers=step.exit_layers.reshape(shape))
 
         def let_go(state: TokenState) -> TokenState:
-            answers = second_look(model, self.routers, checkpoint, state.x, first)
+            answers = second_look(
+                model, self.routers, checkpoint, state.x, first, passed=passed, implementation=self.implementation
+            )
             exits = passed & (answers.scores > threshold)
             leaving = exits[:, :, None]
             state = state._replace(states=jnp.where(leaving, answers.states, state.states))

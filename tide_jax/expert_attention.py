@@ -39,8 +39,14 @@ class ExpertAttention(nnx.Module):
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
-        (b, t, d), (experts, _, kv, hd), k = x.shape, self.q.shape, self.moe.experts_per_token
         new = self.project_kv(x, context)
+        return self.read(x, new, context, cached), new
+
+    def read(
+        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
+    ) -> Float[Array, "B T D"]:
+        """As `Attention.read`."""
+        (b, t, d), (experts, _, kv, hd), k = x.shape, self.q.shape, self.moe.experts_per_token
         tokens = x.reshape(-1, d)
         weights, chosen = choose_experts(self.moe, router_logits(self.router, tokens))
 
@@ -55,7 +61,7 @@ class ExpertAttention(nnx.Module):
         mixed = attend(q, spans_of(new, cached, context), scale=self.scale).swapaxes(2, 3)
         parts = by_expert(mixed.reshape(b * t, k, kv * hd), chosen, told).astype(jnp.float32)
         out = jnp.sum(parts * weights[:, :, None], axis=1).astype(x.dtype) + self.out_bias[...][None, :]
-        return out.reshape(b, t, d), new
+        return out.reshape(b, t, d)
 
 
 def _rotated(x: Float[Array, "B T N hd"], context: AttentionContext) -> Float[Array, "B T N hd"]:

@@ -66,18 +66,18 @@ class Prompt(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """Routers with their dials: a pytree, whose `kv_strategy` is static.
+    """Routers with their dials: a pytree, whose `prompt` and `kv_strategy` are static.
 
     Attributes:
       routers: what scores tokens.
       gate: thresholds and least depth.
-      prompt: whether prompt tokens may exit, too, bool scalar.
+      prompt: whether prompt tokens may exit, too. Where they may not, no router is compiled into the prompt's pass.
       kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
     """
 
     routers: Routers
     gate: ExitGate
-    prompt: Bool[Array, ""]
+    prompt: bool = dataclasses.field(default=False, metadata={"static": True})
     kv_strategy: KVStrategy = dataclasses.field(default="propagate", metadata={"static": True})
 
     @property
@@ -154,6 +154,7 @@ def run_exits(
     exits: Exits | None,
     *,
     may_exit: Bool[Array, "B T"] | None = None,
+    survivors: bool = False,
     implementation: str | None = None,
 ) -> DepthOutput:
     """`tide_jax.early_exit.run_depth` with routers and dials as one argument; None runs every layer."""
@@ -168,6 +169,7 @@ def run_exits(
         gate=exits.gate,
         may_exit=may_exit,
         kv_strategy=exits.kv_strategy,
+        survivors=survivors,
         implementation=implementation,
     )
 
@@ -180,7 +182,7 @@ def prefill(
     Prompts of more than `PREFILL_CHUNK` tokens run in chunks of so many, which bounds the memory of attention scores.
     """
     positions, width = prompt.positions, prompt.tokens.shape[1]
-    may_exit = jnp.broadcast_to(False if exits is None else exits.prompt, positions.shape)
+    exits = exits if exits is not None and exits.prompt else None
     # Frequencies that depend on the length so far would be those of each chunk, not those of the prompt.
     chunk = width if model.config.length_changes_rope else min(width, PREFILL_CHUNK)
 
@@ -188,8 +190,8 @@ def prefill(
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, start, size, axis=1)
 
-        tokens, places, may = cut(prompt.tokens), cut(positions), cut(may_exit)
-        out = run_exits(model, tokens, places, earlier, exits, may_exit=may, implementation=implementation)
+        tokens, places = cut(prompt.tokens), cut(positions)
+        out = run_exits(model, tokens, places, earlier, exits, survivors=True, implementation=implementation)
         grown = (cache if earlier is None else earlier).append(out.new, places)
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed)
 

@@ -11,7 +11,7 @@ Two rules make a group that is not run free (measured; see the README's "How it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -75,12 +75,17 @@ class GroupRows(NamedTuple):
         return max(len(group) for group in self.groups)
 
 
+def next_group(loop: Loop[Any]) -> Int[Array, ""]:
+    """For `run_groups`: there is one branch for each group."""
+    return loop.group
+
+
 def run_groups(
     condition: Callable[[Loop[State]], Bool[Array, ""]],
     branches: Sequence[Branch[State]],
     loop: Loop[State],
     *,
-    choose: Callable[[Loop[State]], Int[Array, ""]] = lambda loop: loop.group,
+    choose: Callable[[Loop[State]], Int[Array, ""]] = next_group,
 ) -> Loop[State]:
     """Runs group after group while the condition holds.
 

@@ -56,6 +56,12 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
         new = self.project_kv(x, context)
+        return self.read(x, new, context, cached), new
+
+    def read(
+        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
+    ) -> Float[Array, "B T D"]:
+        """As `Attention.read`."""
         # Values are the leading channels of the keys. Mixing whole keys and cutting the result copies no cache.
         mixed = attend(
             self._queries(x, context)[:, :, None],
@@ -64,7 +70,7 @@ class LatentAttention(nnx.Module):
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
         values = einsum("bthr,hvr->bthv", mixed[..., : self.latent.kv_rank], self.v_up.kernel[...])
-        return self.out(values), new
+        return self.out(values)
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
         """Queries that meet latent vectors: ``(W_k^T q)`` beside the rotated part."""

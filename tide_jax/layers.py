@@ -65,10 +65,40 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         normed = _apply(self.pre_attention_norm, x)
         attended, new = self.attention(normed, contexts[self.attention_type], cached)
+        return self._after_attention(x, normed, attended), new
+
+    def run_on(
+        self,
+        x: Float[Array, "B M D"],
+        new: KeyValue,
+        contexts: tuple[AttentionContext, ...],
+        cached: CachedRows | None,
+    ) -> Float[Array, "B M D"]:
+        """Runs the layer on some of the new tokens, given the rows of all of them.
+
+        Args:
+          x: the residual stream of these tokens.
+          new: key and value rows of all new tokens.
+          contexts: with these tokens asking and all new tokens seen.
+        """
+        return _some_traced_once(self, x, new, contexts, cached)
+
+    def _run_on(
+        self,
+        x: Float[Array, "B M D"],
+        new: KeyValue,
+        contexts: tuple[AttentionContext, ...],
+        cached: CachedRows | None,
+    ) -> Float[Array, "B M D"]:
+        normed = _apply(self.pre_attention_norm, x)
+        return self._after_attention(x, normed, self.attention.read(normed, new, contexts[self.attention_type], cached))
+
+    def _after_attention(self, x: Array, normed: Array, attended: Array) -> Float[Array, "B T D"]:
+        """The new residual stream."""
         middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
-        return whole_channels(_weighted(out, self.output_scale)), new
+        return whole_channels(_weighted(out, self.output_scale))
 
     def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
         """The key and value rows this layer would store for `x`, without running it."""
@@ -89,6 +119,17 @@ def _traced_once(
 ) -> tuple[Float[Array, "B T D"], KeyValue]:
     """Layers of the same structure are traced and lowered once in a program; XLA inlines the calls."""
     return layer._run(x, contexts, cached)
+
+
+@jax.jit
+def _some_traced_once(
+    layer: DecoderLayer,
+    x: Float[Array, "B M D"],
+    new: KeyValue,
+    contexts: tuple[AttentionContext, ...],
+    cached: CachedRows | None,
+) -> Float[Array, "B M D"]:
+    return layer._run_on(x, new, contexts, cached)
 
 
 def _attention(

@@ -55,7 +55,7 @@ def recompute_step(
       count: the leading columns of `tokens` that are there, 1 to T; all when omitted.
       may_exit: whether the newest token may leave early.
       finish: run every group, whoever needs it.
-      implementation: of the exit step, see `pallas_kernels`.
+      implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Returns:
       What the pass gave for the newest token, `new` with the rows of the newest Q slots (zeros where a layer did not

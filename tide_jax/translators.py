@@ -79,13 +79,13 @@ class Translators(NamedTuple):
         if self.rank == 0:
             return shift
         up = entry.up.astype(code.dtype)
-        if checkpoint.size <= up.shape[0]:  # few tokens: read the matrices they need; many: multiply by each in turn
+        if checkpoint.size <= up.shape[0]:  # few tokens read the matrices they need, many are one product
             chosen = jnp.take(up, checkpoint, axis=0, mode="clip")
             return shift + einsum("btr,btrd->btd", code, chosen).astype(jnp.float32)
-        for c in range(up.shape[0]):
-            mine = jnp.where((checkpoint == c)[:, :, None], code, jnp.zeros_like(code))
-            shift = shift + einsum("btr,rd->btd", mine, up[c]).astype(jnp.float32)
-        return shift
+        mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0])[None, None, :, None]
+        spread = jnp.where(mine, code[:, :, None, :], jnp.zeros((), code.dtype))
+        spread = spread.reshape(*checkpoint.shape, -1)
+        return shift + einsum("btr,rd->btd", spread, up.reshape(-1, up.shape[-1])).astype(jnp.float32)
 
 
 def _mean_square(x: Float[Array, "B T D"]) -> Float[Array, "B T 1"]:

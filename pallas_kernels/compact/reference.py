@@ -1,0 +1,50 @@
+"""Plain-JAX compaction: the definition every other implementation is tested against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+class Partition(NamedTuple):
+    """A stable partition of N rows in each of B batch entries.
+
+    Attributes:
+      order: the active rows' numbers, then the others', each in their original order, int32.
+      place: where each row went, the inverse of `order`, int32.
+      kept: active rows, int32.
+    """
+
+    order: Int[Array, "B N"]
+    place: Int[Array, "B N"]
+    kept: Int[Array, " B"]
+
+
+def partition(active: Bool[Array, "B N"]) -> Partition:
+    """Active rows first, by prefix sums: no sort."""
+    ahead = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+    count = ahead[:, -1]
+    numbers = jnp.broadcast_to(jnp.arange(active.shape[1], dtype=jnp.int32)[None], active.shape)
+    place = jnp.where(active, ahead - 1, numbers - ahead + count[:, None])
+    batch = jnp.arange(active.shape[0], dtype=jnp.int32)[:, None]
+    order = jnp.zeros_like(place).at[batch, place].set(numbers, unique_indices=True, mode="promise_in_bounds")
+    return Partition(order, place, count)
+
+
+def gather_rows(x: Shaped[Array, "B N D"], rows: Partition, size: int) -> Shaped[Array, "B M D"]:
+    """The first `size` rows of the partition, zeros in place of rows that are not active."""
+    there = jnp.arange(size, dtype=jnp.int32)[None, :] < rows.kept[:, None]
+    found = jnp.take_along_axis(x, rows.order[:, :size, None], axis=1, mode="clip")
+    return jnp.where(there[:, :, None], found, jnp.zeros_like(found))
+
+
+def scatter_rows(
+    compacted: Shaped[Array, "B M D"], rows: Partition, out: Shaped[Array, "B N D"]
+) -> Shaped[Array, "B N D"]:
+    """`out` with its active rows replaced. Every row looks for its own, since a CPU scatters one row at a time."""
+    size = compacted.shape[1]
+    there = rows.place < jnp.minimum(rows.kept, jnp.int32(size))[:, None]
+    found = jnp.take_along_axis(compacted, jnp.minimum(rows.place, size - 1)[:, :, None], axis=1, mode="clip")
+    return jnp.where(there[:, :, None], found.astype(out.dtype), out)

@@ -1,0 +1,160 @@
+"""Cache fill as a Pallas kernel for the Triton backend.
+
+Norm and product stay with XLA, which has the better matrix kernels and reads the same weights for one token as for
+many. Everything after the product happens here, once and in registers: bias, key norm, rotation, and the way from
+tokens to heads. Tokens that are not filled are not touched, since the outputs take the buffers' places.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.exit_step.shapes import power_of_two
+from pallas_kernels.kv_fill.config import warps
+from pallas_kernels.kv_fill.reference import InputNorm, KVRows, Projection, Rotary, Settings, projected
+
+
+def kv_fill(
+    x: Float[Array, "B T D"],
+    norm: InputNorm,
+    projection: Projection,
+    rotary: Rotary | None,
+    fill: Bool[Array, "B T"],
+    out: KVRows,
+    *,
+    settings: Settings,
+    interpret: bool = False,
+) -> KVRows:
+    """The reference's result within rounding; `interpret` runs the kernel's operations with XLA, on any platform."""
+    heads, _, channels, _ = projection.kernel.shape
+    half = 0 if rotary is None else rotary.cos.shape[-1]
+    plan = _Plan(x.shape[1], heads, channels, half, settings)
+    tables = None if rotary is None else Rotary(rotary.cos.reshape(-1), rotary.sin.reshape(-1))
+    bias = None if projection.bias is None else projection.bias.reshape(-1)
+    flat = projected(x, norm, projection, settings).reshape(-1)
+    found = pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid=(x.shape[0] * x.shape[1],),
+        out_shape=tuple(jax.ShapeDtypeStruct((a.size,), a.dtype) for a in out),
+        input_output_aliases={0: 0, 1: 1},
+        compiler_params=plt.CompilerParams(num_warps=warps(plan.height * power_of_two(channels)), num_stages=1),
+        interpret=interpret,
+        name="kv_fill",
+    )(*(a.reshape(-1) for a in out), flat, fill.reshape(-1), bias, projection.key_norm, tables)
+    return KVRows(*(a.reshape(old.shape) for a, old in zip(found, out, strict=True)))
+
+
+class _Channels(NamedTuple):
+    """Some channels of every head, `at` in a head; those past `count` are not there."""
+
+    at: Int[Array, " C"]
+    there: Bool[Array, "H C"]
+
+
+class _Plan(NamedTuple):
+    """A call's static part: `tokens` in a row, `heads` of `channels`, of which twice `half` rotate."""
+
+    tokens: int
+    heads: int
+    channels: int
+    half: int
+    settings: Settings
+
+    @property
+    def height(self) -> int:
+        """Rows of a block: the heads up to a power of two."""
+        return power_of_two(self.heads)
+
+    def heads_at(self) -> Int[Array, "H 1"]:
+        """The block's heads."""
+        return jnp.arange(self.height, dtype=jnp.int32)[:, None]
+
+    def some(self, start: int, count: int, step: int = 1) -> _Channels:
+        """`count` channels from `start`, `step` apart."""
+        numbers = jnp.arange(power_of_two(count), dtype=jnp.int32)
+        there = (self.heads_at() < self.heads) & (numbers < count)[None, :]
+        return _Channels(start + numbers * step, there)
+
+    def parts(self) -> list[_Channels]:
+        """A key's channels: the two that turn into each other, and the rest."""
+        step = 2 if self.settings.interleaved else 1
+        second = 1 if self.settings.interleaved else self.half
+        parts = [self.some(start, self.half, step) for start in (0, second) if self.half]
+        rest = self.channels - 2 * self.half
+        return [*parts, self.some(2 * self.half, rest)] if rest else parts
+
+
+def _kernel(
+    plan: _Plan,
+    _: Any,
+    __: Any,
+    projected_ref: Any,
+    fill_ref: Any,
+    bias_ref: Any,
+    gain_ref: Any,
+    tables: Rotary | None,
+    keys_out: Any,
+    values_out: Any,
+) -> None:
+    token = pl.program_id(0)
+
+    def read(which: int, part: _Channels) -> Float[Array, "H C"]:
+        """Biased keys (0) or values (1) as the model rounds them, in float32."""
+        within = (plan.heads_at() * 2 + which) * plan.channels + part.at[None, :]
+        y = _load(projected_ref, token * (plan.heads * 2 * plan.channels) + within, part.there)
+        if bias_ref is None:
+            return y
+        return _rounded(y + _load(bias_ref, within, part.there), projected_ref)
+
+    def write(ref: Any, part: _Channels, rows: Float[Array, "H C"]) -> None:
+        row, column = token // plan.tokens, token % plan.tokens
+        heads = (row * plan.heads + plan.heads_at()) * plan.tokens + column
+        rows = _rounded(rows, projected_ref)
+        plt.store(ref.at[heads * plan.channels + part.at[None, :]], rows.astype(ref.dtype), mask=part.there)
+
+    @pl.when(fill_ref[token])
+    def _fill() -> None:
+        values = plan.some(0, plan.channels)
+        write(values_out, values, read(1, values))
+        parts = plan.parts()
+        keys = [read(0, part) for part in parts]
+        if gain_ref is not None:
+            keys = _normed(plan, keys, parts, gain_ref)
+            keys = [_rounded(key, projected_ref) for key in keys]
+        if tables is not None:
+            keys = [*_turned(plan, token, keys[0], keys[1], tables), *keys[2:]]
+        for part, key in zip(parts, keys, strict=True):
+            write(keys_out, part, key)
+
+
+def _normed(plan: _Plan, keys: list[Array], parts: list[_Channels], gain_ref: Any) -> list[Array]:
+    """RMSNorm over all channels of a head."""
+    squares = sum(jnp.sum(key * key, axis=1) for key in keys)
+    factor = lax.rsqrt(squares / plan.channels + plan.settings.key_eps)[:, None]
+    gains = [_load(gain_ref, jnp.broadcast_to(part.at[None, :], part.there.shape), part.there) for part in parts]
+    offset = 1.0 if plan.settings.key_unit_offset else 0.0
+    return [key * factor * (offset + gain) for key, gain in zip(keys, gains, strict=True)]
+
+
+def _turned(
+    plan: _Plan, token: Array, first: Float[Array, "H C"], second: Float[Array, "H C"], tables: Rotary
+) -> tuple[Array, Array]:
+    at = jnp.arange(first.shape[1], dtype=jnp.int32)
+    cos, sin = (_load(table, token * plan.half + at, at < plan.half)[None, :] for table in tables)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def _load(ref: Any, at: Int[Array, "..."], there: Bool[Array, "..."]) -> Float[Array, "..."]:
+    return plt.load(ref.at[at], mask=there, other=0.0).astype(jnp.float32)
+
+
+def _rounded(y: Array, ref: Any) -> Array:
+    return y.astype(ref.dtype).astype(jnp.float32)

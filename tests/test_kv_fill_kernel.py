@@ -1,0 +1,277 @@
+"""The cache fill: its reference against the model's own layers, its Pallas kernel against the reference."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import gpu_lowering
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIGS, tiny_model
+
+from pallas_kernels import selection
+from pallas_kernels.kv_fill import (
+    InputNorm,
+    KVRows,
+    Projection,
+    Rotary,
+    Settings,
+    api,
+    kv_fill,
+    pallas_triton,
+    reference,
+)
+from tide_jax import cache_fill
+from tide_jax.architecture import AttentionType, QKNorm, RopeConfig
+from tide_jax.cache_fill import fill_rows, unsupported
+from tide_jax.testing import tiny_config
+
+EPS = 1e-5
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+PLAIN = Settings(EPS)
+
+
+def arguments_of(
+    tokens: tuple[int, int],
+    heads: int,
+    channels: int,
+    dtype: Any,
+    *,
+    half: int = 0,
+    bias: bool = False,
+    key_norm: bool = False,
+    size: int = 24,
+    fill: float = 0.6,
+) -> tuple[Any, ...]:
+    """States, norm, projection, rotary tables, tokens to fill and buffers."""
+    rng = np.random.default_rng(channels)
+
+    def normal(*shape: int, scale: float = 1.0, kind: Any = dtype) -> jax.Array:
+        return jnp.asarray(scale * rng.normal(size=shape), kind)
+
+    shape = tokens[0], heads, tokens[1], channels
+    projection = Projection(
+        normal(heads, 2, channels, size, scale=size**-0.5),
+        normal(heads, 2, channels) if bias else None,
+        normal(channels) if key_norm else None,
+    )
+    angles = rng.uniform(0, 6, (*tokens, half))
+    rotary = Rotary(*(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))) if half else None
+    chosen = jnp.asarray(rng.random(tokens) < fill)
+    out = KVRows(normal(*shape), normal(*shape))
+    return normal(*tokens, size, scale=3.0), InputNorm(normal(size)), projection, rotary, chosen, out
+
+
+def assert_is_the_reference(arguments: tuple[Any, ...], found: KVRows, settings: Settings = PLAIN) -> None:
+    """Within rounding where tokens are filled, untouched elsewhere."""
+    expected = reference.kv_fill(*arguments, settings=settings)
+    fill = np.asarray(arguments[4])
+    for ours, theirs, before in zip(found, expected, arguments[5], strict=True):
+        assert ours.dtype == theirs.dtype == before.dtype
+        tolerance = {"float32": 1e-5, "bfloat16": 1.6e-2, "float16": 2e-3}[ours.dtype.name]
+        ours, theirs, before = (np.asarray(a, np.float32).swapaxes(1, 2) for a in (ours, theirs, before))
+        np.testing.assert_allclose(ours[fill], theirs[fill], atol=tolerance, rtol=tolerance)
+        np.testing.assert_array_equal(ours[~fill], before[~fill])
+
+
+# The reference is the model's own layer.
+
+_EXTRA = {
+    "key norm, partial rotation": tiny_config(
+        num_layers=1,
+        attention_types=(AttentionType(scale=0.3, rope=RopeConfig(theta=100.0, rotary_dim=4), qk_norm=QKNorm()),),
+    ),
+    "interleaved, unit offset": tiny_config(
+        num_layers=1,
+        norm_unit_offset=True,
+        attention_types=(
+            AttentionType(
+                scale=0.3,
+                rope=RopeConfig(theta=100.0, rotary_dim=6, interleaved=True),
+                qk_norm=QKNorm(unit_offset=True),
+            ),
+        ),
+    ),
+}
+MODELS = CONFIGS | _EXTRA
+LEFT_OUT = {"alibi and sinks": "clipped", "gated output": "another kind", "latent attention": "LatentAttention"}
+
+
+@pytest.mark.parametrize(
+    "implementation, dtype", [(None, jnp.float32), (None, jnp.bfloat16), ("pallas_interpret", jnp.float32)]
+)
+@pytest.mark.parametrize("name", sorted(set(MODELS) - set(LEFT_OUT)))
+def test_filled_rows_are_what_the_layer_stores(name: str, dtype: Any, implementation: str | None) -> None:
+    model = tiny_model(MODELS[name], dtype=dtype)
+    positions = jnp.asarray([[-1, 0, 1, 2, 3], [0, 1, 2, 5, 9]], jnp.int32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, model.config.hidden_size)), dtype)
+    contexts, fill = model.contexts(positions, None), positions % 2 == 1
+    for layer in (model.layers[0], model.layers[-1]):
+        assert unsupported(layer) is None
+        expected = layer.project_kv(x, contexts)
+        found = fill_rows(layer, x, contexts, fill, implementation=implementation)
+        for ours, theirs in zip(found, expected, strict=True):
+            ours, theirs = (np.asarray(a, np.float32).swapaxes(1, 2)[np.asarray(fill)] for a in (ours, theirs))
+            if implementation is None:
+                np.testing.assert_array_equal(ours, theirs)
+            else:
+                np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_layers_of_other_kinds_say_why_and_project_in_plain_jax(caplog: pytest.LogCaptureFixture) -> None:
+    cache_fill._warn_once.cache_clear()
+    changes: dict[str, dict[str, Any]] = {
+        "values have a bias": {"qkv_bias": True, "key_bias": False},
+        "clipped": {"clip_qkv": 1.0},
+        "scaled or rotated": {"value_scale": 0.5},
+        "another kind": {"attention_types": (AttentionType(scale=0.3, qk_norm=QKNorm(per_head=True)),)},
+        "beside keys": {"attention_types": (AttentionType(scale=0.3, keys_as_values=True),)},
+        "ShapedAttention": {"attention_types": (AttentionType(scale=0.3, head_dim=4, num_kv_heads=1),)},
+    }
+    models = {reason: tiny_model(tiny_config(num_layers=1, **change)) for reason, change in changes.items()}
+    models |= {reason: tiny_model(CONFIGS[name]) for name, reason in LEFT_OUT.items()}
+    positions = jnp.asarray([[0, 1, 2]], jnp.int32)
+    for reason, model in models.items():
+        layer, contexts = model.layers[0], model.contexts(positions, None)
+        assert reason in str(unsupported(layer))
+        x = jnp.ones((1, 3, model.config.hidden_size))
+        expected = layer.project_kv(x, contexts)
+        with caplog.at_level(logging.WARNING, logger="tide_jax.cache_fill"):
+            found = fill_rows(layer, x, contexts, positions >= 0, implementation="pallas_interpret")
+        assert reason in caplog.text
+        caplog.clear()
+        fill_rows(layer, x, contexts, positions >= 0)
+        assert not caplog.text
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+# The kernel is the reference.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "tokens, heads, channels, half, bias, key_norm, interleaved",
+    [
+        ((1, 1), 1, 8, 4, False, False, True),
+        ((2, 5), 3, 64, 32, True, True, False),
+        ((1, 7), 2, 20, 5, True, True, True),
+        ((3, 2), 5, 10, 0, False, True, False),
+        ((1, 3), 4, 128, 16, True, False, False),
+    ],
+)
+def test_kernel_is_the_reference(
+    tokens: tuple[int, int],
+    heads: int,
+    channels: int,
+    half: int,
+    bias: bool,
+    key_norm: bool,
+    interleaved: bool,
+    dtype: Any,
+) -> None:
+    arguments = arguments_of(tokens, heads, channels, dtype, half=half, bias=bias, key_norm=key_norm)
+    settings = Settings(EPS, key_eps=1e-3, key_unit_offset=interleaved, interleaved=interleaved)
+    found = kv_fill(*arguments, settings=settings, implementation="pallas_interpret")
+    assert_is_the_reference(arguments, found, settings)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer", "none"])
+def test_every_norm_in_front(kind: Any) -> None:
+    x, _, *others = arguments_of((2, 3), 2, 8, jnp.float32, half=4)
+    for norm in (InputNorm(), InputNorm(jnp.full((24,), 0.5)), InputNorm(jnp.full((24,), 0.5), jnp.ones((24,)))):
+        arguments, settings = (x, norm, *others), Settings(EPS, norm=kind, unit_offset=kind == "rms")
+        found = kv_fill(*arguments, settings=settings, implementation="pallas_interpret")
+        assert_is_the_reference(arguments, found, settings)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_all_tokens_or_none(fill: float) -> None:
+    arguments = arguments_of((2, 5), 3, 16, jnp.float32, half=4, fill=fill)
+    found = kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
+    assert_is_the_reference(arguments, found)
+    assert np.array_equal(found.keys, arguments[5].keys) == (fill == 0.0)
+
+
+def test_tokens_that_are_not_filled_may_hold_anything() -> None:
+    x, norm, projection, rotary, fill, out = arguments_of((2, 9), 3, 20, jnp.float32, half=5, bias=True)
+    spoilt = jnp.where(fill[:, :, None], x, jnp.nan)
+    marked = KVRows(*(jnp.where(fill[:, None, :, None], jnp.nan, a) for a in out))
+    arguments = spoilt, norm, projection, rotary, fill, marked
+    found = kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
+    assert all(np.isfinite(a).all() for a in found)
+    assert_is_the_reference((x, norm, projection, rotary, fill, marked), found)
+
+
+def test_the_buffers_keep_their_own_dtype() -> None:
+    *others, out = arguments_of((1, 4), 2, 16, jnp.bfloat16, half=8)
+    arguments = *others, KVRows(*(a.astype(jnp.float32) for a in out))
+    assert_is_the_reference(arguments, kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret"))
+
+
+def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of((1, 4), 2, 16, jnp.float32)
+
+    def kernels() -> bool:
+        return bool(gpu_lowering.kernel_equations(functools.partial(kv_fill, settings=PLAIN), *arguments))
+
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    assert not kernels()
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=True))
+    assert kernels()
+
+
+def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
+    x, norm, projection, rotary, fill, out = arguments_of((1, 4), 2, 16, jnp.float32, half=8)
+    with pytest.raises(ValueError, match="'pallas_triton' runs on a GPU, this process computes on a cpu"):
+        kv_fill(x, norm, projection, rotary, fill, out, settings=PLAIN, implementation="pallas_triton")
+
+    def filled(*arguments: Any) -> KVRows:
+        return kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
+
+    wide = jnp.zeros((1, 2, 4, 8))
+    with pytest.raises(ValueError, match="keys and values of one shape"):
+        filled(x, norm, projection, rotary, fill, KVRows(out.keys, wide))
+    with pytest.raises(ValueError, match="float32, float16 and bfloat16, not int32"):
+        filled(x, norm, projection, rotary, fill, KVRows(out.keys, out.values.astype(jnp.int32)))
+    with pytest.raises(ValueError, match="32 rotary channels do not fit keys of 16"):
+        filled(x, norm, projection, Rotary(*(jnp.zeros((1, 4, 16)),) * 2), fill, out)
+    with pytest.raises(ValueError, match="at least one token"):
+        filled(x[:, :0], norm, projection, None, fill[:, :0], KVRows(*(a[:, :, :0] for a in out)))
+    with pytest.raises(ValueError, match="up to 16384 numbers, not 130 heads of 128"):
+        filled(*arguments_of((1, 1), 130, 128, jnp.float32))
+
+
+# What a GPU's compiler would be given.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 80, 16), (5, 20, 0)])
+def test_kernel_lowers_for_cuda(heads: int, channels: int, half: int, dtype: Any) -> None:
+    for tokens, extra in (((1, 1), False), ((4, 300), True)):
+        arguments = arguments_of((1, 1), heads, channels, dtype, half=half, bias=extra, key_norm=extra)
+        x, norm, projection, rotary, fill, out = arguments
+
+        def many(a: jax.Array, tokens: tuple[int, int] = tokens) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*tokens, *a.shape[2:]), a.dtype)
+
+        def rows(a: jax.Array, tokens: tuple[int, int] = tokens) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((tokens[0], heads, tokens[1], channels), a.dtype)
+
+        given = many(x), norm, projection, jax.tree.map(many, rotary), many(fill), jax.tree.map(rows, out)
+        kernel = functools.partial(pallas_triton.kv_fill, settings=PLAIN._replace(interleaved=extra))
+        assert gpu_lowering.lower(kernel, *given).count(gpu_lowering.KERNEL_CALL) == 1
+        assert not gpu_lowering.undefined_loads(gpu_lowering.kernel_equations(kernel, *given))
+
+
+def test_lowering_refuses_a_block_that_is_no_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = arguments_of((1, 3), 3, 12, jnp.float32)
+    monkeypatch.setattr(pallas_triton, "power_of_two", lambda number: number)
+    kernel = functools.partial(pallas_triton.kv_fill, settings=PLAIN)
+    assert_is_the_reference(arguments, kernel(*arguments, interpret=True))
+    with pytest.raises(ValueError, match="power of 2"):
+        gpu_lowering.lower(kernel, *arguments)
