@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of kernels for a GPU that is not there. Importing this needs no triton, calling it does."""
+"""What Triton's compiler makes of kernels for a GPU that is not there. Only calling this needs triton."""
 
 from __future__ import annotations
 
