@@ -42,7 +42,7 @@ quality: .venv/demo
 		--text $(OTHER) --out scripts/results/drift.json
 
 # Decode steps compiled for an H100 on a machine without a GPU: copies, CUDA graphs, memory. Downloads XLA's compiler for
-# NVIDIA GPUs, about 170 MB, into a folder of its own, where JAX does not look for a GPU otherwise.
+# NVIDIA GPUs, some 130 MB, into a folder of its own, where JAX does not look for a GPU otherwise.
 gpu-aot: .gpu_aot/made
 	JAX_PLATFORMS=cpu PYTHONPATH=.gpu_aot $(BIN)/python scripts/gpu_aot.py --out scripts/results/gpu_aot.json
 	$(BIN)/python scripts/readme_tables.py

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -40,6 +41,7 @@ TARGET = Path(__file__).with_name("h100.txtpb")
 SLOTS = 4096
 DTYPE = jnp.bfloat16
 INTERVAL = 4
+_KERNEL = re.compile(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu)')
 
 
 class Case(NamedTuple):
@@ -66,6 +68,7 @@ CASES = (
     Case("propagate", 4, "propagate"),
     Case("propagate, 8 rows", 4, "propagate", rows=8),
     Case("propagate, Pallas exit step", 4, "propagate", "pallas_triton"),
+    Case("propagate, Mosaic exit step", 4, "propagate", "mosaic_gpu"),
     Case("recompute", 3, "recompute"),
 )
 
@@ -92,7 +95,7 @@ def main() -> int:
         "cases": [compiled(case, config, gpu) for case in cases],
     }
     for entry in report["cases"]:
-        print(json.dumps(entry))
+        print(", ".join(f"{key} {value}" for key, value in entry.items() if key != "problems"))
     if args.out is not None:
         part = args.out.with_suffix(".part")
         part.write_text(json.dumps(report, indent=1) + "\n")
@@ -127,7 +130,7 @@ def compiled(case: Case, config: DecoderConfig, gpu: Any) -> dict[str, Any]:
         "loops": launched["kWhile"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
-        "exit_kernels": program.as_text().count('custom_call_target="__gpu$xla.gpu.triton"'),
+        "exit_kernels": len(_KERNEL.findall(program.as_text())),
         "large_results": [[result.kind, result.shape, result.size, count] for result, count in large.items()],
     }
     return entry | {"problems": _problems(case, entry, limit=2 * keys)}
@@ -141,6 +144,8 @@ def _problems(case: Case, entry: dict[str, Any], limit: int) -> list[str]:
     ]
     if entry["temporary_bytes"] > limit:
         found.append(f"uses {entry['temporary_bytes'] / 2**20:.1f} MiB besides, more than {limit / 2**20:.1f}")
+    if (entry["exit_kernels"] > 0) == (case.implementation == "reference"):
+        found.append(f"has {entry['exit_kernels']} kernels of {case.implementation}")
     if entry["graphs"] != case.graphs:
         found.append(f"is {entry['graphs']} CUDA graphs, not {case.graphs}")
     return found

@@ -33,6 +33,50 @@ def test_kernel_is_the_reference(dtype: Any, rows: int, size: int, hidden: int, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_numbers_leave_others_alone(dtype: Any) -> None:
+    x, *others = arguments_of(5, 128, 16, dtype)
+    found, clean = interpreted((x.at[2, 127].set(jnp.nan), *others)), interpreted((x, *others))
+    bad = np.arange(5) == 2
+    assert np.isnan(found.scores[bad]).all()
+    assert not found.exits[bad].any()
+    np.testing.assert_array_equal(found.scores[~bad], clean.scores[~bad])
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"norm": "layer"}, "no LayerNorm"),
+        ({"dtype": jnp.float32}, "it would multiply float32 in TF32"),
+        ({"size": 72}, "a multiple of 64 channels, not 72"),
+        ({"hidden": 129}, "routers up to 128 wide, not 129"),
+        ({"rows": 0}, "no rows"),
+    ],
+    ids=["norm", "dtype", "size", "hidden", "rows"],
+)
+def test_what_the_kernel_cannot_do_is_refused(
+    settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"rows": 4, "size": 128, "hidden": 16, "dtype": jnp.bfloat16} | settings
+    norm = sizes.pop("norm", "rms")
+    call = functools.partial(exit_step, **settings_of({"norm": norm}), implementation="mosaic_gpu")
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    with pytest.raises(ValueError, match=reason):
+        jax.eval_shape(call, *abstract(**sizes))
+
+
+def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored() -> Any:
+        call = functools.partial(exit_step, **settings_of({}), implementation="mosaic_gpu")
+        return jax.eval_shape(lambda *a: call(*a), *abstract(4, 128, 16, jnp.bfloat16)).scores
+
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    assert scored().shape == (4,)
+    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu("10.0", 148))
+    with pytest.raises(ValueError, match=r"compute capability 9\.0 \(H100, H200\), this GPU has 10\.0"):
+        scored()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_lowers_for_cuda(dtype: Any) -> None:
     for rows, size, hidden in ((1, 576, 128), (37, 4096, 96), (65536, 4096, 128), (4096, 8192, 16)):
         text = gpu_lowering.lower(

@@ -1,8 +1,8 @@
 """Exit step with a Mosaic GPU kernel, for Hopper: asynchronous copies into shared memory and its matrix instruction.
 
-The kernel is the down-projection, which reads every state and weight once: products with the router and sums of squares,
-of 64 rows over some of the channels. What is left, a few numbers a row, is XLA's. The cut of the weights into 16-bit parts
-is that of the Triton kernels (`Problem.weight_parts`). Made for many rows: fewer than 64 are filled up with zeros.
+The kernel is the down-projection, which reads each state once: products with the router and sums of squares, of 64 rows
+over some of the channels. What is left, a few numbers a row, is XLA's. Weights are cut into 16-bit parts as in the
+Triton kernels (`Problem.weight_parts`). Made for many rows: fewer than 64 are filled up with zeros.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _kernel(
         total = lax.fori_loop(1, plan.tiles, lambda tile, total: total + multiply(tile, sums), first)
         return total, sums[...]
 
-    squares[...], products[...] = pl.run_scoped(project, plgpu.ACC((ROWS, plan.problem.mosaic_hidden)))
+    squares[...], products[...] = pl.run_scoped(project, plgpu.WGMMAAccumulatorRef((ROWS, plan.problem.mosaic_hidden)))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(squares, squares_out.at[split, rows])
     plgpu.copy_smem_to_gmem(products, products_out.at[split, rows, :])
