@@ -76,6 +76,20 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         scored()
 
 
+def test_what_is_written_is_committed_before_it_is_multiplied_or_copied() -> None:
+    """Interpreted, it does not show."""
+    kernel = functools.partial(mosaic_gpu.exit_step, **settings_of({}))
+    jaxpr = jax.make_jaxpr(kernel)(*abstract(64, 256, 128, jnp.bfloat16)).jaxpr
+    committed, readers = True, 0
+    for name in (equation.primitive.name for equation in gpu_lowering.equations(jaxpr)):
+        if name in ("swap", "commit_smem"):
+            committed = name == "commit_smem"
+        elif name in ("wgmma_ref", "copy_smem_to_gmem"):
+            readers += 1
+            assert committed, name
+    assert readers > 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_lowers_for_cuda(dtype: Any) -> None:
     for rows, size, hidden in ((1, 576, 128), (37, 4096, 96), (65536, 4096, 128), (4096, 8192, 16)):
