@@ -53,6 +53,11 @@ def compare(rows: int, size: int, hidden: int, dtype: Any, blocks: Blocks, norm:
     clear = np.abs(np.asarray(expected.scores) - float(threshold)) > 1e-5
     for ours, theirs in zip(found[1:4], expected[1:4], strict=True):
         np.testing.assert_array_equal(np.asarray(ours)[clear], np.asarray(theirs)[clear])
+    early = triton.exit_step(*arguments, **settings, min_layers=jnp.int32(7), blocks=blocks)
+    assert not early.any_exits, "rows that have run 6 layers of 7"
+    equal = (*arguments[:5], found.scores[0], state)
+    again = triton.exit_step(*equal, **settings, min_layers=jnp.int32(6), blocks=blocks)
+    np.testing.assert_array_equal(again.exits, state.active & state.may_exit & (found.scores > found.scores[0]))
 
 
 def compare_projection(dtype: Any, norm: Any, rank: int | None, learned: bool) -> None:
