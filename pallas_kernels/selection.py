@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 
 logger = logging.getLogger(__name__)
 
-_MODULES = {"pallas_triton": "jax.experimental.pallas.triton", "triton": "jax_triton"}
+_MODULES = {
+    "pallas_triton": "jax.experimental.pallas.triton",
+    "triton": "jax_triton",
+    "mosaic_gpu": "jax.experimental.pallas.mosaic_gpu",
+}
 """What an implementation imports that may be missing."""
 
 
@@ -44,25 +49,25 @@ class Choices(NamedTuple):
         missing = _import_error(_MODULES["pallas_triton" if name == "pallas_interpret" else name])
         return None if missing is None else f"{self.operation}: {name!r} can't be imported: {missing}"
 
-    def choose(self, name: str | None, misfit: str | None) -> str:
+    def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
         """The implementation to run.
 
         Args:
           name: the caller's; None chooses by platform.
-          misfit: why no kernel can take the arguments; None where they can.
+          misfit: why the kernel of a name can't take the arguments; None where it can.
 
         Raises:
           ValueError: `name` can't run here, with the reason.
         """
         if name is not None:
-            reason = self.refusal(name) or (misfit if name != "reference" else None)
+            reason = self.refusal(name) or (misfit(name) if name != "reference" else None)
             if reason is not None:
                 raise ValueError(reason)
             return name
         if platform() != "gpu" or not self.proven:
             return "reference"
         for candidate in self.on_gpu:
-            reason = self.refusal(candidate) or misfit
+            reason = self.refusal(candidate) or misfit(candidate)
             if reason is None:
                 return candidate
             _warn_once(reason)

@@ -314,6 +314,25 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_aot_table() -> str:
+    """Decode steps compiled for a GPU, from gpu_aot.py."""
+    report = json.loads((RESULTS / "gpu_aot.json").read_text())
+    model, mebibyte = report["model"], 2**20
+    lines = [
+        f"jax {report['jax']} for {report['gpu']}; {model['layers']} layers of {model['hidden_size']}, "
+        f"{model['dtype']}, a checkpoint every {report['interval']} layers, {report['slots']} slots a row.",
+        "",
+        "| decode step | large arrays written | kernels | CUDA graphs | loops | memory besides |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in report["cases"]:
+        written = sum(size * count for _, _, size, count in case["large_results"]) / mebibyte
+        large = f"{written:.0f} MiB" if written else "none"
+        counts = f"{case['kernels']} | {case['graphs']} | {case['loops']}"
+        lines.append(f"| {case['name']} | {large} | {counts} | {case['temporary_bytes'] / mebibyte:.1f} MiB |")
+    return "\n".join(lines)
+
+
 _STATUS = {"refused": "decoders that are refused", "not a decoder": "encoders and encoder-decoder pairs"}
 TABLES = {
     "calibrate": calibrate_line,
@@ -321,12 +340,13 @@ TABLES = {
     "demo": demo_table,
     "family_counts": family_counts,
     "families": family_table,
+    "gpu_aot": gpu_aot_table,
     "paper_families": paper_families,
     "peers": peers_table,
     "quality": quality_table,
     "quality_frontier": quality_frontier,
 }
-FILES = (ROOT / "README.md", ROOT / "docs" / "families.md", ROOT / "docs" / "choosing_quality.md")
+FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("families", "choosing_quality", "kernels")))
 
 
 def render(text: str) -> str:

@@ -39,17 +39,18 @@ def _pretended_gpu() -> contextlib.AbstractContextManager[Any]:
 def kernel_equations(function: Callable[..., Any], *arguments: Any) -> list[core.JaxprEqn]:
     """All operations inside the kernels that a function calls."""
     outer = jax.make_jaxpr(function)(*arguments).jaxpr
-    kernels = [equation for equation in _equations(outer) if equation.primitive.name == "pallas_call"]
-    return [inner for kernel in kernels for inner in _equations(kernel.params["jaxpr"])]
+    kernels = [equation for equation in equations(outer) if equation.primitive.name == "pallas_call"]
+    return [inner for kernel in kernels for inner in equations(kernel.params["jaxpr"])]
 
 
-def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+def equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """All operations of a program, inner ones included, in order."""
     for equation in jaxpr.eqns:
         yield equation
         for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+                yield from equations(inner)
 
 
 def undefined_loads(equations: list[core.JaxprEqn]) -> list[core.JaxprEqn]:

@@ -95,6 +95,24 @@ def test_the_buffer_keeps_its_own_dtype() -> None:
     assert_is_the_reference(arguments, exit_project(*arguments, eps=EPS, implementation="pallas_interpret"))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_states_are_rounded_before_the_final_norm(dtype: Any) -> None:
+    """As the model's modules round them; it shows where no norm comes after and the buffer could hold more."""
+    x, head, final_norm, exits, out = arguments_of(9, 70, dtype, 5)
+    arguments = x, head, final_norm, exits, out.astype(jnp.float32)
+    found = exit_project(*arguments, eps=EPS, norm="none", implementation="pallas_interpret")
+    np.testing.assert_array_equal(found[exits], found[exits].astype(dtype).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_states_near_zero(rank: int | None, norm: Any) -> None:
+    x, *others = arguments_of(6, 70, jnp.float32, rank)
+    arguments = x * 1e-3, *others
+    found = exit_project(*arguments, eps=EPS, norm=norm, implementation="pallas_interpret")
+    assert_is_the_reference(arguments, found, norm=norm)
+
+
 def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels() -> bool:
         return bool(gpu_lowering.kernel_equations(functools.partial(exit_project, eps=EPS), *arguments))

@@ -163,7 +163,7 @@ def test_an_engine_says_why_a_kernel_cannot_run_here() -> None:
         TIDE(tiny_model(CONFIGS["pre norm"]), implementation="pallas_triton")
 
 
-@pytest.mark.parametrize("name", ["pallas_triton", "triton"])
+@pytest.mark.parametrize("name", ["pallas_triton", "triton", "mosaic_gpu"])
 def test_a_kernel_that_cannot_run_here_says_why(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' runs on a GPU, this process computes on a cpu"):
         exit_step(*arguments_of(4, 40, 16, jnp.float32), **settings_of({}), implementation=name)

@@ -1,4 +1,5 @@
-"""What Triton's compiler makes of the Pallas kernels for an A100 and an H100: registers, loads and matrix instructions.
+"""What Triton's compiler makes of the kernels, in either language, for an A100 and an H100: registers, loads and matrix
+instructions.
 
 Needs the triton wheel, which has the compiler and NVIDIA's assembler, but no GPU.
 """
@@ -7,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
-import subprocess
-import warnings
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import gpu_lowering
 import jax
 import jax.numpy as jnp
 import pytest
+from triton_compiler import ARCHITECTURES, Compiled, compiled, compiled_twins
 
 from pallas_kernels.compact import Partition
 from pallas_kernels.compact import pallas_triton as compact
@@ -32,17 +30,6 @@ from pallas_kernels.kv_fill import pallas_triton as kv_fill
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
-
-
-class Compiled(NamedTuple):
-    """A kernel's instructions, and the bytes that registers are spilled into."""
-
-    instructions: Counter[str]
-    spilled: int
-
-    def count(self, pattern: str) -> int:
-        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
 
 
 @pytest.fixture(autouse=True)
@@ -51,94 +38,111 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def compiled(folder: Path, architecture: int, function: Any, *arguments: Any) -> dict[str, Compiled]:
-    """The kernels that a function calls, by name."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    found = {}
-    for kernel in gpu_lowering.kernel_texts(function, *arguments):
-        source, assembly = folder / f"{kernel.name}.ttir", folder / f"{kernel.name}.ptx"
-        source.write_text(kernel.text)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = triton.compile(str(source), target=GPUTarget("cuda", architecture, 32), options=kernel.options)
-        assembly.write_text(made.asm["ptx"])
-        names = re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.:]+)", made.asm["ptx"], re.MULTILINE)
-        found[kernel.name] = Compiled(Counter(names), spilled(assembly, architecture))
-    return found
-
-
-def spilled(assembly: Path, architecture: int) -> int:
-    """What NVIDIA's assembler says; the wheel's second one knows newer PTX."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    target = [f"-arch={ARCHITECTURES[architecture]}", "-v", str(assembly), "-o", str(assembly.with_suffix(".cubin"))]
-    outputs = []
-    for program in sorted(folder.glob("ptxas*")):
-        result = subprocess.run([program, *target], capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            return sum(int(n) for n in re.findall(r"(\d+) bytes spill", result.stderr))
-        outputs.append(result.stderr)
-    raise AssertionError("\n".join(outputs))
-
-
 def of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def step(
-    folder: Path, architecture: int, rows: int, dtype: Any, size: int = 4096, hidden: int = 128, **settings: Any
-) -> dict[str, Compiled]:
-    kernel = functools.partial(exit_step.exit_step, layer=3, min_layers=jnp.int32(2), eps=1e-5, **settings)
+    function: Callable[..., Any], rows: int, dtype: Any, size: int = 4096, hidden: int = 128, **settings: Any
+) -> tuple[Any, ...]:
+    """An exit step and its arguments."""
+    kernel = functools.partial(function, layer=3, min_layers=jnp.int32(2), eps=1e-5, **settings)
     state = ExitRows(of((rows,), jnp.bool_), of((rows,), jnp.bool_), of((rows,), jnp.int32))
     router = of((size, hidden)), of((hidden,)), of((hidden,)), of(())
-    return compiled(folder, architecture, kernel, of((rows, size), dtype), *router, of(()), state)
+    return kernel, of((rows, size), dtype), *router, of(()), state
+
+
+def check_step(kernels: dict[str, Compiled], dtype: Any) -> Compiled:
+    """What holds for every exit step; its kernel that multiplies."""
+    assert not any(kernel.spilled or kernel.undefined_loads for kernel in kernels.values())
+    projection = kernels.get("exit_step_whole") or kernels["exit_step_parts"]
+    assert projection.count(r"ld\.global\.v4|cp\.async\.cg")  # 16 bytes at once
+    # One number at a time come only those that a row or a hidden unit has one of.
+    assert projection.count(r"ld\.global\.[bu]\d+$") <= (24 if "exit_step_whole" in kernels else 0)
+    assert not projection.count(r".*tf32")
+    products = {name for name in projection.instructions if "mma" in name and "f32" in name}
+    kind = {"float32": None, "bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+    assert bool(products) == (kind is not None)
+    assert all(name.endswith((f"f32.{kind}.{kind}", f"f32.{kind}.{kind}.f32")) for name in products)
+    return projection
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, size, hidden", [(1, 4096, 128), (65536, 4096, 128), (65536, 576, 200), (1, 8192, 200)])
 def test_exit_step(tmp_path: Path, architecture: int, dtype: Any, rows: int, size: int, hidden: int) -> None:
-    kernels = step(tmp_path, architecture, rows, dtype, size, hidden)
+    kernels = compiled(tmp_path, architecture, *step(exit_step.exit_step, rows, dtype, size, hidden))
     assert set(kernels) == ({"exit_step_whole"} if rows > 1 else {"exit_step_parts", "exit_step_finish"})
-    assert not any(kernel.spilled for kernel in kernels.values())
-    projection = kernels.get("exit_step_whole") or kernels["exit_step_parts"]
-    assert projection.count(r"ld\.global\.v4|cp\.async\.cg")  # 16 bytes at once
-    assert not projection.count(r".*tf32")
-    products = {name for name in projection.instructions if "mma" in name and "f32" in name}
-    kind = {"float32": None, "bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
-    assert bool(products) == (kind is not None)
-    assert all(name.endswith((f"f32.{kind}.{kind}", f"f32.{kind}.{kind}.f32")) for name in products)
-    if kind and rows > 1 and hidden == 128:  # blocks of 64 rows, as Hopper's instruction takes
-        assert any("wgmma" in name for name in products) == (architecture == 90)
+    projection = check_step(kernels, dtype)
+    if dtype != jnp.float32 and rows > 1 and hidden == 128:  # blocks of 64 rows, as Hopper's instruction takes
+        assert bool(projection.count("wgmma")) == (architecture == 90)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 65536])
+def test_exit_step_in_triton(tmp_path: Path, dtype: Any, rows: int) -> None:
+    from pallas_kernels.exit_step import triton
+
+    kernels = compiled_twins(tmp_path, 90, *step(triton.exit_step, rows, dtype))
+    assert set(kernels) == ({"_whole"} if rows > 1 else {"_parts", "_finish"})
+    check_step({f"exit_step{name}": kernel for name, kernel in kernels.items()}, dtype)
+    assert all(kernel.wide_addresses for kernel in kernels.values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 65536])
 def test_exit_step_with_layer_norm_spills_nothing(tmp_path: Path, architecture: int, rows: int) -> None:
-    kernels = step(tmp_path, architecture, rows, jnp.bfloat16, norm="layer")
+    kernels = compiled(tmp_path, architecture, *step(exit_step.exit_step, rows, jnp.bfloat16, norm="layer"))
     assert not any(kernel.spilled or kernel.count(r".*tf32") for kernel in kernels.values())
 
 
+@pytest.mark.parametrize("rows", [1, 65536])
+def test_exit_step_with_layer_norm_in_triton(tmp_path: Path, rows: int) -> None:
+    from pallas_kernels.exit_step import triton
+
+    kernels = compiled_twins(tmp_path, 90, *step(triton.exit_step, rows, jnp.bfloat16, norm="layer"))
+    assert not any(k.spilled or k.undefined_loads or k.count(r".*tf32") for k in kernels.values())
+
+
 def test_blocks_that_are_too_tall_spill(tmp_path: Path) -> None:
-    kernels = step(tmp_path, 90, 65536, jnp.bfloat16, blocks=Blocks(128, 64, 1, 4))
-    assert kernels["exit_step_whole"].spilled
+    tall = step(exit_step.exit_step, 65536, jnp.bfloat16, blocks=Blocks(128, 64, 1, 4))
+    assert compiled(tmp_path, 90, *tall)["exit_step_whole"].spilled
+
+
+def projection(function: Callable[..., Any], dtype: Any, size: int) -> tuple[Any, ...]:
+    """An exit projection and its arguments."""
+    kernel = functools.partial(function, eps=1e-5, norm="layer")
+    head = AffineHead((of((size, 8), dtype), of((8, size), dtype)), of((size,), dtype))
+    states, final_norm = of((64, size), dtype), FinalNorm(of((size,), dtype), of((size,), dtype))
+    return kernel, states, head, final_norm, of((64,), jnp.bool_), states
+
+
+def check_projection(made: Compiled) -> None:
+    assert not made.spilled
+    assert not made.undefined_loads
+    assert made.count(r"ld\.global\.v4")
+    assert made.count(r"st\.global\.v4")
+    assert made.count(r"ld\.global\.[bu](16|32|64)") == 0  # the flag that a row exits has 8
+    assert made.count(r"st\.global\.[bu]") == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [576, 4096, 16384])
 def test_exit_project(tmp_path: Path, architecture: int, dtype: Any, size: int) -> None:
-    kernel = functools.partial(exit_project.exit_project, eps=1e-5, norm="layer")
-    head = AffineHead((of((size, 8), dtype), of((8, size), dtype)), of((size,), dtype))
-    states, final_norm = of((64, size), dtype), FinalNorm(of((size,), dtype), of((size,), dtype))
-    found = compiled(tmp_path, architecture, kernel, states, head, final_norm, of((64,), jnp.bool_), states)
+    found = compiled(tmp_path, architecture, *projection(exit_project.exit_project, dtype, size))
     (made,) = found.values()
-    assert not made.spilled
-    assert made.count(r"ld\.global\.v4")
-    assert made.count(r"st\.global\.v4")
+    check_projection(made)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [576, 4096])
+def test_exit_project_in_triton(tmp_path: Path, dtype: Any, size: int) -> None:
+    from pallas_kernels.exit_project import triton
+
+    (made,) = compiled_twins(tmp_path, 90, *projection(triton.exit_project, dtype, size)).values()
+    check_projection(made)
+    assert made.wide_addresses
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -129,8 +129,8 @@ def test_the_cache_holds_the_full_models_rows_where_a_group_has_run(name: str) -
         for layer in range(model.config.num_layers):
             group = min(layer // 2, len(ran) - 1)
             for found, expected in ((cache.keys, full.keys), (cache.values, full.values)):
-                got = np.asarray(found[layer, :, :, ahead : ahead + ran[group]])
-                np.testing.assert_allclose(got, expected[layer, :, :, : ran[group]], atol=2e-5)
+                got = np.asarray(found[layer][:, :, ahead : ahead + ran[group]])
+                np.testing.assert_allclose(got, expected[layer][:, :, : ran[group]], atol=2e-5)
     assert len(waited) > 3, "queues of many lengths"
     assert len(went_deep) > 1
 

@@ -4,6 +4,7 @@ to be asked for (TRITON_INTERPRET=1) before triton is imported. Prints one line 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,13 @@ def interpret(
 ) -> list[jax.Array]:
     """In place of jax_triton's call."""
     tensors = [torch.from_numpy(np.array(a)) for a in inputs]
-    found = [torch.full(o.shape, 77).to(getattr(torch, o.dtype.name)) for o in outputs]
+    # What comes after an array must stay as it is.
+    longer = [torch.zeros(math.prod(o.shape) + 256, dtype=getattr(torch, o.dtype.name)) for o in outputs]
+    for buffer in longer:
+        buffer.view(torch.uint8).fill_(1)
+    found = [buffer[:-256].view(o.shape) for buffer, o in zip(longer, outputs, strict=True)]
     kernel[grid](*tensors, *found, num_warps=warps, **constants)
+    assert all((buffer[-256:].view(torch.uint8) == 1).all() for buffer in longer), "written past the end"
     return [jnp.asarray(t.numpy()) for t in found]
 
 
@@ -46,6 +52,7 @@ def compare(rows: int, size: int, hidden: int, dtype: Any, blocks: Blocks, norm:
     """Raises AssertionError where the kernels differ."""
     rng = np.random.default_rng(rows)
     x = jnp.asarray(3 * rng.normal(size=(rows, size)) + (20 if norm == "layer" else 0), dtype)
+    x = x.at[rows // 2].multiply(jnp.asarray(1e-3 if rows > 1 else 1, dtype))  # a row that `eps` matters for
     shapes = ((size, hidden), (hidden,), (hidden,), ())
     router = [jnp.asarray(2 * rng.normal(size=s) / np.sqrt(max(1, *s, 1)), jnp.float32) for s in shapes]
     threshold = jnp.median(reference.router_scores(x, *router, eps=1e-5, norm=norm))
@@ -58,10 +65,16 @@ def compare(rows: int, size: int, hidden: int, dtype: Any, blocks: Blocks, norm:
     clear = np.abs(np.asarray(expected.scores) - float(threshold)) > 1e-5
     for ours, theirs in zip(found[1:4], expected[1:4], strict=True):
         np.testing.assert_array_equal(np.asarray(ours)[clear], np.asarray(theirs)[clear])
+    early = triton.exit_step(*arguments, **settings, min_layers=jnp.int32(7), blocks=blocks)
+    assert not early.any_exits, "rows that have run 6 layers of 7"
+    equal = (*arguments[:5], found.scores[0], state)
+    again = triton.exit_step(*equal, **settings, min_layers=jnp.int32(6), blocks=blocks)
+    np.testing.assert_array_equal(again.exits, state.active & state.may_exit & (found.scores > found.scores[0]))
 
 
 def compare_projection(dtype: Any, norm: Any, rank: int | None, learned: bool) -> None:
-    """Raises AssertionError where the kernel differs."""
+    """Raises AssertionError where the kernel differs. One row is so small that `eps` matters; where nothing comes after
+    the head, its states are rounded to their dtype before they go into a buffer of float32."""
     rng = np.random.default_rng(1)
 
     def normal(*shape: int) -> jax.Array:
@@ -69,14 +82,17 @@ def compare_projection(dtype: Any, norm: Any, rank: int | None, learned: bool) -
 
     head = None if rank is None else AffineHead((normal(70, rank), normal(rank, 70)), normal(70))
     final_norm = FinalNorm(normal(70), normal(70)) if learned else FinalNorm()
-    exits, out = jnp.asarray(rng.random(5) < 0.6), normal(5, 70)
-    arguments = normal(5, 70), head, final_norm, exits, out
+    exits, out = jnp.asarray([True, False, True, False, True]), normal(5, 70)
+    out = out.astype(jnp.float32) if norm == "none" else out
+    arguments = normal(5, 70).at[2].multiply(jnp.asarray(1e-3, dtype)), head, final_norm, exits, out
     settings = {"eps": 1e-5, "norm": norm, "unit_offset": rank is None}
     found = project_twin.exit_project(*arguments, **settings)
     expected = project_reference.exit_project(*arguments, **settings)
     tolerance = 1e-5 if dtype == jnp.float32 else 4e-3
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=tolerance)
     np.testing.assert_array_equal(found[~exits], out[~exits])
+    if norm == "none":
+        np.testing.assert_array_equal(found[exits], found[exits].astype(dtype).astype(jnp.float32))
 
 
 def compare_compaction(rows: int, columns: int, share: float, dtype: Any) -> None:

@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 from tide_jax.architecture import DecoderConfig
 from tide_jax.checks import whole_number
 from tide_jax.sharding import constrain_cache
-from tide_jax.span_attention import CachedRows, KeyValue
+from tide_jax.span_attention import BLOCK, CachedRows, KeyValue
 
 QUEUE_LENGTH = 8
 """Tokens whose deep layers may wait, the newest included: one pass over the weights runs them all."""
+EVEN_SLOTS = 128
+"""Long caches have a multiple of so many slots: of others XLA makes padded copies on a GPU, at every step and layer."""
 
 
 class Pending(NamedTuple):
@@ -44,16 +46,16 @@ class KVCache(NamedTuple):
     least 0 and not after the query's.
 
     Attributes:
-      keys, values: ``[layers, B, KV, S, hk]`` and ``[layers, B, KV, S, hv]``, keys already rotated. Latent attention
-        keeps everything in the keys (see `DecoderConfig.cache_shape`).
+      keys, values: an array for each layer, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated. Latent
+        attention keeps everything in the keys (see `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the token position in each slot, -1 where empty.
       length: slots written so far (the same for all rows), int32 scalar. With `pending`, the empty slots in front that
         its window needs count as written, here and in `Pending.ran`.
       pending: slots whose deep layers are yet to run; None where every slot is complete.
     """
 
-    keys: Float[Array, "L B KV S hk"]
-    values: Float[Array, "L B KV S hv"]
+    keys: tuple[Float[Array, "B KV S hk"], ...]
+    values: tuple[Float[Array, "B KV S hv"], ...]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
     pending: Pending | None = None
@@ -61,11 +63,11 @@ class KVCache(NamedTuple):
     @property
     def capacity(self) -> int:
         """Number of slots S."""
-        return self.keys.shape[3]
+        return self.positions.shape[1]
 
     def layer(self, index: int) -> CachedRows:
         """One layer's keys and values, left where they are."""
-        return CachedRows(self.keys, self.values, index, self.length)
+        return CachedRows(self.keys[index], self.values[index], self.length)
 
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
         """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
@@ -73,14 +75,18 @@ class KVCache(NamedTuple):
         The caller sees to it that ``length + T <= capacity``, and that nothing is pending.
         """
         zero = jnp.int32(0)
-        start = (zero, zero, zero, self.length, zero)
+        start = (zero, zero, self.length, zero)
         length = self.length + jnp.int32(positions.shape[1])
         pending = self.pending
         if pending is not None:
             pending = pending._replace(ran=jnp.broadcast_to(length, pending.ran.shape))
+
+        def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+            return tuple(lax.dynamic_update_slice(a, r.astype(a.dtype), start) for a, r in zip(old, rows, strict=True))
+
         return KVCache(
-            keys=lax.dynamic_update_slice(self.keys, new.keys.astype(self.keys.dtype), start),
-            values=lax.dynamic_update_slice(self.values, new.values.astype(self.values.dtype), start),
+            keys=write(self.keys, new.keys),
+            values=write(self.values, new.values),
             positions=lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), (zero, self.length)),
             length=length,
             pending=pending,
@@ -96,7 +102,7 @@ def init_cache(
     pending_groups: int = 0,
     queue_length: int = QUEUE_LENGTH,
 ) -> KVCache:
-    """An empty cache of `capacity` slots for `batch` rows; on the mesh of ``jax.set_mesh`` where there is one.
+    """An empty cache of at least `capacity` slots for `batch` rows; on the mesh of ``jax.set_mesh`` where there is one.
 
     Args:
       pending_groups: for ``kv_strategy="recompute"``, the number of layer groups (checkpoints and one); 0 otherwise.
@@ -113,11 +119,14 @@ def init_cache(
         ahead = queue_length - 1
         states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
         pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32))
-    shape = (config.num_layers, batch, heads, ahead + capacity)
+    slots = ahead + capacity
+    if slots > BLOCK:
+        slots += -slots % EVEN_SLOTS
+    shape, layers = (batch, heads, slots), range(config.num_layers)
     cache = KVCache(
-        keys=jnp.zeros((*shape, key_channels), dtype),
-        values=jnp.zeros((*shape, value_channels), dtype),
-        positions=jnp.full((batch, ahead + capacity), -1, jnp.int32),
+        keys=tuple(jnp.zeros((*shape, key_channels), dtype) for _ in layers),
+        values=tuple(jnp.zeros((*shape, value_channels), dtype) for _ in layers),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.int32(ahead),
         pending=pending,
     )

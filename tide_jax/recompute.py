@@ -185,13 +185,16 @@ class _Walk(NamedTuple):
     def _written(self, new: KeyValue, states: Float[Array, "B Q D"], done: Bool[Array, " groups"]) -> KVCache:
         """The cache with the tokens appended, and the rows that groups have computed."""
         by_group = self._waits(self.pending.ran) & done[:, None]
-        fresh = jnp.stack([by_group[g] for g, group in enumerate(self.groups) for _ in group])[:, None, None, :, None]
+        fresh = [by_group[g][None, None, :, None] for g, group in enumerate(self.groups) for _ in group]
         zero = jnp.int32(0)
-        start = (zero, zero, zero, self._first_slot(), zero)
+        start = (zero, zero, self._first_slot(), zero)
 
-        def write(old: Array, rows: Array) -> Array:
+        def write_layer(old: Array, rows: Array, fresh: Array) -> Array:
             kept = lax.dynamic_slice(old, start, rows.shape)
             return lax.dynamic_update_slice(old, jnp.where(fresh, rows.astype(old.dtype), kept), start)
+
+        def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+            return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))
 
         return KVCache(
             keys=write(self.cache.keys, new.keys),

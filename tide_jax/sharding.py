@@ -76,8 +76,8 @@ device: norms, routers, low-rank bottlenecks, which are small, and translators: 
 need a sum over the group, which costs more than what they read."""
 
 CACHE: Mapping[str, Axes] = {
-    "*.keys": (None, "rows", "kv_heads", None, None),
-    "*.values": (None, "rows", "kv_heads", None, None),
+    "*.keys.*": ("rows", "kv_heads", None, None),
+    "*.values.*": ("rows", "kv_heads", None, None),
     "*.positions": ("rows", None),
     "*.pending.states": ("rows", None, None),
 }

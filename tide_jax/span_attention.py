@@ -1,9 +1,9 @@
 """One softmax over several runs of keys, the cache among them, which is read block by block where it stands.
 
-The cache is one array for all layers. A layer's part of it is never cut out as a whole: that would copy, for every
-token, slots that hold nothing yet. On a CPU blocks up to the last filled slot are read one after the other and merged
-(online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867), so a step costs what the tokens so far cost, whatever the
-cache has room for.
+Each layer has arrays of its own in the cache: out of one array for all layers, XLA would copy a layer's part, on a GPU,
+at every step. On a CPU blocks up to the last filled slot are read one after the other and merged (online softmax:
+Milakov & Gimelshein 2018, arXiv:1805.02867), so a step costs what the tokens so far cost, whatever the cache has room
+for.
 """
 
 from __future__ import annotations
@@ -33,23 +33,19 @@ class CachedRows(NamedTuple):
     """One layer's part of a cache.
 
     Attributes:
-      keys, values: of all layers.
-      layer: the layer's index.
+      keys, values: the layer's.
       filled: slots written so far, int32 scalar; none after them is seen.
     """
 
-    keys: Float[Array, "L B KV S hk"]
-    values: Float[Array, "L B KV S hv"]
-    layer: int
+    keys: Float[Array, "B KV S hk"]
+    values: Float[Array, "B KV S hv"]
     filled: Int[Array, ""]
 
     def slots(self, start: Int[Array, ""] | int, size: int) -> KeyValue:
         """Some of the slots."""
 
         def cut(a: Array) -> Array:
-            zero = jnp.int32(0)
-            at = (jnp.int32(self.layer), zero, zero, jnp.asarray(start, jnp.int32), zero)
-            return lax.dynamic_slice(a, at, (1, *a.shape[1:3], size, a.shape[4]))[0]
+            return lax.dynamic_slice_in_dim(a, start, size, axis=2)
 
         return KeyValue(cut(self.keys), cut(self.values))
 
@@ -136,10 +132,10 @@ def _merged(a: Part, b: Part) -> Part:
 
 
 def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span) -> Part:
-    size = rows.keys.shape[3]
+    size = rows.keys.shape[2]
 
     def at_once() -> Part:
-        return part(rows.slots(0, size), span)
+        return part(KeyValue(rows.keys, rows.values), span)
 
     if size <= BLOCK:
         return at_once()

@@ -47,7 +47,7 @@ def gather_rows(
       ValueError: `size` is out of range, or the implementation that was named can't run here, with the reason.
     """
     _check(size, x.shape[1])
-    return _function("gather_rows", IMPLEMENTATIONS.choose(implementation, misfit(x, size)))(x, rows, size)
+    return _function("gather_rows", IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, size)))(x, rows, size)
 
 
 def scatter_rows(
@@ -72,7 +72,7 @@ def scatter_rows(
       ValueError: there are more compacted rows than places, or the implementation that was named can't run here.
     """
     _check(compacted.shape[1], out.shape[1])
-    name = IMPLEMENTATIONS.choose(implementation, misfit(out, compacted.shape[1], compacted))
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(out, compacted.shape[1], compacted))
     return _function("scatter_rows", name)(compacted, rows, out)
 
 

@@ -51,7 +51,7 @@ def exit_project(
     Raises:
       ValueError: the implementation that was named can't run here, with the reason.
     """
-    name = IMPLEMENTATIONS.choose(implementation, misfit(x, out))
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, out))
     return _function(name)(x, head, final_norm, exits, out, eps=eps, norm=norm, unit_offset=unit_offset)
 
 

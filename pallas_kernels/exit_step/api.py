@@ -7,15 +7,19 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import gpu
 from pallas_kernels.exit_step import reference
 from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind
 from pallas_kernels.exit_step.shapes import Problem
 from pallas_kernels.selection import Choices
 
 IMPLEMENTATIONS = Choices(
-    "exit_step", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
+    "exit_step",
+    ("reference", "pallas_triton", "pallas_interpret", "triton", "mosaic_gpu"),
+    ("pallas_triton", "triton", "mosaic_gpu"),
 )
-"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language."""
+"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language; a
+kernel of other make for Hopper."""
 
 
 def exit_step(
@@ -51,16 +55,24 @@ def exit_step(
     Raises:
       ValueError: the implementation that was named can't run here, with the reason.
     """
-    name = IMPLEMENTATIONS.choose(implementation, Problem.of(x, down, norm).misfit())
+    name = IMPLEMENTATIONS.choose(implementation, functools.partial(_misfit, Problem.of(x, down, norm)))
     return _function(name)(
         x, down, down_bias, up, up_bias, threshold, rows, layer=layer, min_layers=min_layers, eps=eps, norm=norm
     )
+
+
+def _misfit(problem: Problem, name: str) -> str | None:
+    return problem.mosaic_misfit(gpu.current().architecture) if name == "mosaic_gpu" else problem.misfit()
 
 
 def _function(name: str) -> Callable[..., ExitStep]:
     """Imports what an implementation needs, and only that."""
     if name == "reference":
         return reference.exit_step
+    if name == "mosaic_gpu":
+        from pallas_kernels.exit_step import mosaic_gpu
+
+        return mosaic_gpu.exit_step
     if name == "triton":
         from pallas_kernels.exit_step import triton
 

@@ -92,6 +92,13 @@ def exit_step(
 ) -> ExitStep:
     """Active rows that may leave, have run `min_layers` layers and score above the threshold exit."""
     scores = router_scores(x, down, down_bias, up, up_bias, eps=eps, norm=norm)
+    return decide(scores, threshold, rows, layer=layer, min_layers=min_layers)
+
+
+def decide(
+    scores: Float[Array, " N"], threshold: Float[Array, ""], rows: ExitRows, *, layer: int, min_layers: Int[Array, ""]
+) -> ExitStep:
+    """What follows from the scores."""
     candidates = rows.active & rows.may_exit & (jnp.int32(layer + 1) >= min_layers)
     exits = candidates & (scores > threshold)
     active = rows.active & ~exits

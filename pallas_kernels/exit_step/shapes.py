@@ -12,6 +12,9 @@ from pallas_kernels.exit_step.reference import NormKind
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 MAX_HIDDEN = 256
 """Router width up to which a program's sums stay in registers."""
+MOSAIC_COLUMNS = 64
+"""Channels that the Mosaic kernel multiplies at once: a row of them is what one asynchronous copy brings."""
+_MOSAIC_HIDDEN = 128
 _PARTS = {"bfloat16": 3, "float16": 2}
 
 
@@ -54,6 +57,25 @@ class Problem(NamedTuple):
         if self.hidden > MAX_HIDDEN:
             return f"exit_step: kernels take routers up to {MAX_HIDDEN} wide, not {self.hidden}"
         return None
+
+    @property
+    def mosaic_hidden(self) -> int:
+        """Columns of a block of hidden units in the Mosaic kernel."""
+        return max(64, self.padded_hidden)
+
+    def mosaic_misfit(self, architecture: str) -> str | None:
+        """Why the Mosaic kernel can't take the problem on a GPU of this compute capability; None where it can."""
+        if architecture != "9.0":
+            return f"exit_step: 'mosaic_gpu' is for compute capability 9.0 (H100, H200), this GPU has {architecture}"
+        if self.norm == "layer":
+            return "exit_step: 'mosaic_gpu' has no LayerNorm: states less their mean need products in float32"
+        if self.dtype == jnp.float32:
+            return "exit_step: 'mosaic_gpu' takes float16 and bfloat16 rows: it would multiply float32 in TF32"
+        if self.size % MOSAIC_COLUMNS:
+            return f"exit_step: 'mosaic_gpu' takes rows of a multiple of {MOSAIC_COLUMNS} channels, not {self.size}"
+        if self.hidden > _MOSAIC_HIDDEN:
+            return f"exit_step: 'mosaic_gpu' takes routers up to {_MOSAIC_HIDDEN} wide, not {self.hidden}"
+        return self.misfit()
 
 
 def power_of_two(number: int) -> int:

@@ -52,7 +52,7 @@ def kv_fill(
     Raises:
       ValueError: the implementation that was named can't run here, with the reason.
     """
-    name = IMPLEMENTATIONS.choose(implementation, misfit(x, projection, rotary, out))
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, projection, rotary, out))
     return _function(name)(x, norm, projection, rotary, fill, out, settings=settings)
 
 

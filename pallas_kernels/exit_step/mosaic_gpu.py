@@ -1,0 +1,175 @@
+"""Exit step with a Mosaic GPU kernel, for Hopper: asynchronous copies into shared memory and its matrix instruction.
+
+The kernel is the down-projection, which reads each state once: products with the router and sums of squares, of 64 rows
+over some of the channels. What is left, a few numbers a row, is XLA's. Weights are cut into 16-bit parts as in the
+Triton kernels (`Problem.weight_parts`). Made for many rows: fewer than 64 are filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import gpu
+from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind, decide
+from pallas_kernels.exit_step.shapes import MOSAIC_COLUMNS as COLUMNS
+from pallas_kernels.exit_step.shapes import Problem
+
+ROWS = 64
+"""Rows of a program, as the matrix instruction takes them."""
+MAX_SPLITS = 16
+"""Programs that share rows: each writes sums of its own, 64 rows of them even for one row."""
+
+
+def exit_step(
+    x: Float[Array, "N D"],
+    down: Float[Array, "D H"],
+    down_bias: Float[Array, " H"],
+    up: Float[Array, " H"],
+    up_bias: Float[Array, ""],
+    threshold: Float[Array, ""],
+    rows: ExitRows,
+    *,
+    layer: int,
+    min_layers: Int[Array, ""],
+    eps: float,
+    norm: NormKind = "rms",
+    interpret: Any = None,
+    splits: int | None = None,
+) -> ExitStep:
+    """The reference's result, scores within rounding.
+
+    Args:
+      interpret: JAX's parameters of its interpreter of such kernels, to run on any platform.
+      splits: programs that share rows, a divisor of the blocks of 64 channels; chosen for the GPU when omitted.
+    """
+    problem = Problem.of(x, down, norm)
+    missing, narrow = -problem.rows % ROWS, problem.mosaic_hidden - problem.hidden
+    plan = _Plan(problem, splits or _splits(problem, (problem.rows + missing) // ROWS))
+    x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+    weights = down.astype(jnp.float32)
+    weights = jnp.pad(weights, ((0, 0), (0, narrow))) if narrow else weights
+    squares, products = _launch(plan, interpret, x, weights)
+    factor = lax.rsqrt(jnp.sum(squares, axis=0) / problem.size + eps)[: problem.rows, None]
+    hidden = jnp.sum(products, axis=0)[: problem.rows, : problem.hidden] * factor
+    hidden = jax.nn.silu(hidden + down_bias.astype(jnp.float32)[None, :])
+    logits = jnp.dot(hidden, up.astype(jnp.float32), precision=lax.Precision.HIGHEST) + up_bias.astype(jnp.float32)
+    return decide(jax.nn.sigmoid(logits), threshold, rows, layer=layer, min_layers=min_layers)
+
+
+class _Plan(NamedTuple):
+    """A call's static part."""
+
+    problem: Problem
+    splits: int
+
+    @property
+    def tiles(self) -> int:
+        """Blocks of channels that a program multiplies."""
+        return self.problem.size // (COLUMNS * self.splits)
+
+
+def _splits(problem: Problem, row_blocks: int) -> int:
+    """Programs enough to keep the GPU busy, each with as many channels as the others."""
+    tiles = problem.size // COLUMNS
+    wanted = max(1, min(MAX_SPLITS, gpu.current().multiprocessors // row_blocks))
+    return max(n for n in range(1, wanted + 1) if tiles % n == 0)
+
+
+def _launch(
+    plan: _Plan, interpret: Any, x: Float[Array, "M D"], weights: Float[Array, "D K"]
+) -> tuple[Float[Array, "S M"], Float[Array, "S M K"]]:
+    """Sums of squares and products, each over some of the channels."""
+    count, width, parts = x.shape[0], plan.problem.mosaic_hidden, plan.problem.weight_parts
+    outputs = (plan.splits, count), (plan.splits, count, width)
+    scratch = {
+        "x_tiles": _shared((2, ROWS, COLUMNS), x.dtype),
+        "weight_tiles": _shared((2, COLUMNS, width), jnp.float32),
+        "part_tiles": _shared((2, parts, COLUMNS, width), x.dtype),
+        "products": _shared((ROWS, width), jnp.float32),
+        "squares": plgpu.SMEM((ROWS,), jnp.float32),
+        "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+    }
+    return plgpu.kernel(
+        functools.partial(_kernel, plan),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs),
+        scratch_types=scratch,
+        grid=(count // ROWS, plan.splits),
+        grid_names=("rows", "split"),
+        interpret=interpret,
+    )(x, weights)
+
+
+def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory as the matrix instruction reads it: tiles of 8 rows by 128 bytes, swizzled."""
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+
+
+def _kernel(
+    plan: _Plan,
+    x_ref: Any,
+    weights_ref: Any,
+    squares_out: Any,
+    products_out: Any,
+    *,
+    x_tiles: Any,
+    weight_tiles: Any,
+    part_tiles: Any,
+    products: Any,
+    squares: Any,
+    arrived: Any,
+) -> None:
+    split = lax.axis_index("split")
+    rows = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
+
+    def fetch(tile: Array | int, slot: Array | int) -> None:
+        columns = pl.ds((split * plan.tiles + tile) * COLUMNS, COLUMNS)
+        plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], x_tiles.at[slot], arrived.at[slot])
+        plgpu.copy_gmem_to_smem(weights_ref.at[columns, :], weight_tiles.at[slot], arrived.at[slot])
+
+    def multiply(tile: Array | int, sums: Any) -> Float[Array, " R"]:
+        """Adds a tile's products to `sums`; its sums of squares."""
+        slot = lax.rem(tile, 2) if not isinstance(tile, int) else tile % 2
+        plgpu.barrier_wait(arrived.at[slot])
+        wide = x_tiles[slot].astype(jnp.float32)
+        _cut(plan, weight_tiles[slot], part_tiles.at[slot])
+        # All warps have now read what arrived before, and multiplied it: its memory is free.
+        plgpu.commit_smem()
+
+        @pl.when(tile + 1 < plan.tiles)
+        def _prefetch() -> None:
+            fetch(tile + 1, 1 - slot)
+
+        for part in range(plan.problem.weight_parts):
+            plgpu.wgmma(sums, x_tiles.at[slot], part_tiles.at[slot, part])
+        plgpu.wgmma_wait(0)
+        return jnp.sum(wide * wide, axis=1)
+
+    def project(sums: Any) -> tuple[Array, Array]:
+        fetch(0, 0)
+        first = multiply(0, sums)
+        total = lax.fori_loop(1, plan.tiles, lambda tile, total: total + multiply(tile, sums), first)
+        return total, sums[...]
+
+    squares[...], products[...] = pl.run_scoped(project, plgpu.WGMMAAccumulatorRef((ROWS, plan.problem.mosaic_hidden)))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(squares, squares_out.at[split, rows])
+    plgpu.copy_smem_to_gmem(products, products_out.at[split, rows, :])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _cut(plan: _Plan, weights: Float[Array, "C K"], parts: Any) -> None:
+    """Writes float32 weights as 16-bit parts, highest first."""
+    for part in range(plan.problem.weight_parts):
+        bits = lax.bitcast_convert_type(weights, jnp.int32) & jnp.int32(plan.problem.part_mask)
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        parts[part] = high.astype(parts.dtype)
+        weights = weights - high
