@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_timing import touched
 
 from pallas_kernels import exit_project as project
 from pallas_kernels import exit_step as step
@@ -61,7 +60,7 @@ class Op(NamedTuple):
       call: an implementation's name and the arguments to a result.
       floor: bytes that have to be read and written for a shape, each once.
       compare: a result, the reference's, and the arguments.
-      feed: arguments of the next run in a loop, see `gpu_timing.looped`.
+      in_place: the argument whose place the result takes, as in an engine; None for new arrays.
       tolerance: error up to which a result is right, by dtype; None for `EXACT`.
       only: which shapes it is worth running on.
     """
@@ -72,7 +71,7 @@ class Op(NamedTuple):
     call: Callable[..., Any]
     floor: Callable[[Shape], int]
     compare: Callable[[Any, Any, Arguments], Difference]
-    feed: Callable[[Arguments, Any], Arguments] = lambda given, result: (touched(given[0], result), *given[1:])
+    in_place: int | None = None
     tolerance: Callable[[str], float] = lambda dtype: EXACT
     only: Callable[[Shape], bool] = lambda shape: True
 
@@ -167,11 +166,6 @@ def _project_difference(found: jax.Array, wanted: jax.Array, given: Arguments) -
     return Difference(worst(found, wanted), int(np.sum(stayed)))
 
 
-def _project_feed(given: Arguments, result: jax.Array) -> Arguments:
-    """The buffer is written in place, as in an engine."""
-    return (touched(given[0], result), *given[1:4], result)
-
-
 def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda shape: True) -> Op:
     return Op(
         name,
@@ -180,7 +174,7 @@ def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda 
         _project,
         functools.partial(_project_bytes, affine),
         _project_difference,
-        feed=_project_feed,
+        in_place=4,
         tolerance=rounding,
         only=only,
     )

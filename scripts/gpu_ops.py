@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from gpu_op_table import Op, Shape
-from gpu_timing import Budget, Spread, looped, repeated
+from gpu_timing import Budget, Overhead, Spread, looped, repeated
 from reporting import reason
 
 Row = dict[str, Any]
@@ -54,11 +54,11 @@ class Roof(NamedTuple):
 
     Attributes:
       bandwidth: bytes a second.
-      launch: seconds of an almost empty kernel in a loop.
+      overhead: of loops and launches.
     """
 
     bandwidth: float
-    launch: float
+    overhead: Overhead
 
 
 class Case(NamedTuple):
@@ -120,7 +120,7 @@ def _start(
     try:
         start = time.perf_counter()
         arguments = _arguments(op, shape)
-        lowered = jax.jit(looped(functools.partial(op.call, name), op.feed, iterations)).lower(*arguments)
+        lowered = jax.jit(looped(functools.partial(op.call, name), iterations, op.in_place)).lower(*arguments)
         spent = time.perf_counter() - start
     except Exception as error:
         return _row(op, shape, name) | {"compiled": False, "error": reason(error)}
@@ -163,7 +163,7 @@ def _measured(op: Op, case: Case, program: Any, matrix: Matrix, roof: Roof, righ
     arguments = _arguments(op, case.shape)
     found = jax.device_get(program(*arguments))
     spent = repeated(lambda: program(*arguments), matrix.repeats)
-    net = Spread(*(s / case.iterations - roof.launch for s in spent))
+    net = Spread(*(s / case.iterations - roof.overhead.loop for s in spent))
     floor = op.floor(case.shape) / roof.bandwidth
     row: Row = {
         "us": 1e6 * net.median,
@@ -171,7 +171,7 @@ def _measured(op: Op, case: Case, program: Any, matrix: Matrix, roof: Roof, righ
         "us_most": 1e6 * net.most,
         "floor_us": 1e6 * floor,
         "iterations": case.iterations,
-        "within_target": net.median <= 2 * floor + roof.launch,
+        "within_target": net.median <= 2 * floor + (roof.overhead.launch or 0.0),
     }
     if case.implementation == "reference":
         right[case.shape] = {"result": found, "us": row["us"]}

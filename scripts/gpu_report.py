@@ -17,7 +17,7 @@ from gpu_op_table import OPS
 from gpu_ops import Matrix, Roof, run_ops
 from gpu_prefill import PrefillPlan, run_prefill
 from gpu_smollm2 import run_model
-from gpu_timing import DATA_SHEET, Budget, bandwidth, launch_seconds
+from gpu_timing import DATA_SHEET, Budget, bandwidth, overhead
 from kernel_hash import ROOT, kernel_hash
 from reporting import machine, reason, save
 
@@ -100,13 +100,17 @@ def _earlier(path: Path) -> Report | None:
 def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
     """What the device gives, measured."""
     size, repeats = (1 << 20, 2) if tiny else (1 << 31, 7)
-    roof = Roof(bandwidth(size, repeats), launch_seconds(8 if tiny else 200, repeats))
-    sheet = DATA_SHEET.get(report["machine"]["device"])
-    report["roof"] = {"gb_s": roof.bandwidth / 1e9, "data_sheet_gb_s": sheet, "launch_seconds": roof.launch}
+    roof = Roof(bandwidth(size, repeats), overhead(8 if tiny else 200, repeats))
+    sheet, (loop, launch) = DATA_SHEET.get(report["machine"]["device"]), roof.overhead
+    report["roof"] = {
+        "gb_s": roof.bandwidth / 1e9,
+        "data_sheet_gb_s": sheet,
+        "loop_us": 1e6 * loop,
+        "launch_us": None if launch is None else 1e6 * launch,
+    }
     promised = "" if sheet is None else f" ({sheet} on the data sheet)"
-    progress(
-        f"{report['machine']['device']}: {roof.bandwidth / 1e9:.0f} GB/s{promised}, launch {1e6 * roof.launch:.1f} µs"
-    )
+    launched = "unknown" if launch is None else f"{1e6 * launch:.1f} µs"
+    progress(f"{report['machine']['device']}: {roof.bandwidth / 1e9:.0f} GB/s{promised}, launch {launched}")
     return roof
 
 

@@ -117,7 +117,8 @@ def _exit_step(n: int, report: Report) -> Found | None:
         f"{r['dtype']} {r['us']:.1f} µs (floor {r['floor_us']:.1f}, JAX x {r['speedup']:.2f})" for r in own
     )
     met = all(row["within_target"] and row["speedup"] > 1 for row in own)
-    return Found(f"{chosen}: {text}; launch {1e6 * report['roof']['launch_seconds']:.1f} µs", met)
+    launch = report["roof"]["launch_us"]
+    return Found(f"{chosen}: {text}; launch {'unknown' if launch is None else f'{launch:.1f} µs'}", met)
 
 
 def _full_depth(report: Report) -> Found | None:

@@ -48,41 +48,91 @@ def repeated(run: Callable[[], Any], repeats: int) -> Spread:
     return Spread.of(seconds(run) for _ in range(repeats))
 
 
-def looped(
-    call: Callable[..., Any], feed: Callable[[tuple[Any, ...], Any], tuple[Any, ...]], iterations: int
-) -> Callable[..., Any]:
+def looped(call: Callable[..., Any], iterations: int, in_place: int | None = None) -> Callable[..., Any]:
     """A function that runs ``call(*arguments)`` so many times on the device and returns the last result.
 
     Args:
-      feed: the arguments of the next run, from this one's and its result. They have to depend on the result, or a
-        compiler may take the call out of the loop.
+      in_place: the argument that each result takes the place of; None where results are new arrays.
     """
 
     def run(*arguments: Any) -> Any:
-        empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(call, *arguments))
+        def body(_: Any, carry: tuple[tuple[Any, ...], Any]) -> tuple[tuple[Any, ...], Any]:
+            given, _ = carry
+            result = call(*given)
+            # A compiler would take the call out of the loop if its arguments did not depend on its results.
+            given = (touched(given[0], result), *given[1:])
+            if in_place is None:
+                return given, result
+            return (*given[:in_place], result, *given[in_place + 1 :]), ()
 
-        def body(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            result = call(*carry[0])
-            return feed(carry[0], result), result
-
-        return lax.fori_loop(0, iterations, body, (arguments, empty))[1]
+        shapes = jax.eval_shape(call, *arguments) if in_place is None else ()
+        given, result = lax.fori_loop(0, iterations, body, (arguments, _zeros(shapes)))
+        return result if in_place is None else given[in_place]
 
     return run
 
 
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
 def touched(x: jax.Array, result: Any) -> jax.Array:
     """`x` as it is, as far as anybody can see; to a compiler it depends on every first number of the result."""
-    numbers = [jnp.ravel(leaf)[0].astype(jnp.float32) for leaf in jax.tree.leaves(result)]
-    at = (0,) * x.ndim
-    spoilt = jnp.isnan(sum(numbers, jnp.float32(0)))
-    return x.at[at].set(jnp.where(spoilt, jnp.nan, x[at].astype(jnp.float32)).astype(x.dtype))
+    spoilt = jnp.isnan(sum((_first(leaf) for leaf in jax.tree.leaves(result)), jnp.float32(0)))
+    number = jnp.where(spoilt, jnp.nan, _first(x)).astype(x.dtype)
+    return lax.dynamic_update_slice(x, number.reshape((1,) * x.ndim), (0,) * x.ndim)
 
 
-def launch_seconds(iterations: int, repeats: int) -> float:
-    """A run of the loop with nothing in it but the one number that `touched` writes: an almost empty kernel."""
-    x = jnp.ones((16, 128), jnp.float32)
-    program = jax.jit(looped(lambda x: x[0, 0], lambda given, result: (touched(given[0], result),), iterations))
-    return repeated(lambda: program(x), repeats).median / iterations
+def _first(x: jax.Array) -> jax.Array:
+    return lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(()).astype(jnp.float32)
+
+
+class Overhead(NamedTuple):
+    """Seconds that are no operation's own.
+
+    Attributes:
+      loop: an iteration of `looped` around next to nothing: counting, and the number that `touched` writes.
+      launch: one kernel that copies a number; None where it can't be had.
+    """
+
+    loop: float
+    launch: float | None
+
+
+def overhead(iterations: int, repeats: int) -> Overhead:
+    """Measures both, with loops like those around operations."""
+    x, chain = jnp.ones((1, 128), jnp.float32), 8
+
+    def spent(call: Callable[[jax.Array], jax.Array]) -> float:
+        program = jax.jit(looped(call, iterations))
+        return repeated(lambda: program(x), repeats).median / iterations
+
+    def kernels(x: jax.Array) -> jax.Array:
+        for _ in range(chain):
+            x = _copy_a_number(x)
+        return x
+
+    loop = spent(lambda x: x[:, :1])
+    try:
+        return Overhead(loop, max(0.0, spent(kernels) - loop) / chain)
+    except Exception:  # no Pallas for this device
+        return Overhead(loop, None)
+
+
+def _copy_a_number(x: jax.Array) -> jax.Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plt
+
+    def kernel(x_ref: Any, out_ref: Any) -> None:
+        at = pl.ds(0, 1)
+        plt.store(out_ref.at[at], plt.load(x_ref.at[at]))
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((1,), x.dtype),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=jax.default_backend() == "cpu",
+    )(x.reshape(-1)).reshape(1, 1)
 
 
 def bandwidth(size: int, repeats: int) -> float:
