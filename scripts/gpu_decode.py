@@ -34,6 +34,8 @@ from tide_jax.span_attention import KeyValue
 
 TARGET_DEPTH = 0.93
 """Mean share of layers at which gains are compared with the TIDE paper's."""
+BELOW = (0.92, 0.9)
+"""More of them, to see where its figures are reached."""
 ONE_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
              "xla_gpu_graph_min_graph_size": 1}  # fmt: skip
 """Has XLA run the loop as one CUDA graph."""
@@ -48,7 +50,7 @@ class DecodePlan(NamedTuple):
     Attributes:
       batches: numbers of rows.
       context: tokens in the cache before the first step.
-      steps: of one run. With 50, the mixes of `mixes` come out at `TARGET_DEPTH` exactly.
+      steps: of one run. With 50, mixes of 32 layers come out at `TARGET_DEPTH` exactly.
       rounds: runs of each variant, all variants in turn.
       implementation: of the kernels in the step.
       graphs: whether to try `ONE_GRAPH`.
@@ -158,12 +160,23 @@ def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCach
     return cache._replace(keys=keys, values=values, positions=positions, length=jnp.int32(tokens))
 
 
-def mixes(layers: int, depths: Sequence[int], steps: int) -> dict[str, np.ndarray]:
-    """Depths of each step, so that they come to `TARGET_DEPTH` on average, and not less: a share of the steps leaves at
-    one checkpoint, evenly spread, all rows of a batch together."""
-    found = {}
-    for depth in depths:
-        count = int(np.floor((1 - TARGET_DEPTH) * layers * steps / (layers - depth) + 1e-9))
+def targets(steered: Steered) -> list[tuple[float, int]]:
+    """Mean shares of the layers, and the checkpoint's depth at which some tokens leave to bring the mean there."""
+    depths, middle = steered.depths[:-1], steered.nearest(0.5)
+    found = [(TARGET_DEPTH, depth) for depth in sorted({depths[-1], middle, depths[0]}, reverse=True)]
+    return found + [(share, middle) for share in BELOW]
+
+
+def leaving(share: float, depth: int, layers: int, tokens: int) -> int:
+    """How many of `tokens` have to leave after `depth` layers: the mean is `share` of the layers, or a bit more."""
+    return int((1 - share) * layers * tokens / (layers - depth) + 1e-9)
+
+
+def mixes(steered: Steered, steps: int) -> dict[str, np.ndarray]:
+    """Depths of each step: some steps leave at one checkpoint, evenly spread, all rows of a batch together."""
+    found, layers = {}, steered.layers
+    for share, depth in targets(steered):
+        count = leaving(share, depth, layers, steps)
         chosen = np.full(steps, layers)
         chosen[np.linspace(0, steps - 1, count).round().astype(int)] = depth
         if count:
@@ -173,10 +186,8 @@ def mixes(layers: int, depths: Sequence[int], steps: int) -> dict[str, np.ndarra
 
 def variants(steered: Steered, plan: DecodePlan, batch: int) -> list[Variant]:
     """What is run at a batch size, the most telling first."""
-    depths, layers = steered.depths[:-1], steered.layers
-    full = np.full(plan.steps, layers)
-    middle, last = steered.nearest(0.5), depths[-1]
-    mixed = mixes(layers, sorted({last, middle, depths[0]}, reverse=True), plan.steps)
+    depths, middle = steered.depths[:-1], steered.nearest(0.5)
+    full, mixed = np.full(plan.steps, steered.layers), mixes(steered, plan.steps)
     found = [
         Variant("full depth", "full", full),
         Variant("routers on, no exits", "routers", full),

@@ -35,7 +35,7 @@ def config_8b() -> DecoderConfig:
 
 def config_tiny() -> DecoderConfig:
     """Something that a processor runs in no time."""
-    return _config(layers=4, size=64, heads=4, kv_heads=2, inner=96, vocabulary=320)
+    return _config(layers=3, size=64, heads=4, kv_heads=2, inner=96, vocabulary=320)
 
 
 def _config(*, layers: int, size: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> DecoderConfig:

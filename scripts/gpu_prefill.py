@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu_decode import TARGET_DEPTH
+from gpu_decode import leaving, targets
 from gpu_model import Steered
 from gpu_ops import OUT_OF_TIME, Row
 from gpu_timing import Budget, Spread, seconds
@@ -47,8 +47,8 @@ def mixes(steered: Steered, tokens: int, random: np.random.Generator) -> dict[st
         return chosen
 
     found = {"no exits": np.full(tokens, layers)}
-    for depth in sorted({depths[-1], steered.nearest(0.5), depths[0]}, reverse=True):
-        count = min(tokens - 2, int((1 - TARGET_DEPTH) * layers * tokens / (layers - depth)))
+    for share, depth in targets(steered):
+        count = min(tokens - 2, leaving(share, depth, layers, tokens))
         found[f"{count} of {tokens} tokens leave after {depth}"] = mix(count, depth)
     third, few = steered.nearest(PAPER_DEPTH), int(PAPER_SHARE * tokens)
     found[f"the paper's mix: {few} of {tokens} tokens leave after {third}"] = mix(few, third)

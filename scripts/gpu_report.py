@@ -48,7 +48,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     if "ops" in args.only:
         ops = [op for op in OPS if args.ops is None or op.name in args.ops]
         matrix = Matrix.tiny() if args.tiny else Matrix()
-        report["ops"] = run_ops(ops, matrix, roof, budget, progress)
+        kept = [row for row in report["ops"] or [] if row["op"] not in {op.name for op in ops}]
+        report["ops"] = kept + run_ops(ops, matrix, roof, budget, progress)
         _keep(args, report)
     if {"decode", "prefill"} & set(args.only):
         _model_parts(args, report, roof, budget, progress)
@@ -86,7 +87,8 @@ def _begin(args: argparse.Namespace, platform: str) -> Report:
         return report
     if before["machine"]["device"] != report["machine"]["device"]:
         return report
-    return report | {key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2") if key not in args.only}
+    again = {part for part in args.only if part != "ops" or args.ops is None}
+    return report | {key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2") if key not in again}
 
 
 def _earlier(path: Path) -> Report | None:
@@ -209,4 +211,4 @@ def prove(report: Report, progress: Progress) -> None:
         "operations": operations,
     }
     save(PROVEN, fact)
-    progress(f"{PROVEN.relative_to(ROOT)}: {operations or 'no kernel was right everywhere'}")
+    progress(f"pallas_kernels/{PROVEN.name}: {operations or 'no kernel was right everywhere'}")

@@ -22,7 +22,7 @@ def gpu_table(path: Path, current: str | None = None) -> str:
     lines = [_setting(report, stale), "", "| what | wanted | measured | met |", "|---|---|---|---|"]
     for target in targets():
         found = None if report is None else target.find(report)
-        cells = (NOT_RUN, "") if found is None else (found.text, "yes" if found.met else "no")
+        cells = (NOT_RUN, "") if found is None else (found.text, {True: "yes", False: "no", None: ""}[found.met])
         note = " (stale)" if stale and found is not None else ""
         lines.append(f"| {target.what} | {target.wanted} | {cells[0]}{note} | {cells[1]} |")
     return "\n".join(lines)

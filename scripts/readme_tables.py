@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_table import gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
@@ -321,6 +323,7 @@ TABLES = {
     "demo": demo_table,
     "family_counts": family_counts,
     "families": family_table,
+    "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "paper_families": paper_families,
     "peers": peers_table,
     "quality": quality_table,

@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     for target in report["targets"]:
-        met = {None: "not measured", True: "met", False: "NOT MET"}[target["met"]]
-        print(f"{met:12s} {target['what']}: {target['found'] or '-'} (wanted: {target['wanted']})", file=sys.stderr)
+        met = {None: "", True: "met", False: "NOT MET"}[target["met"]]
+        found = target["found"] or "not measured"
+        print(f"{met:8s} {target['what']}: {found} (wanted: {target['wanted']})", file=sys.stderr)
     return 0
 
 
