@@ -107,7 +107,7 @@ def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp
     model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)
     routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(checkpoints)))
     gate = ExitGate(jnp.full((len(checkpoints),), 0.5, jnp.float32), jnp.int32(0))
-    return Steered(model, Exits(Routers(routers, None, checkpoints), gate, jnp.asarray(True)))
+    return Steered(model, Exits(Routers(routers, None, checkpoints), gate, True))
 
 
 def _directions(count: int, size: int) -> Float[Array, "kinds D"]:
