@@ -24,8 +24,8 @@ class Choices(NamedTuple):
       operation: its name, for messages.
       names: all implementations.
       on_gpu: those that run on a GPU alone; None tries them there in this order, and the reference is what is left.
-      proven: whether a GPU has run all of `on_gpu` and found them right; None goes by ``proven.json``, which names them.
-        Those that no GPU has found right are never what None takes.
+      proven: whether a GPU has found all of `on_gpu` right; by default what ``proven.json`` says of each. Others are
+        never what None takes.
     """
 
     operation: str

@@ -17,8 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-import tide_jax
-from tide_jax.config import AttentionType, DecoderConfig, RopeConfig
+from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import Decoder, stored_parameters
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits
@@ -101,7 +100,7 @@ class Steered(NamedTuple):
 
 def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp.dtype) -> Steered:
     """Random weights, made where they stay and one after the other, and routers after every `interval`-th layer."""
-    checkpoints = tide_jax.config.checkpoint_layers(config.num_layers, interval)
+    checkpoints = checkpoint_layers(config.num_layers, interval)
     model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
     directions = _directions(len(checkpoints) + 1, config.hidden_size)
     model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)

@@ -16,6 +16,7 @@ import pytest
 
 from pallas_kernels import selection
 from pallas_kernels.exit_step import ExitStep
+from tide_jax import decode_step
 from tide_jax.early_exit import run_depth
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
@@ -169,6 +170,13 @@ def test_loops_run_as_often_as_they_say_and_leave_their_arguments_alone() -> Non
         np.testing.assert_array_equal(gpu_timing.touched(x, (x.astype(dtype), x[0] > 0)), x)
 
 
+def test_what_a_looped_call_reads_depends_on_the_run_before() -> None:
+    for in_place in (None, 0):
+        looped = gpu_timing.looped(lambda x: jnp.dot(x, x), 5, in_place)
+        (loop,) = (e for e in jax.make_jaxpr(looped)(jnp.ones((4, 4))).eqns if e.primitive.name == "scan")
+        assert loop.params["num_consts"] == 0, "a compiler may take what is constant out of a loop"
+
+
 def test_the_last_part_that_runs_may_use_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(gpu_timing.time, "monotonic", lambda: now[0])
@@ -226,6 +234,22 @@ def test_tokens_leave_where_their_ids_say() -> None:
     routers, gate = made.exits.routers, made.exits.gate
     out = run_depth(made.model, ids, positions, None, routers=routers, gate=gate)
     np.testing.assert_array_equal(np.asarray(out.exit_layers) + 1, wanted)
+
+
+def test_the_chain_of_conditionals_is_the_step_when_rows_part() -> None:
+    made = steered(True)
+    cache = gpu_decode.filled_cache(made, 3, 5, 2)
+    ids, positions = jnp.asarray(made.ids([1, 2, 3])), jnp.full((3,), 5, jnp.int32)
+    running = jnp.asarray([True, True, False])
+    for active in (jnp.ones((3,), bool), running):
+        given = made.model, cache, ids, positions, active, made.exits
+        wanted, found = jax.jit(decode_step)(*given), jax.jit(gpu_decode.cond_chain_step)(*given)
+        np.testing.assert_array_equal(found.exit_layers, wanted.exit_layers)
+        assert found.layers_executed == wanted.layers_executed == (3 if active.all() else 2)
+        np.testing.assert_allclose(found.logits[active], wanted.logits[active], atol=1e-4)
+        for ours, theirs in zip(found.cache, wanted.cache, strict=True):
+            if ours is not None:
+                np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_mixes_come_to_the_depth_that_is_asked_for() -> None:
