@@ -351,6 +351,7 @@ def test_without_a_gpus_results_every_row_is_not_yet_run(tmp_path: Path, report:
     assert {tuple(row) for row in cells(missing).values()} == {("not yet run on a GPU", "")}
     assert gpu_table(write(tmp_path / "cpu.json", report)) == missing, "a processor's results are no GPU's"
     assert gpu_table(write(tmp_path / "tiny.json", on_gpu(tiny=True))) == missing
+    assert gpu_table(write(tmp_path / "other.json", on_gpu(platform="tpu"))) == missing
 
 
 def test_the_table_says_what_was_measured_and_whether_it_suffices(tmp_path: Path) -> None:
@@ -433,11 +434,12 @@ def test_the_picture_needs_a_gpus_results(tmp_path: Path, report: Report, monkey
     assert drawn == [tmp_path / "gain.svg"]
 
 
-def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     choices = selection.Choices("exit_step", ("reference", "pallas_triton", "triton"), ("pallas_triton", "triton"))
     monkeypatch.setattr(selection, "_import_error", lambda module: None)
     monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["triton"]})
     assert choices.choose(None, None) == "reference", "on a processor"
+    assert not caplog.records, "and that is nothing to warn of"
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
     assert choices.choose(None, None) == "triton"
     assert choices._replace(operation="exit_project").choose(None, None) == "reference"
