@@ -152,10 +152,10 @@ def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, ja
 def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCache:
     """A cache of random rows."""
     cache = tide_jax.init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
-    slots = jnp.arange(tokens + room, dtype=jnp.int32)
-    keys, values = (
-        jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate((cache.keys, cache.values))
-    )
+    arrays, tree = jax.tree.flatten((cache.keys, cache.values))
+    filled = [jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(arrays)]
+    keys, values = jax.tree.unflatten(tree, filled)
+    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
     positions = jnp.broadcast_to(jnp.where(slots < tokens, slots, -1), cache.positions.shape)
     return cache._replace(keys=keys, values=values, positions=positions, length=jnp.int32(tokens))
 

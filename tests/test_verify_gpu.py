@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selection
-from pallas_kernels.exit_step import ExitStep
+from pallas_kernels.exit_step import ExitStep, api, exit_step, reference
 from tide_jax import decode_step
 from tide_jax.early_exit import run_depth
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
@@ -252,9 +252,7 @@ def test_the_chain_of_conditionals_is_the_step_when_rows_part() -> None:
         np.testing.assert_array_equal(found.exit_layers, wanted.exit_layers)
         assert found.layers_executed == wanted.layers_executed == (3 if active.all() else 2)
         np.testing.assert_allclose(found.logits[active], wanted.logits[active], atol=1e-4)
-        for ours, theirs in zip(found.cache, wanted.cache, strict=True):
-            if ours is not None:
-                np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), found.cache, wanted.cache)
 
 
 def test_mixes_come_to_the_depth_that_is_asked_for() -> None:
@@ -440,14 +438,21 @@ def test_the_picture_needs_a_gpus_results(tmp_path: Path, report: Report, monkey
 
 
 def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    choices = selection.Choices("exit_step", ("reference", "pallas_triton", "triton"), ("pallas_triton", "triton"))
+    def chosen() -> str:
+        exit_step(*given, layer=1, min_layers=least, eps=1e-5)
+        return names[-1]
+
+    names = list[str]()
+    *given, least = gpu_op_table.OPS[0].make(gpu_op_table.Shape(2, 8, "float32"), np.random.default_rng(0))
+    monkeypatch.setattr(api, "_function", lambda name: names.append(name) or reference.exit_step)
     monkeypatch.setattr(selection, "_import_error", lambda module: None)
     monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["triton"]})
-    assert choices.choose(None, None) == "reference", "on a processor"
+    assert chosen() == "reference", "on a processor"
     assert not caplog.records, "and that is nothing to warn of"
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
-    assert choices.choose(None, None) == "triton"
-    assert choices._replace(operation="exit_project").choose(None, None) == "reference"
+    assert chosen() == "triton"
+    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_project": ["triton"]})
+    assert chosen() == "reference"
 
 
 def test_proven_kernels_are_these_very_ones() -> None:
