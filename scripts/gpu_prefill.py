@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -57,36 +59,58 @@ def mixes(steered: Steered, tokens: int, random: np.random.Generator) -> dict[st
     return found
 
 
+class Program(NamedTuple):
+    """A compiled prefill, its flattened model and exits, and the seconds of making it."""
+
+    run: Callable[..., StepOutput]
+    leaves: list[Any]
+    compile_seconds: float
+
+
 def run_prefill(steered: Steered, plan: PrefillPlan, budget: Budget, progress: Callable[[str], None]) -> list[Row]:
-    """A row for each shape and mix."""
+    """A row for each shape and mix. All programs are compiled first, side by side."""
     rows: list[Row] = []
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        started = {
+            (shape, exits): pool.submit(_program, steered, plan, *shape, exits)
+            for shape in plan.shapes
+            for exits in (False, True)
+            if not budget.over("prefill")
+        }
     for batch, tokens in plan.shapes:
         progress(f"prefill, {batch} x {tokens}")
-        rows += _shape(steered, plan, batch, tokens, budget)
+        made = {exits: started.get(((batch, tokens), exits)) for exits in (False, True)}
+        rows += _shape(steered, plan, batch, tokens, made, budget)
     return rows
 
 
-def _shape(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, budget: Budget) -> list[Row]:
+def _shape(
+    steered: Steered,
+    plan: PrefillPlan,
+    batch: int,
+    tokens: int,
+    programs: dict[bool, Future[Program] | None],
+    budget: Budget,
+) -> list[Row]:
     mixed = {"full depth": np.full(tokens, steered.layers)} | mixes(steered, tokens, np.random.default_rng(0))
     found: dict[str, Row] = {name: {"batch": batch, "tokens": tokens, "variant": name} for name in mixed}
-    programs, times = dict[bool, Any](), {name: list[float]() for name in mixed}
+    times = {name: list[float]() for name in mixed}
     for number in range(plan.rounds + 1):  # the first is for warming up
         for name, depths in mixed.items():
             row = found[name]
             if "error" in row:
                 continue
-            if budget.over("prefill"):
+            started = programs[name != "full depth"]
+            if started is None or budget.over("prefill"):
                 row.setdefault("not_run", OUT_OF_TIME)
                 continue
             try:
-                exits = name != "full depth"
-                if exits not in programs:
-                    programs[exits] = _program(steered, plan, batch, tokens, exits)
-                run = _run(steered, programs[exits][:2], batch, depths)
+                program = started.result()
+                run = _run(steered, program, batch, depths)
                 if number:
                     times[name].append(seconds(run))
                 else:
-                    _describe(row, steered, run(), depths, programs[exits][2])
+                    _describe(row, steered, run(), depths, program.compile_seconds)
             except Exception as error:
                 row["error"] = reason(error)
     full = Spread.of(times["full depth"]).median if times["full depth"] else None
@@ -101,8 +125,8 @@ def _shape(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, budget:
     return list(found.values())
 
 
-def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits: bool) -> tuple[Any, list[Any], float]:
-    """A compiled prefill, its flattened model and exits, and the seconds of making it."""
+def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits: bool) -> Program:
+    """Compiles a prefill."""
     leaves, tree = jax.tree.flatten((steered.model, steered.exits if exits else None))
 
     def run(leaves: list[Any], ids: jax.Array) -> StepOutput:
@@ -113,12 +137,12 @@ def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits
 
     start = time.perf_counter()
     program = jax.jit(run).lower(leaves, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)).compile()
-    return program, leaves, time.perf_counter() - start
+    return Program(program, leaves, time.perf_counter() - start)
 
 
-def _run(steered: Steered, program: tuple[Any, list[Any]], batch: int, depths: np.ndarray) -> Callable[[], StepOutput]:
+def _run(steered: Steered, program: Program, batch: int, depths: np.ndarray) -> Callable[[], StepOutput]:
     ids = jnp.asarray(steered.ids(np.repeat(depths[None, :], batch, axis=0)))
-    return functools.partial(program[0], program[1], ids)
+    return functools.partial(program.run, program.leaves, ids)
 
 
 def _describe(row: Row, steered: Steered, out: StepOutput, depths: np.ndarray, compile_seconds: float) -> None:

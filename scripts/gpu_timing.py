@@ -149,7 +149,7 @@ def bandwidth(size: int, repeats: int) -> float:
 class Budget:
     """Seconds that all may take, and the share of them by the end of each section."""
 
-    ENDS = {"ops": 0.4, "decode": 0.78, "prefill": 0.93, "smollm2": 1.0}  # noqa: RUF012
+    ENDS = {"ops": 0.36, "decode": 0.7, "prefill": 0.92, "smollm2": 1.0}  # noqa: RUF012
 
     def __init__(self, minutes: float, sections: Iterable[str]) -> None:
         self.start, self.seconds = time.monotonic(), 60 * minutes
