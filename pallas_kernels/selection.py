@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.resources
+import json
 import logging
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,13 +29,14 @@ class Choices(NamedTuple):
       operation: its name, for messages.
       names: all implementations.
       on_gpu: those that run on a GPU alone; None tries them there in this order, and the reference is what is left.
-      proven: whether a GPU has run them and found them right. Until then None is the reference everywhere.
+      proven: whether a GPU has found all of `on_gpu` right; by default what ``proven.json`` says of each. Others are
+        never what None takes.
     """
 
     operation: str
     names: tuple[str, ...]
     on_gpu: tuple[str, ...]
-    proven: bool = False
+    proven: bool | None = None
 
     def refusal(self, name: str | None) -> str | None:
         """Why `name` can't run in this process, whatever its arguments; None where it can."""
@@ -64,14 +67,18 @@ class Choices(NamedTuple):
             if reason is not None:
                 raise ValueError(reason)
             return name
-        if platform() != "gpu" or not self.proven:
-            return "reference"
-        for candidate in self.on_gpu:
+        for candidate in self._proven() if platform() == "gpu" else ():
             reason = self.refusal(candidate) or misfit(candidate)
             if reason is None:
                 return candidate
             _warn_once(reason)
         return "reference"
+
+    def _proven(self) -> tuple[str, ...]:
+        """Those of `on_gpu` that a GPU has found right."""
+        if self.proven is None:
+            return tuple(name for name in self.on_gpu if name in _proven_kernels().get(self.operation, ()))
+        return self.on_gpu if self.proven else ()
 
 
 def platform() -> str:
@@ -89,6 +96,13 @@ def _import_error(module: str) -> str | None:
     except Exception as error:  # jax_triton raises what its parts raise where there is no CUDA
         return f"{type(error).__name__}: {error}"
     return None
+
+
+@functools.cache
+def _proven_kernels() -> dict[str, list[str]]:
+    """Implementations that a GPU has found right, by operation: what scripts/verify_gpu.py wrote."""
+    text = (importlib.resources.files("pallas_kernels") / "proven.json").read_text(encoding="utf-8")
+    return json.loads(text)["operations"]
 
 
 @functools.cache

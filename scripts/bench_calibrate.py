@@ -30,7 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missi
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_decode import machine
+from reporting import machine
 from rich.console import Console
 from rich.table import Table
 

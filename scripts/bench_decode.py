@@ -18,7 +18,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from reporting import machine
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -220,21 +220,6 @@ def summarise(
             row["skip_efficiency"] = statistics.median(saved) / (1 - depth / layers)
         rows.append(row)
     return rows
-
-
-def machine(*more: str) -> dict[str, Any]:
-    """What a result was measured on; the versions of `more` packages, too."""
-    names = ("jax", "flax", "numpy", "transformers", "tide_jax", *more)
-    versions = {name: __import__(name).__version__ for name in names}
-    if importlib.util.find_spec("torch"):
-        versions["torch"] = __import__("torch").__version__
-    return {
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions,
-    }
 
 
 def show(report: dict[str, Any], layers: int) -> None:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_decode import PROMPT, machine, random_prompts
+from bench_decode import PROMPT, random_prompts
+from reporting import machine
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

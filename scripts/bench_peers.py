@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import gc
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -35,11 +34,12 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
 
 import peer_memory
-from bench_decode import load_reference, machine
+from bench_decode import load_reference
 from peer_divergence import divergence
 from peer_measures import DEFINITIONS, OURS, SLOW, TITLES, Samples, Variant, cores, past_end, summarise, take, turns
 from peer_prompts import PromptSet, prompt_sets
 from peer_tide import Settings, make_engine, tide_variant
+from reporting import machine, reason, save
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -289,24 +289,11 @@ def attempt(
         return None
 
 
-def reason(error: Exception) -> str:
-    """In a line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
-
-
 def measure_divergence(args: argparse.Namespace, sets: list[PromptSet]) -> Row:
     """In bfloat16, on prompts of all sets in turn."""
     mixed = [s.prompts[i] for i in range(args.max_prompts) for s in sets if i < len(s.prompts)]
     engine, _ = make_engine(tide_jax.load(args.model, "bfloat16"), Settings(args.routers, dials(args)))
     return divergence(engine, mixed[: args.divergence], args.divergence_tokens)
-
-
-def save(path: Path | None, report: Row) -> None:
-    """Writes the JSON, whole or not at all."""
-    if path is not None:
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(path)
 
 
 def show(console: Console, report: Row) -> None:

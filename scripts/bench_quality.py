@@ -39,9 +39,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missi
 
 import jax.numpy as jnp
 import numpy as np
-from bench_decode import machine
 from quality_generation import Generator
 from quality_measures import Reference, Row, at_target, next_threshold, summarise
+from reporting import machine
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_table import gpu_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 
@@ -340,6 +342,7 @@ TABLES = {
     "demo": demo_table,
     "family_counts": family_counts,
     "families": family_table,
+    "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
     "paper_families": paper_families,
     "peers": peers_table,

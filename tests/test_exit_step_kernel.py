@@ -192,6 +192,7 @@ def test_on_a_gpu_none_is_a_kernel_and_falls_back_with_a_warning(
         return bool(gpu_lowering.kernel_equations(call, *arguments_of(4, 40, 16, jnp.float32)))
 
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=False))
     assert not kernels(), "no GPU has run them yet"
     monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=True))
     assert kernels()

@@ -1,0 +1,133 @@
+"""A random model whose tokens say how deep they run, for verify_gpu.py.
+
+A token's id is of a kind, ``id % kinds``: all of a kind leave at the same checkpoint, or never. Its embedding holds a
+direction that belongs to the kind and is long enough to be seen through random layers; the checkpoint's router looks
+for it, and for hundreds of other things that weigh nothing. So routers decide by reading the state, as trained ones do,
+and any mix of depths is a choice of token ids, with no program of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
+from tide_jax.decoder import Decoder, stored_parameters
+from tide_jax.early_exit import ExitGate
+from tide_jax.generate import Exits
+from tide_jax.router import Router, Routers
+
+_LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
+"""How long a kind's direction is, and how much of it a router has to see, in units of the root of D."""
+
+
+def config_8b() -> DecoderConfig:
+    """The shape of Llama 3 8B."""
+    return _config(layers=32, size=4096, heads=32, kv_heads=8, inner=14336, vocabulary=128256)
+
+
+def config_tiny() -> DecoderConfig:
+    """Something that a processor runs in no time."""
+    return _config(layers=3, size=64, heads=4, kv_heads=2, inner=96, vocabulary=320)
+
+
+def _config(*, layers: int, size: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> DecoderConfig:
+    channels = size // heads
+    kind = AttentionType(scale=channels**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=channels))
+    return DecoderConfig(
+        model_type="llama",
+        vocab_size=vocabulary,
+        hidden_size=size,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=channels,
+        intermediate_size=inner,
+        max_positions=8192,
+        attention_types=(kind,),
+        attention_pattern=(0,) * layers,
+        norm_eps=1e-5,
+        tie_embeddings=False,
+    )
+
+
+class Steered(NamedTuple):
+    """A model and routers that read the depth of a token out of its state.
+
+    Attributes:
+      model: random, bfloat16 or whatever it was made in.
+      exits: routers and dials, prompt included.
+    """
+
+    model: Decoder
+    exits: Exits
+
+    @property
+    def layers(self) -> int:
+        """All of them."""
+        return self.model.config.num_layers
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers that a token of each kind runs; the last kind never leaves."""
+        return (*(c + 1 for c in self.exits.routers.checkpoints), self.layers)
+
+    def ids(self, depths: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
+        """Token ids, int32, different ones, that run as many layers as `depths` say."""
+        kinds, wanted = len(self.depths), np.asarray(depths)
+        numbers = np.random.default_rng(seed).integers(0, self.model.config.vocab_size // kinds, wanted.shape)
+        return (numbers * kinds + np.searchsorted(self.depths, wanted)).astype(np.int32)
+
+    def nearest(self, share: float) -> int:
+        """The checkpoint's depth that is nearest to a share of the layers."""
+        return min(self.depths[:-1], key=lambda depth: abs(depth - share * self.layers))
+
+    def bytes_read(self) -> int:
+        """Of weights, by one token at full depth: everything but the embedding table."""
+        return sum(p.value.nbytes for p in stored_parameters(self.model) if not p.path.startswith("embed."))
+
+    def bytes_cached(self, tokens: int) -> int:
+        """Of keys and values of so many tokens of one row."""
+        heads, keys, values = self.model.config.cache_shape
+        return tokens * self.layers * heads * (keys + values) * self.model.dtype.itemsize
+
+
+def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp.dtype) -> Steered:
+    """Random weights, made where they stay and one after the other, and routers after every `interval`-th layer."""
+    checkpoints = checkpoint_layers(config.num_layers, interval)
+    model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+    directions = _directions(len(checkpoints) + 1, config.hidden_size)
+    model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)
+    routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(checkpoints)))
+    gate = ExitGate(jnp.full((len(checkpoints),), 0.5, jnp.float32), jnp.int32(0))
+    return Steered(model, Exits(Routers(routers, None, checkpoints), gate, True))
+
+
+def _directions(count: int, size: int) -> Float[Array, "kinds D"]:
+    """Unit vectors at right angles to each other."""
+    columns = np.random.default_rng(1).standard_normal((size, count))
+    return jnp.asarray(np.linalg.qr(columns)[0].T, jnp.float32)
+
+
+@jax.jit
+def _steer(table: Float[Array, "V D"], directions: Float[Array, "kinds D"]) -> Float[Array, "V D"]:
+    size = table.shape[1] ** 0.5
+    kinds = jnp.arange(table.shape[0]) % directions.shape[0]
+    return table + (_LENGTH * size * jnp.take(directions, kinds, axis=0)).astype(table.dtype)
+
+
+def _router(number: int, direction: Float[Array, " D"], bottleneck: int) -> Router:
+    """The first hidden unit sees the direction; the others are there for their cost."""
+    size = direction.shape[0]
+    keys = jax.random.split(jax.random.key(number), 3)
+    down = jax.random.normal(keys[0], (size, bottleneck)) * size**-0.5
+    down = down.at[:, 0].set(direction * (_SHARPNESS / (_SEEN * size**0.5)))
+    bias = (0.1 * jax.random.normal(keys[1], (bottleneck,))).at[0].set(-_SHARPNESS)
+    up = (0.01 * jax.random.normal(keys[2], (bottleneck,))).at[0].set(1.0)
+    return Router(down, bias, up, jnp.float32(-5.0))

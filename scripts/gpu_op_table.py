@@ -1,0 +1,188 @@
+"""The operations that verify_gpu.py checks. A new one is an entry in `OPS`: how to make its arguments, run it, count
+the bytes it has to move, and compare two results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import exit_project as project
+from pallas_kernels import exit_step as step
+from pallas_kernels.selection import Choices
+
+HIDDEN = 128
+"""Width of the routers."""
+EPS, LAYER, MIN_LAYERS, THRESHOLD = 1e-5, 11, 8, 0.5
+EXACT = 1e-5
+"""Error up to which float32 numbers count as equal; scores as near to the threshold may fall on either side of it."""
+
+
+class Shape(NamedTuple):
+    """Rows of a size in a dtype."""
+
+    rows: int
+    size: int
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        """Of one row."""
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+
+class Difference(NamedTuple):
+    """Between a result and the reference's.
+
+    Attributes:
+      error: the largest, over the larger of 1 and the number's size; infinite where only one is NaN.
+      flips: decisions that differ though nothing was close, and numbers changed that had to stay.
+    """
+
+    error: float
+    flips: int
+
+
+Arguments = tuple[Any, ...]
+
+
+class Op(NamedTuple):
+    """An operation.
+
+    Attributes:
+      name: in results.
+      choices: its implementations.
+      make: arguments for a shape, of numbers from a seeded generator; the first is the rows.
+      call: an implementation's name and the arguments to a result.
+      floor: bytes that have to be read and written for a shape, each once.
+      compare: a result, the reference's, and the arguments.
+      in_place: the argument whose place the result takes, as in an engine; None for new arrays.
+      tolerance: error up to which a result is right, by dtype; None for `EXACT`.
+      only: which shapes it is worth running on.
+    """
+
+    name: str
+    choices: Choices
+    make: Callable[[Shape, np.random.Generator], Arguments]
+    call: Callable[..., Any]
+    floor: Callable[[Shape], int]
+    compare: Callable[[Any, Any, Arguments], Difference]
+    in_place: int | None = None
+    tolerance: Callable[[str], float] = lambda dtype: EXACT
+    only: Callable[[Shape], bool] = lambda shape: True
+
+
+def rounding(dtype: str) -> float:
+    """What a few roundings of a dtype's numbers come to."""
+    return max(EXACT, 4 * float(jnp.finfo(dtype).eps))
+
+
+def worst(found: Any, wanted: Any) -> float:
+    """The largest error between two arrays, see `Difference`."""
+    a, b = (np.asarray(v, np.float64) for v in (found, wanted))
+    if a.size == 0:
+        return 0.0
+    off = np.abs(a - b) / np.maximum(1.0, np.abs(b))
+    return float(np.max(np.where(np.isnan(a) & np.isnan(b), 0.0, np.where(np.isnan(off), np.inf, off))))
+
+
+@functools.cache
+def _normal(rows: int, size: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, size), np.float32)
+
+
+def states(shape: Shape) -> jax.Array:
+    """Rows of unlike sizes that do not lie around zero."""
+    scale = np.exp(np.linspace(-1.0, 1.0, shape.rows, dtype=np.float32))[:, None]
+    return jnp.asarray(_normal(shape.rows, shape.size) * scale + np.float32(0.1), shape.dtype)
+
+
+def _drawn(random: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.float32(scale) * random.standard_normal(shape, np.float32), dtype)
+
+
+# exit_step
+
+
+def _step_arguments(shape: Shape, random: np.random.Generator) -> Arguments:
+    down = _drawn(random, (shape.size, HIDDEN), 2 * shape.size**-0.5)
+    up = _drawn(random, (HIDDEN,), 4 * HIDDEN**-0.5)
+    masks = (jnp.asarray(random.random(shape.rows) < 0.9) for _ in range(2))
+    rows = step.ExitRows(*masks, jnp.asarray(random.integers(0, LAYER, shape.rows), jnp.int32))
+    threshold, least = jnp.float32(THRESHOLD), jnp.int32(MIN_LAYERS)
+    return states(shape), down, _drawn(random, (HIDDEN,), 0.1), up, jnp.float32(0.1), threshold, rows, least
+
+
+def _step(implementation: str, *arguments: Any) -> step.ExitStep:
+    *given, least = arguments
+    return step.exit_step(*given, layer=LAYER, min_layers=least, eps=EPS, implementation=implementation)
+
+
+def _step_bytes(shape: Shape) -> int:
+    return shape.rows * shape.bytes + 4 * (shape.size + 2) * HIDDEN + 16 * shape.rows
+
+
+def _step_difference(found: step.ExitStep, wanted: step.ExitStep, _: Arguments) -> Difference:
+    clear = np.abs(np.asarray(wanted.scores) - THRESHOLD) > EXACT
+    flips = sum(
+        int(np.sum(clear & (np.asarray(getattr(found, name)) != np.asarray(getattr(wanted, name)))))
+        for name in ("exits", "active", "exit_layers")
+    )
+    flips += bool(found.any_exits) != bool(np.any(found.exits))
+    flips += bool(found.any_active) != bool(np.any(found.active))
+    return Difference(worst(found.scores, wanted.scores), flips)
+
+
+# exit_project
+
+
+def _project_arguments(affine: bool, shape: Shape, random: np.random.Generator) -> Arguments:
+    head = None
+    if affine:
+        factor = _drawn(random, (shape.size, shape.size), shape.size**-0.5, shape.dtype)
+        head = project.AffineHead((factor,), _drawn(random, (shape.size,), 0.1, shape.dtype))
+    norm = project.FinalNorm(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
+    exits = jnp.arange(shape.rows) % 2 == 0
+    return states(shape), head, norm, exits, jnp.full((shape.rows, shape.size), 0.5, shape.dtype)
+
+
+def _project(implementation: str, *arguments: Any) -> jax.Array:
+    return project.exit_project(*arguments, eps=EPS, implementation=implementation)
+
+
+def _project_bytes(affine: bool, shape: Shape) -> int:
+    leaving = -(-shape.rows // 2)
+    head = (shape.rows + leaving + shape.size + 1) * shape.bytes if affine else 0
+    return 2 * leaving * shape.bytes + shape.bytes + shape.rows + head
+
+
+def _project_difference(found: jax.Array, wanted: jax.Array, given: Arguments) -> Difference:
+    exits, before = np.asarray(given[3]), np.asarray(given[4])
+    stayed = np.asarray(found)[~exits] != before[~exits]
+    return Difference(worst(found, wanted), int(np.sum(stayed)))
+
+
+def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda shape: True) -> Op:
+    return Op(
+        name,
+        project.IMPLEMENTATIONS,
+        functools.partial(_project_arguments, affine),
+        _project,
+        functools.partial(_project_bytes, affine),
+        _project_difference,
+        in_place=4,
+        tolerance=rounding,
+        only=only,
+    )
+
+
+OPS = (
+    Op("exit_step", step.IMPLEMENTATIONS, _step_arguments, _step, _step_bytes, _step_difference),
+    _projection("exit_project", affine=False),
+    _projection("exit_project, affine head", affine=True, only=lambda s: s.size <= 4096 and s.rows <= 256),
+)
+"""In the order in which they are run."""

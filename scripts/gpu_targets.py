@@ -1,0 +1,212 @@
+"""What a GPU is to show, and what verify_gpu.py's report says of it: one list, for the report and for the README."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+Report = dict[str, Any]
+NOT_RUN = "not yet run on a GPU"
+PAPER = {"prefill latency": 0.072, "throughput, batch 1": 0.066, "throughput, batch 8": 0.081}
+"""What the TIDE paper reports as saved or gained, for an 8B model on an A100."""
+PAPER_DEPTH = 0.93
+"""Mean share of layers at which its figures are to be reached."""
+
+
+OPERATIONS = ("exit_step", "exit_project")
+"""Operations with kernels, as they are called in results, up to a comma."""
+
+
+class Found(NamedTuple):
+    """A measured target: in words, and whether it is met; None where there is nothing to meet."""
+
+    text: str
+    met: bool | None
+
+
+class Target(NamedTuple):
+    """Something to show: what, how much is wanted, and how to read it off a report (None: not measured)."""
+
+    what: str
+    wanted: str
+    find: Callable[[Report], Found | None]
+
+
+def targets() -> tuple[Target, ...]:
+    """In the order of the table."""
+    return (
+        *(
+            Target(f"{name}, all kernels and shapes", "right, no mask flips", functools.partial(_right, name))
+            for name in OPERATIONS
+        ),
+        *(
+            Target(f"exit step, N = {n}, D = 4096", "≤ 2 x floor + launch, faster than jitted JAX",
+                   functools.partial(_exit_step, n))
+            for n in (1, 16, 256)
+        ),
+        Target("decode, full depth, batch 1", "≥ 80 % of the bandwidth floor", _full_depth),
+        *(
+            Target(f"routers on, no exits, batch {b}", "≤ 1 % over full depth", functools.partial(_overhead, b))
+            for b in (1, 8, 32)
+        ),
+        *(
+            Target(f"skip efficiency, batch {b}", "≥ 0.95 at every depth", functools.partial(_efficiency, b))
+            for b in (1, 8, 32)
+        ),
+        Target("loop against cond chain, batch 1", "both measured", _chain),
+        *(
+            Target(f"{what}, mean depth {PAPER_DEPTH:.2f}", f"gains ≥ {share:.1%} (of at most {most(what):.1%})",
+                   functools.partial(_gain, what))
+            for what, share in PAPER.items()
+        ),
+        Target("prefill, the paper's mix", "said beside the paper's 7.2%", _paper_mix),
+        Target("SmolLM2, float32, greedy", "the same tokens from all implementations", _model),
+    )  # fmt: skip
+
+
+def most(what: str, depth: float = PAPER_DEPTH) -> float:
+    """What can be gained at a mean depth if layers are all the time there is and those that are skipped take none."""
+    return 1 - depth if what.startswith("prefill") else 1 / depth - 1
+
+
+def evaluate(report: Report) -> list[dict[str, Any]]:
+    """Every target, for the report."""
+    return [
+        {"what": t.what, "wanted": t.wanted, "found": None, "met": None}
+        if (found := t.find(report)) is None
+        else {"what": t.what, "wanted": t.wanted, "found": found.text, "met": found.met}
+        for t in targets()
+    ]
+
+
+def gains(report: Report) -> list[dict[str, Any]]:
+    """Gain against mean depth, measured: prompts in latency (time saved), decoding in throughput."""
+    found = [
+        {"measure": f"prefill latency, {row['tokens']} tokens", "depth": row["mean_depth"], "gain": row["latency_gain"],
+         "variant": row["variant"]}
+        for row in report.get("prefill") or []
+        if "latency_gain" in row and row.get("mean_depth", 1.0) < 1.0
+    ]  # fmt: skip
+    return found + [
+        {"measure": f"throughput, batch {row['batch']}", "depth": row["mean_depth"], "gain": row["gain"],
+         "variant": row["variant"]}
+        for row in _decode_rows(report)
+        if row.get("mean_depth", 1.0) < 1.0 and not row["variant"].startswith("cond") and "graph" not in row["variant"]
+    ]  # fmt: skip
+
+
+def _decode_rows(report: Report) -> Iterator[dict[str, Any]]:
+    return (row for row in (report.get("decode") or {}).get("rows", []) if "gain" in row)
+
+
+def _decode(report: Report, batch: int, variant: str) -> dict[str, Any] | None:
+    return next((r for r in _decode_rows(report) if r["batch"] == batch and r["variant"] == variant), None)
+
+
+def _right(operation: str, report: Report) -> Found | None:
+    own = [row for row in report.get("ops") or [] if row["op"].split(",")[0] == operation]
+    rows = [row for row in own if "right" in row or "error" in row]
+    if not rows:
+        return None
+    wrong = [row for row in rows if not row.get("right", False)]
+    flips, worst = sum(r.get("flips", 0) for r in rows), max((r.get("max_error", 0.0) for r in rows), default=0.0)
+    failed = sum("error" in row for row in rows)
+    text = f"{len(rows) - len(wrong)} of {len(rows)} right, largest error {worst:.1e}, {flips} flips"
+    refused = {row["implementation"] for row in own if "refused" in row}
+    if unfinished := sum("not_run" in row for row in own):
+        text += f", {unfinished} not run"
+    text += (f", {failed} failed" if failed else "") + (f"; can't run: {', '.join(sorted(refused))}" if refused else "")
+    return Found(text, not wrong)
+
+
+def _exit_step(n: int, report: Report) -> Found | None:
+    rows = [r for r in report.get("ops") or [] if r["op"] == "exit_step" and r.get("speedup") is not None]
+    rows = [r for r in rows if (r["D"], r["N"]) == (4096, n)]
+    if not rows:
+        return None
+    names = sorted({row["implementation"] for row in rows})
+    # One implementation has to do for all dtypes: the best of them in its worst case.
+    chosen = min(names, key=lambda name: max(r["us"] / r["floor_us"] for r in rows if r["implementation"] == name))
+    own = [row for row in rows if row["implementation"] == chosen]
+    text = "; ".join(
+        f"{r['dtype']} {r['us']:.1f} µs (floor {r['floor_us']:.1f}, JAX x {r['speedup']:.2f})" for r in own
+    )
+    met = all(row["within_target"] and row["speedup"] > 1 for row in own)
+    launch = report["roof"]["launch_us"]
+    return Found(f"{chosen}: {text}; launch {'unknown' if launch is None else f'{launch:.1f} µs'}", met)
+
+
+def _full_depth(report: Report) -> Found | None:
+    row = _decode(report, 1, "full depth")
+    if row is None:
+        return None
+    text = f"{row['share_of_floor']:.0%}: {row['tokens_per_second']:.1f} tokens/s, {row['ms_per_step']:.2f} ms"
+    return Found(f"{text} (floor {row['floor_ms']:.2f})", row["share_of_floor"] >= 0.8)
+
+
+def _overhead(batch: int, report: Report) -> Found | None:
+    row = _decode(report, batch, "routers on, no exits")
+    return None if row is None else Found(f"{row['overhead']:+.1%}", row["overhead"] <= 0.01)
+
+
+def _efficiency(batch: int, report: Report) -> Found | None:
+    rows = [r for r in _decode_rows(report) if r["batch"] == batch and r["variant"].startswith("forced")]
+    rows = [r for r in rows if "skip_efficiency" in r and "graph" not in r["variant"]]
+    if not rows:
+        return None
+    text = ", ".join(f"{row['skip_efficiency']:.2f} ({row['variant'].split()[1]} layers)" for row in rows)
+    return Found(text, all(row["skip_efficiency"] >= 0.95 for row in rows))
+
+
+def _chain(report: Report) -> Found | None:
+    own = _decode(report, 1, "routers on, no exits")
+    chain = _decode(report, 1, "cond chain, no exits")
+    if own is None or chain is None:
+        return None
+    pairs = [("no exits", own, chain)]
+    for row in _decode_rows(report):
+        name = row["variant"].removeprefix("cond chain, ")
+        if row["batch"] == 1 and name.startswith("forced") and name != row["variant"]:
+            same = _decode(report, 1, name)
+            pairs += [] if same is None else [(name, same, row)]
+    text = "; ".join(f"{name}: loop {a['ms_per_step']:.2f} ms, chain {b['ms_per_step']:.2f}" for name, a, b in pairs)
+    return Found(text, None)
+
+
+def _gain(what: str, report: Report) -> Found | None:
+    """The best mix of the depth asked for, and the mean depth that it took to gain what the paper reports."""
+    rows = [gain for gain in gains(report) if gain["measure"].startswith(what)]
+    there = [gain for gain in rows if PAPER_DEPTH - 1e-3 <= gain["depth"] <= 0.945]
+    if not there:
+        return None
+    best = max(there, key=lambda g: g["gain"])
+    text = f"{best['gain']:+.1%} ({best['measure'].split(', ')[-1]}; {best['variant']})"
+    reached = max((g["depth"] for g in rows if g["gain"] >= PAPER[what]), default=None)
+    text += "; the paper's figure: " + ("not reached" if reached is None else f"at mean depth {reached:.2f}")
+    return Found(text, best["gain"] >= PAPER[what])
+
+
+def _paper_mix(report: Report) -> Found | None:
+    rows = [
+        r for r in report.get("prefill") or [] if r["variant"].startswith("the paper's mix") and "latency_gain" in r
+    ]
+    if not rows:
+        return None
+    text = "; ".join(
+        f"{row['tokens']} tokens: {row['latency_gain']:+.1%} of at most {1 - row['mean_depth']:.1%}" for row in rows
+    )
+    return Found(text, None)
+
+
+def _model(report: Report) -> Found | None:
+    rows = [row for row in (report.get("smollm2") or {}).get("rows", []) if "same_tokens" in row]
+    rows = [row for row in rows if row["implementation"] != "reference"]
+    if not rows:
+        return None
+    text = "; ".join(
+        f"{r['implementation']}, {r['kv_strategy']}: {'same' if r['same_tokens'] else 'DIFFERENT'}, "
+        f"depth {r['mean_depth']:.2f}"
+        for r in rows
+    )
+    return Found(text, all(row["same_tokens"] for row in rows))

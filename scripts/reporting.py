@@ -1,0 +1,41 @@
+"""What the measuring scripts put down beside their numbers, and how they write it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def machine(*more: str) -> dict[str, Any]:
+    """What a result was measured on; the versions of `more` packages, too."""
+    names = ("jax", "flax", "numpy", "transformers", "tide_jax", *more)
+    versions = {name: __import__(name).__version__ for name in names}
+    if importlib.util.find_spec("torch"):
+        versions["torch"] = __import__("torch").__version__
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+    }
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def save(path: Path | None, report: dict[str, Any]) -> None:
+    """Writes a report as JSON, whole or not at all; nowhere without a path."""
+    if path is not None:
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(path)

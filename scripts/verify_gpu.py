@@ -1,0 +1,79 @@
+"""Runs everything that needs a GPU, and says what came of it: ``python scripts/verify_gpu.py --out gpu.json``.
+
+In this order: memory bandwidth and the cost of a launch; every operation of pallas_kernels in every implementation,
+dtype and size, for errors, mask flips and time; the decode step of a random model of Llama 3 8B's shape, against the
+bandwidth floor, at forced depths, with routers on, and as a chain of conditionals; prompts with and without exits;
+a real model, where --model has one, for equal greedy tokens.
+
+A case that fails becomes a row with its error, and the others go on. After --minutes, what is left is noted as not run.
+The JSON is written after every part; --only with an existing --out runs some parts again and keeps the others.
+--tiny does it all with tiny shapes on a processor. --prove notes the kernels that were right in
+pallas_kernels/proven.json: from then on ``implementation=None`` takes them on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # the sources that the hash is of, installed or not
+
+SECTIONS = ("ops", "decode", "prefill", "smollm2")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        import gpu_report
+    except ImportError as error:
+        print(f"verify_gpu needs a package that is not here: {error}", file=sys.stderr)
+        return 2
+    try:
+        report = gpu_report.run(args, progress)
+    except gpu_report.Refused as error:
+        print(error, file=sys.stderr)
+        return 2
+    for target in report["targets"]:
+        met = {None: "", True: "met", False: "NOT MET"}[target["met"]]
+        found = target["found"] or "not measured"
+        print(f"{met:8s} {target['what']}: {found} (wanted: {target['wanted']})", file=sys.stderr)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="F", help="JSON file to write")
+    parser.add_argument("--minutes", type=float, default=5.0, help="time for all of it (5)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts to run")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="operations to run, such as exit_step")
+    parser.add_argument("--implementation", help="of kernels in the model (the first that was right, else plain JAX)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a converted SmolLM2")
+    parser.add_argument("--routers", type=Path, metavar="FILE", help="its routers (random ones)")
+    parser.add_argument("--graphs", action="store_true", help="try the decode loop as one CUDA graph, too, at batch 1")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, kernels interpreted: a test of this script")
+    parser.add_argument("--prove", action="store_true", help="note which kernels were right in pallas_kernels/")
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error("--minutes must be more than 0")
+    if not args.out.resolve().parent.is_dir():
+        parser.error(f"no folder {args.out.parent} to write {args.out.name} to")
+    if args.prove and args.tiny:
+        parser.error("--prove takes a GPU; --tiny interprets kernels")
+    args.only = [section for section in SECTIONS if section in args.only]
+    return args
+
+
+_BEGAN = time.monotonic()
+
+
+def progress(text: str) -> None:
+    """Says on standard error what runs now."""
+    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
