@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import compact
 from pallas_kernels import exit_project as project
 from pallas_kernels import exit_step as step
+from pallas_kernels import kv_fill as fill
 from pallas_kernels.selection import Choices
 
 HIDDEN = 128
@@ -180,9 +182,97 @@ def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda 
     )
 
 
+# compact: half of the rows are left
+
+
+def _partition(shape: Shape) -> compact.Partition:
+    return compact.partition((jnp.arange(shape.rows) % 2 == 0)[None])
+
+
+def _left(shape: Shape) -> int:
+    return -(-shape.rows // 2)
+
+
+def _gather_arguments(shape: Shape, _: np.random.Generator) -> Arguments:
+    return states(shape)[None], _partition(shape)
+
+
+def _gather(implementation: str, x: jax.Array, rows: compact.Partition) -> jax.Array:
+    return compact.gather_rows(x, rows, -(-x.shape[1] // 2), implementation=implementation)
+
+
+def _scatter_arguments(shape: Shape, _: np.random.Generator) -> Arguments:
+    out = jnp.full((1, shape.rows, shape.size), 0.5, shape.dtype)
+    return states(shape)[None, : _left(shape)], _partition(shape), out
+
+
+def _scatter(implementation: str, *arguments: Any) -> jax.Array:
+    return compact.scatter_rows(*arguments, implementation=implementation)
+
+
+def _moved_bytes(shape: Shape) -> int:
+    return 2 * _left(shape) * shape.bytes + 4 * _left(shape)
+
+
+def _moved_difference(found: jax.Array, wanted: jax.Array, _: Arguments) -> Difference:
+    return Difference(worst(found, wanted), int(np.sum(np.asarray(found) != np.asarray(wanted))))
+
+
+# kv_fill: one token of each of N rows, for every other row
+
+
+_HEADS, _CHANNELS = 8, 128
+
+
+def _fill_arguments(shape: Shape, random: np.random.Generator) -> Arguments:
+    norm = fill.InputNorm(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
+    kernel = _drawn(random, (_HEADS, 2, _CHANNELS, shape.size), shape.size**-0.5, shape.dtype)
+    angles = jnp.asarray(random.uniform(0, 6, (shape.rows, 1, _CHANNELS // 2)), jnp.float32)
+    buffer = jnp.full((shape.rows, _HEADS, 1, _CHANNELS), 0.5, shape.dtype)
+    written = (jnp.arange(shape.rows) % 2 == 0)[:, None]
+    rotary = fill.Rotary(jnp.cos(angles), jnp.sin(angles))
+    return states(shape)[:, None], norm, fill.Projection(kernel), rotary, written, fill.KVRows(buffer, buffer)
+
+
+def _fill(implementation: str, *arguments: Any) -> fill.KVRows:
+    return fill.kv_fill(*arguments, settings=fill.Settings(EPS), implementation=implementation)
+
+
+def _fill_bytes(shape: Shape) -> int:
+    row = 2 * _HEADS * _CHANNELS * jnp.dtype(shape.dtype).itemsize
+    return _left(shape) * (shape.bytes + row + 4 * _CHANNELS) + shape.size * row + shape.bytes + shape.rows
+
+
+def _fill_difference(found: fill.KVRows, wanted: fill.KVRows, given: Arguments) -> Difference:
+    stays = ~np.asarray(given[4])[:, 0]
+    pairs = [(np.asarray(a), np.asarray(b), np.asarray(c)) for a, b, c in zip(found, wanted, given[5], strict=True)]
+    flips = sum(int(np.sum(a[stays] != before[stays])) for a, _, before in pairs)
+    return Difference(max(worst(a, b) for a, b, _ in pairs), flips)
+
+
 OPS = (
     Op("exit_step", step.IMPLEMENTATIONS, _step_arguments, _step, _step_bytes, _step_difference),
     _projection("exit_project", affine=False),
+    Op("compact, gather", compact.IMPLEMENTATIONS, _gather_arguments, _gather, _moved_bytes, _moved_difference),
+    Op(
+        "compact, scatter",
+        compact.IMPLEMENTATIONS,
+        _scatter_arguments,
+        _scatter,
+        _moved_bytes,
+        _moved_difference,
+        in_place=2,
+    ),
+    Op(
+        "kv_fill",
+        fill.IMPLEMENTATIONS,
+        _fill_arguments,
+        _fill,
+        _fill_bytes,
+        _fill_difference,
+        in_place=5,
+        tolerance=rounding,
+    ),
     _projection("exit_project, affine head", affine=True, only=lambda s: s.size <= 4096 and s.rows <= 256),
 )
 """In the order in which they are run."""

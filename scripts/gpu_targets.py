@@ -14,7 +14,7 @@ PAPER_DEPTH = 0.93
 """Mean share of layers at which its figures are to be reached."""
 
 
-OPERATIONS = ("exit_step", "exit_project")
+OPERATIONS = ("exit_step", "exit_project", "compact", "kv_fill")
 """Operations with kernels, as they are called in results, up to a comma."""
 
 
