@@ -7,6 +7,9 @@ variants after the other, each followed by a full-depth run that it is compared 
 rounds are reported. A variant's time per token is the time of a long generation minus that of a one-token generation
 by the same compiled program, so prefill and start-up are out.
 
+"weights read once" is the floor: as many bytes as the model's weights, read by products of large matrices and a vector.
+Prompts of --prompt-tokens tokens are timed apart, to the first token.
+
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
 time minus the time of embedding, output head and argmax alone; taken within each pair, median over the rounds.
 """
@@ -36,8 +39,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
+from tide_jax.decoder import stored_parameters
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits, Prompt, Request
+from tide_jax.ops import times_rows
 from tide_jax.sampling import make_sampling
 from tide_jax.testing import constant_routers
 
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=48, help="tokens generated per row (48)")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of prompts that are timed apart (512)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--interval", type=int, default=5, help="layers in a group (5)")
     parser.add_argument(
@@ -71,9 +77,11 @@ def main() -> None:
         "method": {"prompt": PROMPT, "steps": args.steps, "rounds": args.rounds, "interval": args.interval},
         "machine": machine(),
         "batches": batches,
+        "prompts": bench_prompts(model, reference, args),
     }
     for row in batches:
         show(row, model.config.num_layers)
+    print(json.dumps(report["prompts"], indent=2))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -100,6 +108,8 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
         "full, routers on": engine_variant(model, forced(never, interval), batch, args.steps),
         "head only": head_variant(model, batch, args.steps),
     }
+    if batch == 1:
+        variants["weights read once"] = reading_variant(model)
     for checkpoint in routers.checkpoints:
         exits = forced(routers, checkpoint + 1)
         variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
@@ -167,6 +177,76 @@ def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
     return run
 
 
+def reading_variant(model: tide_jax.Decoder) -> Variant:
+    """Reads as many bytes as the weights have, as fast as this library reads any: matrices of 16 million numbers."""
+    size = 4096
+    weights = sum(p.value.nbytes for p in stored_parameters(model))
+    matrices = [jnp.full((size, size), i + 1, model.dtype) for i in range(max(weights // (4 * size * size), 1))]
+
+    @jax.jit
+    def products(matrices: list[jax.Array], x: jax.Array) -> jax.Array:
+        for matrix in matrices:
+            x = jnp.tanh(times_rows(x, matrix))
+        return x
+
+    x = jnp.ones((1, size), model.dtype)
+
+    def run() -> float:
+        start = time.perf_counter()
+        products(matrices, x).block_until_ready()
+        return (time.perf_counter() - start) * weights / sum(m.nbytes for m in matrices)
+
+    run()
+    return run
+
+
+def bench_prompts(model: tide_jax.Decoder, reference: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds until the first token of one long prompt."""
+    tokens = random_prompts(model.config.vocab_size, 1, args.prompt_tokens)
+    variants: dict[str, Variant] = {"full": prompt_variant(model, tokens)}
+    if reference is not None:
+        variants["transformers"] = reference_prompt_variant(reference, tokens)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name, run in variants.items():
+            times[name].append(1e3 * run())
+    rows = {name: {"ms": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
+    return {"tokens": args.prompt_tokens, "variants": rows}
+
+
+def prompt_variant(model: tide_jax.Decoder, tokens: np.ndarray) -> Variant:
+    prompt = Prompt(jnp.asarray(tokens, jnp.int32), jnp.full((1,), tokens.shape[1], jnp.int32))
+    cache = tide_jax.init_cache(model.config, 1, tokens.shape[1] + 1, model.dtype)
+
+    @jax.jit
+    def first_token(model: tide_jax.Decoder, prompt: Prompt, cache: tide_jax.KVCache) -> Any:
+        step = tide_jax.prefill(model, prompt, cache)
+        return step.cache, jnp.argmax(step.logits, axis=-1)
+
+    def run() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(first_token(model, prompt, cache))
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def reference_prompt_variant(reference: Any, tokens: np.ndarray) -> Variant:
+    import torch
+
+    inputs = torch.tensor(tokens)
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            reference(inputs, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
 def reference_variant(reference: Any, vocabulary: int, batch: int, steps: int) -> Variant:
     import torch
 
@@ -192,8 +272,8 @@ def reference_variant(reference: Any, vocabulary: int, batch: int, steps: int) -
     return run
 
 
-def random_prompts(vocabulary: int, batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(5, vocabulary, (batch, PROMPT))
+def random_prompts(vocabulary: int, batch: int, length: int = PROMPT) -> np.ndarray:
+    return np.random.default_rng(0).integers(5, vocabulary, (batch, length))
 
 
 def summarise(

@@ -15,40 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_table import gpu_table
+from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, where, start_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "scripts" / "results"
-
-
-def decode_table() -> str:
-    """Time against depth, from bench_decode.py."""
-    report = json.loads((RESULTS / "decode.json").read_text())
-    layers = report["model"]["layers"]
-    lines = [
-        f"{_machine(report['machine'])}; {report['model']['dtype']}, prompt of {report['method']['prompt']} tokens, "
-        f"{report['method']['steps']} new ones, medians of {report['method']['rounds']} alternating rounds.",
-    ]
-    for batch in report["batches"]:
-        lines += ["", f"| batch {batch['batch']} | ms per step | tokens/s | time / full depth | skip efficiency |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        for row in batch["variants"]:
-            forced = f"every token leaves after {row.get('layers')} of {layers} layers"
-            forced += ", cache recomputed" if row.get("kv_strategy") == "recompute" else ""
-            name = forced if "layers" in row else _NAMES[row["name"]]
-            efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
-            lines.append(
-                f"| {name} | {row['ms_per_step']:.1f} | {row['tokens_per_second']:.1f} | "
-                f"{row['ratio_to_full']:.2f} | {efficiency} |"
-            )
-    return "\n".join(lines)
-
-
-_NAMES = {
-    "full": "full depth",
-    "full, routers on": "full depth, routers scored but no exits",
-    "head only": "embedding, output head and argmax alone",
-    "transformers": "transformers `generate` (PyTorch eager)",
-}
 
 
 def demo_table() -> str:
@@ -56,7 +25,7 @@ def demo_table() -> str:
     report = json.loads((RESULTS / "demo_report.json").read_text())
     full, exits, layers = report["full"], report["exit"], report["layers"]
     rows = [
-        f"{_machine(report['machine'])}; `make demo`, threshold {report['threshold']}, {exits['tokens']} tokens over "
+        f"{where(report['machine'])}; `make demo`, threshold {report['threshold']}, {exits['tokens']} tokens over "
         f"{len(report['prompts'])} prompts, {report['seconds']:.0f} s from checkpoint to report.",
         "",
         "| | tokens/s | mean layers run | agreement with the full model |",
@@ -76,12 +45,6 @@ def demo_table() -> str:
         for row in report["calibration"]["exits"]
     ]
     return "\n".join(rows)
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    versions = machine.get("versions", {"jax": machine.get("jax")})
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("jax", "torch"))
-    return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
 
 
 def quality_table() -> str:
@@ -169,7 +132,7 @@ def _peers_setting(report: dict[str, Any]) -> str:
     )
     past = ", ".join(f"{entry['past_end'] or 0.0:.0%} ({entry['name']})" for entry in report["sets"])
     return (
-        f"{_machine(report['machine'])}; {model['name']}, {model['dtype']}, {threads['cores']} threads for all; "
+        f"{where(report['machine'])}; {model['name']}, {model['dtype']}, {threads['cores']} threads for all; "
         f"prompts of {lengths[0]} to {lengths[-1]} tokens, {method['new_tokens']} new ones for all, {past} of them "
         f"past the end; medians over prompts and {method['rounds']} alternating rounds ({', '.join(slow['variants'])}: "
         f"{slow['prompts']} prompts, {slow['rounds']} round).{promised}"
@@ -206,7 +169,7 @@ def calibrate_line() -> str:
     estimate = report["estimate_8b_h100"]
     assumed = estimate["assumptions"]["accelerator"]
     return (
-        f"{_machine(report['machine'])}; {text['texts']} texts, {text['tokens']} tokens: calibration takes "
+        f"{where(report['machine'])}; {text['texts']} texts, {text['tokens']} tokens: calibration takes "
         f"{total['seconds']:.0f} s, a bare forward pass over the same tokens {bare['seconds']:.0f} s "
         f"({report['ratio']['seconds']:.2f} x; {report['ratio']['cpu_seconds']:.2f} x in processor time). "
         f"Estimated, not measured: {estimate['seconds']:.0f} s for an 8B model on one {assumed['name']}, if it reaches "
@@ -239,7 +202,7 @@ def _quality_setting(report: dict[str, Any]) -> str:
     )
     model = report["model"]
     return (
-        f"{_machine(report['machine'])}; {model['name']}, {model['dtype']}; {text['tokens']} tokens "
+        f"{where(report['machine'])}; {model['name']}, {model['dtype']}; {text['tokens']} tokens "
         f"of {text['texts']} held-out texts ({text['file']}), position 0 left out{generated}."
     )
 
@@ -316,25 +279,6 @@ def family_table() -> str:
     return "\n".join(lines)
 
 
-def gpu_aot_table() -> str:
-    """Decode steps compiled for a GPU, from gpu_aot.py."""
-    report = json.loads((RESULTS / "gpu_aot.json").read_text())
-    model, mebibyte = report["model"], 2**20
-    lines = [
-        f"jax {report['jax']} for {report['gpu']}; {model['layers']} layers of {model['hidden_size']}, "
-        f"{model['dtype']}, a checkpoint every {report['interval']} layers, {report['slots']} slots a row.",
-        "",
-        "| decode step | large arrays written | kernels | CUDA graphs | loops | memory besides |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for case in report["cases"]:
-        written = sum(size * count for _, _, size, count in case["large_results"]) / mebibyte
-        large = f"{written:.0f} MiB" if written else "none"
-        counts = f"{case['kernels']} | {case['graphs']} | {case['loops']}"
-        lines.append(f"| {case['name']} | {large} | {counts} | {case['temporary_bytes'] / mebibyte:.1f} MiB |")
-    return "\n".join(lines)
-
-
 _STATUS = {"refused": "decoders that are refused", "not a decoder": "encoders and encoder-decoder pairs"}
 TABLES = {
     "calibrate": calibrate_line,
@@ -342,6 +286,8 @@ TABLES = {
     "demo": demo_table,
     "family_counts": family_counts,
     "families": family_table,
+    "long": long_table,
+    "start": start_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
     "paper_families": paper_families,
