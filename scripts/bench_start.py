@@ -2,9 +2,9 @@
 
   python scripts/bench_start.py MODEL --routers routers.safetensors --out scripts/results/start.json
 
-MODEL is a converted directory. Every mode starts --warm + 1 times, the first time with no program kept. Words are shown
-when they are complete, so the first takes two tokens or more. Memory is the peak of resident pages, those of the mapped
-file too, beside 1.25 times the weights' bytes (routers included) and 500 MiB.
+MODEL is a converted directory; compile times are of random models. Every mode starts --warm + 1 times, the first time
+with no program kept. Words are shown when they are complete, so the first takes two tokens or more. Memory is the peak
+of resident pages, those of the mapped file too, beside 1.25 times the weights' bytes (routers included) and 500 MiB.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import Any, NamedTuple
 from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
+
+import tide_jax
+from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
 PROMPT = "Tell me about volcanoes and how they form."
 TOKENS = 16
@@ -49,8 +52,14 @@ def main() -> None:
         modes["exits, recompute"] = [*exits, "--kv-strategy", "recompute"]
         modes["lossless with routers"] = [*exits, "--mode", "lossless"]
     rows = [measure(name, args.model, options, args.warm) for name, options in modes.items()]
-    report = {"method": {"prompt": PROMPT, "tokens": TOKENS, "warm": args.warm}, "machine": machine(), "modes": rows}
+    report = {
+        "method": {"prompt": PROMPT, "tokens": TOKENS, "warm": args.warm},
+        "machine": machine(),
+        "modes": rows,
+        "compile": [compile_times(layers) for layers in (16, 32)],
+    }
     show(rows)
+    Console().print(report["compile"])
     save(args.out, report)
 
 
@@ -82,6 +91,18 @@ def start(model: Path, options: list[str], cache: str) -> Start:
     if process.returncode:
         raise SystemExit(f"tide-jax generate failed: {' '.join(command)}")
     return Start(first, time.perf_counter() - began, usage.ru_maxrss / 1024)
+
+
+def compile_times(layers: int) -> dict[str, Any]:
+    """Seconds to trace and compile a whole generation of a random model, whose width hardly matters for that."""
+    config = tiny_config(num_layers=layers)
+    model, routers = tiny_decoder(config), random_routers(config, interval=4)
+    seconds = {"layers": layers}
+    for name, strategy in {"full": None, "exits, propagate": "propagate", "exits, recompute": "recompute"}.items():
+        exits = None if strategy is None else tide_jax.ExitConfig(min_layers=1, kv_strategy=strategy)
+        engine = tide_jax.TIDE(model, None if exits is None else routers, exits)
+        seconds[name] = engine.generate([[1, 2, 3]], max_new_tokens=4).stats.compile_time
+    return seconds
 
 
 def show(rows: list[dict[str, Any]]) -> None:

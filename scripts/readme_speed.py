@@ -67,6 +67,10 @@ def start_table() -> str:
             f"| {row['name']} | {cold['first']:.1f} | {later['first']:.1f} | {later['first'] / cold['first']:.2f} | "
             f"{cold['peak']:.0f} | {later['peak']:.0f} | {row['bound']:.0f} |"
         )
+    names = [name for name in report["compile"][0] if name != "layers"]
+    lines += ["", f"| a generation, compiled: seconds | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for row in report["compile"]:
+        lines.append(f"| {row['layers']} layers | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
     return "\n".join(lines)
 
 

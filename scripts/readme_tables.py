@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_table import gpu_table
-from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, where, start_table
+from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, start_table, where
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,8 +14,9 @@ from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model, with
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, init_cache
 from tide_jax.early_exit import run_depth
+from tide_jax.layers import DecoderLayer
 from tide_jax.span_attention import KeyValue
-from tide_jax.testing import constant_routers, random_routers, tiny_config
+from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 PROMPTS = random_prompts((7, 1, 12))
 NEW = 6
@@ -291,3 +292,11 @@ def test_another_fit_of_the_same_shape_scores_without_compiling() -> None:
     engine(PROMPTS)
     assert engine.with_config(exit_threshold=0.61, min_layers=1)(PROMPTS).stats.compile_time == 0.0
     assert engine(PROMPTS, prompt_lengths=[1, 0, 4]).stats.compile_time == 0.0
+
+
+def test_layers_of_one_structure_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, run = [], DecoderLayer._run
+    monkeypatch.setattr(DecoderLayer, "_run", lambda layer, *args: traced.append(layer) or run(layer, *args))
+    model = tiny_decoder(tiny_config(num_layers=12, max_positions=77))
+    jax.jit(model).lower(jnp.zeros((1, 11), jnp.int32))
+    assert len(traced) == 1
