@@ -189,7 +189,7 @@ def _gain(what: str, report: Report) -> Found | None:
 
 def _paper_mix(report: Report) -> Found | None:
     rows = [
-        r for r in report.get("prefill") or [] if r["variant"].startswith("the paper's mix") and "latency_gain" in r
+        r for r in report.get("prefill") or [] if "latency_gain" in r and r["variant"].startswith("the paper's mix")
     ]
     if not rows:
         return None

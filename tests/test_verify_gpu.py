@@ -378,6 +378,13 @@ def test_the_table_says_what_was_measured_and_whether_it_suffices(tmp_path: Path
     assert found["prefill, the paper's mix"] == ["512 tokens: +2.5% of at most 3.0%", ""]
 
 
+def test_a_model_that_could_not_be_made_leaves_its_rows_open() -> None:
+    failed = {"error": "RESOURCE_EXHAUSTED: out of memory"}
+    found = {t["what"]: t["found"] for t in gpu_targets.evaluate(on_gpu(decode=failed, prefill=[failed]))}
+    assert found["prefill, the paper's mix"] is None
+    assert found["decode, full depth, batch 1"] is None
+
+
 def test_results_of_other_kernels_are_stale(tmp_path: Path) -> None:
     table = gpu_table(write(tmp_path / "gpu.json", on_gpu()), current="ffff")
     assert "**stale**" in table
