@@ -420,6 +420,10 @@ def test_kernels_are_proven_where_all_of_their_rows_are_right() -> None:
     slow = proving()
     slow["ops"][1:3] = [row | {"speedup": 0.9} for row in slow["ops"][1:3]]
     assert gpu_report.proven(slow) == others
+    fitting = proving()
+    fitting["ops"].append({"op": "exit_step", "implementation": "pallas_triton", "D": 8, "refused": "too narrow"})
+    assert gpu_report.proven(fitting) == every, "what a kernel does not take is not held against it"
+
     partly = proving()
     del partly["ops"][2]["right"]
     assert gpu_report.proven(partly) == others, "a row that was not run"
