@@ -22,6 +22,10 @@ _MODULES = {
 """What an implementation imports that may be missing."""
 
 
+class Unfit(ValueError):
+    """The implementation that was named can't run here, or not with these arguments."""
+
+
 class Choices(NamedTuple):
     """The implementations of one operation.
 
@@ -52,6 +56,10 @@ class Choices(NamedTuple):
         missing = _import_error(_MODULES["pallas_triton" if name == "pallas_interpret" else name])
         return None if missing is None else f"{self.operation}: {name!r} can't be imported: {missing}"
 
+    def own(self, name: str | None) -> str | None:
+        """`name`, given for several operations: None where this one has no implementation of that name."""
+        return name if name in self.names else None
+
     def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
         """The implementation to run.
 
@@ -60,12 +68,12 @@ class Choices(NamedTuple):
           misfit: why the kernel of a name can't take the arguments; None where it can.
 
         Raises:
-          ValueError: `name` can't run here, with the reason.
+          Unfit: `name` can't run here, with the reason.
         """
         if name is not None:
             reason = self.refusal(name) or (misfit(name) if name != "reference" else None)
             if reason is not None:
-                raise ValueError(reason)
+                raise Unfit(reason)
             return name
         for candidate in self._proven() if platform() == "gpu" else ():
             reason = self.refusal(candidate) or misfit(candidate)

@@ -171,7 +171,7 @@ def _lowered(case: Case, config: DecoderConfig, gpu: Any) -> jax.stages.Lowered:
 def _exits(config: DecoderConfig, kv_strategy: Any) -> Exits:
     routers = constant_routers(config, interval=INTERVAL, bottleneck=128)
     gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
-    return Exits(routers, gate, jnp.asarray(False), kv_strategy)
+    return Exits(routers, gate, False, kv_strategy)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from gpu_op_table import Op, Shape
 from gpu_timing import Budget, Overhead, Spread, looped, repeated
 from reporting import reason
 
+from pallas_kernels.selection import Unfit
+
 Row = dict[str, Any]
 OUT_OF_TIME = "not run: no time was left"
 
@@ -122,6 +124,8 @@ def _start(
         arguments = _arguments(op, shape)
         lowered = jax.jit(looped(functools.partial(op.call, name), iterations, op.in_place)).lower(*arguments)
         spent = time.perf_counter() - start
+    except Unfit as error:  # what a kernel says that it does not take is no failure of it
+        return _row(op, shape, name) | {"refused": str(error)}
     except Exception as error:
         return _row(op, shape, name) | {"compiled": False, "error": reason(error)}
     return Case(shape, name, iterations, pool.submit(_compile, lowered, spent))

@@ -113,7 +113,7 @@ def _right(operation: str, report: Report) -> Found | None:
     flips, worst = sum(r.get("flips", 0) for r in rows), max((r.get("max_error", 0.0) for r in rows), default=0.0)
     failed = sum("error" in row for row in rows)
     text = f"{len(rows) - len(wrong)} of {len(rows)} right, largest error {worst:.1e}, {flips} flips"
-    refused = {row["implementation"] for row in own if "refused" in row}
+    refused = {row["implementation"] for row in own if "refused" in row and "D" not in row}  # of any shape
     if unfinished := sum("not_run" in row for row in own):
         text += f", {unfinished} not run"
     text += (f", {failed} failed" if failed else "") + (f"; can't run: {', '.join(sorted(refused))}" if refused else "")
@@ -189,7 +189,7 @@ def _gain(what: str, report: Report) -> Found | None:
 
 def _paper_mix(report: Report) -> Found | None:
     rows = [
-        r for r in report.get("prefill") or [] if r["variant"].startswith("the paper's mix") and "latency_gain" in r
+        r for r in report.get("prefill") or [] if "latency_gain" in r and r["variant"].startswith("the paper's mix")
     ]
     if not rows:
         return None

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params  # JAX has no public way to it
 from test_exit_step_kernel import abstract, arguments_of, assert_is_the_reference, settings_of
+from tiny_models import tiny_config, tiny_model
 
 from pallas_kernels import gpu, selection
 from pallas_kernels.exit_step import exit_step, mosaic_gpu
+from tide_jax.early_exit import ExitGate, run_depth
+from tide_jax.testing import random_routers
 
 DTYPES = [jnp.bfloat16, jnp.float16]
 
@@ -97,3 +100,14 @@ def test_kernel_lowers_for_cuda(dtype: Any) -> None:
             functools.partial(mosaic_gpu.exit_step, **settings_of({})), *abstract(rows, size, hidden, dtype)
         )
         assert text.count("mosaic_gpu_v2") == 1
+
+
+def test_a_model_takes_it_for_the_exit_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    model = tiny_model(tiny_config(num_layers=3, hidden_size=64), dtype=jnp.bfloat16)
+    routers = random_routers(model.config, interval=1)
+    gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5), jnp.int32(0))
+    positions = jnp.arange(128, dtype=jnp.int32)[None]
+    settings = {"routers": routers, "gate": gate, "survivors": True, "implementation": "mosaic_gpu"}
+    out = jax.eval_shape(lambda: run_depth(model, jnp.ones_like(positions), positions, None, **settings))
+    assert out.states.shape == (1, 128, 64)

@@ -378,6 +378,13 @@ def test_the_table_says_what_was_measured_and_whether_it_suffices(tmp_path: Path
     assert found["prefill, the paper's mix"] == ["512 tokens: +2.5% of at most 3.0%", ""]
 
 
+def test_a_model_that_could_not_be_made_leaves_its_rows_open() -> None:
+    failed = {"error": "RESOURCE_EXHAUSTED: out of memory"}
+    found = {t["what"]: t["found"] for t in gpu_targets.evaluate(on_gpu(decode=failed, prefill=[failed]))}
+    assert found["prefill, the paper's mix"] is None
+    assert found["decode, full depth, batch 1"] is None
+
+
 def test_results_of_other_kernels_are_stale(tmp_path: Path) -> None:
     table = gpu_table(write(tmp_path / "gpu.json", on_gpu()), current="ffff")
     assert "**stale**" in table
@@ -413,6 +420,10 @@ def test_kernels_are_proven_where_all_of_their_rows_are_right() -> None:
     slow = proving()
     slow["ops"][1:3] = [row | {"speedup": 0.9} for row in slow["ops"][1:3]]
     assert gpu_report.proven(slow) == others
+    fitting = proving()
+    fitting["ops"].append({"op": "exit_step", "implementation": "pallas_triton", "D": 8, "refused": "too narrow"})
+    assert gpu_report.proven(fitting) == every, "what a kernel does not take is not held against it"
+
     partly = proving()
     del partly["ops"][2]["right"]
     assert gpu_report.proven(partly) == others, "a row that was not run"

@@ -8,7 +8,7 @@ import logging
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.kv_fill import InputNorm, KVRows, Projection, Rotary, Settings, kv_fill
+from pallas_kernels.kv_fill import IMPLEMENTATIONS, InputNorm, KVRows, Projection, Rotary, Settings, kv_fill
 from pallas_kernels.kv_fill.reference import InputNormKind
 from tide_jax.attention import Attention, AttentionContext
 from tide_jax.layers import DecoderLayer
@@ -37,7 +37,7 @@ def fill_rows(
     """
     attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
     if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
-        if implementation not in (None, "reference"):
+        if IMPLEMENTATIONS.own(implementation) not in (None, "reference"):
             _warn_once(f"kv_fill: {reason}; layers of this kind project their rows in plain JAX")
         return layer.project_kv(x, contexts)
     heads, _, channels = attention.kv.outputs
@@ -56,7 +56,7 @@ def fill_rows(
         fill,
         KVRows(empty, empty),
         settings=_settings(attention, norm),
-        implementation=implementation,
+        implementation=IMPLEMENTATIONS.own(implementation),
     )
     return KeyValue(*rows)
 

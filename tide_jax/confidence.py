@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.exit_project import AffineHead, FinalNorm, exit_project
+from pallas_kernels.exit_project import IMPLEMENTATIONS, AffineHead, FinalNorm, exit_project
 from pallas_kernels.exit_step.reference import router_scores
 from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.router import Routers
@@ -81,7 +81,7 @@ def _exit_states(
         eps=config.norm_eps,
         norm=config.norm if config.final_norm else "none",
         unit_offset=config.norm_unit_offset,
-        implementation=implementation,
+        implementation=IMPLEMENTATIONS.own(implementation),
     )
     return states.reshape(x.shape)
 

@@ -46,7 +46,7 @@ def times_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Arr
         return einsum("...d,fd->...f", x, rows)
 
     def in_parts() -> Float[Array, "... F"]:
-        copies = jnp.broadcast_to(x.reshape(1, tokens, -1), (parts, tokens, x.shape[-1]))
+        copies = jnp.broadcast_to(x.reshape(1, tokens, x.shape[-1]), (parts, tokens, x.shape[-1]))
         products = einsum("ptd,pfd->ptf", copies, rows.reshape(parts, -1, rows.shape[1]))
         return jnp.moveaxis(products, 0, 1).reshape(*x.shape[:-1], rows.shape[0])
 

@@ -16,7 +16,7 @@ from tide_jax.span_attention import KeyValue, Span
 class ShapedAttention(Attention):
     """Keys and values are padded to the cache's shape when they are stored, and cut to their own when they are read.
 
-    All layers share one cache array, which has room for the most and the widest heads of any layer.
+    The cache arrays of all layers have one shape, with room for the most and the widest heads of any layer.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

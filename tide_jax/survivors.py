@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.compact import Partition, gather_rows, partition, scatter_rows
+from pallas_kernels.compact import IMPLEMENTATIONS, Partition, gather_rows, partition, scatter_rows
 from tide_jax.attention import AttentionContext
 from tide_jax.cache import KVCache
 from tide_jax.cache_fill import fill_rows
@@ -107,13 +107,14 @@ class Survivors(NamedTuple):
         )
 
     def _gathered(self, x: Float[Array, "B T D"], rows: Partition, size: int) -> Float[Array, "B M D"]:
-        return gather_rows(x, rows, size, implementation=self.gating.implementation)
+        return gather_rows(x, rows, size, implementation=IMPLEMENTATIONS.own(self.gating.implementation))
 
     def _scattered(
         self, x: Float[Array, "B M D"], rows: Partition, out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         # A translator of rank 0 reads nothing: there are no rows to move.
-        return out if x.size == 0 else scatter_rows(x, rows, out, implementation=self.gating.implementation)
+        own = IMPLEMENTATIONS.own(self.gating.implementation)
+        return out if x.size == 0 else scatter_rows(x, rows, out, implementation=own)
 
 
 def _taken(state: TokenState, rows: Partition, size: int) -> TokenState:
