@@ -62,7 +62,7 @@ verify-gpu: .venv/gpu
 	$(BIN)/python scripts/verify_gpu.py --out scripts/results/gpu.json --model .demo/smollm2 \
 		$(if $(ROUTERS),--routers $(ROUTERS))
 	$(BIN)/python scripts/readme_tables.py
-	$(BIN)/python scripts/plot_gpu.py scripts/results/gpu.json docs/gpu_gain.svg
+	-$(BIN)/python scripts/plot_gpu.py scripts/results/gpu.json docs/gpu_gain.svg
 
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"

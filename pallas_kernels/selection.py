@@ -60,6 +60,10 @@ class Choices(NamedTuple):
         """`name`, given for several operations: None where this one has no implementation of that name."""
         return name if name in self.names else None
 
+    def plain(self, name: str | None) -> bool:
+        """Whether `name` is plain JAX in this process, whatever the arguments."""
+        return name == "reference" or (name is None and not (platform() == "gpu" and self._proven()))
+
     def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
         """The implementation to run.
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from reporting import machine
+from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -82,9 +82,7 @@ def main() -> None:
     for row in batches:
         show(row, model.config.num_layers)
     print(json.dumps(report["prompts"], indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.out, report)
 
 
 def load_reference(source: str) -> Any:

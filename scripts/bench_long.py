@@ -10,14 +10,13 @@ over the bytes of the weights.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from bench_decode import PROMPT, random_prompts
-from reporting import machine
+from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -43,9 +42,7 @@ def main() -> None:
         "windows": windows(model, times, args.window),
     }
     show(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.out, report)
 
 
 def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:

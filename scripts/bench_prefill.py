@@ -11,9 +11,6 @@ and the last token's logits, medians over prompts and rounds; ratios are taken w
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -60,15 +58,11 @@ def main() -> None:
             "dtype": str(model.dtype),
         },
         "method": {name: getattr(args, name) for name in ("tokens", "prompts", "rounds", "min_layers")},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "jax": jax.__version__},
+        "machine": machine(),
         **measure(model, routers, prompts, args),
     }
     show(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-        partial.replace(args.out)
+    save(args.out, report)
 
 
 def cut_prompts(tokenizer: Any, source: str, tokens: int, count: int) -> Int[Array, "N 1 T"]:

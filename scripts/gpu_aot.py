@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from flax import nnx
 from gpu_program import large_results, launches
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from reporting import save
 
 import pallas_kernels.selection
 from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
@@ -96,10 +96,7 @@ def main() -> int:
     }
     for entry in report["cases"]:
         print(", ".join(f"{key} {value}" for key, value in entry.items() if key != "problems"))
-    if args.out is not None:
-        part = args.out.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=1) + "\n")
-        part.replace(args.out)
+    save(args.out, report)
     problems = [f"{entry['name']}: {problem}" for entry in report["cases"] for problem in entry["problems"]]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -167,7 +167,8 @@ def _measured(op: Op, case: Case, program: Any, matrix: Matrix, roof: Roof, righ
     arguments = _arguments(op, case.shape)
     found = jax.device_get(program(*arguments))
     spent = repeated(lambda: program(*arguments), matrix.repeats)
-    net = Spread(*(s / case.iterations - roof.overhead.loop for s in spent))
+    # No operation takes no time: what the empty loop's noise leaves of a short one is not taken below a nanosecond.
+    net = Spread(*(max(s / case.iterations - roof.overhead.loop, 1e-9) for s in spent))
     floor = op.floor(case.shape) / roof.bandwidth
     row: Row = {
         "us": 1e6 * net.median,

@@ -203,6 +203,10 @@ def prove(report: Report, progress: Progress) -> None:
     """Writes down which kernels a GPU found right, for these very sources."""
     if report["platform"] != "gpu":
         raise Refused("--prove takes a GPU")
+    if not any("right" in row for row in report["ops"] or [] if row["implementation"] == "reference"):
+        raise Refused(
+            "--prove compares with plain JAX on the processor: run all operations, with the cpu backend there"
+        )
     operations = proven(report)
     fact = {
         "kernels_sha256": report["kernels_sha256"],

@@ -36,6 +36,7 @@ def reason(error: Exception) -> str:
 def save(path: Path | None, report: dict[str, Any]) -> None:
     """Writes a report as JSON, whole or not at all; nowhere without a path."""
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         temporary.replace(path)

@@ -13,6 +13,7 @@ from pallas_kernels.kv_fill.reference import InputNormKind
 from tide_jax.attention import Attention, AttentionContext
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import Norm
+from tide_jax.sharding import on_mesh
 from tide_jax.span_attention import KeyValue
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,16 @@ def fill_rows(
       x: what the layer would read.
       contexts: with the tokens' true positions.
       fill: tokens that are wanted; what the rows of others hold does not matter.
-      implementation: of the cache fill, see `pallas_kernels`. Layers that it does not cover project in plain JAX,
-        with a warning in the log where a kernel was asked for by name.
+      implementation: of the cache fill, see `pallas_kernels`. On a mesh, and for layers that the kernel does not
+        cover, rows are projected in plain JAX; of the latter a warning in the log tells where a kernel was named.
     """
     attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
+    wanted = IMPLEMENTATIONS.own(implementation)
+    # The layer's own products are made for the CPU, and on a mesh split over its devices.
+    if IMPLEMENTATIONS.plain(wanted) or on_mesh():
+        return layer.project_kv(x, contexts)
     if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
-        if IMPLEMENTATIONS.own(implementation) not in (None, "reference"):
+        if wanted is not None:
             _warn_once(f"kv_fill: {reason}; layers of this kind project their rows in plain JAX")
         return layer.project_kv(x, contexts)
     heads, _, channels = attention.kv.outputs
@@ -56,7 +61,7 @@ def fill_rows(
         fill,
         KVRows(empty, empty),
         settings=_settings(attention, norm),
-        implementation=IMPLEMENTATIONS.own(implementation),
+        implementation=wanted,
     )
     return KeyValue(*rows)
 

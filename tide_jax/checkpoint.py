@@ -33,7 +33,8 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
 
     Args:
       source: a directory `convert` wrote, or whatever the installed converter opens: a Hugging Face directory, a hub
-        id, a GGUF file. These are converted in memory.
+        id, a GGUF file. These are converted in memory. A directory's weight files are mapped on a CPU: they may be
+        replaced or removed while the model lives, but not written into.
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
         are slower, and the checkpoint's own elsewhere.
       mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no

@@ -22,6 +22,7 @@ from tide_jax.cache_fill import fill_rows
 from tide_jax.decoder import Decoder
 from tide_jax.exit_gate import Gating, TokenState, leave
 from tide_jax.group_loop import Branch, GroupRows, Loop
+from tide_jax.sharding import on_mesh
 from tide_jax.span_attention import KeyValue
 
 LEAST_TOKENS = 128
@@ -107,14 +108,18 @@ class Survivors(NamedTuple):
         )
 
     def _gathered(self, x: Float[Array, "B T D"], rows: Partition, size: int) -> Float[Array, "B M D"]:
-        return gather_rows(x, rows, size, implementation=IMPLEMENTATIONS.own(self.gating.implementation))
+        return gather_rows(x, rows, size, implementation=self._moving)
 
     def _scattered(
         self, x: Float[Array, "B M D"], rows: Partition, out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         # A translator of rank 0 reads nothing: there are no rows to move.
-        own = IMPLEMENTATIONS.own(self.gating.implementation)
-        return out if x.size == 0 else scatter_rows(x, rows, out, implementation=own)
+        return out if x.size == 0 else scatter_rows(x, rows, out, implementation=self._moving)
+
+    @property
+    def _moving(self) -> str | None:
+        """Of the compaction: a kernel does not know how a mesh splits its arrays."""
+        return "reference" if on_mesh() else IMPLEMENTATIONS.own(self.gating.implementation)
 
 
 def _taken(state: TokenState, rows: Partition, size: int) -> TokenState:
