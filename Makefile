@@ -41,6 +41,8 @@ quality: .venv/demo
 	$(BIN)/python scripts/bench_quality.py .demo/smollm2 propagate=.demo/quality.safetensors \
 		"recompute, tilted=recompute,tilt:.demo/quality.safetensors" --text $(HELD_OUT) \
 		--out scripts/results/quality.json
+	$(BIN)/python scripts/bench_prefill.py .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
+		--out scripts/results/prefill.json
 	$(BIN)/python scripts/bench_drift.py .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
 

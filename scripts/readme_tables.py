@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_table import gpu_table
-from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, start_table, where
+from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, prefill_table, start_table, where
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,6 +287,7 @@ TABLES = {
     "family_counts": family_counts,
     "families": family_table,
     "long": long_table,
+    "prefill": prefill_table,
     "start": start_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
