@@ -98,8 +98,11 @@ def attend(
       adapt: applied to rows, and to what is seen of them, as they are read.
     """
 
+    # Tokens behind heads here, a small array, or the product would have the scores turned round, a large one.
+    by_head = jnp.transpose(q, (0, 2, 3, 1, 4))
+
     def part(rows: KeyValue, span: Span) -> Part:
-        return _part(q, *adapt(rows, span), scale, softcap)
+        return _part(by_head, *adapt(rows, span), scale, softcap)
 
     parts = [part(rows, s) if isinstance(rows, KeyValue) else _cached(part, rows, s) for rows, s in spans]
     if sinks is not None:
@@ -112,7 +115,7 @@ def attend(
 
 
 def _part(q: Array, rows: KeyValue, span: Span, scale: float, softcap: float | None) -> Part:
-    scores = einsum("btkgd,bksd->bkgts", q, rows.keys).astype(jnp.float32) * scale
+    scores = einsum("bkgtd,bksd->bkgts", q, rows.keys).astype(jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if span.bias is not None:
