@@ -13,6 +13,7 @@ import numpy as np
 from convert.rules import Piece, Plan, Slot, Take
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import kernel_input_axes
+from tide_jax.ops import stored_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +30,13 @@ class _Turned:
 def as_stored(plan: Plan, config: DecoderConfig) -> Plan:
     """The same plan for parameters as the model keeps them."""
     inputs = kernel_input_axes(config)
-    orders = {path: _order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
+    orders = {path: stored_order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
     shapes = {
         path: tuple(shape[axis] for axis in orders[path]) if path in orders else shape
         for path, shape in plan.shapes.items()
     }
     pieces = tuple(_turned(p, orders[p.path]) if p.path in orders else p for p in plan.pieces)
     return dataclasses.replace(plan, shapes=shapes, pieces=pieces)
-
-
-def _order(ndim: int, inputs: int) -> tuple[int, ...]:
-    return (*range(inputs, ndim), *range(inputs))
 
 
 def _turned(piece: Piece, order: tuple[int, ...]) -> Piece:

@@ -62,7 +62,7 @@ class Choices(NamedTuple):
 
     def plain(self, name: str | None) -> bool:
         """Whether `name` is plain JAX in this process, whatever the arguments."""
-        return name == "reference" or (name is None and not (platform() == "gpu" and self._proven()))
+        return name == "reference" or (name is None and not self._automatic())
 
     def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
         """The implementation to run.
@@ -79,15 +79,17 @@ class Choices(NamedTuple):
             if reason is not None:
                 raise Unfit(reason)
             return name
-        for candidate in self._proven() if platform() == "gpu" else ():
+        for candidate in self._automatic():
             reason = self.refusal(candidate) or misfit(candidate)
             if reason is None:
                 return candidate
             _warn_once(reason)
         return "reference"
 
-    def _proven(self) -> tuple[str, ...]:
-        """Those of `on_gpu` that a GPU has found right."""
+    def _automatic(self) -> tuple[str, ...]:
+        """What None tries in this process: on a GPU, those of `on_gpu` that one has found right."""
+        if platform() != "gpu":
+            return ()
         if self.proven is None:
             return tuple(name for name in self.on_gpu if name in _proven_kernels().get(self.operation, ()))
         return self.on_gpu if self.proven else ()

@@ -8,6 +8,7 @@ and any mix of depths is a choice of token ids, with no program of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,44 +18,28 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from tide_jax.calibration_estimate import eight_billion
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.decoder import Decoder, stored_parameters
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits
 from tide_jax.router import Router, Routers
+from tide_jax.testing import tiny_config
 
 _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
 """How long a kind's direction is, and how much of it a router has to see, in units of the root of D."""
 
 
 def config_8b() -> DecoderConfig:
-    """The shape of Llama 3 8B."""
-    return _config(layers=32, size=4096, heads=32, kv_heads=8, inner=14336, vocabulary=128256)
+    """The shape of Llama 3 8B, whose output head is a matrix of its own: steering must not reach it."""
+    return dataclasses.replace(eight_billion(), tie_embeddings=False, norm_eps=1e-5)
 
 
 def config_tiny() -> DecoderConfig:
     """Something that a processor runs in no time."""
-    return _config(layers=3, size=64, heads=4, kv_heads=2, inner=96, vocabulary=320)
-
-
-def _config(*, layers: int, size: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> DecoderConfig:
-    channels = size // heads
-    kind = AttentionType(scale=channels**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=channels))
-    return DecoderConfig(
-        model_type="llama",
-        vocab_size=vocabulary,
-        hidden_size=size,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=channels,
-        intermediate_size=inner,
-        max_positions=8192,
-        attention_types=(kind,),
-        attention_pattern=(0,) * layers,
-        norm_eps=1e-5,
-        tie_embeddings=False,
-    )
+    kind = AttentionType(scale=16**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=16))
+    sizes = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 96}
+    return tiny_config(num_layers=3, vocab_size=320, attention_types=(kind,), tie_embeddings=False, **sizes)
 
 
 class Steered(NamedTuple):

@@ -42,15 +42,19 @@ def times_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Arr
     """
     tokens = math.prod(x.shape[:-1])
     parts = 4 if tokens == 1 else 2 if tokens <= _FEW_TOKENS else 1
-    if parts == 1 or rows.shape[0] % parts or x.dtype != jnp.float32 or on_mesh():
+
+    def at_once() -> Float[Array, "... F"]:
         return einsum("...d,fd->...f", x, rows)
+
+    if parts == 1 or rows.shape[0] % parts or x.dtype != jnp.float32 or on_mesh():
+        return at_once()
 
     def in_parts() -> Float[Array, "... F"]:
         copies = jnp.broadcast_to(x.reshape(1, tokens, x.shape[-1]), (parts, tokens, x.shape[-1]))
         products = einsum("ptd,pfd->ptf", copies, rows.reshape(parts, -1, rows.shape[1]))
         return jnp.moveaxis(products, 0, 1).reshape(*x.shape[:-1], rows.shape[0])
 
-    return lax.platform_dependent(cpu=in_parts, default=lambda: einsum("...d,fd->...f", x, rows))
+    return lax.platform_dependent(cpu=in_parts, default=at_once)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:
@@ -102,9 +106,14 @@ class Dense(nnx.Module):
         return jnp.moveaxis(maps, 0, 1).reshape(*x.shape[:-1], *self.outputs)
 
 
+def stored_order(ndim: int, inputs: int) -> tuple[int, ...]:
+    """Axes of a kernel known as ``inputs + outputs`` in the order that it is kept in, ``outputs + inputs``."""
+    return (*range(inputs, ndim), *range(inputs))
+
+
 def stored_kernel(kernel: T, inputs: int) -> T:
     """``inputs + outputs`` -> ``outputs + inputs``, of an array (numpy's or JAX's) whose first axes are the inputs."""
-    return kernel.transpose(*range(inputs, kernel.ndim), *range(inputs))
+    return kernel.transpose(stored_order(kernel.ndim, inputs))
 
 
 def known_kernel(kernel: T, inputs: int) -> T:

@@ -92,8 +92,7 @@ class ShardedTensors:
         Raises:
           TideError: the tensor is not float32, float16 or bfloat16, or its file can no longer be read.
         """
-        if (found := self.infos[name].dtype) not in DTYPES:
-            raise TideError(f"tensor {name} has dtype {found}, expected one of {', '.join(DTYPES)}")
+        self._float_dtype(name)
         return self.read_stored(name, index)
 
     def map(self, name: str) -> np.ndarray:
@@ -102,10 +101,7 @@ class ShardedTensors:
         Raises:
           TideError: as `read`.
         """
-        info, location = self.infos[name], self._locations[name]
-        if info.dtype not in DTYPES:
-            return self.read(name)
-        dtype = DTYPES[info.dtype]
+        info, location, dtype = self.infos[name], self._locations[name], self._float_dtype(name)
         try:
             if location.file not in self._maps:
                 self._maps[location.file] = np.memmap(location.file, np.uint8, "r")
@@ -114,6 +110,11 @@ class ShardedTensors:
             return mapped.view(dtype).reshape(info.shape)
         except (OSError, ValueError) as error:
             raise TideError(_unreadable(name, location.file, error)) from error
+
+    def _float_dtype(self, name: str) -> np.dtype:
+        if (found := self.infos[name].dtype) not in DTYPES:
+            raise TideError(f"tensor {name} has dtype {found}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[found]
 
     def read_stored(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
         """As `read`, of any dtype in `STORED_DTYPES`: packed integers, 8-bit floats."""

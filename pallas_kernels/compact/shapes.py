@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.exit_step.shapes import DTYPES
+from pallas_kernels.exit_step.shapes import DTYPES, MAX_ELEMENTS
 
 MAX_ROWS = 1 << 16
-MAX_ELEMENTS = (1 << 31) - 1
-"""What 32-bit offsets reach."""
 
 
 def misfit(whole: Float[Array, "B N D"], size: int, *others: Float[Array, "..."]) -> str | None:

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.exit_step.reference import NormKind
 
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+MAX_ELEMENTS = (1 << 31) - 1
+"""What 32-bit offsets reach."""
 MAX_HIDDEN = 256
 """Router width up to which a program's sums stay in registers."""
 MOSAIC_COLUMNS = 64

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.exit_step.shapes import DTYPES, power_of_two
+from pallas_kernels.exit_step.shapes import DTYPES, MAX_ELEMENTS, power_of_two
 from pallas_kernels.kv_fill.reference import KVRows, Projection, Rotary
 
 MAX_ROW = 1 << 14
 """Numbers of a token's keys, heads and channels up to powers of two: as many as one program's registers hold."""
-MAX_ELEMENTS = (1 << 31) - 1
-"""What 32-bit offsets reach."""
 
 
 def misfit(x: Float[Array, "B T D"], projection: Projection, rotary: Rotary | None, out: KVRows) -> str | None:
