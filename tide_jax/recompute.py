@@ -18,13 +18,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.attention import AttentionContext
-from tide_jax.cache import KVCache, Pending
+from tide_jax.cache import KVCache
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
 from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
 from tide_jax.router import Routers
+from tide_jax.slot_window import SlotWindow
 from tide_jax.span_attention import KeyValue
 
 
@@ -81,9 +82,8 @@ def recompute_step(
     allowed = (places[:, -1:] >= 1) & may_exit
     gating = None if routers is None or gate is None else Gating(routers, gate, allowed, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
-    return _Walk(model, groups, cache, pending, gating, places, cache.length + count, finish).run(
-        _Window(states, newest)
-    )
+    slots = SlotWindow(cache, groups, places, cache.length + count)
+    return _Walk(model, slots, gating, finish).run(_Window(states, newest))
 
 
 class _Window(NamedTuple):
@@ -94,42 +94,39 @@ class _Window(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """One walk over the layer groups. `positions` are the window's, `length` counts its slots."""
+    """One walk over the layer groups."""
 
     model: Decoder
-    groups: tuple[range, ...]
-    cache: KVCache
-    pending: Pending
+    slots: SlotWindow
     gating: Gating | None
-    positions: Int[Array, "B Q"]
-    length: Int[Array, ""]
     finish: Bool[Array, ""] | bool
 
     def run(self, window: _Window) -> tuple[DepthOutput, KVCache]:
-        count, rows, ran = len(self.groups), GroupRows(self.groups), self.pending.ran
-        contexts = self.model.contexts(self.positions[:, -1:], self.cache)
+        groups = self.slots.groups
+        count, rows = len(groups), GroupRows(groups)
+        contexts = self.model.contexts(self.slots.positions[:, -1:], self.slots.cache)
         branches = [self._alone(g, contexts) for g in range(count)]
         branches += [self._with_waiting(g, width) for width in self._widths for g in range(count)]
-        # A step later the queue would not hold what waits for the last group.
-        full = self.finish | (self.length - ran[-1] >= self.pending.queue_length)
+        whole = self.finish | self.slots.full
         loop = run_groups(
-            lambda s: (s.group < count) & (full | jnp.any(s.state.newest.active)),
+            lambda s: (s.group < count) & (whole | jnp.any(s.state.newest.active)),
             branches,
             Loop(jnp.int32(0), window, rows.empty(self.model.config, window.states)),
             choose=lambda s: s.group + count * self._width_number(s.group),
         )
-        new, newest = rows.by_layer(loop.rows), loop.state.newest
+        new, newest, pending = rows.by_layer(loop.rows), loop.state.newest, self.slots.pending
         out = DepthOutput(newest.states, newest.exit_layers, new, rows.layers_before(loop.group))
-        return out, self._written(new, loop.state.states, jnp.arange(count) < loop.group)
+        pending = pending._replace(states=loop.state.states.astype(pending.states.dtype))
+        return out, self.slots.written(new, jnp.arange(count) < loop.group, pending)
 
     @property
     def _widths(self) -> tuple[int, ...]:
         """Slots in a pass with waiting tokens."""
-        return pass_widths(self.pending.queue_length)[1:]
+        return pass_widths(self.slots.pending.queue_length)[1:]
 
     def _width_number(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """0: nothing waits for the group; otherwise one plus the least width that holds what does."""
-        return pass_number(self.length - self.pending.ran[group], self.pending.queue_length)
+        return pass_number(self.slots.length - self.slots.pending.ran[group], self.slots.pending.queue_length)
 
     def _alone(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[_Window]:
         """Runs group `g` for the newest token: nothing waits."""
@@ -143,11 +140,9 @@ class _Walk(NamedTuple):
         """Runs group `g` for the newest token and all that wait for it, `width` slots."""
 
         def run(window: _Window) -> tuple[_Window, KeyValue]:
-            waits = self._waits(self.pending.ran[g][None])[:, -width:]
-            positions = jnp.where(waits, self.positions[:, -width:], -1)
-            slots = jnp.arange(self.cache.capacity)[None]
-            complete = jnp.where(slots < self.pending.ran[g], self.cache.positions, -1)
-            contexts = self.model.contexts(positions, self.cache._replace(positions=complete))
+            waits = self.slots.waits(self.slots.pending.ran[g][None])[:, -width:]
+            positions = jnp.where(waits, self.slots.positions[:, -width:], -1)
+            contexts = self.model.contexts(positions, self.slots.complete(g))
             before = window.states[:, -width:]
             # Slots that do not wait are masked, but what is no number would not be.
             x, rows = self._layers(g, jnp.where(waits[:, :, None], before, jnp.zeros_like(before)), contexts)
@@ -159,8 +154,8 @@ class _Walk(NamedTuple):
         self, g: int, x: Float[Array, "B W D"], contexts: tuple[AttentionContext, ...]
     ) -> tuple[Float[Array, "B W D"], list[KeyValue]]:
         rows = []
-        for i in self.groups[g]:
-            x, new = self.model.layers[i](x, contexts, self.cache.layer(i))
+        for i in self.slots.groups[g]:
+            x, new = self.model.layers[i](x, contexts, self.slots.cache.layer(i))
             rows.append(new)
         return x, rows
 
@@ -168,41 +163,12 @@ class _Walk(NamedTuple):
         self, g: int, window: _Window, x: Float[Array, "B W D"], rows: list[KeyValue]
     ) -> tuple[_Window, KeyValue]:
         """The window once its last W slots have run group `g`, and the group's rows for all of its slots."""
-        newest = leave(self.model, self.groups, g, window.newest._replace(x=x[:, -1:]), self.gating)
+        newest = leave(self.model, self.slots.groups, g, window.newest._replace(x=x[:, -1:]), self.gating)
         ahead = window.states.shape[1] - x.shape[1]
         front = ((0, 0), (0, 0), (ahead, 0), (0, 0))
         padded = [KeyValue(jnp.pad(r.keys, front), jnp.pad(r.values, front)) for r in rows]
         states = jnp.concatenate([window.states[:, :ahead], x], axis=1)
-        return _Window(states, newest), GroupRows(self.groups).stack(padded)
-
-    def _waits(self, ran: Int[Array, " groups"]) -> Bool[Array, "groups Q"]:
-        """Which slots of the window groups that have run so many have yet to run, the newest included."""
-        return (self._first_slot() + jnp.arange(self.pending.queue_length))[None] >= ran[:, None]
-
-    def _first_slot(self) -> Int[Array, ""]:
-        return self.length - self.pending.queue_length
-
-    def _written(self, new: KeyValue, states: Float[Array, "B Q D"], done: Bool[Array, " groups"]) -> KVCache:
-        """The cache with the tokens appended, and the rows that groups have computed."""
-        by_group = self._waits(self.pending.ran) & done[:, None]
-        fresh = [by_group[g][None, None, :, None] for g, group in enumerate(self.groups) for _ in group]
-        zero = jnp.int32(0)
-        start = (zero, zero, self._first_slot(), zero)
-
-        def write_layer(old: Array, rows: Array, fresh: Array) -> Array:
-            kept = lax.dynamic_slice(old, start, rows.shape)
-            return lax.dynamic_update_slice(old, jnp.where(fresh, rows.astype(old.dtype), kept), start)
-
-        def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
-            return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))
-
-        return KVCache(
-            keys=write(self.cache.keys, new.keys),
-            values=write(self.cache.values, new.values),
-            positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self._first_slot())),
-            length=self.length,
-            pending=Pending(states.astype(self.pending.states.dtype), jnp.where(done, self.length, self.pending.ran)),
-        )
+        return _Window(states, newest), GroupRows(self.slots.groups).stack(padded)
 
 
 def pass_widths(queue_length: int) -> tuple[int, ...]:
