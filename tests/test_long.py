@@ -41,7 +41,7 @@ def start() -> Any:
 
 
 @pytest.mark.parametrize("name", ["pre norm", "alibi and sinks", "latent attention", "sliding windows"])
-@pytest.mark.parametrize("slots", [3 * BLOCK, 2 * BLOCK + 71])
+@pytest.mark.parametrize("slots", [2 * BLOCK + 71, 3 * BLOCK, 4 * BLOCK + 200])
 def test_blocks_of_the_cache_are_the_whole_cache(name: str, slots: int) -> None:
     model, expected = model_of(name), logits_of(name)
     for filled in (16, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK):
