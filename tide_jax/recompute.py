@@ -73,16 +73,17 @@ def recompute_step(
     states = jnp.concatenate([pending.states[:, 1:].astype(embedded.dtype), embedded], axis=1)
     places = jnp.concatenate([earlier, positions], axis=1)
     if count is None:
-        count = jnp.int32(tokens.shape[1])
+        added = jnp.int32(tokens.shape[1])
         states, places = states[:, -width:], places[:, -width:]
     else:
+        added = count
         states = lax.dynamic_slice_in_dim(states, count - 1, width, axis=1)
         places = lax.dynamic_slice_in_dim(places, count - 1, width, axis=1)
     newest = TokenState.start(states[:, -1:], places[:, -1:])
     allowed = (places[:, -1:] >= 1) & may_exit
     gating = None if routers is None or gate is None else Gating(routers, gate, allowed, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
-    slots = SlotWindow(cache, groups, places, cache.length + count)
+    slots = SlotWindow(cache, groups, places, cache.length + added)
     return _Walk(model, slots, gating, finish).run(_Window(states, newest))
 
 
