@@ -19,24 +19,44 @@ EVEN_SLOTS = 128
 """Long caches have a multiple of so many slots: of others XLA makes padded copies on a GPU, at every step and layer."""
 
 
-class Pending(NamedTuple):
-    """Tokens that have left, and whose deep keys and values are still to be computed (``kv_strategy="recompute"``).
+class Left(NamedTuple):
+    """How the newest Q slots left: what their rows of skipped layers are projected with.
 
-    A group of layers always runs all tokens that wait for it, so what waits for a group is what came after its last
+    Attributes:
+      exit_layers: index of the last layer each ran, int32; -1 where there is no token.
+      code: what translators read of the exit states; R is 0 without translators.
+    """
+
+    exit_layers: Int[Array, "B Q"]
+    code: Float[Array, "B Q R"]
+
+
+class Pending(NamedTuple):
+    """Tokens that have left, and whose deep keys and values are still to be computed.
+
+    A group of layers always sees to all tokens that wait for it, so what waits for a group is what came after its last
     run: the newest slots, none missing.
 
     Attributes:
       states: residual stream of the newest Q slots, each after the last group that ran it.
-      ran: slots that each group of layers has run, int32; never more than the group before.
+      ran: slots that each group of layers has seen to, int32; never more than the group before.
+      left: where groups project the rows of tokens that have left (`tide_jax.deferred_fill`); None where they run
+        them (``kv_strategy="recompute"``).
     """
 
     states: Float[Array, "B Q D"]
     ran: Int[Array, " groups"]
+    left: Left | None = None
 
     @property
     def queue_length(self) -> int:
         """Q, slots held."""
         return self.states.shape[1]
+
+    @property
+    def code_size(self) -> int | None:
+        """What `init_cache` was told."""
+        return None if self.left is None else self.left.code.shape[2]
 
 
 class KVCache(NamedTuple):
@@ -101,12 +121,16 @@ def init_cache(
     *,
     pending_groups: int = 0,
     queue_length: int = QUEUE_LENGTH,
+    code_size: int | None = None,
 ) -> KVCache:
     """An empty cache of at least `capacity` slots for `batch` rows; on the mesh of ``jax.set_mesh`` where there is one.
 
     Args:
-      pending_groups: for ``kv_strategy="recompute"``, the number of layer groups (checkpoints and one); 0 otherwise.
-      queue_length: tokens whose deep layers may wait, the newest included.
+      pending_groups: where tokens may wait for deep layers, the number of layer groups (checkpoints and one); 0
+        otherwise. `tide_jax.Exits` knows this and `code_size`.
+      queue_length: tokens that may wait, the newest included.
+      code_size: where rows of skipped layers are projected later (``Exits(deferred=True)``), the translators' rank, 0
+        without translators; None where tokens wait to be run (``kv_strategy="recompute"``).
 
     Raises:
       TideError: a queue of no token.
@@ -118,7 +142,11 @@ def init_cache(
         queue_length = whole_number("queue_length", queue_length, 1)
         ahead = queue_length - 1
         states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
-        pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32))
+        left = None
+        if code_size is not None:
+            nowhere = jnp.full((batch, queue_length), -1, jnp.int32)
+            left = Left(nowhere, jnp.zeros((batch, queue_length, code_size), dtype))
+        pending = Pending(states, jnp.full((pending_groups,), ahead, jnp.int32), left)
     slots = ahead + capacity
     if slots > BLOCK:
         slots += -slots % EVEN_SLOTS

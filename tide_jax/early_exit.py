@@ -149,4 +149,6 @@ class _Walk(NamedTuple):
         return fill
 
     def _translated(self, layer: int, state: TokenState) -> Float[Array, "B T D"]:
-        return state.x if self.gating is None else self.gating.translated(self.model, layer, state)
+        if self.gating is None:
+            return state.x
+        return self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)

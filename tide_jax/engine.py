@@ -32,6 +32,8 @@ from tide_jax.stats import ExitStats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+DEFERRED_ROWS = 2
+"""Rows up to which a CPU saves more by projecting skipped layers' rows together than keeping them costs (measured)."""
 
 
 class TIDE:
@@ -226,7 +228,7 @@ class TIDE:
         if isinstance(config.exit_threshold, tuple) and len(config.exit_threshold) != count:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
-    def _exits(self, mode: Mode | None) -> Exits | None:
+    def _exits(self, mode: Mode | None, decoded_rows: int | None = None) -> Exits | None:
         if mode not in (None, "exit", "lossless", "full"):
             raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
@@ -237,7 +239,15 @@ class TIDE:
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
         if mode == "lossless":  # drafts wait for their deep layers, which verify them
             return Exits(self._weights, gate, False, "recompute")
-        return Exits(self._weights, gate, self.config.prefill_exits, self.config.kv_strategy)
+        strategy = self.config.kv_strategy
+        deferred = strategy == "propagate" and decoded_rows is not None and self._fills_later(decoded_rows)
+        return Exits(self._weights, gate, self.config.prefill_exits, strategy, deferred)
+
+    def _fills_later(self, rows: int) -> bool:
+        """Whether so many rows' tokens wait with what they skip. Of other devices than CPUs nobody has measured it."""
+        on_cpu = all(device.platform == "cpu" for device in self.model.embed.kernel[...].devices())
+        fixed = not self.model.config.length_changes_rope
+        return rows <= DEFERRED_ROWS and on_cpu and self._mesh is None and fixed
 
     def _runner(self, mode: Mode | None) -> Runner:
         shared = self.model, self._programs, self._implementation
@@ -279,7 +289,7 @@ class TIDE:
             pad_token_id = whole_number("pad_token_id", pad_token_id, high=config.vocab_size - 1)
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
-        exits = self._exits(mode)
+        exits = self._exits(mode, len(rows.rows))
         new = self._fit_context(rows, max_new_tokens)  # last: it may log a warning, and an error should come alone
         request = Request(
             sampling=sampling,

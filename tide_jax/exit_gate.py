@@ -104,13 +104,20 @@ class Gating(NamedTuple):
 
         return lax.cond(step.any_exits, let_go, lambda state: state, state)
 
-    def translated(self, model: Decoder, layer: int, state: TokenState) -> Float[Array, "B T D"]:
-        """What a layer reads of tokens that have left."""
+    def translated(
+        self,
+        model: Decoder,
+        layer: int,
+        x: Float[Array, "B T D"],
+        code: Float[Array, "B T R"] | None,
+        exit_layers: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """What a layer reads of tokens that have left, of whom `TokenState` tells these three."""
         translators = self.routers.translators
-        if translators is None or state.code is None:
-            return state.x
-        number = jnp.searchsorted(jnp.asarray(self.routers.checkpoints, jnp.int32), state.exit_layers)
-        return translators.translate(layer, state.x, state.code, number, eps=model.config.norm_eps)
+        if translators is None or code is None:
+            return x
+        number = jnp.searchsorted(jnp.asarray(self.routers.checkpoints, jnp.int32), exit_layers)
+        return translators.translate(layer, x, code, number, eps=model.config.norm_eps)
 
 
 def leave(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tide_jax.cache import KVCache, init_cache
 from tide_jax.config import KVStrategy
 from tide_jax.decoder import Decoder
+from tide_jax.deferred_fill import deferred_step
 from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
 from tide_jax.errors import TideError
 from tide_jax.recompute import recompute_step
@@ -66,24 +67,35 @@ class Prompt(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """Routers with their dials: a pytree, whose `prompt` and `kv_strategy` are static.
+    """Routers with their dials: a pytree, whose `prompt`, `kv_strategy` and `deferred` are static.
 
     Attributes:
       routers: what scores tokens.
       gate: thresholds and least depth.
       prompt: whether prompt tokens may exit, too. Where they may not, no router is compiled into the prompt's pass.
       kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
+      deferred: with "propagate", whether that may wait until several tokens' rows are projected at once, see
+        `tide_jax.deferred_fill`; the engine chooses it on a CPU. Rows are the same to rounding, but where rotary
+        frequencies depend on the length so far.
     """
 
     routers: Routers
     gate: ExitGate
     prompt: bool = dataclasses.field(default=False, metadata={"static": True})
     kv_strategy: KVStrategy = dataclasses.field(default="propagate", metadata={"static": True})
+    deferred: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def pending_groups(self) -> int:
         """What `init_cache` is to be told."""
-        return len(self.routers.checkpoints) + 1 if self.kv_strategy == "recompute" else 0
+        return len(self.routers.checkpoints) + 1 if self.deferred or self.kv_strategy == "recompute" else 0
+
+    @property
+    def code_size(self) -> int | None:
+        """The same."""
+        if self.kv_strategy == "recompute" or not self.deferred:
+            return None
+        return 0 if self.routers.translators is None else self.routers.translators.rank
 
 
 class Request(NamedTuple):
@@ -225,24 +237,31 @@ def decode_step(
       exits: routers and dials; None runs every layer.
 
     Raises:
-      TideError: with "recompute", a cache that was not made for it, or the other way round.
+      TideError: a cache that was made for other exits: tokens wait in it in another way, or not at all.
     """
     positions = jnp.where(active, positions, -1)[:, None]
-    groups = 0 if cache.pending is None else len(cache.pending.ran)
-    wanted = 0 if exits is None else exits.pending_groups
-    if groups != wanted:
-        raise TideError(
-            f"the cache holds pending states for {groups} layer groups, these exits need {wanted}; make the cache with "
-            f"init_cache(..., pending_groups={wanted})"
-        )
+    _check_cache(cache, exits)
     if exits is not None and cache.pending is not None:
-        out, cache = recompute_step(
+        step = deferred_step if exits.deferred else recompute_step
+        out, cache = step(
             model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
         )
         return StepOutput(model.logits(out.states)[:, 0], cache, out.exit_layers[:, 0], out.layers_executed)
     out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
     logits = model.logits(out.states)[:, 0]
     return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
+
+
+def _check_cache(cache: KVCache, exits: Exits | None) -> None:
+    pending = cache.pending
+    groups, code_size = (0, None) if pending is None else (len(pending.ran), pending.code_size)
+    wanted, code_wanted = (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+    if (groups, code_size) != (wanted, code_wanted):
+        raise TideError(
+            f"the cache holds pending states for {groups} layer groups with code_size={code_size}, these exits need "
+            f"{wanted} with {code_wanted}; make the cache with init_cache(..., pending_groups={wanted}, "
+            f"code_size={code_wanted})"
+        )
 
 
 def begin(
@@ -256,8 +275,8 @@ def begin(
 ) -> GenerationState:
     """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
     batch, width = prompt.tokens.shape
-    groups = 0 if exits is None else exits.pending_groups
-    cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups)
+    groups, code_size = (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+    cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups, code_size=code_size)
     step = prefill(model, prompt, cache, exits, implementation=implementation)
     state = GenerationState(
         step=jnp.int32(0),

@@ -62,6 +62,8 @@ class GroupRows(NamedTuple):
         """``[groups, longest group, ...]`` -> ``[layers, ...]``."""
 
         def flatten(a: Array) -> Array:
+            if all(len(group) == self._longest for group in self.groups):
+                return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])  # without a copy
             return jnp.concatenate([a[g, : len(group)] for g, group in enumerate(self.groups)])
 
         return KeyValue(flatten(rows.keys), flatten(rows.values))

@@ -80,6 +80,8 @@ CACHE: Mapping[str, Axes] = {
     "*.values.*": ("rows", "kv_heads", None, None),
     "*.positions": ("rows", None),
     "*.pending.states": ("rows", None, None),
+    "*.pending.left.exit_layers": ("rows", None),
+    "*.pending.left.code": ("rows", None, None),
 }
 """The same of a `tide_jax.KVCache`."""
 

@@ -92,7 +92,8 @@ class Survivors(NamedTuple):
 
     def _stored(self, layer: int, state: TokenState, x: Float[Array, "B M D"], rows: Partition) -> KeyValue:
         """A layer's key and value rows of all tokens, from the active ones' `x` and the others' exit states."""
-        reads = self._scattered(x, rows, self.gating.translated(self.model, layer, state))
+        left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
+        reads = self._scattered(x, rows, left)
         real, implementation = self.positions >= 0, self.gating.implementation
         return fill_rows(self.model.layers[layer], reads, self.contexts, real, implementation=implementation)
 

@@ -1,0 +1,193 @@
+"""``kv_strategy="propagate"``, one token at a time: rows of skipped layers are projected for several tokens at once.
+
+Projecting a token's keys and values for a layer that it skips (`tide_jax.cache_fill`) reads that layer's key and value
+weights: of a small model one part in sixteen of all that the layer would have read, so that a skipped layer is less
+than free. Nobody asks for these rows until a later token runs the layer. So the exit states of the newest tokens are
+kept (`tide_jax.cache.Pending`), and a group's missing rows are projected in one product when a token is about to run
+it, or when the queue is full. They are the rows that projecting at once gives, to rounding.
+
+What is put off here is the projection alone; layers of tokens that have left are never run. `tide_jax.recompute`, which
+runs them, keeps its tokens in the same window.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from tide_jax.attention import AttentionContext
+from tide_jax.cache import KVCache, Left, Pending
+from tide_jax.cache_fill import fill_rows
+from tide_jax.config import layer_groups
+from tide_jax.decoder import Decoder
+from tide_jax.early_exit import DepthOutput
+from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
+from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
+from tide_jax.router import Routers
+from tide_jax.slot_window import SlotWindow
+from tide_jax.span_attention import KeyValue
+
+
+def deferred_step(
+    model: Decoder,
+    tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"],
+    cache: KVCache,
+    routers: Routers,
+    gate: ExitGate,
+    *,
+    implementation: str | None = None,
+) -> tuple[DepthOutput, KVCache]:
+    """Runs the newest token of each row as deep as it needs, and fills in what the layers it runs have missed.
+
+    Args:
+      tokens: token ids.
+      positions: position of each token in its row, -1 where there is none.
+      cache: earlier tokens, with `pending` for the routers' groups and translators.
+      routers: routers, exit heads and translators.
+      gate: thresholds.
+      implementation: of the kernels around an exit, see `pallas_kernels`.
+
+    Returns:
+      What the pass gave for the newest token, `new` with the rows of the newest Q slots (zeros where a group had
+      nothing to do), and the cache with the token appended.
+    """
+    pending = cache.pending
+    assert pending is not None
+    width = pending.queue_length
+    newest = TokenState.start(model.embed_tokens(tokens, positions), positions, pending.code_size)
+    earlier = lax.dynamic_slice(
+        cache.positions, (jnp.int32(0), cache.length + 1 - width), (positions.shape[0], width - 1)
+    )
+    groups = layer_groups(model.config.num_layers, routers.checkpoints)
+    slots = SlotWindow(cache, groups, jnp.concatenate([earlier, positions], axis=1), cache.length + 1)
+    return _Walk(model, slots, Gating(routers, gate, positions >= 1, implementation)).run(newest)
+
+
+class _Walk(NamedTuple):
+    """One walk over the layer groups: down to where the last token leaves, and on where the queue is full."""
+
+    model: Decoder
+    slots: SlotWindow
+    gating: Gating
+
+    def run(self, newest: TokenState) -> tuple[DepthOutput, KVCache]:
+        count, rows = len(self.slots.groups), GroupRows(self.slots.groups)
+        contexts = self.model.contexts(self.slots.positions[:, -1:], self.slots.cache)
+        branches = [self._alone(g, contexts) for g in range(count)]
+        branches += [self._with_waiting(g) for g in range(count)]
+        branches += [self._fill(g) for g in range(count)]
+        loop = run_groups(
+            lambda s: (s.group < count) & (self.slots.full | jnp.any(s.state.active)),
+            branches,
+            Loop(jnp.int32(0), newest, rows.empty(self.model.config, self._states(newest))),
+            choose=lambda s: s.group + count * self._kind(s),
+        )
+        new, newest = rows.by_layer(loop.rows), loop.state
+        executed = jnp.max(newest.exit_layers, initial=-1) + 1
+        left = Left(self._exit_layers(newest), self._codes(newest))
+        pending = Pending(self._states(newest), self.slots.pending.ran, left)
+        written = self.slots.written(new, jnp.arange(count) < loop.group, pending)
+        return DepthOutput(newest.states, newest.exit_layers, new, executed), written
+
+    def _kind(self, loop: Loop[TokenState]) -> Int[Array, ""]:
+        """0: nothing waits for the group; 1: something does; 2: nobody runs it, but the queue is full."""
+        waiting = self.slots.length - 1 > self.slots.pending.ran[loop.group]
+        return jnp.where(jnp.any(loop.state.active), waiting.astype(jnp.int32), 2)
+
+    def _alone(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[TokenState]:
+        """Runs group `g` for the newest token: nothing waits."""
+
+        def run(state: TokenState) -> tuple[TokenState, KeyValue]:
+            rows = []
+            for i in self.slots.groups[g]:
+                y, new = self.model.layers[i](self._read(i, state), contexts, self.slots.cache.layer(i))
+                state = _moved(state, y)
+                rows.append(new)
+            state, own = self._after(g, state, rows)
+            return state, KeyValue(self._in_window(own.keys), self._in_window(own.values))
+
+        return run
+
+    def _in_window(self, own: Float[Array, "l B KV 1 c"]) -> Float[Array, "l B KV Q c"]:
+        """The newest token's rows behind nothing. A CPU writes zeros and a slice faster than it pads."""
+        slots = self.slots.positions.shape[1]
+        empty = jnp.zeros((*own.shape[:3], slots, own.shape[4]), own.dtype)
+        return lax.dynamic_update_slice_in_dim(empty, own, slots - 1, axis=3)
+
+    def _with_waiting(self, g: int) -> Branch[TokenState]:
+        """Runs group `g` for the newest token, and projects the rows of those that wait beside its own."""
+
+        def run(state: TokenState) -> tuple[TokenState, KeyValue]:
+            rows, seen = [], jnp.where(self._waits(g), self.slots.positions, -1)
+            contexts = self.model.contexts(seen, self.slots.complete(g), self.slots.positions[:, -1:])
+            for i in self.slots.groups[g]:
+                x = self._read(i, state)
+                rows.append(self._projected(g, i, state, x))
+                y = self.model.layers[i].run_on(x, rows[-1], contexts, self.slots.cache.layer(i))
+                state = _moved(state, y)
+            return self._after(g, state, rows)
+
+        return run
+
+    def _fill(self, g: int) -> Branch[TokenState]:
+        """Projects the rows of all that wait for group `g`."""
+
+        def fill(state: TokenState) -> tuple[TokenState, KeyValue]:
+            rows = [self._projected(g, i, state) for i in self.slots.groups[g]]
+            return state, GroupRows(self.slots.groups).stack(rows)
+
+        return fill
+
+    def _after(self, g: int, state: TokenState, rows: list[KeyValue]) -> tuple[TokenState, KeyValue]:
+        state = leave(self.model, self.slots.groups, g, state, self.gating)
+        return state, GroupRows(self.slots.groups).stack(rows)
+
+    def _projected(
+        self, g: int, layer: int, state: TokenState, newest: Float[Array, "B 1 D"] | None = None
+    ) -> KeyValue:
+        """A layer's rows of the window's slots; the newest token is seen as `newest`, where it runs the layer."""
+        waits, positions = self._waits(g), self.slots.positions
+        x = self.gating.translated(self.model, layer, self._states(state), self._codes(state), self._exit_layers(state))
+        if newest is not None:
+            x = jnp.concatenate([x[:, :-1], newest], axis=1)
+        # Slots that do not wait are masked, but what is no number would not be.
+        x = jnp.where(waits[:, :, None], x, jnp.zeros_like(x))
+        contexts, wanted = self.model.contexts(positions, None), waits & (positions >= 0)
+        return fill_rows(self.model.layers[layer], x, contexts, wanted, implementation=self.gating.implementation)
+
+    def _read(self, layer: int, state: TokenState) -> Float[Array, "B 1 D"]:
+        """What a layer reads of the newest tokens: their residual stream, or of those that have left a translation."""
+        if state.active.size == 1:  # a lone token is active, or the group would not run
+            return state.x
+        left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
+        return jnp.where(state.active[:, :, None], state.x, left)
+
+    def _waits(self, g: int) -> Bool[Array, "1 Q"]:
+        return self.slots.waits(self.slots.pending.ran[g][None])
+
+    def _states(self, newest: TokenState) -> Float[Array, "B Q D"]:
+        """The window's residual streams, the newest token's included."""
+        return _pushed(self.slots.pending.states, newest.x)
+
+    def _codes(self, newest: TokenState) -> Float[Array, "B Q R"]:
+        assert self.slots.pending.left is not None
+        assert newest.code is not None
+        return _pushed(self.slots.pending.left.code, newest.code)
+
+    def _exit_layers(self, newest: TokenState) -> Int[Array, "B Q"]:
+        assert self.slots.pending.left is not None
+        return _pushed(self.slots.pending.left.exit_layers, newest.exit_layers)
+
+
+def _moved(state: TokenState, x: Float[Array, "B 1 D"]) -> TokenState:
+    """The active tokens with another residual stream."""
+    return state._replace(x=jnp.where(state.active[:, :, None], x, state.x))
+
+
+def _pushed(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:
+    """The window one slot on."""
+    return jnp.concatenate([window[:, 1:], newest.astype(window.dtype)], axis=1)
