@@ -3,7 +3,7 @@
 Verifying several tokens costs more than running one, on a CPU much more. So what a pass of one, two or all slots of the
 queue costs is measured (`tide_jax.pass_costs`), how many drafts are accepted is learned as tokens are made, and "no
 drafts" is a choice like the others. Losses are bounded as well: drafts are only made while all that was spent so far is
-within two percent, and a step or two, of what full depth would have spent.
+within one percent, and a step or two, of what full depth would have spent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MANY_ACCEPTED = (0.5, 1.0, 2.2, 4.5)
 _LEARNING_RATE = 0.15
 _FADING = 0.005  # so that what once failed is tried again
 _WORTH_IT = 1.02  # a draft's gain over none has to exceed what the costs' measurement may err by
-_MAY_LOSE = 0.02
+_MAY_LOSE = 0.01
 _CREDIT_AT_FIRST, _MOST_CREDIT = 1.5, 8.0
 
 

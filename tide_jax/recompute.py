@@ -164,12 +164,25 @@ class _Walk(NamedTuple):
         self, g: int, window: _Window, x: Float[Array, "B W D"], rows: list[KeyValue]
     ) -> tuple[_Window, KeyValue]:
         """The window once its last W slots have run group `g`, and the group's rows for all of its slots."""
-        newest = leave(self.model, self.slots.groups, g, window.newest._replace(x=x[:, -1:]), self.gating)
+        newest = self._decided(g, window.newest._replace(x=x[:, -1:]))
         ahead = window.states.shape[1] - x.shape[1]
         front = ((0, 0), (0, 0), (ahead, 0), (0, 0))
         padded = [KeyValue(jnp.pad(r.keys, front), jnp.pad(r.values, front)) for r in rows]
         states = jnp.concatenate([window.states[:, :ahead], x], axis=1)
         return _Window(states, newest), GroupRows(self.slots.groups).stack(padded)
+
+    def _decided(self, g: int, newest: TokenState) -> TokenState:
+        """Who leaves; nobody is scored where nobody may leave."""
+
+        def decided(state: TokenState) -> TokenState:
+            return leave(self.model, self.slots.groups, g, state, self.gating)
+
+        def undecided(state: TokenState) -> TokenState:
+            return leave(self.model, self.slots.groups, g, state, None)
+
+        if self.gating is None or g == len(self.slots.groups) - 1:
+            return decided(newest)
+        return lax.cond(jnp.any(self.gating.may_exit), decided, undecided, newest)
 
 
 def pass_widths(queue_length: int) -> tuple[int, ...]:
