@@ -25,7 +25,7 @@ from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
-from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
+from tide_jax.group_loop import Branch, GroupRows, Loop, behind_zeros, run_groups
 from tide_jax.router import Routers
 from tide_jax.slot_window import SlotWindow
 from tide_jax.span_attention import KeyValue
@@ -108,15 +108,9 @@ class _Walk(NamedTuple):
                 state = _moved(state, y)
                 rows.append(new)
             state, own = self._after(g, state, rows)
-            return state, KeyValue(self._in_window(own.keys), self._in_window(own.values))
+            return state, behind_zeros(own, self.slots.positions.shape[1])
 
         return run
-
-    def _in_window(self, own: Float[Array, "l B KV 1 c"]) -> Float[Array, "l B KV Q c"]:
-        """The newest token's rows behind nothing. A CPU writes zeros and a slice faster than it pads."""
-        slots = self.slots.positions.shape[1]
-        empty = jnp.zeros((*own.shape[:3], slots, own.shape[4]), own.dtype)
-        return lax.dynamic_update_slice_in_dim(empty, own, slots - 1, axis=3)
 
     def _with_waiting(self, g: int) -> Branch[TokenState]:
         """Runs group `g` for the newest token, and projects the rows of those that wait beside its own."""

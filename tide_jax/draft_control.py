@@ -22,6 +22,7 @@ _FIRST_ACCEPTED = (0.4, 0.5, 0.7, 0.85)
 _MANY_ACCEPTED = (0.5, 1.0, 2.2, 4.5)
 """What is expected of a draft before anything is known, by the length of its match."""
 _LEARNING_RATE = 0.15
+_INFERRING_RATE = 0.05
 _FADING = 0.005  # so that what once failed is tried again
 _WORTH_IT = 1.02  # a draft's gain over none has to exceed what the costs' measurement may err by
 _MAY_LOSE = 0.01
@@ -80,7 +81,8 @@ class Round(NamedTuple):
     """What happened between two verifications.
 
     Attributes:
-      matched: length of match of each row's n-gram drafts, 0 where it had none.
+      matched: length of match of each row's n-gram drafts, 0 where it had none. That nothing was drafted does not
+        matter: whether the first draft would have held is seen for nothing.
       accepted: drafts accepted of each row.
       drafts: n-gram drafts a row, int32 scalar.
       exits: whether tokens left early.
@@ -141,17 +143,20 @@ def learned(control: DraftControl, costs: PassCosts, num_layers: int, done: Roun
     """What is known after a round."""
     one = step_seconds(costs, num_layers)[0]
     # What is not seen is taken to be as likely as what is: that further drafts hold as often as the first.
-    prior = _prior()._replace(many=sum((control.first**n for n in range(2, QUEUE_LENGTH)), start=control.first))
+    prior = _prior()._replace(many=_as_often(control.first))
     control = DraftControl(*(a + _FADING * (b - a) for a, b in zip(control, prior, strict=True)))._replace(
         credit=control.credit
     )
-    drafted = (done.matched >= _SHORTEST_MATCH) & (done.drafts > 0)
-    many = drafted & (done.drafts > 1)
+    counted = done.matched >= _SHORTEST_MATCH
+    several = counted & (done.drafts > 1)
     rate = done.tokens * one / jnp.maximum(done.seconds, 1e-9)
     credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / one
+    first = _toward(control.first, done.matched, jnp.minimum(done.accepted, 1), counted, _LEARNING_RATE)
+    many = _toward(control.many, done.matched, done.accepted, several, _LEARNING_RATE)
+    inferred = _as_often(first)[_bucket(done.matched)]
     return DraftControl(
-        first=_toward(control.first, done.matched, jnp.minimum(done.accepted, 1), drafted),
-        many=_toward(control.many, done.matched, done.accepted, many),
+        first=first,
+        many=_toward(many, done.matched, inferred, counted & ~several, _INFERRING_RATE),
         exit_rate=jnp.where(
             done.exits, control.exit_rate + _LEARNING_RATE * (rate - control.exit_rate), control.exit_rate
         ),
@@ -169,15 +174,20 @@ def _prior() -> DraftControl:
     )
 
 
+def _as_often(first: Float[Array, " M"]) -> Float[Array, " M"]:
+    """Drafts of a full queue that hold if each does as often as the first."""
+    return sum((first**n for n in range(2, QUEUE_LENGTH)), start=first)
+
+
 def _bucket(matched: Int[Array, " B"]) -> Int[Array, " B"]:
     return jnp.sum(matched[:, None] >= jnp.asarray(_MATCH_EDGES, jnp.int32)[None], axis=1, dtype=jnp.int32)
 
 
 def _toward(
-    known: Float[Array, " M"], matched: Int[Array, " B"], seen: Array, counted: Bool[Array, " B"]
+    known: Float[Array, " M"], matched: Int[Array, " B"], seen: Array, counted: Bool[Array, " B"], speed: float
 ) -> Float[Array, " M"]:
     """Moves each length of match toward the mean of what the rows with such a match have shown."""
     member = (_bucket(matched)[:, None] == jnp.arange(known.shape[0])[None]) & counted[:, None]
     number = jnp.sum(member.astype(jnp.float32), axis=0)
     mean = jnp.sum(jnp.where(member, seen[:, None].astype(jnp.float32), 0.0), axis=0) / jnp.maximum(number, 1.0)
-    return jnp.where(number > 0, known + _LEARNING_RATE * (mean - known), known)
+    return jnp.where(number > 0, known + speed * (mean - known), known)

@@ -23,7 +23,7 @@ from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
-from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
+from tide_jax.group_loop import Branch, GroupRows, Loop, behind_zeros, run_groups
 from tide_jax.router import Routers
 from tide_jax.slot_window import SlotWindow
 from tide_jax.span_attention import KeyValue
@@ -166,10 +166,9 @@ class _Walk(NamedTuple):
         """The window once its last W slots have run group `g`, and the group's rows for all of its slots."""
         newest = self._decided(g, window.newest._replace(x=x[:, -1:]))
         ahead = window.states.shape[1] - x.shape[1]
-        front = ((0, 0), (0, 0), (ahead, 0), (0, 0))
-        padded = [KeyValue(jnp.pad(r.keys, front), jnp.pad(r.values, front)) for r in rows]
         states = jnp.concatenate([window.states[:, :ahead], x], axis=1)
-        return _Window(states, newest), GroupRows(self.slots.groups).stack(padded)
+        stacked = GroupRows(self.slots.groups).stack(rows)
+        return _Window(states, newest), behind_zeros(stacked, window.states.shape[1])
 
     def _decided(self, g: int, newest: TokenState) -> TokenState:
         """Who leaves; nobody is scored where nobody may leave."""

@@ -229,7 +229,7 @@ class _Inputs(NamedTuple):
       row_tokens: `LosslessState.tokens` with the n-gram drafts behind each row's end.
       tokens, positions: the queue's worth of new slots; `count` of them are there.
       drafted: n-gram drafts of each row.
-      matched: length of their match.
+      matched: length of each row's match, drafted from or not.
       may_exit, finish: as `recompute_step` takes them.
     """
 
@@ -275,7 +275,7 @@ def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits
         positions=jnp.where(there, columns - 1 - state.starts[:, None], -1),
         count=count,
         drafted=drafted,
-        matched=jnp.where(drafted > 0, found.matched, 0),
+        matched=found.matched,
         may_exit=choice.exits & (spare >= 1) & (count == 1) & (exits is not None),
         finish=(count > 1) | jnp.any(waits_to_end),
     )
@@ -353,10 +353,11 @@ def _verify(
     gained = jnp.where(running, found.ends - state.verified, 0)
     accepted = jnp.where(found.corrected, gained - 1, gained)
     by_exits = jnp.any(state.ends > state.verified)
+    guess, answer = (jnp.take_along_axis(t, state.ends[:, None], axis=1)[:, 0] for t in (state.tokens, found.tokens))
     seconds = state.seconds + costs.head[pass_number(state.cache.length - first, found.queue_length)]
     done = Round(
-        matched=batch.matched,
-        accepted=accepted,
+        matched=jnp.where(running & ~by_exits, batch.matched, 0),
+        accepted=jnp.where(batch.drafted > 0, accepted, (guess == answer).astype(jnp.int32)),
         drafts=batch.count - 1,
         exits=by_exits,
         tokens=jnp.sum(gained.astype(jnp.float32)) / jnp.maximum(jnp.sum(running.astype(jnp.float32)), 1.0),
