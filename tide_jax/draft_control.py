@@ -153,10 +153,11 @@ def learned(control: DraftControl, costs: PassCosts, num_layers: int, done: Roun
     credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / one
     first = _toward(control.first, done.matched, jnp.minimum(done.accepted, 1), counted, _LEARNING_RATE)
     many = _toward(control.many, done.matched, done.accepted, several, _LEARNING_RATE)
-    inferred = _as_often(first)[_bucket(done.matched)]
+    # Inferred only where nothing is tried: else what several drafts have shown would be forgotten beside single ones.
+    untried, inferred = counted & (done.drafts == 0), _as_often(first)[_bucket(done.matched)]
     return DraftControl(
         first=first,
-        many=_toward(many, done.matched, inferred, counted & ~several, _INFERRING_RATE),
+        many=_toward(many, done.matched, inferred, untried, _INFERRING_RATE),
         exit_rate=jnp.where(
             done.exits, control.exit_rate + _LEARNING_RATE * (rate - control.exit_rate), control.exit_rate
         ),
