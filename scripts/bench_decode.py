@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 import tide_jax
 from tide_jax.decoder import stored_parameters
+from tide_jax.deferred_fill import is_faster
 from tide_jax.early_exit import ExitGate
-from tide_jax.engine import DEFERRED_ROWS
 from tide_jax.generate import Exits, Prompt, Request
 from tide_jax.ops import times_rows
 from tide_jax.sampling import make_sampling
@@ -104,16 +104,16 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     never = constant_routers(model.config, interval=interval, exits=False, bottleneck=128)
     variants: dict[str, Variant] = {
         "full": engine_variant(model, None, batch, args.steps),
-        "full, routers on": engine_variant(model, forced(never, interval, batch), batch, args.steps),
+        "full, routers on": engine_variant(model, forced(model, never, interval, batch), batch, args.steps),
         "head only": head_variant(model, batch, args.steps),
     }
     if batch == 1:
         variants["weights read once"] = reading_variant(model)
     for checkpoint in routers.checkpoints:
-        exits = forced(routers, checkpoint + 1, batch)
+        exits = forced(model, routers, checkpoint + 1, batch)
         variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
     middle = min(routers.checkpoints, key=lambda c: abs(2 * (c + 1) - model.config.num_layers)) + 1
-    recomputed = dataclasses.replace(forced(routers, middle, batch), kv_strategy="recompute", deferred=False)
+    recomputed = dataclasses.replace(forced(model, routers, middle, batch), kv_strategy="recompute", deferred=False)
     variants[f"forced {middle} recompute"] = engine_variant(model, recomputed, batch, args.steps)
     if reference is not None:
         variants["transformers"] = reference_variant(reference, model.config.vocab_size, batch, args.steps)
@@ -126,11 +126,11 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     return {"batch": batch, "variants": summarise(times, beside, model.config.num_layers, batch)}
 
 
-def forced(routers: tide_jax.Routers, depth: int, batch: int) -> Exits:
-    """Exits that take `routers` at their word from the first checkpoint that leaves `depth` layers run, and fill in
-    skipped layers when the engine would on a CPU."""
+def forced(model: tide_jax.Decoder, routers: tide_jax.Routers, depth: int, batch: int) -> Exits:
+    """Exits that take `routers` at their word from the first checkpoint that leaves `depth` layers run; cache rows of
+    skipped layers are projected when the engine would."""
     gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5, jnp.float32), jnp.int32(depth))
-    return Exits(routers, gate, deferred=batch <= DEFERRED_ROWS)
+    return Exits(routers, gate, deferred=is_faster(model, batch))
 
 
 def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:

@@ -13,12 +13,13 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
+from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, generate, init_cache
 from tide_jax.cache import QUEUE_LENGTH
+from tide_jax.config import AttentionType, RopeConfig
+from tide_jax.deferred_fill import MOST_ROWS, is_faster
 from tide_jax.early_exit import ExitGate
-from tide_jax.engine import DEFERRED_ROWS
 from tide_jax.generate import Exits, StepOutput
-from tide_jax.testing import constant_routers, random_routers, tiny_config
+from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 PROMPTS = random_prompts((7, 12))
 NEW = 2 * QUEUE_LENGTH + 3  # the queue fills more than once where everything leaves
@@ -35,7 +36,7 @@ def engine_of(name: str) -> TIDE:
 
 def check_against_brute_force(engine: TIDE, prompts: list[list[int]], new: int) -> set[int]:
     """The layers that tokens left after."""
-    assert len(prompts) <= DEFERRED_ROWS
+    assert len(prompts) <= MOST_ROWS
     config = engine.config
     brute_force = BruteForce(engine.model, engine.routers, config.exit_threshold, config.min_layers)
     out = engine.generate(prompts, max_new_tokens=new, eos_token_id=[])
@@ -81,6 +82,30 @@ def test_a_skipped_layer_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.stats.layers_executed == 4 + 2 * (NEW - 1)
 
 
+def test_the_engine_defers_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, steps = engine_of("pre norm"), []
+    step = generate.deferred_step
+    monkeypatch.setattr(generate, "deferred_step", lambda *a, **k: steps.append(a[1].shape[0]) or step(*a, **k))
+    for rows in (1, 2, 3):
+        engine = TIDE(known.model, known.routers, known.config)  # nothing of it is compiled
+        engine.generate(random_prompts((5,) * rows), max_new_tokens=5, eos_token_id=[])
+    assert set(steps) == {1, 2}
+    assert is_faster(known.model, MOST_ROWS)
+    assert not is_faster(known.model, MOST_ROWS + 1)
+    rope = RopeConfig(theta=10000.0, rotary_dim=8, kind="dynamic", factor=2.0, max_positions=16)
+    changing = tiny_config(attention_types=(AttentionType(scale=8**-0.5, rope=rope),))
+    assert not is_faster(tiny_model(changing), 1), "keys made later would turn by other frequencies"
+
+
+def test_bfloat16_generates() -> None:
+    model = tiny_decoder(tiny_config(), dtype=jnp.bfloat16)
+    routers = random_routers(model.config, interval=2, affine=True, translator_rank=3, model=model)
+    engine = TIDE(model, routers, ExitConfig(exit_threshold=0.3, min_layers=0))
+    out = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    assert out.stats.depth < 1.0
+    assert out.lengths.tolist() == [NEW, NEW]
+
+
 # ------------------------------------------------------------------------------------------------------- one step
 
 
@@ -90,14 +115,20 @@ def exits_of(model: Decoder, threshold: float, *, deferred: bool, translator_ran
     return Exits(routers.without_metadata(), gate, deferred=deferred)
 
 
-def decoded(model: Decoder, exits: Exits, active: np.ndarray, queue_length: int = QUEUE_LENGTH) -> list[StepOutput]:
+def decoded(
+    model: Decoder,
+    exits: Exits,
+    active: np.ndarray,
+    queue_length: int = QUEUE_LENGTH,
+    slots: int | None = None,
+) -> list[StepOutput]:
     """Steps over the same random tokens; `active` [steps, B] says which rows go on."""
     steps, batch = active.shape
     tokens = np.asarray(random_prompts((steps,) * batch), np.int32)
     cache = init_cache(
         model.config,
         batch,
-        steps,
+        slots or steps,
         model.dtype,
         pending_groups=exits.pending_groups,
         code_size=exits.code_size,
@@ -143,6 +174,13 @@ def check_cache(found: KVCache, expected: KVCache, ran: np.ndarray, ahead: int) 
             np.testing.assert_allclose(
                 rows, np.asarray(wanted[layer])[:, :, :count].swapaxes(1, 2)[real[:, :count]], atol=2e-5
             )
+
+
+def test_what_waits_is_in_none_of_a_long_caches_blocks() -> None:
+    model, active = tiny_model(CONFIGS["sliding windows"]), np.ones((2 * QUEUE_LENGTH, 2), bool)
+    exits = exits_of(model, 0.3, deferred=True)
+    short, long = (decoded(model, exits, active, slots=slots) for slots in (2 * QUEUE_LENGTH, 1000))
+    np.testing.assert_allclose([s.logits for s in long], [s.logits for s in short], atol=2e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 0])

@@ -227,8 +227,8 @@ def test_losses_are_bounded_and_gains_taken(accepted: int) -> None:
         spent = layers * {0: 1.0, 1: 1.4, 7: 2.5}[drafts]
         done = Round(
             matched,
+            choice.drafts[None],
             jnp.asarray([held if drafts else min(accepted, 1)]),  # the first is seen to hold where none is made
-            choice.drafts,
             jnp.asarray(False),
             jnp.float32(held + 1),
             jnp.float32(spent),
@@ -253,10 +253,49 @@ def test_what_drafts_would_have_done_is_learned_without_making_any(holds: int) -
     for _ in range(60):
         assert drafts() == 0
         one = jnp.float32(1.0)
-        done = Round(matched, jnp.asarray([holds]), jnp.int32(0), jnp.asarray(False), one, layers * one)
+        done = Round(matched, jnp.asarray([0]), jnp.asarray([holds]), jnp.asarray(False), one, layers * one)
         control = learned(control, costs, layers, done)
     control = control._replace(credit=jnp.float32(0.0))
     assert drafts() == 7 * holds
+
+
+def test_the_verifier_tells_whether_drafts_would_have_held() -> None:
+    """Drafts cost too much here to be made; rows that copy themselves, and rows that do not, tell all the same."""
+    engine = engine_of("pre norm")
+    made = engine.generate([PROMPTS[0]], max_new_tokens=96, mode="full", eos_token_id=[]).tokens[0].tolist()
+    for text in (made[-12:] * 4, made):
+        out = lossless(engine, [text[:48]], 1, costs=DEAR, threshold=None)
+        known, row = np.asarray(out.control.first), list(text[:48])
+        out = lossless(engine, [row], 40, costs=DEAR, threshold=None)
+        assert out.counts.ngram_drafted == 0
+        held = told(row, out.tokens[0, :40].tolist())
+        assert held, "there were matches"
+        for number, hits in held.items():
+            assert (out.control.first[number] > known[number]) == (np.mean(hits) > known[number]), (number, hits)
+
+
+def told(row: list[int], new: list[int]) -> dict[int, list[int]]:
+    """For each token but the first: whether the first n-gram draft was right, by its match's length."""
+    held: dict[int, list[int]] = {}
+    for made, token in enumerate(new[1:], start=1):
+        text = row + new[:made]
+        found = ngram_drafts(jnp.asarray([text]), jnp.asarray([0]), jnp.asarray([len(text)]), 1)
+        if (length := int(found.matched[0])) >= 2:
+            number = sum(length >= edge for edge in (3, 5, 8))
+            held.setdefault(number, []).append(int(int(found.tokens[0, 0]) == token))
+    return held
+
+
+def test_a_row_without_drafts_says_nothing_of_several() -> None:
+    costs, layers = PassCosts(jnp.asarray([1.0, 1.4, 2.5]), jnp.zeros((3,)), jnp.float32(0.0)), 30
+    control = DraftControl.start()
+    for _ in range(20):  # all seven hold; the other row was not drafted for, and its first would have failed
+        lengths, held = jnp.asarray([9, 3]), jnp.asarray([7, 0])
+        done = Round(lengths, held, held, jnp.asarray(False), jnp.float32(4.5), jnp.float32(75.0))
+        control = learned(control, costs, layers, done)
+    assert control.many[3] > 6.5
+    assert control.first[1] < 0.1
+    assert 0.0 < control.many[1] < 0.3
 
 
 def test_ngram_drafts_continue_the_latest_longest_match() -> None:

@@ -144,11 +144,16 @@ def record_layers(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ran: list[int] = []
     for number, layer in enumerate(model.layers):
         layer.number = number
-    run = DecoderLayer.__call__
 
-    def recorded(layer: Any, *arguments: Any) -> Any:
-        jax.debug.callback(lambda: ran.append(layer.number))
-        return run(layer, *arguments)
+    def record(name: str) -> None:
+        run = getattr(DecoderLayer, name)
 
-    monkeypatch.setattr(DecoderLayer, "__call__", recorded)
+        def recorded(layer: Any, *arguments: Any) -> Any:
+            jax.debug.callback(lambda: ran.append(layer.number))
+            return run(layer, *arguments)
+
+        monkeypatch.setattr(DecoderLayer, name, recorded)
+
+    record("__call__")
+    record("run_on")
     return ran

@@ -113,6 +113,11 @@ class KVCache(NamedTuple):
         )
 
 
+def newest_positions(cache: KVCache, count: int) -> Int[Array, "B count"]:
+    """Positions that the newest `count` slots hold."""
+    return lax.dynamic_slice_in_dim(cache.positions, cache.length - count, count, axis=1)
+
+
 def init_cache(
     config: DecoderConfig,
     batch: int,
@@ -127,7 +132,7 @@ def init_cache(
 
     Args:
       pending_groups: where tokens may wait for deep layers, the number of layer groups (checkpoints and one); 0
-        otherwise. `tide_jax.Exits` knows this and `code_size`.
+        otherwise. `tide_jax.generate.Exits` knows this and `code_size`.
       queue_length: tokens that may wait, the newest included.
       code_size: where rows of skipped layers are projected later (``Exits(deferred=True)``), the translators' rank, 0
         without translators; None where tokens wait to be run (``kv_strategy="recompute"``).

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tide_jax.attention import AttentionContext
-from tide_jax.cache import KVCache, Left, Pending
+from tide_jax.cache import KVCache, Left, Pending, newest_positions
 from tide_jax.cache_fill import fill_rows
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
@@ -27,8 +26,19 @@ from tide_jax.early_exit import DepthOutput
 from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
 from tide_jax.group_loop import Branch, GroupRows, Loop, behind_zeros, run_groups
 from tide_jax.router import Routers
+from tide_jax.sharding import mesh_of
 from tide_jax.slot_window import SlotWindow
 from tide_jax.span_attention import KeyValue
+
+MOST_ROWS = 2
+"""Rows up to which a CPU saves more by projecting together than keeping the window costs (measured)."""
+
+
+def is_faster(model: Decoder, rows: int) -> bool:
+    """Whether the engine decodes so many rows in this way: on a CPU (others have not been measured), and where it gives
+    the same."""
+    on_cpu = all(device.platform == "cpu" for device in model.embed.kernel[...].devices())
+    return rows <= MOST_ROWS and on_cpu and mesh_of(model) is None and not model.config.length_changes_rope
 
 
 def deferred_step(
@@ -52,18 +62,17 @@ def deferred_step(
       implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Returns:
-      What the pass gave for the newest token, `new` with the rows of the newest Q slots (zeros where a group had
-      nothing to do), and the cache with the token appended.
+      What the pass gave for the newest token, `new` with the rows of the newest Q slots (those that waited for
+      their group mean something), and the cache with the token appended.
     """
     pending = cache.pending
     assert pending is not None
     width = pending.queue_length
     newest = TokenState.start(model.embed_tokens(tokens, positions), positions, pending.code_size)
-    earlier = lax.dynamic_slice(
-        cache.positions, (jnp.int32(0), cache.length + 1 - width), (positions.shape[0], width - 1)
-    )
     groups = layer_groups(model.config.num_layers, routers.checkpoints)
-    slots = SlotWindow(cache, groups, jnp.concatenate([earlier, positions], axis=1), cache.length + 1)
+    slots = SlotWindow(
+        cache, groups, jnp.concatenate([newest_positions(cache, width - 1), positions], axis=1), cache.length + 1
+    )
     return _Walk(model, slots, Gating(routers, gate, positions >= 1, implementation)).run(newest)
 
 
@@ -88,8 +97,9 @@ class _Walk(NamedTuple):
         )
         new, newest = rows.by_layer(loop.rows), loop.state
         executed = jnp.max(newest.exit_layers, initial=-1) + 1
-        left = Left(self._exit_layers(newest), self._codes(newest))
-        pending = Pending(self._states(newest), self.slots.pending.ran, left)
+        left = Left(self._exit_layers(newest), self._codes(newest).astype(self.slots.pending.states.dtype))
+        states = self._states(newest).astype(self.slots.pending.states.dtype)
+        pending = Pending(states, self.slots.pending.ran, left)
         written = self.slots.written(new, jnp.arange(count) < loop.group, pending)
         return DepthOutput(newest.states, newest.exit_layers, new, executed), written
 
@@ -116,11 +126,11 @@ class _Walk(NamedTuple):
         """Runs group `g` for the newest token, and projects the rows of those that wait beside its own."""
 
         def run(state: TokenState) -> tuple[TokenState, KeyValue]:
-            rows, seen = [], jnp.where(self._waits(g), self.slots.positions, -1)
+            rows, seen, places = [], jnp.where(self._waits(g), self.slots.positions, -1), self._places()
             contexts = self.model.contexts(seen, self.slots.complete(g), self.slots.positions[:, -1:])
             for i in self.slots.groups[g]:
                 x = self._read(i, state)
-                rows.append(self._projected(g, i, state, x))
+                rows.append(self._projected(g, i, state, places, x))
                 y = self.model.layers[i].run_on(x, rows[-1], contexts, self.slots.cache.layer(i))
                 state = _moved(state, y)
             return self._after(g, state, rows)
@@ -131,7 +141,8 @@ class _Walk(NamedTuple):
         """Projects the rows of all that wait for group `g`."""
 
         def fill(state: TokenState) -> tuple[TokenState, KeyValue]:
-            rows = [self._projected(g, i, state) for i in self.slots.groups[g]]
+            places = self._places()
+            rows = [self._projected(g, i, state, places) for i in self.slots.groups[g]]
             return state, GroupRows(self.slots.groups).stack(rows)
 
         return fill
@@ -141,7 +152,12 @@ class _Walk(NamedTuple):
         return state, GroupRows(self.slots.groups).stack(rows)
 
     def _projected(
-        self, g: int, layer: int, state: TokenState, newest: Float[Array, "B 1 D"] | None = None
+        self,
+        g: int,
+        layer: int,
+        state: TokenState,
+        places: tuple[AttentionContext, ...],
+        newest: Float[Array, "B 1 D"] | None = None,
     ) -> KeyValue:
         """A layer's rows of the window's slots; the newest token is seen as `newest`, where it runs the layer."""
         waits, positions = self._waits(g), self.slots.positions
@@ -150,8 +166,8 @@ class _Walk(NamedTuple):
             x = jnp.concatenate([x[:, :-1], newest], axis=1)
         # Slots that do not wait are masked, but what is no number would not be.
         x = jnp.where(waits[:, :, None], x, jnp.zeros_like(x))
-        contexts, wanted = self.model.contexts(positions, None), waits & (positions >= 0)
-        return fill_rows(self.model.layers[layer], x, contexts, wanted, implementation=self.gating.implementation)
+        wanted = waits & (positions >= 0)
+        return fill_rows(self.model.layers[layer], x, places, wanted, implementation=self.gating.implementation)
 
     def _read(self, layer: int, state: TokenState) -> Float[Array, "B 1 D"]:
         """What a layer reads of the newest tokens: their residual stream, or of those that have left a translation."""
@@ -159,6 +175,10 @@ class _Walk(NamedTuple):
             return state.x
         left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
         return jnp.where(state.active[:, :, None], state.x, left)
+
+    def _places(self) -> tuple[AttentionContext, ...]:
+        """Where the window's slots are."""
+        return self.model.contexts(self.slots.positions, None)
 
     def _waits(self, g: int) -> Bool[Array, "1 Q"]:
         return self.slots.waits(self.slots.pending.ran[g][None])
@@ -184,4 +204,4 @@ def _moved(state: TokenState, x: Float[Array, "B 1 D"]) -> TokenState:
 
 def _pushed(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:
     """The window one slot on."""
-    return jnp.concatenate([window[:, 1:], newest.astype(window.dtype)], axis=1)
+    return jnp.concatenate([window[:, 1:].astype(newest.dtype), newest], axis=1)

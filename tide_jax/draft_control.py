@@ -1,8 +1,9 @@
 """Whether to draft, from where and how far: the choice that makes most tokens in the time that passes cost.
 
 Verifying several tokens costs more than running one, on a CPU much more. So what a pass of one, two or all slots of the
-queue costs is measured (`tide_jax.pass_costs`), how many drafts are accepted is learned as tokens are made, and "no
-drafts" is a choice like the others. Losses are bounded as well: drafts are only made while all that was spent so far is
+queue costs is measured (`tide_jax.pass_costs`), how many drafts are accepted is learned as tokens are made, with drafts
+or without (the token that is made tells whether the first draft would have held), and "no drafts" is a choice like the
+others. Losses are bounded as well: drafts are only made while all that was spent so far is
 within one percent, and a step or two, of what full depth would have spent.
 """
 
@@ -22,7 +23,6 @@ _FIRST_ACCEPTED = (0.4, 0.5, 0.7, 0.85)
 _MANY_ACCEPTED = (0.5, 1.0, 2.2, 4.5)
 """What is expected of a draft before anything is known, by the length of its match."""
 _LEARNING_RATE = 0.15
-_INFERRING_RATE = 0.05
 _FADING = 0.005  # so that what once failed is tried again
 _WORTH_IT = 1.02  # a draft's gain over none has to exceed what the costs' measurement may err by
 _MAY_LOSE = 0.01
@@ -81,18 +81,19 @@ class Round(NamedTuple):
     """What happened between two verifications.
 
     Attributes:
-      matched: length of match of each row's n-gram drafts, 0 where it had none. That nothing was drafted does not
-        matter: whether the first draft would have held is seen for nothing.
-      accepted: drafts accepted of each row.
-      drafts: n-gram drafts a row, int32 scalar.
+      matched: length of match of each row's n-gram drafts, made or not; 0 where there were none to make, and where
+        tokens left early.
+      drafted: n-gram drafts of each row, int32.
+      accepted: how many of them were accepted; where none was made, 1 if the first would have been. To see that costs
+        nothing.
       exits: whether tokens left early.
       tokens: tokens a row has gained, on average over the rows that run.
       seconds: what its passes cost.
     """
 
     matched: Int[Array, " B"]
+    drafted: Int[Array, " B"]
     accepted: Int[Array, " B"]
-    drafts: Int[Array, ""]
     exits: Bool[Array, ""]
     tokens: Float[Array, ""]
     seconds: Float[Array, ""]
@@ -148,16 +149,16 @@ def learned(control: DraftControl, costs: PassCosts, num_layers: int, done: Roun
         credit=control.credit
     )
     counted = done.matched >= _SHORTEST_MATCH
-    several = counted & (done.drafts > 1)
+    untried, several = counted & (done.drafted == 0), counted & (done.drafted > 1)
     rate = done.tokens * one / jnp.maximum(done.seconds, 1e-9)
     credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / one
     first = _toward(control.first, done.matched, jnp.minimum(done.accepted, 1), counted, _LEARNING_RATE)
     many = _toward(control.many, done.matched, done.accepted, several, _LEARNING_RATE)
-    # Inferred only where nothing is tried: else what several drafts have shown would be forgotten beside single ones.
-    untried, inferred = counted & (done.drafts == 0), _as_often(first)[_bucket(done.matched)]
+    # Several drafts hold more or less often as the first does, by as much as they have shown.
+    inferred = jnp.minimum(control.many * _as_often(first) / _as_often(control.first), QUEUE_LENGTH - 1.0)
     return DraftControl(
         first=first,
-        many=_toward(many, done.matched, inferred, untried, _INFERRING_RATE),
+        many=_toward(many, done.matched, inferred[_bucket(done.matched)], untried, 1.0),
         exit_rate=jnp.where(
             done.exits, control.exit_rate + _LEARNING_RATE * (rate - control.exit_rate), control.exit_rate
         ),

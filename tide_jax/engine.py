@@ -18,6 +18,7 @@ from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prom
 from tide_jax.checks import whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
+from tide_jax.deferred_fill import is_faster
 from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
@@ -32,8 +33,6 @@ from tide_jax.stats import ExitStats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-DEFERRED_ROWS = 2
-"""Rows up to which a CPU saves more by projecting skipped layers' rows together than keeping them costs (measured)."""
 
 
 class TIDE:
@@ -146,7 +145,8 @@ class TIDE:
             pad_token_id=pad_token_id,
             key=key,
         )
-        watched = None if mode == "lossless" else call.exits
+        # As scoring has them, so that every batch size is audited by one program.
+        watched = None if mode == "lossless" else self._exits(mode)
         self._watch(monitor, watched)
         runner = self._runner(mode)
         if streamer is None:
@@ -240,14 +240,8 @@ class TIDE:
         if mode == "lossless":  # drafts wait for their deep layers, which verify them
             return Exits(self._weights, gate, False, "recompute")
         strategy = self.config.kv_strategy
-        deferred = strategy == "propagate" and decoded_rows is not None and self._fills_later(decoded_rows)
+        deferred = strategy == "propagate" and decoded_rows is not None and is_faster(self.model, decoded_rows)
         return Exits(self._weights, gate, self.config.prefill_exits, strategy, deferred)
-
-    def _fills_later(self, rows: int) -> bool:
-        """Whether so many rows' tokens wait with what they skip. Of other devices than CPUs nobody has measured it."""
-        on_cpu = all(device.platform == "cpu" for device in self.model.embed.kernel[...].devices())
-        fixed = not self.model.config.length_changes_rope
-        return rows <= DEFERRED_ROWS and on_cpu and self._mesh is None and fixed
 
     def _runner(self, mode: Mode | None) -> Runner:
         shared = self.model, self._programs, self._implementation

@@ -74,9 +74,9 @@ class Exits:
       gate: thresholds and least depth.
       prompt: whether prompt tokens may exit, too. Where they may not, no router is compiled into the prompt's pass.
       kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
-      deferred: with "propagate", whether that may wait until several tokens' rows are projected at once, see
-        `tide_jax.deferred_fill`; the engine chooses it on a CPU. Rows are the same to rounding, but where rotary
-        frequencies depend on the length so far.
+      deferred: with "propagate", whether that waits until several tokens' rows are projected at once, which is faster
+        where `tide_jax.deferred_fill.is_faster`. Rows are the same to rounding, but where rotary frequencies depend on
+        the length so far.
     """
 
     routers: Routers
@@ -92,7 +92,7 @@ class Exits:
 
     @property
     def code_size(self) -> int | None:
-        """The same."""
+        """What `init_cache` is to be told; None also where nothing is deferred."""
         if self.kv_strategy == "recompute" or not self.deferred:
             return None
         return 0 if self.routers.translators is None else self.routers.translators.rank
@@ -242,7 +242,7 @@ def decode_step(
     positions = jnp.where(active, positions, -1)[:, None]
     _check_cache(cache, exits)
     if exits is not None and cache.pending is not None:
-        step = deferred_step if exits.deferred else recompute_step
+        step = recompute_step if exits.code_size is None else deferred_step
         out, cache = step(
             model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
         )

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.attention import AttentionContext
-from tide_jax.cache import KVCache
+from tide_jax.cache import KVCache, newest_positions
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.early_exit import DepthOutput
@@ -67,11 +67,8 @@ def recompute_step(
     assert pending is not None
     width = pending.queue_length
     embedded = model.embed_tokens(tokens, positions)
-    earlier = lax.dynamic_slice(
-        cache.positions, (jnp.int32(0), cache.length + 1 - width), (positions.shape[0], width - 1)
-    )
     states = jnp.concatenate([pending.states[:, 1:].astype(embedded.dtype), embedded], axis=1)
-    places = jnp.concatenate([earlier, positions], axis=1)
+    places = jnp.concatenate([newest_positions(cache, width - 1), positions], axis=1)
     if count is None:
         added = jnp.int32(tokens.shape[1])
         states, places = states[:, -width:], places[:, -width:]
@@ -84,7 +81,9 @@ def recompute_step(
     gating = None if routers is None or gate is None else Gating(routers, gate, allowed, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
     slots = SlotWindow(cache, groups, places, cache.length + added)
-    return _Walk(model, slots, gating, finish).run(_Window(states, newest))
+    return _Walk(model, slots, gating, finish, scoring=True if may_exit is True else jnp.any(allowed)).run(
+        _Window(states, newest)
+    )
 
 
 class _Window(NamedTuple):
@@ -95,12 +94,13 @@ class _Window(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """One walk over the layer groups."""
+    """One walk over the layer groups; `scoring`: whether routers are asked."""
 
     model: Decoder
     slots: SlotWindow
     gating: Gating | None
     finish: Bool[Array, ""] | bool
+    scoring: Bool[Array, ""] | bool
 
     def run(self, window: _Window) -> tuple[DepthOutput, KVCache]:
         groups = self.slots.groups
@@ -171,7 +171,7 @@ class _Walk(NamedTuple):
         return _Window(states, newest), behind_zeros(stacked, window.states.shape[1])
 
     def _decided(self, g: int, newest: TokenState) -> TokenState:
-        """Who leaves; nobody is scored where nobody may leave."""
+        """Who leaves."""
 
         def decided(state: TokenState) -> TokenState:
             return leave(self.model, self.slots.groups, g, state, self.gating)
@@ -179,9 +179,9 @@ class _Walk(NamedTuple):
         def undecided(state: TokenState) -> TokenState:
             return leave(self.model, self.slots.groups, g, state, None)
 
-        if self.gating is None or g == len(self.slots.groups) - 1:
+        if self.scoring is True or self.gating is None or g == len(self.slots.groups) - 1:
             return decided(newest)
-        return lax.cond(jnp.any(self.gating.may_exit), decided, undecided, newest)
+        return lax.cond(self.scoring, decided, undecided, newest)
 
 
 def pass_widths(queue_length: int) -> tuple[int, ...]:

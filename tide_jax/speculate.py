@@ -229,7 +229,7 @@ class _Inputs(NamedTuple):
       row_tokens: `LosslessState.tokens` with the n-gram drafts behind each row's end.
       tokens, positions: the queue's worth of new slots; `count` of them are there.
       drafted: n-gram drafts of each row.
-      matched: length of each row's match, drafted from or not.
+      matched: length of each row's match, drafted from or not; 0 where there is nothing to draft.
       may_exit, finish: as `recompute_step` takes them.
     """
 
@@ -262,8 +262,8 @@ def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits
         waiting=state.cache.length > pending.ran[-1],
     )
     spare = _spare_slots(state, limit)
-    drafted = jnp.where(running, _usable(found, state.ends, limit, request), 0)
-    drafted = jnp.minimum(drafted, jnp.where(spare >= choice.drafts, choice.drafts, 0))
+    usable = jnp.where(running, _usable(found, state.ends, limit, request), 0)
+    drafted = jnp.minimum(usable, jnp.where(spare >= choice.drafts, choice.drafts, 0))
     columns = state.ends[:, None] + jnp.arange(queue, dtype=jnp.int32)[None]
     rows = jnp.arange(state.ends.shape[0])[:, None]
     row_tokens = state.tokens.at[rows, columns[:, :-1]].set(found.tokens, mode="drop")
@@ -275,7 +275,7 @@ def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits
         positions=jnp.where(there, columns - 1 - state.starts[:, None], -1),
         count=count,
         drafted=drafted,
-        matched=found.matched,
+        matched=jnp.where(usable > 0, found.matched, 0),
         may_exit=choice.exits & (spare >= 1) & (count == 1) & (exits is not None),
         finish=(count > 1) | jnp.any(waits_to_end),
     )
@@ -356,9 +356,9 @@ def _verify(
     guess, answer = (jnp.take_along_axis(t, state.ends[:, None], axis=1)[:, 0] for t in (state.tokens, found.tokens))
     seconds = state.seconds + costs.head[pass_number(state.cache.length - first, found.queue_length)]
     done = Round(
-        matched=jnp.where(running & ~by_exits, batch.matched, 0),
+        matched=jnp.where(by_exits, 0, batch.matched),
+        drafted=batch.drafted,
         accepted=jnp.where(batch.drafted > 0, accepted, (guess == answer).astype(jnp.int32)),
-        drafts=batch.count - 1,
         exits=by_exits,
         tokens=jnp.sum(gained.astype(jnp.float32)) / jnp.maximum(jnp.sum(running.astype(jnp.float32)), 1.0),
         seconds=seconds,
