@@ -5,11 +5,12 @@ token still active; tokens above the threshold freeze, and the loop ends as soon
 nobody needs is never run (`tide_jax.group_loop` says what makes that free).
 
 Deciding per token with a learned router follows TIDE (2026). This module is the engine's definition, over any number of
-tokens, and how one token is decoded with ``kv_strategy="propagate"``: the cache of skipped layers is projected from the
-exit state, CALM's state propagation (Schuster et al. 2022, arXiv:2207.07061, section 3.3), here from the exit state as
-translated to each skipped layer (`tide_jax.translators`) where the routers have translators. With "recompute" every
-token's keys and values are those of the full model, only later than others' (`tide_jax.recompute`), so over several
-tokens at once every layer runs, and exits choose the answer alone.
+tokens, and how one token of each of many rows is decoded with ``kv_strategy="propagate"`` (of few rows, on a CPU:
+`tide_jax.deferred_fill`): the cache of skipped layers is projected from the exit state, CALM's state propagation
+(Schuster et al. 2022, arXiv:2207.07061, section 3.3), here from the exit state as translated to each skipped layer
+(`tide_jax.translators`) where the routers have translators. With "recompute" every token's keys and values are those of
+the full model, only later than others' (`tide_jax.recompute`), so over several tokens at once every layer runs, and
+exits choose the answer alone.
 """
 
 from __future__ import annotations

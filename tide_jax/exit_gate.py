@@ -1,7 +1,7 @@
 """The exit decision: which tokens leave at a checkpoint, and with what answer.
 
 Deciding per token with a learned router follows TIDE (2026). Whoever runs the layers (`tide_jax.early_exit`,
-`tide_jax.recompute`) asks here after each group.
+`tide_jax.survivors`, `tide_jax.recompute`, `tide_jax.deferred_fill`) asks here after each group.
 """
 
 from __future__ import annotations

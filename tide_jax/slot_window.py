@@ -44,11 +44,11 @@ class SlotWindow(NamedTuple):
         return self.length - self.pending.ran[-1] >= self.positions.shape[1]
 
     def waits(self, ran: Int[Array, " groups"]) -> Bool[Array, "groups Q"]:
-        """Which slots of the window groups that have run so many have yet to run, the step's own included."""
+        """Which slots of the window groups that have seen to so many have yet to see to, the step's own included."""
         return (self.first + jnp.arange(self.positions.shape[1]))[None] >= ran[:, None]
 
     def complete(self, g: int) -> KVCache:
-        """The cache with nothing in the slots that group `g` has not run."""
+        """The cache with nothing in the slots that group `g` has not seen to."""
         slots = jnp.arange(self.cache.capacity)[None]
         return self.cache._replace(positions=jnp.where(slots < self.pending.ran[g], self.cache.positions, -1))
 
