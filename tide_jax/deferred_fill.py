@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from tide_jax.attention import AttentionContext
@@ -22,16 +23,16 @@ from tide_jax.cache import KVCache, Left, Pending, newest_positions
 from tide_jax.cache_fill import fill_rows
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
-from tide_jax.early_exit import DepthOutput
-from tide_jax.exit_gate import ExitGate, Gating, TokenState, leave
-from tide_jax.group_loop import Branch, GroupRows, Loop, behind_zeros, run_groups
+from tide_jax.early_exit import DepthOutput, MaskedWalk
+from tide_jax.exit_gate import ExitGate, Gating, TokenState
+from tide_jax.group_loop import Branch, GroupRows, Loop, run_groups
 from tide_jax.router import Routers
 from tide_jax.sharding import mesh_of
 from tide_jax.slot_window import SlotWindow
 from tide_jax.span_attention import KeyValue
 
-MOST_ROWS = 2
-"""Rows up to which a CPU saves more by projecting together than keeping the window costs (measured)."""
+MOST_ROWS = 8
+"""Rows up to which projecting together was measured to be faster on a CPU; of more, many are in one product anyway."""
 
 
 def is_faster(model: Decoder, rows: int) -> bool:
@@ -62,144 +63,112 @@ def deferred_step(
       implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Returns:
-      What the pass gave for the newest token, `new` with the rows of the newest Q slots (those that waited for
-      their group mean something), and the cache with the token appended.
+      What the pass gave for the newest token (`new` is zero where it waits), and the cache with the token appended.
     """
     pending = cache.pending
     assert pending is not None
-    width = pending.queue_length
     newest = TokenState.start(model.embed_tokens(tokens, positions), positions, pending.code_size)
     groups = layer_groups(model.config.num_layers, routers.checkpoints)
-    slots = SlotWindow(
-        cache, groups, jnp.concatenate([newest_positions(cache, width - 1), positions], axis=1), cache.length + 1
-    )
-    return _Walk(model, slots, Gating(routers, gate, positions >= 1, implementation)).run(newest)
+    window = jnp.concatenate([newest_positions(cache, pending.queue_length - 1), positions], axis=1)
+    walk = _Walk(model, groups, Gating(routers, gate, positions >= 1, implementation), window)
+    return walk.run(newest, cache)
 
 
 class _Walk(NamedTuple):
-    """One walk over the layer groups: down to where the last token leaves, and on where the queue is full."""
+    """One walk over the layer groups: down to where the last token leaves, with stops to project rows that are missing.
+
+    Attributes:
+      model, groups, gating: of the walk.
+      window: positions of the newest Q slots, the tokens' own included.
+    """
 
     model: Decoder
-    slots: SlotWindow
+    groups: tuple[range, ...]
     gating: Gating
+    window: Int[Array, "B Q"]
 
-    def run(self, newest: TokenState) -> tuple[DepthOutput, KVCache]:
-        count, rows = len(self.slots.groups), GroupRows(self.slots.groups)
-        contexts = self.model.contexts(self.slots.positions[:, -1:], self.slots.cache)
-        branches = [self._alone(g, contexts) for g in range(count)]
-        branches += [self._with_waiting(g) for g in range(count)]
-        branches += [self._fill(g) for g in range(count)]
-        loop = run_groups(
-            lambda s: (s.group < count) & (self.slots.full | jnp.any(s.state.active)),
-            branches,
-            Loop(jnp.int32(0), newest, rows.empty(self.model.config, self._states(newest))),
-            choose=lambda s: s.group + count * self._kind(s),
-        )
-        new, newest = rows.by_layer(loop.rows), loop.state
-        executed = jnp.max(newest.exit_layers, initial=-1) + 1
-        left = Left(self._exit_layers(newest), self._codes(newest).astype(self.slots.pending.states.dtype))
-        states = self._states(newest).astype(self.slots.pending.states.dtype)
-        pending = Pending(states, self.slots.pending.ran, left)
-        written = self.slots.written(new, jnp.arange(count) < loop.group, pending)
-        return DepthOutput(newest.states, newest.exit_layers, new, executed), written
+    def run(self, newest: TokenState, cache: KVCache) -> tuple[DepthOutput, KVCache]:
+        """Groups are run and rows are filled in by turns; where nothing is missing, the first turn is the last."""
+        start = Loop(jnp.int32(0), newest, self._rows.empty(self.model.config, newest.x))
+        loop, cache = lax.while_loop(lambda c: self._unfinished(*c), lambda c: self._turn(*c), (start, cache))
+        done, before, new = jnp.arange(len(self.groups)) < loop.group, _pending(cache), self._rows.by_layer(loop.rows)
+        executed = jnp.max(loop.state.exit_layers, initial=-1) + 1
+        cache = cache._replace(pending=None).append(new, self.window[:, -1:])
+        states, left = self._left(loop.state, before)
+        left = left._replace(code=left.code.astype(before.states.dtype))
+        ran = jnp.where(done, cache.length, before.ran)
+        cache = cache._replace(pending=Pending(states.astype(before.states.dtype), ran, left))
+        return DepthOutput(loop.state.states, loop.state.exit_layers, new, executed), cache
 
-    def _kind(self, loop: Loop[TokenState]) -> Int[Array, ""]:
-        """0: nothing waits for the group; 1: something does; 2: nobody runs it, but the queue is full."""
-        waiting = self.slots.length - 1 > self.slots.pending.ran[loop.group]
-        return jnp.where(jnp.any(loop.state.active), waiting.astype(jnp.int32), 2)
+    @property
+    def _rows(self) -> GroupRows:
+        return GroupRows(self.groups)
 
-    def _alone(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[TokenState]:
-        """Runs group `g` for the newest token: nothing waits."""
+    def _unfinished(self, loop: Loop[TokenState], cache: KVCache) -> Bool[Array, ""]:
+        """Whether a group is to be run, or a step later the window would not hold what waits."""
+        full = SlotWindow(cache, self.groups, self.window, cache.length + 1).full
+        return (loop.group < len(self.groups)) & (full | jnp.any(loop.state.active))
 
-        def run(state: TokenState) -> tuple[TokenState, KeyValue]:
-            rows = []
-            for i in self.slots.groups[g]:
-                y, new = self.model.layers[i](self._read(i, state), contexts, self.slots.cache.layer(i))
-                state = _moved(state, y)
-                rows.append(new)
-            state, own = self._after(g, state, rows)
-            return state, behind_zeros(own, self.slots.positions.shape[1])
+    def _turn(self, loop: Loop[TokenState], cache: KVCache) -> tuple[Loop[TokenState], KVCache]:
+        """Runs groups until a row is missing, and fills in all that are."""
+        positions, ran = self.window[:, -1:], _pending(cache).ran
+        walk = MaskedWalk(self.model, self.groups, cache, self.gating, False, positions)
+        contexts = self.model.contexts(positions, cache)
 
-        return run
+        def ready(s: Loop[TokenState]) -> Bool[Array, ""]:
+            return (s.group < len(self.groups)) & jnp.any(s.state.active) & (ran[s.group] == cache.length)
 
-    def _with_waiting(self, g: int) -> Branch[TokenState]:
-        """Runs group `g` for the newest token, and projects the rows of those that wait beside its own."""
+        loop = run_groups(ready, [walk.branch(g, contexts) for g in range(len(self.groups))], loop)
+        # A loop of one turn or none, which writes the cache where it is.
+        fill = self._unfinished(loop, cache), loop, cache
+        return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), *self._filled(*c[1:])), fill)[1:]
 
-        def run(state: TokenState) -> tuple[TokenState, KeyValue]:
-            rows, seen, places = [], jnp.where(self._waits(g), self.slots.positions, -1), self._places()
-            contexts = self.model.contexts(seen, self.slots.complete(g), self.slots.positions[:, -1:])
-            for i in self.slots.groups[g]:
-                x = self._read(i, state)
-                rows.append(self._projected(g, i, state, places, x))
-                y = self.model.layers[i].run_on(x, rows[-1], contexts, self.slots.cache.layer(i))
-                state = _moved(state, y)
-            return self._after(g, state, rows)
+    def _filled(self, loop: Loop[TokenState], cache: KVCache) -> tuple[Loop[TokenState], KVCache]:
+        """Projects what waits for the groups that are left; of the newest tokens only once they have left, too."""
+        slots = SlotWindow(cache, self.groups, self.window, cache.length + 1)
+        count, pending = len(self.groups), _pending(cache)
+        states, left = self._left(loop.state, pending)
+        places = self.model.contexts(self.window, None)
+        rows = run_groups(
+            lambda s: s.group < count,
+            [self._projections(g, slots, left, places) for g in range(count)],
+            Loop(loop.group, states, self._rows.empty(self.model.config, states)),
+        ).rows
+        done, gone = jnp.arange(count) >= loop.group, ~jnp.any(loop.state.active)
+        ran = jnp.where(done, cache.length + gone.astype(jnp.int32), pending.ran)
+        cache = slots.filled(self._rows.by_layer(rows), done)._replace(pending=pending._replace(ran=ran))
+        own = (done & gone)[:, None, None, None, None, None]
+        keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
+        values = jnp.where(own, rows.values[:, :, :, :, -1:], loop.rows.values)
+        return loop._replace(rows=KeyValue(keys, values)), cache
 
-        return run
+    def _projections(
+        self, g: int, slots: SlotWindow, left: Left, places: tuple[AttentionContext, ...]
+    ) -> Branch[Float[Array, "B Q D"]]:
+        """Group `g`'s rows of the window's slots that wait for it."""
+        waits = slots.waits(slots.pending.ran[g][None])
 
-    def _fill(self, g: int) -> Branch[TokenState]:
-        """Projects the rows of all that wait for group `g`."""
+        def project(states: Float[Array, "B Q D"]) -> tuple[Float[Array, "B Q D"], KeyValue]:
+            rows, wanted = [], waits & (self.window >= 0)
+            for i in self.groups[g]:
+                x = self.gating.translated(self.model, i, states, left.code, left.exit_layers)
+                layer, implementation = self.model.layers[i], self.gating.implementation
+                rows.append(fill_rows(layer, x, places, wanted, implementation=implementation))
+            return states, self._rows.stack(rows)
 
-        def fill(state: TokenState) -> tuple[TokenState, KeyValue]:
-            places = self._places()
-            rows = [self._projected(g, i, state, places) for i in self.slots.groups[g]]
-            return state, GroupRows(self.slots.groups).stack(rows)
+        return project
 
-        return fill
-
-    def _after(self, g: int, state: TokenState, rows: list[KeyValue]) -> tuple[TokenState, KeyValue]:
-        state = leave(self.model, self.slots.groups, g, state, self.gating)
-        return state, GroupRows(self.slots.groups).stack(rows)
-
-    def _projected(
-        self,
-        g: int,
-        layer: int,
-        state: TokenState,
-        places: tuple[AttentionContext, ...],
-        newest: Float[Array, "B 1 D"] | None = None,
-    ) -> KeyValue:
-        """A layer's rows of the window's slots; the newest token is seen as `newest`, where it runs the layer."""
-        waits, positions = self._waits(g), self.slots.positions
-        x = self.gating.translated(self.model, layer, self._states(state), self._codes(state), self._exit_layers(state))
-        if newest is not None:
-            x = jnp.concatenate([x[:, :-1], newest], axis=1)
-        # Slots that do not wait are masked, but what is no number would not be.
-        x = jnp.where(waits[:, :, None], x, jnp.zeros_like(x))
-        wanted = waits & (positions >= 0)
-        return fill_rows(self.model.layers[layer], x, places, wanted, implementation=self.gating.implementation)
-
-    def _read(self, layer: int, state: TokenState) -> Float[Array, "B 1 D"]:
-        """What a layer reads of the newest tokens: their residual stream, or of those that have left a translation."""
-        if state.active.size == 1:  # a lone token is active, or the group would not run
-            return state.x
-        left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
-        return jnp.where(state.active[:, :, None], state.x, left)
-
-    def _places(self) -> tuple[AttentionContext, ...]:
-        """Where the window's slots are."""
-        return self.model.contexts(self.slots.positions, None)
-
-    def _waits(self, g: int) -> Bool[Array, "1 Q"]:
-        return self.slots.waits(self.slots.pending.ran[g][None])
-
-    def _states(self, newest: TokenState) -> Float[Array, "B Q D"]:
-        """The window's residual streams, the newest token's included."""
-        return _pushed(self.slots.pending.states, newest.x)
-
-    def _codes(self, newest: TokenState) -> Float[Array, "B Q R"]:
-        assert self.slots.pending.left is not None
+    def _left(self, newest: TokenState, pending: Pending) -> tuple[Float[Array, "B Q D"], Left]:
+        """The window's exit states, and how its tokens left."""
+        assert pending.left is not None
         assert newest.code is not None
-        return _pushed(self.slots.pending.left.code, newest.code)
-
-    def _exit_layers(self, newest: TokenState) -> Int[Array, "B Q"]:
-        assert self.slots.pending.left is not None
-        return _pushed(self.slots.pending.left.exit_layers, newest.exit_layers)
+        left = Left(_pushed(pending.left.exit_layers, newest.exit_layers), _pushed(pending.left.code, newest.code))
+        return _pushed(pending.states, newest.x), left
 
 
-def _moved(state: TokenState, x: Float[Array, "B 1 D"]) -> TokenState:
-    """The active tokens with another residual stream."""
-    return state._replace(x=jnp.where(state.active[:, :, None], x, state.x))
+def _pending(cache: KVCache) -> Pending:
+    assert cache.pending is not None
+    return cache.pending
 
 
 def _pushed(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:

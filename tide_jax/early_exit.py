@@ -89,12 +89,18 @@ def run_depth(
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
     gating = None if routers is None or gate is None else Gating(routers, gate, may_exit, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
-    walk = _Walk(model, groups, cache, gating, exact, positions)
+    walk = MaskedWalk(model, groups, cache, gating, exact, positions)
     return walk.run(state, model.contexts(positions, cache), survivors)
 
 
-class _Walk(NamedTuple):
-    """One pass over the layer groups; `exact`: tokens that have left go on, for their keys and values."""
+class MaskedWalk(NamedTuple):
+    """One pass over the layer groups, all tokens at once.
+
+    Attributes:
+      model, groups, cache, gating: of the walk; `gating` None without exits.
+      exact: tokens that have left go on, for their keys and values.
+      positions: of the tokens, -1 for padding.
+    """
 
     model: Decoder
     groups: tuple[range, ...]
@@ -104,9 +110,10 @@ class _Walk(NamedTuple):
     positions: Int[Array, "B T"]
 
     def run(self, state: TokenState, contexts: tuple[AttentionContext, ...], survivors: bool) -> DepthOutput:
+        """The whole pass; `survivors` as in `run_depth`."""
         count, rows = len(self.groups), GroupRows(self.groups)
         loop = Loop(jnp.int32(0), state, rows.empty(self.model.config, state.x))
-        branches, choose = [self._branch(g, contexts) for g in range(count)], next_group
+        branches, choose = [self.branch(g, contexts) for g in range(count)], next_group
         if survivors and self.gating is not None and not self.exact:
             fewer = Survivors(self.model, self.groups, self.cache, self.gating, self.positions, contexts)
             branches, choose = branches + fewer.branches(), fewer.choose
@@ -120,7 +127,7 @@ class _Walk(NamedTuple):
             loop = run_groups(lambda s: s.group < count, [self._propagate(g, contexts) for g in range(count)], loop)
         return DepthOutput(loop.state.states, loop.state.exit_layers, rows.by_layer(loop.rows), executed)
 
-    def _branch(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[TokenState]:
+    def branch(self, g: int, contexts: tuple[AttentionContext, ...]) -> Branch[TokenState]:
         """Runs group `g`, then decides who leaves. A token that has left keeps its exit state, so that a layer's new
         rows for it are those of state propagation even while other tokens still run the layer."""
 

@@ -52,13 +52,12 @@ class SlotWindow(NamedTuple):
         slots = jnp.arange(self.cache.capacity)[None]
         return self.cache._replace(positions=jnp.where(slots < self.pending.ran[g], self.cache.positions, -1))
 
-    def written(self, new: KeyValue, done: Bool[Array, " groups"], pending: Pending) -> KVCache:
-        """The cache with the step's tokens appended, and the rows that groups have computed.
+    def filled(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
+        """The cache with the rows that groups have computed of slots that waited for them.
 
         Args:
           new: ``[L, B, KV, Q, channels]``, rows of the window's slots.
           done: groups whose rows there are.
-          pending: as it is after the step, but for `ran`.
         """
         by_group = self.waits(self.pending.ran) & done[:, None]
         fresh = [by_group[g][None, None, :, None] for g, group in enumerate(self.groups) for _ in group]
@@ -72,9 +71,12 @@ class SlotWindow(NamedTuple):
         def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
             return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))
 
-        return KVCache(
-            keys=write(self.cache.keys, new.keys),
-            values=write(self.cache.values, new.values),
+        return self.cache._replace(keys=write(self.cache.keys, new.keys), values=write(self.cache.values, new.values))
+
+    def written(self, new: KeyValue, done: Bool[Array, " groups"], pending: Pending) -> KVCache:
+        """`filled`, and the step's tokens appended; `pending`: as it is after the step, but for `ran`."""
+        zero = jnp.int32(0)
+        return self.filled(new, done)._replace(
             positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.first)),
             length=self.length,
             pending=pending._replace(ran=jnp.where(done, self.length, self.pending.ran)),
