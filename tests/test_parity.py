@@ -67,8 +67,8 @@ def test_skipped_layers_that_leave_nothing_behind(checkpoint: Path, monkeypatch:
 
         return fill
 
-    real = tide_jax.early_exit._Walk._propagate
-    monkeypatch.setattr(tide_jax.early_exit._Walk, "_propagate", propagate)
+    real = tide_jax.early_exit.MaskedWalk._propagate
+    monkeypatch.setattr(tide_jax.early_exit.MaskedWalk, "_propagate", propagate)
     assert wrong_paths(checkpoint) == {"mixed_exit"}
 
 
