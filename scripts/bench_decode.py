@@ -113,7 +113,7 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
         exits = forced(model, routers, checkpoint + 1, batch)
         variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
     middle = min(routers.checkpoints, key=lambda c: abs(2 * (c + 1) - model.config.num_layers)) + 1
-    recomputed = dataclasses.replace(forced(model, routers, middle, batch), kv_strategy="recompute", deferred=False)
+    recomputed = dataclasses.replace(forced(model, routers, middle, batch), kv_strategy="recompute")
     variants[f"forced {middle} recompute"] = engine_variant(model, recomputed, batch, args.steps)
     if reference is not None:
         variants["transformers"] = reference_variant(reference, model.config.vocab_size, batch, args.steps)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import BruteForce
-from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model
+from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, generate, init_cache
 from tide_jax.cache import QUEUE_LENGTH
@@ -28,10 +28,7 @@ FLOAT32_NOISE = 1e-5
 
 @functools.cache
 def engine_of(name: str) -> TIDE:
-    model = tiny_model(CONFIGS[name])
-    interval = 2 if model.config.num_layers > 4 else 1
-    routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
-    return TIDE(model, routers, ExitConfig(exit_threshold=0.45, min_layers=0))
+    return routed_engine(name, exit_threshold=0.45)
 
 
 def check_against_brute_force(engine: TIDE, prompts: list[list[int]], new: int) -> set[int]:
@@ -41,8 +38,7 @@ def check_against_brute_force(engine: TIDE, prompts: list[list[int]], new: int) 
     brute_force = BruteForce(engine.model, engine.routers, config.exit_threshold, config.min_layers)
     out = engine.generate(prompts, max_new_tokens=new, eos_token_id=[])
     for b, prompt in enumerate(prompts):
-        expected = brute_force.generate(prompt, new, prefill_exits=config.prefill_exits)
-        tokens, exit_layers, margin = expected
+        tokens, exit_layers, margin = brute_force.generate(prompt, new, prefill_exits=config.prefill_exits)
         assert margin > FLOAT32_NOISE
         assert out.tokens[b].tolist() == tokens, b
         assert out.exit_layers[b].tolist() == exit_layers, b

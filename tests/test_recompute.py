@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from brute_force import BruteForce
-from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model
+from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
 from tide_jax.cache import QUEUE_LENGTH
@@ -30,10 +30,7 @@ DIALS: list[dict[str, Any]] = [
 
 @functools.cache
 def engine_of(name: str) -> TIDE:
-    model = tiny_model(CONFIGS[name])
-    interval = 2 if model.config.num_layers > 4 else 1
-    routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
-    return TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0, kv_strategy="recompute"))
+    return routed_engine(name, exit_threshold=0.5, kv_strategy="recompute")
 
 
 def brute_force_of(engine: TIDE) -> BruteForce:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import CONFIGS, random_prompts, tiny_model
+from tiny_models import random_prompts, routed_engine, tiny_model
 
-from tide_jax import TIDE, DriftMonitor, ExitConfig, PassCosts, TideError, generate_lossless, measure_pass_costs
+from tide_jax import TIDE, DriftMonitor, PassCosts, TideError, generate_lossless, measure_pass_costs
 from tide_jax.batch import bucket, eos_table, pad_left
 from tide_jax.draft_control import DraftControl, Round, learned, plan
 from tide_jax.early_exit import ExitGate
@@ -19,7 +19,7 @@ from tide_jax.generate import Exits, Prompt, Request
 from tide_jax.ngram_drafts import ngram_drafts
 from tide_jax.sampling import make_sampling
 from tide_jax.speculate import LosslessGenerated
-from tide_jax.testing import constant_routers, random_routers, tiny_config
+from tide_jax.testing import constant_routers, tiny_config
 
 NEW = 37
 # One of each way to read the cache.
@@ -35,10 +35,7 @@ DEAR = PassCosts(jnp.asarray([1.0, 10.0, 100.0]), jnp.zeros((3,)), jnp.float32(0
 
 @functools.cache
 def engine_of(name: str) -> TIDE:
-    model = tiny_model(CONFIGS[name])
-    interval = 2 if model.config.num_layers > 4 else 1
-    routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
-    return TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0))
+    return routed_engine(name, exit_threshold=0.5)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tide_jax import TIDE, ExitConfig
 from tide_jax.architecture import (
     AttentionType,
     DecoderConfig,
@@ -21,7 +22,7 @@ from tide_jax.architecture import (
 )
 from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.layers import DecoderLayer
-from tide_jax.testing import tiny_config
+from tide_jax.testing import random_routers, tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
 _NORMED = dataclasses.replace(_GLOBAL, qk_norm=QKNorm())
@@ -137,6 +138,14 @@ def random_prompts(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 259)
     """Rows of random token ids."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab, n).tolist() for n in lengths]
+
+
+def routed_engine(name: str, **settings: Any) -> TIDE:
+    """An engine over one of `CONFIGS`, with every part that routers can have; `settings` are its `ExitConfig`'s."""
+    model = tiny_model(CONFIGS[name])
+    interval = 2 if model.config.num_layers > 4 else 1
+    routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
+    return TIDE(model, routers, ExitConfig(min_layers=0, **settings))
 
 
 def record_layers(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -146,7 +146,7 @@ class TIDE:
             key=key,
         )
         # As scoring has them, so that every batch size is audited by one program.
-        watched = None if mode == "lossless" else self._exits(mode)
+        watched = None if monitor is None or mode == "lossless" else self._exits(mode)
         self._watch(monitor, watched)
         runner = self._runner(mode)
         if streamer is None:

@@ -252,10 +252,15 @@ def decode_step(
     return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
 
 
+def _waiting(exits: Exits | None) -> tuple[int, int | None]:
+    """`pending_groups` and `code_size` of the cache that these exits need."""
+    return (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+
+
 def _check_cache(cache: KVCache, exits: Exits | None) -> None:
     pending = cache.pending
     groups, code_size = (0, None) if pending is None else (len(pending.ran), pending.code_size)
-    wanted, code_wanted = (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+    wanted, code_wanted = _waiting(exits)
     if (groups, code_size) != (wanted, code_wanted):
         raise TideError(
             f"the cache holds pending states for {groups} layer groups with code_size={code_size}, these exits need "
@@ -275,7 +280,7 @@ def begin(
 ) -> GenerationState:
     """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
     batch, width = prompt.tokens.shape
-    groups, code_size = (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+    groups, code_size = _waiting(exits)
     cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups, code_size=code_size)
     step = prefill(model, prompt, cache, exits, implementation=implementation)
     state = GenerationState(

@@ -173,15 +173,12 @@ class _Walk(NamedTuple):
     def _decided(self, g: int, newest: TokenState) -> TokenState:
         """Who leaves."""
 
-        def decided(state: TokenState) -> TokenState:
-            return leave(self.model, self.slots.groups, g, state, self.gating)
-
-        def undecided(state: TokenState) -> TokenState:
-            return leave(self.model, self.slots.groups, g, state, None)
+        def decided(gating: Gating | None) -> TokenState:
+            return leave(self.model, self.slots.groups, g, newest, gating)
 
         if self.scoring is True or self.gating is None or g == len(self.slots.groups) - 1:
-            return decided(newest)
-        return lax.cond(self.scoring, decided, undecided, newest)
+            return decided(self.gating)
+        return lax.cond(self.scoring, lambda: decided(self.gating), lambda: decided(None))
 
 
 def pass_widths(queue_length: int) -> tuple[int, ...]:

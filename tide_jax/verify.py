@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.cache import KVCache
+from tide_jax.cache import KVCache, newest_positions
 from tide_jax.decoder import Decoder
 from tide_jax.generate import Request
 from tide_jax.recompute import pass_number, pass_widths
@@ -83,8 +83,7 @@ def verified(model: Decoder, drawn: Drawn, cache: KVCache, first: Int[Array, ""]
     assert pending is not None
     queue = pending.queue_length
     begin = cache.length - queue
-    batch, zero = drawn.ends.shape[0], jnp.int32(0)
-    positions = lax.dynamic_slice(cache.positions, (zero, begin), (batch, queue))
+    positions = newest_positions(cache, queue)
     checked = ((begin + jnp.arange(queue)) >= first)[None] & (positions >= 0)
     columns = jnp.where(checked, positions + 1 + drawn.starts[:, None], 0)  # of the answers
     answers = _answers(model, drawn, pending.states, checked, columns, cache.length - first, request)
@@ -93,7 +92,7 @@ def verified(model: Decoder, drawn: Drawn, cache: KVCache, first: Int[Array, ""]
     corrected, at = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1)[:, None]
     column = jnp.take_along_axis(columns, at, axis=1)[:, 0]
     answer = jnp.take_along_axis(answers, at, axis=1)[:, 0]
-    rows = jnp.arange(batch)
+    rows = jnp.arange(drawn.ends.shape[0])
     kept = ~checked | ~corrected[:, None] | (jnp.arange(queue)[None] <= at)
     positions = jnp.where(kept, positions, -1)
     filled = jnp.max(jnp.where(positions >= 0, jnp.arange(1, queue + 1)[None], 0))
@@ -103,7 +102,7 @@ def verified(model: Decoder, drawn: Drawn, cache: KVCache, first: Int[Array, ""]
         ends=jnp.where(corrected, column + 1, drawn.ends),
         corrected=corrected,
         cache=cache._replace(
-            positions=lax.dynamic_update_slice(cache.positions, positions, (zero, begin)),
+            positions=lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), begin)),
             length=length,
             pending=pending._replace(ran=jnp.broadcast_to(length, pending.ran.shape)),
         ),
