@@ -21,6 +21,7 @@ from tokenizers import (
     processors,
 )
 
+from convert.gguf_ends import end_ids
 from convert.gguf_pretokenizers import PRE_TOKENIZERS
 from tide_jax.errors import TideError
 
@@ -35,8 +36,6 @@ _SPECIAL_IDS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-# Tokens a chat model ends its turn with.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 
 
 def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerFast:
@@ -66,27 +65,16 @@ def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTo
 def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The values of generation_config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, those the file has.
 
-    A model ends at its end-of-sequence token, at the end-of-turn and end-of-message tokens the file names, and at
-    turn ends its chat template writes: `eos_token_id` is one id or a list, the end of sequence first.
+    A model ends at every token that llama.cpp ends at: `eos_token_id` is one id or a list, the end of sequence first.
     """
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_IDS.items()}
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ends = [metadata.get(f"tokenizer.ggml.{key}") for key in keys] + _template_turn_ends(metadata)
-    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    ends = end_ids(metadata)
     values = {
         "bos_token_id": ids["bos_token"],
-        "eos_token_id": unique[0] if len(unique) == 1 else unique or None,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": ids["pad_token"],
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _template_turn_ends(metadata: Mapping[str, Any]) -> list[int]:
-    template = metadata.get("tokenizer.chat_template", "")
-    wanted = {token for token in _TURN_ENDS if token in template}
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    types = _token_types(metadata, len(tokens))
-    return [i for i, token in enumerate(tokens) if token in wanted and types[i] in (_CONTROL, _USER_DEFINED)]
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -222,9 +210,13 @@ def _template(metadata: Mapping[str, Any], add_bos: bool) -> processors.Template
 
 
 def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Makes control and user-defined tokens match whole in text; only the former are special."""
+    """Makes control and user-defined tokens match whole in text; only the former are special.
+
+    What ends a generation is a control token whatever its type, as in llama.cpp: a chat template may write it.
+    """
     tokens = _tokens(metadata)
-    types = _token_types(metadata, len(tokens))
+    ends = set(end_ids(metadata))
+    types = [_CONTROL if i in ends else kind for i, kind in enumerate(_token_types(metadata, len(tokens)))]
     added = [
         AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
         for token, kind in zip(tokens, types, strict=True)

@@ -17,6 +17,7 @@ from tide_jax.shards import TensorInfo
 logger = logging.getLogger(__name__)
 _TEXT = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.(?:model\.)?")
 _HEAD = re.compile(r"(?:language_model\.)?lm_head\.(?:weight|bias)")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OTHER = re.compile(
     r"(model\.)?(vision|visual|image|video|audio|speech|vq|mm_|multi_modal|multimodal|merger|connector).*"
 )
@@ -79,7 +80,11 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     if whole.is_encoder_decoder:
         return None
     text = whole.get_text_config(decoder=True)
-    return None if text is whole or not hasattr(text, "to_dict") else text.to_dict()
+    if text is whole or not hasattr(text, "to_dict"):
+        return None
+    # transformers' generate asks the whole configuration for these first, and the text part for what is left unset.
+    outer = whole.to_dict()
+    return text.to_dict() | {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

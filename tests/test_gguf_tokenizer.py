@@ -13,9 +13,10 @@ from gguf import GGUFWriter
 from gguf_files import smollm2, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from convert.architecture import architecture_of
 from convert.gguf_pretokenizers import PRE_TOKENIZERS
 from convert.gguf_source import GGUFSource
-from convert.gguf_tokenizer import build_tokenizer
+from convert.gguf_tokenizer import build_tokenizer, token_ids
 from tide_jax.errors import TideError
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -189,7 +190,7 @@ def test_side_files_load_with_auto_tokenizer(tmp_path: Path) -> None:
         assert again(text).input_ids == first(text).input_ids
     assert again.chat_template == TEMPLATE
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2} == source.generation_config
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2} == source.generation_config
 
 
 def test_chat_template_renders(tmp_path: Path) -> None:
@@ -199,15 +200,65 @@ def test_chat_template_renders(tmp_path: Path) -> None:
     assert chat == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_end_ids_include_the_end_of_turn(tmp_path: Path) -> None:
-    plain = {"tokenizer.chat_template": "no turns"}
-    for changes, template, expected in [
-        ({"eos_token_id": 0}, {}, [0, 2]),
-        ({"eos_token_id": 0}, plain, 0),
-        ({"eos_token_id": 0, "eot_token_id": 2}, plain, [0, 2]),
+LLAMA_CPP_ENDS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+    "<REPO>", "<reponame>", "<|file_sep|>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("token", LLAMA_CPP_ENDS)
+def test_a_generation_ends_where_it_ends_in_llama_cpp(token: str, kind: int) -> None:
+    """Whatever the token's type, with and without a chat template; and the token is found whole in a text."""
+    metadata = bpe_metadata(eos_token_id=1)
+    metadata["tokenizer.ggml.tokens"][0] = "<|startoftext|>"
+    metadata["tokenizer.ggml.tokens"][2] = token
+    metadata["tokenizer.ggml.token_type"][2] = kind
+    assert token_ids(metadata)["eos_token_id"] == [1, 2]
+    tokenizer = build_tokenizer(metadata)
+    assert tokenizer.encode(f"a{token}").ids[-1] == 2
+    assert tokenizer.decode([2], skip_special_tokens=True) == ""
+    del metadata["tokenizer.chat_template"]
+    assert token_ids(metadata)["eos_token_id"] == [1, 2]
+
+
+def test_the_end_tokens_that_a_file_names_come_first() -> None:
+    ends = {"eos_token_id": 7, "eot_token_id": 2, "eom_token_id": 9, "fim_pad_token_id": 8}
+    assert token_ids(bpe_metadata(**ends))["eos_token_id"] == [7, 2, 9, 0, 8]
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        (["<|end|>", "<|return|>", "<|call|>"], [1, 2]),  # gpt-oss
+        (["<|end|>", "<|flush|>", "<|calls|>"], [1, 2]),  # Solar Open
+        (["<|end|>", "<|return|>", "<|start|>"], [0, 1]),
+        (["<|end|>", "<|call|>", "<|start|>"], [0, 1]),
+        (["</s>", "<|tool_response>", "<turn|>"], [1, 2]),  # Gemma 4
+        (["</s>", "<turn|>", "<s>"], [0, 1]),
+        (["<fim-pad>", "<|fim_pad|>", "<s>"], [1]),  # one token has each role
+    ],
+)
+def test_tokens_that_only_look_like_an_end(tokens: list[str], expected: list[int]) -> None:
+    metadata = bpe_metadata()
+    del metadata["tokenizer.ggml.eos_token_id"]
+    metadata["tokenizer.ggml.tokens"][:3] = tokens
+    assert token_ids(metadata)["eos_token_id"] == (expected if len(expected) > 1 else expected[0])
+
+
+def test_end_ids_reach_the_model(tmp_path: Path) -> None:
+    for changes, expected in [
+        ({"eos_token_id": 0}, [0, 2]),
+        ({"eos_token_id": 2}, [2, 0]),
+        ({"eos_token_id": 1, "eot_token_id": 2}, [1, 2, 0]),
     ]:
-        source = write_with_tokenizer(tmp_path / "m.gguf", bpe_metadata(**changes) | template)
-        assert source.generation_config["eos_token_id"] == source.config["eos_token_id"] == expected
+        for template in ({}, {"tokenizer.chat_template": "no turns"}):
+            source = write_with_tokenizer(tmp_path / "m.gguf", bpe_metadata(**changes) | template)
+            assert source.generation_config["eos_token_id"] == source.config["eos_token_id"] == expected
+            assert list(architecture_of(source).config.eos_token_ids) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from convert import convert
+from convert.text_model import text_decoder
 from tide_jax.checkpoint import load_config
 
 torch = pytest.importorskip("torch")
@@ -87,3 +88,37 @@ def test_the_text_decoder_converts(model_type: str, tmp_path: Path) -> None:
     assert any("vision" in name or "visual" in name for name in report.ignored)
     assert set(report.ignored.values()) == {f"belongs to another part of the multimodal {model_type}"}
     assert load_config(tmp_path / "converted").num_layers == 4
+
+
+class Whole:
+    """A source that has a configuration and no tensors."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config, self.description = config, "here"
+        self.tensors: dict[str, Any] = {}
+        self.generation_config: dict[str, Any] = {}
+        self.files: list[Path] = []
+
+
+@pytest.mark.parametrize(
+    "outer, inner",
+    [
+        ({}, {}),
+        ({"eos_token_id": [5, 106], "pad_token_id": 4, "bos_token_id": 6}, {}),
+        ({"eos_token_id": [5, 106]}, {"eos_token_id": 9, "pad_token_id": 8}),
+        ({}, {"eos_token_id": [9, 11], "pad_token_id": 8}),
+        ({"eos_token_id": None}, {"eos_token_id": 9}),
+        ({"eos_token_id": 0}, {"eos_token_id": 9}),
+    ],
+)
+@pytest.mark.parametrize("model_type", [*CASES, "gemma3", "gemma3n", "idefics3", "paligemma", "llama4", "internvl"])
+def test_token_ids_are_those_that_generate_takes(outer: dict[str, Any], inner: dict[str, Any], model_type: str) -> None:
+    from transformers import CONFIG_MAPPING, GenerationConfig
+
+    text = CASES[model_type][1] if model_type in CASES else {}
+    config = {"model_type": model_type, "text_config": _TEXT | {"eos_token_id": None} | text | inner, **outer}
+    expected = GenerationConfig.from_model_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
+    decoder = text_decoder(Whole(config))  # type: ignore[arg-type]
+    assert "the text decoder of" in decoder.description
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert decoder.config.get(key) == getattr(expected, key), key
