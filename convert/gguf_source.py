@@ -80,7 +80,9 @@ class GGUFSource:
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer in the file. Raises TideError where its kind is not supported."""
-        return gguf_tokenizer.load_tokenizer(self._metadata, self.config["max_position_embeddings"])
+        tokenizer = gguf_tokenizer.load_tokenizer(self._metadata, self.config["max_position_embeddings"])
+        tokenizer.name_or_path = str(self.files[0])
+        return tokenizer
 
     def write_side_files(self, directory: Path) -> None:
         """Writes tokenizer files and generation_config.json. Raises TideError as `load_tokenizer` does."""

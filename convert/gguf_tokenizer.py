@@ -23,6 +23,7 @@ from tokenizers import (
 
 from convert.gguf_ends import end_ids
 from convert.gguf_pretokenizers import PRE_TOKENIZERS
+from tide_jax.chat_files import DEFAULT, by_name
 from tide_jax.errors import TideError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTo
     special = {name: _token(metadata, tokens, key) for name, key in _SPECIAL_IDS.items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(metadata),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(metadata),
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
@@ -75,6 +76,14 @@ def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "pad_token_id": ids["pad_token"],
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The file's template, or several by name."""
+    key = "tokenizer.chat_template"
+    named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
+    templates = by_name(metadata.get(key), key) | by_name(named, key)
+    return templates if set(templates) - {DEFAULT} else templates.get(DEFAULT)
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:

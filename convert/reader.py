@@ -24,6 +24,8 @@ _SIDE_FILES = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",  # it may hold a chat template
     "*.tiktoken",
     "*.model",
     "*.py",  # code a checkpoint brings: copied, never run
@@ -116,7 +118,9 @@ def _check_types(directory: Path, config: dict[str, Any]) -> None:
 def copy_side_files(source: Path, destination: Path) -> None:
     """Copies tokenizer files and generation_config.json between directories."""
     for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
-        shutil.copyfile(path, destination / path.name)
+        copy = destination / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def open_source(reference: str | Path) -> Source:

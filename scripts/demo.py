@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import tide_jax
 from convert import convert
+from tide_jax.chat import prompt_ids
 from tide_jax.progress import progress_bars
-from tide_jax.texts import chat_ids, model_texts
+from tide_jax.texts import model_texts
 
 PROMPTS = (
     "What is a volcano, and why does it erupt?",
@@ -108,7 +109,7 @@ def choose_threshold(exits: list[dict[str, float]], agreement: float) -> float:
 
 def run_prompt(engine: tide_jax.TIDE, tokenizer: Any, prompt: str, new_tokens: int) -> dict[str, Any]:
     """Generates at full depth and with exits, and asks the full model what it would have said at each step."""
-    ids = chat_ids(tokenizer, prompt)
+    (ids,) = prompt_ids(tokenizer, [prompt])
     full, exits = (engine.generate(ids, max_new_tokens=new_tokens, mode=mode) for mode in ("full", "exit"))
     tokens = exits.tokens[0, : exits.lengths[0]]
     scored = engine([[*ids, *(int(t) for t in tokens)]], mode="full")

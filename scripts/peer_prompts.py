@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tide_jax.texts import chat_ids, load_texts
+from tide_jax.chat import prompt_ids
+from tide_jax.texts import load_texts
 
 OPEN = (
     "Why do leaves change their colour in autumn?",
@@ -80,10 +81,4 @@ def prompt_sets(tokenizer: Any, files: list[Path], most: int) -> list[PromptSet]
     """The two sets, or one for each file of the user's own; `most` prompts of each, in the model's chat template where
     it has one."""
     texts = {"open": OPEN, "copy": COPY} if not files else {p.stem: load_texts(str(p)) for p in files}
-    return [PromptSet(n, [_ids(tokenizer, t) for t in itertools.islice(found, most)]) for n, found in texts.items()]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        return chat_ids(tokenizer, text)
-    return [int(i) for i in tokenizer(text)["input_ids"]]
+    return [PromptSet(n, prompt_ids(tokenizer, itertools.islice(found, most))) for n, found in texts.items()]

@@ -10,8 +10,8 @@ from gguf_files import smollm2_file
 
 import tide_jax
 from convert import convert
+from tide_jax.chat import ChatTemplate
 from tide_jax.testing import constant_routers
-from tide_jax.texts import chat_ids
 
 PROMPTS = (
     "The capital of France is",
@@ -65,7 +65,7 @@ def test_greedy_text_is_that_of_transformers(engine: tide_jax.TIDE, converted: P
 
 def test_chat_answers_and_stops(engine: tide_jax.TIDE, converted: Path) -> None:
     tokenizer = tide_jax.load_tokenizer(converted)
-    out = engine.generate(chat_ids(tokenizer, "What is the capital of France?"), max_new_tokens=40)
+    out = engine.generate(ChatTemplate(tokenizer).ids("What is the capital of France?"), max_new_tokens=40)
     assert "Paris" in tokenizer.decode(out.tokens[0])
     assert out.tokens[0, out.lengths[0] - 1] == tokenizer.eos_token_id
 

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from tide_jax.chat_files import add_chat_templates
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError
@@ -85,12 +86,13 @@ def load_tokenizer(source: str | Path) -> Any:
 def tokenizer_in(directory: Path) -> Any:
     """The tokenizer whose files lie in a directory. Raises TideError where there is none."""
     try:
-        return _tokenizer_class(directory).from_pretrained(directory)
+        tokenizer = _tokenizer_class(directory).from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise TideError(
             f"{directory} has no tokenizer that transformers can load: put its tokenizer.json there ({reason})"
         ) from error
+    return add_chat_templates(tokenizer, directory)
 
 
 def parse_dtype(dtype: Any) -> jnp.dtype:

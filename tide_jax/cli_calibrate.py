@@ -40,6 +40,9 @@ def add_command(subparsers: Any) -> None:
         "--text", required=True, help=".txt, .jsonl or .parquet file, hub:NAME[:CONFIG[:SPLIT]], or self"
     )
     parser.add_argument("--field", help="column or key that holds the text")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="of several chat templates, the one for --text self (default)"
+    )
     parser.add_argument("--output", required=True, type=Path, help="router file to write (.safetensors)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument("--checkpoint-interval", type=int, help="layers between routers (4)")
@@ -159,12 +162,14 @@ _Read = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample
 
 def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None) -> _Read:
     """A function of the model and a progress callback that gives the texts for routers and those set aside. Whether
-    there are enough is found out here, before a model is loaded."""
+    there are enough, and can be asked for, is found out here, before a model is loaded."""
     from tide_jax.checkpoint import load_config
     from tide_jax.collect import tokenise
     from tide_jax.promise import set_aside
-    from tide_jax.texts import load_texts, model_texts
+    from tide_jax.texts import load_texts, model_texts, own_prompts
 
+    if args.chat_template is not None and args.text != "self":
+        raise TideError("--chat-template is how --text self asks its questions; leave it out for other texts")
     if args.text != "self":
         texts = load_texts(args.text, field=args.field)
         if promise is None:
@@ -174,6 +179,7 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
         return lambda model, progress: split
     if promise is not None:
         promise.count(config.calibration_samples)
+    next(own_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
 
     def write(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
         texts = model_texts(
@@ -183,6 +189,7 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
             max_length=config.max_length,
             batch_size=config.batch_size,
             seed=config.seed,
+            chat_template=args.chat_template,
             progress=progress,
         )
         return (texts, []) if promise is None else set_aside(texts, promise, seed=config.seed)

@@ -35,6 +35,7 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    parser.add_argument("--chat-template", metavar="NAME", help="of several chat templates, the one to use (default)")
     parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
     parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
     parser.add_argument(
@@ -84,13 +85,15 @@ def _run(args: argparse.Namespace) -> int:
     import jax
 
     import tide_jax
+    from tide_jax.chat import prompt_ids
 
     monitor, mesh = _checked(args), open_mesh(args)
     if args.as_program:
         keep_programs()
-    model, tokenizer = tide_jax.load(args.source, args.dtype, mesh=mesh), tide_jax.load_tokenizer(args.source)
+    tokenizer = tide_jax.load_tokenizer(args.source)
+    prompts = prompt_ids(tokenizer, args.prompt, chat_template=args.chat_template, raw=args.raw)
+    model = tide_jax.load(args.source, args.dtype, mesh=mesh)
     engine, promise = _engine(args, model, mesh, audited=monitor is not None)
-    prompts = [_prompt_ids(tokenizer, text, raw=args.raw) for text in args.prompt]
     dials = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in dials}
     options |= {"key": jax.random.key(args.seed), "monitor": monitor}
@@ -122,6 +125,8 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
 
     if not all(args.prompt):
         raise TideError("the prompt is empty; pass some text")
+    if args.raw and args.chat_template is not None:
+        raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
     if args.mode == "exit" and args.routers is None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):
@@ -146,11 +151,3 @@ def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited:
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
         config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
     return tide_jax.TIDE(model, routers, config, mesh=mesh), promise if args.mode in (None, "exit") else None
-
-
-def _prompt_ids(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
-    from tide_jax.texts import chat_ids
-
-    if getattr(tokenizer, "chat_template", None) and not raw:
-        return chat_ids(tokenizer, text)
-    return list(tokenizer(text)["input_ids"])

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tide_jax.chat import ChatTemplate
 from tide_jax.collect import Sample
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
@@ -68,6 +69,7 @@ def model_texts(
     temperature: float = 1.0,
     min_p: float = 0.1,
     seed: int = 0,
+    chat_template: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Sample]:
     """Text the model writes itself, as samples: answers to everyday questions if it has a chat template, otherwise
@@ -79,9 +81,13 @@ def model_texts(
       batch_size: texts written at once.
       temperature, min_p: sampling; variety needs a temperature above 0.
       seed: all randomness follows from it.
+      chat_template: name of the template to ask questions in, of several; default: "default".
+
+    Raises:
+      TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.chat`.
     """
     engine, key = TIDE(model), jax.random.key(seed)
-    prompts = list(itertools.islice(_prompts(tokenizer, seed), count))
+    prompts = list(itertools.islice(own_prompts(tokenizer, seed=seed, chat_template=chat_template), count))
     texts: list[Sample] = []
     for start in range(0, count, batch_size):
         batch = prompts[start : start + batch_size]
@@ -100,23 +106,18 @@ def model_texts(
     return texts
 
 
-def _prompts(tokenizer: Any, seed: int) -> Iterator[list[int]]:
+def own_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | None = None) -> Iterator[list[int]]:
+    """Token ids of the prompts that `model_texts` has a model answer or continue, without end."""
     rng = np.random.default_rng(seed)
-    if getattr(tokenizer, "chat_template", None):
+    if chat_template is not None or getattr(tokenizer, "chat_template", None):
+        template = ChatTemplate(tokenizer, chat_template)
         pairs = [question.format(topic) for question in _QUESTIONS for topic in _TOPICS]
         while True:
             for i in rng.permutation(len(pairs)):
-                yield chat_ids(tokenizer, pairs[i])
+                yield template.ids(pairs[i])
     while True:
         for i in rng.permutation(len(_OPENERS)):
             yield list(tokenizer(_OPENERS[i])["input_ids"])
-
-
-def chat_ids(tokenizer: Any, message: str) -> list[int]:
-    """Token ids of a user's message in the tokenizer's chat template, ready for the model's answer."""
-    messages = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _file(path: Path, field: str | None) -> Iterator[str]:

@@ -1,0 +1,139 @@
+"""A chat template in a process of its own, which bounds the time, memory and text that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_SECONDS = 5  # of the processor's time for one text; templates take milliseconds
+_WALL_SECONDS = 60.0  # where the system does not count processor time, or the machine is overloaded
+_BYTES = 1 << 30
+_CHARACTERS = 10_000_000
+_BOUNDS = {
+    "bytes": f"needs more than {_BYTES >> 30} GiB of memory",
+    "characters": f"writes more than {_CHARACTERS} characters",
+    "seconds": f"takes longer than {_SECONDS} seconds",
+}
+
+
+class TemplateFailure(Exception):
+    """A template was not rendered. Its text completes the sentence "the template ...".
+
+    Attributes:
+      out_of_bounds: it took too much time or memory or wrote too much, and would again.
+    """
+
+    def __init__(self, reason: str, *, out_of_bounds: bool = False) -> None:
+        super().__init__(reason)
+        self.out_of_bounds = out_of_bounds
+
+
+class TemplateProcess:
+    """Renders one template; its process starts at the first text and ends with this object. Threads may share it."""
+
+    def __init__(self, template: str) -> None:
+        self._template = template
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop = weakref.finalize(self, lambda: None)
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The template's text for these variables, which are JSON values.
+
+        Raises:
+          TemplateFailure: the template has an error, raises one, or goes out of bounds.
+        """
+        try:
+            request = json.dumps(variables).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TemplateFailure(f"can't be rendered ({_short(str(error))})") from error
+        with self._lock:
+            process = self._started()
+            try:
+                line, in_time = _asked(process, request)
+            except BaseException:  # an interrupted process still owes an answer, which would be taken for the next
+                self._stop()
+                raise
+            if not line.endswith(b"\n"):
+                code = process.wait()
+                self._stop()
+                raise _ended(code, in_time)
+        answer = json.loads(line.decode("utf-8", "surrogatepass"))
+        if "bound" in answer:
+            raise TemplateFailure(_BOUNDS[answer["bound"]], out_of_bounds=True)
+        if "error" in answer:
+            raise TemplateFailure(f"can't be rendered ({_short(answer['error'])})")
+        return answer["text"]
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._stop.alive and self._process.poll() is None:
+            return self._process
+        self._stop()
+        try:
+            # -S and -s: the parent's search path is sent instead. -P: this package's modules are not to be found by
+            # their bare names.
+            command = [sys.executable or "python3", "-P", "-S", "-s", str(_WORKER)]
+            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
+        except OSError as error:
+            raise TemplateFailure(f"can't be rendered (no process to do it in: {error.strerror})") from error
+        self._process, self._stop = process, weakref.finalize(self, _stop, process)
+        settings = {
+            "path": sys.path,
+            "template": self._template,
+            "seconds": _SECONDS,
+            "bytes": _BYTES,
+            "characters": _CHARACTERS,
+        }
+        _send(process, json.dumps(settings).encode() + b"\n")
+        return process
+
+
+def _asked(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bool]:
+    """The line that a process answers, empty where it ends, and whether it was within the wall clock's time."""
+    timer = threading.Timer(_WALL_SECONDS, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        _send(process, request)
+        line = cast(IO[bytes], process.stdout).readline()
+        return line, timer.is_alive()
+    finally:
+        timer.cancel()
+
+
+def _send(process: subprocess.Popen[bytes], line: bytes) -> None:
+    stdin = cast(IO[bytes], process.stdin)
+    with contextlib.suppress(OSError):  # it has ended, which its missing answer will tell
+        stdin.write(line)
+        stdin.flush()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            cast(IO[bytes], stream).close()
+    process.wait()
+
+
+def _ended(code: int, in_time: bool) -> TemplateFailure:
+    import signal
+
+    if not in_time or code == -getattr(signal, "SIGXCPU", 0):
+        return TemplateFailure(_BOUNDS["seconds"], out_of_bounds=True)
+    if code == -getattr(signal, "SIGKILL", 0):  # what the system does when the machine has no memory left
+        return TemplateFailure(_BOUNDS["bytes"], out_of_bounds=True)
+    return TemplateFailure(f"ends the process that renders it (exit code {code})", out_of_bounds=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
