@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,53 @@ def test_text_for_people(model: Path, capsys: Capture) -> None:
 def test_the_same_seed_draws_the_same(model: Path, capsys: Capture) -> None:
     draw = ("generate", model, "--prompt", "the cat", "--max-new-tokens", "6", "--temperature", "1", "--no-stream")
     assert printed(capsys, *draw, "--seed", 2**63 - 1) == printed(capsys, *draw, "--seed", 2**63 - 1)
+
+
+def chatty(model: Path, folder: Path, template: str, **named: str) -> Path:
+    """The model with chat templates."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in named.items():
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    return folder
+
+
+def test_a_chat_template_shows_the_prompt(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    parts = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    chat = chatty(model, tmp_path / "chat", parts, dog="dog ran {{ messages[0].content }}")
+    options = ("--max-new-tokens", 4, "--json")
+
+    def tokens(*arguments: Any) -> Any:
+        return json.loads(printed(capsys, "generate", chat, *arguments, *options))["outputs"][0]["tokens"]
+
+    assert tokens("--prompt", "the cat") == tokens("--prompt", "the cat", "--raw")
+    raw = tokens("--prompt", "dog ran the cat", "--raw")
+    assert tokens("--prompt", "the cat", "--chat-template", "dog") == raw
+
+
+@pytest.mark.parametrize(
+    "template, command, expected",
+    [
+        ("{{ x", "generate --prompt cat", "chat: the chat template 'default' can't be rendered (TemplateSyntaxError"),
+        ("red sun", "generate --prompt cat", "leaves out the user's words, expected 'cat'"),
+        ("red sun", "calibrate --text self --output {out}", "leaves out the user's words"),
+        ("red sun", "generate --prompt cat --chat-template rag", "no --chat-template rag; choose one of: default, dog"),
+        ("red sun", "calibrate --text self --output {out} --chat-template rag", "no --chat-template rag; choose one"),
+        ("red sun", "generate --prompt cat --raw --chat-template dog", "leave --chat-template out"),
+        ("red sun", "calibrate --text {text} --output {out} --chat-template dog", "--chat-template is how --text self"),
+    ],
+)
+def test_a_chat_template_of_no_use_is_one_line(
+    template: str, command: str, expected: str, model: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Found out before the weights are read."""
+    chat = chatty(model, tmp_path / "chat", template, dog="{{ messages[0].content }}")
+    for weights in chat.glob("*.safetensors"):
+        weights.unlink()
+    name, *options = command.format(text=text, out=tmp_path / "routers.safetensors").split()
+    assert expected in refusal(capsys, name, chat, *options)
+    assert not (tmp_path / "routers.safetensors").exists()
 
 
 def test_convert_is_a_command(source: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from tiny_models import tiny_model
 
 from tide_jax import TideError
 from tide_jax.testing import ByteTokenizer, tiny_config
-from tide_jax.texts import load_texts, model_texts
+from tide_jax.texts import load_texts, model_texts, own_prompts
 
 
 def written(path: Path, content: str | bytes) -> str:
@@ -135,3 +137,15 @@ def test_a_model_writes_its_own_text(tokenizer: ByteTokenizer) -> None:
     assert [list(sample.ids) for sample in other] != [list(sample.ids) for sample in texts]
     with pytest.raises(TideError, match="max_length=2 leaves no room"):
         model_texts(model, tokenizer, 1, max_length=2)
+
+
+def test_questions_are_in_the_template_of_the_users_choice() -> None:
+    tokenizer = ChatTokenizer()
+    tokenizer.chat_template = {"default": "no words", "ask": "Q: {{ messages[0].content }} A:"}
+    for prompt in itertools.islice(own_prompts(tokenizer, chat_template="ask"), 5):
+        text = tokenizer.decode(prompt)
+        assert re.fullmatch("Q: .{20,} A:", text)
+    with pytest.raises(TideError, match="leaves out the user's words"):
+        next(own_prompts(tokenizer))
+    with pytest.raises(TideError, match="has no chat template"):
+        next(own_prompts(ByteTokenizer(), chat_template="ask"))

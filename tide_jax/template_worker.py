@@ -72,7 +72,7 @@ def _environment() -> Any:
         def parse(self, parser: Any) -> nodes.CallBlock:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_text"), [], [], body, lineno=line)
 
         def _text(self, caller: Any) -> str:
             return caller()
