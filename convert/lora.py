@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.families import FAMILIES
 from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, local_directory
+from tide_jax.chat_files import chat_templates, remove_template_files
 from tide_jax.checkpoint import tokenizer_in
 from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError
@@ -146,8 +147,10 @@ class LoRASource:
         return tensor
 
     def write_side_files(self, directory: Path) -> None:
-        """The base's files, with the adapter's tokenizer where it has one."""
+        """The base's files, with the adapter's tokenizer and chat templates where it has them."""
         self._base.write_side_files(directory)
+        if chat_templates(self._directory):
+            remove_template_files(directory)  # they would count before those in the adapter's tokenizer_config.json
         copy_side_files(self._directory, directory)
 
     def load_tokenizer(self) -> Any:

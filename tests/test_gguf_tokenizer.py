@@ -249,6 +249,20 @@ def test_tokens_that_only_look_like_an_end(tokens: list[str], expected: list[int
     assert token_ids(metadata)["eos_token_id"] == (expected if len(expected) > 1 else expected[0])
 
 
+def test_named_chat_templates(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    metadata = bpe_metadata() | {"tokenizer.chat_template.rag": "r", "tokenizer.chat_templates": ["rag"]}
+    source = write_with_tokenizer(tmp_path / "m.gguf", metadata)
+    assert source.load_tokenizer().chat_template == {"default": TEMPLATE, "rag": "r"}
+    (tmp_path / "out").mkdir()
+    source.write_side_files(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == {"default": TEMPLATE, "rag": "r"}
+    source = write_with_tokenizer(tmp_path / "m.gguf", bpe_metadata() | {"tokenizer.chat_template": 5})
+    with pytest.raises(TideError, match=r"tokenizer\.chat_template: chat_template is no text"):
+        source.load_tokenizer()
+
+
 def test_end_ids_reach_the_model(tmp_path: Path) -> None:
     for changes, expected in [
         ({"eos_token_id": 0}, [0, 2]),

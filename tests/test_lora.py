@@ -18,6 +18,7 @@ from convert import convert as convert_checkpoint
 from convert import open_model
 from convert.lora import LoRASource
 from convert.reader import HuggingFaceSource, open_source
+from tide_jax.chat_files import chat_templates
 from tide_jax.decoder import parameters
 from tide_jax.errors import TideError
 
@@ -253,6 +254,27 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     q = load_file(tmp_path / "out" / "model.safetensors")["layers.1.attention.q.kernel"]
     expected = random_tensors()[f"{Q}.weight"] + 2.5 * b @ a
     np.testing.assert_allclose(q.reshape(18, 12), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"tokenizer_config.json": '{"chat_template": "adapter"}'}, {"default": "adapter"}),
+        ({"chat_template.jinja": "adapter"}, {"default": "adapter"}),
+        ({"tokenizer_config.json": "{}"}, {"default": "base", "rag": "base"}),
+    ],
+)
+def test_the_adapters_chat_template_comes_first(
+    files: dict[str, str], expected: dict[str, str], source: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", linear(Q, *pair(18, 12)))
+    for name, text in files.items():
+        (adapter / name).write_text(text)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja"):
+        (source / name).write_text("base")
+    convert_checkpoint(source, tmp_path / "out", adapter=adapter)
+    assert chat_templates(tmp_path / "out") == expected
 
 
 def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

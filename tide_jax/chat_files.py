@@ -31,6 +31,12 @@ def chat_templates(directory: Path) -> dict[str, str]:
     return found | {name: _text(path) for name, path in files.items()}
 
 
+def remove_template_files(directory: Path) -> None:
+    """Removes the files that hold nothing but a chat template."""
+    for path in (directory / _DEFAULT_FILE, *directory.glob(_NAMED_FILES)):
+        path.unlink(missing_ok=True)
+
+
 def add_chat_templates(tokenizer: Any, directory: Path) -> Any:
     """The tokenizer, with all the chat templates in a checkpoint's files. Raises TideError as `chat_templates` does."""
     if found := chat_templates(directory):
