@@ -61,26 +61,6 @@ def tokenizer_in(directory: Path) -> Any:
         raise _not_loadable(directory, error) from error
 
 
-def encode(tokenizer: Any, text: str, what: str = "the text", **options: Any) -> list[int]:
-    """The token ids of a text.
-
-    Args:
-      tokenizer: called as ``tokenizer(text, **options)["input_ids"]``.
-      what: the text's name in messages.
-
-    Raises:
-      TideError: the text has characters that stand for no Unicode text: half of a surrogate pair, or a byte of a
-        command line that is no UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TideError(
-            f"{what} is no valid text: character {error.start} ({text[error.start]!a}) is not Unicode; pass UTF-8"
-        ) from error
-    return [int(token) for token in tokenizer(text, **options)["input_ids"]]
-
-
 # ---- tokenizer.json ----
 
 
