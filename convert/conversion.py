@@ -74,6 +74,7 @@ def convert(
     destination: str | Path,
     *,
     adapter: str | Path | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: Any = None,
     verify: bool = False,
@@ -91,6 +92,7 @@ def convert(
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       destination: the directory to make.
       adapter: a LoRA adapter to merge into the checkpoint: PEFT's directory or a hub id.
+      revision: branch, tag or commit of the hub id `source_ref`; "org/name@revision" says the same, for adapters too.
       trust_remote_code: run the Python code that the checkpoint brings, to find out what a model type computes that
         neither the table of families nor transformers knows.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
@@ -108,7 +110,7 @@ def convert(
     """
     if verify:
         require_torch()
-    source, destination = _open(source_ref, adapter), Path(destination).expanduser()
+    source, destination = _open(source_ref, adapter, revision), Path(destination).expanduser()
 
     def check() -> None:
         check_destination(destination, overwrite, is_converted, "a converted model")
@@ -154,6 +156,7 @@ def open_model(
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     mesh: Mesh | None = None,
+    revision: str | None = None,
 ) -> Decoder:
     """Converts a checkpoint in memory, without writing anything.
 
@@ -163,11 +166,12 @@ def open_model(
       adapter: a LoRA adapter to merge into it.
       trust_remote_code: as in `convert`.
       mesh: as in `tide_jax.load`.
+      revision: as in `convert`.
 
     Raises:
       TideError: as `convert`.
     """
-    source = _open(source_ref, adapter)
+    source = _open(source_ref, adapter, revision)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
     plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
@@ -175,18 +179,13 @@ def open_model(
     return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh, stored=True)
 
 
-def open_config(source_ref: str | Path) -> DecoderConfig:
+def open_config(source_ref: str | Path, *, revision: str | None = None) -> DecoderConfig:
     """The architecture of a checkpoint; no weights are read. Raises TideError as `convert`."""
-    return architecture_of(_open(source_ref)).config
+    return architecture_of(_open(source_ref, revision=revision)).config
 
 
-def open_tokenizer(source_ref: str | Path) -> Any:
-    """The tokenizer of a checkpoint, a `transformers.PreTrainedTokenizerFast`. Raises TideError without one."""
-    return open_source(source_ref).load_tokenizer()
-
-
-def _open(source_ref: str | Path, adapter: str | Path | None = None) -> Source:
-    base = open_source(source_ref)
+def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> Source:
+    base = open_source(source_ref, revision=revision)
     return text_decoder(base if adapter is None else with_adapter(base, adapter))
 
 

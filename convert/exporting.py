@@ -22,9 +22,10 @@ from convert.replacement import replacing
 from convert.rules import Piece, Rule, coverage
 from convert.stored import as_stored
 from convert.writer import ShardWriter, plan_layout, split
-from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype, tokenizer_in
+from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.tokenizer_files import tokenizer_in
 
 EXPORT_FILE = "export.json"
 _AGAIN = "convert the checkpoint again"

@@ -91,6 +91,15 @@ class GGUFSource:
         (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
 
+def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a GGUF file, which may hold nothing else. Raises TideError where its kind is not supported."""
+    _, metadata, _ = read_model(path)
+    context = f"{metadata.get('general.architecture')}.context_length"
+    tokenizer = gguf_tokenizer.load_tokenizer(metadata, metadata.get(context))
+    tokenizer.name_or_path = str(path)
+    return tokenizer
+
+
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:

@@ -39,12 +39,12 @@ _SPECIAL_IDS = {
 }
 
 
-def load_tokenizer(metadata: Mapping[str, Any], max_length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(metadata: Mapping[str, Any], max_length: int | None) -> PreTrainedTokenizerFast:
     """The transformers tokenizer a GGUF file describes, with special tokens and chat template.
 
     Args:
       metadata: the file's key-value pairs.
-      max_length: the model's context length, which becomes `model_max_length`.
+      max_length: the model's context length, which becomes `model_max_length`; None if the file does not say.
 
     Raises:
       TideError: no vocabulary in the file, or a kind of tokenizer that is not supported.

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from convert.families import FAMILIES
-from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, local_directory
+from convert.hub import local_directory
+from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files
 from tide_jax.chat_files import chat_templates, remove_template_files
-from tide_jax.checkpoint import tokenizer_in
 from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.tokenizer_files import tokenizer_in
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -155,7 +156,7 @@ class LoRASource:
 
     def load_tokenizer(self) -> Any:
         """The adapter's tokenizer where it has one, else the base's."""
-        own = (self._directory / "tokenizer_config.json").is_file()
+        own = any((self._directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         return tokenizer_in(self._directory) if own else self._base.load_tokenizer()
 
     # ---- planning, from names and shapes ----

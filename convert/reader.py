@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tide_jax.checkpoint import CONFIG_KEY, tokenizer_in
+from convert.hub import TOKENIZER_FILES, local_directory
+from tide_jax.checkpoint import CONFIG_KEY
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.tokenizer_files import tokenizer_in
 
-__all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source"]
+__all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source", "open_tokenizer"]
 
 _SIDE_FILES = (
     "generation_config.json",
@@ -27,12 +29,12 @@ _SIDE_FILES = (
     "additional_chat_templates/*.jinja",
     "processor_config.json",  # it may hold a chat template
     "*.tiktoken",
+    "tekken.json",
     "*.model",
     "*.py",  # code a checkpoint brings: copied, never run
 )
 CONV1D_TYPES = ("gpt2", "openai-gpt")  # model types that store weights as [in, out]
 ADAPTER_CONFIG = "adapter_config.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class Source(Protocol):
@@ -101,7 +103,7 @@ class HuggingFaceSource:
         copy_side_files(self.directory, directory)
 
     def load_tokenizer(self) -> Any:
-        """`AutoTokenizer` over the directory. Raises TideError where it holds no tokenizer."""
+        """The directory's tokenizer. Raises TideError where it holds none."""
         return tokenizer_in(self.directory)
 
 
@@ -123,46 +125,73 @@ def copy_side_files(source: Path, destination: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-def open_source(reference: str | Path) -> Source:
+def open_source(reference: str | Path, *, revision: str | None = None) -> Source:
     """Opens a checkpoint for reading.
 
     Args:
-      reference: a directory, a `.gguf` file (or a directory holding just one), or a Hugging Face hub id.
+      reference: a directory, a `.gguf` file (or a directory holding just one), or a Hugging Face hub id: "org/name", or
+        "org/name@revision".
+      revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: nothing is there, or it is not a checkpoint that can be read.
+      TideError: nothing is there, it is not a checkpoint that can be read, or files on disk are given a revision.
     """
-    path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
+    if (path := _gguf_file(reference, revision)) is not None:
         return _open_gguf(path)
-    return _open_directory(local_directory(reference, "a checkpoint directory, a .gguf file"))
+    return _open_directory(local_directory(reference, "a checkpoint directory, a .gguf file", revision))
 
 
-def local_directory(reference: str | Path, expected: str) -> Path:
-    """A directory, that of a hub id downloaded. Raises TideError, naming what was `expected`, where there is none."""
+def open_tokenizer(reference: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, or of a directory that holds nothing else; of a hub id no weights are downloaded.
+
+    It is a `transformers.PreTrainedTokenizerFast`. Code that the checkpoint brings is not run.
+
+    Args:
+      reference: a directory, a `.gguf` file (or a directory holding just one), or a hub id.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      TideError: there is no tokenizer, or none that can be read.
+    """
+    path = _gguf_file(reference, revision)
+    if path is None:
+        path = local_directory(reference, "a directory with a tokenizer, a .gguf file", revision, TOKENIZER_FILES)
+        if (path / "tokenizer.json").is_file() or (weights := _only_gguf(path)) is None:
+            return tokenizer_in(path)
+        path = weights
+    from convert.gguf_source import tokenizer_of
+
+    return tokenizer_of(path)
+
+
+def _gguf_file(reference: str | Path, revision: str | None) -> Path | None:
+    """The file, where a GGUF file is meant. Raises TideError where it is missing, or is given a revision."""
     path = Path(reference).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise TideError(f"{path} is a file: expected {expected} or a hub id")
-    if not _HUB_ID.fullmatch(str(reference)):
-        raise TideError(f"{path} does not exist: expected {expected} or a hub id")
-    return _download(str(reference))
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise TideError(f"{path} does not exist: expected a GGUF file")
+    if revision is not None:
+        raise TideError(f"{path} is on disk: revision={revision!r} is of hub ids, leave it out")
+    return path
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The GGUF model of a directory that holds just one, its first part if it lies in several."""
+    weights = sorted(directory.glob("*.gguf"))
+    models = {re.sub(r"-\d{5}-of-", "-of-", weight.name) for weight in weights}
+    return weights[0] if len(models) == 1 and not (directory / "config.json").exists() else None
 
 
 def _open_gguf(path: Path) -> Source:
-    if not path.is_file():
-        raise TideError(f"{path} does not exist: expected a GGUF file")
     from convert.gguf_source import GGUFSource
 
     return GGUFSource(path)
 
 
 def _open_directory(path: Path) -> Source:
-    weights = sorted(path.glob("*.gguf"))
-    models = {re.sub(r"-\d{5}-of-", "-of-", weight.name) for weight in weights}  # a model may lie in several parts
-    if len(models) == 1 and not (path / "config.json").exists():
-        return _open_gguf(weights[0])
+    if (weights := _only_gguf(path)) is not None:
+        return _open_gguf(weights)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
         raise _adapter_alone(path)
     source = HuggingFaceSource(path)
@@ -177,22 +206,3 @@ def _adapter_alone(path: Path) -> TideError:
     base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "the checkpoint it was trained on"
     here = " (which is there)" if Path(str(base)).expanduser().is_dir() else ""
     return TideError(f"{path} is an adapter, not a checkpoint: convert its base {base}{here}, with adapter={path}")
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                repository,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"],
-                ignore_patterns=["original/*", "consolidated*"],
-            )
-        )
-    except Exception as error:  # the hub client's errors share no base class, and httpx's reach the caller too
-        raise TideError(
-            f"{repository!r} is no local path and could not be had from the Hugging Face hub "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): check the name and the network, "
-            "or give a directory"
-        ) from error

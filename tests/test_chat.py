@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import tide_jax.template_process
 from tide_jax import TideError
 from tide_jax.chat import ChatTemplate, prompt_ids
-from tide_jax.checkpoint import tokenizer_in
+from tide_jax.tokenizer_files import tokenizer_in
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "25"))
 CONVERSATION = [

@@ -204,7 +204,7 @@ def test_tokenizer(source: Path, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(TideError, match="has no tokenizer that transformers can load"):
-        tide_jax.checkpoint.tokenizer_in(source)
+        tide_jax.load_tokenizer(source)
     words = Tokenizer(WordLevel({"<unk>": 0, "early": 1, "exit": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(source)
     convert(source, tmp_path / "out")

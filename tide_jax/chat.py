@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tide_jax.chat_files import DEFAULT, by_name
+from tide_jax.checks import unicode_text
 from tide_jax.errors import TideError
 from tide_jax.template_process import TemplateFailure, TemplateProcess
 
@@ -32,7 +33,7 @@ def prompt_ids(
       TideError: as `ChatTemplate`.
     """
     if raw or (chat_template is None and not getattr(tokenizer, "chat_template", None)):
-        return [list(tokenizer(text)["input_ids"]) for text in texts]
+        return [list(tokenizer(unicode_text("the prompt", text))["input_ids"]) for text in texts]
     template = ChatTemplate(tokenizer, chat_template)
     return [template.ids(text) for text in texts]
 
@@ -68,7 +69,7 @@ class ChatTemplate:
 
     def ids(self, message: str) -> list[int]:
         """Token ids of a user's message, ready for the model's answer. Raises TideError as `render` does."""
-        text = self.render([{"role": "user", "content": message}])
+        text = self.render([{"role": "user", "content": unicode_text("the prompt", message)}])
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def render(

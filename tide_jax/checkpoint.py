@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from tide_jax.chat_files import add_chat_templates
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
+from tide_jax.tokenizer_files import tokenizer_in
 
 FORMAT = 2
 CONFIG_KEY = "tide_jax"
@@ -29,26 +29,28 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
 
 
-def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> Decoder:
+def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, revision: str | None = None) -> Decoder:
     """Loads a model.
 
     Args:
       source: a directory `convert` wrote, or whatever the installed converter opens: a Hugging Face directory, a hub
-        id, a GGUF file. These are converted in memory. A directory's weight files are mapped on a CPU: they may be
-        replaced or removed while the model lives, but not written into.
+        id ("org/name", or "org/name@revision"), a GGUF file. These are converted in memory. A directory's weight files
+        are mapped on a CPU: they may be replaced or removed while the model lives, but not written into.
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
         are slower, and the checkpoint's own elsewhere.
       mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
         device ever holds more than its part, and the host one tensor.
+      revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, or `mesh` has no axes
-        "data" and "model".
+      TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, `mesh` has no axes
+        "data" and "model", or `revision` is given for files on disk.
     """
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
-    if not is_converted(source):
-        return _opener("model")(source, dtype, **({} if mesh is None else {"mesh": mesh}))
+    if not _is_converted(source, revision):
+        options = {"mesh": mesh, "revision": revision}
+        return _opener("model")(source, dtype, **{name: value for name, value in options.items() if value is not None})
     directory = Path(source).expanduser()
     settings = _settings(directory)
     config = DecoderConfig.from_dict(settings["decoder"])
@@ -61,38 +63,29 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
     return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
 
 
-def load_config(source: str | Path) -> DecoderConfig:
+def load_config(source: str | Path, *, revision: str | None = None) -> DecoderConfig:
     """The architecture of anything `load` takes; no weights are read.
 
     Raises:
-      TideError: nothing loadable is there.
+      TideError: nothing loadable is there, or `revision` is given for files on disk.
     """
-    if not is_converted(source):
-        return _opener("config")(source)
+    if not _is_converted(source, revision):
+        return _opener("config")(source, revision=revision)
     return DecoderConfig.from_dict(_settings(Path(source).expanduser())["decoder"])
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of anything `load` takes, a `transformers.PreTrainedTokenizerFast`.
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of anything `load` takes, or of a folder that holds only a tokenizer.
+
+    It is a `transformers.PreTrainedTokenizerFast`, and its token ids are those of tokenizer.json. Of a hub id only the
+    tokenizer's files are downloaded. Code that a checkpoint brings is not run.
 
     Raises:
-      TideError: nothing loadable is there, or it has no tokenizer.
+      TideError: nothing loadable is there, it has no tokenizer, or `revision` is given for files on disk.
     """
-    if not is_converted(source):
-        return _opener("tokenizer")(source)
+    if not _is_converted(source, revision):
+        return _opener("tokenizer")(source, revision=revision)
     return tokenizer_in(Path(source).expanduser())
-
-
-def tokenizer_in(directory: Path) -> Any:
-    """The tokenizer whose files lie in a directory. Raises TideError where there is none."""
-    try:
-        tokenizer = _tokenizer_class(directory).from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise TideError(
-            f"{directory} has no tokenizer that transformers can load: put its tokenizer.json there ({reason})"
-        ) from error
-    return add_chat_templates(tokenizer, directory)
 
 
 def parse_dtype(dtype: Any) -> jnp.dtype:
@@ -127,6 +120,14 @@ def is_converted(source: str | Path) -> bool:
     return path.is_file() and CONFIG_KEY in read_json(path)
 
 
+def _is_converted(source: str | Path, revision: str | None) -> bool:
+    """`is_converted`. Raises TideError for a converted directory with a revision, which only a hub id has."""
+    converted = is_converted(source)
+    if converted and revision is not None:
+        raise TideError(f"{source} is a directory on disk: revision={revision!r} is of hub ids, leave it out")
+    return converted
+
+
 def _settings(directory: Path) -> dict[str, Any]:
     settings = read_json(directory / "config.json")[CONFIG_KEY]
     found = settings.get("format") if isinstance(settings, dict) else None
@@ -140,21 +141,6 @@ def _settings(directory: Path) -> dict[str, Any]:
     if missing := {"decoder", "dtype"} - set(settings):
         raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
     return settings
-
-
-def _tokenizer_class(directory: Path) -> Any:
-    """What loads a directory's tokenizer: `AutoTokenizer`, or the class that it would choose anyway where the directory
-    says so. `AutoTokenizer` imports torch where that is installed, which takes seconds and 300 MB."""
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = settings.get("tokenizer_class") if isinstance(settings, dict) else None
-    if named == "TokenizersBackend" and (directory / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
 
 
 def _default_dtype() -> jnp.dtype | None:

@@ -1,4 +1,4 @@
-"""Checks of numbers that a user passes: Python's, numpy's or JAX's."""
+"""Checks of what a user passes: numbers, Python's, numpy's or JAX's, and text."""
 
 from __future__ import annotations
 
@@ -53,3 +53,18 @@ def _plain(value: Any) -> Any:
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unicode_text(what: str, text: str) -> str:
+    """`text` if a tokenizer can read it.
+
+    Raises:
+      TideError: it holds half of a surrogate pair, as a command line does for a byte that is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TideError(
+            f"{what} is no valid text: its character {error.start}, {text[error.start]!a}, is not Unicode; pass UTF-8"
+        ) from error
+    return text

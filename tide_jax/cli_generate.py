@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from tide_jax.checks import unicode_text
 from tide_jax.cli_devices import Silent, add_options, first_process, open_mesh
-from tide_jax.command_line import keep_programs, model_command, note, seed, show
+from tide_jax.command_line import keep_programs, model_command, note, seed, show, show_piece
 from tide_jax.errors import TideError
+from tide_jax.text_stream import TextStream
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -99,13 +101,12 @@ def _run(args: argparse.Namespace) -> int:
     options |= {"key": jax.random.key(args.seed), "monitor": monitor}
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
     if streaming:
-        from transformers import TextStreamer
-
-        text = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options["streamer"] = text if first_process() else Silent()
+        options["streamer"] = TextStream(tokenizer, show_piece) if first_process() else Silent()
     out = engine.generate(prompts, **options)
     if not first_process():
         return 0
+    if streaming:
+        show_piece("\n")
     texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(out.tokens, out.lengths, strict=True)]
     rows = [
         {"prompt": prompt, "text": text, "tokens": t[:n].tolist(), "exit_layers": e[:n].tolist()}
@@ -127,6 +128,8 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError("the prompt is empty; pass some text")
     if args.raw and args.chat_template is not None:
         raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
+    for number, prompt in enumerate(args.prompt, 1):
+        unicode_text("--prompt" if len(args.prompt) == 1 else f"--prompt {number}", prompt)
     if args.mode == "exit" and args.routers is None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float16, Int
 
 from pallas_kernels.exit_step.reference import rms_normalise
 from tide_jax.checkpoint import fingerprint
-from tide_jax.checks import whole_number
+from tide_jax.checks import unicode_text, whole_number
 from tide_jax.config import CalibrationConfig
 from tide_jax.data_parallel import Placement
 from tide_jax.decoder import Decoder
@@ -105,7 +105,7 @@ def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
         return Sample(_sample(tokenizer, text.ids, number).ids, text.start)
     if isinstance(text, str) and tokenizer is None:
         raise TideError(f"text {number} is a string, which takes a tokenizer; pass tokenizer= or token ids")
-    ids = tokenizer(text)["input_ids"] if isinstance(text, str) else text
+    ids = tokenizer(unicode_text(f"text {number}", text))["input_ids"] if isinstance(text, str) else text
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, np.integer)) for i in ids):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tide_jax.errors import TideError
+from tide_jax.standard_streams import prepare_streams, say
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
 _FLAGS = {
@@ -38,10 +39,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
     args = argparse.Namespace(as_program=arguments is None)
     try:
-        parser.parse_args(arguments, args)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
+        return _run(parser, arguments, args)
     except TideError as error:
         return _fail(_with_flags(str(error), args))
     except BrokenPipeError:
@@ -51,8 +49,21 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
         _drop(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
+    if args.as_program:
+        prepare_streams()
+    try:
+        parser.parse_args(arguments, args)
+        code = args.run(args)
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def model_command(subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
@@ -77,9 +88,14 @@ def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
     print(json.dumps(facts, indent=2) if args.json else text)
 
 
+def show_piece(text: str) -> None:
+    """Prints a part of a result at once, as it is."""
+    print(text, end="", flush=True)
+
+
 def note(text: str) -> None:
     """Prints beside the result, to standard error."""
-    print(text, file=sys.stderr)
+    say(text)
 
 
 def keep_programs() -> None:
@@ -113,7 +129,7 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
     return BAD_INPUT
 
 
