@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,19 @@ def test_a_template_goes_on_after_one_text_failed(monkeypatch: pytest.MonkeyPatc
         assert template.render([{"role": "user", "content": "hello"}]) == "hello"
         with pytest.raises(TideError, match="takes longer"):
             template.render([{"role": "user", "content": "loop"}])
+
+
+def test_an_interrupted_template_starts_anew() -> None:
+    """The answer that was not waited for is not taken for the next one."""
+    wait = "{% if messages[0].content == 'wait' %}" + ENDLESS["loops"] + "{% endif %}{{ messages[0].content }}"
+    template = ChatTemplate(byte_tokenizer(wait))
+    assert template.render([{"role": "user", "content": "hello"}]) == "hello"
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        template.render([{"role": "user", "content": "wait"}])
+    timer.join()
+    assert template.render([{"role": "user", "content": "again"}]) == "again"
 
 
 @given(data=st.data(), name=st.sampled_from([*TEXT, *EITHER, *PARTS]))

@@ -56,9 +56,9 @@ class TemplateProcess:
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateFailure(f"can't be rendered ({_short(str(error))})") from error
         with self._lock:
-            process = self._started()
+            process, greeting = self._started()
             try:
-                line, in_time = _asked(process, request)
+                line, in_time = _asked(process, greeting + request)
             except BaseException:  # an interrupted process still owes an answer, which would be taken for the next
                 self._stop()
                 raise
@@ -73,39 +73,44 @@ class TemplateProcess:
             raise TemplateFailure(f"can't be rendered ({_short(answer['error'])})")
         return answer["text"]
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> tuple[subprocess.Popen[bytes], bytes]:
+        """The process, and what to send it before anything else: nothing where it has run before."""
         if self._process is not None and self._stop.alive and self._process.poll() is None:
-            return self._process
+            return self._process, b""
         self._stop()
+        # -S and -s: the parent's search path is sent instead. -P: this package's modules are not to be found by their
+        # bare names.
+        command = [sys.executable or "python3", "-P", "-S", "-s", str(_WORKER)]
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:
-            # -S and -s: the parent's search path is sent instead. -P: this package's modules are not to be found by
-            # their bare names.
-            command = [sys.executable or "python3", "-P", "-S", "-s", str(_WORKER)]
-            pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
         except OSError as error:
             raise TemplateFailure(f"can't be rendered (no process to do it in: {error.strerror})") from error
         self._process, self._stop = process, weakref.finalize(self, _stop, process)
         settings = {
-            "path": sys.path,
+            "path": [str(entry) for entry in sys.path],
             "template": self._template,
             "seconds": _SECONDS,
             "bytes": _BYTES,
             "characters": _CHARACTERS,
         }
-        _send(process, json.dumps(settings).encode() + b"\n")
-        return process
+        return process, json.dumps(settings).encode() + b"\n"
 
 
 def _asked(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bool]:
     """The line that a process answers, empty where it ends, and whether it was within the wall clock's time."""
-    timer = threading.Timer(_WALL_SECONDS, process.kill)
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(_WALL_SECONDS, end)
     timer.daemon = True
     timer.start()
     try:
         _send(process, request)
-        line = cast(IO[bytes], process.stdout).readline()
-        return line, timer.is_alive()
+        return cast(IO[bytes], process.stdout).readline(), not late.is_set()
     finally:
         timer.cancel()
 
