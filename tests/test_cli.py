@@ -257,7 +257,6 @@ def test_output_that_cannot_hold_the_text(model: Path, stream: str, tmp_path: Pa
     command = f"generate {tmp_path / 'model'} --prompt \U0001f301 --max-new-tokens 4 {stream}"
     run = run_in_shell(command, LC_ALL="C", PYTHONIOENCODING="ascii")
     assert (run.returncode, run.stdout) == (0, b"? ? ? ?\n"), run.stderr
-    assert len(run_in_shell(command, PYTHONIOENCODING="utf-8").stdout.decode().split()) == 4
 
 
 @pytest.mark.parametrize(
@@ -265,7 +264,6 @@ def test_output_that_cannot_hold_the_text(model: Path, stream: str, tmp_path: Pa
     [
         ("inspect MODEL", ">&-", 2, b"error: standard output is closed: send it to a file, or to /dev/null"),
         ("convert SOURCE OUT", "<&- >&-", 2, b"error: standard output is closed"),
-        ("convert SOURCE OUT", ">&- 2>&-", 2, b""),
         ("--help", "| true", 141, b""),
         ("inspect nowhere", "2>/dev/full", 2, b""),
     ],
