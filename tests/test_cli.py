@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from tiny_llama import CONFIG, random_tensors, save
 
 import convert.__main__
+import tide_jax
 import tide_jax.cli
 from convert import convert as convert_checkpoint
 
@@ -102,7 +104,7 @@ def test_calibrate_generate_inspect(model: Path, calibration: tuple[Path, dict[s
 def test_text_for_people(model: Path, capsys: Capture) -> None:
     generate = ("generate", model, "--prompt", "the cat", "--max-new-tokens", "4")
     whole = printed(capsys, *generate, "--no-stream")
-    assert printed(capsys, *generate).split() == whole.split()
+    assert printed(capsys, *generate) == whole
     assert "4 of width 12" in printed(capsys, "inspect", model)
 
 
@@ -175,6 +177,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a word for a number": (("generate", "MODEL", *_PROMPT, "--top-k", "many"), "--top-k"),
     "nothing there": (("inspect", "/nowhere/at/all"), "/nowhere/at/all"),
     "an empty prompt": (("generate", "MODEL", "--prompt", ""), "the prompt is empty"),
+    "a prompt that is no UTF-8": (
+        ("generate", "MODEL", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")),
+        "--prompt is no valid text: its character 3, '\\udce9', is not Unicode",
+    ),
+    "a second prompt that is no UTF-8": (
+        ("generate", "MODEL", *_PROMPT, "--prompt", "\ud800"),
+        "--prompt 2 is no valid",
+    ),
     "a threshold above 1": (("generate", "MODEL", *_PROMPT, "--threshold", "1.5"), "--threshold 1.5"),
     "a cache strategy without routers": (
         ("generate", "MODEL", *_PROMPT, "--kv-strategy", "recompute"),
@@ -268,3 +278,60 @@ def test_output_that_cannot_be_written(model: Path, output: str, code: int, mess
     command = f"set -o pipefail; {sys.executable} -m tide_jax.cli inspect {model} --json {output}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (run.returncode, run.stderr) == (code, message)
+
+
+def run_in_shell(command: str, output: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A command of the command line in a process of its own, with a shell's redirections."""
+    line = f"set -o pipefail; {sys.executable} -m tide_jax.cli {command} {output}"
+    # Unbuffered, argparse would swallow the errors of --help.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    run = subprocess.run(["bash", "-c", line], capture_output=True, check=False, cwd=ROOT, env=inherited | environment)
+    assert b"Traceback" not in run.stderr + run.stdout
+    assert b"Exception ignored" not in run.stderr
+    return run
+
+
+@pytest.mark.parametrize("stream", ["", "--no-stream"])
+def test_output_that_cannot_hold_the_text(model: Path, stream: str, tmp_path: Path) -> None:
+    """Characters that the output's encoding lacks are replaced."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    shutil.copytree(model, tmp_path / "model")
+    emoji = Tokenizer(WordLevel({chr(0x1F300 + i): i for i in range(len(WORDS))}, unk_token=chr(0x1F300)))
+    emoji.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    command = f"generate {tmp_path / 'model'} --prompt \U0001f301 --max-new-tokens 4 {stream}"
+    run = run_in_shell(command, LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert (run.returncode, run.stdout) == (0, b"? ? ? ?\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "code", "message"),
+    [
+        ("inspect MODEL", ">&-", 2, b"error: standard output is closed: send it to a file, or to /dev/null"),
+        ("convert SOURCE OUT", "<&- >&-", 2, b"error: standard output is closed"),
+        ("--help", "| true", 141, b""),
+        ("inspect nowhere", "2>/dev/full", 2, b""),
+    ],
+)
+def test_closed_and_full_streams(
+    command: str, output: str, code: int, message: bytes, model: Path, source: Path, tmp_path: Path
+) -> None:
+    places = {"MODEL": model, "SOURCE": source, "OUT": tmp_path / "out"}
+    run = run_in_shell(" ".join(str(places.get(word, word)) for word in command.split()), output)
+    assert (run.returncode, run.stdout) == (code, b"")
+    assert run.stderr.startswith(message)
+    assert run.stderr.count(b"\n") == bool(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_closed_standard_error_gets_into_no_file(source: Path, tmp_path: Path, model: Path) -> None:
+    """The first file that is opened would get its number, and libraries print to that number."""
+    run = run_in_shell(f"convert {source} {tmp_path / 'out'} --json", "<&- 2>&-")
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["destination"] == str(tmp_path / "out")
+    config = tide_jax.load(tmp_path / "out").config
+    assert config == tide_jax.load(source).config
+    run = run_in_shell(f"generate {model} --prompt the --max-new-tokens 2 --json", "2>/dev/full")
+    assert len(json.loads(run.stdout)["outputs"]) == 1

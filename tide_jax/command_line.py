@@ -9,10 +9,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from tide_jax.errors import TideError
-from tide_jax.standard_streams import prepare_streams, say
+from tide_jax.standard_streams import drop, prepare_streams, say
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
 _FLAGS = {
@@ -43,10 +43,10 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     except TideError as error:
         return _fail(_with_flags(str(error), args))
     except BrokenPipeError:
-        _drop(sys.stdout)
+        drop(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        _drop(sys.stdout)
+        drop(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except KeyboardInterrupt:
         say("interrupted")
@@ -131,12 +131,3 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
 def _fail(message: str) -> int:
     say(f"error: {' '.join(message.split())}")
     return BAD_INPUT
-
-
-def _drop(stream: TextIO) -> None:
-    """Gives up what could not be written: the interpreter would try again as it ends, and complain."""
-    try:
-        stream.flush()
-    except OSError:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 from tide_jax.errors import TideError
 
@@ -34,4 +35,13 @@ def say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # full, or its reader has gone: no reason to lose the result
-        return
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO) -> None:
+    """Gives up what could not be written: the interpreter would try again as it ends, and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
