@@ -22,7 +22,7 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
       TideError: the rope type is not implemented, or a setting it needs is missing or makes no sense.
     """
     settings = hf.rope_parameters
-    settings = settings.get(layer_type, settings)
+    settings = settings[layer_type] if layer_type in hf.nested_rope_parameter_keys(settings) else settings
     kind = settings.get("rope_type", "default")
     if kind not in _KINDS:
         raise TideError(f"rope_type {kind!r} is not implemented; implemented are {', '.join(_KINDS)}")

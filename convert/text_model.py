@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert.reader import Source
+from convert.sizes import check_sizes
 from tide_jax.errors import TideError
 from tide_jax.shards import TensorInfo
 
@@ -23,7 +24,15 @@ _OTHER = re.compile(
 
 
 def text_decoder(source: Source) -> Source:
-    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only."""
+    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only.
+
+    Raises:
+      TideError: a count of the configuration is out of its bounds.
+    """
+    try:
+        check_sizes(source.config)
+    except TideError as error:
+        raise TideError(f"{source.description}: {error}") from error
     text = _text_config(source)
     return source if text is None else TextSource(source, text)
 
