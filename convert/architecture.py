@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from convert.families import FAMILIES, REFUSED, Family
 from convert.reader import Source
 from convert.rules import Rule
 from convert.settings import read_settings
 from convert.sizes import check_sizes
+from convert.tied import rules_for, settle_head
 from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError, shortened
 
@@ -67,7 +64,8 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     """
     model_type = source.config.get("model_type")
     if model_type is None or model_type in FAMILIES or model_type in REFUSED:
-        return Architecture(decoder_config(source), family_of(source).rules)
+        config = decoder_config(source)
+        return Architecture(config, rules_for(source, config, family_of(source).rules))
     _check_decoder(source)
     from convert.probe import probe
 
@@ -97,15 +95,17 @@ def decoder_config(source: Source) -> DecoderConfig:
     hf = _transformers_config(source)
     try:
         config = family.config(hf)
-        config.check()
     except TideError as error:
-        raise TideError(f"{source.description}: config.json asks for {error}") from error
+        raise TideError(f"{source.description}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # more heads than channels
         raise TideError(
             f"{source.description}: config.json's values do not fit together ({shortened(error)}); correct it"
         ) from error
-    if config.tie_embeddings and _has_own_head(source, family.rules):
-        config = dataclasses.replace(config, tie_embeddings=False)
+    try:
+        config.check()
+    except TideError as error:
+        raise TideError(f"{source.description}: config.json gives {error}; correct it") from error
+    config = settle_head(source, config, family.rules)
     return _with_token_ids(source, hf.to_dict(), config)
 
 
@@ -145,18 +145,3 @@ def _transformers_config(source: Source) -> Any:
         raise TideError(
             f"{source.description}: config.json is not a valid {model_type} one: {shortened(error, 120)}; correct it"
         ) from error
-
-
-def _has_own_head(source: Source, rules: Sequence[Rule]) -> bool:
-    """Whether a head is stored that differs from the embedding; then transformers does not tie the two either."""
-    heads, embeddings = _stored(source, rules, "head.kernel"), _stored(source, rules, "embed.kernel")
-    return bool(heads) and _digests(source, heads) != _digests(source, embeddings)
-
-
-def _stored(source: Source, rules: Sequence[Rule], path: str) -> list[str]:
-    patterns = [rule.pattern for rule in rules if any(target.path == path for target in rule.targets)]
-    return [name for name in source.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
-
-
-def _digests(source: Source, names: Sequence[str]) -> set[bytes]:
-    return {hashlib.sha256(source.read(name).reshape(-1).view(np.uint8).data).digest() for name in names}

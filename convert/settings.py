@@ -21,8 +21,7 @@ def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
       TideError: a key asks for what no decoder here does.
       Exception: of some other kind, from the validators of the class.
     """
-    names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-    hf = kind.from_dict({name: value for name, value in values.items() if name in names or not _taken(kind, name)})
+    hf = configuration(kind, values)
     _refuse(hf, values)
     _drop_strays(hf, values, kind(), _kept(kind))
     if kind.model_type in HEAD_DIM_OF_ROTATION:
@@ -30,6 +29,21 @@ def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
     for rope in _ropes(hf):
         _settle_rotation(hf, rope)
     return hf
+
+
+def configuration(kind: Any, values: Mapping[str, Any]) -> Any:
+    """An object of a configuration class as transformers makes it of a file. Raises what its validators raise."""
+    names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    return kind.from_dict(_decoded({n: value for n, value in values.items() if n in names or not _taken(kind, n)}))
+
+
+def _decoded(value: Any) -> Any:
+    """JSON with numbers in the place of ``{"__float__": "Infinity"}``, as transformers writes what JSON lacks."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _decoded(item) for name, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _taken(kind: Any, name: str) -> bool:

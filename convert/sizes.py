@@ -23,29 +23,18 @@ _LAYERS = re.compile(r"(.*_)?layers?|depth")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Checks the counts of a config.json and of its parts; types and ranges of other fields are checked later.
+    """Checks the counts of a config.json and of its parts; what is no count, or no number, is left to later checks.
 
     Raises:
-      TideError: a count is no whole number, or outside its bounds.
+      TideError: a count is outside its bounds.
     """
-    for name, value in values.items():
-        if name in _BOUND_OF:
-            _check_low(name, value, _BOUND_OF[name][0])
     for name, value in _numbers(values):
-        if name in _BOUND_OF or _LAYERS.fullmatch(name):
-            # The lower bound is not for the parts: those that are left out may lack what a decoder needs.
-            high = _BOUND_OF[name][1] if name in _BOUND_OF else MOST_LAYERS
-            if value > high:
-                raise TideError(f"config.json has {name}={shortened(value)}, expected {high} or less; correct it")
-
-
-def _check_low(name: str, value: Any, low: int) -> None:
-    if value is None or isinstance(value, list | dict):  # a list has a value for each layer
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TideError(f"config.json has {name}={shortened(repr(value))}, expected a whole number; correct it")
-    if value < low:
-        raise TideError(f"config.json has {name}={shortened(value)}, expected {low} or more; correct it")
+        low, high = _BOUND_OF.get(name, (None, MOST_LAYERS if _LAYERS.fullmatch(name) else None))
+        if high is not None and value > high:
+            raise TideError(f"config.json has {name}={shortened(value)}, expected {high} or less; correct it")
+        # Parts that are left out may lack what a decoder needs.
+        if low is not None and value < low and values.get(name) == value:
+            raise TideError(f"config.json has {name}={shortened(value)}, expected {low} or more; correct it")
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert.reader import Source
+from convert.settings import configuration
 from convert.sizes import check_sizes
 from tide_jax.errors import TideError
 from tide_jax.shards import TensorInfo
@@ -53,9 +54,7 @@ class TextSource:
         others = {name: reason for name in whole.tensors if name not in set(self._stored.values())}
         self.left_out: dict[str, str] = getattr(whole, "left_out", {}) | others
         self.tensors: Mapping[str, TensorInfo] = {name: whole.tensors[stored] for name, stored in self._stored.items()}
-        has_head = any(_HEAD.fullmatch(name) for name in self.tensors)
-        tied = whole.config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False))
-        self.config = text_config | {"tie_word_embeddings": bool(tied) or not has_head}
+        self.config = text_config
         self.description = f"{whole.description} (the text decoder of {whole.config['model_type']})"
         logger.info("%s: %d tensors of other parts are left out", self.description, len(self.left_out))
 
@@ -82,13 +81,18 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        whole = CONFIG_MAPPING[model_type].from_dict(dict(source.config))
+        whole = configuration(CONFIG_MAPPING[model_type], source.config)
     except Exception:  # its validators raise several unrelated classes; who reads the configuration next reports them
         return None
     if whole.is_encoder_decoder:
         return None
     text = whole.get_text_config(decoder=True)
-    return None if text is whole or not hasattr(text, "to_dict") else text.to_dict()
+    if text is whole or not hasattr(text, "to_dict"):
+        return None
+    # The head belongs to the whole, and older checkpoints say it of the text part alone. Where the two disagree, a head
+    # that is stored decides (see `convert.tied`); one that neither ties has to be stored.
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, text))
+    return text.to_dict() | {"tie_word_embeddings": bool(tied)}
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

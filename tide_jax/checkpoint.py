@@ -131,8 +131,8 @@ def _settings(directory: Path) -> dict[str, Any]:
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
         raise TideError(
-            f"{directory} was converted in format {shortened(found)}, this version of tide_jax reads format {FORMAT}: convert the "
-            "checkpoint again"
+            f"{directory} was converted in format {shortened(found)}, this version of tide_jax reads format {FORMAT}: "
+            "convert the checkpoint again"
         )
     if not isinstance(settings.get("decoder", {}), dict):
         raise TideError(f"{directory / 'config.json'} is damaged: its decoder entry is no object; convert again")
