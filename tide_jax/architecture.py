@@ -22,7 +22,7 @@ from tide_jax.architecture_parts import (
     RopeConfig,
     check_choice,
 )
-from tide_jax.errors import TideError, listed
+from tide_jax.errors import TideError, listed, shortened
 from tide_jax.ranges import (
     Channels,
     Epsilon,
@@ -241,11 +241,11 @@ class DecoderConfig:
           TideError: a field is unknown or missing, of another type or outside its range, or fields contradict.
         """
         if problems := json_problems(cls, values):
-            wrong = listed(problems, width=56)
+            wrong = shortened(listed(problems), 160)
             raise TideError(f"{wrong}: damaged, or of another version of tide_jax, convert the checkpoint again")
         return from_json(cls, values)
 
     def check(self) -> None:
         """Checks every field's type and range. Raises TideError, naming the first that are wrong."""
         if problems := instance_problems(self):
-            raise TideError(listed(problems, width=56))
+            raise TideError(shortened(listed(problems), 160))

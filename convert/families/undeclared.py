@@ -20,7 +20,7 @@ HEAD_DIM = _types(
 """Model types whose heads are as wide as an undeclared `head_dim`."""
 
 HEAD_DIM_OF_ROTATION = _types(
-    "dbrx gpt_neox gpt_neox_japanese modernbert-decoder persimmon qwen2_5_vl_text qwen2_vl_text"
+    "dbrx gpt_neox gpt_neox_japanese modernbert-decoder persimmon qwen2_5_vl_text qwen2_vl_text stablelm"
 )
 """Model types whose rotation alone obeys an undeclared `head_dim`: any but the width of a head is a contradiction."""
 
