@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from convert.families import FAMILIES, REFUSED, Family
 from convert.reader import Source
 from convert.rules import Rule
+from convert.settings import read_settings
+from convert.sizes import check_sizes
+from convert.tied import rules_for, settle_head
 from tide_jax.architecture import DecoderConfig
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 
 logger = logging.getLogger(__name__)
-_SIZES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("intermediate_size", "max_position_embeddings", "num_local_experts", "num_experts_per_tok"),
-    *("n_embd", "n_layer", "n_head", "n_inner", "n_positions"),  # GPT-2's names
-)
 
 
 def family_of(source: Source) -> Family:
@@ -70,7 +64,8 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     """
     model_type = source.config.get("model_type")
     if model_type is None or model_type in FAMILIES or model_type in REFUSED:
-        return Architecture(decoder_config(source), family_of(source).rules)
+        config = decoder_config(source)
+        return Architecture(config, rules_for(source, config, family_of(source).rules))
     _check_decoder(source)
     from convert.probe import probe
 
@@ -97,18 +92,20 @@ def _check_decoder(source: Source) -> None:
 def decoder_config(source: Source) -> DecoderConfig:
     """The architecture of a source. Raises TideError where it is unknown or asks for what is not implemented."""
     family = family_of(source)
-    _check_sizes(source)
     hf = _transformers_config(source)
     try:
         config = family.config(hf)
-    except TideError:
-        raise
+    except TideError as error:
+        raise TideError(f"{source.description}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # more heads than channels
         raise TideError(
-            f"{source.description}: config.json's values do not fit together ({_line(error)}); correct it"
+            f"{source.description}: config.json's values do not fit together ({shortened(error)}); correct it"
         ) from error
-    if config.tie_embeddings and _has_own_head(source, family.rules):
-        config = dataclasses.replace(config, tie_embeddings=False)
+    try:
+        config.check()
+    except TideError as error:
+        raise TideError(f"{source.description}: config.json gives {error}; correct it") from error
+    config = settle_head(source, config, family.rules)
     return _with_token_ids(source, hf.to_dict(), config)
 
 
@@ -118,20 +115,14 @@ def _with_token_ids(source: Source, settings: Mapping[str, Any], config: Decoder
     return dataclasses.replace(config, eos_token_ids=eos, pad_token_id=pad[0] if pad else None)
 
 
-def _check_sizes(source: Source) -> None:
-    for name in _SIZES:
-        value = source.config.get(name)
-        if isinstance(value, int) and value < 1:
-            raise TideError(f"{source.description}: config.json has {name}={value!r}, expected 1 or more; correct it")
-
-
 def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tuple[int, ...]:
     """Token ids inside the vocabulary; generation_config.json's word counts before config.json's."""
     value = source.generation_config.get(name)
     value = default if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise TideError(f"{source.description}: {name} is {value!r}, expected a token id or a list of them; correct it")
+        shown = shortened(repr(value))
+        raise TideError(f"{source.description}: {name} is {shown}, expected a token id or a list of them; correct it")
     # Published checkpoints write -1 or the vocabulary's size for "none"; the model can produce neither.
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
         logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, vocab_size)
@@ -146,25 +137,11 @@ def _transformers_config(source: Source) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise TideError(f"the installed transformers does not know {model_type!r}: upgrade transformers")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(source.config))
+        check_sizes(source.config)
+        return read_settings(CONFIG_MAPPING[model_type], source.config)
+    except TideError as error:
+        raise TideError(f"{source.description}: {error}") from error
     except Exception as error:  # its validators raise several unrelated classes
-        raise TideError(f"{source.description}: config.json is not a valid {model_type} one: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _has_own_head(source: Source, rules: Sequence[Rule]) -> bool:
-    """Whether a head is stored that differs from the embedding; then transformers does not tie the two either."""
-    heads, embeddings = _stored(source, rules, "head.kernel"), _stored(source, rules, "embed.kernel")
-    return bool(heads) and _digests(source, heads) != _digests(source, embeddings)
-
-
-def _stored(source: Source, rules: Sequence[Rule], path: str) -> list[str]:
-    patterns = [rule.pattern for rule in rules if any(target.path == path for target in rule.targets)]
-    return [name for name in source.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
-
-
-def _digests(source: Source, names: Sequence[str]) -> set[bytes]:
-    return {hashlib.sha256(source.read(name).reshape(-1).view(np.uint8).data).digest() for name in names}
+        raise TideError(
+            f"{source.description}: config.json is not a valid {model_type} one: {shortened(error, 120)}; correct it"
+        ) from error

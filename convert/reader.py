@@ -13,7 +13,7 @@ import numpy as np
 from convert.hub import TOKENIZER_FILES, local_directory
 from tide_jax.checkpoint import CONFIG_KEY
 from tide_jax.errors import TideError
-from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.shards import ShardedTensors, TensorInfo, checked_cast, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
 __all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source", "open_tokenizer"]
@@ -91,7 +91,9 @@ class HuggingFaceSource:
         self.files = self._shards.files
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read."""
+        """One tensor, freshly read; float64 is rounded to float32."""
+        if self.tensors[name].dtype == "F64":
+            return checked_cast(self._shards.read_stored(name), np.dtype(np.float32), name)
         return self._shards.read(name)
 
     def read_stored(self, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tide_jax.architecture import RopeConfig
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 
 
 def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **flags: Any) -> RopeConfig:
@@ -22,10 +22,11 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
       TideError: the rope type is not implemented, or a setting it needs is missing or makes no sense.
     """
     settings = hf.rope_parameters
-    settings = settings.get(layer_type, settings)
+    settings = settings[layer_type] if layer_type in hf.nested_rope_parameter_keys(settings) else settings
     kind = settings.get("rope_type", "default")
-    if kind not in _KINDS:
-        raise TideError(f"rope_type {kind!r} is not implemented; implemented are {', '.join(_KINDS)}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise TideError(f"rope_type {shortened(repr(kind))} is not implemented; implemented are {', '.join(_KINDS)}")
+    _check_numbers(settings)
     share = settings.get("partial_rotary_factor") or 1.0
     rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
     if rotary_dim % 2:
@@ -41,6 +42,13 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         raise TideError(f"config.json's rope_parameters make no sense for rope_type {kind!r} ({error})") from error
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raises TideError for a setting of another type than the one that it has in transformers."""
+    for name, value in settings.items():
+        if name in _NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TideError(f"config.json's rope_parameters have {name}={shortened(repr(value))}, expected a number")
 
 
 def _checked(rope: RopeConfig) -> RopeConfig:
@@ -119,6 +127,11 @@ def _longrope(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_NUMBERS = {
+    *("rope_theta", "factor", "attention_factor", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim"),
+    *("alpha", "llama_4_scaling_beta", "short_mscale", "long_mscale"),
+}
 _KINDS = {
     "default": _default,
     "linear": _linear,

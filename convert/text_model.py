@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from convert.reader import Source
+from convert.settings import configuration
+from convert.sizes import check_sizes
 from tide_jax.errors import TideError
 from tide_jax.shards import TensorInfo
 
@@ -24,7 +26,15 @@ _OTHER = re.compile(
 
 
 def text_decoder(source: Source) -> Source:
-    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only."""
+    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only.
+
+    Raises:
+      TideError: a count of the configuration is out of its bounds.
+    """
+    try:
+        check_sizes(source.config)
+    except TideError as error:
+        raise TideError(f"{source.description}: {error}") from error
     text = _text_config(source)
     return source if text is None else TextSource(source, text)
 
@@ -45,9 +55,7 @@ class TextSource:
         others = {name: reason for name in whole.tensors if name not in set(self._stored.values())}
         self.left_out: dict[str, str] = getattr(whole, "left_out", {}) | others
         self.tensors: Mapping[str, TensorInfo] = {name: whole.tensors[stored] for name, stored in self._stored.items()}
-        has_head = any(_HEAD.fullmatch(name) for name in self.tensors)
-        tied = whole.config.get("tie_word_embeddings", text_config.get("tie_word_embeddings", False))
-        self.config = text_config | {"tie_word_embeddings": bool(tied) or not has_head}
+        self.config = text_config
         self.description = f"{whole.description} (the text decoder of {whole.config['model_type']})"
         logger.info("%s: %d tensors of other parts are left out", self.description, len(self.left_out))
 
@@ -74,7 +82,7 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        whole = CONFIG_MAPPING[model_type].from_dict(dict(source.config))
+        whole = configuration(CONFIG_MAPPING[model_type], source.config)
     except Exception:  # its validators raise several unrelated classes; who reads the configuration next reports them
         return None
     if whole.is_encoder_decoder:
@@ -84,7 +92,11 @@ def _text_config(source: Source) -> dict[str, Any] | None:
         return None
     # transformers' generate asks the whole configuration for these first, and the text part for what is left unset.
     outer = whole.to_dict()
-    return text.to_dict() | {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
+    ends = {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
+    # The head belongs to the whole, and older checkpoints say it of the text part alone. Where the two disagree, a head
+    # that is stored decides (see `convert.tied`); one that neither ties has to be stored.
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, text))
+    return text.to_dict() | ends | {"tie_word_embeddings": bool(tied)}
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:

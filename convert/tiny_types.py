@@ -124,7 +124,15 @@ TYPES: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.8,
         "attention_multiplier": 0.4,
     },
-    "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", _FULL, _FULL, "linear_attention", _FULL]},
+    "granitemoehybrid": _MAMBA
+    | {
+        "layer_types": [_FULL] * 5,
+        "position_embedding_type": "rope",
+        "embedding_multiplier": 1.7,
+        "logits_scaling": 0.6,
+        "residual_multiplier": 0.8,
+        "attention_multiplier": 0.4,
+    },
     "helium": {"head_dim": 8},
     "hy_v4": _INDEXER,
     "inkling_text": {"logits_mup_width_multiplier": 2.0},

@@ -58,13 +58,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
     "gpt_neox-no-bias": ("gpt_neox", {"rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_fast"}),
     "gpt_oss-default-rope": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "granitemoehybrid-attention": (
-        "granitemoehybrid",
-        {"layer_types": [_FULL] * 5, "position_embedding_type": "rope", "shared_intermediate_size": 56},
-    ),
+    "granitemoehybrid-nope": ("granitemoehybrid", {"position_embedding_type": None}),
     "granitemoehybrid-dense": (
         "granitemoehybrid",
-        {"layer_types": [_FULL] * 5, "num_local_experts": 0, "num_experts_per_tok": 0},
+        {"num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True},
     ),
     "hunyuan_v1_dense-dynamic": (
         "hunyuan_v1_dense",
@@ -332,6 +329,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """A name for tests and tables: the model type and fields laid over those of `TYPES`."""
 
 REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid-recurrent": (
+        "granitemoehybrid",
+        {"layer_types": ["linear_attention", _FULL, _FULL, "linear_attention", _FULL]},
+    ),
     "gemma4_text-moe": (
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20},

@@ -69,11 +69,18 @@ def test_missing_shard(tmp_path: Path) -> None:
     assert "names shards that are not there: model-00002-of-00002.safetensors" in refusal(sharded)
 
 
-def test_index_lists_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+def test_index_lists_tensors_that_are_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = save_sharded(tmp_path / "source") / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": weight_map | {"model.extra": "model-00001-of-00002.safetensors"}}))
-    assert "lists 1 tensors its shards do not hold (model.extra" in refusal(index.parent)
+    with caplog.at_level(logging.WARNING):
+        open_model(index.parent)  # nothing needs it
+    assert "lists tensors that its shards do not hold: model.extra" in caplog.text
+    tensors = random_tensors()
+    del tensors["model.norm.weight"]
+    missing = save_sharded(tmp_path / "missing", tensors)
+    (missing / index.name).write_text(json.dumps({"weight_map": weight_map}))
+    assert "parameter final_norm.scale [12] has no source tensor" in refusal(missing)
 
 
 @pytest.mark.parametrize("values", [3, [1], None, {"file": "x"}])
@@ -133,8 +140,19 @@ def test_only_pickled_weights(source: Path) -> None:
 
 
 def test_unsupported_tensor_dtype(tmp_path: Path) -> None:
-    tensors = random_tensors() | {"model.norm.weight": np.ones(12, np.float64)}
-    assert "model.norm.weight has dtype F64, expected one of F32, F16, BF16" in refusal(save(tmp_path / "s", tensors))
+    tensors = random_tensors() | {"model.norm.weight": np.ones(12, np.int16)}
+    assert "model.norm.weight has dtype I16, expected one of F32, F16, BF16" in refusal(save(tmp_path / "s", tensors))
+
+
+@pytest.mark.parametrize("which", ["all", "model.norm.weight"])
+def test_float64_is_rounded_to_float32(which: str, tmp_path: Path) -> None:
+    tensors = random_tensors()
+    wide = {name: a.astype(np.float64) if which in ("all", name) else a for name, a in tensors.items()}
+    found, expected = open_model(save(tmp_path / "wide", wide)), open_model(save(tmp_path / "source", tensors))
+    tokens = np.arange(6)[None]
+    assert np.array_equal(found(tokens), expected(tokens))
+    wide["model.norm.weight"] = np.full(12, 1e300)
+    assert "tensor model.norm.weight overflows float32" in refusal(save(tmp_path / "huge", wide))
 
 
 def test_no_config(source: Path) -> None:
@@ -177,7 +195,8 @@ def test_a_state_space_model_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_invalid_config_value(tmp_path: Path) -> None:
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "source", hidden_size="twelve"))
+    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "source", rms_norm_eps="small"))
+    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "other", hidden_size="twelve"))
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,11 @@ def save(directory: Path, tensors: dict[str, np.ndarray] | None = None, **config
     return directory
 
 
-def save_sharded(directory: Path) -> Path:
+def save_sharded(directory: Path, tensors: dict[str, np.ndarray] | None = None) -> Path:
     """The same in two shards with an index."""
     save(directory)
     (directory / "model.safetensors").unlink()
-    tensors = random_tensors()
+    tensors = random_tensors() if tensors is None else tensors
     weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
     for shard in set(weight_map.values()):
         save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, directory / shard)

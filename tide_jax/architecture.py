@@ -8,12 +8,10 @@ be a static argument of ``jax.jit`` and can be written to JSON. A model family i
 from __future__ import annotations
 
 import dataclasses
-import functools
-import types
-import typing
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tide_jax.architecture_parts import (
+    STRICT,
     AttentionType,
     HeadTransform,
     LatentConfig,
@@ -24,7 +22,20 @@ from tide_jax.architecture_parts import (
     RopeConfig,
     check_choice,
 )
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, listed, shortened
+from tide_jax.ranges import (
+    Channels,
+    Epsilon,
+    Heads,
+    LayerIndex,
+    Layers,
+    PositionCount,
+    PositionsOrZero,
+    Positive,
+    TokenId,
+    Tokens,
+)
+from tide_jax.records import from_json, instance_problems, json_problems
 
 __all__ = [
     "AttentionType",
@@ -100,21 +111,21 @@ class DecoderConfig:
     """
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_positions: int
+    vocab_size: Tokens
+    hidden_size: Channels
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: Channels
+    intermediate_size: Channels
+    max_positions: PositionCount
     attention_types: tuple[AttentionType, ...]
-    attention_pattern: tuple[int, ...]
-    extra_tokens: int = 0
-    embedding_size: int | None = None
+    attention_pattern: tuple[LayerIndex, ...]
+    extra_tokens: TokenId = 0
+    embedding_size: Channels | None = None
     norm: NormKind = "rms"
-    norm_eps: float = 1e-6
-    layer_norm_eps: float | None = None
+    norm_eps: Epsilon = 1e-6
+    layer_norm_eps: Epsilon | None = None
     norm_scale: bool = True
     norm_bias: bool = False
     norm_unit_offset: bool = False
@@ -124,16 +135,16 @@ class DecoderConfig:
     embedding_norm: bool = False
     positions_after_norm: bool = False
     project_after_norm: bool = False
-    added_embeddings: int = 0
+    added_embeddings: TokenId = 0
     parallel_residual: bool = False
     shared_norm: bool = False
-    residual_scale: float = 1.0
+    residual_scale: Positive = 1.0
     residual_weights: bool = False
     layer_scale: bool = False
     positions: Positions = "rope"
-    position_offset: int = 0
+    position_offset: TokenId = 0
     sinusoid_endpoint: bool = False
-    learned_positions: int = 0
+    learned_positions: PositionsOrZero = 0
     latent: LatentConfig | None = None
     qkv_bias: bool = False
     key_bias: bool = True
@@ -142,24 +153,26 @@ class DecoderConfig:
     attention_gate: AttentionGate = "none"
     gate_activation: GateActivation = "sigmoid"
     gate_bias: bool = False
-    value_dim: int | None = None
-    value_scale: float = 1.0
-    clip_qkv: float | None = None
-    attention_softcap: float | None = None
+    value_dim: Channels | None = None
+    value_scale: Positive = 1.0
+    clip_qkv: Positive | None = None
+    attention_softcap: Positive | None = None
     activation: str = "silu"
-    activation_limit: float | None = None
+    activation_limit: Positive | None = None
     mlp_gated: bool = True
     mlp_bias: bool = False
     moe: MoEConfig | None = None
     sub_norm: bool = False
-    embedding_scale: float | None = None
+    embedding_scale: Positive | None = None
     head_transform: HeadTransform | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
     tie_embeddings: bool = True
     head_bias: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
+    pad_token_id: TokenId | None = None
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NormKind)
@@ -222,28 +235,17 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
-        """Inverse of `to_dict`. Raises TideError for unknown or missing fields."""
-        try:
-            return _build(cls, values)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, TideError):
-                raise
-            raise TideError(
-                f"decoder configuration not understood ({error}); it was written by another version of tide_jax: "
-                "convert the checkpoint again"
-            ) from error
+        """Inverse of `to_dict`.
 
+        Raises:
+          TideError: a field is unknown or missing, of another type or outside its range, or fields contradict.
+        """
+        if problems := json_problems(cls, values):
+            wrong = shortened(listed(problems), 160)
+            raise TideError(f"{wrong}: damaged, or of another version of tide_jax, convert the checkpoint again")
+        return from_json(cls, values)
 
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _build(kind: Any, value: Any) -> Any:
-    """A value read from JSON as the annotated type: nested dataclasses and tuples."""
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _build(get_args(kind)[0], value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(_build(get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind):
-        hints = _hints(kind)
-        return typing.cast(Any, kind)(**{name: _build(hints.get(name), item) for name, item in value.items()})
-    return value
+    def check(self) -> None:
+        """Checks every field's type and range. Raises TideError, naming the first that are wrong."""
+        if problems := instance_problems(self):
+            raise TideError(shortened(listed(problems), 160))

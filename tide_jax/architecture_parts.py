@@ -9,12 +9,29 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from tide_jax.errors import TideError
+from tide_jax.ranges import (
+    Channels,
+    ChannelsOrZero,
+    Epsilon,
+    Experts,
+    Heads,
+    LayerIndex,
+    NotNegative,
+    PositionCount,
+    PositionsOrZero,
+    Positive,
+    Theta,
+)
 
 NormKind = Literal["rms", "layer"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 ExpertScore = Literal["softmax", "sigmoid", "sparsemixer"]
 Correction = Literal["none", "score", "logit"]
 GroupScore = Literal["max", "top2"]
+
+
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate_instances": "always"}
+"""How `pydantic` checks the classes here: nothing is converted, nothing unknown is passed over, numbers are finite."""
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -44,24 +61,26 @@ class RopeConfig:
       values: values are rotated too.
     """
 
-    theta: float
-    rotary_dim: int
+    theta: Theta
+    rotary_dim: Channels
     kind: RopeKind = "default"
-    factor: float = 1.0
-    max_positions: int = 0
-    original_max_positions: int = 0
-    attention_factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_slow: float = 1.0
-    beta_fast: float = 32.0
+    factor: Positive = 1.0
+    max_positions: PositionsOrZero = 0
+    original_max_positions: PositionsOrZero = 0
+    attention_factor: Positive = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_slow: Positive = 1.0
+    beta_fast: Positive = 32.0
     truncate: bool = True
-    turning: int = 0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    turning: ChannelsOrZero = 0
+    short_factor: tuple[Positive, ...] = ()
+    long_factor: tuple[Positive, ...] = ()
     interleaved: bool = False
     reverse: bool = False
     values: bool = False
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +98,15 @@ class QKNorm:
     """
 
     kind: NormKind = "rms"
-    eps: float = 1e-6
+    eps: Epsilon = 1e-6
     all_heads: bool = False
     per_head: bool = False
     scale: bool = True
     bias: bool = False
     unit_offset: bool = False
     after_rope: bool = False
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +120,11 @@ class QueryScaling:
     """
 
     beta: float
-    period: float
-    offset: int = 0
+    period: Positive
+    offset: PositionsOrZero = 0
     power: bool = False
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,23 +151,25 @@ class AttentionType:
       dynamic_mask: keys have scores of their own, learned from their values (Shi et al. 2025, arXiv:2508.02124).
     """
 
-    scale: float
-    window: int | None = None
-    chunk: int | None = None
+    scale: Positive
+    window: PositionCount | None = None
+    chunk: PositionCount | None = None
     rope: RopeConfig | None = None
     qk_norm: QKNorm | None = None
-    alibi: tuple[float, ...] = ()
+    alibi: tuple[NotNegative, ...] = ()
     alibi_bfloat16: bool = False
     sinks: bool = False
     query_scaling: QueryScaling | None = None
-    num_heads: int | None = None
+    num_heads: Heads | None = None
     out_bias: bool = False
     differential: float | None = None
-    head_dim: int | None = None
-    num_kv_heads: int | None = None
+    head_dim: Channels | None = None
+    num_kv_heads: Heads | None = None
     value_norm: bool = False
     keys_as_values: bool = False
     dynamic_mask: bool = False
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +185,16 @@ class LatentConfig:
       q_scale, kv_scale: multiply the normed bottlenecks.
     """
 
-    kv_rank: int
-    q_rank: int | None
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
-    norm_eps: float = 1e-6
-    q_scale: float = 1.0
-    kv_scale: float = 1.0
+    kv_rank: Channels
+    q_rank: Channels | None
+    nope_dim: Channels
+    rope_dim: Channels
+    value_dim: Channels
+    norm_eps: Epsilon = 1e-6
+    q_scale: Positive = 1.0
+    kv_scale: Positive = 1.0
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +208,10 @@ class HeadTransform:
     """
 
     activation: str
-    size: int | None = None
+    size: Channels | None = None
     bias: bool = True
+
+    __pydantic_config__ = STRICT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,27 +241,29 @@ class MoEConfig:
       output_bias: a learned vector is added to the sum of routed experts.
     """
 
-    num_experts: int
-    experts_per_token: int
-    intermediate_size: int
-    layers: tuple[int, ...] | None = None
+    num_experts: Experts
+    experts_per_token: Experts
+    intermediate_size: Channels
+    layers: tuple[LayerIndex, ...] | None = None
     score: ExpertScore = "softmax"
-    sparsemixer_threshold: float = 0.0
+    sparsemixer_threshold: NotNegative = 0.0
     renormalise: bool = True
-    scale: float = 1.0
+    scale: Positive = 1.0
     correction: Correction = "none"
-    groups: int = 1
-    groups_kept: int = 1
+    groups: Experts = 1
+    groups_kept: Experts = 1
     group_score: GroupScore = "top2"
     router_bias: bool = False
     expert_bias: bool = False
-    router_softcap: float | None = None
+    router_softcap: Positive | None = None
     scale_input: bool = False
-    shared_size: int = 0
-    shared_scale: float = 1.0
+    shared_size: ChannelsOrZero = 0
+    shared_scale: Positive = 1.0
     shared_gate: bool = False
     output_norm: bool = False
     output_bias: bool = False
+
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, ExpertScore)

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
-FORMAT = 2
+FORMAT = 3
 CONFIG_KEY = "tide_jax"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
@@ -53,7 +53,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
         return _opener("model")(source, dtype, **{name: value for name, value in options.items() if value is not None})
     directory = Path(source).expanduser()
     settings = _settings(directory)
-    config = DecoderConfig.from_dict(settings["decoder"])
+    config = _decoder(directory, settings)
     tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
     # A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a time.
@@ -71,7 +71,8 @@ def load_config(source: str | Path, *, revision: str | None = None) -> DecoderCo
     """
     if not _is_converted(source, revision):
         return _opener("config")(source, revision=revision)
-    return DecoderConfig.from_dict(_settings(Path(source).expanduser())["decoder"])
+    directory = Path(source).expanduser()
+    return _decoder(directory, _settings(directory))
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
@@ -133,14 +134,23 @@ def _settings(directory: Path) -> dict[str, Any]:
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
         raise TideError(
-            f"{directory} was converted in format {found}, this version of tide_jax reads format {FORMAT}: convert the "
-            "checkpoint again"
+            f"{directory} was converted in format {shortened(found)}, this version of tide_jax reads format {FORMAT}: "
+            "convert the checkpoint again"
         )
     if not isinstance(settings.get("decoder", {}), dict):
         raise TideError(f"{directory / 'config.json'} is damaged: its decoder entry is no object; convert again")
+    if not isinstance(settings.get("dtype", ""), str):
+        raise TideError(f"{directory / 'config.json'} is damaged: its dtype entry is no string; convert again")
     if missing := {"decoder", "dtype"} - set(settings):
         raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
     return settings
+
+
+def _decoder(directory: Path, settings: dict[str, Any]) -> DecoderConfig:
+    try:
+        return DecoderConfig.from_dict(settings["decoder"])
+    except TideError as error:
+        raise TideError(f"{directory / 'config.json'}: {error}") from error
 
 
 def _default_dtype() -> jnp.dtype | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import struct
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, listed
 
+logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 _INDEX_SUFFIX = ".index.json"
 INDEX_FILE = SINGLE_FILE + _INDEX_SUFFIX
@@ -30,6 +32,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 STORED_DTYPES = DTYPES | {
+    "F64": np.dtype(np.float64),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I8": np.dtype(np.int8),
@@ -81,9 +84,9 @@ class ShardedTensors:
                 self.infos[name] = info
                 self._locations[name] = _Location(file, offset)
         if absent := sorted(set(indexed) - set(self.infos)):
-            raise TideError(
-                f"{directory / single}{_INDEX_SUFFIX} lists {len(absent)} tensors its shards do not hold "
-                f"({absent[0]}, ...): {_AGAIN}"
+            # One that the model needs is reported when it is looked for, and others do no harm.
+            logger.warning(
+                "%s%s lists tensors that its shards do not hold: %s", directory / single, _INDEX_SUFFIX, listed(absent)
             )
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:

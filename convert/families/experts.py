@@ -16,6 +16,7 @@ from convert.families.base import (
     rms_qk_norm,
     rotary,
     static_ntk,
+    unrotated,
     windowed,
     with_rope,
 )
@@ -115,15 +116,36 @@ def _granitemoe_swa(hf: Any) -> DecoderConfig:
     )
 
 
-def _granite(hf: Any, layers: list[AttentionType]) -> DecoderConfig:
+def _granitemoehybrid(hf: Any) -> DecoderConfig:
+    """Granite 4.0 without recurrent layers; where there are no experts, the MLP that they share is the MLP."""
+    if recurrent := sorted(set(hf.layer_types) - {"full_attention"}):
+        raise TideError(
+            f"{hf.model_type} with layer type {', '.join(recurrent)} is not supported, only full_attention: a skipped "
+            "layer would leave its recurrent state behind"
+        )
+    scale = hf.attention_multiplier
+    rotated = hf.position_embedding_type == "rope"
+    layers = rotary(hf, scale=scale) if rotated else unrotated(hf, scale)
+    flags = {} if rotated else {"positions": "none"}
+    if not hf.num_local_experts:
+        return _scaled(hf, layers, intermediate_size=hf.shared_intermediate_size, **flags)
+    return _granite(hf, layers, **flags)
+
+
+def _granite(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
+    shared = getattr(hf, "shared_intermediate_size", 0)
+    return _scaled(hf, layers, moe=mixture(hf, hf.num_local_experts, shared_size=shared), **flags)
+
+
+def _scaled(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
     return decoder(
         hf,
         layers,
-        moe=mixture(hf, hf.num_local_experts, shared_size=getattr(hf, "shared_intermediate_size", 0)),
         embedding_scale=hf.embedding_multiplier,
         residual_scale=hf.residual_multiplier,
         logit_scale=1 / hf.logits_scaling,
         **biases(hf.attention_bias),
+        **flags,
     )
 
 
@@ -291,9 +313,21 @@ GRANITE_EXPERTS = {
     **linear("block_sparse_moe.router", "mlp.router"),
     "block_sparse_moe.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.stacked_halves),),
     "block_sparse_moe.experts.down_proj": (Target("mlp.experts.down", takes.transposed),),
+}
+GRANITE_SHARED = {
     **linear("shared_mlp.input_linear", "mlp.shared.gate_up", takes.halves),
     **linear("shared_mlp.output_linear", "mlp.shared.down"),
 }
+GRANITE_DENSE = {
+    **linear("shared_mlp.input_linear", "mlp.gate_up", takes.halves),
+    **linear("shared_mlp.output_linear", "mlp.down"),
+}
+GRANITE = llama_weights(PRE_NORMS, GRANITE_EXPERTS, GRANITE_SHARED)
+GRANITE_HYBRID = (
+    *llama_weights(PRE_NORMS, GRANITE_EXPERTS),
+    *layers("[model.]layers", GRANITE_SHARED, when=lambda config: config.moe is not None),
+    *layers("[model.]layers", GRANITE_DENSE, when=lambda config: config.moe is None),
+)
 GPT_OSS_EXPERTS = {
     "mlp.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.alternating_halves),),
     "mlp.experts.gate_up_proj_bias": (Target("mlp.experts.gate_up_bias", takes.alternating_halves),),
@@ -347,11 +381,12 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(_qwen3_moe),
     "olmoe": Family(_olmoe),
     "phimoe": Family(_phimoe, llama_weights(PRE_NORMS, MIXTRAL_EXPERTS)),
-    "granitemoe": Family(_granitemoe, llama_weights(PRE_NORMS, GRANITE_EXPERTS)),
-    "granitemoeshared": Family(_granitemoe, llama_weights(PRE_NORMS, GRANITE_EXPERTS)),
+    "granitemoe": Family(_granitemoe, GRANITE),
+    "granitemoeshared": Family(_granitemoe, GRANITE),
+    "granitemoehybrid": Family(_granitemoehybrid, GRANITE_HYBRID),
     "gpt_oss": Family(_gpt_oss, llama_weights(PRE_NORMS, GPT_OSS_EXPERTS)),
     "llama4_text": Family(_llama4, llama_weights(PRE_NORMS, LLAMA4_MLP)),
-    "granitemoe_swa": Family(_granitemoe_swa, llama_weights(PRE_NORMS, GRANITE_EXPERTS)),
+    "granitemoe_swa": Family(_granitemoe_swa, GRANITE),
     "ernie4_5_moe": Family(_ernie4_5_moe, llama_weights(PRE_NORMS, ERNIE_CORRECTION, top=WITHOUT_MTP)),
     "flex_olmo": Family(_flex_olmo, llama_weights(POST_NORMS)),
     "mellum": Family(_mellum, llama_weights(top=WITHOUT_MTP)),

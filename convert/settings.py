@@ -1,0 +1,109 @@
+"""The configuration object of transformers, with the settings that its model reads and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from convert.families.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION, PARTIAL_ROTARY, PER_LAYER, WHOLE_ROTARY
+from tide_jax.errors import TideError, listed, shortened
+
+
+def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
+    """An object of transformers' configuration class `kind`, without what its model does not read.
+
+    Args:
+      values: the contents of a config.json. Keys that would replace a method or a constant of the class are left out.
+
+    Raises:
+      TideError: a key asks for what no decoder here does.
+      Exception: of some other kind, from the validators of the class.
+    """
+    hf = configuration(kind, values)
+    _refuse(hf, values)
+    _drop_strays(hf, values, kind(), _kept(kind))
+    if kind.model_type in HEAD_DIM_OF_ROTATION:
+        _check_head_dim(hf)
+    for rope in _ropes(hf):
+        _settle_rotation(hf, rope)
+    return hf
+
+
+def configuration(kind: Any, values: Mapping[str, Any]) -> Any:
+    """An object of a configuration class as transformers makes it of a file. Raises what its validators raise."""
+    names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    return kind.from_dict(_decoded({n: value for n, value in values.items() if n in names or not _taken(kind, n)}))
+
+
+def _decoded(value: Any) -> Any:
+    """JSON with numbers in the place of ``{"__float__": "Infinity"}``, as transformers writes what JSON lacks."""
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {name: _decoded(item) for name, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+def _taken(kind: Any, name: str) -> bool:
+    """Whether a key is private, or the name of a method or constant of the class; properties may be set."""
+    return name.startswith("_") or (
+        hasattr(kind, name) and not isinstance(inspect.getattr_static(kind, name), property)
+    )
+
+
+def _refuse(hf: Any, values: Mapping[str, Any]) -> None:
+    """Raises TideError for keys that transformers obeys in every model type."""
+    if "is_causal" in values and not values["is_causal"]:
+        raise TideError(f"{hf.model_type} with is_causal={values['is_causal']!r} is not supported, only is_causal=True")
+    layers = values.get("per_layer_config") or {}
+    own = {name for layer in layers.values() for name in layer}
+    if unknown := own - PER_LAYER.get(hf.model_type, frozenset()):
+        raise TideError(
+            f"{hf.model_type} with per_layer_config of {listed(sorted(unknown))} is not supported, only layers alike"
+        )
+
+
+def _kept(kind: Any) -> set[str]:
+    """Keys that are read although the class does not declare them."""
+    return {"tie_word_embeddings"} | ({"head_dim"} if kind.model_type in HEAD_DIM | HEAD_DIM_OF_ROTATION else set())
+
+
+def _drop_strays(hf: Any, values: Mapping[str, Any], default: Any, kept: set[str]) -> None:
+    """Removes the keys that the class neither declares nor sets itself, in its parts too."""
+    names = {field.name for field in dataclasses.fields(hf)} | set(vars(default)) | kept
+    for name in set(values) & set(vars(hf)) - names:
+        delattr(hf, name)
+    for name in type(hf).sub_configs:
+        part, own = getattr(hf, name, None), values.get(name)
+        if part is not None and isinstance(own, Mapping):
+            _drop_strays(part, own, type(part)(), set())
+
+
+def _check_head_dim(hf: Any) -> None:
+    found, width = getattr(hf, "head_dim", None), hf.hidden_size // hf.num_attention_heads
+    if found and found != width:
+        raise TideError(f"{hf.model_type} with head_dim={found!r} is not supported, only head_dim={width}")
+
+
+def _ropes(hf: Any) -> Iterator[dict[str, Any]]:
+    """The rotary settings of a configuration: one for each kind of layer, or one for all."""
+    settings = getattr(hf, "rope_parameters", None)
+    if not isinstance(settings, dict):
+        return
+    nested = [settings[name] for name in hf.nested_rope_parameter_keys(settings)]
+    yield from (rope for rope in nested or [settings] if isinstance(rope, dict))
+
+
+def _settle_rotation(hf: Any, rope: dict[str, Any]) -> None:
+    """Drops `partial_rotary_factor` where the model does not read it; refuses it where transformers' model fails."""
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
+    if hf.model_type in PARTIAL_ROTARY or kind == "proportional" or share is None:
+        return
+    if share != 1 and (kind != "default" or hf.model_type in WHOLE_ROTARY):
+        raise TideError(
+            f"{hf.model_type} with partial_rotary_factor={shortened(share)} is not supported for rope_type {kind!r}: "
+            "its heads are rotated as a whole"
+        )
+    del rope["partial_rotary_factor"]
