@@ -25,6 +25,7 @@ from tide_jax.architecture_parts import (
     check_choice,
 )
 from tide_jax.errors import TideError
+from tide_jax.generation_settings import NOTHING_SAID, GenerationSettings
 
 __all__ = [
     "AttentionType",
@@ -96,7 +97,7 @@ class DecoderConfig:
       head_transform: what states go through before the output projection, None for nothing.
       logit_scale: multiplies logits, before the softcap.
       attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` on attention scores and logits.
-      eos_token_ids, pad_token_id: from the checkpoint's generation configuration; defaults of `generate`.
+      eos_token_ids, pad_token_id, generation: from the checkpoint's generation configuration; defaults of `generate`.
     """
 
     model_type: str
@@ -160,6 +161,7 @@ class DecoderConfig:
     head_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    generation: GenerationSettings = NOTHING_SAID
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NormKind)

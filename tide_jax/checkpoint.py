@@ -22,7 +22,7 @@ from tide_jax.errors import TideError
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 
-FORMAT = 2
+FORMAT = 3
 CONFIG_KEY = "tide_jax"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
@@ -47,7 +47,9 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
     if not is_converted(source):
-        return _opener("model")(source, dtype, **({} if mesh is None else {"mesh": mesh}))
+        model = _opener("model")(source, dtype, **({} if mesh is None else {"mesh": mesh}))
+        model.config.generation.warn(str(source))
+        return model
     directory = Path(source).expanduser()
     settings = _settings(directory)
     config = DecoderConfig.from_dict(settings["decoder"])
@@ -57,6 +59,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
     mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
     read = tensors.map if mapped else tensors.read
     checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
+    config.generation.warn(str(source))
     return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
 
 
@@ -111,7 +114,7 @@ def fingerprint(model: Decoder) -> str:
     may have another one where its checkpoint is finer than float16.
     """
     fields = dataclasses.asdict(model.config)
-    for name in ("model_type", "eos_token_ids", "pad_token_id"):
+    for name in ("model_type", "eos_token_ids", "pad_token_id", "generation"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for parameter in stored_parameters(model):
