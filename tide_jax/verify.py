@@ -57,7 +57,11 @@ class Verified(NamedTuple):
 
 
 def draw(
-    logits: Float[Array, "B T V"], drawn: Drawn, columns: Int[Array, "B T"], request: Request, seen: Bool[Array, "B T V"]
+    logits: Float[Array, "B T V"],
+    drawn: Drawn,
+    columns: Int[Array, "B T"],
+    request: Request,
+    seen: Bool[Array, "B T V"],
 ) -> Int[Array, "B T"]:
     """Draws the tokens of the given columns of their rows, with the keys that full depth draws them with."""
     batch, size, vocabulary = logits.shape
