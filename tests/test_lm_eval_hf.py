@@ -1,4 +1,4 @@
-"""lm-eval's model "tide" against its model "hf": random splits of text, special tokens that stop, generation settings."""
+"""lm-eval's model "tide" against its model "hf": random splits of text, special tokens that stop, settings."""
 
 from __future__ import annotations
 
