@@ -300,9 +300,8 @@ class TIDE:
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
         exits = self._exits(mode, len(rows.rows))
-        new = self._fit_context(
-            rows, choice.max_new_tokens
-        )  # last: it may log a warning, and an error should come alone
+        # Last: it may log a warning, and an error should come alone.
+        new = self._fit_context(rows, choice.max_new_tokens)
         request = Request(
             sampling=sampling,
             key=jax.random.key(0) if key is None else key,

@@ -87,7 +87,7 @@ def _config_values(generation_config: Any) -> Mapping[str, Any]:
     values = generation_config.to_dict() if hasattr(generation_config, "to_dict") else generation_config
     if not isinstance(values, Mapping):
         raise TideError(
-            f"generation_config is {type(generation_config).__name__}, expected a GenerationConfig of transformers or a "
+            f"generation_config is {type(generation_config).__name__}, expected transformers' GenerationConfig or a "
             "dictionary of its fields"
         )
     return values

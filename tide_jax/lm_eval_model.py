@@ -323,6 +323,6 @@ def _checked(context: str, continuation: str, pair: Continuation) -> Continuatio
         return pair
     lacking = "continuation" if pair.context else "context"
     raise TideError(
-        f"the {lacking} has no token of its own: ...{context[-30:]!r} and {continuation[:30]!r} are cut into tokens as one "
-        "text, as lm-eval's model hf does; change the task's texts or its target_delimiter"
+        f"the {lacking} has no token of its own: ...{context[-30:]!r} and {continuation[:30]!r} are cut into tokens as "
+        "one text, as lm-eval's model hf does; change the task's texts or its target_delimiter"
     )
