@@ -56,8 +56,7 @@ class TideLM(TemplateLM):
       batch_size: rows in a forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
       max_gen_toks: new tokens where a task does not say.
-      add_bos_token: whether texts start with the tokenizer's special tokens, as its post-processor adds them; None
-        leaves it to the tokenizer.
+      add_bos_token: whether texts start with the beginning-of-text token; None leaves it to the tokenizer.
       prefix_token_id: what a text without context is conditioned on; default: the tokenizer's beginning-of-text, or
         else its end-of-text token.
       enable_thinking: passed to the chat template.
@@ -242,6 +241,10 @@ class TideLM(TemplateLM):
 
     def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        first = self.tokenizer.bos_token_id
+        if add_special_tokens is None and self.add_bos_token and first is not None:
+            # Loaded with add_bos_token=True, a tokenizer of transformers puts this token first, whatever its own rule.
+            return [first, *self.tokenizer.encode(string, add_special_tokens=False)]
         return list(self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special})))
 
     def _encode_prompt(self, string: str) -> list[int]:
