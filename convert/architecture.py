@@ -16,6 +16,7 @@ from convert.sizes import check_sizes
 from convert.tied import rules_for, settle_head
 from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError, shortened
+from tide_jax.generation_settings import settings_from
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,11 @@ def decoder_config(source: Source) -> DecoderConfig:
 
 
 def _with_token_ids(source: Source, settings: Mapping[str, Any], config: DecoderConfig) -> DecoderConfig:
+    """The configuration with what generation_config.json says."""
     names = ("eos_token_id", "pad_token_id")
     eos, pad = (_token_ids(source, settings.get(name), name, config.vocab_size) for name in names)
-    return dataclasses.replace(config, eos_token_ids=eos, pad_token_id=pad[0] if pad else None)
+    generation = settings_from(source.generation_config, f"{source.description}: generation_config.json")
+    return dataclasses.replace(config, eos_token_ids=eos, pad_token_id=pad[0] if pad else None, generation=generation)
 
 
 def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tuple[int, ...]:

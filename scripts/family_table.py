@@ -82,6 +82,7 @@ def _without(message: str, directory: str) -> str:
 def _features(config: Any) -> list[str]:
     """What an architecture has beside the defaults, in the words of `DecoderConfig`."""
     sizes = {"model_type", "norm_eps", "eos_token_ids", "pad_token_id", "learned_positions", "position_offset"}
+    sizes |= {"generation"}  # no part of the architecture
     found = [
         _feature(field.name, getattr(config, field.name))
         for field in dataclasses.fields(config)

@@ -19,7 +19,7 @@ import tide_jax
 from convert import convert
 from tide_jax.continuations import Continuation, Score, score_continuations
 from tide_jax.router import RouterMetadata, model_identity
-from tide_jax.stop_strings import generate_until
+from tide_jax.stop_strings import Stops, generate_until
 from tide_jax.testing import ByteTokenizer, constant_routers, random_routers, tiny_config, tiny_decoder
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install tide_jax[eval]`")
@@ -136,14 +136,14 @@ def test_texts_end_at_stop_strings(exiting: tide_jax.TIDE) -> None:
     text = decode(whole.tokens[1])
     stop = text[6:9]
     first = text.index(stop)
-    rows = generate_until(exiting, prompts, [stop], decode, max_new_tokens=30, eos_token_id=[])
+    rows = generate_until(exiting, prompts, Stops([stop], decode), max_new_tokens=30, eos_token_id=[])
     for row, tokens, layers in zip(rows, whole.tokens, whole.exit_layers, strict=True):
         n = len(row.tokens)
         assert (row.tokens, row.exit_layers) == (tokens[:n].tolist(), layers[:n].tolist())
         assert n == 30 or decode(row.tokens).endswith(stop)
         assert stop not in decode(row.tokens[:-1])
     assert decode(rows[1].tokens) == text[: first + len(stop)]
-    ended = generate_until(exiting, prompts, [], decode, max_new_tokens=30, eos_token_id=int(whole.tokens[0, 4]))
+    ended = generate_until(exiting, prompts, Stops([], decode), max_new_tokens=30, eos_token_id=int(whole.tokens[0, 4]))
     assert ended[0].tokens == whole.tokens[0, : whole.tokens[0].tolist().index(whole.tokens[0, 4]) + 1].tolist()
 
 

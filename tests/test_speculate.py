@@ -16,6 +16,8 @@ from tide_jax.batch import bucket, eos_table, pad_left
 from tide_jax.draft_control import DraftControl, Round, learned, plan
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits, Prompt, Request
+from tide_jax.generation_settings import GenerationSettings
+from tide_jax.logit_rules import make_rules
 from tide_jax.ngram_drafts import ngram_drafts
 from tide_jax.sampling import make_sampling
 from tide_jax.speculate import LosslessGenerated
@@ -55,6 +57,7 @@ def lossless(
     control: DraftControl | None = None,
     queue_length: int = 8,
     routers: Any = None,
+    rules: Any = None,
     **dials: Any,
 ) -> LosslessGenerated:
     """The pure function with costs of our own; a `threshold` of None drafts from the text alone."""
@@ -66,6 +69,7 @@ def lossless(
         eos=jnp.asarray(eos_table(list(eos), len(prompts))),
         pad=jnp.int32(0),
         max_new_tokens=jnp.int32(new),
+        rules=None if rules is None else make_rules(GenerationSettings(**rules), engine.model.config.vocab_size),
     )
     exits, routers = None, engine.routers if routers is None else routers
     if threshold is not None:
@@ -146,6 +150,27 @@ def test_sampling_draws_what_full_depth_draws_with_the_same_key(dials: dict[str,
         out = lossless(engine, PROMPTS, key=seed, control=EAGER, **dials)
         assert_full(engine, PROMPTS, out, key=jax.random.key(seed), **dials)
         assert out.counts.exit_drafted > 0
+
+
+@pytest.mark.parametrize("dials", [{}, {"temperature": 0.8}, {"repetition_penalty": 1.4}], ids=str)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[7], *([a, b] for a in range(0, 259, 3) for b in range(0, 259, 9))]},
+        {"min_new_tokens": 9, "suppress_tokens": list(range(3, 200))},
+        {"min_length": 15, "begin_suppress_tokens": list(range(3, 200)), "forced_eos_token_id": [4, 9]},
+    ],
+    ids=lambda rules: next(iter(rules)),
+)
+def test_rules_hold_for_drafts_and_answers(rules: dict[str, Any], dials: dict[str, float]) -> None:
+    """Ends lie among the tokens that are likely, so that least lengths matter; n-gram drafts would break rules."""
+    engine, eos = engine_of("pre norm"), sorted({*PROMPTS[0], *range(200, 230)})
+    prompts = [prompt * 3 for prompt in PROMPTS]
+    for seed, threshold in ((0, 0.5), (1, None)):
+        control = EAGER if threshold else DraftControl.start()
+        out = lossless(engine, prompts, eos=eos, key=seed, control=control, threshold=threshold, rules=rules, **dials)
+        assert_full(engine, prompts, out, eos_token_id=eos, key=jax.random.key(seed), **rules, **dials)
 
 
 def test_sampled_tokens_have_the_full_models_distribution() -> None:

@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any, Literal
 
 from tide_jax.architecture_parts import (
-    STRICT,
     AttentionType,
     HeadTransform,
     LatentConfig,
@@ -23,6 +22,7 @@ from tide_jax.architecture_parts import (
     check_choice,
 )
 from tide_jax.errors import TideError, listed, shortened
+from tide_jax.generation_settings import NOTHING_SAID, GenerationSettings
 from tide_jax.ranges import (
     Channels,
     Epsilon,
@@ -35,7 +35,7 @@ from tide_jax.ranges import (
     TokenId,
     Tokens,
 )
-from tide_jax.records import from_json, instance_problems, json_problems
+from tide_jax.records import STRICT, from_json, instance_problems, json_problems
 
 __all__ = [
     "AttentionType",
@@ -107,7 +107,7 @@ class DecoderConfig:
       head_transform: what states go through before the output projection, None for nothing.
       logit_scale: multiplies logits, before the softcap.
       attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` on attention scores and logits.
-      eos_token_ids, pad_token_id: from the checkpoint's generation configuration; defaults of `generate`.
+      eos_token_ids, pad_token_id, generation: from the checkpoint's generation configuration; defaults of `generate`.
     """
 
     model_type: str
@@ -171,6 +171,7 @@ class DecoderConfig:
     head_bias: bool = False
     eos_token_ids: tuple[TokenId, ...] = ()
     pad_token_id: TokenId | None = None
+    generation: GenerationSettings = NOTHING_SAID
 
     __pydantic_config__ = STRICT
 

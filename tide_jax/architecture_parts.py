@@ -22,16 +22,13 @@ from tide_jax.ranges import (
     Positive,
     Theta,
 )
+from tide_jax.records import STRICT
 
 NormKind = Literal["rms", "layer"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 ExpertScore = Literal["softmax", "sigmoid", "sparsemixer"]
 Correction = Literal["none", "score", "logit"]
 GroupScore = Literal["max", "top2"]
-
-
-STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate_instances": "always"}
-"""How `pydantic` checks the classes here: nothing is converted, nothing unknown is passed over, numbers are finite."""
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

@@ -50,7 +50,10 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     mesh = None if mesh is None else checked_mesh(mesh)
     if not _is_converted(source, revision):
         options = {"mesh": mesh, "revision": revision}
-        return _opener("model")(source, dtype, **{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        model = _opener("model")(source, dtype, **given)
+        model.config.generation.warn(str(source))
+        return model
     directory = Path(source).expanduser()
     settings = _settings(directory)
     config = _decoder(directory, settings)
@@ -60,6 +63,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
     read = tensors.map if mapped else tensors.read
     checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
+    config.generation.warn(str(source))
     return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
 
 
@@ -107,7 +111,7 @@ def fingerprint(model: Decoder) -> str:
     may have another one where its checkpoint is finer than float16.
     """
     fields = dataclasses.asdict(model.config)
-    for name in ("model_type", "eos_token_ids", "pad_token_id"):
+    for name in ("model_type", "eos_token_ids", "pad_token_id", "generation"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for parameter in stored_parameters(model):

@@ -72,11 +72,16 @@ def add_command(subparsers: Any) -> None:
         help="run this share of the answers again at full depth and say how far exits agree with it",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--do-sample", action="store_true", default=None, help="draw tokens; greedy otherwise, whatever the model says"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="above 0 draws tokens, too (the model's, else 1); 0 is greedy"
+    )
+    parser.add_argument("--top-k", type=int, help="when drawing: of the likeliest K, 0 of all (the model's, else 0)")
+    parser.add_argument("--top-p", type=float, help="when drawing: of the likeliest P (the model's, else 1)")
+    parser.add_argument("--min-p", type=float, help="when drawing: at least P as likely (the model's, else 0)")
+    parser.add_argument("--repetition-penalty", type=float, help="1 for none (the model's, else 1)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -96,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     prompts = prompt_ids(tokenizer, args.prompt, chat_template=args.chat_template, raw=args.raw)
     model = tide_jax.load(args.source, args.dtype, mesh=mesh)
     engine, promise = _engine(args, model, mesh, audited=monitor is not None)
-    dials = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
+    dials = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in dials}
     options |= {"key": jax.random.key(args.seed), "monitor": monitor}
     streaming = len(prompts) == 1 and not args.json and not args.no_stream

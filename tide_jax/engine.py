@@ -23,11 +23,12 @@ from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
 from tide_jax.generate import Exits, Prompt, Request, run_exits
+from tide_jax.generation_choice import choose
+from tide_jax.logit_rules import make_rules
 from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
 from tide_jax.programs import Programs
 from tide_jax.router import Routers
 from tide_jax.running import Call, Drafting, LosslessRunner, PlainRunner, Runner, stream_to
-from tide_jax.sampling import make_sampling
 from tide_jax.sharding import checked_mesh, fetch, mesh_of, readable, shard, split_rows
 from tide_jax.stats import ExitStats
 
@@ -99,34 +100,49 @@ class TIDE:
         input_ids: Any,
         *,
         attention_mask: Any = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         mode: Mode | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         eos_token_id: Any = None,
         pad_token_id: int | None = None,
         key: PRNGKeyArray | None = None,
         streamer: Any = None,
         monitor: DriftMonitor | None = None,
+        do_sample: bool | None = None,
+        generation_config: Any = None,
+        **rules: Any,
     ) -> GenerateOutput:
         """Continues prompts.
+
+        What is not given comes from `generation_config`, then from the checkpoint's generation_config.json: rules
+        always, dials of sampling where sampling is asked for. Without `do_sample` or a temperature decoding is greedy,
+        whatever the checkpoint's `do_sample` says.
 
         Args:
           input_ids: int array [B, T] or [T], or a list of unequal lists.
           attention_mask: [B, T], 0 where `input_ids` is padding (on either side).
-          max_new_tokens: tokens to produce at the most; clipped, with a warning logged, where the context ends.
+          max_new_tokens: tokens to produce at the most, default 128; clipped, with a warning logged, where the context
+            ends.
           mode: "exit" (default when there are routers), "full", or "lossless": the tokens of "full", from drafts that
             the full model verifies wherever that is faster (`tide_jax.speculate`). Its first call at a batch size
             measures what passes cost, in seconds.
-          temperature, top_k, top_p, min_p, repetition_penalty: see `tide_jax.sampling`; temperature 0 is greedy.
+          temperature, top_k, top_p, min_p: of sampling, see `tide_jax.sampling`. A temperature above 0 asks for
+            sampling, 0 is greedy.
+          repetition_penalty: see `tide_jax.sampling`; 1 for none.
           eos_token_id: an id, a list of ids, or a list of ids for each row; default: the model's. ``[]`` for none.
           pad_token_id: written after a row's end; default: the model's, else 0.
-          key: randomness, required when temperature is above 0.
+          key: randomness, required for sampling.
           streamer: an object with ``put(array)`` and ``end()``, such as transformers' TextStreamer; one row only.
           monitor: audits a share of the finished rows; see `tide_jax.DriftMonitor`. Ignored without exits.
+          do_sample: True samples, with temperature 1 where nothing else is said; False is greedy.
+          generation_config: settings under transformers' names, its `GenerationConfig` or a dictionary.
+          rules: the other fields of `tide_jax.generation_settings.GenerationSettings`: `no_repeat_ngram_size`,
+            `bad_words_ids`, `min_length`, `min_new_tokens`, `forced_bos_token_id`, `forced_eos_token_id`,
+            `suppress_tokens`, `begin_suppress_tokens`. 0, -1 or ``[]`` turns off what the checkpoint asks for.
 
         Raises:
           TideError: bad input, in one line.
@@ -144,6 +160,9 @@ class TIDE:
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             key=key,
+            do_sample=do_sample,
+            generation_config=generation_config,
+            **rules,
         )
         # As scoring has them, so that every batch size is audited by one program.
         watched = None if monitor is None or mode == "lossless" else self._exits(mode)
@@ -155,9 +174,8 @@ class TIDE:
             out = stream_to(streamer, runner, call, self._programs, self.model.config.num_layers)
         if monitor is None:
             return out
-        greedy = temperature == 0 and repetition_penalty == 1
         prompts, prompt_exits = call.rows.rows, self.config.prefill_exits
-        finished = generated(prompts, out.tokens, out.lengths, prompt_exits=prompt_exits, greedy=greedy)
+        finished = generated(prompts, out.tokens, out.lengths, prompt_exits=prompt_exits, greedy=call.takes_argmax)
         return out._replace(stats=self._audited(out.stats, monitor, watched, finished))
 
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
@@ -267,30 +285,30 @@ class TIDE:
         input_ids: Any,
         *,
         attention_mask: Any = None,
-        max_new_tokens: int = 128,
         mode: Mode | None = None,
-        eos_token_id: Any = None,
-        pad_token_id: int | None = None,
         key: PRNGKeyArray | None = None,
-        **dials: Any,
+        **asked: Any,
     ) -> Call:
         config = self.model.config
         rows = to_rows(input_ids, attention_mask, config)
-        sampling = make_sampling(**dials)
+        choice = choose(config.generation, **asked)
+        sampling, eos_token_id, pad_token_id = choice.sampling, choice.eos_token_id, choice.pad_token_id
         if float(sampling.temperature) > 0 and key is None:
-            raise TideError("temperature above 0 draws at random and needs key=jax.random.key(seed)")
+            raise TideError("sampling draws at random and needs key=jax.random.key(seed)")
         if pad_token_id is not None:
             pad_token_id = whole_number("pad_token_id", pad_token_id, high=config.vocab_size - 1)
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
         exits = self._exits(mode, len(rows.rows))
-        new = self._fit_context(rows, max_new_tokens)  # last: it may log a warning, and an error should come alone
+        # Last: it may log a warning, and an error should come alone.
+        new = self._fit_context(rows, choice.max_new_tokens)
         request = Request(
             sampling=sampling,
             key=jax.random.key(0) if key is None else key,
             eos=jnp.asarray(eos),
             pad=jnp.int32(pad),
             max_new_tokens=jnp.int32(new),
+            rules=make_rules(choice.settings, config.vocab_size),
         )
         width = bucket(int(rows.lengths.max()))
         prompt = Prompt(jnp.asarray(pad_left(rows.rows, width)), jnp.asarray(rows.lengths))

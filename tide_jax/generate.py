@@ -21,6 +21,7 @@ from tide_jax.decoder import Decoder
 from tide_jax.deferred_fill import deferred_step
 from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
 from tide_jax.errors import TideError
+from tide_jax.logit_rules import LogitRules, RowText, rule_on
 from tide_jax.recompute import recompute_step
 from tide_jax.router import Routers
 from tide_jax.sampling import Sampling, sample
@@ -107,6 +108,7 @@ class Request(NamedTuple):
       eos: end-of-sequence ids of each row, int32 [B, E], padded with -1.
       pad: id written after a row has ended, int32 scalar.
       max_new_tokens: int32 scalar, at most the static capacity.
+      rules: tokens that are forbidden or forced; None for none.
     """
 
     sampling: Sampling
@@ -114,6 +116,12 @@ class Request(NamedTuple):
     eos: Int[Array, "B E"]
     pad: Int[Array, ""]
     max_new_tokens: Int[Array, ""]
+    rules: LogitRules | None = None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a rule has to read the rows' tokens."""
+        return self.rules is not None and self.rules.sequences is not None
 
 
 class GenerationState(NamedTuple):
@@ -128,6 +136,7 @@ class GenerationState(NamedTuple):
       exit_layers: of the newest token, int32 [B]; -1 for rows that had ended.
       layers_executed: by the step that made it, int32 scalar.
       cache: everything before the newest token.
+      text: the rows so far, aligned at their newest tokens; None where no rule reads them.
     """
 
     step: Int[Array, ""]
@@ -138,6 +147,7 @@ class GenerationState(NamedTuple):
     exit_layers: Int[Array, " B"]
     layers_executed: Int[Array, ""]
     cache: KVCache
+    text: Int[Array, "B S"] | None = None
 
 
 class Generated(NamedTuple):
@@ -292,6 +302,7 @@ def begin(
         exit_layers=jnp.full((batch,), -1, jnp.int32),
         layers_executed=jnp.int32(0),
         cache=step.cache,
+        text=jnp.pad(prompt.tokens, ((0, 0), (capacity, 0))) if request.reads_rows else None,
     )
     return _accept(state, step, request)
 
@@ -353,7 +364,8 @@ def generate_tokens(
 
 def _accept(state: GenerationState, step: StepOutput, request: Request) -> GenerationState:
     """Draws the next token of every row that has not ended."""
-    drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen)
+    rule = rule_on(request.rules, request.max_new_tokens, lambda: _row_text(state, request))
+    drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen, rule)
     last = jnp.where(state.done, request.pad, drawn)
     ended = jnp.any(last[:, None] == request.eos, axis=1)
     rows = jnp.arange(last.shape[0])
@@ -366,6 +378,19 @@ def _accept(state: GenerationState, step: StepOutput, request: Request) -> Gener
         exit_layers=jnp.where(state.done, -1, step.exit_layers),
         layers_executed=step.layers_executed,
         cache=step.cache,
+        text=None if state.text is None else jnp.concatenate([state.text[:, 1:], last[:, None]], axis=1),
+    )
+
+
+def _row_text(state: GenerationState, request: Request) -> RowText:
+    """The rows as rules read them, before the next token."""
+    batch = state.last.shape[0]
+    return RowText(
+        made=jnp.broadcast_to(state.step, (batch,)),
+        length=state.positions + 1,
+        eos=request.eos,
+        tokens=state.text,
+        ends=None if state.text is None else jnp.full((batch,), state.text.shape[1], jnp.int32),
     )
 
 

@@ -11,7 +11,7 @@ Importing this module registers the model; ``tide-jax eval`` does so and then is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,32 +19,30 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import Collator, has_bos_prefix, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from tide_jax.checkpoint import load, load_tokenizer
+from tide_jax.checkpoint import load_tokenizer
 from tide_jax.checks import whole_number
-from tide_jax.config import ExitConfig, KVStrategy, Mode
+from tide_jax.config import KVStrategy, Mode
 from tide_jax.continuations import Continuation, Score, score_continuations
 from tide_jax.decoder import stored_parameters
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
+from tide_jax.lm_eval_arguments import generation_arguments, open_engine, plain_number
+from tide_jax.lm_eval_depth import DepthCounts
 from tide_jax.progress import progress_bars
-from tide_jax.promise import exit_settings
-from tide_jax.router import Routers
-from tide_jax.stop_strings import generate_until
+from tide_jax.stop_strings import Stops, generate_until
 
 logger = logging.getLogger(__name__)
-
-_DIALS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model("tide")
 class TideLM(TemplateLM):
     """A decoder with its routers as a language model of lm-evaluation-harness.
 
-    Tokenisation, truncation and windows are those of its model "hf". Results carry the layers run to predict each
-    token, in all and by task, as ``results["config"]["exits"]``.
+    Tokenisation, truncation, windows and settings of generation are those of its model "hf". Results carry the layers
+    run to predict each token, in all and by task, as ``results["config"]["exits"]``.
 
     Args:
       pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
@@ -58,6 +56,7 @@ class TideLM(TemplateLM):
       batch_size: rows in a forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
       max_gen_toks: new tokens where a task does not say.
+      add_bos_token: whether texts start with the beginning-of-text token; None leaves it to the tokenizer.
       prefix_token_id: what a text without context is conditioned on; default: the tokenizer's beginning-of-text, or
         else its end-of-text token.
       enable_thinking: passed to the chat template.
@@ -85,6 +84,7 @@ class TideLM(TemplateLM):
         batch_size: int | str = 8,
         max_length: int | None = None,
         max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         enable_thinking: bool | None = None,
         seed: int = 0,
@@ -97,9 +97,12 @@ class TideLM(TemplateLM):
             raise TideError(f"the model tide has no argument {', '.join(sorted(unknown))}; see docs/evaluation.md")
         if pretrained is None:
             raise TideError("the model tide needs pretrained=DIRECTORY, as 'tide-jax convert' writes it")
-        self.batch_size = whole_number("batch_size", _number(batch_size), 1)
+        self.batch_size = whole_number("batch_size", plain_number(batch_size), 1)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
         self._seed = whole_number("seed", seed)
+        if not isinstance(add_bos_token, bool | None):
+            raise TideError(f"add_bos_token={add_bos_token!r} must be True or False")
+        self.add_bos_token = add_bos_token
         dials = {
             "exit_threshold": threshold,
             "min_layers": min_layers,
@@ -107,7 +110,7 @@ class TideLM(TemplateLM):
             "threshold_tilt": threshold_tilt,
             "prefill_exits": prefill_exits,
         }
-        self.engine = _engine(pretrained, routers, {k: v for k, v in dials.items() if v is not None}, mode, dtype)
+        self.engine = open_engine(pretrained, routers, {k: v for k, v in dials.items() if v is not None}, mode, dtype)
         config = self.engine.model.config
         context = config.context_length
         self.max_length = context if max_length is None else whole_number("max_length", max_length, 2, context)
@@ -119,7 +122,7 @@ class TideLM(TemplateLM):
         last = config.vocab_size - 1
         self._prefix = None if prefix_token_id is None else whole_number("prefix_token_id", prefix_token_id, 0, last)
         self._template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._exits: dict[str, np.ndarray] = {}
+        self._depth = DepthCounts(config.num_layers)
 
     # --- what lm-eval asks for -----------------------------------------------------------------------------------
 
@@ -128,7 +131,7 @@ class TideLM(TemplateLM):
         scores = self._score([self._pair(*request.args) for request in requests], disable_tqdm)
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for request, score, answer in zip(requests, scores, answers, strict=True):
-            self._count(request.task_name, score.exit_layers)
+            self._depth.add(request.task_name, score.exit_layers)
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         exits = self._mode == "exit" and not self.engine.config.prefill_exits
         if exits and all(len(score.exit_layers) < 2 for score in scores):
@@ -136,7 +139,7 @@ class TideLM(TemplateLM):
                 "every continuation is a single token, which the context predicts at full depth, so nothing could "
                 "exit; prefill_exits=True lets the context exit"
             )
-        self._log_depth(requests)
+        self._depth.log((request.task_name for request in requests), self._mode)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -147,9 +150,9 @@ class TideLM(TemplateLM):
         for request, each in zip(requests, windows, strict=True):
             own = [next(scores) for _ in each]
             totals.append(sum(score.log_likelihood for score in own))
-            self._count(request.task_name, *(score.exit_layers for score in own))
+            self._depth.add(request.task_name, *(score.exit_layers for score in own))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
-        self._log_depth(requests)
+        self._depth.log((request.task_name for request in requests), self._mode)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -167,7 +170,7 @@ class TideLM(TemplateLM):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", request.args, text)
                 progress("generate_until", (number + 1) * self.batch_size, len(requests))
-        self._log_depth(requests)
+        self._depth.log((request.task_name for request in requests), self._mode)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -224,9 +227,7 @@ class TideLM(TemplateLM):
                 "mode": self._mode,
                 **(dials if self._mode == "exit" else {}),
                 "prefill_exits": self._mode == "exit" and config.prefill_exits,
-                "num_layers": model.config.num_layers,
-                **_depth(sum(self._exits.values(), self._none())),
-                "tasks": {task: _depth(counts) for task, counts in sorted(self._exits.items())},
+                **self._depth.to_dict(),
             },
         }
 
@@ -236,20 +237,33 @@ class TideLM(TemplateLM):
         """Token ids; by default with the tokenizer's special tokens, unless the text starts with one already."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **options))
+        return self._encode(string, add_special_tokens)
+
+    def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
+        special = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        first = self.tokenizer.bos_token_id
+        if add_special_tokens is None and self.add_bos_token and first is not None:
+            # Loaded with add_bos_token=True, a tokenizer of transformers puts this token first, whatever its own rule.
+            return [first, *self.tokenizer.encode(string, add_special_tokens=False)]
+        return list(self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special})))
+
+    def _encode_prompt(self, string: str) -> list[int]:
+        """A prompt to continue: the model "hf" looks for the beginning-of-text token alone here."""
+        starts = has_bos_prefix(string, getattr(self.tokenizer, "bos_token", None))
+        return self._encode(string, False if starts else None)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        scores = self._score([Continuation(context, tokens) for _, context, tokens in requests], disable_tqdm=True)
-        return [(score.log_likelihood, score.greedy) for score in scores]
+        pairs = [_checked(*texts, Continuation(context, tokens)) for texts, context, tokens in requests]
+        return [(score.log_likelihood, score.greedy) for score in self._score(pairs, disable_tqdm=True)]
 
     def _pair(self, context: str, continuation: str) -> Continuation:
         if context:
-            return Continuation(*self._encode_pair(context, continuation))
+            return _checked(context, continuation, Continuation(*self._encode_pair(context, continuation)))
         tokens = self.tok_encode(continuation, add_special_tokens=False)
+        pair = Continuation([self.prefix_token_id], tokens)
         if tokens[:1] == [self.prefix_token_id]:
-            return Continuation(tokens[:1], tokens[1:])
-        return Continuation([self.prefix_token_id], tokens)
+            pair = Continuation(tokens[:1], tokens[1:])
+        return _checked(context, continuation, pair)
 
     def _windows(self, text: str) -> list[Continuation]:
         windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
@@ -279,113 +293,39 @@ class TideLM(TemplateLM):
 
     def _generate(self, requests: list[Instance], number: int) -> list[str]:
         """One batch; its requests have the same generation arguments."""
-        until, new, dials = _generation(requests[0].arguments[1], self.max_gen_toks)
+        until, new, settings = generation_arguments(self.engine, requests[0].arguments[1], self.max_gen_toks)
         room = self.max_length - new
         if room < 1:
             raise TideError(
                 f"max_gen_toks={new} leaves no room for a prompt in {self.max_length} tokens; lower it with "
                 f"--gen_kwargs max_gen_toks={self.max_length // 2}"
             )
-        eos = {*self.engine.model.config.eos_token_ids, self.eot_token_id} - {None}
+        end = self.eot_token_id
+        if end is not None:  # it stops a text, spelled out too, but is no end that `min_new_tokens` could put off
+            until = [*until, self._decode([end], special=True)]
         rows = generate_until(
             self.engine,
-            [self.tok_encode(request.args[0])[-room:] for request in requests],
-            until,
-            self._decode,
+            [self._encode_prompt(request.args[0])[-room:] for request in requests],
+            Stops(until, lambda tokens: self._decode(tokens, special=True), set() if end is None else {end}),
             mode=self._mode,
             max_new_tokens=new,
-            eos_token_id=sorted(eos),
             key=jax.random.fold_in(jax.random.key(self._seed), number),
-            **dials,
+            **settings,
         )
         for request, row in zip(requests, rows, strict=True):
-            self._count(request.task_name, np.asarray(row.exit_layers, np.int32))
+            self._depth.add(request.task_name, np.asarray(row.exit_layers, np.int32))
         return [postprocess_generated_text(self._decode(row.tokens), until, None) for row in rows]
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    # --- depth ---------------------------------------------------------------------------------------------------
-
-    def _none(self) -> np.ndarray:
-        return np.zeros((self.engine.model.config.num_layers,), np.int64)
-
-    def _count(self, task: str | None, *exit_layers: np.ndarray) -> None:
-        counts = self._exits.setdefault(task or "", self._none())
-        for layers in exit_layers:
-            counts += np.bincount(layers, minlength=len(counts))
-
-    def _log_depth(self, requests: Iterable[Instance]) -> None:
-        for task in sorted({request.task_name or "" for request in requests}):
-            depth = _depth(self._exits[task])
-            logger.info(
-                "%s: %.2f of %d layers run to predict each of %d tokens (%s)",
-                task or "requests",
-                depth["layers_per_token"],
-                self.engine.model.config.num_layers,
-                depth["tokens"],
-                self._mode,
-            )
+    def _decode(self, tokens: list[int], *, special: bool = False) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=not special)
 
 
-def _engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any) -> TIDE:
-    if mode not in (None, "exit", "lossless", "full"):
-        raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
-    if isinstance(pretrained, TIDE):
-        if routers is not None or dtype is not None:
-            raise TideError("an engine brings its routers and its dtype; pass them where the engine is made")
-        engine = pretrained.with_config(**dials)
-    else:
-        ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
-        if mode == "exit" and routers is None:
-            raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
-        if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
-            raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
-        model = load(str(pretrained), dtype)
-        found = None if routers is None else Routers.load(str(routers), model=model)
-        if found is None:
-            dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
-            engine = TIDE(model, None, ExitConfig(**dials))
-        else:
-            config, promised = exit_settings(model, found, **dials)
-            logger.info("exits: %s", promised)
-            engine = TIDE(model, found, config)
-    if mode == "exit" and engine.routers is None:
-        raise TideError("mode=exit needs an engine with routers")
-    return engine
-
-
-def _generation(arguments: dict[str, Any], default: int) -> tuple[list[str], int, dict[str, Any]]:
-    """Stop strings, number of new tokens, and sampling dials of a task's generation arguments."""
-    given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
-    until, new, sampled = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
-    dials = {name: given.pop(name) for name in _DIALS if name in given}
-    if given.pop("num_beams", 1) != 1:
-        raise TideError("num_beams must be 1; there is no beam search")
-    if given:
-        raise TideError(
-            f"the generation arguments hold {', '.join(sorted(given))}; expected some of until, max_gen_toks, "
-            f"do_sample, {', '.join(_DIALS)}"
-        )
-    if not sampled:
-        dials = {name: value for name, value in dials.items() if name == "repetition_penalty"}
-    elif "temperature" not in dials:
-        dials["temperature"] = 1.0
-    return [until] if isinstance(until, str) else list(until), new, dials
-
-
-def _depth(counts: np.ndarray) -> dict[str, Any]:
-    """Tokens by the last layer run to predict them, as JSON-ready numbers."""
-    tokens = int(counts.sum())
-    layers = float((counts * np.arange(1, len(counts) + 1)).sum() / tokens) if tokens else 0.0
-    exits = {str(layer): int(count) for layer, count in enumerate(counts) if count}
-    return {
-        "tokens": tokens,
-        "layers_per_token": layers,
-        "depth": layers / len(counts),
-        "tokens_by_last_layer": exits,
-    }
-
-
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+def _checked(context: str, continuation: str, pair: Continuation) -> Continuation:
+    """Raises TideError where there is no token to score, or none to condition on."""
+    if pair.tokens and pair.context:
+        return pair
+    lacking = "continuation" if pair.context else "context"
+    raise TideError(
+        f"the {lacking} has no token of its own: ...{context[-30:]!r} and {continuation[:30]!r} are cut into tokens as "
+        "one text, as lm-eval's model hf does; change the task's texts or its target_delimiter"
+    )

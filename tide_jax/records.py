@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import pydantic
 
 T = TypeVar("T")
+STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate_instances": "always"}
+"""How records are checked: nothing is converted, nothing unknown is passed over, numbers are finite."""
 _SHORTER = {
     "Value error, ": "",
     "Input should": "should",

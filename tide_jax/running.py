@@ -31,6 +31,13 @@ class Call(NamedTuple):
     exits: Exits | None
     capacity: int
 
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether every new token is the likeliest one: nothing is drawn, penalised, forbidden or forced."""
+        sampling = self.request.sampling
+        plain = float(sampling.temperature) == 0 and float(sampling.repetition_penalty) == 1
+        return plain and self.request.rules is None
+
 
 class Runner(Protocol):
     """One way to run a call."""

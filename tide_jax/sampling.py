@@ -1,11 +1,11 @@
 """Choosing the next token from logits: pure functions whose dials are traced values.
 
-Filters apply in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+Filters apply in transformers' order: repetition penalty, rules (`tide_jax.logit_rules`), temperature, top-k, top-p,
+min-p.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from tide_jax.checks import real_number, whole_number
-from tide_jax.errors import TideError
+from tide_jax.checks import whole_number
+from tide_jax.generation_settings import sampling_dial
 
 
 class Sampling(NamedTuple):
@@ -45,26 +45,24 @@ def make_sampling(
     repetition_penalty: float = 1.0,
 ) -> Sampling:
     """Checks the dials and makes them arrays. Raises TideError for a value out of its range."""
-    reals = {
-        "temperature": real_number("temperature", temperature),
-        "top_p": real_number("top_p", top_p),
-        "min_p": real_number("min_p", min_p),
-        "repetition_penalty": real_number("repetition_penalty", repetition_penalty),
-    }
-    ranges = {
-        "temperature": (0 <= reals["temperature"] < math.inf, "0 or more and finite"),
-        "top_p": (0 < reals["top_p"] <= 1, "above 0 and at most 1"),
-        "min_p": (0 <= reals["min_p"] <= 1, "between 0 and 1"),
-        "repetition_penalty": (0 < reals["repetition_penalty"] < math.inf, "above 0 and finite"),
-    }
-    for name, (good, expected) in ranges.items():
-        if not good:
-            raise TideError(f"{name}={reals[name]} must be {expected}")
-    return Sampling(top_k=jnp.int32(whole_number("top_k", top_k)), **{n: jnp.float32(v) for n, v in reals.items()})
+    return Sampling(
+        temperature=jnp.float32(sampling_dial("temperature", temperature)),
+        top_k=jnp.int32(whole_number("top_k", top_k)),
+        top_p=jnp.float32(sampling_dial("top_p", top_p)),
+        min_p=jnp.float32(sampling_dial("min_p", min_p)),
+        repetition_penalty=jnp.float32(sampling_dial("repetition_penalty", repetition_penalty)),
+    )
+
+
+Rule = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
 
 
 def sample(
-    key: PRNGKeyArray, logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
+    key: PRNGKeyArray,
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seen: Bool[Array, "B V"],
+    rule: Rule | None = None,
 ) -> Int[Array, " B"]:
     """One token for each row, int32.
 
@@ -73,8 +71,9 @@ def sample(
     Args:
       logits: float32.
       seen: tokens already in the row, for the repetition penalty.
+      rule: what else changes logits, see `tide_jax.logit_rules.rule_on`.
     """
-    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0])), logits, sampling, seen)
+    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0])), logits, sampling, seen, rule)
 
 
 def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
@@ -83,10 +82,15 @@ def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
 
 
 def sample_rows(
-    keys: Callable[[], PRNGKeyArray], logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"]
+    keys: Callable[[], PRNGKeyArray],
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    seen: Bool[Array, "B V"],
+    rule: Rule | None = None,
 ) -> Int[Array, " B"]:
     """`sample` with a key for each row, made when they are needed: greedy decoding needs none."""
     logits = penalise(logits, sampling.repetition_penalty, seen)
+    logits = logits if rule is None else rule(logits)
 
     def draw() -> Array:
         return jax.vmap(jax.random.categorical)(keys(), filter_logits(logits, sampling)).astype(jnp.int32)

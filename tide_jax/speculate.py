@@ -28,10 +28,11 @@ from tide_jax.decoder import Decoder
 from tide_jax.draft_control import DraftControl, PassCosts, Round, learned, plan
 from tide_jax.early_exit import DepthOutput
 from tide_jax.generate import Exits, Prompt, Request, prefill
+from tide_jax.logit_rules import rule_on
 from tide_jax.ngram_drafts import NgramDrafts, ngram_drafts
 from tide_jax.recompute import pass_number, recompute_step
 from tide_jax.sampling import sample
-from tide_jax.verify import Drawn, draw, verified
+from tide_jax.verify import Drawn, draw, row_text, verified
 
 
 class DraftCounts(NamedTuple):
@@ -118,18 +119,20 @@ def begin_lossless(
     )
     step = prefill(model, prompt, cache, None, implementation=implementation)
     seen = prompt.seen(model.config.vocab_size)
-    drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen)
+    starts, ends = jnp.int32(width) - prompt.lengths, jnp.full((batch,), width, jnp.int32)
+    rows = Drawn(prompt.tokens, starts, ends, jnp.int32(width), seen)
+    rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(rows, ends[:, None], request))
+    drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + queue_length - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
-    ends = jnp.full((batch,), width + 1, jnp.int32)
     zero = jnp.int32(0)
     return LosslessState(
         tokens=tokens,
         width=jnp.int32(width),
-        starts=jnp.int32(width) - prompt.lengths,
-        ends=ends,
-        verified=ends,
-        done=_ended(tokens, ends, request) | (request.max_new_tokens <= 1),
+        starts=starts,
+        ends=ends + 1,
+        verified=ends + 1,
+        done=_ended(tokens, ends + 1, request) | (request.max_new_tokens <= 1),
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
         control=control,
@@ -326,7 +329,8 @@ def _draft(model: Decoder, state: LosslessState, out: DepthOutput, request: Requ
     logits = model.logits(out.states)
     rows, running = jnp.arange(state.ends.shape[0]), ~state.done
     seen = _seen(state, state.tokens, state.ends)
-    drawn = draw(logits, (state.ends - state.width)[:, None], request, seen[:, None])[:, 0]
+    so_far = Drawn(state.tokens, state.starts, state.ends, state.width, seen)
+    drawn = draw(logits, so_far, state.ends[:, None], request, seen[:, None])[:, 0]
     kept = jnp.take_along_axis(state.tokens, state.ends[:, None], axis=1)[:, 0]
     number = jnp.sum(running, dtype=jnp.int32)
     return state._replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 from tide_jax.engine import TIDE
@@ -17,28 +17,50 @@ class Continued(NamedTuple):
     exit_layers: list[int]
 
 
-def generate_until(
-    engine: TIDE,
-    prompts: Sequence[Sequence[int]],
-    until: Sequence[str],
-    decode: Callable[[list[int]], str],
-    **arguments: Any,
-) -> list[Continued]:
+class Stops(NamedTuple):
+    """What ends a row.
+
+    Attributes:
+      until: stop strings; they are part of the returned tokens, cut them from the text.
+      decode: text of token ids, in which stop strings are looked for. Where a stop string may be a special token, it
+        has to spell those.
+      tokens: ids that end a row, too, as the model's end-of-sequence ids do.
+    """
+
+    until: Sequence[str]
+    decode: Callable[[list[int]], str]
+    tokens: Set[int] = frozenset()
+
+    def end(self, tokens: list[int]) -> bool:
+        """Whether the newest token ends the row."""
+        return tokens[-1] in self.tokens or self._spelled(tokens)
+
+    def _spelled(self, tokens: list[int]) -> bool:
+        """Whether the text holds a stop string, which the newest token would have completed."""
+        stops = [stop for stop in self.until if stop]
+        if not stops:
+            return False
+        reach = max(len(stop.encode()) for stop in stops) + _MARGIN  # no token spells less than a byte
+        tail = self.decode(tokens[-reach:])
+        if not any(stop in tail for stop in stops):
+            return False
+        text = self.decode(tokens)  # a tail alone may spell otherwise, at its start
+        return any(stop in text for stop in stops)
+
+
+def generate_until(engine: TIDE, prompts: Sequence[Sequence[int]], stops: Stops, **arguments: Any) -> list[Continued]:
     """Continues prompts as one batch until each row's text holds a stop string or its sequence has ended.
 
     The device goes on while any row is unfinished; what it makes of a finished row is dropped, and neither returned
     nor counted.
 
     Args:
-      until: stop strings; they are part of the returned tokens, cut them from the text.
-      decode: text of token ids.
+      stops: what ends a row beside the model's end-of-sequence tokens.
       arguments: of `TIDE.generate`.
 
     Raises:
       TideError: as `TIDE.generate`.
     """
-    stops = [stop for stop in until if stop]
-    reach = max((len(stop.encode()) for stop in stops), default=0) + _MARGIN  # no token spells less than a byte
     rows = [Continued([], []) for _ in prompts]
     unfinished = set(range(len(rows)))
     for step in engine.stream([list(prompt) for prompt in prompts], **arguments):
@@ -48,19 +70,8 @@ def generate_until(
                 continue
             rows[b].tokens.append(int(step.tokens[b]))
             rows[b].exit_layers.append(int(step.exit_layers[b]))
-            if _spells(rows[b].tokens, stops, reach, decode):
+            if stops.end(rows[b].tokens):
                 unfinished.discard(b)
         if not unfinished:
             break
     return rows
-
-
-def _spells(tokens: list[int], stops: list[str], reach: int, decode: Callable[[list[int]], str]) -> bool:
-    """Whether the text holds a stop string, which the newest token would have completed."""
-    if not stops:
-        return False
-    tail = decode(tokens[-reach:])
-    if not any(stop in tail for stop in stops):
-        return False
-    text = decode(tokens)  # a tail alone may spell otherwise, at its start
-    return any(stop in text for stop in stops)

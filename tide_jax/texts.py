@@ -97,7 +97,13 @@ def model_texts(
         if room < 1:
             raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
         out = engine.generate(
-            batch, max_new_tokens=room, temperature=temperature, min_p=min_p, key=jax.random.fold_in(key, start)
+            batch,
+            max_new_tokens=room,
+            temperature=temperature,
+            top_k=0,  # variety, whatever the checkpoint's own dials
+            top_p=1.0,
+            min_p=min_p,
+            key=jax.random.fold_in(key, start),
         )
         for prompt, tokens, length in zip(batch[:wanted], out.tokens, out.lengths, strict=False):
             texts.append(Sample([*prompt, *(int(t) for t in tokens[:length])], start=len(prompt)))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.cache import KVCache, newest_positions
 from tide_jax.decoder import Decoder
 from tide_jax.generate import Request
+from tide_jax.logit_rules import RowText, rule_on
 from tide_jax.recompute import pass_number, pass_widths
 from tide_jax.sampling import row_keys, sample_rows
 
@@ -56,10 +57,15 @@ class Verified(NamedTuple):
 
 
 def draw(
-    logits: Float[Array, "B T V"], index: Int[Array, "B T"], request: Request, seen: Bool[Array, "B T V"]
+    logits: Float[Array, "B T V"],
+    drawn: Drawn,
+    columns: Int[Array, "B T"],
+    request: Request,
+    seen: Bool[Array, "B T V"],
 ) -> Int[Array, "B T"]:
-    """Draws the new tokens of the given index in their rows, with the keys that full depth draws them with."""
+    """Draws the tokens of the given columns of their rows, with the keys that full depth draws them with."""
     batch, size, vocabulary = logits.shape
+    index = columns - drawn.width
 
     def keys() -> Array:
         by_index = jax.vmap(jax.vmap(lambda n: jax.random.fold_in(request.key, n)))(index)
@@ -67,8 +73,21 @@ def draw(
             jnp.arange(batch), by_index
         ).reshape(-1)
 
-    flat = sample_rows(keys, logits.reshape(-1, vocabulary), request.sampling, seen.reshape(-1, vocabulary))
+    rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(drawn, columns, request))
+    flat = sample_rows(keys, logits.reshape(-1, vocabulary), request.sampling, seen.reshape(-1, vocabulary), rule)
     return flat.reshape(batch, size)
+
+
+def row_text(drawn: Drawn, columns: Int[Array, "B T"], request: Request) -> RowText:
+    """The rows as rules read them, one for each column: what stands before it, drafts included."""
+    size = columns.shape[1]
+    return RowText(
+        made=(columns - drawn.width).reshape(-1),
+        length=(columns - drawn.starts[:, None]).reshape(-1),
+        eos=jnp.repeat(request.eos, size, axis=0),
+        tokens=jnp.repeat(drawn.tokens, size, axis=0) if request.reads_rows else None,
+        ends=columns.reshape(-1) if request.reads_rows else None,
+    )
 
 
 def verified(model: Decoder, drawn: Drawn, cache: KVCache, first: Int[Array, ""], request: Request) -> Verified:
@@ -125,7 +144,7 @@ def _answers(
         def run() -> Array:
             logits = model.logits(model.final_norm(states[:, -width:].astype(model.dtype)))
             seen = _seen(drawn, checked[:, -width:], columns[:, -width:], request)
-            found = draw(logits, columns[:, -width:] - drawn.width, request, seen)
+            found = draw(logits, drawn, columns[:, -width:], request, seen)
             return jnp.pad(found, ((0, 0), (queue - width, 0)))
 
         return run

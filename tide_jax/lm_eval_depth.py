@@ -1,0 +1,66 @@
+"""Layers run to predict each token, by task: what lm-eval's results say beside the scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+class DepthCounts:
+    """Counts of tokens by the last layer run to predict them.
+
+    Args:
+      num_layers: of the model.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._counts: dict[str, np.ndarray] = {}
+
+    def add(self, task: str | None, *exit_layers: np.ndarray) -> None:
+        """Counts a task's tokens."""
+        counts = self._counts.setdefault(task or "", self._none())
+        for layers in exit_layers:
+            counts += np.bincount(layers, minlength=len(counts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Depth over all tasks and of each, JSON-ready."""
+        return {
+            "num_layers": self._num_layers,
+            **_depth(sum(self._counts.values(), self._none())),
+            "tasks": {task: _depth(counts) for task, counts in sorted(self._counts.items())},
+        }
+
+    def log(self, tasks: Iterable[str | None], mode: str) -> None:
+        """Says how deep some tasks ran."""
+        for task in sorted({task or "" for task in tasks}):
+            depth = _depth(self._counts[task])
+            logger.info(
+                "%s: %.2f of %d layers run to predict each of %d tokens (%s)",
+                task or "requests",
+                depth["layers_per_token"],
+                self._num_layers,
+                depth["tokens"],
+                mode,
+            )
+
+    def _none(self) -> np.ndarray:
+        return np.zeros((self._num_layers,), np.int64)
+
+
+def _depth(counts: np.ndarray) -> dict[str, Any]:
+    """Tokens by the last layer run to predict them, as JSON-ready numbers."""
+    tokens = int(counts.sum())
+    layers = float((counts * np.arange(1, len(counts) + 1)).sum() / tokens) if tokens else 0.0
+    exits = {str(layer): int(count) for layer, count in enumerate(counts) if count}
+    return {
+        "tokens": tokens,
+        "layers_per_token": layers,
+        "depth": layers / len(counts),
+        "tokens_by_last_layer": exits,
+    }
