@@ -214,21 +214,28 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         raise TideError(
             f"{path} is truncated or damaged ({error}), expected a whole GGUF file: get it again"
         ) from error
-    return metadata, _locate(path, headers, cursor.position, alignment, len(data))
+    return metadata, _locate(path, headers, cursor.position, alignment, data)
 
 
 def _locate(
-    path: Path, headers: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, file_size: int
+    path: Path, headers: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, data: np.ndarray
 ) -> dict[str, StoredTensor]:
-    """Where the tensors lie: as in llama.cpp each must follow the one before it, with padding and nothing else.
+    """Where the tensors lie: as in llama.cpp each must follow the one before it, with zeros between and nothing else.
 
     So a damaged offset, shape or storage type shows, and no tensor is made of another's bytes.
     """
+    file_size = len(data)
 
-    def padded(position: int) -> int:
-        return -(-position // alignment) * alignment
+    def padded(position: int, behind: str) -> int:
+        end = -(-position // alignment) * alignment
+        if data[position:end].any():
+            raise TideError(
+                f"{path} is damaged: bytes {position} to {end}, behind {behind}, are not zero, expected padding: "
+                "get it again"
+            )
+        return end
 
-    position = start = padded(header_end)
+    position = start = padded(header_end, "its header")
     tensors: dict[str, StoredTensor] = {}
     for name, shape, number, offset in headers:
         kind, size = _stored_as(path, name, shape, number)
@@ -245,7 +252,7 @@ def _locate(
                 "get it again"
             )
         tensors[name] = StoredTensor(path, shape, kind, position, size)
-        position = padded(position + size)
+        position = padded(position + size, f"tensor {shown(name)}")
     if file_size > position:
         raise TideError(
             f"{path} is damaged: {file_size - position} bytes follow its last tensor, expected none: get it again"
