@@ -91,10 +91,10 @@ class GGUFSource:
 
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise TideError(
-            f"{path} has the GGUF architecture {name!r}, supported are {', '.join(ARCHITECTURES)}; "
-            "use the model's Hugging Face checkpoint instead"
+            f"{path} has the GGUF architecture {shown(repr(name))}, supported are {', '.join(list(ARCHITECTURES)[:6])} "
+            f"and {len(ARCHITECTURES) - 6} more; use the model's Hugging Face checkpoint instead"
         )
     return name, ARCHITECTURES[name]
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_llama
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from gguf_files import save
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from convert.architecture import architecture_of
 from convert.conversion import _open
+from convert.gguf_file import read_header
 from convert.rules import coverage
 from convert.stored import as_stored
 from tide_jax.errors import TideError
@@ -48,8 +49,8 @@ SHAPES = {
 }
 
 
-def write_gguf(path: Path) -> None:
-    """A llama of one layer, with a tokenizer, all in float32."""
+def write_gguf(path: Path, **changes: Any) -> None:
+    """A llama of one layer, with a tokenizer, all in float32; `changes` replace values, None leaves them out."""
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -68,6 +69,11 @@ def write_gguf(path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, shape in SHAPES.items():
         writer.add_tensor(name, rng.normal(size=shape).astype(np.float32))
+    for key, value in changes.items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            kind = GGUFValueType.ARRAY if isinstance(value, list) else GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
     save(writer)
 
 
@@ -100,10 +106,11 @@ class Written:
 
     def read(self) -> dict[str, np.ndarray] | None:
         """The tensors as a conversion reads them; None where the file is refused, in one line."""
-        message = ""
+        message, opened = "", False
         tensors = {}
         try:
             source = _open(self.reference)
+            opened = True
             if source.config != self.config or source.tensors != self.infos:
                 architecture = architecture_of(source)
                 config = architecture.config
@@ -117,6 +124,7 @@ class Written:
             message = str(error)
         if message:
             assert len(message.splitlines()) == 1
+            assert opened or len(message.replace(str(self.path.parent), "")) <= 300
             return None
         return tensors
 
@@ -255,6 +263,53 @@ def test_counts_are_checked_before_anything_is_allocated(written: Written) -> No
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return Written("gguf", tmp_path_factory.mktemp("model"))
+
+
+VALUES = (
+    None,
+    "",
+    "x",
+    "x" * 2000,
+    "a\nb",
+    ["a"],
+    [1],
+    [0.5],
+    [math.nan],
+    True,
+    -1,
+    2**31 - 1,
+    0,
+    0.5,
+    math.nan,
+    -math.inf,
+)
+OTHER_KEYS = (
+    "general.alignment",
+    "split.count",
+    "tokenizer.chat_template",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_space_prefix",
+    "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.merges",
+    "tokenizer.ggml.pre",
+    "tokenizer.ggml.unknown_token_id",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.rope.dimension_count",
+    "llama.attention.key_length",
+    "llama.expert_count",
+    "llama.nextn_predict_layers",
+)
+
+
+def test_other_values_of_gguf_keys(model: Written, tmp_path: Path) -> None:
+    keys = [key for key in read_header(Written("gguf", tmp_path).path)[0] if not key.startswith("GGUF.")]
+    for key in (*keys, *OTHER_KEYS):
+        for value in VALUES:
+            if key == "general.alignment" and type(value) is not int:
+                continue  # the writer itself needs it
+            write_gguf(model.path, **{key: value})
+            model.changed(model.path.read_bytes())
 
 
 def offset_field(content: bytes, name: str) -> int:
