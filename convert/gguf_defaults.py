@@ -33,6 +33,12 @@ def _mean_width(hp: Hyperparameters) -> int:
     return width
 
 
+def _dense_width(hp: Hyperparameters) -> None:
+    """0, with which no dense layer's tensors can be made, nor those of experts whose width is not said."""
+    if hp.has("*ffn_up.weight") or hp.peek("expert_feed_forward_length") is None:
+        raise hp.lacks("feed_forward_length")
+
+
 def _share_of_experts(hp: Hyperparameters) -> int:
     """Width of an expert: all that a token uses are as wide as the dense layer together."""
     return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.required(
@@ -58,7 +64,7 @@ COMMON: Defaults = {
     "nextn_predict_layers": 0,
     "context_length": REQUIRED,
     "embedding_length": REQUIRED,
-    "feed_forward_length": REQUIRED,  # 0, with which a dense model's tensors cannot be made
+    "feed_forward_length": _dense_width,
     "attention.head_count": REQUIRED,  # 0, a model without attention
     "attention.head_count_kv": _same_as("attention.head_count"),
     "attention.key_length": _mean_width,
@@ -193,6 +199,7 @@ OF: dict[str, Defaults] = {
     "glm4moe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "expert_weights_scale": REQUIRED},
     "afmoe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "attention.sliding_window_pattern": 4},
     "llama4": {
+        "feed_forward_length": REQUIRED,
         "expert_feed_forward_length": REQUIRED,
         "interleave_moe_layer_step": REQUIRED,
         "attention.sliding_window": 8192,

@@ -167,6 +167,8 @@ def test_defaults_are_those_of_llama_cpp(
         ("llama4", "expert_feed_forward_length"),
         ("dbrx", "attention.layer_norm_epsilon"),
         ("mixtral", "feed_forward_length"),
+        ("qwen2", "feed_forward_length"),
+        ("glm4moe", "feed_forward_length"),
     ],
 )
 def test_what_llama_cpp_wants_is_asked_for(recipe: str, key: str, model: Callable[[str], Model]) -> None:
