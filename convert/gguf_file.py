@@ -27,6 +27,8 @@ _PLAIN = {
 _SCALAR_DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "<u8", "<i8", "<f8")
 _SCALARS = dict(zip((*range(8), 10, 11, 12), _SCALAR_DTYPES, strict=True))
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# No model comes near these; a header that claims more is refused before anything of that size is allocated.
+_ITEMS, _STRING_BYTES, _NAME_BYTES, _AXES = 2**25, 2**24, 2**16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,20 @@ class StoredTensor:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other; raises ValueError where the file ends too early."""
+    """Reads little-endian values one after the other; raises ValueError where the file ends too early or lies."""
 
     def __init__(self, data: np.ndarray, position: int) -> None:
         self.data = data
         self.position = position
+        self.items = _ITEMS
+
+    def count(self, what: str) -> int:
+        """How many things follow. The sum over a header is bounded: each becomes a Python object."""
+        count = self.integer(8)
+        self.items -= count
+        if self.items < 0:
+            raise ValueError(f"it claims to hold {count} {what}")
+        return count
 
     def values(self, dtype: str, count: int) -> np.ndarray:
         raw = self.take(count * np.dtype(dtype).itemsize)
@@ -80,8 +91,10 @@ class _Cursor:
     def integer(self, width: int = 4) -> int:
         return int.from_bytes(self.take(width), "little")
 
-    def string(self) -> str:
-        return self.take(self.integer(8)).decode("utf-8")
+    def string(self, longest: int = _STRING_BYTES) -> str:
+        if (size := self.integer(8)) > longest:
+            raise ValueError(f"it claims to hold a string of {size} bytes")
+        return self.take(size).decode("utf-8")
 
     def value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
@@ -91,7 +104,7 @@ class _Cursor:
             return float(str(self.values("<f4", 1)[0]))
         if kind != GGUFValueType.ARRAY:
             return self.values(_SCALARS[kind], 1).item()
-        item, count = GGUFValueType(self.integer()), self.integer(8)
+        item, count = GGUFValueType(self.integer()), self.count("values")
         if item == GGUFValueType.ARRAY:
             raise ValueError("it holds an array of arrays")
         if item == GGUFValueType.STRING:
@@ -100,9 +113,29 @@ class _Cursor:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, torch shape, number of the storage type, and offset from the start of the data section."""
-        name = self.string()
-        extents = self.values("<u8", self.integer()).tolist()
+        name = self.string(_NAME_BYTES)
+        if not 1 <= (axes := self.integer()) <= _AXES:
+            raise ValueError(f"tensor {shown(name)} has {axes} axes, expected 1 to {_AXES}")
+        extents = self.values("<u8", axes).tolist()
+        if min(extents) < 1:
+            raise ValueError(f"tensor {shown(name)} has an axis of length 0")
         return name, tuple(reversed(extents)), self.integer(), self.integer(8)
+
+    def pairs(self, count: int) -> dict[str, Any]:
+        """The key-value pairs."""
+        pairs: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.string(_NAME_BYTES)
+            if key in pairs:
+                raise ValueError(f"it says {shown(key)} twice")
+            pairs[key] = self.value(GGUFValueType(self.integer()))
+        return pairs
+
+
+def shown(value: Any, longest: int = 60) -> str:
+    """A value out of a file as a short piece of one line."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def _map_file(path: Path) -> np.ndarray:
@@ -131,18 +164,24 @@ def read_model(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Stored
     """
     metadata, tensors = read_header(path)
     count = metadata.get("split.count", 1)
-    if not isinstance(count, int) or count <= 1:
+    if type(count) is not int or not 0 <= count < 2**16:
+        raise TideError(f"{path} has split.count={shown(count)}, expected a number of parts: get it again")
+    if count <= 1:
         return [path], metadata, tensors
     paths = _part_paths(path, count)
     headers = [read_header(part) for part in paths]
     for number, (part, (pairs, _)) in enumerate(zip(paths, headers, strict=True)):
         found = pairs.get("split.no"), pairs.get("split.count")
         if found != (number, count):
-            raise TideError(f"{part} says it is part {found[0]} of {found[1]}, expected {number} of {count}")
+            said = f"part {shown(found[0])} of {shown(found[1])}"
+            raise TideError(f"{part} says it is {said}, expected {number} of {count}")
     merged = {name: stored for _, tensors in headers for name, stored in tensors.items()}
-    expected = headers[0][0].get("split.tensors.count", len(merged))
-    if len(merged) != expected:
-        raise TideError(f"the {count} parts of {path} hold {len(merged)} tensors, expected {expected}: get them again")
+    held = sum(len(tensors) for _, tensors in headers)
+    expected = headers[0][0].get("split.tensors.count", held)
+    if len(merged) != expected or held != expected:
+        raise TideError(
+            f"the {count} parts of {path} hold {len(merged)} tensors, expected {shown(expected)}: get them again"
+        )
     return paths, headers[0][0], merged
 
 
@@ -155,7 +194,8 @@ def _part_paths(path: Path, count: int) -> list[Path]:
         )
     paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise TideError(f"{path} is one of {count} parts, expected {', '.join(missing)} beside it: get all parts")
+        absent = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise TideError(f"{path} is one of {count} parts, expected {absent} beside it: get all parts")
     return paths
 
 
@@ -164,37 +204,72 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     data = _map_file(path)
     cursor = _Cursor(data, position=8)
     try:
-        tensor_count, pair_count = cursor.integer(8), cursor.integer(8)
-        metadata = {}
-        for _ in range(pair_count):
-            key = cursor.string()
-            metadata[key] = cursor.value(GGUFValueType(cursor.integer()))
+        tensor_count, pair_count = cursor.count("tensors"), cursor.count("pairs")
+        metadata = cursor.pairs(pair_count)
         headers = [cursor.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
-        start = math.ceil(cursor.position / alignment) * alignment
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 2**20:
+            raise ValueError(f"general.alignment is {shown(alignment)}, expected a power of two")
     except (ValueError, TypeError, ArithmeticError) as error:
         raise TideError(
             f"{path} is truncated or damaged ({error}), expected a whole GGUF file: get it again"
         ) from error
-    tensors = {
-        name: _locate(path, name, shape, kind, start + offset, len(data)) for name, shape, kind, offset in headers
-    }
-    return metadata, tensors
+    return metadata, _locate(path, headers, cursor.position, alignment, data)
 
 
-def _locate(path: Path, name: str, shape: tuple[int, ...], number: int, offset: int, file_size: int) -> StoredTensor:
+def _locate(
+    path: Path, headers: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, data: np.ndarray
+) -> dict[str, StoredTensor]:
+    """Where the tensors lie: as in llama.cpp each must follow the one before it, with zeros between and nothing else.
+
+    So a damaged offset, shape or storage type shows, and no tensor is made of another's bytes.
+    """
+    file_size = len(data)
+
+    def padded(position: int, behind: str) -> int:
+        end = -(-position // alignment) * alignment
+        if data[position:end].any():
+            raise TideError(
+                f"{path} is damaged: bytes {position} to {end}, behind {behind}, are not zero, expected padding: "
+                "get it again"
+            )
+        return end
+
+    position = start = padded(header_end, "its header")
+    tensors: dict[str, StoredTensor] = {}
+    for name, shape, number, offset in headers:
+        kind, size = _stored_as(path, name, shape, number)
+        if name in tensors:
+            raise TideError(f"{path} is damaged: it has two tensors {shown(name)}, expected one: get it again")
+        if start + offset != position:
+            raise TideError(
+                f"{path} is damaged: tensor {shown(name)} begins at byte {start + offset}, expected {position}, behind "
+                "the one before it: get it again"
+            )
+        if position + size > file_size:
+            raise TideError(
+                f"{path} is truncated: tensor {shown(name)} ends at byte {position + size}, the file at {file_size}: "
+                "get it again"
+            )
+        tensors[name] = StoredTensor(path, shape, kind, position, size)
+        position = padded(position + size, f"tensor {shown(name)}")
+    if file_size > position:
+        raise TideError(
+            f"{path} is damaged: {file_size - position} bytes follow its last tensor, expected none: get it again"
+        )
+    return tensors
+
+
+def _stored_as(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
+    """Storage type and bytes of a tensor. Raises TideError for a type that cannot be read or does not fit the shape."""
     kind = _storage_type(path, name, number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
+    if shape[-1] % block:
         raise TideError(
-            f"{path} is damaged: tensor {name} of shape {shape} can't be {kind.name}, blocks of {block}: get it again"
+            f"{path} is damaged: tensor {shown(name)} of shape {list(shape)} can't be {kind.name}, blocks of {block}: "
+            "get it again"
         )
-    size = math.prod(shape) // block * block_bytes
-    if offset + size > file_size:
-        raise TideError(
-            f"{path} is truncated: tensor {name} ends at byte {offset + size}, the file at {file_size}: get it again"
-        )
-    return StoredTensor(path, shape, kind, offset, size)
+    return kind, math.prod(shape) // block * block_bytes
 
 
 def _storage_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
@@ -204,7 +279,7 @@ def _storage_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (ValueError, NotImplementedError) as error:
         raise TideError(
-            f"{path}: tensor {name} is stored as {_type_name(number)}, which can't be dequantised; "
+            f"{path}: tensor {shown(name)} is stored as {_type_name(number)}, which can't be dequantised; "
             "expected F32, F16, BF16 or a quantisation such as Q8_0 or Q4_K: use another file of this model"
         ) from error
     return kind
@@ -216,9 +291,18 @@ def _type_name(number: int) -> str:
 
 
 def read_tensor(stored: StoredTensor) -> np.ndarray:
-    """One tensor: as it is stored if that is floating point, else dequantised to float32."""
+    """One tensor: as it is stored if that is floating point, else dequantised to float32.
+
+    Raises:
+      TideError: the file has gone or shrunk.
+    """
     # A plain read: mapped pages would count as memory used, and only one tensor at a time is to be held.
-    raw = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
+    try:
+        raw = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
+    except OSError as error:
+        raise TideError(f"{stored.path} can't be read any more ({error}): put it back") from error
+    if raw.size != stored.size:
+        raise TideError(f"{stored.path} is shorter than when it was opened: leave it alone during a conversion")
     if stored.kind in _PLAIN:
         return raw.view(_PLAIN[stored.kind]).reshape(stored.shape)
     return dequantize(raw.reshape(*stored.shape[:-1], -1), stored.kind)

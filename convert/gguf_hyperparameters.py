@@ -8,65 +8,85 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_file import StoredTensor, read_tensor
+from convert.gguf_defaults import default
+from convert.gguf_file import StoredTensor, read_tensor, shown
+from convert.gguf_kinds import check
+from convert.gguf_tensors import layer_of
 from tide_jax.errors import TideError
 
 
 class Hyperparameters:
     """The `<architecture>.*` values of a file, and which tensors it has.
 
+    What the file leaves out has llama.cpp's default: see `convert.gguf_defaults`.
+
     Attributes:
       path: the file, for messages.
       architecture: its architecture.
+      metadata: all key-value pairs of the file.
+      tensors: where its tensors lie.
       layers: decoder layers, without those that only predict tokens further ahead.
       extra_layers: the latter, which follow the former.
+
+    Raises:
+      TideError: a value of the wrong type or outside any model's range.
     """
 
     def __init__(
         self, path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
     ) -> None:
+        check(path, architecture, metadata)
         self.path = path
         self.architecture = architecture
         self.metadata = metadata
         self.tensors = tensors
         prefix = f"{architecture}."
-        self._left = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-        self.extra_layers = self.take("nextn_predict_layers", 0)
-        self.layers = self.need("block_count") - self.extra_layers
+        self._said = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+        self._asked: set[str] = set()
+        self.extra_layers = self.take("nextn_predict_layers")
+        self.layers = self.take("block_count") - self.extra_layers
+        if self.layers < 1:
+            raise self.refuse(f"nextn_predict_layers={self.extra_layers}: expected fewer than block_count")
 
-    def take(self, key: str, default: Any = None) -> Any:
-        """A value, one number where the file lists the same one for each layer; TideError where they differ."""
-        value = self._left.pop(key, default)
+    def take(self, key: str) -> Any:
+        """A value, one number where the file lists the same one for each layer.
+
+        Raises:
+          TideError: it differs between layers, or the file leaves out what every such file has.
+        """
+        self._asked.add(key)
+        return self.peek(key)
+
+    def take_list(self, key: str) -> Any:
+        """A value that may be a list, one entry for each layer."""
+        self._asked.add(key)
+        return self._said[key] if key in self._said else default(self, key)
+
+    def once(self, key: str, instead: Any = None) -> Any:
+        """`take`, but `instead` of what somebody has asked for before."""
+        return instead if key in self._asked else self.take(key)
+
+    def peek(self, key: str) -> Any:
+        """`take` without taking it."""
+        value = self._said[key] if key in self._said else default(self, key)
         if not isinstance(value, list):
             return value
         if len(set(value)) != 1:
             raise self.refuse(f"{key} differs between layers, expected one value")
         return value[0]
 
-    def peek(self, key: str) -> Any:
-        """A value without taking it, None without one."""
-        return self._left.get(key)
-
-    def take_list(self, key: str) -> Any:
-        """A value that may be a list."""
-        return self._left.pop(key, None)
-
-    def need(self, key: str) -> Any:
-        """A value every file has. Raises TideError without it."""
-        value = self.take(key)
-        if value is None:
-            raise TideError(f"{self.path} lacks {self.architecture}.{key}, expected in every such file: get it again")
-        return value
+    def given(self, key: str) -> Any:
+        """What the file itself says, without taking it; None where it does not."""
+        return self._said.get(key)
 
     def expect(self, key: str, *values: Any) -> None:
-        """Raises TideError if the file has another value than one of `values`."""
-        if (found := self.take(key, values[0])) not in values:
-            raise self.refuse(f"{key}={found!r}: not supported, expected {' or '.join(map(repr, values))}")
+        """Raises TideError if the file has, or means by leaving it out, another value than one of `values`."""
+        if (found := self.take(key)) not in values:
+            raise self.refuse(f"{key}={shown(found)}: not supported, expected {' or '.join(map(repr, values))}")
 
     def ignore(self, *keys: str) -> None:
         """Values that say nothing new."""
-        for key in keys:
-            self.take_list(key)
+        self._asked.update(keys)
 
     def has(self, *names: str) -> bool:
         """Whether the first layer, or any layer for names with ``*``, has one of these tensors."""
@@ -83,11 +103,27 @@ class Hyperparameters:
         stored = self.tensors.get(name)
         return None if stored is None else read_tensor(stored)
 
+    def lacks(self, key: str) -> TideError:
+        """The error for a key without which nobody can say what the model computes."""
+        return TideError(f"{self.path} lacks {self.architecture}.{key}, expected in every such file: get it again")
+
+    def required(self, key: str) -> Any:
+        """Raises TideError: for a default that the file's other values do not give."""
+        raise self.lacks(key)
+
     def refuse(self, what: str) -> TideError:
         """The error for a value that is not supported."""
         return TideError(f"{self.path}: {self.architecture}.{what}; use the model's Hugging Face checkpoint instead")
 
     def check_all_taken(self) -> None:
-        """Raises TideError if the file says something nobody asked for."""
-        if self._left:
-            raise self.refuse(f"{', '.join(sorted(self._left))}: not supported, expected only known settings")
+        """Raises TideError if the file says something nobody asked for, or has other layers than it says."""
+        if left := sorted(self._said.keys() - self._asked):
+            keys = ", ".join(shown(key) for key in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            raise self.refuse(f"{keys}: not supported, expected only known settings")
+        numbers = {layer_of(name)[0] for name in self.tensors} - {None}
+        # A file may leave out the layers that predict tokens further ahead.
+        if not self.layers <= len(numbers) <= self.layers + self.extra_layers:
+            said = self.layers + self.extra_layers
+            raise TideError(
+                f"{self.path} has tensors of {len(numbers)} layers, expected block_count={said}: get it again"
+            )

@@ -71,8 +71,9 @@ _QWEN2 = PreTokenizer((_words(_DIGIT),), nfc=True)
 _DEEPSEEK3 = PreTokenizer((_THREE_DIGITS, "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    # Files written before `tokenizer.ggml.pre` existed, and those it says "default" of, hold GPT-2's pattern.
-    **dict.fromkeys(("default", "gpt-2", "phi-2", "mpt", "exaone4", "mellum", "trillion", "jais"), _GPT2),
+    # What llama.cpp takes where a file does not say, whatever the model was trained with.
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "exaone4", "mellum", "trillion", "jais"), _GPT2),
     "olmo": PreTokenizer((_GPT2_WORDS,), nfc=True),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     "command-r": PreTokenizer((_DIGIT, _GPT2_WORDS), nfc=True),

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import gguf_tokenizer
 from convert.gguf_architectures import ARCHITECTURES, Architecture
-from convert.gguf_file import StoredTensor, read_model
+from convert.gguf_file import StoredTensor, read_model, shown
 from convert.gguf_hyperparameters import Hyperparameters
 from convert.gguf_tensors import Place, arrange, layer_of, whole_names
 from tide_jax.errors import TideError
@@ -53,11 +53,11 @@ class GGUFSource:
             self._constants = architecture.constants(hp)
             self._views = arrange(_places(hp, architecture, stored), self.config)
             self.generation_config = gguf_tokenizer.token_ids(self._metadata)
-        except (TypeError, ValueError, ArithmeticError) as error:  # a string for a number, no heads at all
-            if isinstance(error, TideError):
-                raise
+        except TideError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TideError(
-                f"{path} has senseless metadata ({error}), expected a language model: get it again"
+                f"{path} has senseless metadata ({shown(str(error))}), expected a language model: get it again"
             ) from error
         self.tensors: Mapping[str, TensorInfo] = {key: view.info for key, view in self._views.items()} | {
             key: TensorInfo(values.shape, "F32") for key, values in self._constants.items()
@@ -102,10 +102,10 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
 
 def _architecture(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Architecture]:
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise TideError(
-            f"{path} has the GGUF architecture {name!r}, supported are {', '.join(ARCHITECTURES)}; "
-            "use the model's Hugging Face checkpoint instead"
+            f"{path} has the GGUF architecture {shown(repr(name))}, supported are {', '.join(list(ARCHITECTURES)[:6])} "
+            f"and {len(ARCHITECTURES) - 6} more; use the model's Hugging Face checkpoint instead"
         )
     return name, ARCHITECTURES[name]
 
@@ -134,7 +134,7 @@ def _places(
             places[name] = whole_names(names[module], prefix, dot + kind), tensor
         else:
             raise TideError(
-                f"{hp.path}: tensor {name} is not known in the architecture {hp.architecture}; "
+                f"{hp.path}: tensor {shown(name)} is not known in the architecture {hp.architecture}; "
                 "use the model's Hugging Face checkpoint instead"
             )
     return places

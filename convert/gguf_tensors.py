@@ -14,6 +14,7 @@ from tide_jax.shards import TensorInfo
 
 Config = Mapping[str, Any]
 Undo = Callable[[np.ndarray, Config], np.ndarray]
+_STACK = 2**16  # experts or heads of a layer: no model has as many
 
 
 def as_stored(a: np.ndarray, c: Config) -> np.ndarray:
@@ -136,6 +137,8 @@ def arrange(places: Mapping[str, tuple[Place, StoredTensor]], config: Config) ->
 def _moved(place: To, stored: StoredTensor, config: Config) -> dict[str, View]:
     if "{i}" not in place.name:
         return {place.name: _whole(stored, place.undo, config)}
+    if stored.shape[0] > _STACK:
+        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected {_STACK} at the most")
     return {
         place.name.replace("{i}", str(index)): _whole(stored.item(index), place.undo, config)
         for index in range(stored.shape[0])
@@ -163,6 +166,8 @@ def _joined(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     found = sorted(found, key=lambda part: part[0].index)
     first = found[0][0]
     stack = found[0][1].shape[0] if first.stacked else 1
+    if stack > _STACK:
+        raise ValueError(f"{first.name} has {stack} entries, expected {_STACK} at the most")
     shapes = [_entry(part, stored, 0).shape(config) for part, stored in found]
     lengths = [shape[first.axis] for shape in shapes]
     entry = (*shapes[0][: first.axis], sum(lengths), *shapes[0][first.axis + 1 :])

@@ -7,6 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from tide_jax.errors import TideError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
@@ -113,7 +116,13 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre")
+    if not name:
+        name = "default"
+        logger.warning(
+            "the GGUF file does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is cut by llama.cpp's "
+            "default, which may not be the model's; get a newer file, or pass a Hugging Face tokenizer"
+        )
     if name not in PRE_TOKENIZERS:
         raise TideError(
             f"tokenizer.ggml.pre={name!r} is not known, expected one of {', '.join(PRE_TOKENIZERS)}; "

@@ -26,7 +26,7 @@ from convert.probe_rules import to_json
 from convert.probe_trace import MATCH, Trace, distance
 from convert.reader import Source
 from convert.rules import Rule, coverage
-from convert.verify import TOLERANCE, Verification
+from convert.verify import TOLERANCE, Verification, check_spread
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
@@ -154,8 +154,9 @@ def _compare(reference: Reference, model: Decoder) -> Verification:
     found = np.concatenate([out[0], out[1, start:]])
     reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until there is a short one
     expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
+    check_spread("the probed model", expected)
     difference, logit_range = float(np.abs(found - expected).max()), float(np.ptp(expected))
-    return Verification(difference, logit_range, difference / max(logit_range, 1e-30), len(found), length)
+    return Verification(difference, logit_range, difference / logit_range, len(found), length)
 
 
 def _too_far(proof: Verification) -> str:

@@ -17,10 +17,11 @@ from convert.quantised_floats import bitsandbytes, fp8, mxfp4, plain_numbers
 from convert.quantised_integers import awq, gptq, packed_integers
 from convert.quantised_parts import Method, Packed, Settings, Stored, refusal
 from convert.reader import HuggingFaceSource
-from tide_jax.shards import TensorInfo
+from tide_jax.shards import DTYPES, TensorInfo
 
 logger = logging.getLogger(__name__)
 CONFIG_KEY = "quantization_config"
+_PLAIN = (*DTYPES, "F64")
 # Of activations and caches: what is left of a checkpoint here computes with unquantised ones.
 _OF_ACTIVATIONS = re.compile(
     r".*\.(input_scale|input_zero_point|activation_scale|output_scale|[qkv]_scale|[kv]_zero_point)"
@@ -29,6 +30,8 @@ _OF_ACTIVATIONS = re.compile(
 
 class QuantisedSource:
     """A checkpoint of quantised weights, shown as one of plain weights; see `convert.reader.Source`.
+
+    One of plain weights that kept its settings of quantisation is shown as it is, with a warning.
 
     `tensors` gives a weight the dtype its scales have, or that the method's own data name, and float32 otherwise.
     Reading computes in float32 and does not round, so converting to float32 keeps what the scales make of it.
@@ -111,6 +114,15 @@ def _packed_weights(stored: Stored, settings: Any) -> dict[str, Packed]:
         named = method or "an unknown method"
         raise refusal(stored, f"weights quantised with {named} are not supported, only with {', '.join(METHODS)}")
     weights = METHODS[method](stored, settings)
-    if not weights:
+    if weights:
+        return weights
+    if not all(info.dtype in _PLAIN for info in stored.tensors.values()):
         raise refusal(stored, f"weights quantised with {method}, as config.json says, are not there")
-    return weights
+    logger.warning(
+        "%s: config.json says its weights are quantised with %s, but they are plain numbers and are read so: "
+        "a dequantised checkpoint, it seems, that kept its %s",
+        stored.description,
+        method,
+        CONFIG_KEY,
+    )
+    return {}

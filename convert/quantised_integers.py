@@ -24,11 +24,12 @@ from convert.quantised_parts import (
     spread,
     unpack_words,
 )
+from convert.quantised_zeros import read_zeros, zeros_less_one
 from convert.reader import CONV1D_TYPES
 from tide_jax.shards import DTYPES, TensorInfo
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+_BITS = (2, 4, 8)
 
 
 def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
@@ -38,13 +39,13 @@ def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
         raise refusal(
             stored, f"GPTQ weights in the format {form!r} of a kernel are not supported, only gptq and gptq_v2"
         )
-    packed: dict[str, Packed] = {}
+    found: dict[str, tuple[dict[str, str], int, int]] = {}
     for module, parts in modules(stored, "qweight", ("qzeros", "scales"), ("g_idx",)):
         rows, out = matrix(stored, parts["qweight"])
         groups = matrix(stored, parts["scales"])[0]
         indexed = stored.tensors[parts["g_idx"]].shape if "g_idx" in parts else None
         bits = rows * 32 // indexed[0] if indexed else settings.get("bits")
-        if bits not in _ONES:
+        if bits not in _BITS:
             raise refusal(stored, f"{parts['qweight']} has weights of {bits} bits, only 2, 4 and 8 are supported")
         inputs = rows * 32 // bits
         check_parts(
@@ -53,11 +54,18 @@ def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
             {"qweight": ("I32",), "qzeros": ("I32",), "scales": tuple(DTYPES), "g_idx": ("I32",)},
             {"scales": (groups, out), "qzeros": (groups, -(-out * bits // 32)), "g_idx": (inputs,)},
         )
-        turned = stored.config.get("model_type") in CONV1D_TYPES
-        packed[f"{module}.weight"] = Packed(
+        found[f"{module}.weight"] = parts, bits, out
+    if not found:
+        return {}
+    less_one = zeros_less_one(stored, list(found.values()), settings.get("sym") is True, form == "gptq")
+    turned, size = stored.config.get("model_type") in CONV1D_TYPES, settings.get("group_size")
+    packed: dict[str, Packed] = {}
+    for name, (parts, bits, out) in found.items():
+        inputs = stored.tensors[parts["qweight"]].shape[0] * 32 // bits
+        packed[name] = Packed(
             TensorInfo((inputs, out) if turned else (out, inputs), scale_dtype(stored, parts["scales"])),
             tuple(parts.values()),
-            functools.partial(_read_gptq, stored, parts, bits, settings.get("group_size"), form == "gptq", turned),
+            functools.partial(_read_gptq, stored, parts, bits, size, less_one, turned),
         )
     return packed
 
@@ -67,10 +75,7 @@ def _read_gptq(
 ) -> np.ndarray:
     numbers = unpack_words(stored.read_stored(parts["qweight"]).T, bits)
     scales = stored.read_stored(parts["scales"]).T
-    words = stored.read_stored(parts["qzeros"]).view(np.uint32)
-    if less_one:  # the first format stores zeros less one, subtracted from whole words: a carry runs on
-        words = words + np.uint32(_ONES[bits])
-    zeros = unpack_words(words, bits).T[: len(scales)]
+    zeros = read_zeros(stored, parts["qzeros"], bits, len(scales), less_one).T
     if "g_idx" in parts:
         columns = stored.read_stored(parts["g_idx"])
         if columns.min() < 0 or columns.max() >= scales.shape[1]:
@@ -115,7 +120,7 @@ def _read_awq(stored: Stored, parts: dict[str, str], columns: np.ndarray) -> np.
 
 def packed_integers(stored: Stored, bits: int, group_size: int | None) -> dict[str, Packed]:
     """compressed-tensors' "pack-quantized": weights [out, in] packed along their inputs, signed by an offset."""
-    if bits not in _ONES:
+    if bits not in _BITS:
         raise refusal(stored, f"packed weights of {bits} bits are not supported, only 2, 4 and 8")
     packed: dict[str, Packed] = {}
     for module, parts in modules(

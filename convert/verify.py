@@ -58,22 +58,39 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
         for every dtype.
 
     Raises:
-      TideError: logits that differ by more than `TOLERANCE` of their range.
+      TideError: logits that differ by more than `TOLERANCE` of their range, or that are no proof: not finite, or the
+        same for all tokens.
     """
     tokens, mask = _random_batch(model.config)
     together = any(kind.rope and kind.rope.kind in _BY_LENGTH for kind in model.config.attention_types)
     expected = _reference_logits(source, stored, tokens, mask, together)
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
     found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))[mask]
+    check_spread(source.description, expected)
     difference = float(np.abs(found - expected).max())
     logit_range = float(expected.max() - expected.min())
-    relative = difference / max(logit_range, 1e-30)
+    relative = difference / logit_range
     if not relative <= TOLERANCE:
         raise TideError(
             f"the converted model's logits differ from transformers' by {relative:.1e} of their range, "
             f"expected at most {TOLERANCE:.0e}: nothing was written, please report the model"
         )
     return Verification(difference, logit_range, relative, int(mask.sum()), mask.shape[1])
+
+
+def check_spread(described: str, logits: np.ndarray) -> None:
+    """Raises TideError where a reference's logits [N, V] could not show a difference; `described` names the model."""
+    if not np.isfinite(logits).all():
+        raise TideError(
+            f"the reference's logits of {described} are NaN or infinite: nothing was written, the checkpoint is "
+            "damaged, download or copy it again"
+        )
+    spread, largest = float((logits.max(axis=1) - logits.min(axis=1)).max()), float(np.abs(logits).max())
+    if spread <= 1e-6 * largest:  # within rounding; all zeros too
+        raise TideError(
+            f"the reference's logits of {described} are the same for every token, which proves nothing: nothing was "
+            "written, the weights are not a trained model's"
+        )
 
 
 def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -206,7 +206,7 @@ def test_invalid_config_value(tmp_path: Path) -> None:
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ({"hidden_act": "mish"}, "activation 'mish' is not implemented"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type 'spiral'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantised with aqlm"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer type chunked_attention"),
     ],
 )

@@ -60,6 +60,7 @@ GEMMA4 = {
     "top_k_experts": None,
     "moe_intermediate_size": None,
 }
+CAP = {"final_logit_softcapping": 30.0}  # of every Gemma 4: what a file means that does not say
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 
 # Recipe, model type, fields of its configuration. A file says nothing of what llama.cpp does one way only.
@@ -107,7 +108,7 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("gemma", "gemma", {"attention_bias": False}),
     ("gemma2", "gemma2", {"query_pre_attn_scalar": 12}),
     ("gemma3", "gemma3_text", {"query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window_pattern": 6}),
-    ("gemma4", "gemma4_text", GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("gemma4", "gemma4_text", GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1} | CAP),
     ("gemma4", "gemma4_text", GEMMA4 | {"final_logit_softcapping": 9.0}),
     ("gpt2", "gpt2", {}),
     ("gptneox", "gpt_neox", {}),

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tide_jax.checkpoint
 import tide_jax.rotary
@@ -154,6 +155,19 @@ def test_verify_looks_beyond_windows_and_original_lengths(tmp_path: Path) -> Non
     proof = convert(tmp_path / "long", tmp_path / "long-converted", verify=True).verification
     assert proof is not None
     assert proof.row_length == 80
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_verify_refuses_logits_that_prove_nothing(value: float, tmp_path: Path) -> None:
+    """All logits are one number: anything that computes that number too would pass."""
+    pytest.importorskip("accelerate")
+    save_tiny("llama", tmp_path / "hf", tie_word_embeddings=False)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["lm_head.weight"] = np.full_like(tensors["lm_head.weight"], value)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TideError, match="are the same for every token, which proves nothing"):
+        convert(tmp_path / "hf", tmp_path / "converted", verify=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
 def test_verify_refuses_a_wrong_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,6 +315,7 @@ def test_conv1d_weights_keep_their_inputs_first(tmp_path: Path) -> None:
 
 # ---- what is refused ----
 
+_COMPRESSED = compressed("float-quantized", strategy="channel")
 _OTHER = compressed("pack-quantized", 4)
 _OTHER["config_groups"]["group_1"] = compressed("pack-quantized", 8)["config_groups"]["group_0"]
 
@@ -333,14 +334,89 @@ _OTHER["config_groups"]["group_1"] = compressed("pack-quantized", 8)["config_gro
         (compressed("pack-quantized", 3), "packed weights of 3 bits are not supported"),
         (compressed("pack-quantized", 4) | {"transform_config": {"a": 1}}, "weights with a transform_config"),
         (_OTHER, "quantised in several ways are not supported"),
-        ({"quant_method": "fp8"}, "weights quantised with fp8, as config.json says, are not there"),
-        ({"load_in_8bit": True}, "weights quantised with bitsandbytes, as config.json says, are not there"),
     ],
 )
 def test_refused_by_name(settings: Any, reason: str, tmp_path: Path) -> None:
     message = refusal(tiny_llama.save(tmp_path / "source", quantization_config=settings))
     assert reason in message
     assert "convert the unquantised checkpoint, or a GGUF file" in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quant_method": "fp8"}, {"load_in_8bit": True}, _gptq(4), _AWQ, _BNB4, {"quant_method": "mxfp4"}, _COMPRESSED],
+)
+def test_a_dequantised_checkpoint_that_kept_its_settings_is_plain(
+    settings: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny_llama.save(tmp_path / "source", plain(), **SIZES, quantization_config=settings)
+    source = open_source(directory)
+    assert "but they are plain numbers and are read so" in caplog.text
+    for name, value in plain().items():
+        np.testing.assert_array_equal(source.read(name), value)
+    assert "quantization_config" not in source.config
+
+
+def test_packed_numbers_that_the_settings_do_not_explain(tmp_path: Path) -> None:
+    tensors = plain() | {Q: np.zeros((64, 32), np.uint8)}
+    tiny_llama.save(tmp_path / "source", tensors, **SIZES, quantization_config=_gptq(4))
+    assert "weights quantised with gptq, as config.json says, are not there" in refusal(tmp_path / "source")
+
+
+# ---- labels that lie ----
+
+
+def _symmetric(bits: int, form: str) -> Quantiser:
+    """Zeros in the middle of the range."""
+    middle = 2 ** (bits - 1)
+
+    def quantise(weight: np.ndarray) -> tuple[Parts, np.ndarray]:
+        index = np.arange(weight.shape[1]) // 32
+        most = np.stack([np.abs(weight[:, index == g]).max(axis=1) for g in range(index.max() + 1)], axis=1)
+        scales = (most / max(1, middle - 1)).astype(np.float16)
+        scale = scales.astype(np.float32)[:, index]
+        numbers = np.clip(np.round(weight / scale) + middle, 0, 2 * middle - 1).astype(np.int64)
+        zeros = np.full_like(scales, middle - (form == "gptq"), np.int64)
+        parts = {"qweight": words(numbers, bits).T.view(np.int32), "qzeros": words(zeros.T, bits).view(np.int32)}
+        return parts | {"scales": scales.T}, ((numbers - middle) * scale).astype(np.float32)
+
+    return quantise
+
+
+# Of 8 bits a step is too small to be told by so few asymmetric numbers.
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, True), (8, True), (2, False), (4, False)])
+@pytest.mark.parametrize("made", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("said", ["gptq", "gptq_v2"])
+def test_zeros_are_read_as_they_are_stored_whatever_the_label(
+    bits: int, made: str, said: str, symmetric: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantise = _symmetric(bits, made) if symmetric else gptq(bits, made, low=0)
+    expected = save(tmp_path / "source", quantise, _gptq(bits, form=said) | {"sym": symmetric})
+    source = open_source(tmp_path / "source")
+    for name, value in expected.items():
+        np.testing.assert_allclose(source.read(name), value, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (made != said)
+    if made != said:
+        assert f"config.json says checkpoint_format '{said}', but the zero points are stored" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_an_honest_label_gives_no_warning(bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for form in ("gptq", "gptq_v2"):
+        save(tmp_path / form, gptq(bits, form, low=0), _gptq(bits, form=form) | {"sym": False})
+        open_source(tmp_path / form)
+    assert not caplog.records
+
+
+def test_zeros_that_nothing_tells_are_read_as_labelled_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lopsided(weight: np.ndarray) -> tuple[Parts, np.ndarray]:
+        return gptq(4, "gptq_v2")(np.abs(weight))
+
+    expected = save(tmp_path / "source", lopsided, _gptq(4, form="gptq_v2"))
+    np.testing.assert_allclose(open_source(tmp_path / "source").read(Q), expected[Q], rtol=1e-6, atol=1e-7)
+    assert "they are read as config.json's checkpoint_format says" in caplog.text
 
 
 def _three_bits(weight: np.ndarray) -> tuple[Parts, np.ndarray]:

@@ -8,8 +8,8 @@ has it mapped.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -40,6 +40,17 @@ STORED_DTYPES = DTYPES | {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+# Bits of a number in every dtype the format has: a header is checked whatever is read of its tensors.
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+# The safetensors package refuses longer headers, too. More than 64 axes are more than numpy has.
+_HEADER_BYTES, _AXES = 100_000_000, 64
 _AGAIN = "download or copy it again"
 
 
@@ -185,44 +196,73 @@ class _Entry:
 
 
 def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
-    """Name, info and absolute byte offset of each tensor in a file, checked against the file's size."""
+    """Name, info and absolute byte offset of each tensor in a file, checked against the file's size.
+
+    As the safetensors package does, it holds the header to account for every byte: a wrong shape, dtype or offset
+    shows, and no tensor is made of another's bytes.
+    """
     size = file.stat().st_size
     if size < 8:
         raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {_AGAIN}")
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
+            if length > min(size - 8, _HEADER_BYTES):
                 raise ValueError(f"a header of {length} bytes does not fit its {size} bytes")
-            header = json.loads(stream.read(length))
-        entries = [_entry(name, values) for name, values in header.items() if name != "__metadata__"]
-        _check_apart(entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_once)
+        entries = _entries(header)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TideError(f"{file} is not a readable safetensors file ({_first_line(error)}): {_AGAIN}") from error
     expected = 8 + length + max((entry.end for entry in entries), default=0)
     if size < expected:
         raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {_AGAIN}")
+    if size > expected:
+        raise TideError(f"{file} is damaged: {size} bytes, expected {expected} by its header: {_AGAIN}")
     return [(entry.name, entry.info, 8 + length + entry.begin) for entry in entries]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that comes twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it says {_shown(twice)} twice")
+    return values
+
+
+def _entries(header: dict[str, Any]) -> list[_Entry]:
+    """The tensors of a header, in its order. Raises what `_read_header` reports."""
+    notes = header.get("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError("__metadata__ is not an object of strings")
+    entries = [_entry(name, values) for name, values in header.items() if name != "__metadata__"]
+    end, before = 0, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != end:
+            wrong = "overlap" if entry.begin < end else "have a gap between them"
+            raise ValueError(f"{before} and {_shown(entry.name)} {wrong}")
+        end, before = entry.end, _shown(entry.name)
+    return entries
 
 
 def _entry(name: str, values: dict[str, Any]) -> _Entry:
     """A tensor of a header, checked on its own. Raises what `_read_header` reports."""
-    shape, (begin, end) = values["shape"], values["data_offsets"]
+    shape, dtype, (begin, end) = values["shape"], values["dtype"], values["data_offsets"]
     numbers = [*shape, begin, end]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"{name} has shape {shape} at bytes {begin} to {end}, expected whole numbers, 0 or more")
-    info = TensorInfo(tuple(shape), str(values["dtype"]))
-    dtype = STORED_DTYPES.get(info.dtype)
-    if end < begin or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
-        raise ValueError(f"{name} has {end - begin} bytes for shape {shape} {info.dtype}")
-    return _Entry(name, info, begin, end)
+    if len(shape) > _AXES or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        said = f"shape {_shown(shape)} at bytes {_shown(begin)} to {_shown(end)}"
+        raise ValueError(f"{_shown(name)} has {said}, expected whole numbers, 0 or more")
+    if dtype not in _BITS:
+        raise ValueError(f"{_shown(name)} has dtype {_shown(dtype)}, expected one such as F32")
+    if end < begin or 8 * (end - begin) != math.prod(shape) * _BITS[dtype]:
+        raise ValueError(f"{_shown(name)} has {end - begin} bytes for shape {_shown(shape)} {dtype}")
+    return _Entry(name, TensorInfo(tuple(shape), dtype), begin, end)
 
 
-def _check_apart(entries: list[_Entry]) -> None:
-    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
-    for before, after in itertools.pairwise(ordered):
-        if after.begin < before.end:
-            raise ValueError(f"{before.name} and {after.name} overlap")
+def _shown(value: Any) -> str:
+    """A value out of a file as a short piece of one line."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unreadable(name: str, file: Path, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.gguf_defaults import default
 from convert.gguf_hyperparameters import Hyperparameters
 from convert.gguf_rope import rope_parameters
 from convert.gguf_tensors import Config, Place, To, Undo
@@ -135,24 +136,25 @@ def decoder(
       rope: rotary settings, where they are not the usual ones.
       without: values the family does not have.
     """
-    hidden, heads, context = hp.need("embedding_length"), hp.need("attention.head_count"), hp.need("context_length")
+    hidden, heads, context = hp.take("embedding_length"), hp.take("attention.head_count"), hp.take("context_length")
     if head_dim is None:
-        head_dim = int(hp.take("attention.key_length", hidden // heads))
+        head_dim = hp.take("attention.key_length")
         hp.expect("attention.value_length", head_dim)
     hp.expect("attention.causal", True)
-    if (window := hp.take("attention.sliding_window", 0)) and window < context:
+    if (window := hp.once("attention.sliding_window")) and window < context:
         raise hp.refuse(f"attention.sliding_window={window}: not supported, expected attention to all tokens")
-    hp.expect("expert_count", 0)
+    if count := hp.once("expert_count"):
+        raise hp.refuse(f"expert_count={count}: not supported, expected 0")
     hp.ignore("vocab_size", "attention.sliding_window_pattern", "expert_used_count")
     common = {
         "model_type": model_type,
         "vocab_size": vocab_size(hp),
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": hp.take("feed_forward_length"),
+        "intermediate_size": hp.once("feed_forward_length") or None,
         "num_hidden_layers": hp.layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": hp.take("attention.head_count_kv", heads),
+        "num_key_value_heads": hp.once("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
         "rope_parameters": rotary(hp, head_dim, context, partial) if rope is None else rope,
@@ -164,18 +166,19 @@ def decoder(
 def vocab_size(hp: Hyperparameters) -> int:
     """Rows of the embedding. Raises TideError without one."""
     embedding = hp.tensors.get("token_embd.weight")
-    if embedding is None:
+    if embedding is None or len(embedding.shape) != 2:
         raise hp.refuse("token_embd.weight is missing, expected a whole language model")
     return embedding.shape[0]
 
 
 def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
     """Rotary settings; TideError where only a part of each head is rotated but the family rotates all of it."""
-    width = hp.take("rope.dimension_count", head_dim)
+    width = hp.take("rope.dimension_count")
     if width != head_dim and not partial:
         raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
     rope = rope_parameters(hp, width, context)
-    hp.expect("rope.freq_base_swa", rope["rope_theta"])
+    if (local := hp.once("rope.freq_base_swa", rope["rope_theta"])) != rope["rope_theta"]:
+        raise hp.refuse(f"rope.freq_base_swa={local}: not supported, expected {rope['rope_theta']}")
     # Said even of a whole head: some families' configurations rotate a part of it by default.
     return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
 
@@ -188,12 +191,12 @@ def _share(part: int, whole: int) -> float:
 
 def rms(hp: Hyperparameters) -> dict[str, Any]:
     """The eps of RMS norms."""
-    return {"rms_norm_eps": hp.need("attention.layer_norm_rms_epsilon")}
+    return {"rms_norm_eps": hp.take("attention.layer_norm_rms_epsilon")}
 
 
 def layer_norm(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
     """The eps of LayerNorms under a family's name."""
-    return {name: hp.need("attention.layer_norm_epsilon")}
+    return {name: hp.take("attention.layer_norm_epsilon")}
 
 
 def biases(hp: Hyperparameters) -> dict[str, Any]:
@@ -202,7 +205,8 @@ def biases(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def multipliers(hp: Hyperparameters) -> dict[str, Any]:
-    """Granite's. Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned.
+    """Granite's, 0 where one is not applied. Raises TideError for a model without rotary embedding, which Granite marks
+    as not fine-tuned.
 
     Files of models that could have had state-space layers give those layers' sizes all the same.
     """
@@ -210,32 +214,38 @@ def multipliers(hp: Hyperparameters) -> dict[str, Any]:
     sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
     hp.ignore(*(f"ssm.{name}" for name in sizes))
     return {
-        "attention_multiplier": hp.take("attention.scale", 1.0),
-        "embedding_multiplier": hp.take("embedding_scale", 1.0),
-        "residual_multiplier": hp.take("residual_scale", 1.0),
-        "logits_scaling": hp.take("logit_scale", 1.0),
+        "attention_multiplier": hp.take("attention.scale") or hp.peek("attention.key_length") ** -0.5,
+        "embedding_multiplier": hp.take("embedding_scale") or 1.0,
+        "residual_multiplier": hp.take("residual_scale") or 1.0,
+        "logits_scaling": hp.take("logit_scale"),
     }
 
 
-def local_rotary(hp: Hyperparameters, theta: float) -> dict[str, Any]:
-    """Rotary settings of layers with a window where those are not scaled, and turn by `theta` unless the file says."""
-    return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa", theta)}
+def local_rotary(hp: Hyperparameters) -> dict[str, Any]:
+    """Rotary settings of layers with a window, where those are not scaled."""
+    return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa")}
+
+
+def clamp(hp: Hyperparameters) -> float | None:
+    """What queries, keys and values are clipped at, None where they are not: 0 in a file."""
+    return hp.take("attention.clamp_kqv") or None
 
 
 def inner_size(hp: Hyperparameters) -> int:
     """Hidden width of a plain MLP: the converter writes four times the model's, whatever the matrices have."""
-    stated = hp.take("feed_forward_length")
+    stated = hp.once("feed_forward_length")
     up = hp.tensors.get("blk.0.ffn_up.weight")
     return stated if up is None else up.shape[0]
 
 
-def sliding(hp: Hyperparameters, period: int | None = None) -> dict[str, Any]:
-    """The window and the layers that have it: those the file says, or all but every `period`-th, or all."""
-    window = hp.take("attention.sliding_window", 0)
+def sliding(hp: Hyperparameters) -> dict[str, Any]:
+    """The window and the layers that have it: those the pattern lists, or all but each one at the end of a period."""
+    window = hp.take("attention.sliding_window")
     pattern = hp.take_list("attention.sliding_window_pattern")
-    pattern = (0 if period is None else period) if pattern is None else pattern
     if not window:
         return {"sliding_window": None, "layer_types": ["full_attention"] * hp.layers}
+    if isinstance(pattern, bool) or (isinstance(pattern, list) and len(pattern) < hp.layers):
+        raise hp.refuse(f"attention.sliding_window_pattern is no period and no list of {hp.layers} layers")
     if isinstance(pattern, list):
         slides = [bool(flag) for flag in pattern[: hp.layers]]
     else:
@@ -251,11 +261,34 @@ def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "s
       count: config.json's name of their number.
       scores: the only scoring function of the family, "softmax" or "sigmoid".
     """
-    number = {"softmax": 1, "sigmoid": 2}[scores]
-    hp.expect("expert_gating_func", number)
-    width = hp.take("expert_feed_forward_length")
+    number, found = {"softmax": 1, "sigmoid": 2}[scores], scoring(hp)
+    if found != number:
+        raise hp.refuse(f"expert_gating_func={found}: not supported, expected {number}")
+    total, used, width = hp.take("expert_count"), hp.take("expert_used_count"), hp.take("expert_feed_forward_length")
+    if not 1 <= used <= total:
+        raise hp.refuse(
+            f"expert_used_count={used}: not supported with expert_count={total}, expected 1 or more of them"
+        )
     return {
-        count: hp.need("expert_count"),
-        "num_experts_per_tok": hp.need("expert_used_count"),
+        count: total,
+        "num_experts_per_tok": used,
         **({} if width is None else {"moe_intermediate_size": width}),
     }
+
+
+def scoring(hp: Hyperparameters) -> int:
+    """llama.cpp's number of the function that scores experts: 1 softmax, 2 sigmoid; 0 in a file leaves it open."""
+    return hp.take("expert_gating_func") or default(hp, "expert_gating_func")
+
+
+def groups(hp: Hyperparameters) -> dict[str, Any]:
+    """Groups of experts, and how many of them a token uses; one of one where there are none."""
+    return {
+        "n_group": hp.take("expert_group_count") or 1,
+        "topk_group": hp.take("expert_group_used_count") or 1,
+    }
+
+
+def routed_scale(hp: Hyperparameters) -> float:
+    """What the experts' sum is multiplied by; 0 in a file leaves it as it is."""
+    return hp.take("expert_weights_scale") or 1.0

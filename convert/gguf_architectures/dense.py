@@ -18,6 +18,7 @@ from convert.gguf_architectures.base import (
     Architecture,
     Names,
     biases,
+    clamp,
     decoder,
     inner_size,
     layer_norm,
@@ -28,6 +29,7 @@ from convert.gguf_architectures.base import (
     sliding,
 )
 from convert.gguf_architectures.mixtures import MIXTRAL_EXPERTS, mixtral
+from convert.gguf_file import shown
 from convert.gguf_hyperparameters import Hyperparameters
 from convert.gguf_tensors import Split, To
 
@@ -47,19 +49,23 @@ def _llama(hp: Hyperparameters) -> Values:
 
 
 def _exaone(hp: Hyperparameters) -> Values:
-    """Llama in all but name, whose converter writes the eps of RMS norms as that of LayerNorms."""
-    stated = hp.take("attention.layer_norm_epsilon")
-    eps = hp.take("attention.layer_norm_rms_epsilon", stated)
-    return decoder(hp, "llama", rms_norm_eps=eps, **biases(hp))
+    """Llama in all but name, whose converter wrote the eps of RMS norms as that of LayerNorms."""
+    stated = hp.given("attention.layer_norm_epsilon")
+    hp.ignore("attention.layer_norm_epsilon")
+    eps = hp.given("attention.layer_norm_rms_epsilon") or stated
+    values = decoder(hp, "llama", **biases(hp), **({"rms_norm_eps": eps} if eps else rms(hp)))
+    hp.ignore("attention.layer_norm_rms_epsilon")
+    return values
 
 
 def _mistral3(hp: Hyperparameters) -> Values:
     """Mistral Small 3.1, or Ministral 3 where queries grow with their position."""
-    if (beta := hp.take("attention.temperature_scale")) is None:
+    if not (beta := hp.take("attention.temperature_scale")):
         return decoder(hp, "mistral", **rms(hp), sliding_window=None)
-    scale = hp.take("rope.scaling.yarn_log_multiplier", 1.0)
+    scale = hp.take("rope.scaling.yarn_log_multiplier")
     values = decoder(hp, "ministral3", **rms(hp))
-    values["rope_parameters"] |= {"llama_4_scaling_beta": beta, "mscale": scale, "mscale_all_dim": scale}
+    scales = {"mscale": scale, "mscale_all_dim": scale} if scale else {}
+    values["rope_parameters"] |= {"llama_4_scaling_beta": beta} | scales
     return values
 
 
@@ -79,13 +85,13 @@ def _granite(hp: Hyperparameters) -> Values:
 
 
 def _minicpm(hp: Hyperparameters) -> Values:
-    """Granite by another name; files from before the multipliers were written hold MiniCPM 2B's."""
+    """Granite by another name; files from before the multipliers were written have MiniCPM 2B's."""
     values = decoder(hp, "granite", **rms(hp), **biases(hp))
     return values | {
         "attention_multiplier": values["head_dim"] ** -0.5,
-        "embedding_multiplier": hp.take("embedding_scale", 12.0),
-        "residual_multiplier": hp.take("residual_scale", 1.4 * hp.layers**-0.5),
-        "logits_scaling": hp.take("logit_scale", values["hidden_size"] / 256),
+        "embedding_multiplier": hp.take("embedding_scale") or 1.0,
+        "residual_multiplier": hp.take("residual_scale") or 1.0,
+        "logits_scaling": hp.take("logit_scale"),
     }
 
 
@@ -99,7 +105,7 @@ def _glm4(hp: Hyperparameters) -> Values:
 
 
 def _phi3(hp: Hyperparameters) -> Values:
-    window = hp.take("attention.sliding_window", 0) or None
+    window = hp.take("attention.sliding_window") or None
     values = decoder(hp, "phi3", **rms(hp), partial=True)
     original = values["rope_parameters"].get("original_max_position_embeddings", values["max_position_embeddings"])
     return values | {"sliding_window": window, "original_max_position_embeddings": original}
@@ -119,7 +125,7 @@ def _stablelm(hp: Hyperparameters) -> Values:
         hp,
         "stablelm",
         **layer_norm(hp),
-        use_parallel_residual=hp.take("use_parallel_residual", True),
+        use_parallel_residual=hp.take("use_parallel_residual"),
         use_qkv_bias=hp.has("attn_q.bias"),
         qk_layernorm=hp.has("attn_q_norm.weight"),
         partial=True,
@@ -139,21 +145,21 @@ def _starcoder2(hp: Hyperparameters) -> Values:
 
 def _olmo(hp: Hyperparameters) -> Values:
     hp.expect("attention.layer_norm_epsilon", 1e-5)
-    return decoder(hp, "olmo", **biases(hp), clip_qkv=hp.take("attention.clamp_kqv"))
+    return decoder(hp, "olmo", **biases(hp), clip_qkv=clamp(hp))
 
 
 def _olmo2(hp: Hyperparameters) -> Values:
     """OLMo 2, or OLMo 3 where there is a window."""
-    window = sliding(hp, period=4)
+    window = sliding(hp)
     if window["sliding_window"] is None:
         return decoder(hp, "olmo2", **rms(hp), **biases(hp))
-    local = local_rotary(hp, hp.peek("rope.freq_base"))
+    local = local_rotary(hp)
     values = decoder(hp, "olmo3", **rms(hp), **biases(hp), **window)
     return values | {"rope_parameters": {"full_attention": values["rope_parameters"], "sliding_attention": local}}
 
 
 def _exaone4(hp: Hyperparameters) -> Values:
-    window = sliding(hp, period=4)
+    window = sliding(hp)
     return decoder(hp, "exaone4", **rms(hp), **window)
 
 
@@ -164,13 +170,13 @@ def _smollm3(hp: Hyperparameters) -> Values:
 
 
 def _cohere(hp: Hyperparameters) -> Values:
-    scale = {"logit_scale": hp.take("logit_scale", 1.0), "use_qk_norm": hp.has("attn_q_norm.weight")}
+    scale = {"logit_scale": hp.take("logit_scale"), "use_qk_norm": hp.has("attn_q_norm.weight")}
     return decoder(hp, "cohere", **layer_norm(hp), **biases(hp), **scale)
 
 
 def _cohere2(hp: Hyperparameters) -> Values:
-    window = sliding(hp, period=4)
-    return decoder(hp, "cohere2", **layer_norm(hp), **biases(hp), **window, logit_scale=hp.take("logit_scale", 1.0))
+    scale = hp.take("logit_scale")
+    return decoder(hp, "cohere2", **layer_norm(hp), **biases(hp), **sliding(hp), logit_scale=scale)
 
 
 def _nemotron(hp: Hyperparameters) -> Values:
@@ -209,8 +215,10 @@ def _xielu(hp: Hyperparameters) -> dict[str, np.ndarray]:
     tensors = {}
     for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
         values = hp.metadata.get(f"xielu.{name}")
+        if isinstance(values, float):  # of all layers
+            values = [values] * hp.layers
         if not isinstance(values, list) or len(values) != hp.layers:
-            raise hp.refuse(f"xielu.{name} is {values!r}, expected {hp.layers} numbers")
+            raise hp.refuse(f"xielu.{name} is {shown(values)}, expected {hp.layers} numbers")
         for layer, value in enumerate(values):
             tensors[f"model.layers.{layer}.mlp.act_fn.{name}"] = np.full(shape, value, np.float32)
     return tensors

@@ -9,6 +9,7 @@ import numpy as np
 from convert.gguf_architectures.base import (
     Architecture,
     Names,
+    clamp,
     decoder,
     head_by_head,
     inner_size,
@@ -62,7 +63,7 @@ def _gpt_neox(hp: Hyperparameters) -> dict[str, Any]:
         "gpt_neox",
         **layer_norm(hp),
         hidden_act="gelu",
-        use_parallel_residual=hp.take("use_parallel_residual", True),
+        use_parallel_residual=hp.take("use_parallel_residual"),
         attention_bias=hp.has("attn_qkv.bias"),
         partial=True,
     )
@@ -75,7 +76,7 @@ def _starcoder(hp: Hyperparameters) -> dict[str, Any]:
         **layer_norm(hp, "layer_norm_epsilon"),
         n_inner=inner_size(hp),
         activation_function="gelu_pytorch_tanh",
-        multi_query=True,
+        multi_query=hp.peek("attention.head_count_kv") == 1,
         without=_ABSENT,
     )
 
@@ -88,7 +89,7 @@ def _bloom(hp: Hyperparameters) -> dict[str, Any]:
 def _falcon(hp: Hyperparameters) -> dict[str, Any]:
     """The first Falcons share one head of keys and values, newer ones have groups; two norms or one for both parts."""
     hp.expect("tensor_data_layout", "jploski")
-    heads = hp.take("attention.head_count_kv", 1)
+    heads = hp.take("attention.head_count_kv")
     return decoder(
         hp,
         "falcon",
@@ -128,8 +129,8 @@ def _group_by_group(a: np.ndarray, c: Config) -> np.ndarray:
 def _mpt(hp: Hyperparameters) -> dict[str, Any]:
     attention = {
         "alibi": True,
-        "alibi_bias_max": int(hp.take("attention.max_alibi_bias", 8.0)),
-        "clip_qkv": hp.take("attention.clamp_kqv"),
+        "alibi_bias_max": int(hp.take("attention.max_alibi_bias")),
+        "clip_qkv": clamp(hp),
         "qk_ln": False,
     }
     if not attention["alibi_bias_max"]:

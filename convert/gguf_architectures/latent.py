@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.gguf_architectures.base import EXPERTS, LLAMA, Architecture, Names, decoder, rms, transposed
+from convert.gguf_architectures.base import (
+    EXPERTS,
+    LLAMA,
+    Architecture,
+    Names,
+    decoder,
+    experts,
+    groups,
+    rms,
+    routed_scale,
+    scoring,
+    transposed,
+)
 from convert.gguf_hyperparameters import Hyperparameters
 from convert.gguf_tensors import PartOf
 
@@ -25,16 +37,19 @@ _LATENT: Names = {
 
 def _latent(hp: Hyperparameters, model_type: str, value_dim: int, **fields: Any) -> dict[str, Any]:
     """Latent attention's values. A file gives the width of a head as what is compared, or as what is cached."""
-    rotated = hp.need("rope.dimension_count")
-    width = hp.take("attention.key_length")
+    rotated, width = hp.take("rope.dimension_count"), hp.take("attention.key_length")
+    # MiniCPM3's files have no width of their own for what is cached.
+    unrotated = (hp.take("attention.key_length_mla") if hp.architecture == "deepseek2" else width) - rotated
+    if unrotated < 1:
+        raise hp.refuse(f"rope.dimension_count={rotated}: expected less than a head's width")
     values = decoder(
         hp,
         model_type,
         **rms(hp),
         head_dim=rotated,
-        q_lora_rank=hp.take("attention.q_lora_rank"),
-        kv_lora_rank=hp.need("attention.kv_lora_rank"),
-        qk_nope_head_dim=hp.take("attention.key_length_mla", width) - rotated,
+        q_lora_rank=hp.take("attention.q_lora_rank") or None,
+        kv_lora_rank=hp.take("attention.kv_lora_rank"),
+        qk_nope_head_dim=unrotated,
         qk_rope_head_dim=rotated,
         v_head_dim=value_dim,
         attention_bias=hp.has("attn_kv_a_mqa.bias"),
@@ -46,8 +61,8 @@ def _latent(hp: Hyperparameters, model_type: str, value_dim: int, **fields: Any)
 
 def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
     """DeepSeek-V2 scores experts by a softmax, V3 and its like by sigmoids; Youtu has no experts."""
-    width = hp.take("attention.value_length")
-    value_dim = hp.take("attention.value_length_mla", width)
+    hp.ignore("attention.value_length")
+    value_dim = hp.take("attention.value_length_mla")
     log_multiplier = hp.take("rope.scaling.yarn_log_multiplier")
     if hp.peek("expert_count"):
         model_type, fields = _experts(hp)
@@ -56,7 +71,7 @@ def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
         hp.expect("expert_shared_count", 0)
         hp.ignore("leading_dense_block_count", "expert_feed_forward_length", "expert_weights_scale")
     values = _latent(hp, model_type, value_dim, **fields)
-    if log_multiplier is not None and values["rope_parameters"]["rope_type"] == "yarn":
+    if log_multiplier and values["rope_parameters"]["rope_type"] == "yarn":
         # The file has a tenth of it.
         scale = round(10 * log_multiplier, 6)
         values["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
@@ -65,31 +80,25 @@ def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
 
 def _experts(hp: Hyperparameters) -> tuple[str, dict[str, Any]]:
     """Model type, told by the scores, and the experts' values. Sigmoids come with corrections of the choice."""
-    sigmoid = hp.take("expert_gating_func", 2 if hp.has("*exp_probs_b.bias") else 1) == 2
-    groups = hp.take("expert_group_count", 1)
-    values = {
-        "n_routed_experts": hp.need("expert_count"),
-        "num_experts_per_tok": hp.need("expert_used_count"),
-        "n_shared_experts": hp.take("expert_shared_count", 0),
-        "moe_intermediate_size": hp.need("expert_feed_forward_length"),
-        "first_k_dense_replace": hp.take("leading_dense_block_count", 0),
-        "routed_scaling_factor": hp.take("expert_weights_scale", 1.0),
-        "norm_topk_prob": bool(hp.take("expert_weights_norm", False)),
-        "n_group": groups,
-        "topk_group": hp.take("expert_group_used_count", 1),
+    scores = "sigmoid" if scoring(hp) == 2 else "softmax"
+    values = experts(hp, "n_routed_experts", scores=scores) | {
+        "n_shared_experts": hp.take("expert_shared_count"),
+        "first_k_dense_replace": hp.take("leading_dense_block_count"),
+        "routed_scaling_factor": routed_scale(hp),
+        "norm_topk_prob": hp.take("expert_weights_norm"),
+        **groups(hp),
     }
-    if sigmoid:
+    if scores == "sigmoid":
         return "deepseek_v3", values
     if values["norm_topk_prob"]:
         raise hp.refuse("expert_weights_norm=true: not supported without sigmoid scores")
-    return "deepseek_v2", values | {"topk_method": "group_limited_greedy" if groups > 1 else "greedy"}
+    return "deepseek_v2", values | {"topk_method": "group_limited_greedy" if values["n_group"] > 1 else "greedy"}
 
 
 def _minicpm3(hp: Hyperparameters) -> dict[str, Any]:
     """Multipliers, and the width of values, are those of the one published model."""
-    hidden, heads = hp.peek("embedding_length"), hp.peek("attention.head_count")
     multipliers = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
-    return _latent(hp, "minicpm3", hp.take("attention.value_length", hidden // heads), **multipliers)
+    return _latent(hp, "minicpm3", hp.take("attention.value_length"), **multipliers)
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -14,10 +14,13 @@ from convert.gguf_architectures.base import (
     Architecture,
     Names,
     biases,
+    clamp,
     decoder,
     experts,
+    groups,
     multipliers,
     rms,
+    routed_scale,
     sliding,
     transposed,
 )
@@ -47,7 +50,7 @@ def mixtral(hp: Hyperparameters) -> Values:
 
 
 def _qwen2_moe(hp: Hyperparameters) -> Values:
-    shared = hp.need("expert_shared_feed_forward_length")
+    shared = hp.take("expert_shared_feed_forward_length")
     return decoder(
         hp,
         "qwen2_moe",
@@ -66,13 +69,12 @@ def _qwen3_moe(hp: Hyperparameters) -> Values:
 
 
 def _olmoe(hp: Hyperparameters) -> Values:
-    clip = hp.take("attention.clamp_kqv")
-    return decoder(hp, "olmoe", **rms(hp), **biases(hp), **experts(hp), norm_topk_prob=False, clip_qkv=clip)
+    return decoder(hp, "olmoe", **rms(hp), **biases(hp), **experts(hp), norm_topk_prob=False, clip_qkv=clamp(hp))
 
 
 def _phimoe(hp: Hyperparameters) -> Values:
     """A file has the usual magnitude of longrope, not the one that Phi-3.5-MoE's configuration sets."""
-    window = hp.take("attention.sliding_window", 0) or None
+    window = hp.take("attention.sliding_window") or None
     values = decoder(hp, "phimoe", **rms(hp), **biases(hp), **experts(hp, "num_local_experts"))
     rope = values["rope_parameters"]
     if rope["rope_type"] == "longrope":
@@ -104,9 +106,9 @@ def _ernie4_5_moe(hp: Hyperparameters) -> Values:
         moe_num_experts=moe["moe_num_experts"],
         moe_k=moe["num_experts_per_tok"],
         moe_intermediate_size=moe["moe_intermediate_size"],
-        moe_num_shared_experts=hp.take("expert_shared_count", 0),
-        moe_layer_start_index=hp.take("leading_dense_block_count", 0),
-        moe_layer_interval=hp.take("interleave_moe_layer_step", 1),
+        moe_num_shared_experts=hp.take("expert_shared_count"),
+        moe_layer_start_index=hp.take("leading_dense_block_count"),
+        moe_layer_interval=hp.take("interleave_moe_layer_step"),
     )
 
 
@@ -126,7 +128,7 @@ def _hunyuan_moe(hp: Hyperparameters) -> Values:
 
 
 def _gpt_oss(hp: Hyperparameters) -> Values:
-    window = sliding(hp, period=2)
+    window = sliding(hp)
     moe = experts(hp, "num_local_experts")
     hp.ignore("feed_forward_length")
     values = decoder(
@@ -146,9 +148,7 @@ def _gpt_oss(hp: Hyperparameters) -> Values:
 
 def _dbrx(hp: Hyperparameters) -> Values:
     moe = experts(hp)
-    values = decoder(
-        hp, "dbrx", attn_config={"clip_qkv": hp.take("attention.clamp_kqv")}, without=("hidden_act", "head_dim")
-    )
+    values = decoder(hp, "dbrx", attn_config={"clip_qkv": clamp(hp)}, without=("hidden_act", "head_dim"))
     hp.expect("attention.layer_norm_epsilon", 1e-5)
     values["attn_config"] |= {
         "kv_n_heads": values["num_key_value_heads"],
@@ -182,25 +182,25 @@ def _minimax_m2(hp: Hyperparameters) -> Values:
 
 def _afmoe(hp: Hyperparameters) -> Values:
     hp.expect("expert_weights_norm", True)
-    hp.expect("expert_group_count", 1)
-    hp.expect("expert_group_used_count", 1)
+    hp.expect("expert_group_count", 0, 1)
+    hp.expect("expert_group_used_count", 0, 1)
     return decoder(
         hp,
         "afmoe",
-        **sliding(hp, period=4),
+        **sliding(hp),
         **rms(hp),
         **experts(hp, scores="sigmoid"),
         attention_bias=hp.has("attn_q.bias"),
-        num_dense_layers=hp.take("leading_dense_block_count", 0),
-        num_shared_experts=hp.take("expert_shared_count", 0),
-        route_scale=hp.take("expert_weights_scale", 1.0),
+        num_dense_layers=hp.take("leading_dense_block_count"),
+        num_shared_experts=hp.take("expert_shared_count"),
+        route_scale=routed_scale(hp),
         mup_enabled=True,
     )
 
 
 def _exaone_moe(hp: Hyperparameters) -> Values:
-    window = sliding(hp, period=4)
-    shared = hp.take("expert_shared_count", 0)
+    window = sliding(hp)
+    shared = hp.take("expert_shared_count")
     values = _corrected(hp, "exaone_moe", "num_experts", num_shared_experts=shared, **window)
     dense = values["first_k_dense_replace"]
     return values | {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (hp.layers - dense)}
@@ -216,24 +216,23 @@ def _corrected(hp: Hyperparameters, model_type: str, count: str, **fields: Any) 
         **rms(hp),
         **biases(hp),
         **moe,
-        n_group=hp.take("expert_group_count", 1),
-        topk_group=hp.take("expert_group_used_count", 1),
-        norm_topk_prob=bool(hp.take("expert_weights_norm", False)),
-        routed_scaling_factor=hp.take("expert_weights_scale", 1.0),
-        first_k_dense_replace=hp.take("leading_dense_block_count", 0),
+        **groups(hp),
+        norm_topk_prob=hp.take("expert_weights_norm"),
+        routed_scaling_factor=routed_scale(hp),
+        first_k_dense_replace=hp.take("leading_dense_block_count"),
         **fields,
     )
 
 
 def _glm4_moe(hp: Hyperparameters) -> Values:
     hp.expect("rope.dimension_sections", None)
-    shared = hp.take("expert_shared_count", 0)
+    shared = hp.take("expert_shared_count")
     qk_norm = hp.has("attn_q_norm.weight")
     return _corrected(hp, "glm4_moe", "n_routed_experts", n_shared_experts=shared, use_qk_norm=qk_norm, partial=True)
 
 
 def _dots1(hp: Hyperparameters) -> Values:
-    return _corrected(hp, "dots1", "n_routed_experts", n_shared_experts=hp.take("expert_shared_count", 0))
+    return _corrected(hp, "dots1", "n_routed_experts", n_shared_experts=hp.take("expert_shared_count"))
 
 
 def _llama4(hp: Hyperparameters) -> Values:
@@ -244,7 +243,7 @@ def _llama4(hp: Hyperparameters) -> Values:
     hp.ignore("leading_dense_block_count")
     whole = hp.take("attention.sliding_window") == 0
     moe = experts(hp, "num_local_experts")
-    inner, wide = moe.pop("moe_intermediate_size"), hp.need("feed_forward_length")
+    inner, wide = moe.pop("moe_intermediate_size"), hp.take("feed_forward_length")
     rotated = [int(whole or (layer + 1) % 4 != 0) for layer in range(hp.layers)]
     kinds = ["full_attention" if whole or not rotates else "chunked_attention" for rotates in rotated]
     return decoder(
@@ -255,7 +254,7 @@ def _llama4(hp: Hyperparameters) -> Values:
         attention_bias=hp.has("attn_q.bias"),
         intermediate_size=inner,
         intermediate_size_mlp=wide,
-        interleave_moe_layer_step=hp.need("interleave_moe_layer_step"),
+        interleave_moe_layer_step=hp.take("interleave_moe_layer_step"),
         use_qk_norm=moe["num_local_experts"] != 128,
         no_rope_layers=rotated,
         layer_types=kinds,
