@@ -12,6 +12,7 @@ import numpy as np
 
 from tide_jax.checkpoint import CONFIG_KEY, tokenizer_in
 from tide_jax.errors import TideError
+from tide_jax.model_directory import model_directory
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
 
 __all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source"]
@@ -74,8 +75,8 @@ class HuggingFaceSource:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.description = str(directory)
+        self.directory = directory = model_directory(directory)
         self.config = read_json(directory / "config.json")
         _check_types(directory, self.config)
         if CONFIG_KEY in self.config:

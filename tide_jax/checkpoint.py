@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError
+from tide_jax.model_directory import model_directory, model_version
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 
@@ -41,14 +42,14 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
         device ever holds more than its part, and the host one tensor.
 
     Raises:
-      TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, or `mesh` has no axes
-        "data" and "model".
+      TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
+        or `mesh` has no axes "data" and "model".
     """
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
     if not is_converted(source):
         return _opener("model")(source, dtype, **({} if mesh is None else {"mesh": mesh}))
-    directory = Path(source).expanduser()
+    version, directory = model_version(source), model_directory(source)
     settings = _settings(directory)
     config = DecoderConfig.from_dict(settings["decoder"])
     tensors = ShardedTensors(directory)
@@ -57,7 +58,10 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
     mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
     read = tensors.map if mapped else tensors.read
     checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
-    return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    model = from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    if model_version(source) != version:
+        raise TideError(f"{source} was replaced while it was read: load it again")
+    return model
 
 
 def load_config(source: str | Path) -> DecoderConfig:
@@ -68,7 +72,7 @@ def load_config(source: str | Path) -> DecoderConfig:
     """
     if not is_converted(source):
         return _opener("config")(source)
-    return DecoderConfig.from_dict(_settings(Path(source).expanduser())["decoder"])
+    return DecoderConfig.from_dict(_settings(model_directory(source))["decoder"])
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -79,7 +83,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     if not is_converted(source):
         return _opener("tokenizer")(source)
-    return tokenizer_in(Path(source).expanduser())
+    return tokenizer_in(model_directory(source))
 
 
 def tokenizer_in(directory: Path) -> Any:
@@ -121,7 +125,7 @@ def fingerprint(model: Decoder) -> str:
 
 def is_converted(source: str | Path) -> bool:
     """Whether `source` is a directory that `convert` wrote."""
-    path = Path(source).expanduser() / "config.json"
+    path = model_directory(source) / "config.json"
     return path.is_file() and CONFIG_KEY in read_json(path)
 
 
