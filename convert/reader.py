@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -115,9 +116,28 @@ def _check_types(directory: Path, config: dict[str, Any]) -> None:
 
 
 def copy_side_files(source: Path, destination: Path) -> None:
-    """Copies tokenizer files and generation_config.json between directories."""
+    """Copies tokenizer files and generation_config.json between directories.
+
+    Raises:
+      TideError: one is a link that leads out of `source`: what lies there would become part of a model to hand on.
+    """
     for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
+        _check_own(path, source)
         shutil.copyfile(path, destination / path.name)
+
+
+def _check_own(path: Path, directory: Path) -> None:
+    """Raises TideError where a file leads out of its directory, but for links into the hub cache of its repository."""
+    place = Path(os.path.realpath(directory))
+    own = [place]
+    for folder in (place, *place.parents):  # .../models--org--name/snapshots/revision links to .../blobs
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            own.append(folder.parent.parent / "blobs")
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(folder) for folder in own):
+        raise TideError(
+            f"{path} is a link to {target}, outside of its checkpoint: put a copy there if it belongs to it"
+        )
 
 
 def open_source(reference: str | Path) -> Source:
