@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from tide_jax.ending_signals import until_ended
 from tide_jax.errors import TideError
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
@@ -39,7 +40,7 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     args = argparse.Namespace(as_program=arguments is None)
     try:
         parser.parse_args(arguments, args)
-        code = args.run(args)
+        code = until_ended(lambda: args.run(args), as_program=args.as_program)
         sys.stdout.flush()
         return code
     except TideError as error:
