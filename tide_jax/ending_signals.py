@@ -32,7 +32,8 @@ def until_ended(run: Callable[[], int], *, as_program: bool) -> int:
         if not came:
             raise
     with contextlib.suppress(OSError):
-        print(f"ended by {signal.Signals(came[0]).name}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"ended by {signal.Signals(came[0]).name}\n")
+        sys.stderr.flush()
     code = 128 + came[0]
     if as_program:
         with contextlib.suppress(OSError, ValueError):
