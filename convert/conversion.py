@@ -18,7 +18,7 @@ from convert.architecture import architecture_of
 from convert.lora import with_adapter
 from convert.probe import verify_probed
 from convert.reader import Source, open_source
-from convert.replacement import replacing
+from convert.replacement import check_spared, files_of, is_free, replacing
 from convert.rules import Piece, Plan, coverage
 from convert.stored import as_stored
 from convert.text_model import text_decoder
@@ -85,7 +85,8 @@ def convert(
 ) -> ConversionReport:
     """Converts a checkpoint into a directory that `tide_jax.load` reads.
 
-    The directory appears complete or not at all. Memory beyond the interpreter's stays below the largest source
+    The directory appears complete or not at all, and one that is replaced is the old model or the new one, whenever the
+    process is killed. Memory beyond the interpreter's stays below the largest source
     tensor plus 1 GiB.
 
     Args:
@@ -99,7 +100,7 @@ def convert(
         (float32 in GGUF).
       verify: compare logits with transformers' and record the difference; needs torch.
       dry_run: check everything that can be checked from names and shapes, write nothing.
-      overwrite: replace an earlier conversion at `destination`.
+      overwrite: replace an earlier conversion at `destination`, and none of the other files there.
       max_shard_bytes: size of a weight file at the most.
       progress: called with (bytes of weights written, bytes in all).
 
@@ -135,9 +136,10 @@ def convert(
     )
     if dry_run:
         return report
-    with replacing(destination, layout.total_bytes, check) as partial:
-        _write_weights(source, plan, config, layout, partial, progress)
+    with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
         _write_config(source, config, stored, partial)
+        check_spared(partial, destination, RECORD_FILE)
+        _write_weights(source, plan, config, layout, partial, progress)
         if verify:
             model = load(partial, "float32")
             if architecture.probed is None:
@@ -241,6 +243,7 @@ def _write_record(source: Source, report: ConversionReport, directory: Path) -> 
     record["source_sha256"] = {file.name: _sha256(file) for file in source.files}
     record["source_tensors"] = {name: [info.dtype, list(info.shape)] for name, info in source.tensors.items()}
     record["versions"] = versions()
+    record["files"] = [*files_of(directory), RECORD_FILE]
     write_json(directory / RECORD_FILE, record)
 
 
@@ -268,7 +271,7 @@ def _version(package: str) -> str | None:
 
 def check_destination(destination: Path, overwrite: bool, replaceable: Callable[[Path], bool], kind: str) -> None:
     """Raises TideError unless `destination` is free, or holds what `overwrite` may replace, called `kind`."""
-    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+    if not destination.exists() or (destination.is_dir() and is_free(destination)):
         return
     if not destination.is_dir():
         raise TideError(f"{destination} is a file: expected a directory to make")

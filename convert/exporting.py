@@ -18,12 +18,13 @@ from convert.architecture import family_of
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
 from convert.probe_rules import from_json
 from convert.reader import copy_side_files
-from convert.replacement import replacing
+from convert.replacement import check_spared, files_of, replacing
 from convert.rules import Piece, Rule, coverage
 from convert.stored import as_stored
 from convert.writer import ShardWriter, plan_layout, split
 from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype
 from tide_jax.errors import TideError
+from tide_jax.model_directory import model_directory
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
@@ -75,13 +76,13 @@ class ConvertedSource:
       TideError: not a converted directory, damaged, or made by a version that converted differently.
     """
 
-    def __init__(self, directory: Path) -> None:
-        if not is_converted(directory):
-            raise TideError(f"{directory} is not a converted model: expected a directory 'tide-jax convert' made")
-        self._directory = directory
+    def __init__(self, named: Path) -> None:
+        if not is_converted(named):
+            raise TideError(f"{named} is not a converted model: expected a directory 'tide-jax convert' made")
+        self._directory = directory = model_directory(named)
         self._decoder = load_config(directory)
         self._parameters = ShardedTensors(directory)
-        self.description = str(directory)
+        self.description = str(named)
         self.config = read_json(directory / "config.json")
         self.dtype = parse_dtype(self.config.pop(CONFIG_KEY)["dtype"])
         if not self._decoder.tie_embeddings:
@@ -179,7 +180,7 @@ def export(
       converted_dir: a directory `convert` made, from any source.
       destination: the directory to make.
       dtype: "float32", "bfloat16" or "float16"; None keeps the conversion's.
-      overwrite: replace an earlier export at `destination`.
+      overwrite: replace an earlier export at `destination`, and none of the other files there.
       max_shard_bytes: size of a weight file at the most.
       progress: called with (bytes of weights written, bytes in all).
 
@@ -206,7 +207,10 @@ def export(
         shards=tuple(layout.shards),
         ignored=source.ignored,
     )
-    with replacing(destination, layout.total_bytes, check) as partial:
+    with replacing(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
+        source.write_side_files(partial)
+        write_json(partial / "config.json", _with_dtype(source.config, stored.name) | {"dtype": stored.name})
+        check_spared(partial, destination, EXPORT_FILE)
         with ShardWriter(partial, layout) as writer:
             done = 0
             for name in shapes:
@@ -215,9 +219,7 @@ def export(
                 if progress is not None:
                     progress(done, layout.total_bytes)
             writer.sync()
-        source.write_side_files(partial)
-        write_json(partial / "config.json", _with_dtype(source.config, stored.name) | {"dtype": stored.name})
-        record = report.to_dict() | {"versions": versions()}
+        record = report.to_dict() | {"versions": versions(), "files": [*files_of(partial), EXPORT_FILE]}
         del record["destination"]
         write_json(partial / EXPORT_FILE, record)
     return report
@@ -251,4 +253,5 @@ def _check_shapes(directory: Path, found: Mapping[str, TensorInfo], expected: Ma
 
 
 def _is_export(directory: Path) -> bool:
+    directory = model_directory(directory)
     return (directory / EXPORT_FILE).is_file() and (directory / "config.json").is_file()

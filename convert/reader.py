@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from convert.hub import TOKENIZER_FILES, local_directory
 from tide_jax.checkpoint import CONFIG_KEY
 from tide_jax.errors import TideError
+from tide_jax.model_directory import model_directory
 from tide_jax.shards import ShardedTensors, TensorInfo, checked_cast, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
@@ -78,8 +80,8 @@ class HuggingFaceSource:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.description = str(directory)
+        self.directory = directory = model_directory(directory)
         self.config = read_json(directory / "config.json")
         _check_types(directory, self.config)
         if CONFIG_KEY in self.config:
@@ -120,11 +122,30 @@ def _check_types(directory: Path, config: dict[str, Any]) -> None:
 
 
 def copy_side_files(source: Path, destination: Path) -> None:
-    """Copies tokenizer files and generation_config.json between directories."""
+    """Copies tokenizer files and generation_config.json between directories.
+
+    Raises:
+      TideError: one is a link that leads out of `source`: what lies there would become part of a model to hand on.
+    """
     for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
+        _check_own(path, source)
         copy = destination / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
+
+
+def _check_own(path: Path, directory: Path) -> None:
+    """Raises TideError where a file leads out of its directory, but for links into the hub cache of its repository."""
+    place = Path(os.path.realpath(directory))
+    own = [place]
+    for folder in (place, *place.parents):  # .../models--org--name/snapshots/revision links to .../blobs
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+            own.append(folder.parent.parent / "blobs")
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(folder) for folder in own):
+        raise TideError(
+            f"{path} is a link to {target}, outside of its checkpoint: put a copy there if it belongs to it"
+        )
 
 
 def open_source(reference: str | Path, *, revision: str | None = None) -> Source:

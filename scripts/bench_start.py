@@ -67,7 +67,6 @@ def measure(name: str, model: Path, options: list[str], warm: int) -> dict[str, 
     with tempfile.TemporaryDirectory() as cache:
         cold, *later = (start(model, options, cache) for _ in range(warm + 1))
     files = [*model.glob("*.safetensors"), *(Path(o) for o in options if o.endswith(".safetensors"))]
-    files += [p for f in files if (p := f.with_suffix(".heads.safetensors")).is_file()]
     return {
         "name": name,
         "first": cold._asdict(),

@@ -133,7 +133,7 @@ def test_inspect_shows_promise_and_translators(model: Path, promised: Path, caps
     facts = json.loads(printed(capsys, "inspect", model, "--routers", promised, "--json"))["routers"]
     assert facts["exit_config"] == metadata(promised, model)["exit_config"]
     assert (facts["translators"], facts["second_look"]) == (True, False)
-    assert len(facts["files"]) == 2
+    assert facts["files"] == {str(promised): promised.stat().st_size}
 
 
 def test_thresholds_for_each_checkpoint_and_likelihood(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -269,7 +270,7 @@ def test_a_folder_of_another_pass_is_refused(changes: dict[str, Any], expected: 
         ("journal.json", lambda data: data.replace(b'"done"', b'"gone"')),
         ("journal.json", lambda data: data.replace(b'"done": 15', b'"done": -1')),
         ("journal.json", lambda data: data.replace(b'"done": 15', b'"done": 16')),
-        ("journal.json", lambda data: data.replace(b'"format": 1', b'"format": 99')),
+        ("journal.json", lambda data: data.replace(b'"format": 2', b'"format": 99')),
         ("journal.json", lambda data: b"\xff" + data),
         ("heads.states.npy", lambda data: b""),
         ("routers.last.npy", lambda data: data[:-100]),
@@ -287,6 +288,47 @@ def test_a_damaged_folder_is_refused(file: str, damage: Callable[[bytes], bytes]
     with pytest.raises(TideError, match=f"{file} is missing or damaged; delete the folder") as caught:
         gather(work_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("array", ["states", "last", "targets"])
+def test_a_value_that_is_not_what_was_stored_is_noticed(array: str, tmp_path: Path) -> None:
+    """One bit of any array of a row that counts as done."""
+    gather(work_dir=tmp_path)
+    for split in ("heads", "routers", "validation"):
+        path = tmp_path / f"{split}.{array}.npy"
+        before = path.read_bytes()
+        for at in np.linspace(200, len(before) - 1, 7).astype(int):
+            path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+            with pytest.raises(TideError, match=r"batch \d+ is not what was stored"):
+                gather(work_dir=tmp_path)
+        path.write_bytes(before)
+    assert_equal(gather(work_dir=tmp_path), uninterrupted())
+
+
+def test_room_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file would end the process when the disk is full."""
+    with pytest.raises(Killed):
+        gather(progress=dying(0), work_dir=tmp_path)
+    for file in tmp_path.glob("*.npy"):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+    shutil.rmtree(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TideError, match=r"can't write work_dir .*No space left on device.*lower reservoir_bytes"):
+        gather(work_dir=tmp_path)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_a_disk_that_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(np.memmap, "flush", broken)
+    with pytest.raises(TideError, match=r"can't write work_dir .*Input/output error"):
+        gather(work_dir=tmp_path)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from tide_jax import Decoder, Routers, TideError, router_file
 from tide_jax.checkpoint import fingerprint
 from tide_jax.config import CalibrationConfig, checkpoint_layers
 from tide_jax.decoder import from_parameters, parameters
-from tide_jax.router import ExitHead, Router, RouterMetadata, heads_path, model_identity
+from tide_jax.router import ExitHead, Router, RouterMetadata, model_identity
 from tide_jax.router_file import round_columns, round_half
 from tide_jax.testing import random_routers, tiny_config
 
@@ -80,8 +81,8 @@ def test_saving_and_loading_changes_nothing(tmp_path: Path, affine: bool, low_pr
     same_weights(loaded, routers)
     assert loaded.report == {"checkpoints": [1, 2]}
     assert loaded.exit_strategy == ("affine" if affine else "identity")
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted(
-        ["routers.safetensors", *(["routers.heads.safetensors"] if affine else [])]
+    assert [p.name for p in path.parent.iterdir()] == ["routers.safetensors"], (
+        "heads never lie apart from their routers"
     )
     with safe_open(path, framework="np") as file:
         assert file.get_tensor("1.down").dtype == (np.int8 if low_precision else np.float32)
@@ -148,15 +149,6 @@ def test_damaged_files_are_refused(tmp_path: Path, kind: str) -> None:
     refused(path, "is damaged")
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_heads_are_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "routers.safetensors"
-    made_for(MODEL, affine=True).save(path)
-    heads_path(path).write_bytes(DAMAGE[kind](heads_path(path).read_bytes()))
-    with pytest.raises(TideError, match=r"routers\.heads\.safetensors is damaged or belongs to other routers"):
-        Routers.load(path, model=MODEL)
-
-
 def test_a_missing_file(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.safetensors", "no router file at")
     refused(tmp_path, "no router file at")
@@ -167,11 +159,6 @@ def test_another_safetensors_file(tmp_path: Path) -> None:
     refused(tmp_path / "model.safetensors", "holds no routers")
 
 
-def test_the_heads_file_is_no_router_file(tmp_path: Path) -> None:
-    made_for(MODEL, affine=True).save(tmp_path / "r.safetensors")
-    refused(tmp_path / "r.heads.safetensors", "r.heads.safetensors")
-
-
 def test_another_version(tmp_path: Path) -> None:
     path = tmp_path / "routers.safetensors"
     made_for(MODEL).save(path)
@@ -180,16 +167,6 @@ def test_another_version(tmp_path: Path) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     save_file(tensors, path, metadata=metadata)
     refused(path, "router format 99")
-
-
-def test_heads_that_are_missing_or_another_fits(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    made_for(MODEL, affine=True).save(first)
-    made_for(MODEL, affine=True, seed=1).save(second)
-    heads_path(first).write_bytes(heads_path(second).read_bytes())
-    refused(first, "belongs to other routers")
-    heads_path(first).unlink()
-    refused(first, "exit heads in first.heads.safetensors, which is not there")
 
 
 def test_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
@@ -214,54 +191,63 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, affine: bool) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "routers.safetensors"
-    first = made_for(MODEL)
-    first.save(path)
-    heads_path(path).mkdir()  # the heads can't be written, so the routers must not be replaced
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(TideError, match="can't write"):
-        made_for(MODEL, affine=True, seed=1).save(path)
-    assert sorted(tmp_path.iterdir()) == before, "nothing half-written stays behind"
-    same_weights(Routers.load(path, model=MODEL), first)
+# ------------------------------------------------------------------------------------------------------ what is written
 
 
-# ------------------------------------------------------------------------------------------------ files kept as a pair
+def test_the_same_routers_are_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        made_for(MODEL, affine=True, translator_rank=3, report={"b": 1, "a": 2}).save(tmp_path / name)
+    loaded = Routers.load(tmp_path / "one", model=MODEL)
+    loaded.save(tmp_path / "three")
+    one, two, three = ((tmp_path / name).read_bytes() for name in ("one", "two", "three"))
+    assert one == two == three
+    header = json.loads(one[8 : 8 + int.from_bytes(one[:8], "little")])
+    assert list(header) == sorted(header)
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    with safe_open(tmp_path / "one", framework="np") as file:  # as any program reads it
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert found.keys() == header.keys() - {"__metadata__"}
 
 
-def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "routers.safetensors"
-    made_for(MODEL).save(path)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    refused(path, "is damaged")
-
-
-def test_a_failed_save_leaves_the_earlier_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fills up in the second file: the first must not have been replaced either."""
+@pytest.mark.parametrize("fails", ["replace", "fsync"])
+def test_a_failed_save_leaves_the_earlier_file(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "routers.safetensors"
     made_for(MODEL, affine=True).save(path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    opened, real = [], os.fdopen
 
-    def full(handle: int, mode: str) -> Any:
-        opened.append(handle)
-        if len(opened) < 2:
-            return real(handle, mode)
-        os.close(handle)
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", full)
+    monkeypatch.setattr(os, fails, full)
     with pytest.raises(TideError, match="No space left"):
         made_for(MODEL, affine=True, seed=1).save(path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("checkpoints", [None, [3, 1], [1, 1], [99], ["1"]])
+def test_temporaries_of_dead_runs_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "routers.safetensors"
+    dead = tmp_path / f".{path.name}.{os.getpid()}-0a1b-lock.partial"
+    other = tmp_path / f".other.safetensors.{os.getpid()}-0a1b-lock.partial"
+    for file in (dead, other):
+        file.write_bytes(b"half")
+    made_for(MODEL).save(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [other.name, path.name]
+
+
+def test_a_save_goes_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.safetensors").symlink_to("disk/routers.safetensors")
+    for seed in (0, 1):
+        routers = made_for(MODEL, seed=seed)
+        routers.save(tmp_path / "link.safetensors")
+        same_weights(Routers.load(tmp_path / "disk" / "routers.safetensors", model=MODEL), routers)
+    assert (tmp_path / "link.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("checkpoints", [None, [3, 1], [1, 1], [99], ["1"], [True], 3, {}])
 def test_nonsense_checkpoints_are_refused(tmp_path: Path, checkpoints: Any) -> None:
     path = tmp_path / "routers.safetensors"
-    router_file.write({path: router_file.encode({}, model_identity(MODEL) | {"checkpoints": checkpoints})})
+    router_file.write(path, router_file.encode({}, model_identity(MODEL) | {"checkpoints": checkpoints}))
     refused(path, "names checkpoints")
 
 
@@ -269,7 +255,7 @@ def test_a_router_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     path, size = tmp_path / "routers.safetensors", MODEL.config.hidden_size
     shapes = {"down": (size, 4), "down_bias": (4,), "up": (5,), "up_bias": ()}
     tensors = {f"1.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    router_file.write({path: router_file.encode(tensors, model_identity(MODEL) | {"checkpoints": [1]})})
+    router_file.write(path, router_file.encode(tensors, model_identity(MODEL) | {"checkpoints": [1]}))
     refused(path, r"tensor 1\.up is of shape \(5,\), expected shape \(4,\)")
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError, shortened
+from tide_jax.model_directory import model_directory, model_version
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
 from tide_jax.tokenizer_files import tokenizer_in
@@ -43,8 +44,8 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
       revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, `mesh` has no axes
-        "data" and "model", or `revision` is given for files on disk.
+      TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
+        `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
     """
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
@@ -54,7 +55,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
         model = _opener("model")(source, dtype, **given)
         model.config.generation.warn(str(source))
         return model
-    directory = Path(source).expanduser()
+    version, directory = model_version(source), model_directory(source)
     settings = _settings(directory)
     config = _decoder(directory, settings)
     tensors = ShardedTensors(directory)
@@ -64,7 +65,10 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     read = tensors.map if mapped else tensors.read
     checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
     config.generation.warn(str(source))
-    return from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    model = from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    if model_version(source) != version:
+        raise TideError(f"{source} was replaced while it was read: load it again")
+    return model
 
 
 def load_config(source: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -75,7 +79,7 @@ def load_config(source: str | Path, *, revision: str | None = None) -> DecoderCo
     """
     if not _is_converted(source, revision):
         return _opener("config")(source, revision=revision)
-    directory = Path(source).expanduser()
+    directory = model_directory(source)
     return _decoder(directory, _settings(directory))
 
 
@@ -90,7 +94,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     """
     if not _is_converted(source, revision):
         return _opener("tokenizer")(source, revision=revision)
-    return tokenizer_in(Path(source).expanduser())
+    return tokenizer_in(model_directory(source))
 
 
 def parse_dtype(dtype: Any) -> jnp.dtype:
@@ -121,7 +125,7 @@ def fingerprint(model: Decoder) -> str:
 
 def is_converted(source: str | Path) -> bool:
     """Whether `source` is a directory that `convert` wrote."""
-    path = Path(source).expanduser() / "config.json"
+    path = model_directory(source) / "config.json"
     return path.is_file() and CONFIG_KEY in read_json(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tide_jax.command_line import model_command, note, seed, show
 from tide_jax.errors import TideError
 from tide_jax.progress import progress_bars
+from tide_jax.temporaries import temporary_file
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -236,7 +236,7 @@ def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise TideError(f"can't write {path}: it is a directory, expected a file")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+        with temporary_file(path.parent, path.name):
             pass
     except OSError as error:
         raise TideError(

@@ -7,6 +7,7 @@ runs while the last one is stored, and an interrupted pass can go on at any batc
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -219,7 +220,9 @@ def _read(
 ) -> None:
     """Runs the batches of a plan that its folder does not have yet. One batch is stored while the next one runs."""
     waiting = list[tuple[int, _States]]()
-    first, total = 0 if folder is None else folder.done(len(plan.batches)), sum(len(batch) for batch in plan.batches)
+    stored = functools.partial(_checksum, plan, splits)
+    first = 0 if folder is None else folder.done(len(plan.batches), stored)
+    total = sum(len(batch) for batch in plan.batches)
     texts = sum(len(batch) for batch in plan.batches[:first])
     if progress is not None:
         progress("reading text", texts, total)
@@ -230,7 +233,7 @@ def _read(
         _store(plan, number, jax.device_get(out), splits)
         texts += len(plan.batches[number])
         if folder is not None:
-            folder.finished(number + 1, len(plan.batches))
+            folder.finished(stored(number), len(plan.batches))
         if progress is not None:
             progress("reading text", texts, total)
 
@@ -254,6 +257,15 @@ def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits) -> None
         mine = owners == i
         rows = places[mine]
         split.put(slots[mine], states[:, rows], last[rows], targets[rows])
+
+
+def _checksum(plan: ReadingPlan, splits: Splits, number: int) -> int:
+    """CRC-32 of what the reservoirs hold of a batch. No slot belongs to two batches."""
+    _, owners, slots = plan.kept(number, _CHUNK)
+    checksum = 0
+    for i, split in enumerate(splits):
+        checksum = split.checksum(slots[owners == i], checksum)
+    return checksum
 
 
 class _States(NamedTuple):

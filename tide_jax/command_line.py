@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tide_jax.ending_signals import until_ended
 from tide_jax.errors import TideError
 from tide_jax.standard_streams import drop, prepare_streams, say
 
@@ -58,7 +59,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, args:
         prepare_streams()
     try:
         parser.parse_args(arguments, args)
-        code = args.run(args)
+        code = until_ended(lambda: args.run(args), as_program=args.as_program)
     except SystemExit:  # --help
         sys.stdout.flush()
         raise

@@ -10,7 +10,7 @@ from tide_jax.checkpoint import load, load_config
 from tide_jax.config import CalibrationConfig, DecoderConfig, checkpoint_layers
 from tide_jax.decoder import abstract_parameters
 from tide_jax.promise import refusal
-from tide_jax.router import Routers, heads_path
+from tide_jax.router import Routers
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
 
@@ -61,15 +61,14 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
     """Facts about a router file, after checking that it belongs to the model. Raises TideError if it does not."""
     path = Path(path)
     routers = Routers.load(path, model=load(source))
-    files = [path] + ([heads_path(path)] if "heads_sha256" in routers.metadata.to_dict() else [])
     metadata, exits = routers.metadata.to_dict(), routers.exit_config
     return {
-        "files": {str(file): file.stat().st_size for file in files},
+        "files": {str(path): path.stat().st_size},
         "checkpoints": list(routers.checkpoints),
         "exit_strategy": routers.exit_strategy,
         "translators": routers.translators is not None,
         "second_look": routers.confidence is not None,
-        "label": metadata.get("report", {}).get("label"),
+        "label": routers.report.get("label"),
         "data": metadata.get("data"),
         "exit_config": None if exits is None else exits.to_dict(),
         "promise": exits.guarantee.summary() if exits is not None and exits.guarantee is not None else None,

@@ -19,6 +19,8 @@ from tide_jax.risk_control import GuaranteeError, smallest_sample
 from tide_jax.risk_guarantee import guarantee, pilot_texts
 from tide_jax.router import RouterMetadata, Routers
 
+Loss = Literal["disagreement", "nll"]
+
 ROOM = 2
 """Texts set aside by default, over the fewest that could do: those allow no error at all."""
 
@@ -43,7 +45,7 @@ class Promise:
 
     risk: float = 0.02
     delta: float = 0.05
-    loss: Literal["disagreement", "nll"] = "disagreement"
+    loss: Loss = "disagreement"
     per_checkpoint: bool = False
     kv_strategy: KVStrategy = "propagate"
     threshold_tilt: float = 0.0
@@ -51,6 +53,9 @@ class Promise:
 
     def __post_init__(self) -> None:
         check_choice("kv_strategy", self.kv_strategy, KVStrategy)
+        check_choice("loss", self.loss, Loss)
+        if not isinstance(self.per_checkpoint, bool):
+            raise TideError(f"per_checkpoint={self.per_checkpoint!r} must be True or False")
         if share("threshold_tilt", self.threshold_tilt) and self.per_checkpoint:
             raise TideError("threshold_tilt tilts one threshold, per_checkpoint chooses many; pass one of them")
         least = self.least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,12 @@ class Reservoir:
         self._states[:, slots] = states
         self._last[slots] = last
         self._targets[slots] = targets
+
+    def checksum(self, slots: Int[np.ndarray, " N"], start: int = 0) -> int:
+        """CRC-32 of what the slots hold, going on from `start`."""
+        for array in (self._states.swapaxes(0, 1), self._last, self._targets):
+            start = zlib.crc32(np.ascontiguousarray(array[slots]), start)
+        return start
 
     def add(
         self,

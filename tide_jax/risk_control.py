@@ -41,6 +41,9 @@ class RiskGuarantee:
       bound: increase of a text's mean loss at which "nll" is clipped, in nats; 1.0 for other losses.
       exit_threshold, threshold_tilt, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no
         other.
+
+    Raises:
+      TideError: a value outside its range.
     """
 
     risk: float
@@ -62,10 +65,29 @@ class RiskGuarantee:
     def __post_init__(self) -> None:
         if isinstance(self.exit_threshold, list):  # as JSON has it
             object.__setattr__(self, "exit_threshold", tuple(self.exit_threshold))
-        for name in ("risk", "delta", "p_value", "observed", "depth", "bound"):
-            real_number(name, getattr(self, name))
+        if not 0.0 < real_number("bound", self.bound) < math.inf:
+            raise TideError(f"bound={self.bound!r} must be a number of nats above 0")
+        if self.loss != "nll" and self.bound != 1.0:
+            raise TideError(f"bound={self.bound!r} must be 1.0 for a loss other than nll")
+        if not 0.0 < real_number("risk", self.risk) < self.bound:
+            raise TideError(f"risk={self.risk!r} must lie between 0 and {self.bound:g}")
+        if not 0.0 <= real_number("observed", self.observed) <= self.bound:
+            raise TideError(f"observed={self.observed!r} is outside [0, {self.bound:g}]")
+        open_share("delta", self.delta)
+        for name in ("p_value", "depth", "threshold_tilt"):
+            share(name, getattr(self, name))
+        if self.exit_threshold == ():
+            raise TideError("exit_threshold is empty; expected a number, or one for each checkpoint")
+        for threshold in self.exit_threshold if isinstance(self.exit_threshold, tuple) else (self.exit_threshold,):
+            share("exit_threshold", threshold)
         for name in ("sequences", "tokens", "max_length"):
-            whole_number(name, getattr(self, name))
+            whole_number(name, getattr(self, name), 1, 2**63 - 1)
+        whole_number("min_layers", self.min_layers)
+        if not isinstance(self.prefill_exits, bool):
+            raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
+        for name in ("loss", "kv_strategy"):
+            if not isinstance(value := getattr(self, name), str) or not value.isprintable():
+                raise TideError(f"{name}={str(value)[:60]!r} must be a name")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -97,14 +119,17 @@ class RiskGuarantee:
         """Inverse of `to_dict`.
 
         Raises:
-          TideError: unknown or missing fields.
+          TideError: unknown or missing fields, values they can't have, or a p-value above delta.
         """
         try:
-            return cls(**values)
+            found = cls(**values)
         except TypeError as error:
             raise TideError(
                 f"guarantee not understood ({error}); it was written by another version of tide_jax: measure it again"
             ) from error
+        if found.p_value > found.delta:
+            raise TideError(f"p_value={found.p_value!r} exceeds delta={found.delta!r}: that promises nothing")
+        return found
 
 
 def hb_p_value(mean_loss: float, count: int, risk: float) -> float:

@@ -226,7 +226,7 @@ def _test(
                     tokens=int(tokens.sum()),
                     p_value=hb_p_value(mean, len(samples), task.risk / task.unit),
                     observed=mean * task.unit,
-                    depth=float(np.average(depths, weights=tokens)),
+                    depth=min(1.0, float(np.average(depths, weights=tokens))),  # whose rounding may exceed 1
                     max_length=settings.max_length,
                     bound=task.unit,
                     exit_threshold=threshold,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +143,7 @@ class Routers:
     @property
     def report(self) -> dict[str, Any]:
         """What calibration measured on held-out text (empty for routers made by hand)."""
-        return self.metadata.to_dict().get("report", {})
+        return self.metadata.to_dict().get("report") or {}
 
     @property
     def exit_config(self) -> ExitConfig | None:
@@ -171,27 +170,22 @@ class Routers:
         return dataclasses.replace(self, metadata=RouterMetadata())
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file; affine heads and translators go to ``<stem>.heads.safetensors`` beside it.
+        """Writes one safetensors file, in one step: a kill leaves the earlier file or the new one.
 
         Raises:
-          TideError: the file can't be written.
+          TideError: the file can't be written, or a weight is NaN or infinite.
         """
-        path, files = Path(path), dict[Path, bytes]()
         metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
-        if large := self._large_arrays():
-            files[heads_path(path)] = router_file.encode(large, metadata)
-            metadata["heads_sha256"] = hashlib.sha256(files[heads_path(path)]).hexdigest()
-            metadata["translators"] = self.translators is not None
-            metadata["exit_heads"] = self.heads is not None
-        routers = {
+        arrays = self._large_arrays() | {
             f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
         }
         if self.candidates is not None and self.confidence is not None:
-            routers["candidates"] = np.asarray(self.candidates.ids)
+            arrays["candidates"] = np.asarray(self.candidates.ids)
             looks = self._by_checkpoint(self.confidence)
-            routers |= {f"{c}.confidence.{n}": np.asarray(a) for c, look in looks for n, a in look._asdict().items()}
-        files[path] = router_file.encode(routers, metadata)
-        router_file.write(files)
+            arrays |= {f"{c}.confidence.{n}": np.asarray(a) for c, look in looks for n, a in look._asdict().items()}
+        if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise TideError(f"{path} is not written: tensor {broken[0]} of these routers holds NaN or infinity")
+        router_file.write(Path(path), router_file.encode(arrays, metadata))
 
     @classmethod
     def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
@@ -202,36 +196,34 @@ class Routers:
 
         Raises:
           TideError: the file is missing or damaged, belongs to another model (both are named), has another checkpoint
-            interval, or its heads file is missing or is not the one it was saved with.
+            interval, or holds exit settings or a promise that can't be.
         """
         path = Path(path)
         tensors, metadata = router_file.read(path)
         _check_model(path, metadata, model)
-        for name in ("config", "report"):
-            if not isinstance(metadata.get(name, {}), dict):
-                raise TideError(f"{path} is damaged: its {name} is no table of fields; calibrate again")
-        interval = metadata.get("config", {}).get("checkpoint_interval")
+        _check_types(path, metadata)
+        interval = (metadata.get("config") or {}).get("checkpoint_interval")
         if checkpoint_interval is not None and interval != checkpoint_interval:
             raise TideError(
-                f"{path} has a router every {interval} layers, expected every {checkpoint_interval}; "
+                f"{path} has a router every {_shown(interval)} layers, expected every {checkpoint_interval}; "
                 "calibrate again with that checkpoint_interval or drop it"
             )
         reader = _Reader(path, tensors, model.config.hidden_size)
         checkpoints = _checkpoints(path, metadata, model.config.num_layers)
+        _check_exits(path, metadata, len(checkpoints))
         routers = tuple(reader.router(c) for c in checkpoints)
         heads = translators = None
-        if "heads_sha256" in metadata:
-            large = _large_reader(path, metadata, reader.size)
-            heads = tuple(large.head(c) for c in checkpoints) if metadata.get("exit_heads", True) else None
-            if metadata.get("translators") or any(name.startswith("translators.") for name in large.tensors):
-                translators = large.translators(checkpoints, model.config.num_layers)
+        if any(".factor." in name for name in tensors):
+            heads = tuple(reader.head(c) for c in checkpoints)
+        if any(name.startswith("translators.") for name in tensors):
+            translators = reader.translators(checkpoints, model.config.num_layers)
         candidates, confidence = reader.second_look(checkpoints, model)
         history = RouterMetadata.from_dict(metadata)
         found, mesh = cls(routers, heads, checkpoints, translators, candidates, confidence, history), mesh_of(model)
         return jax.tree.map(jnp.asarray, found) if mesh is None else shard(found, mesh)
 
     def _large_arrays(self) -> dict[str, np.ndarray]:
-        """What the second file holds."""
+        """Exit heads and translators."""
         arrays = dict[str, np.ndarray]()
         if self.heads is not None:
             arrays |= {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
@@ -243,11 +235,6 @@ class Routers:
 
     def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
         return zip(self.checkpoints, items, strict=True)
-
-
-def heads_path(path: Path) -> Path:
-    """Where the affine heads and translators of a router file are kept."""
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.heads.safetensors")
 
 
 def model_identity(model: Decoder) -> dict[str, Any]:
@@ -262,9 +249,9 @@ def model_identity(model: Decoder) -> dict[str, Any]:
 def _check_model(path: Path, metadata: dict[str, Any], model: Decoder) -> None:
     expected = model_identity(model)
     if metadata.get("fingerprint") != expected["fingerprint"]:
+        named, found = (_shown(metadata.get(name, "unknown")) for name in ("model", "fingerprint"))
         raise TideError(
-            f"{path} was calibrated for {metadata.get('model', 'an unknown model')} "
-            f"(fingerprint {metadata.get('fingerprint')}), this model is {expected['model']} "
+            f"{path} was calibrated for {named} (fingerprint {found}), this model is {expected['model']} "
             f"(fingerprint {expected['fingerprint']}); calibrate routers for this model"
         )
 
@@ -276,19 +263,39 @@ def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
 
 def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     found = metadata.get("checkpoints")
-    layers = found if isinstance(found, list) and all(isinstance(c, int) for c in found) else [-1]
+    layers = found if isinstance(found, list) and all(type(c) is int for c in found) else [-1]
     if not layers or sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
-        raise TideError(f"{path} names checkpoints {found}, expected ascending layers below the last; calibrate again")
+        raise TideError(
+            f"{path} names checkpoints {_shown(found)}, expected ascending layers below the last; calibrate again"
+        )
     return tuple(layers)
 
 
-def _large_reader(path: Path, metadata: dict[str, Any], size: int) -> _Reader:
-    file = heads_path(path)
-    if not file.is_file():
-        raise TideError(f"{path} needs its exit heads in {file.name}, which is not there; keep the two files together")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != metadata["heads_sha256"]:
-        raise TideError(f"{file} is damaged or belongs to other routers than {path.name}; calibrate again")
-    return _Reader(file, router_file.read(file)[0], size)
+def _shown(value: object, length: int = 80) -> str:
+    return " ".join(str(value).split())[:length]
+
+
+_METADATA = {"config": dict, "report": dict, "exit_config": dict, "no_guarantee": str, "guarantee_dtype": str}
+_KINDS = {dict: "table of fields", str: "text"}
+
+
+def _check_types(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises TideError where the metadata that the package reads is of another type."""
+    for name, kind in _METADATA.items():
+        if not isinstance(metadata.get(name), kind | None):
+            raise TideError(f"{path} is damaged: its {name} is no {_KINDS[kind]}; calibrate again")
+
+
+def _check_exits(path: Path, metadata: dict[str, Any], count: int) -> None:
+    """Raises TideError where the stored exit settings or their promise can't be, for so many checkpoints."""
+    if (settings := metadata.get("exit_config")) is None:
+        return
+    try:
+        thresholds = ExitConfig.from_dict(settings).exit_threshold
+    except TideError as error:
+        raise TideError(f"{path} holds impossible exit settings: {_shown(error, 150)}; calibrate again") from error
+    if isinstance(thresholds, tuple) and len(thresholds) != count:
+        raise TideError(f"{path} has {len(thresholds)} thresholds for {count} checkpoints; calibrate again")
 
 
 class _Reader(NamedTuple):
@@ -345,7 +352,16 @@ class _Reader(NamedTuple):
     def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Any:
         tensor = self.tensors.get(name)
         fits = tensor is not None and len(tensor.shape) == len(shape)
-        if tensor is None or not fits or any(w not in (None, n) for n, w in zip(tensor.shape, shape, strict=True)):
+        least = 0 if name.startswith("translators.") else 1  # of a width that the file chooses
+        if (
+            tensor is None
+            or not fits
+            or not all(
+                n >= least if width is None else n == width for n, width in zip(tensor.shape, shape, strict=True)
+            )
+        ):
             found = "missing" if tensor is None else f"of shape {tensor.shape}"
             raise TideError(f"{self.path}: tensor {name} is {found}, expected shape {shape}; calibrate again")
+        if not np.isfinite(tensor).all():
+            raise TideError(f"{self.path}: tensor {name} holds NaN or infinity; calibrate again")
         return tensor

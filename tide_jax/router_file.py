@@ -1,4 +1,4 @@
-"""Routers on disk: one safetensors file, and affine heads in a second one that the first names by digest.
+"""Routers on disk: one safetensors file, whose digest covers every byte, so that no part is there without the others.
 
 Down-projections, all but a thousandth of a router, are stored as int8 with one scale per column when that is exact;
 `round_columns` rounds trained weights so that it is. A router file for 32 layers of width 4096 with the default
@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_bytes
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from tide_jax.errors import TideError
+from tide_jax.temporaries import temporary_file
 
-FORMAT, VERSION = "tide_jax.routers", "1"
+FORMAT, VERSION = "tide_jax.routers", "2"
+_NO_DIGEST = "0" * 64
+_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_NAMES = {np.dtype(np.int8): "I8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
 
 
 def round_columns(weights: Float[np.ndarray, "D H"]) -> Float[np.ndarray, "D H"]:
@@ -48,40 +51,51 @@ def _scale(peak: np.ndarray) -> np.ndarray:
 
 
 def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
-    """The content of a file: a safetensors header with metadata and a digest of the tensors, then the tensors.
+    """The content of a file, the same bytes for the same arguments: a safetensors header with sorted keys, metadata and
+    a digest of all that the file holds, then the tensors.
 
     Tensors whose values int8 columns (two axes) or float16 hold exactly are stored so; the rest as float32.
     """
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         stored |= _compact(name, np.asarray(tensor, np.float32))
-    header = {"format": FORMAT, "version": VERSION, "sha256": _digest(stored)}
-    return to_bytes(stored, metadata=header | {"metadata": json.dumps(metadata, sort_keys=True)})
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "sha256": _NO_DIGEST,
+            "metadata": json.dumps(metadata, sort_keys=True),
+        }
+    }
+    begin, body = 0, []
+    for name in sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name)):  # so that all are aligned
+        body.append(stored[name].tobytes())
+        end = begin + len(body[-1])
+        described = {"dtype": _NAMES[stored[name].dtype], "shape": stored[name].shape, "data_offsets": [begin, end]}
+        header[name], begin = described, end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    content = b"".join([len(text).to_bytes(8, "little"), text, *body])
+    return content.replace(_digest_field(_NO_DIGEST), _digest_field(hashlib.sha256(content).hexdigest()), 1)
 
 
-def write(files: dict[Path, bytes]) -> None:
-    """Writes files that belong together: all to temporary names first, so that a full disk leaves what was there.
+def write(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, then renames it: a kill or a full disk leaves what was there.
 
     Raises:
-      TideError: a file can't be written.
+      TideError: the file can't be written.
     """
-    temporaries: dict[Path, Path] = {}
-    path = next(iter(files))
+    path = Path(os.path.realpath(path))  # a link stays one
     try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            temporaries[path] = Path(name)
-            with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_file(path.parent, path.name) as (temporary, handle):
+            with os.fdopen(os.dup(handle), "wb") as file:
                 file.write(content)
-            temporaries[path].chmod(0o644)
-        for path, temporary in temporaries.items():
+                file.flush()
+                os.fsync(handle)
             os.replace(temporary, path)
     except OSError as error:
         raise TideError(f"can't write {path} ({error.strerror or error}); choose a writable place with room") from error
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -90,46 +104,70 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
       TideError: the file is missing, damaged, of another kind or of another version.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TideError(f"no router file at {path}; make one with 'tide-jax calibrate'")
     try:
-        with safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise TideError(f"{path} is damaged or no safetensors file ({error}); calibrate again") from error
+        with path.open("rb") as file:
+            start = _read_header(file)
+            header = json.loads(start[8:])["__metadata__"]
+            if header["format"] == FORMAT and header["version"] == VERSION:
+                start += file.read()
+    except KeyError:
+        header = {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise TideError(f"{path} is damaged or no safetensors file ({_reason(error)}); calibrate again") from error
     if header.get("format") != FORMAT:
         raise TideError(f"{path} is a safetensors file but holds no routers; pass the file 'tide-jax calibrate' wrote")
     if (version := header.get("version")) != VERSION:
-        raise TideError(f"{path} has router format {version}, this version reads {VERSION}; calibrate again")
-    if header.get("sha256") != _digest(stored):
-        raise TideError(f"{path} is damaged: its tensors are not those that were saved; calibrate again")
-    return {n: _expand(n, stored) for n in stored if not n.endswith(_SCALE)}, _metadata(path, header)
+        shown = " ".join(str(version).split())[:20]
+        raise TideError(f"{path} has router format {shown}, this version reads {VERSION}; calibrate again")
+    if not _is_intact(start, header.get("sha256")):
+        raise TideError(f"{path} is damaged: it does not hold what was saved; calibrate again")
+    try:
+        stored = load(start)
+        tensors = {name: _expand(name, stored) for name in stored if not name.endswith(_SCALE)}
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise TideError(f"{path} is damaged ({_reason(error)}); calibrate again") from error
+    return tensors, _metadata(path, header)
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """The first bytes of a file, up to its tensors. Raises ValueError."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > _LONGEST_HEADER:
+        raise ValueError("its header is cut off or too long")
+    return start + file.read(length)
+
+
+def _is_intact(content: bytes, digest: Any) -> bool:
+    """Whether a file's digest is that of all its bytes, with zeros for the digest."""
+    field = _digest_field(str(digest))
+    if content.count(field) != 1:
+        return False
+    return hashlib.sha256(content.replace(field, _digest_field(_NO_DIGEST))).hexdigest() == digest
+
+
+def _digest_field(digest: str) -> bytes:
+    """Where a header has the digest; metadata can't hold the same bytes, its quotes are escaped."""
+    return f'"sha256":"{digest}"'.encode()
 
 
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         metadata = json.loads(header["metadata"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise TideError(f"{path} is damaged: its metadata can't be read; calibrate again") from error
     if not isinstance(metadata, dict):
         raise TideError(f"{path} is damaged: its metadata is no JSON object; calibrate again")
     return metadata
 
 
-def _digest(stored: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(stored.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(np.ascontiguousarray(tensor).tobytes())
-    return digest.hexdigest()
-
-
 _SCALE = ".scale"
 
 
 def _compact(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
-    if tensor.ndim == 2:
+    if tensor.ndim == 2 and tensor.size and np.isfinite(tensor).all():
         scale = _scale(np.abs(tensor).max(axis=0))
         rounded = np.rint(tensor / scale)
         if np.abs(rounded).max() <= 127 and np.array_equal(rounded * scale, tensor):
@@ -140,5 +178,16 @@ def _compact(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _expand(name: str, stored: dict[str, np.ndarray]) -> np.ndarray:
-    tensor = stored[name].astype(np.float32)
-    return tensor * stored[name + _SCALE] if name + _SCALE in stored else tensor
+    """A tensor as it was before `_compact`. Raises ValueError where none is stored so."""
+    tensor, scale = stored[name], stored.get(name + _SCALE)
+    if tensor.dtype not in _NAMES:
+        raise ValueError(f"tensor {name} is of {tensor.dtype}")
+    if scale is None:
+        return tensor.astype(np.float32)
+    if tensor.ndim != 2 or scale.shape != tensor.shape[1:] or scale.dtype not in _NAMES:
+        raise ValueError(f"the scale of tensor {name} does not fit it")
+    return tensor.astype(np.float32) * scale.astype(np.float32)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from tide_jax.errors import TideError, listed
+from tide_jax.model_directory import is_inside
 
 logger = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
@@ -173,8 +175,11 @@ def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, st
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise TideError(f"{index} maps tensors to something else than file names: {_AGAIN}")
     names = sorted(set(weight_map.values()))
-    if absent := [name for name in names if not (directory / name).is_file()]:
-        raise TideError(f"{index} names shards that are not there: {', '.join(absent)}: {_AGAIN}")
+    if outside := [name for name in names if not is_inside(name)]:
+        raise TideError(f"{index} names {outside[0][:80]!r}, expected files in its own directory: {_AGAIN}")
+    if absent := [name for name in names if not os.path.isfile(directory / name)]:
+        shown = ", ".join(name[:40] for name in absent[:3]) + (", ..." if len(absent) > 3 else "")
+        raise TideError(f"{index} names shards that are not there: {shown}: {_AGAIN}")
     return [directory / name for name in names], weight_map
 
 

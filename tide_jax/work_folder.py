@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from tide_jax.errors import TideError
 
 JOURNAL, _UNFINISHED = "journal.json", "journal.json.new"
-_FORMAT = 1
+_FORMAT = 2
 _SECONDS = 10.0  # between journal entries: what is done again after a kill, at the most
 
 
@@ -22,7 +23,9 @@ class WorkFolder:
     """Memory maps and a journal of finished batches.
 
     The journal names what the pass depends on. A batch counts as finished only after its rows are on disk; storing
-    one again writes the same values to the same places, so it does not matter when the run is killed.
+    one again writes the same values to the same places, so it does not matter when the run is killed. The journal keeps
+    a checksum of every finished batch, and a run that goes on compares it with what the maps hold. Maps get their room
+    on the disk before anything is written into them: writing to a map when the disk is full would end the process.
 
     Args:
       path: an empty or missing folder, or one of an earlier run. Its parent must exist.
@@ -46,9 +49,10 @@ class WorkFolder:
             ) from error
         if found and JOURNAL not in found:
             raise TideError(f"work_dir {path} holds other files and no {JOURNAL}; pass an empty or missing folder")
-        self._done = self._read() if found else 0
+        self._checksums = self._read() if found else list[int]()
+        self._done = len(self._checksums)
         if not found:
-            self._write(0)
+            self._write()
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A memory map of this name: the earlier run's, or a fresh one where nothing is done yet."""
@@ -59,24 +63,45 @@ class WorkFolder:
             found = self._open(file)
             if found.shape != shape or found.dtype != dtype:
                 raise self._damaged(file.name)
+            self._reserve(file)
         else:
-            self._check_space(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-            found = np.lib.format.open_memmap(file, mode="w+", dtype=np.dtype(dtype), shape=shape)
+            found = self._make(file, shape, np.dtype(dtype))
         self._arrays.append(found)
         return found.view(np.ndarray)
 
-    def done(self, total: int) -> int:
-        """Batches, of `total`, that need not be run again."""
+    def done(self, total: int, checksum: Callable[[int], int]) -> int:
+        """Batches, of `total`, that need not be run again.
+
+        Args:
+          checksum: of what the arrays hold of a batch.
+
+        Raises:
+          TideError: that is not what was stored.
+        """
         if self._done > total:
             raise self._damaged(JOURNAL)
+        for number, stored in enumerate(self._checksums):
+            if checksum(number) != stored:
+                raise TideError(
+                    f"work_dir {self._path}: batch {number} is not what was stored, the files were damaged or changed; "
+                    "delete the folder to start over"
+                )
         return self._done
 
-    def finished(self, done: int, total: int) -> None:
-        """Notes that so many batches are stored: now and then, and at the end."""
-        if done == total or time.monotonic() - self._written >= _SECONDS:
-            for array in self._arrays:
-                array.flush()
-            self._write(done)
+    def finished(self, checksum: int, total: int) -> None:
+        """Notes that the next of `total` batches is stored, and its checksum: now and then, and at the end.
+
+        Raises:
+          TideError: it can't be written.
+        """
+        self._checksums.append(checksum)
+        if len(self._checksums) == total or time.monotonic() - self._written >= _SECONDS:
+            try:
+                for array in self._arrays:
+                    array.flush()
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self._write()
             self._written = time.monotonic()
 
     def _open(self, file: Path) -> np.memmap:
@@ -86,8 +111,30 @@ class WorkFolder:
         except (OSError, ValueError) as error:
             raise self._damaged(file.name) from error
 
+    def _make(self, file: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+        self._check_space(int(np.prod(shape)) * dtype.itemsize)
+        try:
+            made = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self._reserve(file)
+        except TideError:
+            file.unlink()
+            raise
+        return made
+
+    def _reserve(self, file: Path) -> None:
+        """Has the file system set aside all blocks of a file; what is written already stays."""
+        try:
+            with file.open("r+b") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(opened.fileno(), 0, size)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
     def _check_space(self, needed: int) -> None:
-        """A memory map that outgrows its disk ends the process."""
         free = shutil.disk_usage(self._path).free
         if needed > free:
             raise TideError(
@@ -95,13 +142,21 @@ class WorkFolder:
                 "make room or lower reservoir_bytes"
             )
 
-    def _read(self) -> int:
+    def _unwritable(self, error: OSError) -> TideError:
+        return TideError(
+            f"can't write work_dir {self._path} ({error.strerror or error}); make room or lower reservoir_bytes"
+        )
+
+    def _read(self) -> list[int]:
+        """Checksums of the batches that an earlier run finished."""
         try:
             found = json.loads((self._path / JOURNAL).read_text(encoding="utf-8"))
-            identity, done, known = found["identity"], found["done"], found["format"] == _FORMAT
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            identity, checksums, known = found["identity"], found["checksums"], found["format"] == _FORMAT
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(JOURNAL) from error
-        if not known or not isinstance(identity, dict) or not isinstance(done, int) or done < 0:
+        if not known or not isinstance(identity, dict) or not isinstance(checksums, list):
+            raise self._damaged(JOURNAL)
+        if not all(type(checksum) is int for checksum in checksums) or found.get("done") != len(checksums):
             raise self._damaged(JOURNAL)
         for name, value in self._identity.items():
             if identity.get(name) != value:
@@ -109,10 +164,11 @@ class WorkFolder:
                     f"work_dir {self._path} was begun with another {name} ({identity.get(name)}, now {value}); "
                     "pass another folder, or delete this one to start over"
                 )
-        return done
+        return checksums
 
-    def _write(self, done: int) -> None:
-        text = json.dumps({"format": _FORMAT, "identity": self._identity, "done": done}, indent=2)
+    def _write(self) -> None:
+        known = {"format": _FORMAT, "identity": self._identity, "done": len(self._checksums)}
+        text = json.dumps(known | {"checksums": self._checksums}, indent=2)
         try:
             with open(self._path / _UNFINISHED, "w", encoding="utf-8") as file:
                 file.write(text + "\n")

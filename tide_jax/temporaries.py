@@ -1,0 +1,137 @@
+"""Temporary files and folders that later runs can tell from leftovers.
+
+A run holds a lock on what it is writing. The lock ends with the process, however that ends, and it holds between
+containers that share a disk, whose process ids mean nothing to each other. Where a file system has no locks, the host
+and the process id in the name have to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+_LOCKED, _SUFFIX = "-lock", ".partial"
+_NAME = re.compile(rf"\.(?P<of>.+)\.(?P<pid>\d+)-[0-9a-f]+(@(?P<host>[^@]*?))?(?P<locked>{_LOCKED})?{_SUFFIX}", re.S)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `parent`, to be renamed; removed at the end if it is still there. Leftovers of the same name
+    are removed first. Raises OSError where it can't be made."""
+    with _temporary(parent, name, Path.mkdir) as (folder, _):
+        yield folder
+
+
+@contextlib.contextmanager
+def temporary_file(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
+    """As `temporary_folder`, a file: its path, and a handle that is open for writing."""
+    with _temporary(parent, name, lambda path: path.touch(exist_ok=False)) as found:
+        yield found
+
+
+def discard(path: Path, name: str) -> None:
+    """Removes a file or folder; should the process be killed meanwhile, the rest is a leftover called `name`."""
+    leftover = path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_LOCKED}{_SUFFIX}")
+    os.rename(path, leftover)
+    _remove(leftover)
+
+
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Removes what killed runs left of the temporaries called `name`; those of live runs stay."""
+    for path in parent.glob(f".*{_SUFFIX}"):
+        if (match := _NAME.fullmatch(path.name)) and match["of"] == name and _is_leftover(path, match):
+            _remove(path)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is a temporary."""
+    return _NAME.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in this block for the same folder, where the file system has locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path, name: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, int]]:
+    remove_leftovers(parent, name)
+    plain = f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    made, handle = parent / f"{plain}@{_host()}{_SUFFIX}", -1
+    try:
+        make(made)
+        handle = os.open(made, os.O_RDONLY if made.is_dir() else os.O_RDWR)
+        if _lock(handle):
+            renamed = parent / f"{plain}{_LOCKED}{_SUFFIX}"
+            os.rename(made, renamed)
+            made = renamed
+        yield made, handle
+    finally:
+        _remove(made)
+        if handle >= 0:
+            os.close(handle)  # which ends the lock
+
+
+def _lock(handle: int, *, wait: bool = False) -> bool | None:
+    """Whether the process has the lock now: False where another one has it, None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # such as NFS has it for folders
+        return None
+    return True
+
+
+def _is_leftover(path: Path, match: re.Match[str]) -> bool:
+    if match["locked"] is None:
+        return match["host"] in (None, _host()) and not _alive(int(match["pid"]))
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _lock(handle) is True
+    finally:
+        os.close(handle)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:64]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
