@@ -74,7 +74,7 @@ def sample(
       logits: float32.
       seen: tokens already in the row, for the repetition penalty.
     """
-    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0])), logits, sampling, seen)
+    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0], dtype=jnp.int32)), logits, sampling, seen)
 
 
 def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
@@ -114,8 +114,8 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 def _top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
     """Keeps what is at least the k-th largest logit."""
-    keys = _ordered(logits)
-    cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1) >= jnp.minimum(k, logits.shape[-1]), logits.shape[0])
+    keys, count = _ordered(logits), jnp.minimum(k, logits.shape[-1])
+    cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= count, logits.shape[0])
     return jnp.where(keys >= cut[:, None], logits, -jnp.inf)
 
 
