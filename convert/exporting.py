@@ -16,6 +16,7 @@ import numpy as np
 
 from convert.architecture import family_of
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
+from convert.older_names import with_older_names
 from convert.probe_rules import from_json
 from convert.reader import copy_side_files
 from convert.replacement import replacing
@@ -215,7 +216,8 @@ def export(
                     progress(done, layout.total_bytes)
             writer.sync()
         source.write_side_files(partial)
-        write_json(partial / "config.json", _with_dtype(source.config, stored.name) | {"dtype": stored.name})
+        settings = _with_dtype(source.config, stored.name) | {"dtype": stored.name}
+        write_json(partial / "config.json", with_older_names(settings))
         record = report.to_dict() | {"versions": versions()}
         del record["destination"]
         write_json(partial / EXPORT_FILE, record)

@@ -88,8 +88,8 @@ def test_what_overflows_later_is_noticed_then(mode: Any, streamed: bool) -> None
     assert wanted[1] not in (*PROMPTS[0], wanted[0])
     bad = TIDE(late(good, wanted[1]), constant_routers(config, interval=1, exits=False), ExitConfig(min_layers=3))
     assert bad.generate(PROMPTS[:1], max_new_tokens=2, eos_token_id=[]).tokens[0].tolist() == wanted[:2]
+    options: dict[str, Any] = {"max_new_tokens": 6, "mode": mode, "eos_token_id": []}
     with pytest.raises(TideError, match="not finite in float32"):
-        options: dict[str, Any] = {"max_new_tokens": 6, "mode": mode, "eos_token_id": []}
         list(bad.stream(PROMPTS[:1], **options)) if streamed else bad.generate(PROMPTS[:1], **options)
 
 
