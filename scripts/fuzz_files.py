@@ -128,8 +128,12 @@ def run_all(seeds: Iterable[int], workers: list[Worker]) -> list[dict[str, Any]]
     threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:  # what is done is reported
+        for worker in workers:
+            worker.stop()
     bar.close()
     return [found[seed] for seed in seeds if seed in found]
 

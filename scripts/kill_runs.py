@@ -209,10 +209,8 @@ def calibrations(folder: Path, count: int, rng: random.Random) -> list[Kill]:
     folder.mkdir()
     _chat_model(folder, bpe())
     text = folder / "texts.txt"
-    lines = (
-        " ".join(rng.choices(["the", "tide", "comes", "in", "and", "goes", "out", "again", "at", "noon"], k=40))
-        for _ in range(_TEXTS)
-    )
+    words = ("the", "tide", "comes", "in", "and", "goes", "out", "again", "at", "noon")
+    lines = (" ".join(rng.choices(words, k=40)) for _ in range(_TEXTS))
     text.write_text("\n".join(lines) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "tide_jax.cli", "calibrate", str(model), "--text", str(text)]
     command += ["--output", str(output), "--work-dir", str(work), "--checkpoint-interval", "1", "--min-layers", "1"]
@@ -234,9 +232,9 @@ def calibrations(folder: Path, count: int, rng: random.Random) -> list[Kill]:
             return reason(error)
         return "old" if output.read_bytes() == before else "new"
 
-    code, usual, words = run(None)
+    code, usual, told = run(None)
     if code:
-        raise SystemExit(f"calibrate failed without being killed: {words}")
+        raise SystemExit(f"calibrate failed without being killed: {told}")
     kills = list[Kill]()
     for number in tqdm(range(count), desc="calibrate --work-dir", disable=None):
         if number % 3 == 0:
@@ -246,8 +244,8 @@ def calibrations(folder: Path, count: int, rng: random.Random) -> list[Kill]:
         run(seconds)
         kills.append(Kill("calibrate --work-dir", round(seconds, 2), look(before)))
         if number % 3 == 2 and (finished := run(None))[0]:
-            words = " ".join(finished[2].split())[-200:]
-            kills.append(Kill("calibrate --work-dir, run again", 0.0, f"exit code {finished[0]}: {words}"))
+            told = " ".join(finished[2].split())[-200:]
+            kills.append(Kill("calibrate --work-dir, run again", 0.0, f"exit code {finished[0]}: {told}"))
     return kills
 
 
