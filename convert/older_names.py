@@ -13,16 +13,15 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_THETA = {
-    "gpt_neox": "rotary_emb_base",
-    "gpt_neox_japanese": "rotary_emb_base",
-    "modernbert-decoder": "global_rope_theta",
+_THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
+_NESTED = {
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "olmo3": ("rope_theta", None),
 }
-_LOCAL_THETA = {
-    "gemma3_text": "rope_local_base_freq",
-    "gemma3n_text": "rope_local_base_freq",
-    "modernbert-decoder": "local_rope_theta",
-}
+"""Models of transformers 4 whose layers differ in their base: its name for full attention and for sliding windows. In
+others that have settings by kind of layer, which are of transformers 5, `rope_scaling` would say something else."""
 _SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 _THREE_FIELDS = ("phi3", "phi4_multimodal")
 """Models whose older class takes a `rope_scaling` of a type and two lists of factors, and nothing else."""
@@ -49,16 +48,16 @@ def _is_part(value: Any) -> bool:
 
 def _rotary(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The older names of rotary settings, which are flat or those of each kind of layer."""
-    nested = all(isinstance(value, Mapping) or value is None for value in rope.values())
-    full = (rope.get("full_attention") or {}) if nested else rope
-    local = rope.get("sliding_attention") or {} if nested else {}
-    found = {
-        _THETA.get(model_type, "rope_theta"): full.get("rope_theta"),
-        _SHARE.get(model_type, "partial_rotary_factor"): full.get("partial_rotary_factor"),
-        _LOCAL_THETA.get(model_type, ""): local.get("rope_theta"),
-    }
-    found.pop("", None)
-    return {name: value for name, value in found.items() if value is not None} | _scaling(model_type, full)
+    full, local = rope, dict[str, Any]()
+    names = _THETA.get(model_type, "rope_theta"), None
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        if model_type not in _NESTED:
+            return {}
+        full, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
+        names = _NESTED[model_type]
+    share = _SHARE.get(model_type, "partial_rotary_factor"), full.get("partial_rotary_factor")
+    found = (names[0], full.get("rope_theta")), (names[1], local.get("rope_theta")), share
+    return {name: value for name, value in found if name and value is not None} | _scaling(model_type, full)
 
 
 def _scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from reporting import machine, save
 
 FAILURES = ("refused at length", "raw", "nan", "memory", "crash", "time-out")
 OUTCOMES = ("refused", "accepted", *FAILURES)
+WORKER = Path(__file__).with_name("fuzz_worker.py")
 _FRESH_AFTER = 400  # cases of one process: what it holds (modules, programs) grows
 _START_SECONDS = 300.0
 
@@ -63,14 +64,14 @@ class Worker:
         """Ends the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
             os.close(self._answers)
             self._process = None
 
     def _start(self) -> None:
         self.stop()
         self._answers, theirs = os.pipe()
-        command = [sys.executable, str(Path(__file__).with_name("fuzz_worker.py")), *self._arguments]
+        command = [sys.executable, str(WORKER), *self._arguments]
         self._process = subprocess.Popen(
             [*command, "--answers", str(theirs)],
             stdin=subprocess.PIPE,
@@ -132,8 +133,10 @@ def run_all(seeds: Iterable[int], workers: list[Worker]) -> list[dict[str, Any]]
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:  # what is done is reported
-        for worker in workers:
-            worker.stop()
+        while not waiting.empty():
+            waiting.get_nowait()
+        for thread in threads:
+            thread.join()
     bar.close()
     return [found[seed] for seed in seeds if seed in found]
 

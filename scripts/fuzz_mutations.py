@@ -246,7 +246,7 @@ def _change_tensor(rng: Random, header: Any) -> None:
 
 
 def _header_length(rng: Random, data: bytes) -> bytes:
-    return struct.pack("<Q", rng.choice((*_INTEGERS, len(data), len(data) - 8))) + data[8:]
+    return struct.pack("<Q", rng.choice((*_INTEGERS, len(data), max(0, len(data) - 8)))) + data[8:]
 
 
 def _weights(rng: Random, data: bytes) -> bytes:

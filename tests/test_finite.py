@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 import tide_jax
+from convert import convert, export
 from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig
 from tide_jax.continuations import Continuation, score_continuations
 from tide_jax.errors import TideError
@@ -102,3 +104,24 @@ def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
     last = int(wanted.tokens[0, 2])
     out = TIDE(late(good, last)).generate(PROMPTS, max_new_tokens=6, eos_token_id=[last], mode=mode)
     assert out.tokens[0, :3].tolist() == wanted.tokens[0, :3].tolist()
+
+
+# ---- what float16 checkpoints of families that overflow it run in ----
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("gemma3_text", "bfloat16"), ("glm4", "bfloat16"), ("llama", "float16")]
+)
+def test_the_default_dtype(model_type: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from convert.tiny import save_tiny
+
+    save_tiny(model_type, tmp_path / "source", dtype="float16")
+    assert convert(tmp_path / "source", tmp_path / "out").dtype == "float16", "stored as it was"
+    convert(tmp_path / "source", tmp_path / "asked", dtype="float16")
+    monkeypatch.setattr(tide_jax.checkpoint, "_default_dtype", lambda: None)  # as where there is an accelerator
+    for source in ("source", "out"):
+        assert tide_jax.load(tmp_path / source).dtype.name == expected
+        assert tide_jax.load(tmp_path / source, "float16").dtype.name == "float16"
+    assert tide_jax.load(tmp_path / "asked").dtype.name == "float16"
+    assert export(tmp_path / "out", tmp_path / "hf").dtype == "float16"
