@@ -47,11 +47,13 @@ class Architecture:
       config: its architecture.
       rules: its weight map.
       probed: what probing found, JSON-ready, where the model type is in no table.
+      overflows_float16: as in `Family`.
     """
 
     config: DecoderConfig
     rules: tuple[Rule, ...]
     probed: dict[str, Any] | None = None
+    overflows_float16: bool = False
 
 
 def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Architecture:
@@ -65,8 +67,9 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     """
     model_type = source.config.get("model_type")
     if model_type is None or model_type in FAMILIES or model_type in REFUSED:
-        config = decoder_config(source)
-        return Architecture(config, rules_for(source, config, family_of(source).rules))
+        config, family = decoder_config(source), family_of(source)
+        rules = rules_for(source, config, family.rules)
+        return Architecture(config, rules, overflows_float16=family.overflows_float16)
     _check_decoder(source)
     from convert.probe import probe
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.architecture import architecture_of
+from convert.architecture import Architecture, architecture_of
 from convert.lora import with_adapter
 from convert.probe import verify_probed
 from convert.reader import Source, open_source
@@ -24,7 +24,7 @@ from convert.stored import as_stored
 from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.writer import Layout, ShardWriter, plan_layout
-from tide_jax.checkpoint import CONFIG_KEY, FORMAT, is_converted, load, parse_dtype
+from tide_jax.checkpoint import CONFIG_KEY, FORMAT, RUNNING_DTYPE_KEY, is_converted, load, parse_dtype
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
@@ -121,6 +121,7 @@ def convert(
     config = architecture.config
     plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
+    runs_in = _running_dtype(stored, architecture) if dtype is None else stored
     layout = plan_layout(plan.shapes, stored, max_shard_bytes)
     report = ConversionReport(
         source=source.description,
@@ -137,7 +138,7 @@ def convert(
     if dry_run:
         return report
     with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
-        _write_config(source, config, stored, partial)
+        _write_config(source, config, stored, runs_in, partial)
         check_spared(partial, destination, RECORD_FILE)
         _write_weights(source, plan, config, layout, partial, progress)
         if verify:
@@ -164,7 +165,8 @@ def open_model(
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
-      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own.
+      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, but takes bfloat16 where that is
+        float16 and the family is known to overflow it.
       adapter: a LoRA adapter to merge into it.
       trust_remote_code: as in `convert`.
       mesh: as in `tide_jax.load`.
@@ -177,7 +179,9 @@ def open_model(
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
     plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
-    target = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
+    target = (
+        _running_dtype(parse_dtype(_source_dtype(source, plan)), architecture) if dtype is None else parse_dtype(dtype)
+    )
     return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh, stored=True)
 
 
@@ -211,6 +215,12 @@ def _source_dtype(source: Source, plan: Plan) -> str:
     return DTYPES[common].name if common in DTYPES else "float32"
 
 
+def _running_dtype(stored: np.dtype, architecture: Architecture) -> np.dtype:
+    """What a model runs in where nobody says: the dtype it is stored in, unless its activations overflow that."""
+    overflows = architecture.overflows_float16 and stored == np.float16
+    return parse_dtype("bfloat16") if overflows else stored
+
+
 def _write_weights(
     source: Source, plan: Plan, config: DecoderConfig, layout: Layout, directory: Path, progress: Progress | None
 ) -> None:
@@ -231,9 +241,11 @@ def _write_tensor(writer: ShardWriter, tensor: np.ndarray, pieces: list[Piece], 
     return sum(part.size for part in taken)
 
 
-def _write_config(source: Source, config: DecoderConfig, dtype: np.dtype, directory: Path) -> None:
+def _write_config(source: Source, config: DecoderConfig, dtype: np.dtype, runs_in: np.dtype, directory: Path) -> None:
     source.write_side_files(directory)
     settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": dtype.name}
+    if runs_in != dtype:
+        settings[RUNNING_DTYPE_KEY] = runs_in.name
     write_json(directory / "config.json", {**source.config, CONFIG_KEY: settings})
 
 

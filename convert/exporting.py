@@ -16,6 +16,7 @@ import numpy as np
 
 from convert.architecture import family_of
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
+from convert.older_names import with_older_names
 from convert.probe_rules import from_json
 from convert.reader import copy_side_files
 from convert.replacement import check_spared, files_of, replacing
@@ -209,7 +210,8 @@ def export(
     )
     with replacing(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
         source.write_side_files(partial)
-        write_json(partial / "config.json", _with_dtype(source.config, stored.name) | {"dtype": stored.name})
+        settings = _with_dtype(source.config, stored.name) | {"dtype": stored.name}
+        write_json(partial / "config.json", with_older_names(settings))
         check_spared(partial, destination, EXPORT_FILE)
         with ShardWriter(partial, layout) as writer:
             done = 0

@@ -28,6 +28,7 @@ from tide_jax.cache import KVCache
 from tide_jax.config import layer_groups
 from tide_jax.decoder import Decoder
 from tide_jax.exit_gate import Gating, TokenState, leave
+from tide_jax.finite import finite_rows
 from tide_jax.generate import Exits, StepOutput
 from tide_jax.group_loop import GroupRows
 from tide_jax.span_attention import KeyValue
@@ -109,7 +110,8 @@ def cond_chain_step(
         found.append(new)
     stacked = KeyValue(jnp.stack([r.keys for r in found]), jnp.stack([r.values for r in found]))
     grown = cache.append(rows.by_layer(stacked), positions)
-    return StepOutput(model.logits(state.states)[:, 0], grown, state.exit_layers[:, 0], executed)
+    finite = finite_rows(state.states)
+    return StepOutput(model.logits(state.states)[:, 0], grown, state.exit_layers[:, 0], executed, finite)
 
 
 def decoded(step: Step, leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

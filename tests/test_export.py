@@ -23,6 +23,7 @@ import tide_jax.cli
 from convert import convert as convert_checkpoint
 from convert import export
 from convert.families import FAMILIES, Family
+from convert.older_names import with_older_names
 from convert.rules import Rule, Target
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors
@@ -118,7 +119,9 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
     for name in found:
         unused = found[name] == 0 if name in report.ignored else False
         np.testing.assert_array_equal(found[name], np.where(unused, 0, expected[name]), err_msg=name)
-    assert read_config(tmp_path / "hf") == read_config(tmp_path / "source") | {"dtype": "float32"}
+    written, original = read_config(tmp_path / "hf"), read_config(tmp_path / "source") | {"dtype": "float32"}
+    assert added_names(written, original) <= {"torch_dtype", *OLDER_ROTARY_NAMES}
+    assert same_rotation(written, original)
 
 
 def test_bfloat16_in_shards(tmp_path: Path) -> None:
@@ -146,6 +149,93 @@ def test_heads_tied_and_not(model_type: str, tied: bool, tmp_path: Path) -> None
 
 
 # ---- without torch ----
+
+# What the configuration classes of transformers 4.57 read, where it is not `rope_theta` and `rope_scaling`.
+OLDER_THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
+OLDER_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+OLDER_ROTARY_NAMES = {
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "rotary_emb_base", "rotary_pct"),
+    *("global_rope_theta", "local_rope_theta", "original_max_position_embeddings"),
+}
+LLAMA3 = {"factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FACTORS = {"short_factor": [1.0, 1.5], "long_factor": [2.0, 2.5]}
+
+
+def added_names(written: dict[str, Any], original: dict[str, Any]) -> set[str]:
+    """Names that are new in a configuration or its parts; what it had is there as it was."""
+    added = set(written) - set(original)
+    for name, value in original.items():
+        if isinstance(value, dict) and written[name] != value:
+            added |= added_names(written[name], value)
+        else:
+            assert written[name] == value, name
+    return added
+
+
+def same_rotation(written: dict[str, Any], original: dict[str, Any]) -> bool:
+    """Whether the installed transformers reads the same rotary settings with the older names beside the new ones."""
+    from transformers import CONFIG_MAPPING
+
+    found = [CONFIG_MAPPING[c["model_type"]].from_dict(dict(c)).to_dict() for c in (written, original)]
+    return found[0].get("rope_parameters") == found[1].get("rope_parameters")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3", "mixtral", "glm", "stablelm", "gpt_neox", "gpt_neox_japanese"]
+)
+def test_rotary_settings_under_the_names_of_transformers_4(model_type: str) -> None:
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = {"model_type": model_type, "dtype": "float16", "rope_parameters": rope}
+    written = with_older_names(config)
+    assert written == config | {
+        "torch_dtype": "float16",
+        OLDER_THETA.get(model_type, "rope_theta"): 500.0,
+        OLDER_SHARE.get(model_type, "partial_rotary_factor"): 0.5,
+        "rope_scaling": None,
+    }
+    assert same_rotation(written, config)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "phi"])
+@pytest.mark.parametrize(
+    "kind, settings", [("linear", {"factor": 3.0}), ("llama3", LLAMA3), ("dynamic", {"factor": 2.0})]
+)
+def test_scaling_under_the_name_of_transformers_4(name: str, kind: str, settings: dict[str, Any]) -> None:
+    config = {"model_type": name, "rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **settings}}
+    written = with_older_names(config)
+    assert written["rope_scaling"] == {"rope_type": kind, **settings}
+    assert same_rotation(written, config)
+
+
+def test_settings_of_two_kinds_of_layers() -> None:
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    nested = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 77.0}}
+    config = {"model_type": "gemma3_text", "rope_parameters": nested}
+    written = with_older_names(config)
+    older = {"rope_theta": 1e6, "rope_local_base_freq": 77.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert written == config | older
+    assert same_rotation(written, config)
+    assert with_older_names({"model_type": "gemma3", "text_config": config})["text_config"] == written
+
+
+def test_long_rope_of_phi_3_has_three_fields() -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5, **FACTORS}
+    rope["original_max_position_embeddings"] = 16
+    config = {"model_type": "phi3", **sizes, "rope_parameters": rope}
+    written = with_older_names(config)
+    assert written["rope_scaling"] == {"type": "longrope", **FACTORS}
+    assert written["original_max_position_embeddings"] == 16
+    assert with_older_names(config | {"model_type": "llama"})["rope_scaling"] == {
+        key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
+    }
+
+
+def test_words_of_transformers_4_stay_as_they_are() -> None:
+    config = {"model_type": "llama", "torch_dtype": "float32", "rope_theta": 500.0, "rope_scaling": None}
+    assert with_older_names(config) == config | {"dtype": "float32"}
+    both = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    assert with_older_names(both) == both | {"dtype": "float32"}
 
 
 def test_tensors_are_the_source_s(source: Path, converted: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from tide_jax.collect import Sample
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.evaluation import Batch
+from tide_jax.finite import check_finite
 from tide_jax.generate import Exits, run_exits
 from tide_jax.reading_plan import padded
 
@@ -109,6 +110,7 @@ class TextReader:
         done, implementation = 0, self._engine._implementation
         for group, batch in zip(self._groups, self.batches(), strict=True):
             out = jax.device_get(_read(self._engine.model, batch, exits, implementation=implementation))
+            check_finite(np.isfinite(out[1])[np.asarray(batch.positions) >= 0], self._engine.model.dtype)
             done += len(group)
             if progress is not None:
                 progress(done, len(self._samples))

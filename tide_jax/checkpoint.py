@@ -26,6 +26,8 @@ from tide_jax.tokenizer_files import tokenizer_in
 
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
+RUNNING_DTYPE_KEY = "running_dtype"
+"""In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLES = 16
 
@@ -38,7 +40,8 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
         id ("org/name", or "org/name@revision"), a GGUF file. These are converted in memory. A directory's weight files
         are mapped on a CPU: they may be replaced or removed while the model lives, but not written into.
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
-        are slower, and the checkpoint's own elsewhere.
+        are slower, and the checkpoint's own elsewhere: but bfloat16 for float16 checkpoints of families whose
+        activations are known to overflow float16 (Gemma 2 and 3, GLM 4).
       mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
         device ever holds more than its part, and the host one tensor.
       revision: branch, tag or commit of a hub id.
@@ -59,7 +62,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     settings = _settings(directory)
     config = _decoder(directory, settings)
     tensors = ShardedTensors(directory)
-    dtype = parse_dtype(settings["dtype"]) if dtype is None else dtype
+    dtype = parse_dtype(settings.get(RUNNING_DTYPE_KEY, settings["dtype"])) if dtype is None else dtype
     # A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a time.
     mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
     read = tensors.map if mapped else tensors.read

@@ -28,6 +28,7 @@ from tide_jax.data_parallel import Placement
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
 from tide_jax.evaluation import Batch
+from tide_jax.finite import check_finite
 from tide_jax.reading_plan import ReadingPlan, Sample, assign, digest, padded
 from tide_jax.reservoir import Allocate, Reservoir
 from tide_jax.sharding import mesh_context
@@ -230,7 +231,7 @@ def _read(
 
     def finish(number: int, out: _States) -> None:
         nonlocal texts
-        _store(plan, number, jax.device_get(out), splits)
+        _store(plan, number, jax.device_get(out), splits, model.dtype)
         texts += len(plan.batches[number])
         if folder is not None:
             folder.finished(stored(number), len(plan.batches))
@@ -249,10 +250,11 @@ def _read(
         finish(number, out)
 
 
-def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits) -> None:
-    """Puts the kept tokens of a batch where they belong."""
+def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits, dtype: Any) -> None:
+    """Puts the kept tokens of a batch where they belong. Raises TideError where the model, in `dtype`, overflowed."""
     states, last, targets = map(np.asarray, out)
     places, owners, slots = plan.kept(number, _CHUNK)
+    check_finite(np.isfinite(last[places]), dtype)
     for i, split in enumerate(splits):
         mine = owners == i
         rows = places[mine]

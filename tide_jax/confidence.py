@@ -99,8 +99,8 @@ def features(
     normaliser."""
     logits = model.logits(states, candidates)
     best = jnp.max(logits, axis=-1)
-    at = jnp.argmax(logits, axis=-1)
-    others = jnp.where(jnp.arange(logits.shape[-1])[None, None, :] == at[:, :, None], -jnp.inf, logits)
+    at = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None, :] == at[:, :, None], -jnp.inf, logits)
     second, total = jnp.max(others, axis=-1), jax.nn.logsumexp(logits, axis=-1)
     odds = jnp.clip(first, 1e-6, 1 - 1e-6)
     return jnp.stack([jnp.log(odds) - jnp.log1p(-odds), best - total, best - second, total], axis=-1)

@@ -16,6 +16,7 @@ from tide_jax.config import Mode
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
+from tide_jax.finite import check_finite
 from tide_jax.generate import Exits, run_exits
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
@@ -143,6 +144,7 @@ def _run(
     for b, (row, listed) in enumerate(zip(rows, endings, strict=True)):
         for k, ending in enumerate(listed):
             total = float(log_likelihoods[b, : row.scored, k].sum())
+            check_finite(np.isfinite(total), engine.model.dtype)
             yield ending.place, Score(total, bool(hits[b, : row.scored, k].all()), layers[b, : row.scored])
 
 

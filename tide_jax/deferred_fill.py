@@ -91,7 +91,8 @@ class _Walk(NamedTuple):
         """Groups are run and rows are filled in by turns; where nothing is missing, the first turn is the last."""
         start = Loop(jnp.int32(0), newest, self._rows.empty(self.model.config, newest.x))
         loop, cache = lax.while_loop(lambda c: self._unfinished(*c), lambda c: self._turn(*c), (start, cache))
-        done, before, new = jnp.arange(len(self.groups)) < loop.group, _pending(cache), self._rows.by_layer(loop.rows)
+        done = jnp.arange(len(self.groups), dtype=jnp.int32) < loop.group
+        before, new = _pending(cache), self._rows.by_layer(loop.rows)
         executed = jnp.max(loop.state.exit_layers, initial=-1) + 1
         cache = cache._replace(pending=None).append(new, self.window[:, -1:])
         states, left = self._left(loop.state, before)
@@ -134,7 +135,7 @@ class _Walk(NamedTuple):
             [self._projections(g, slots, left, places) for g in range(count)],
             Loop(loop.group, states, self._rows.empty(self.model.config, states)),
         ).rows
-        done, gone = jnp.arange(count) >= loop.group, ~jnp.any(loop.state.active)
+        done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
         ran = jnp.where(done, cache.length + gone.astype(jnp.int32), pending.ran)
         cache = slots.filled(self._rows.by_layer(rows), done)._replace(pending=pending._replace(ran=ran))
         own = (done & gone)[:, None, None, None, None, None]

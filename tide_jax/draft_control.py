@@ -125,7 +125,7 @@ def plan(
     seconds = step_seconds(costs, num_layers)
     drafted = running & (matched >= _SHORTEST_MATCH)
     bucket = _bucket(matched)
-    rows = jnp.maximum(jnp.sum(running), 1).astype(jnp.float32)
+    rows = jnp.maximum(jnp.sum(running, dtype=jnp.int32), 1).astype(jnp.float32)
 
     def rate(expected: Float[Array, " M"], pass_seconds: Array) -> Array:
         gained = jnp.sum(jnp.where(drafted, expected[bucket], 0.0)) / rows
@@ -189,7 +189,7 @@ def _toward(
     known: Float[Array, " M"], matched: Int[Array, " B"], seen: Array, counted: Bool[Array, " B"], speed: float
 ) -> Float[Array, " M"]:
     """Moves each length of match toward the mean of what the rows with such a match have shown."""
-    member = (_bucket(matched)[:, None] == jnp.arange(known.shape[0])[None]) & counted[:, None]
+    member = (_bucket(matched)[:, None] == jnp.arange(known.shape[0], dtype=jnp.int32)[None]) & counted[:, None]
     number = jnp.sum(member.astype(jnp.float32), axis=0)
     mean = jnp.sum(jnp.where(member, seen[:, None].astype(jnp.float32), 0.0), axis=0) / jnp.maximum(number, 1.0)
     return jnp.where(number > 0, known + speed * (mean - known), known)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pallas_kernels.exit_step import IMPLEMENTATIONS
 from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
@@ -22,6 +22,7 @@ from tide_jax.deferred_fill import is_faster
 from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.early_exit import DepthOutput, ExitGate
 from tide_jax.errors import TideError
+from tide_jax.finite import check_finite, finite_rows
 from tide_jax.generate import Exits, Prompt, Request, run_exits
 from tide_jax.generation_choice import choose
 from tide_jax.logit_rules import make_rules
@@ -213,10 +214,12 @@ class TIDE:
         prompt, exits = prompt_column(prompt_lengths, batch), self._exits("full" if mode == "lossless" else mode)
         self._watch(monitor, exits)
         inputs = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt))
-        (out, logits), seconds, compiled = self._programs.run(
+        (out, logits, finite), seconds, compiled = self._programs.run(
             _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self._implementation
         )
-        exit_layers = fetch(out.exit_layers)[:, :width]
+        exit_layers, finite = fetch((out.exit_layers, finite))
+        check_finite(finite, self.model.dtype)
+        exit_layers = exit_layers[:, :width]
         stats = ExitStats.from_exit_layers(
             exit_layers,
             num_layers=self.model.config.num_layers,
@@ -337,6 +340,8 @@ def _score(
     exits: Exits | None,
     *,
     implementation: str | None,
-) -> tuple[DepthOutput, Float[Array, "B T V"]]:
+) -> tuple[DepthOutput, Float[Array, "B T V"], Bool[Array, " B"]]:
     out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
-    return out, model.logits(out.states)
+    logits, last = model.logits(out.states), jnp.argmax(positions, axis=1)[:, None, None]
+    finite = finite_rows(jnp.take_along_axis(logits, last, axis=1)) & finite_rows(out.states, positions >= 0)
+    return out, logits, finite | jnp.all(positions < 0, axis=1)

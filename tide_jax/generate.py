@@ -21,6 +21,7 @@ from tide_jax.decoder import Decoder
 from tide_jax.deferred_fill import deferred_step
 from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
 from tide_jax.errors import TideError
+from tide_jax.finite import finite_rows
 from tide_jax.logit_rules import LogitRules, RowText, rule_on
 from tide_jax.recompute import recompute_step
 from tide_jax.router import Routers
@@ -38,12 +39,15 @@ class StepOutput(NamedTuple):
       cache: with the step's tokens appended.
       exit_layers: index of the last layer each row's token ran, int32 [B]; -1 for inactive rows.
       layers_executed: layers the device ran, int32 scalar: the depth of the deepest row.
+      finite: rows whose logits hold no NaN or infinity, bool [B]; True for inactive rows. A decode step looks at the
+        head's input, which is a fraction of the size.
     """
 
     logits: Float[Array, "B V"]
     cache: KVCache
     exit_layers: Int[Array, " B"]
     layers_executed: Int[Array, ""]
+    finite: Bool[Array, " B"]
 
 
 class Prompt(NamedTuple):
@@ -132,6 +136,7 @@ class GenerationState(NamedTuple):
       last: the newest token of each row, int32 [B].
       positions: its position in the row, int32 [B].
       done: rows that have ended, bool [B].
+      finite: rows whose logits were numbers so far, bool [B].
       seen: tokens in each row, bool [B, V].
       exit_layers: of the newest token, int32 [B]; -1 for rows that had ended.
       layers_executed: by the step that made it, int32 scalar.
@@ -143,6 +148,7 @@ class GenerationState(NamedTuple):
     last: Int[Array, " B"]
     positions: Int[Array, " B"]
     done: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
     seen: Bool[Array, "B V"]
     exit_layers: Int[Array, " B"]
     layers_executed: Int[Array, ""]
@@ -159,6 +165,8 @@ class Generated(NamedTuple):
       exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
       layers_executed: layers the device ran for each step, int32 [N].
       steps: int32 scalar.
+      finite: rows whose logits were numbers throughout, bool [B]; tokens mean nothing where one is False, and
+        generation ends early.
     """
 
     tokens: Int[Array, "B N"]
@@ -166,6 +174,7 @@ class Generated(NamedTuple):
     exit_layers: Int[Array, "B N"]
     layers_executed: Int[Array, " N"]
     steps: Int[Array, ""]
+    finite: Bool[Array, " B"]
 
 
 def run_exits(
@@ -215,7 +224,8 @@ def prefill(
         tokens, places = cut(prompt.tokens), cut(positions)
         out = run_exits(model, tokens, places, earlier, exits, survivors=True, implementation=implementation)
         grown = (cache if earlier is None else earlier).append(out.new, places)
-        return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed)
+        finite = jnp.ones(prompt.lengths.shape, bool)  # found below, of the last states alone
+        return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
 
     def more(i: Int[Array, ""], step: StepOutput) -> StepOutput:
         after = run(first + i * chunk, chunk, step.cache)
@@ -225,7 +235,8 @@ def prefill(
     step = run(0, first, None)  # its logits are states yet: only the last are put through the head
     if first < width:
         step = lax.fori_loop(0, (width - first) // chunk, more, step)
-    return step._replace(logits=model.logits(step.logits[:, None])[:, 0])
+    logits = model.logits(step.logits[:, None])[:, 0]
+    return step._replace(logits=logits, finite=finite_rows(logits) | (prompt.lengths == 0))
 
 
 def decode_step(
@@ -256,10 +267,11 @@ def decode_step(
         out, cache = step(
             model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
         )
-        return StepOutput(model.logits(out.states)[:, 0], cache, out.exit_layers[:, 0], out.layers_executed)
-    out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
-    logits = model.logits(out.states)[:, 0]
-    return StepOutput(logits, cache.append(out.new, positions), out.exit_layers[:, 0], out.layers_executed)
+    else:
+        out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
+        cache = cache.append(out.new, positions)
+    logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
+    return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)
 
 
 def _waiting(exits: Exits | None) -> tuple[int, int | None]:
@@ -298,6 +310,7 @@ def begin(
         last=jnp.zeros((batch,), jnp.int32),
         positions=prompt.lengths - 1,
         done=jnp.zeros((batch,), bool),
+        finite=jnp.ones((batch,), bool),
         seen=prompt.seen(model.config.vocab_size),
         exit_layers=jnp.full((batch,), -1, jnp.int32),
         layers_executed=jnp.int32(0),
@@ -347,6 +360,7 @@ def generate_tokens(
         exit_layers=jnp.full((batch, capacity), -1, jnp.int32),
         layers_executed=jnp.zeros((capacity,), jnp.int32),
         steps=jnp.int32(0),
+        finite=state.finite,
     )
 
     def body(carry: tuple[GenerationState, Generated]) -> tuple[GenerationState, Generated]:
@@ -356,7 +370,7 @@ def generate_tokens(
 
     def unfinished(carry: tuple[GenerationState, Generated]) -> Array:
         state, _ = carry
-        return (state.step < request.max_new_tokens) & ~jnp.all(state.done)
+        return (state.step < request.max_new_tokens) & ~jnp.all(state.done) & jnp.all(state.finite)
 
     _, out = lax.while_loop(unfinished, body, (state, _record(empty, state)))
     return out
@@ -374,6 +388,7 @@ def _accept(state: GenerationState, step: StepOutput, request: Request) -> Gener
         last=last,
         positions=state.positions + 1,
         done=state.done | ended,
+        finite=state.finite & (state.done | step.finite),
         seen=state.seen.at[rows, last].max(~state.done),
         exit_layers=jnp.where(state.done, -1, step.exit_layers),
         layers_executed=step.layers_executed,
@@ -405,4 +420,5 @@ def _record(out: Generated, state: GenerationState) -> Generated:
         exit_layers=lax.dynamic_update_slice(out.exit_layers, state.exit_layers[:, None], (zero, column)),
         layers_executed=lax.dynamic_update_slice(out.layers_executed, state.layers_executed[None], (column,)),
         steps=state.step,
+        finite=state.finite,
     )

@@ -126,8 +126,8 @@ def _by_blocks(
     blocks = count // size + experts  # enough, however the rows are spread
     sizes = jnp.bincount(expert, length=experts).astype(jnp.int32)
     filled = (sizes + jnp.int32(size - 1)) // jnp.int32(size)
-    ends = jnp.cumsum(filled)
-    shift = (ends - filled) * jnp.int32(size) - (jnp.cumsum(sizes) - sizes)
+    ends = jnp.cumsum(filled, dtype=jnp.int32)
+    shift = (ends - filled) * jnp.int32(size) - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
     place = jnp.arange(count, dtype=jnp.int32) + shift[expert]
     padded = jnp.zeros((blocks * size, width), rows.dtype).at[place].set(rows)
     owner = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right")

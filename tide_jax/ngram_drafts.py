@@ -36,7 +36,7 @@ def ngram_drafts(tokens: Int[Array, "B S"], start: Int[Array, " B"], end: Int[Ar
     Args:
       tokens: rows of tokens; row b's are ``tokens[b, start[b]:end[b]]``, at least one.
     """
-    places = jnp.arange(tokens.shape[1])[None]
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     matched, agree = jnp.zeros(tokens.shape, jnp.int32), jnp.ones(tokens.shape, bool)
     for back in range(1, LONGEST_MATCH + 1):
         newest = jnp.take_along_axis(tokens, jnp.maximum(end - back, 0)[:, None], axis=1)

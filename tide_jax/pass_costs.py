@@ -48,7 +48,7 @@ def measure_pass_costs(
     for _ in range(_REPEATS + 1):  # the first compiles
         for width in widths:
             x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
-            contexts = model.contexts(jnp.broadcast_to(jnp.arange(width), (batch, width)), None)
+            contexts = model.contexts(jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width)), None)
             layer_times[width].append(_seconds(lambda x=x, c=contexts: _through(layers, x, c)) / len(layers))
             head_times[width].append(_seconds(lambda x=x: head(x)))
 

@@ -118,7 +118,7 @@ class _Walk(NamedTuple):
         new, newest, pending = rows.by_layer(loop.rows), loop.state.newest, self.slots.pending
         out = DepthOutput(newest.states, newest.exit_layers, new, rows.layers_before(loop.group))
         pending = pending._replace(states=loop.state.states.astype(pending.states.dtype))
-        return out, self.slots.written(new, jnp.arange(count) < loop.group, pending)
+        return out, self.slots.written(new, jnp.arange(count, dtype=jnp.int32) < loop.group, pending)
 
     @property
     def _widths(self) -> tuple[int, ...]:

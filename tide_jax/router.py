@@ -70,7 +70,7 @@ class Confidence(NamedTuple):
     def screen(self, threshold: Float[Array, ""]) -> Float[Array, ""]:
         """The router score up to which no look could end above the threshold, but for a few: looking costs as much as
         part of a layer. Nothing ends above 1."""
-        level = jnp.sum(threshold >= jnp.asarray(SCREEN_LEVELS, jnp.float32)) - 1
+        level = jnp.sum(threshold >= jnp.asarray(SCREEN_LEVELS, jnp.float32), dtype=jnp.int32) - 1
         return jnp.where(threshold >= 1, jnp.float32(1), self.screens[jnp.maximum(level, 0)])
 
     def logit(self, features: Float[Array, "... F"]) -> Float[Array, "..."]:

@@ -13,6 +13,7 @@ from tide_jax.batch import Rows
 from tide_jax.decoder import Decoder
 from tide_jax.draft_control import DraftControl, PassCosts
 from tide_jax.errors import TideError
+from tide_jax.finite import check_finite
 from tide_jax.generate import Exits, Prompt, Request, advance, begin, generate_tokens
 from tide_jax.outputs import GenerateOutput, StreamStep
 from tide_jax.pass_costs import measure_pass_costs
@@ -64,6 +65,7 @@ class PlainRunner:
             generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
         )
         out = fetch(out)
+        check_finite(out.finite, self._model.dtype)
         steps = int(out.steps)
         return output(
             out.tokens[:, :steps],
@@ -79,7 +81,10 @@ class PlainRunner:
         arguments = (call.prompt, call.request, call.exits)
         state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity, **self._options)
         while True:
-            step, done, *arrays = fetch((state.step, state.done, state.last, state.exit_layers, state.layers_executed))
+            step, done, finite, *arrays = fetch(
+                (state.step, state.done, state.finite, state.last, state.exit_layers, state.layers_executed)
+            )
+            check_finite(finite, self._model.dtype)
             yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
             if step >= call.request.max_new_tokens or done.all():
                 return
@@ -101,8 +106,9 @@ class LosslessRunner:
         out, seconds, compiled = self._programs.run(
             generate_lossless, (self._model,), arguments, capacity=call.capacity, **self._options
         )
-        self._known.learn(batch, out.control)
-        out = fetch(out._replace(control=None))
+        control, out = out.control, fetch(out._replace(control=None))
+        check_finite(out.finite, self._model.dtype)
+        self._known.learn(batch, control)
         longest, last = int(np.max(out.lengths)), self._model.config.num_layers - 1
         made = np.arange(longest)[None] < out.lengths[:, None]
         return output(
@@ -126,9 +132,10 @@ class LosslessRunner:
         )
         sent, last, executed = 0, self._model.config.num_layers - 1, 0
         while True:
-            done, verified, tokens, counts = fetch(
-                (state.done, state.verified - state.width, state.tokens, state.counts)
+            done, finite, verified, tokens, counts = fetch(
+                (state.done, state.finite, state.verified - state.width, state.tokens, state.counts)
             )
+            check_finite(finite, self._model.dtype)
             # A step has a token of every row that goes on so far, so rows wait for the slowest of them.
             ready = int(verified.max() if done.all() else verified[~done].min())
             for n in range(sent, ready):

@@ -73,7 +73,8 @@ def sample(
       seen: tokens already in the row, for the repetition penalty.
       rule: what else changes logits, see `tide_jax.logit_rules.rule_on`.
     """
-    return sample_rows(lambda: row_keys(key, jnp.arange(logits.shape[0])), logits, sampling, seen, rule)
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    return sample_rows(lambda: row_keys(key, rows), logits, sampling, seen, rule)
 
 
 def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
@@ -118,8 +119,8 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 def _top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
     """Keeps what is at least the k-th largest logit."""
-    keys = _ordered(logits)
-    cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1) >= jnp.minimum(k, logits.shape[-1]), logits.shape[0])
+    keys, count = _ordered(logits), jnp.minimum(k, logits.shape[-1])
+    cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= count, logits.shape[0])
     return jnp.where(keys >= cut[:, None], logits, -jnp.inf)
 
 

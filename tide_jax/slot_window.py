@@ -45,11 +45,11 @@ class SlotWindow(NamedTuple):
 
     def waits(self, ran: Int[Array, " groups"]) -> Bool[Array, "groups Q"]:
         """Which slots of the window groups that have seen to so many have yet to see to, the step's own included."""
-        return (self.first + jnp.arange(self.positions.shape[1]))[None] >= ran[:, None]
+        return (self.first + jnp.arange(self.positions.shape[1], dtype=jnp.int32))[None] >= ran[:, None]
 
     def complete(self, g: int) -> KVCache:
         """The cache with nothing in the slots that group `g` has not seen to."""
-        slots = jnp.arange(self.cache.capacity)[None]
+        slots = jnp.arange(self.cache.capacity, dtype=jnp.int32)[None]
         return self.cache._replace(positions=jnp.where(slots < self.pending.ran[g], self.cache.positions, -1))
 
     def filled(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:

@@ -62,6 +62,7 @@ class LosslessState(NamedTuple):
       starts, ends: int32 [B].
       verified: end of what the full model has answered, int32 [B]; what follows is drafts.
       done: rows that have ended.
+      finite: rows whose logits were numbers so far.
       seen: verified tokens and prompt of each row, for the repetition penalty.
       cache: keys and values; its `pending` holds drafts that have left.
       control: what is known of drafts.
@@ -75,6 +76,7 @@ class LosslessState(NamedTuple):
     ends: Int[Array, " B"]
     verified: Int[Array, " B"]
     done: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
     seen: Bool[Array, "B V"]
     cache: KVCache
     control: DraftControl
@@ -90,12 +92,14 @@ class LosslessGenerated(NamedTuple):
       lengths: tokens of each row, its end-of-sequence token included, int32 [B].
       counts: passes and drafts.
       control: what was learned, for the next generation.
+      finite: as in `tide_jax.generate.Generated`.
     """
 
     tokens: Int[Array, "B N"]
     lengths: Int[Array, " B"]
     counts: DraftCounts
     control: DraftControl
+    finite: Bool[Array, " B"]
 
 
 def begin_lossless(
@@ -133,6 +137,7 @@ def begin_lossless(
         ends=ends + 1,
         verified=ends + 1,
         done=_ended(tokens, ends + 1, request) | (request.max_new_tokens <= 1),
+        finite=step.finite,
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
         control=control,
@@ -215,14 +220,14 @@ def generate_lossless(
         implementation=implementation,
     )
     state = lax.while_loop(
-        lambda s: ~jnp.all(s.done),
+        lambda s: ~jnp.all(s.done) & jnp.all(s.finite),
         lambda s: advance_lossless(model, s, request, exits, costs, implementation=implementation),
         state,
     )
     width, lengths = prompt.tokens.shape[1], state.ends - state.width
-    made = jnp.arange(capacity)[None] < lengths[:, None]
+    made = jnp.arange(capacity, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.where(made, state.tokens[:, width : width + capacity], request.pad)
-    return LosslessGenerated(tokens, lengths, state.counts, state.control)
+    return LosslessGenerated(tokens, lengths, state.counts, state.control, state.finite)
 
 
 class _Inputs(NamedTuple):
@@ -270,7 +275,7 @@ def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits
     columns = state.ends[:, None] + jnp.arange(queue, dtype=jnp.int32)[None]
     rows = jnp.arange(state.ends.shape[0])[:, None]
     row_tokens = state.tokens.at[rows, columns[:, :-1]].set(found.tokens, mode="drop")
-    there = running[:, None] & (jnp.arange(queue)[None] <= drafted[:, None])
+    there = running[:, None] & (jnp.arange(queue, dtype=jnp.int32)[None] <= drafted[:, None])
     count = 1 + jnp.max(drafted)
     return _Inputs(
         row_tokens=row_tokens,
@@ -319,7 +324,7 @@ def _seen(state: LosslessState, tokens: Int[Array, "B S"], ends: Int[Array, " B"
     """`state.seen` with the tokens between what was verified before and the given ends."""
     assert state.cache.pending is not None
     rows = jnp.arange(ends.shape[0])[:, None]
-    columns = state.verified[:, None] + jnp.arange(state.cache.pending.queue_length)[None]
+    columns = state.verified[:, None] + jnp.arange(state.cache.pending.queue_length, dtype=jnp.int32)[None]
     fresh = jnp.take_along_axis(tokens, columns, axis=1, mode="clip")
     return state.seen.at[rows, fresh].max(columns < ends[:, None])
 
@@ -373,13 +378,14 @@ def _verify(
         tokens=found.tokens,
         ends=found.ends,
         verified=found.ends,
+        finite=state.finite & (state.done | found.finite),
         done=state.done | _ended(found.tokens, found.ends, request) | (found.ends >= limit),
         seen=_seen(state, found.tokens, found.ends),
         cache=found.cache,
         control=learned(state.control, costs, model.config.num_layers, done),
         seconds=jnp.float32(0.0),
         counts=counts._replace(
-            ngram_drafted=counts.ngram_drafted + jnp.sum(batch.drafted),
+            ngram_drafted=counts.ngram_drafted + jnp.sum(batch.drafted, dtype=jnp.int32),
             ngram_accepted=counts.ngram_accepted + jnp.where(by_exits, 0, total),
             exit_accepted=counts.exit_accepted + jnp.where(by_exits, total, 0),
         ),

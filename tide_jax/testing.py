@@ -72,10 +72,10 @@ def random_routers(
 
     def confidence(c: int) -> Confidence:
         down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's opinion
-        usual = jnp.asarray([0.0, -4.0, 0.4, 4.5])  # the features of an undecided answer
+        usual = jnp.asarray([0.0, -4.0, 0.4, 4.5], jnp.float32)  # the features of an undecided answer
         bias = -jnp.dot(usual, down, precision="highest")
         screens = jnp.linspace(0.3, 0.44, len(SCREEN_LEVELS), dtype=jnp.float32)
-        return Confidence(screens, down, bias, jnp.ones((3,)), jnp.float32(-0.3))
+        return Confidence(screens, down, bias, jnp.ones((3,), jnp.float32), jnp.float32(-0.3))
 
     def translators(rank: int) -> Translators:
         down = tuple(normal(c, 5, shape=(d, rank), scale=d**-0.5) for c in count)
@@ -103,7 +103,8 @@ def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True
     """Routers that score every token 1.0 (or 0.0): with `min_layers` they force a depth. A `bottleneck` of the real
     size makes them cost what real ones cost."""
     d, bias = config.hidden_size, jnp.float32(200.0 if exits else -200.0)
-    router = Router(jnp.zeros((d, bottleneck)), jnp.zeros((bottleneck,)), jnp.zeros((bottleneck,)), bias)
+    zeros = jnp.zeros((bottleneck,), jnp.float32)
+    router = Router(jnp.zeros((d, bottleneck), jnp.float32), zeros, zeros, bias)
     checkpoints = checkpoint_layers(config.num_layers, interval)
     return Routers((router,) * len(checkpoints), None, checkpoints)
 

@@ -82,7 +82,7 @@ class Translators(NamedTuple):
         if checkpoint.size <= up.shape[0]:  # few tokens read the matrices they need, many are one product
             chosen = jnp.take(up, checkpoint, axis=0, mode="clip")
             return shift + einsum("btr,btrd->btd", code, chosen).astype(jnp.float32)
-        mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0])[None, None, :, None]
+        mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0], dtype=jnp.int32)[None, None, :, None]
         spread = jnp.where(mine, code[:, :, None, :], jnp.zeros((), code.dtype))
         spread = spread.reshape(*checkpoint.shape, -1)
         return shift + einsum("btr,rd->btd", spread, up.reshape(-1, up.shape[-1])).astype(jnp.float32)

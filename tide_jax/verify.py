@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.cache import KVCache, newest_positions
 from tide_jax.decoder import Decoder
+from tide_jax.finite import finite_rows
 from tide_jax.generate import Request
 from tide_jax.logit_rules import RowText, rule_on
 from tide_jax.recompute import pass_number, pass_widths
@@ -41,12 +42,14 @@ class Verified(NamedTuple):
     Attributes:
       tokens, ends: as in `Drawn`.
       corrected: rows whose last token is the full model's answer rather than a draft.
+      finite: rows whose answers come from numbers, bool [B].
       cache: drafts that do not hold are out of it, and nothing waits.
     """
 
     tokens: Int[Array, "B S"]
     ends: Int[Array, " B"]
     corrected: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
     cache: KVCache
 
     @property
@@ -70,7 +73,7 @@ def draw(
     def keys() -> Array:
         by_index = jax.vmap(jax.vmap(lambda n: jax.random.fold_in(request.key, n)))(index)
         return jax.vmap(lambda row, keys: jax.vmap(lambda k: row_keys(k, row[None])[0])(keys))(
-            jnp.arange(batch), by_index
+            jnp.arange(batch, dtype=jnp.int32), by_index
         ).reshape(-1)
 
     rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(drawn, columns, request))
@@ -103,23 +106,24 @@ def verified(model: Decoder, drawn: Drawn, cache: KVCache, first: Int[Array, ""]
     queue = pending.queue_length
     begin = cache.length - queue
     positions = newest_positions(cache, queue)
-    checked = ((begin + jnp.arange(queue)) >= first)[None] & (positions >= 0)
+    checked = ((begin + jnp.arange(queue, dtype=jnp.int32)) >= first)[None] & (positions >= 0)
     columns = jnp.where(checked, positions + 1 + drawn.starts[:, None], 0)  # of the answers
     answers = _answers(model, drawn, pending.states, checked, columns, cache.length - first, request)
     drafts = jnp.take_along_axis(drawn.tokens, columns, axis=1)
     wrong = checked & ((columns >= drawn.ends[:, None]) | (answers != drafts))
-    corrected, at = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1)[:, None]
+    corrected, at = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1).astype(jnp.int32)[:, None]
     column = jnp.take_along_axis(columns, at, axis=1)[:, 0]
     answer = jnp.take_along_axis(answers, at, axis=1)[:, 0]
     rows = jnp.arange(drawn.ends.shape[0])
-    kept = ~checked | ~corrected[:, None] | (jnp.arange(queue)[None] <= at)
+    kept = ~checked | ~corrected[:, None] | (jnp.arange(queue, dtype=jnp.int32)[None] <= at)
     positions = jnp.where(kept, positions, -1)
-    filled = jnp.max(jnp.where(positions >= 0, jnp.arange(1, queue + 1)[None], 0))
+    filled = jnp.max(jnp.where(positions >= 0, jnp.arange(1, queue + 1, dtype=jnp.int32)[None], 0))
     length = jnp.maximum(first, begin + filled)
     return Verified(
         tokens=drawn.tokens.at[rows, column].set(jnp.where(corrected, answer, drawn.tokens[rows, column])),
         ends=jnp.where(corrected, column + 1, drawn.ends),
         corrected=corrected,
+        finite=finite_rows(pending.states, checked),
         cache=cache._replace(
             positions=lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), begin)),
             length=length,
@@ -160,7 +164,7 @@ def _seen(
 
     def with_drafts() -> Array:
         inputs = jnp.take_along_axis(drawn.tokens, jnp.maximum(columns - 1, 0), axis=1)
-        own = (jnp.arange(shape[-1])[None, None] == inputs[:, :, None]) & checked[:, :, None]
+        own = (jnp.arange(shape[-1], dtype=jnp.int32)[None, None] == inputs[:, :, None]) & checked[:, :, None]
         return drawn.seen[:, None] | (jnp.cumsum(own, axis=1) > 0)
 
     plain = jnp.broadcast_to(drawn.seen[:, None], shape)

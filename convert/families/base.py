@@ -21,10 +21,12 @@ class Family:
     Attributes:
       config: the decoder configuration of a transformers configuration object.
       rules: the weight map.
+      overflows_float16: activations of published models leave float16's range (65,504).
     """
 
     config: Callable[[Any], DecoderConfig]
     rules: tuple[Rule, ...] = LLAMA
+    overflows_float16: bool = False
 
 
 def first(hf: Any, *names: str) -> Any:

@@ -92,8 +92,8 @@ GEMMA4 = llama_weights(
 )
 FAMILIES: dict[str, Family] = {
     "gemma": Family(_gemma),
-    "gemma2": Family(_gemma2, SANDWICH),
-    "gemma3_text": Family(_gemma3, SANDWICH),
+    "gemma2": Family(_gemma2, SANDWICH, overflows_float16=True),
+    "gemma3_text": Family(_gemma3, SANDWICH, overflows_float16=True),
     "vaultgemma": Family(_vaultgemma, SANDWICH),
     "gemma4_text": Family(_gemma4, GEMMA4),
     "gemma4_unified_text": Family(_gemma4, GEMMA4),

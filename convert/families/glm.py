@@ -25,5 +25,5 @@ GLM4_NORMS = {
 }
 FAMILIES: dict[str, Family] = {
     "glm": Family(_glm),
-    "glm4": Family(_glm4, llama_weights(GLM4_NORMS)),
+    "glm4": Family(_glm4, llama_weights(GLM4_NORMS), overflows_float16=True),
 }

@@ -1,0 +1,127 @@
+"""Answers that are no numbers: every way to ask a model for one refuses them in one line, and numbers pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import random_prompts, tiny_model, with_parameters
+
+import tide_jax
+from convert import convert, export
+from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig
+from tide_jax.continuations import Continuation, score_continuations
+from tide_jax.errors import TideError
+from tide_jax.testing import constant_routers, random_routers, tiny_config
+
+PROMPTS = random_prompts((7, 3))
+TEXTS = random_prompts((40,) * 24)
+SETTINGS = CalibrationConfig(calibration_samples=24, max_length=40, min_layers=1, checkpoint_interval=1, batch_size=8)
+CONFIG = tiny_config(num_layers=2)
+
+
+@functools.cache
+def overflowing(dtype: str = "float16") -> Decoder:
+    """A decoder whose second layer leaves float16's range for every token; all its weights are numbers."""
+    big = with_parameters(tiny_model(CONFIG), {"layers.1.mlp.down.kernel": 6e4, "layers.0.mlp.down.kernel": 6e4})
+    return tide_jax.decoder.from_parameters(CONFIG, tide_jax.decoder.parameters(big).items(), dtype=jnp.dtype(dtype))
+
+
+@functools.cache
+def engine(dtype: str = "float16") -> TIDE:
+    return TIDE(overflowing(dtype), random_routers(CONFIG, interval=1), ExitConfig(min_layers=0, exit_threshold=0.99))
+
+
+CALLS: dict[str, Callable[[TIDE], Any]] = {
+    "generate": lambda e: e.generate(PROMPTS, max_new_tokens=3),
+    "full depth": lambda e: e.generate(PROMPTS, max_new_tokens=3, mode="full"),
+    "sampled": lambda e: e.generate(PROMPTS, max_new_tokens=3, temperature=1.0, key=jax.random.key(0)),
+    "prompts exit": lambda e: e.with_config(prefill_exits=True).generate(PROMPTS, max_new_tokens=3),
+    "stream": lambda e: list(e.stream(PROMPTS, max_new_tokens=3)),
+    "lossless": lambda e: e.generate(PROMPTS, max_new_tokens=3, mode="lossless"),
+    "lossless stream": lambda e: list(e.stream(PROMPTS, max_new_tokens=3, mode="lossless")),
+    "scoring": lambda e: e(PROMPTS),
+    "scoring at full depth": lambda e: e(PROMPTS, mode="full"),
+    "continuations": lambda e: score_continuations(e, [Continuation([1, 2], [3, 4]), Continuation([1], [5])]),
+    "calibrate": lambda e: tide_jax.calibrate(e.model, None, TEXTS, SETTINGS),
+    "guarantee": lambda e: tide_jax.guarantee(e, TEXTS, risk=0.3, delta=0.3, max_length=40),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_answer_is_better_than_none(call: Callable[[TIDE], Any]) -> None:
+    with pytest.raises(TideError) as caught:
+        call(engine())
+    message = "the model's logits are not finite in float16: load the model with dtype='bfloat16' or 'float32'"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_same_weights_answer_in_bfloat16(call: Callable[[TIDE], Any]) -> None:
+    call(engine("bfloat16"))
+
+
+def test_a_damaged_model_is_called_so() -> None:
+    damaged = TIDE(with_parameters(tiny_model(CONFIG), {"layers.0.mlp.down.kernel": np.nan}))
+    with pytest.raises(TideError, match=r"not finite in float32: its weights or its configuration are damaged"):
+        damaged.generate(PROMPTS, max_new_tokens=2)
+
+
+def late(model: Decoder, token: int) -> Decoder:
+    """The model, for which one token's embedding is infinite."""
+    table = np.array(tide_jax.decoder.parameters(model)["embed.kernel"])
+    table[token] = np.inf
+    return with_parameters(model, {"embed.kernel": table})
+
+
+@pytest.mark.parametrize("mode", ["full", "exit", "lossless"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_overflows_later_is_noticed_then(mode: Any, streamed: bool) -> None:
+    """The prompt is answered by numbers; its second new token is not."""
+    config = tiny_config(num_layers=3, tie_embeddings=False)
+    good = tiny_model(config)
+    wanted = TIDE(good).generate(PROMPTS[:1], max_new_tokens=6, eos_token_id=[]).tokens[0].tolist()
+    assert wanted[1] not in (*PROMPTS[0], wanted[0])
+    bad = TIDE(late(good, wanted[1]), constant_routers(config, interval=1, exits=False), ExitConfig(min_layers=3))
+    assert bad.generate(PROMPTS[:1], max_new_tokens=2, eos_token_id=[]).tokens[0].tolist() == wanted[:2]
+    options: dict[str, Any] = {"max_new_tokens": 6, "mode": mode, "eos_token_id": []}
+    with pytest.raises(TideError, match="not finite in float32"):
+        list(bad.stream(PROMPTS[:1], **options)) if streamed else bad.generate(PROMPTS[:1], **options)
+
+
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
+    """The token that overflows ends the row, so that it is never read."""
+    config = tiny_config(num_layers=3, tie_embeddings=False)
+    good = tiny_model(config)
+    wanted = TIDE(good).generate(PROMPTS, max_new_tokens=6, eos_token_id=[])
+    last = int(wanted.tokens[0, 2])
+    out = TIDE(late(good, last)).generate(PROMPTS, max_new_tokens=6, eos_token_id=[last], mode=mode)
+    assert out.tokens[0, :3].tolist() == wanted.tokens[0, :3].tolist()
+
+
+# ---- what float16 checkpoints of families that overflow it run in ----
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"), [("gemma3_text", "bfloat16"), ("glm4", "bfloat16"), ("llama", "float16")]
+)
+def test_the_default_dtype(model_type: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from convert.tiny import save_tiny
+
+    save_tiny(model_type, tmp_path / "source", dtype="float16")
+    assert convert(tmp_path / "source", tmp_path / "out").dtype == "float16", "stored as it was"
+    convert(tmp_path / "source", tmp_path / "asked", dtype="float16")
+    monkeypatch.setattr(tide_jax.checkpoint, "_default_dtype", lambda: None)  # as where there is an accelerator
+    for source in ("source", "out"):
+        assert tide_jax.load(tmp_path / source).dtype.name == expected
+        assert tide_jax.load(tmp_path / source, "float16").dtype.name == "float16"
+    assert tide_jax.load(tmp_path / "asked").dtype.name == "float16"
+    assert export(tmp_path / "out", tmp_path / "hf").dtype == "float16"
