@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+_MOST = 3
+_WIDTH = 80
+
 
 class TideError(ValueError):
     """Bad input: one line saying what was wrong, what was expected and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def listed(problems: Sequence[str], most: int = _MOST, width: int = _WIDTH) -> str:
+    """The first `most` problems and how many more there are, on one line; each is cut to `width` characters."""
+    more = len(problems) - most
+    shown = "; ".join(shortened(problem, width) for problem in problems[:most])
+    return f"{shown}; and {more} more" if more > 0 else shown
+
+
+def shortened(text: object, width: int = _WIDTH) -> str:
+    """`text` on one line of at most `width` characters."""
+    # Only the start can be shown, so only the start is looked at: a message may hold a whole file.
+    line = " ".join(str(text)[: 20 * width].split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
