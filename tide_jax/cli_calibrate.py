@@ -35,6 +35,7 @@ def add_command(subparsers: Any) -> None:
         "  tide-jax calibrate smollm2 --text hub:wikitext:wikitext-2-raw-v1 --output routers.safetensors\n\n"
         "exit code 1: the routers are written, but no threshold qualified for --risk and --delta\n",
         _run,
+        modules=("tide_jax.calibration", "tide_jax.promise"),
     )
     parser.add_argument(
         "--text", required=True, help=".txt, .jsonl or .parquet file, hub:NAME[:CONFIG[:SPLIT]], or self"

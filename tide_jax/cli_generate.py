@@ -32,6 +32,7 @@ def add_command(subparsers: Any) -> None:
         '  tide-jax generate smollm2 --prompt "Repeat after me: ..." --mode lossless\n'
         '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
         _run,
+        modules=("tide_jax.engine",),
     )
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from tide_jax.errors import TideError
+from tide_jax.interrupts import INTERRUPTED, Interrupts, leave_interrupted
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
+BAD_INPUT, BROKEN_PIPE = 2, 141  # the latter as of a program that the signal ends
 _FLAGS = {
     "calibration_samples": "samples",
     "exit_threshold": "threshold",
@@ -30,17 +33,22 @@ class Parser(argparse.ArgumentParser):
         raise TideError(f"{message}; see '{self.prog} --help'")
 
 
-def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
     """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code.
 
-    Commands find in ``args.as_program`` whether the process is theirs, and with it JAX's configuration.
+    The arguments may also carry ``modules``, names of slow modules that `run` needs: they are imported while Ctrl-C
+    still ends the process at once. Commands find in ``args.as_program`` whether the process is theirs, and with it
+    JAX's configuration.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
     args = argparse.Namespace(as_program=arguments is None)
     try:
-        parser.parse_args(arguments, args)
+        make_parser().parse_args(arguments, args)
+        if args.as_program:
+            _import_for_work(getattr(args, "modules", ()))
         code = args.run(args)
         sys.stdout.flush()
+        _end_work()
         return code
     except TideError as error:
         return _fail(_with_flags(str(error), args))
@@ -50,13 +58,16 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     except OSError as error:
         _drop(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and not _was_interrupted():
+            raise
+        return _interrupted()
 
 
-def model_command(subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
-    """Adds a command about a model, with ``--json``; returns its parser."""
+def model_command(
+    subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int], *, modules: Sequence[str]
+) -> Any:
+    """Adds a command about a model, with ``--json``; returns its parser. `modules`: see `execute`."""
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -68,7 +79,7 @@ def model_command(subparsers: Any, name: str, summary: str, examples: str, run: 
         "source", metavar="MODEL", help="converted directory, Hugging Face directory, hub id or .gguf file"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, modules=modules)
     return parser
 
 
@@ -112,7 +123,36 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
     return re.sub(r"\b([a-z_]+)=", flag, message)
 
 
+def _import_for_work(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(ImportError):  # the command says what is missing, and what to do
+            importlib.import_module(name)
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.begin_work()
+
+
+def _end_work() -> None:
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.end_work()
+
+
+def _was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed: libraries make other exceptions of it."""
+    interrupts = Interrupts.installed()
+    return interrupts is not None and interrupts.came
+
+
+def _interrupted() -> int:
+    if Interrupts.installed() is not None:
+        leave_interrupted()
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
 def _fail(message: str) -> int:
+    if _was_interrupted():
+        return _interrupted()
+    _end_work()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return BAD_INPUT
 
