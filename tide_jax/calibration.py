@@ -77,6 +77,7 @@ def calibrate(
     config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
     if config.min_layers > depth:
         raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
+    check_ranks(config, model.config.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.config.context_length))
     checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
     if not checkpoints:
@@ -95,6 +96,14 @@ def calibrate(
         "report": report,
     }
     return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
+
+
+def check_ranks(config: CalibrationConfig, width: int) -> None:
+    """Raises TideError for a rank that the model's width can't have; a default one is taken for as much as fits."""
+    for name in ("exit_head_rank", "translator_rank"):
+        rank = getattr(config, name)
+        if rank is not None and rank > width and rank != getattr(CalibrationConfig, name):
+            raise TideError(f"{name}={rank} exceeds the model's width of {width}; lower it")
 
 
 def _fit(

@@ -122,11 +122,13 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     import dataclasses
 
     import tide_jax
+    from tide_jax.calibration import check_ranks
     from tide_jax.checkpoint import load_config
 
     names = {field.name for field in dataclasses.fields(tide_jax.CalibrationConfig)}
     config = tide_jax.CalibrationConfig(**{k: v for k, v in vars(args).items() if k in names and v is not None})
     model = load_config(args.source)
+    check_ranks(config, model.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.context_length))
     if args.min_layers is None:  # the default is not to be above a shallow model's depth; a wish is taken at its word
         config = dataclasses.replace(config, min_layers=min(config.min_layers, model.num_layers))

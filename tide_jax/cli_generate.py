@@ -129,8 +129,11 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError(f"--audit compares exits with the full model; it needs --routers, and no --mode {args.mode}")
     given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
     tide_jax.ExitConfig(**given)
-    if args.routers is None and (unused := [n for n in ("threshold_tilt", "kv_strategy") if n in given]):
-        raise TideError(f"--{unused[0].replace('_', '-')} says how tokens exit; it needs --routers")
+    if args.routers is None and args.checkpoint_interval is not None:
+        raise TideError("--checkpoint-interval checks a router file; it needs --routers")
+    if args.routers is None and given:
+        option = "threshold" if "exit_threshold" in given else next(iter(given)).replace("_", "-")
+        raise TideError(f"--{option} says how tokens exit; it needs --routers")
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
@@ -140,8 +143,7 @@ def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited:
     from tide_jax.promise import exit_settings
 
     if args.routers is None:
-        config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
-        return tide_jax.TIDE(model, None, config, mesh=mesh), None
+        return tide_jax.TIDE(model, mesh=mesh), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
     config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":

@@ -7,6 +7,7 @@ runs while the last one is stored, and an interrupted pass can go on at any batc
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -134,6 +135,8 @@ def collect(
     """
     placement = Placement.of(mesh)
     texts = [Sample(np.asarray(ids, np.int32), start) for ids, start in samples]
+    # A larger batch would be padding. One of no texts is an error below.
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, max(1, len(texts))))
     counts = {"texts": len(texts), "tokens": sum(len(ids) - start for ids, start in texts)}
     owners, seen = assign(texts, _shares(config))
     _check_enough(seen, counts, config)

@@ -9,11 +9,12 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, out_of_memory
 from tide_jax.interrupts import INTERRUPTED, Interrupts, leave_interrupted
 
 BAD_INPUT, BROKEN_PIPE = 2, 141  # the latter as of a program that the signal ends
@@ -59,6 +60,8 @@ def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Seque
         _drop(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except BaseException as error:
+        if (reason := out_of_memory(error)) is not None:
+            return _fail(str(reason))
         if not isinstance(error, KeyboardInterrupt) and not _was_interrupted():
             raise
         return _interrupted()
@@ -103,6 +106,25 @@ def keep_programs() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(home / "tide_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+    _replace_damaged_programs(home / "tide_jax")
+
+
+def _replace_damaged_programs(folder: Path) -> None:
+    """Deletes what JAX warns of that it can't be read. JAX compiles then, but never writes over a file that is there:
+    without this each run would compile again, and warn."""
+    show = warnings.showwarning
+
+    def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        found = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if found is None:
+            show(message, *arguments, **options)
+            return
+        for file in folder.glob(f"{found[1]}-*"):  # others of this name are only compiled once more
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    warnings.simplefilter("always", UserWarning)  # the second damaged program may have the same name
+    warnings.showwarning = replace
 
 
 def seed(text: str) -> int:

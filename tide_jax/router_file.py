@@ -110,7 +110,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _metadata(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
         metadata = json.loads(header["metadata"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise TideError(f"{path} is damaged: its metadata can't be read; calibrate again") from error
     if not isinstance(metadata, dict):
         raise TideError(f"{path} is damaged: its metadata is no JSON object; calibrate again")

@@ -23,13 +23,19 @@ from tide_jax.stats import DraftStats, ExitStats
 
 
 class Call(NamedTuple):
-    """A checked request, ready for the pure functions."""
+    """A checked request, ready for the pure functions. `prompt` may have rows behind those of `rows`: they have no
+    tokens, and nothing is reported of them."""
 
     rows: Rows
     prompt: Prompt
     request: Request
     exits: Exits | None
     capacity: int
+
+    @property
+    def count(self) -> int:
+        """Rows that were asked for."""
+        return len(self.rows.rows)
 
 
 class Runner(Protocol):
@@ -57,10 +63,10 @@ class PlainRunner:
             generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
         )
         out = fetch(out)
-        steps = int(out.steps)
+        rows, steps = call.count, int(out.steps)
         return output(
-            out.tokens[:, :steps],
-            out.exit_layers[:, :steps],
+            out.tokens[:rows, :steps],
+            out.exit_layers[:rows, :steps],
             num_layers=self._model.config.num_layers,
             layers_executed=int(np.sum(out.layers_executed)),
             steps=steps,
@@ -73,7 +79,7 @@ class PlainRunner:
         state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity, **self._options)
         while True:
             step, done, *arrays = fetch((state.step, state.done, state.last, state.exit_layers, state.layers_executed))
-            yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
+            yield StreamStep(arrays[0][: call.count], arrays[1][: call.count], int(arrays[2]))
             if step >= call.request.max_new_tokens or done.all():
                 return
             arguments = (state, call.request, call.exits)
@@ -88,7 +94,7 @@ class LosslessRunner:
         self._options: dict[str, Any] = {"implementation": implementation}
 
     def whole(self, call: Call) -> GenerateOutput:
-        batch = len(call.rows.rows)
+        batch, rows = len(call.prompt.lengths), call.count
         costs, measuring = self._known.costs(self._model, call.exits, batch)
         arguments = (call.prompt, call.request, call.exits, costs, self._known.control(batch))
         out, seconds, compiled = self._programs.run(
@@ -96,10 +102,10 @@ class LosslessRunner:
         )
         self._known.learn(batch, out.control)
         out = fetch(out._replace(control=None))
-        longest, last = int(np.max(out.lengths)), self._model.config.num_layers - 1
-        made = np.arange(longest)[None] < out.lengths[:, None]
+        longest, last = int(np.max(out.lengths[:rows])), self._model.config.num_layers - 1
+        made = np.arange(longest)[None] < out.lengths[:rows, None]
         return output(
-            out.tokens[:, :longest],
+            out.tokens[:rows, :longest],
             np.where(made, last, -1).astype(np.int32),
             num_layers=last + 1,
             layers_executed=int(out.counts.layers_executed),
@@ -122,6 +128,7 @@ class LosslessRunner:
             done, verified, tokens, counts = fetch(
                 (state.done, state.verified - state.width, state.tokens, state.counts)
             )
+            done, verified, tokens = (array[: call.count] for array in (done, verified, tokens))
             # A step has a token of every row that goes on so far, so rows wait for the slowest of them.
             ready = int(verified.max() if done.all() else verified[~done].min())
             for n in range(sent, ready):
@@ -165,10 +172,8 @@ class Drafting:
 
 def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:
     """Runs a call of one row step by step and puts its tokens into a streamer as they are made."""
-    if len(call.rows.rows) != 1:
-        raise TideError(
-            f"a streamer takes one prompt at a time, got {len(call.rows.rows)}; use TIDE.stream for a batch"
-        )
+    if call.count != 1:
+        raise TideError(f"a streamer takes one prompt at a time, got {call.count}; use TIDE.stream for a batch")
     streamer.put(np.stack(call.rows.rows))
     compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
     for step in runner.steps(call):

@@ -80,7 +80,7 @@ def model_texts(
       temperature, min_p: sampling; variety needs a temperature above 0.
       seed: all randomness follows from it.
     """
-    engine, key = TIDE(model), jax.random.key(seed)
+    engine, key, batch_size = TIDE(model), jax.random.key(seed), min(batch_size, count)
     prompts = list(itertools.islice(_prompts(tokenizer, seed), count))
     texts: list[Sample] = []
     for start in range(0, count, batch_size):
@@ -143,7 +143,7 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
                 raise TideError(f"{path} line {number} is not JSON ({error})") from error
             yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
 

@@ -99,7 +99,7 @@ class WorkFolder:
         try:
             found = json.loads((self._path / JOURNAL).read_text(encoding="utf-8"))
             identity, done, known = found["identity"], found["done"], found["format"] == _FORMAT
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(JOURNAL) from error
         if not known or not isinstance(identity, dict) or not isinstance(done, int) or done < 0:
             raise self._damaged(JOURNAL)
