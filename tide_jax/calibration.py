@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
+from tide_jax.checks import instance_of, path_like
 from tide_jax.collect import Collected, Progress, Splits, collect, tokenise
 from tide_jax.confidence_training import HELD_BACK, final_scores, train_confidence
 from tide_jax.config import CalibrationConfig, checkpoint_layers
@@ -73,6 +74,10 @@ def calibrate(
       TideError: the model has too few layers for a checkpoint, or there is too little text; `work_dir`
         belongs to another model, text or configuration, is damaged or can't be written; `mesh` has no axis "data".
     """
+    instance_of("model", model, Decoder)
+    instance_of("config", config, CalibrationConfig, or_none=True)
+    if work_dir is not None:
+        path_like("work_dir", work_dir)
     depth = model.config.num_layers
     config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
     if config.min_layers > depth:

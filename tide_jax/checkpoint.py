@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError
@@ -44,6 +45,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None) -> 
       TideError: nothing loadable is there, a file is damaged, the dtype is not one of the three, or `mesh` has no axes
         "data" and "model".
     """
+    path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
     if not is_converted(source):
@@ -66,6 +68,7 @@ def load_config(source: str | Path) -> DecoderConfig:
     Raises:
       TideError: nothing loadable is there.
     """
+    path_like("source", source)
     if not is_converted(source):
         return _opener("config")(source)
     return DecoderConfig.from_dict(_settings(Path(source).expanduser())["decoder"])
@@ -77,6 +80,7 @@ def load_tokenizer(source: str | Path) -> Any:
     Raises:
       TideError: nothing loadable is there, or it has no tokenizer.
     """
+    path_like("source", source)
     if not is_converted(source):
         return _opener("tokenizer")(source)
     return tokenizer_in(Path(source).expanduser())

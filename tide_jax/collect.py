@@ -88,6 +88,8 @@ def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vo
     """
     if isinstance(texts, str):
         raise TideError("texts is a single string; pass an iterable of texts, for example a list")
+    if not isinstance(texts, Iterable):
+        raise TideError(f"texts is {type(texts).__name__}; pass an iterable of texts, for example a list")
     for number, text in enumerate(itertools.islice(texts, config.calibration_samples)):
         ids, start = _sample(tokenizer, text, number)
         ids, first = ids[: config.max_length], max(1, start)

@@ -25,7 +25,7 @@ from tide_jax.batch import (
     row_bucket,
     to_rows,
 )
-from tide_jax.checks import whole_number
+from tide_jax.checks import instance_of, whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
 from tide_jax.deferred_fill import is_faster
@@ -77,6 +77,9 @@ class TIDE:
         mesh: Mesh | None = None,
         max_programs: int = MOST_PROGRAMS,
     ) -> None:
+        instance_of("model", model, Decoder)
+        instance_of("routers", routers, Routers, or_none=True)
+        instance_of("config", config, ExitConfig, or_none=True)
         self._mesh = mesh_of(model) if mesh is None else checked_mesh(mesh)
         self.model = self._on_mesh(model)
         self.routers = routers
@@ -163,6 +166,8 @@ class TIDE:
         # As scoring has them, so that every batch size is audited by one program.
         watched = None if monitor is None or mode == "lossless" else self._exits(mode)
         self._watch(monitor, watched)
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise TideError(f"streamer is {type(streamer).__name__}, expected an object with put(array) and end()")
         runner = self._runner(mode)
         if streamer is None:
             out = runner.whole(call)
@@ -178,7 +183,8 @@ class TIDE:
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
         """Yields each step's tokens as soon as they are made; arguments as in `generate`, but for `streamer`
         and `monitor`, which needs a finished row."""
-        return self._runner(arguments.get("mode")).steps(self._call(input_ids, **arguments))
+        call = self._call(input_ids, **arguments)
+        return self._runner(arguments.get("mode")).steps(call)
 
     def __call__(
         self,
@@ -206,7 +212,10 @@ class TIDE:
         positions = pad_rows(positions_of(rows.mask, bucket(width)), self._rows(batch), -1)
         tokens = np.zeros(positions.shape, np.int32)
         tokens[positions >= 0] = np.concatenate(rows.rows)
-        prompt, exits = prompt_column(prompt_lengths, batch), self._exits("full" if mode == "lossless" else mode)
+        prompt, exits = (
+            prompt_column(prompt_lengths, batch),
+            self._exits("full" if isinstance(mode, str) and mode == "lossless" else mode),
+        )
         self._watch(monitor, exits)
         inputs = (
             jnp.asarray(tokens),
@@ -247,7 +256,7 @@ class TIDE:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
     def _exits(self, mode: Mode | None, decoded_rows: int | None = None) -> Exits | None:
-        if mode not in (None, "exit", "lossless", "full"):
+        if not isinstance(mode, str | None) or mode not in (None, "exit", "lossless", "full"):
             raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
@@ -297,6 +306,7 @@ class TIDE:
         sampling = make_sampling(**dials)
         if float(sampling.temperature) > 0 and key is None:
             raise TideError("temperature above 0 draws at random and needs key=jax.random.key(seed)")
+        _check_key(key)
         if pad_token_id is not None:
             pad_token_id = whole_number("pad_token_id", pad_token_id, high=config.vocab_size - 1)
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
@@ -338,6 +348,14 @@ class TIDE:
                 context,
             )
         return min(max_new_tokens, int(room.max()))
+
+
+def _check_key(key: Any) -> None:
+    """Raises TideError for what is no key of JAX's, new style or old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if key is not None and not new and not (dtype == np.uint32 and shape in ((2,), (4,))):
+        raise TideError(f"key is {type(key).__name__}, expected a single key: jax.random.key(seed)")
 
 
 def _score(
