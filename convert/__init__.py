@@ -1,7 +1,33 @@
 """Conversion of Hugging Face and GGUF checkpoints to `tide_jax` models, with proof that the logits agree."""
 
-from convert.conversion import ConversionReport, convert, open_config, open_model
-from convert.exporting import ExportReport, export
-from convert.reader import open_tokenizer
+TYPE_CHECKING = False  # as in tide_jax: public names are imported when they are first asked for
+if TYPE_CHECKING:
+    from convert.conversion import ConversionReport, convert, open_config, open_model
+    from convert.exporting import ExportReport, export
+    from convert.reader import open_tokenizer
+
+_HOMES = {
+    "ConversionReport": "conversion",
+    "ExportReport": "exporting",
+    "convert": "conversion",
+    "export": "exporting",
+    "open_config": "conversion",
+    "open_model": "conversion",
+    "open_tokenizer": "reader",
+}
 
 __all__ = ["ConversionReport", "ExportReport", "convert", "export", "open_config", "open_model", "open_tokenizer"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes time: Ctrl-C is not answered before
+    from tide_jax.interrupts import Interrupts
+
+    Interrupts.install()
+
 import argparse
 import functools
 import json
@@ -52,11 +57,15 @@ def add_export_command(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the conversion's own")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(run=_run_export)
+    parser.set_defaults(run=_run_export, modules=("convert.exporting",))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for bad input."""
+    return execute(_parser, arguments)
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m convert",
         description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
@@ -64,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(parser)
-    return execute(parser, arguments)
+    return parser
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +90,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check names and shapes, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at DST")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, modules=("convert.conversion",))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from convert.families import FAMILIES
 from convert.hub import local_directory
 from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files
 from tide_jax.chat_files import chat_templates, remove_template_files
 from tide_jax.checks import real_number, whole_number
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
@@ -53,6 +54,7 @@ _USUAL_NAMES = {  # where no table says which tensors these are: in multimodal a
     "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
 }
 _BLOCK_ROWS = 4096
+_PATTERN_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,9 +359,13 @@ def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any
     """A module's own value: the first pattern that matches its name or the end of it, as PEFT looks it up."""
     patterns = settings.get(key) or {}
     try:
-        return next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)), default)
-    except (re.error, AttributeError) as error:
-        raise TideError(f"adapter_config.json has a senseless {key} ({error}): correct it") from error
+        # Patterns are anyone's, and may try more ways to match than there is time for: `re` has no limit.
+        matches = (
+            value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_PATTERN_SECONDS)
+        )
+        return next(matches, default)
+    except (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, OverflowError) as error:
+        raise TideError(f"adapter_config.json has a senseless {key} ({shortened(error)}): correct it") from error
 
 
 def _add_product(tensor: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import abstract_parameters
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, listed
 from tide_jax.shards import TensorInfo
 
+_ROOM = 220  # characters of an error for the problems it lists
 Take = Callable[[np.ndarray, DecoderConfig], np.ndarray]
 Slot = tuple[int | slice, ...]
 
@@ -116,7 +117,8 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
 
     Raises:
       TideError: source tensors no rule or several rules match, parameters or slots nothing or several tensors fill,
-        shapes that do not fit; all of them in one message, each with what was expected and what was found.
+        shapes that do not fit; the first of them and their number in one message, each with what was expected and
+        what was found.
     """
     shapes = abstract_parameters(config)
     compiled = [(re.compile(rule.pattern), rule) for rule in rules if rule.when(config)]
@@ -141,7 +143,8 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
     problems += _filling(shapes, pieces)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise TideError(f"the checkpoint does not fit its configuration, {count}: {'; '.join(problems)}")
+        told = listed(problems, width=_ROOM // min(len(problems), 3))
+        raise TideError(f"the checkpoint does not fit its configuration, {count}: {told}")
     return Plan(shapes, tuple(pieces), ignored)
 
 

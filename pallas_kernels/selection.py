@@ -44,7 +44,11 @@ class Choices(NamedTuple):
 
     def refusal(self, name: str | None) -> str | None:
         """Why `name` can't run in this process, whatever its arguments; None where it can."""
-        if name is None or name == "reference":
+        if name is None:
+            return None
+        if not isinstance(name, str):
+            return f"implementation is {type(name).__name__}; choose None or one of {', '.join(self.names)}"
+        if name == "reference":
             return None
         if name not in self.names:
             return f"implementation={name!r} is not known; choose None or one of {', '.join(self.names)}"

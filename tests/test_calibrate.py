@@ -14,7 +14,7 @@ from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig, Routers, TideError, calibrate
-from tide_jax.calibrate import auc, expected_exits
+from tide_jax.calibration import auc, expected_exits
 from tide_jax.collect import Collected, Sample, collect, tokenise
 from tide_jax.config import checkpoint_layers
 from tide_jax.evaluation import measure_exits

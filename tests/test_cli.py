@@ -190,8 +190,27 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("generate", "MODEL", *_PROMPT, "--kv-strategy", "recompute"),
         "--kv-strategy says how tokens exit; it needs --routers",
     ),
+    "a threshold without routers": (
+        ("generate", "MODEL", *_PROMPT, "--threshold", "0.9"),
+        "--threshold says how tokens exit; it needs --routers",
+    ),
+    "a least depth without routers": (
+        ("generate", "MODEL", *_PROMPT, "--min-layers", "2"),
+        "--min-layers says how tokens exit; it needs --routers",
+    ),
+    "an interval without routers": (
+        ("generate", "MODEL", *_PROMPT, "--checkpoint-interval", "2"),
+        "--checkpoint-interval checks a router file; it needs --routers",
+    ),
+    "a rank above the width": (
+        ("calibrate", "MODEL", "--text", "TEXT", "--output", "OUT", "--exit-head-rank", "13"),
+        "--exit-head-rank 13 exceeds the model's width of 12",
+    ),
     "a threshold below 0": (("generate", "MODEL", *_PROMPT, "--threshold", "-0.5"), "--threshold -0.5"),
-    "more layers than there are": (("generate", "MODEL", *_PROMPT, "--min-layers", "5"), "--min-layers 5"),
+    "more layers than there are": (
+        ("generate", "MODEL", *_PROMPT, "--routers", "ROUTERS", "--min-layers", "5"),
+        "--min-layers 5",
+    ),
     "exits without routers": (
         ("generate", "MODEL", *_PROMPT, "--mode", "exit", "--max-new-tokens", "999"),
         "--mode exit needs --routers",

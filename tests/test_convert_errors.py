@@ -24,26 +24,63 @@ from tide_jax.shards import TensorInfo
 # ---- what does not fit ----
 
 
-def test_all_misfits_are_told_at_once(tmp_path: Path) -> None:
-    tensors = random_tensors()
-    tensors["model.layers.0.surprise"] = np.zeros(3, np.float32)
-    tensors["embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
-    tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((7, 12), np.float32)
-    tensors["model.layers.1.mlp.down_proj.weight"] = np.zeros((12, 11), np.float32)
-    tensors["model.layers.0.mlp.up_proj.bias"] = np.zeros(10, np.float32)
-    del tensors["model.layers.1.self_attn.v_proj.weight"], tensors["model.norm.weight"]
-    message = refusal(save(tmp_path / "source", tensors))
-    for part in (
-        "7 problems",
-        "source tensor model.layers.0.surprise [3] is unknown to this family",
+MISFITS: dict[str, tuple[dict[str, tuple[int, ...] | None], str]] = {
+    "unknown": ({"model.layers.0.surprise": (3,)}, "tensor model.layers.0.surprise [3] is unknown to this family"),
+    "twice": (
+        {"embed_tokens.weight": (19, 12)},
         "parameter embed.kernel is filled more than once, by embed_tokens.weight, model.embed_tokens.weight",
+    ),
+    "another shape": (
+        {"model.layers.0.self_attn.q_proj.weight": (7, 12)},
         "q_proj.weight has shape [7, 12], expected one that can be arranged as layers.0.attention.q.kernel [12, 3, 6]",
+    ),
+    "another size": (
+        {"model.layers.1.mlp.down_proj.weight": (12, 11)},
         "down_proj.weight has shape [12, 11], which gives [11, 12], expected layers.1.mlp.down.kernel [10, 12]",
+    ),
+    "no place": (
+        {"model.layers.0.mlp.up_proj.bias": (10,)},
         "up_proj.bias [10] would fill layers.0.mlp.gate_up.bias, which the model does not have",
+    ),
+    "half missing": (
+        {"model.layers.1.self_attn.v_proj.weight": None},
         "parameter layers.1.attention.kv.kernel[:, :, 1] [12, 1, 6] has no source tensor",
-        "parameter final_norm.scale [12] has no source tensor",
-    ):
-        assert part in message
+    ),
+    "missing": ({"model.norm.weight": None}, "parameter final_norm.scale [12] has no source tensor"),
+}
+
+
+def misfit(path: Path, *cases: str) -> str:
+    """The refusal of a checkpoint with some of `MISFITS`."""
+    tensors = random_tensors()
+    for case in cases:
+        for name, shape in MISFITS[case][0].items():
+            tensors[name] = np.zeros(shape or (1,), np.float32)
+            if shape is None:
+                del tensors[name]
+    return refusal(save(path, tensors))
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_told(case: str, tmp_path: Path) -> None:
+    message = misfit(tmp_path / "source", case)
+    assert MISFITS[case][1] in message
+    assert "1 problem: " in message
+
+
+def test_of_many_misfits_the_first_three_are_told(tmp_path: Path) -> None:
+    """The configuration of another model misfits everywhere."""
+    message = misfit(tmp_path / "source", *MISFITS)
+    assert "7 problems: source tensor" in message
+    assert message.endswith("; and 4 more")
+    assert message.count("; ") == 3
+    deep = save(tmp_path / "deep", random_tensors(), num_hidden_layers=99, vocab_size=99999)
+    assert "problems: source tensor" in refusal(deep)
+
+
+def test_a_configuration_nested_too_deep(source: Path) -> None:
+    (source / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    assert "config.json cannot be read as JSON" in refusal(source)
 
 
 def test_a_tensor_that_two_rules_match(source: Path) -> None:

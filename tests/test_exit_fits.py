@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
-from tide_jax.calibrate import auc
+from tide_jax.calibration import auc
 from tide_jax.confidence import exit_scores, features
 from tide_jax.confidence_training import final_scores, train_confidence
 from tide_jax.config import CalibrationConfig

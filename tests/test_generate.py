@@ -17,6 +17,7 @@ from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefi
 from tide_jax.batch import pad_left
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits, Prompt, Request, begin
+from tide_jax.programs import Programs
 from tide_jax.sampling import make_sampling
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
@@ -67,6 +68,54 @@ def test_padding_on_either_side_changes_nothing(side: str, width: int) -> None:
     assert (scored.exit_layers[mask == 0] == -1).all()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_padded_lists_and_masks_are_what_a_tokenizer_gives(side: str, kind: Any) -> None:
+    ids, mask = padded(side, 9)
+    expected = engine().generate(PROMPTS, max_new_tokens=NEW)
+    lists = [kind(row.tolist()) for row in ids], [kind(row.tolist()) for row in mask]
+    same(engine().generate(lists[0], attention_mask=lists[1], max_new_tokens=NEW), expected)
+    same(engine().generate(lists[0], attention_mask=mask.astype(np.float32), max_new_tokens=NEW), expected)
+    unequal = [kind(row) for row in PROMPTS], [kind([1] * len(row)) for row in PROMPTS]
+    same(engine().generate(unequal[0], attention_mask=unequal[1], max_new_tokens=NEW), expected)
+
+
+@pytest.mark.parametrize("mode", ["exit", "full", "lossless"])
+def test_a_long_row_does_not_clip_its_neighbours(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = random_prompts((38, 5, 20))
+    alone = engine().generate(prompts[1:2], max_new_tokens=25, mode=mode, eos_token_id=[])
+    with caplog.at_level(logging.WARNING, logger="tide_jax"):
+        together = engine().generate(prompts, max_new_tokens=25, mode=mode, eos_token_id=[])
+    assert "clipped to 3 for the longest of 2 of the 3 prompts: the context holds 40 tokens" in caplog.text
+    assert together.lengths.tolist() == [3, 25, 21], "the last token needs no position"
+    assert together.tokens[1].tolist() == alone.tokens[0].tolist()
+    assert together.stats.tokens == 49
+
+
+@pytest.mark.parametrize("arguments", [SAMPLED, {"mode": "lossless"}], ids=["exit", "lossless"])
+def test_rows_that_fill_up_a_batch_change_nothing(arguments: dict[str, Any]) -> None:
+    """17 rows run as 18."""
+    prompts = random_prompts(tuple(range(2, 19)), seed=4)
+    end = int(free_tokens()[0, 2])
+    fresh = engine().with_config()
+    fresh._programs = Programs()
+    out = fresh.generate(prompts, max_new_tokens=NEW, eos_token_id=[end, 300, 301], **arguments)
+    assert out.tokens.shape[0] == out.exit_layers.shape[0] == len(out.lengths) == 17
+    assert out.stats.tokens == int(out.lengths.sum()) == int((out.exit_layers >= 0).sum())
+    few = fresh.generate(prompts[:3], max_new_tokens=NEW, eos_token_id=[end], **arguments)  # as they are
+    for b, length in enumerate(few.lengths):  # each row draws from its own key
+        assert out.lengths[b] == length
+        assert out.tokens[b, :length].tolist() == few.tokens[b, :length].tolist()
+    kept = len(fresh._programs)
+    again = fresh.generate([*prompts, [3]], max_new_tokens=NEW, eos_token_id=[end, 300, 301, 302], **arguments)
+    assert len(fresh._programs) == kept
+    assert again.stats.compile_time == 0.0
+    if "mode" not in arguments:
+        scored = fresh(prompts)
+        assert scored.logits.shape[:2] == scored.exit_layers.shape == (17, 18)
+        assert scored.stats.tokens == sum(map(len, prompts))
+
+
 @pytest.mark.parametrize("kind", [list, np.asarray, jnp.asarray, lambda row: [row], lambda row: np.asarray([row])])
 def test_one_prompt_in_any_shape(kind: Any) -> None:
     row = PROMPTS[1]
@@ -89,7 +138,16 @@ BAD_INPUT: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a negative id": ([[3], [-1, 2]], {}, "prompt 1 holds token id -1"),
     "longer than the context": ([[3] * 41], {}, "40"),
     "a mask of another shape": (np.ones((2, 3), int), {"attention_mask": np.ones((2, 4))}, "attention_mask has shape"),
-    "a mask with a list": ([[3], [4, 5]], {"attention_mask": np.ones((2, 2))}, "attention_mask goes with an array"),
+    "a mask of other rows": ([[3], [4, 5]], {"attention_mask": np.ones((2, 2))}, r"rows of \[2, 2\] values, expected"),
+    "a mask with a deeper list": ([[3], [4, 5]], {"attention_mask": np.ones((2, 2, 2))}, "more dimensions"),
+    "a mask to add": (
+        np.ones((1, 2), int),
+        {"attention_mask": np.asarray([[-1e9, 0.0]])},
+        r"attention_mask holds float64 values, -1000000000.0 among them; expected 1 for a token and 0 for padding",
+    ),
+    "a mask of infinities": (np.ones((1, 2), int), {"attention_mask": np.asarray([[-np.inf, 0.0]])}, "-inf among them"),
+    "a mask of twos": (np.ones((1, 2), int), {"attention_mask": [[2, 1]]}, "2 among them"),
+    "a mask of words": (np.ones((1, 2), int), {"attention_mask": [["yes", "no"]]}, "attention_mask holds <U3"),
     "an unknown mode": ([[3]], {"mode": "fast"}, "mode='fast'"),
     "no key": ([[3]], {"temperature": 0.7}, "key=jax.random.key"),
     "a negative temperature": ([[3]], {"temperature": -1.0}, "temperature=-1.0"),

@@ -327,6 +327,12 @@ def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytes
         ({}, {"layer_replication": [[0, 2]], "use_qalora": True}, "uses layer_replication, use_qalora, which is not"),
         (linear(Q, *pair(18, 12)), {"r": "two"}, "r='two' must be a whole number"),
         (linear(Q, *pair(18, 12)), {"alpha_pattern": {"(": 2}}, "senseless alpha_pattern"),
+        (
+            linear(Q, *pair(18, 12)),
+            {"alpha_pattern": {"(.|..|...)+(.|..)+[A-Z]": 2}},
+            "alpha_pattern (regex timed",
+        ),
+        (linear(Q, *pair(18, 12)), {"alpha_pattern": ["q_proj"]}, "senseless alpha_pattern"),
     ],
 )
 def test_refused(

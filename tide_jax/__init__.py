@@ -9,25 +9,62 @@
 >>> print(out.stats.summary())                                              # doctest: +SKIP
 """
 
-from tide_jax.cache import KVCache, init_cache
-from tide_jax.calibrate import calibrate
-from tide_jax.checkpoint import load, load_tokenizer
-from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
-from tide_jax.decoder import Decoder
-from tide_jax.draft_control import DraftControl, PassCosts
-from tide_jax.drift import DriftMonitor, DriftReport
-from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
-from tide_jax.errors import TideError
-from tide_jax.generate import decode_step, generate_tokens, prefill
-from tide_jax.pass_costs import measure_pass_costs
-from tide_jax.risk_control import GuaranteeError, RiskGuarantee
-from tide_jax.risk_guarantee import guarantee
-from tide_jax.router import Routers
-from tide_jax.sharding import make_mesh, shard
-from tide_jax.speculate import generate_lossless
-from tide_jax.stats import DraftStats, ExitStats
+TYPE_CHECKING = False  # importing `typing` for it takes longer than all of this file
+if TYPE_CHECKING:
+    from tide_jax.cache import KVCache, init_cache
+    from tide_jax.calibration import calibrate
+    from tide_jax.checkpoint import load, load_tokenizer
+    from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
+    from tide_jax.decoder import Decoder
+    from tide_jax.draft_control import DraftControl, PassCosts
+    from tide_jax.drift import DriftMonitor, DriftReport
+    from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
+    from tide_jax.errors import TideError
+    from tide_jax.generate import decode_step, generate_tokens, prefill
+    from tide_jax.pass_costs import measure_pass_costs
+    from tide_jax.risk_control import GuaranteeError, RiskGuarantee
+    from tide_jax.risk_guarantee import guarantee
+    from tide_jax.router import Routers
+    from tide_jax.sharding import make_mesh, shard
+    from tide_jax.speculate import generate_lossless
+    from tide_jax.stats import DraftStats, ExitStats
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CalibrationConfig": "config",
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "DraftControl": "draft_control",
+    "DraftStats": "stats",
+    "DriftMonitor": "drift",
+    "DriftReport": "drift",
+    "ExitConfig": "config",
+    "ExitStats": "stats",
+    "GenerateOutput": "engine",
+    "GuaranteeError": "risk_control",
+    "KVCache": "cache",
+    "PassCosts": "draft_control",
+    "RiskGuarantee": "risk_control",
+    "Routers": "router",
+    "ScoreOutput": "engine",
+    "TIDE": "engine",
+    "TideError": "errors",
+    "calibrate": "calibration",
+    "decode_step": "generate",
+    "generate_lossless": "speculate",
+    "generate_tokens": "generate",
+    "guarantee": "risk_guarantee",
+    "init_cache": "cache",
+    "load": "checkpoint",
+    "load_tokenizer": "checkpoint",
+    "make_mesh": "sharding",
+    "measure_pass_costs": "pass_costs",
+    "prefill": "generate",
+    "shard": "sharding",
+}
+"""The module of each public name. They are imported when they are first asked for: this package's commands answer
+Ctrl-C from their first moment, and ``tide-jax --help`` does not wait for JAX."""
 
 __all__ = [
     "TIDE",
@@ -61,3 +98,24 @@ __all__ = [
     "prefill",
     "shard",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or a module of this package."""
+    import importlib
+
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

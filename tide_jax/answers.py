@@ -81,6 +81,7 @@ class TextReader:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._engine, self._samples = engine, samples
+        batch_size = min(batch_size, max(1, len(samples)))
         # Texts of one length together: little of a batch is padding.
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
         self._groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

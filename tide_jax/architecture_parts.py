@@ -33,7 +33,7 @@ GroupScore = Literal["max", "top2"]
 
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises TideError, naming it `name`, for a value that is not among a Literal's."""
-    if value not in get_args(choices):
+    if not isinstance(value, str) or value not in get_args(choices):
         raise TideError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(choices))}")
 
 

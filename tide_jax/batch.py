@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from tide_jax.checks import whole_number
 from tide_jax.config import DecoderConfig
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 
 
 def bucket(length: int, smallest: int = 16) -> int:
@@ -23,6 +23,19 @@ def bucket(length: int, smallest: int = 16) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
     return size
+
+
+def row_bucket(rows: int, groups: int = 1) -> int:
+    """Rows of the batch that runs `rows` of them: as many up to 16, then the next of eight steps an octave, so that at
+    most a ninth of the rows is empty. `groups`: of devices that share the rows, where their number divides.
+
+    >>> [row_bucket(n) for n in (1, 7, 16, 17, 33, 100, 1000)]
+    [1, 7, 16, 18, 36, 104, 1024]
+    """
+    if rows % groups:
+        groups = 1
+    step = 1 << max(0, (rows // groups - 1).bit_length() - 4)
+    return -(-(rows // groups) // step) * step * groups
 
 
 class Rows(NamedTuple):
@@ -70,19 +83,47 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
 
 
 def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    ragged = isinstance(input_ids, (list, tuple)) and any(map(_is_row, input_ids))
-    if ragged:
-        if attention_mask is not None:
-            raise TideError("attention_mask goes with an array of input_ids; a list of lists needs none")
-        rows = [_integers(r, 1) for r in input_ids]
-        width = max(len(r) for r in rows)
-        return rows, np.arange(width)[None, :] < np.asarray([len(r) for r in rows])[:, None]
-    ids = _integers(input_ids, 2)
-    mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask).astype(bool)
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise TideError(f"attention_mask has shape {mask.shape}, expected that of input_ids, {ids.shape}")
-    return [row[m] for row, m in zip(ids, mask, strict=True)], mask
+    if isinstance(input_ids, (list, tuple)) and any(map(_is_row, input_ids)):
+        ids = [_integers(row, 1) for row in input_ids]
+        mask = [np.ones(len(row), bool) for row in ids] if attention_mask is None else _mask_rows(attention_mask)
+        if (found := list(map(len, mask))) != (expected := list(map(len, ids))):
+            raise TideError(
+                f"attention_mask has rows of {shortened(found)} values, expected those of input_ids: "
+                f"{shortened(expected)}"
+            )
+        places = np.zeros((len(ids), max(expected)), bool)
+        for row, of_row in zip(places, mask, strict=True):
+            row[: len(of_row)] = of_row
+    else:
+        ids = _integers(input_ids, 2)
+        places = np.ones(ids.shape, bool) if attention_mask is None else _zeros_and_ones(attention_mask)
+        places = places[None] if places.ndim == 1 else places
+        if places.shape != ids.shape:
+            raise TideError(f"attention_mask has shape {places.shape}, expected that of input_ids, {ids.shape}")
+    return [row[m[: len(row)]] for row, m in zip(ids, places, strict=True)], places
+
+
+def _mask_rows(mask: Any) -> list[np.ndarray]:
+    """An attention mask row by row: rows may have different lengths, as those of a list of prompts."""
+    nested = isinstance(mask, (list, tuple)) and any(map(_is_row, mask))
+    rows = [_zeros_and_ones(row) for row in mask] if nested else list(np.atleast_2d(_zeros_and_ones(mask)))
+    if any(row.ndim != 1 for row in rows):
+        raise TideError("attention_mask has more dimensions than [B, T]; pass one value for each token")
+    return rows
+
+
+def _zeros_and_ones(values: Any) -> np.ndarray:
+    """An attention mask as truth values. Raises TideError where it holds anything but 0 and 1."""
+    mask = _array("attention_mask", values)
+    if mask.dtype == bool:
+        return mask
+    if not np.issubdtype(mask.dtype, np.number) or not ((mask == 0) | (mask == 1)).all():
+        other = f", {mask[(mask != 0) & (mask != 1)][0]} among them" if np.issubdtype(mask.dtype, np.number) else ""
+        raise TideError(
+            f"attention_mask holds {mask.dtype} values{other}; expected 1 for a token and 0 for padding: a mask that "
+            "is added to attention scores means the reverse"
+        )
+    return mask.astype(bool)
 
 
 def _is_row(values: Any) -> bool:
@@ -93,7 +134,7 @@ def _is_row(values: Any) -> bool:
 def _array(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # an array of anyone's may raise anything: of a device, of a gradient
         raise TideError(f"{name} holds rows of unequal length or no numbers; pass an int array [B, T]") from error
 
 
@@ -112,9 +153,9 @@ def _integers(values: Any, ndim: int) -> np.ndarray:
     return array
 
 
-def pad_left(rows: Sequence[np.ndarray], width: int, pad: int = 0) -> Int[np.ndarray, "B P"]:
-    """Rows aligned at their last token, int32 [B, width]."""
-    out = np.full((len(rows), width), pad, np.int32)
+def pad_left(rows: Sequence[np.ndarray], width: int, pad: int = 0, *, batch: int = 0) -> Int[np.ndarray, "B P"]:
+    """Rows aligned at their last token, int32 [B, width]; at least `batch` of them, the last ones without tokens."""
+    out = np.full((max(len(rows), batch), width), pad, np.int32)
     for b, row in enumerate(rows):
         out[b, width - len(row) :] = row
     return out
@@ -135,8 +176,14 @@ def prompt_column(lengths: Any, batch: int) -> Int[np.ndarray, "B 1"]:
     return np.asarray([[whole_number("prompt_lengths", n)] for n in each], np.int32)
 
 
+def pad_rows(array: np.ndarray, batch: int, fill: int) -> np.ndarray:
+    """The array with rows of `fill` behind its own, `batch` in all."""
+    return np.pad(array, ((0, batch - len(array)),) + ((0, 0),) * (array.ndim - 1), constant_values=fill)
+
+
 def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
-    """End-of-sequence ids as int32 [B, E], padded with -1: from None, an id, ids for all rows, or ids for each row."""
+    """End-of-sequence ids as int32 [B, E], padded with -1 to a power of two: from None, an id, ids for all rows, or
+    ids for each row."""
     eos = [] if eos is None else _listed(eos)
     rows = [_listed(ids) for ids in eos] if isinstance(eos, list) else [eos]
     nested = {isinstance(row, list) for row in rows}
@@ -147,7 +194,7 @@ def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
     if len(rows) != batch:
         raise TideError(f"eos_token_id lists ids for {len(rows)} rows, expected {batch}")
     lists = [[whole_number("eos_token_id", i) for i in ids] for ids in rows]
-    width = max(1, *(len(ids) for ids in lists))
+    width = 1 << (max(1, *(len(ids) for ids in lists)) - 1).bit_length()  # compiled shapes stay few
     return np.asarray([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)
 
 

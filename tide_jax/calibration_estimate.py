@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from tide_jax.calibrate import SWEEP
+from tide_jax.calibration import SWEEP
 from tide_jax.collect import HELD_OUT_TEXTS, MIN_TOKENS
 from tide_jax.confidence_training import HELD_BACK
 from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers

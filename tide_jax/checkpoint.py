@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError, shortened
@@ -50,6 +51,7 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
       TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
         `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
     """
+    path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
     mesh = None if mesh is None else checked_mesh(mesh)
     if not _is_converted(source, revision):
@@ -80,6 +82,7 @@ def load_config(source: str | Path, *, revision: str | None = None) -> DecoderCo
     Raises:
       TideError: nothing loadable is there, or `revision` is given for files on disk.
     """
+    path_like("source", source)
     if not _is_converted(source, revision):
         return _opener("config")(source, revision=revision)
     directory = model_directory(source)
@@ -95,6 +98,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     Raises:
       TideError: nothing loadable is there, it has no tokenizer, or `revision` is given for files on disk.
     """
+    path_like("source", source)
     if not _is_converted(source, revision):
         return _opener("tokenizer")(source, revision=revision)
     return tokenizer_in(model_directory(source))

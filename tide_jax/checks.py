@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from typing import Any
 
 from tide_jax.errors import TideError
@@ -43,6 +44,18 @@ def open_share(name: str, value: Any) -> float:
     if not 0.0 < number < 1.0:
         raise TideError(f"{name}={_shown(value)} must lie between 0 and 1")
     return number
+
+
+def instance_of(name: str, value: Any, kind: type, *, or_none: bool = False) -> None:
+    """Raises TideError, naming it `name`, for what is not an instance of a class (or None, where that is allowed)."""
+    if not isinstance(value, kind) and not (or_none and value is None):
+        raise TideError(f"{name}={_shown(value)} must be a {kind.__name__}{' or None' if or_none else ''}")
+
+
+def path_like(name: str, value: Any) -> None:
+    """Raises TideError, naming it `name`, for what is no path."""
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
+        raise TideError(f"{name}={_shown(value)} must be a path: a string that is not empty, or a pathlib.Path")
 
 
 def _plain(value: Any) -> Any:

@@ -35,6 +35,7 @@ def add_command(subparsers: Any) -> None:
         "  tide-jax calibrate smollm2 --text hub:wikitext:wikitext-2-raw-v1 --output routers.safetensors\n\n"
         "exit code 1: the routers are written, but no threshold qualified for --risk and --delta\n",
         _run,
+        modules=("tide_jax.calibration", "tide_jax.promise"),
     )
     parser.add_argument(
         "--text", required=True, help=".txt, .jsonl or .parquet file, hub:NAME[:CONFIG[:SPLIT]], or self"
@@ -124,11 +125,13 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     import dataclasses
 
     import tide_jax
+    from tide_jax.calibration import check_ranks
     from tide_jax.checkpoint import load_config
 
     names = {field.name for field in dataclasses.fields(tide_jax.CalibrationConfig)}
     config = tide_jax.CalibrationConfig(**{k: v for k, v in vars(args).items() if k in names and v is not None})
     model = load_config(args.source)
+    check_ranks(config, model.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.context_length))
     if args.min_layers is None:  # the default is not to be above a shallow model's depth; a wish is taken at its word
         config = dataclasses.replace(config, min_layers=min(config.min_layers, model.num_layers))

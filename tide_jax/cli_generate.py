@@ -34,6 +34,7 @@ def add_command(subparsers: Any) -> None:
         '  tide-jax generate smollm2 --prompt "Repeat after me: ..." --mode lossless\n'
         '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
         _run,
+        modules=("tide_jax.engine",),
     )
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
     parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
@@ -141,8 +142,11 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError(f"--audit compares exits with the full model; it needs --routers, and no --mode {args.mode}")
     given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
     tide_jax.ExitConfig(**given)
-    if args.routers is None and (unused := [n for n in ("threshold_tilt", "kv_strategy") if n in given]):
-        raise TideError(f"--{unused[0].replace('_', '-')} says how tokens exit; it needs --routers")
+    if args.routers is None and args.checkpoint_interval is not None:
+        raise TideError("--checkpoint-interval checks a router file; it needs --routers")
+    if args.routers is None and given:
+        option = "threshold" if "exit_threshold" in given else next(iter(given)).replace("_", "-")
+        raise TideError(f"--{option} says how tokens exit; it needs --routers")
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
@@ -152,8 +156,7 @@ def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited:
     from tide_jax.promise import exit_settings
 
     if args.routers is None:
-        config = None if args.min_layers is None else tide_jax.ExitConfig(min_layers=args.min_layers)
-        return tide_jax.TIDE(model, None, config, mesh=mesh), None
+        return tide_jax.TIDE(model, mesh=mesh), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
     config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":

@@ -7,6 +7,7 @@ runs while the last one is stored, and an interrupted pass can go on at any batc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -89,6 +90,8 @@ def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vo
     """
     if isinstance(texts, str):
         raise TideError("texts is a single string; pass an iterable of texts, for example a list")
+    if not isinstance(texts, Iterable):
+        raise TideError(f"texts is {type(texts).__name__}; pass an iterable of texts, for example a list")
     for number, text in enumerate(itertools.islice(texts, config.calibration_samples)):
         ids, start = _sample(tokenizer, text, number)
         ids, first = ids[: config.max_length], max(1, start)
@@ -136,6 +139,8 @@ def collect(
     """
     placement = Placement.of(mesh)
     texts = [Sample(np.asarray(ids, np.int32), start) for ids, start in samples]
+    # A larger batch would be padding. One of no texts is an error below.
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, max(1, len(texts))))
     counts = {"texts": len(texts), "tokens": sum(len(ids) - start for ids, start in texts)}
     owners, seen = assign(texts, _shares(config))
     _check_enough(seen, counts, config)

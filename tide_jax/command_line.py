@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tide_jax.ending_signals import until_ended
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, out_of_memory
+from tide_jax.interrupts import INTERRUPTED, Interrupts, leave_interrupted
 from tide_jax.standard_streams import drop, prepare_streams, say
 
-BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # the latter two as of a program that the signal ends
+BAD_INPUT, BROKEN_PIPE = 2, 141  # the latter as of a program that the signal ends
 _FLAGS = {
     "calibration_samples": "samples",
     "exit_threshold": "threshold",
@@ -32,15 +36,17 @@ class Parser(argparse.ArgumentParser):
         raise TideError(f"{message}; see '{self.prog} --help'")
 
 
-def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
     """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code.
 
-    Commands find in ``args.as_program`` whether the process is theirs, and with it JAX's configuration.
+    The arguments may also carry ``modules``, names of slow modules that `run` needs: they are imported while Ctrl-C
+    still ends the process at once. Commands find in ``args.as_program`` whether the process is theirs, and with it
+    JAX's configuration.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
     args = argparse.Namespace(as_program=arguments is None)
     try:
-        return _run(parser, arguments, args)
+        return _run(make_parser, arguments, args)
     except TideError as error:
         return _fail(_with_flags(str(error), args))
     except BrokenPipeError:
@@ -49,26 +55,36 @@ def execute(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
     except OSError as error:
         drop(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
+    except BaseException as error:
+        if (reason := out_of_memory(error)) is not None:
+            return _fail(str(reason))
+        if not isinstance(error, KeyboardInterrupt) and not _was_interrupted():
+            raise
+        return _interrupted()
 
 
-def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, args: argparse.Namespace) -> int:
+def _run(
+    make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None, args: argparse.Namespace
+) -> int:
     if args.as_program:
         prepare_streams()
     try:
-        parser.parse_args(arguments, args)
+        make_parser().parse_args(arguments, args)
+        if args.as_program:
+            _import_for_work(getattr(args, "modules", ()))
         code = until_ended(lambda: args.run(args), as_program=args.as_program)
     except SystemExit:  # --help
         sys.stdout.flush()
         raise
     sys.stdout.flush()
+    _end_work()
     return code
 
 
-def model_command(subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
-    """Adds a command about a model, with ``--json``; returns its parser."""
+def model_command(
+    subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int], *, modules: Sequence[str]
+) -> Any:
+    """Adds a command about a model, with ``--json``; returns its parser. `modules`: see `execute`."""
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -80,7 +96,7 @@ def model_command(subparsers: Any, name: str, summary: str, examples: str, run: 
         "source", metavar="MODEL", help="converted directory, Hugging Face directory, hub id or .gguf file"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, modules=modules)
     return parser
 
 
@@ -109,6 +125,25 @@ def keep_programs() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(home / "tide_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+    _replace_damaged_programs(home / "tide_jax")
+
+
+def _replace_damaged_programs(folder: Path) -> None:
+    """Deletes what JAX warns of that it can't be read. JAX compiles then, but never writes over a file that is there:
+    without this each run would compile again, and warn."""
+    show = warnings.showwarning
+
+    def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        found = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if found is None:
+            show(message, *arguments, **options)
+            return
+        for file in folder.glob(f"{found[1]}-*"):  # others of this name are only compiled once more
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    warnings.simplefilter("always", UserWarning)  # the second damaged program may have the same name
+    warnings.showwarning = replace
 
 
 def seed(text: str) -> int:
@@ -129,6 +164,35 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
     return re.sub(r"\b([a-z_]+)=", flag, message)
 
 
+def _import_for_work(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(ImportError):  # the command says what is missing, and what to do
+            importlib.import_module(name)
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.begin_work()
+
+
+def _end_work() -> None:
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.end_work()
+
+
+def _was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed: libraries make other exceptions of it."""
+    interrupts = Interrupts.installed()
+    return interrupts is not None and interrupts.came
+
+
+def _interrupted() -> int:
+    if Interrupts.installed() is not None:
+        leave_interrupted()
+    say("interrupted")
+    return INTERRUPTED
+
+
 def _fail(message: str) -> int:
+    if _was_interrupted():
+        return _interrupted()
+    _end_work()
     say(f"error: {' '.join(message.split())}")
     return BAD_INPUT

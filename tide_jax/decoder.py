@@ -17,7 +17,7 @@ from tide_jax.activations import ACTIVATIONS
 from tide_jax.architecture import DecoderConfig, HeadTransform
 from tide_jax.attention import AttentionContext, attention_context
 from tide_jax.cache import KVCache
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, listed
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import block_norm
 from tide_jax.ops import Dense, known_kernel, normal, stored_kernel, times_rows
@@ -270,7 +270,8 @@ def from_parameters(
       mesh: where to, see `tide_jax.load`.
 
     Raises:
-      TideError: a path is unknown, has the wrong shape or is missing; all of them in one message.
+      TideError: a path is unknown, has the wrong shape or is missing; the first of them and their number in one
+        message.
     """
     graph, state = nnx.split(_abstract(config, dtype))
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -286,7 +287,7 @@ def from_parameters(
             filled[path] = _placed(path, tensor if axes is None else stored_kernel(tensor, axes), dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
-        raise TideError("the tensors do not fit the model configuration: " + "; ".join(sorted(problems)))
+        raise TideError(f"the tensors do not fit the model configuration: {listed(sorted(problems))}")
     state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
     return nnx.merge(graph, state)
 

@@ -14,8 +14,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pallas_kernels.exit_step import IMPLEMENTATIONS
-from tide_jax.batch import Rows, bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
-from tide_jax.checks import whole_number
+from tide_jax.batch import (
+    Rows,
+    bucket,
+    eos_table,
+    pad_left,
+    pad_rows,
+    positions_of,
+    prompt_column,
+    row_bucket,
+    to_rows,
+)
+from tide_jax.checks import instance_of, whole_number
 from tide_jax.config import ExitConfig, Mode
 from tide_jax.decoder import Decoder
 from tide_jax.deferred_fill import is_faster
@@ -27,10 +37,10 @@ from tide_jax.generate import Exits, Prompt, Request, run_exits
 from tide_jax.generation_choice import choose
 from tide_jax.logit_rules import make_rules
 from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
-from tide_jax.programs import Programs
+from tide_jax.programs import MOST_PROGRAMS, Programs
 from tide_jax.router import Routers
 from tide_jax.running import Call, Drafting, LosslessRunner, PlainRunner, Runner, stream_to
-from tide_jax.sharding import checked_mesh, fetch, mesh_of, readable, shard, split_rows
+from tide_jax.sharding import DATA, checked_mesh, fetch, mesh_of, readable, shard, split_rows
 from tide_jax.stats import ExitStats
 
 logger = logging.getLogger(__name__)
@@ -48,6 +58,10 @@ class TIDE:
       mesh: devices to run on, from `tide_jax.make_mesh`: the model, routers and cache are split over "model", rows over
         "data" where their number divides. None runs where the model lies, on a mesh if it was loaded onto one. With
         several processes (`jax.distributed`) all of them make the same calls, and all get the results.
+      max_programs: compiled programs to keep, for all engines that `with_config` makes of this one; of more, the one
+        not used for the longest time is dropped, and compiled again when it is needed. Lengths, batch sizes and numbers
+        of stop ids are rounded up, so that calls share programs: a batch of up to 16 rows runs as it is, a larger one
+        in steps of an eighth of an octave.
 
     Raises:
       TideError: the routers belong to a model of another depth or width, `min_layers` exceeds the depth, or there is
@@ -63,14 +77,18 @@ class TIDE:
         *,
         implementation: str | None = None,
         mesh: Mesh | None = None,
+        max_programs: int = MOST_PROGRAMS,
     ) -> None:
+        instance_of("model", model, Decoder)
+        instance_of("routers", routers, Routers, or_none=True)
+        instance_of("config", config, ExitConfig, or_none=True)
         self._mesh = mesh_of(model) if mesh is None else checked_mesh(mesh)
         self.model = self._on_mesh(model)
         self.routers = routers
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
         self._implementation = implementation
         self._weights = self._on_mesh(routers.without_metadata()) if routers is not None else None
-        self._programs = Programs(self._mesh)
+        self._programs = Programs(self._mesh, most=max_programs)
         self._drafting = Drafting()
         self._check()
 
@@ -168,6 +186,8 @@ class TIDE:
         # As scoring has them, so that every batch size is audited by one program.
         watched = None if monitor is None or mode == "lossless" else self._exits(mode)
         self._watch(monitor, watched)
+        if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise TideError(f"streamer is {type(streamer).__name__}, expected an object with put(array) and end()")
         runner = self._runner(mode)
         if streamer is None:
             out = runner.whole(call)
@@ -182,7 +202,8 @@ class TIDE:
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
         """Yields each step's tokens as soon as they are made; arguments as in `generate`, but for `streamer`
         and `monitor`, which needs a finished row."""
-        return self._runner(arguments.get("mode")).steps(self._call(input_ids, **arguments))
+        call = self._call(input_ids, **arguments)
+        return self._runner(arguments.get("mode")).steps(call)
 
     def __call__(
         self,
@@ -207,19 +228,25 @@ class TIDE:
         """
         rows = to_rows(input_ids, attention_mask, self.model.config)
         batch, width = rows.mask.shape
-        padded = bucket(width)
-        positions = positions_of(rows.mask, padded)
-        tokens = np.zeros((batch, padded), np.int32)
+        positions = pad_rows(positions_of(rows.mask, bucket(width)), self._rows(batch), -1)
+        tokens = np.zeros(positions.shape, np.int32)
         tokens[positions >= 0] = np.concatenate(rows.rows)
-        prompt, exits = prompt_column(prompt_lengths, batch), self._exits("full" if mode == "lossless" else mode)
+        prompt, exits = (
+            prompt_column(prompt_lengths, batch),
+            self._exits("full" if isinstance(mode, str) and mode == "lossless" else mode),
+        )
         self._watch(monitor, exits)
-        inputs = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions >= prompt))
+        inputs = (
+            jnp.asarray(tokens),
+            jnp.asarray(positions),
+            jnp.asarray(positions >= pad_rows(prompt, len(positions), 0)),
+        )
         (out, logits, finite), seconds, compiled = self._programs.run(
             _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self._implementation
         )
         exit_layers, finite = fetch((out.exit_layers, finite))
-        check_finite(finite, self.model.dtype)
-        exit_layers = exit_layers[:, :width]
+        check_finite(finite[:batch], self.model.dtype)
+        exit_layers = exit_layers[:batch, :width]
         stats = ExitStats.from_exit_layers(
             exit_layers,
             num_layers=self.model.config.num_layers,
@@ -228,7 +255,7 @@ class TIDE:
             wall_time=seconds,
             compile_time=compiled,
         )
-        logits = jnp.asarray(readable(logits))[:, :width]
+        logits = jnp.asarray(readable(logits))[:batch, :width]
         return ScoreOutput(logits, exit_layers, self._audited(stats, monitor, exits, scored(rows, prompt, logits)))
 
     def _check(self) -> None:
@@ -250,7 +277,7 @@ class TIDE:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
     def _exits(self, mode: Mode | None, decoded_rows: int | None = None) -> Exits | None:
-        if mode not in (None, "exit", "lossless", "full"):
+        if not isinstance(mode, str | None) or mode not in (None, "exit", "lossless", "full"):
             raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
@@ -298,38 +325,58 @@ class TIDE:
         sampling, eos_token_id, pad_token_id = choice.sampling, choice.eos_token_id, choice.pad_token_id
         if float(sampling.temperature) > 0 and key is None:
             raise TideError("sampling draws at random and needs key=jax.random.key(seed)")
+        _check_key(key)
         if pad_token_id is not None:
             pad_token_id = whole_number("pad_token_id", pad_token_id, high=config.vocab_size - 1)
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
-        exits = self._exits(mode, len(rows.rows))
+        batch = self._rows(len(rows.rows))
+        exits = self._exits(mode, batch)
         # Last: it may log a warning, and an error should come alone.
         new = self._fit_context(rows, choice.max_new_tokens)
         request = Request(
             sampling=sampling,
             key=jax.random.key(0) if key is None else key,
-            eos=jnp.asarray(eos),
+            eos=jnp.asarray(pad_rows(eos, batch, -1)),
             pad=jnp.int32(pad),
             max_new_tokens=jnp.int32(new),
             rules=make_rules(choice.settings, config.vocab_size),
         )
         width = bucket(int(rows.lengths.max()))
-        prompt = Prompt(jnp.asarray(pad_left(rows.rows, width)), jnp.asarray(rows.lengths))
+        lengths = pad_rows(rows.lengths, batch, 0)
+        prompt = Prompt(jnp.asarray(pad_left(rows.rows, width, batch=batch)), jnp.asarray(lengths))
         return Call(rows, split_rows(prompt, self._mesh), request, exits, bucket(new))
 
     def _on_mesh(self, tree: T) -> T:
         return tree if self._mesh is None else shard(tree, self._mesh)
 
+    def _rows(self, count: int) -> int:
+        """Rows of the compiled programs that run `count` of them."""
+        return row_bucket(count, 1 if self._mesh is None else self._mesh.shape[DATA])
+
     def _fit_context(self, rows: Rows, max_new_tokens: int) -> int:
+        """New tokens of the row that has room for the most; each ends where its own context does."""
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
-        longest, context = int(rows.lengths.max()), self.model.config.context_length
+        context = self.model.config.context_length
         # The last new token is never run through the model, so it needs no position.
-        room = context - longest + 1
-        if max_new_tokens > room:
+        room = context + 1 - rows.lengths
+        if clipped := int(np.sum(room < max_new_tokens)):
             logger.warning(
-                "max_new_tokens=%d clipped to %d: the context holds %d tokens", max_new_tokens, room, context
+                "max_new_tokens=%d clipped to %d%s: the context holds %d tokens",
+                max_new_tokens,
+                room.min(),
+                "" if len(room) == 1 else f" for the longest of {clipped} of the {len(room)} prompts",
+                context,
             )
-        return min(max_new_tokens, room)
+        return min(max_new_tokens, int(room.max()))
+
+
+def _check_key(key: Any) -> None:
+    """Raises TideError for what is no key of JAX's, new style or old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if key is not None and not new and not (dtype == np.uint32 and shape in ((2,), (4,))):
+        raise TideError(f"key is {type(key).__name__}, expected a single key: jax.random.key(seed)")
 
 
 def _score(

@@ -27,3 +27,14 @@ def shortened(text: object, width: int = _WIDTH) -> str:
     # Only the start can be shown, so only the start is looked at: a message may hold a whole file.
     line = " ".join(str(text)[: 20 * width].split())
     return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def out_of_memory(error: BaseException) -> TideError | None:
+    """What to tell of an error where memory ran out, Python's or a device's; None for other errors."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:1000]:
+        return None
+    found = shortened(error) or "no more to allocate"
+    return TideError(
+        f"out of memory ({found}): take fewer or shorter rows at once, fewer new tokens, a dtype of fewer bits, or a "
+        "machine with more memory"
+    )

@@ -51,7 +51,8 @@ class StepOutput(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Left-padded prompts: row b's tokens are ``tokens[b, P - lengths[b]:]``."""
+    """Left-padded prompts: row b's tokens are ``tokens[b, P - lengths[b]:]``. A row of length 0 fills up a batch: it
+    has ended from the start."""
 
     tokens: Int[Array, "B P"]
     lengths: Int[Array, " B"]
@@ -309,7 +310,7 @@ def begin(
         step=jnp.int32(0),
         last=jnp.zeros((batch,), jnp.int32),
         positions=prompt.lengths - 1,
-        done=jnp.zeros((batch,), bool),
+        done=prompt.lengths == 0,
         finite=jnp.ones((batch,), bool),
         seen=prompt.seen(model.config.vocab_size),
         exit_layers=jnp.full((batch,), -1, jnp.int32),
@@ -317,7 +318,7 @@ def begin(
         cache=step.cache,
         text=jnp.pad(prompt.tokens, ((0, 0), (capacity, 0))) if request.reads_rows else None,
     )
-    return _accept(state, step, request)
+    return _accept(state, step, request, model.config.context_length)
 
 
 def advance(
@@ -332,7 +333,7 @@ def advance(
     step = decode_step(
         model, state.cache, state.last, state.positions, ~state.done, exits, implementation=implementation
     )
-    return _accept(state, step, request)
+    return _accept(state, step, request, model.config.context_length)
 
 
 def generate_tokens(
@@ -376,12 +377,13 @@ def generate_tokens(
     return out
 
 
-def _accept(state: GenerationState, step: StepOutput, request: Request) -> GenerationState:
-    """Draws the next token of every row that has not ended."""
+def _accept(state: GenerationState, step: StepOutput, request: Request, context: int) -> GenerationState:
+    """Draws the next token of every row that has not ended. A row whose tokens fill the `context` ends with it: the
+    newest one is not run, so its position may be the first outside."""
     rule = rule_on(request.rules, request.max_new_tokens, lambda: _row_text(state, request))
     drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen, rule)
     last = jnp.where(state.done, request.pad, drawn)
-    ended = jnp.any(last[:, None] == request.eos, axis=1)
+    ended = jnp.any(last[:, None] == request.eos, axis=1) | (state.positions + 1 >= context)
     rows = jnp.arange(last.shape[0])
     return GenerationState(
         step=state.step + 1,

@@ -24,7 +24,7 @@ def add_command(subparsers: Any) -> None:
         prefix_chars="\0",  # no argument is an option of ours, --help included
     )
     parser.add_argument("arguments", nargs="*")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, modules=("lm_eval.__main__", "tide_jax.lm_eval_model"))
 
 
 def _run(args: argparse.Namespace) -> int:

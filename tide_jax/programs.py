@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tide_jax.checks import whole_number
+from tide_jax.errors import out_of_memory
 from tide_jax.sharding import mesh_context, replicate
+
+MOST_PROGRAMS = 32
+"""Programs that an engine keeps: of the kinds of call one makes, at several lengths and batch sizes. Each takes some
+megabytes, hundreds for a deep model."""
 
 
 class Programs:
@@ -17,12 +25,17 @@ class Programs:
 
     Args:
       mesh: where they run; None for JAX's default device. Arguments that are not on it yet go to all of its devices.
+      most: programs to keep; of more, the one that was not used for the longest time is dropped.
     """
 
-    def __init__(self, mesh: Mesh | None = None) -> None:
+    def __init__(self, mesh: Mesh | None = None, *, most: int = MOST_PROGRAMS) -> None:
         self._mesh = mesh
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._most = whole_number("max_programs", most, 1)
+        self._compiled: dict[Any, Callable[..., Any]] = {}  # in the order of their last use
         self.compile_time = 0.0
+
+    def __len__(self) -> int:
+        return len(self._compiled)
 
     def run(
         self, function: Callable[..., Any], fixed: tuple, arguments: tuple, *, donate: int | None = None, **static: Any
@@ -35,24 +48,48 @@ class Programs:
           donate: index of an argument whose buffers the program may overwrite. On a mesh the result is laid out as it
             is, to be passed in next.
           static: compile-time keyword arguments.
+
+        Raises:
+          TideError: the device has too little memory.
         """
+        try:
+            return self._run(function, fixed, arguments, donate, static)
+        except Exception as error:
+            if (reason := out_of_memory(error)) is not None:
+                raise reason from error
+            raise
+
+    def _run(
+        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
+    ) -> tuple[Any, float, float]:
         arguments = replicate(arguments, self._mesh)
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype, self._split(leaf)) for leaf in leaves)
-        key = (function.__name__, shapes, structure, tuple(sorted(static.items())))
+        key = (function, shapes, structure, tuple(sorted(static.items())))
         start = time.perf_counter()
         compiled = 0.0
-        if key not in self._compiled:
-            options: dict[str, Any] = {"static_argnames": tuple(static)}
-            if donate is not None:
-                options |= {"donate_argnums": (donate,)} | self._layout(arguments[donate - len(fixed)])
-            with mesh_context(self._mesh):
-                self._compiled[key] = jax.jit(function, **options).lower(*fixed, *arguments, **static).compile()
+        program = self._compiled.pop(key, None)
+        if program is None:
+            program = self._compile(function, fixed, arguments, donate, static)
             compiled = time.perf_counter() - start
             self.compile_time += compiled
+        self._compiled[key] = program
         start = time.perf_counter()
-        result = jax.block_until_ready(self._compiled[key](*fixed, *arguments))
+        result = jax.block_until_ready(program(*fixed, *arguments))
         return result, time.perf_counter() - start, compiled
+
+    def _compile(
+        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
+    ) -> Callable[..., Any]:
+        while len(self._compiled) >= self._most:
+            del self._compiled[next(iter(self._compiled))]
+        options: dict[str, Any] = {"static_argnames": tuple(static)}
+        if donate is not None:
+            options |= {"donate_argnums": (donate,)} | self._layout(arguments[donate - len(fixed)])
+        with mesh_context(self._mesh):
+            program = jax.jit(function, **options).lower(*fixed, *arguments, **static).compile()
+        give_back_memory()
+        return program
 
     def _split(self, leaf: Any) -> Any:
         """How an argument is split over the mesh; None where it is not."""
@@ -60,3 +97,13 @@ class Programs:
 
     def _layout(self, donated: Any) -> dict[str, Any]:
         return {} if self._mesh is None else {"out_shardings": jax.tree.map(lambda a: a.sharding, donated)}
+
+
+def give_back_memory() -> None:
+    """Hands what a compilation has freed back to the system: glibc keeps it, up to hundreds of megabytes a program.
+
+    Nothing that is in use is touched. It takes milliseconds, after seconds of compiling. Other C libraries have no such
+    function, and mostly no need of it.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no main program's library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tide_jax.answers import TextAnswers, TextReader
-from tide_jax.checks import real_number, share, whole_number
+from tide_jax.checks import instance_of, real_number, share, whole_number
 from tide_jax.collect import Progress, Sample, tokenise
 from tide_jax.config import CalibrationConfig, ExitConfig
 from tide_jax.engine import TIDE
@@ -131,6 +131,9 @@ class _Task(NamedTuple):
 
 
 def _task(engine: TIDE, risk: float, delta: float, loss: Loss, bound: float) -> _Task:
+    instance_of("engine", engine, TIDE)
+    if not callable(loss) and not isinstance(loss, str):
+        raise TideError(f"loss={type(loss).__name__} is not known; choose 'disagreement', 'nll' or a function")
     if engine.routers is None:
         raise TideError("the engine has no routers, so nothing exits; pass TIDE(model, routers)")
     unit = real_number("bound", bound) if loss == "nll" else 1.0

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.exit_step.reference import rms_normalise, router_scores
 from tide_jax import router_file
 from tide_jax.checkpoint import fingerprint
+from tide_jax.checks import instance_of, path_like, whole_number
 from tide_jax.config import ExitConfig
 from tide_jax.decoder import Decoder, HeadRows
 from tide_jax.errors import TideError
@@ -175,6 +176,7 @@ class Routers:
         Raises:
           TideError: the file can't be written, or a weight is NaN or infinite.
         """
+        path_like("path", path)
         metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
         arrays = self._large_arrays() | {
             f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
@@ -198,6 +200,10 @@ class Routers:
           TideError: the file is missing or damaged, belongs to another model (both are named), has another checkpoint
             interval, or holds exit settings or a promise that can't be.
         """
+        path_like("path", path)
+        instance_of("model", model, Decoder)
+        if checkpoint_interval is not None:
+            whole_number("checkpoint_interval", checkpoint_interval, 1)
         path = Path(path)
         tensors, metadata = router_file.read(path)
         _check_model(path, metadata, model)

@@ -24,7 +24,8 @@ from tide_jax.stats import DraftStats, ExitStats
 
 
 class Call(NamedTuple):
-    """A checked request, ready for the pure functions."""
+    """A checked request, ready for the pure functions. `prompt` may have rows behind those of `rows`: they have no
+    tokens, and nothing is reported of them."""
 
     rows: Rows
     prompt: Prompt
@@ -33,11 +34,17 @@ class Call(NamedTuple):
     capacity: int
 
     @property
+    @property
     def takes_argmax(self) -> bool:
         """Whether every new token is the likeliest one: nothing is drawn, penalised, forbidden or forced."""
         sampling = self.request.sampling
         plain = float(sampling.temperature) == 0 and float(sampling.repetition_penalty) == 1
         return plain and self.request.rules is None
+
+    @property
+    def count(self) -> int:
+        """Rows that were asked for."""
+        return len(self.rows.rows)
 
 
 class Runner(Protocol):
@@ -65,11 +72,11 @@ class PlainRunner:
             generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
         )
         out = fetch(out)
-        check_finite(out.finite, self._model.dtype)
-        steps = int(out.steps)
+        rows, steps = call.count, int(out.steps)
+        check_finite(out.finite[:rows], self._model.dtype)
         return output(
-            out.tokens[:, :steps],
-            out.exit_layers[:, :steps],
+            out.tokens[:rows, :steps],
+            out.exit_layers[:rows, :steps],
             num_layers=self._model.config.num_layers,
             layers_executed=int(np.sum(out.layers_executed)),
             steps=steps,
@@ -84,8 +91,8 @@ class PlainRunner:
             step, done, finite, *arrays = fetch(
                 (state.step, state.done, state.finite, state.last, state.exit_layers, state.layers_executed)
             )
-            check_finite(finite, self._model.dtype)
-            yield StreamStep(arrays[0], arrays[1], int(arrays[2]))
+            check_finite(finite[: call.count], self._model.dtype)
+            yield StreamStep(arrays[0][: call.count], arrays[1][: call.count], int(arrays[2]))
             if step >= call.request.max_new_tokens or done.all():
                 return
             arguments = (state, call.request, call.exits)
@@ -100,19 +107,19 @@ class LosslessRunner:
         self._options: dict[str, Any] = {"implementation": implementation}
 
     def whole(self, call: Call) -> GenerateOutput:
-        batch = len(call.rows.rows)
+        batch, rows = len(call.prompt.lengths), call.count
         costs, measuring = self._known.costs(self._model, call.exits, batch)
         arguments = (call.prompt, call.request, call.exits, costs, self._known.control(batch))
         out, seconds, compiled = self._programs.run(
             generate_lossless, (self._model,), arguments, capacity=call.capacity, **self._options
         )
         control, out = out.control, fetch(out._replace(control=None))
-        check_finite(out.finite, self._model.dtype)
+        check_finite(out.finite[:rows], self._model.dtype)
         self._known.learn(batch, control)
-        longest, last = int(np.max(out.lengths)), self._model.config.num_layers - 1
-        made = np.arange(longest)[None] < out.lengths[:, None]
+        longest, last = int(np.max(out.lengths[:rows])), self._model.config.num_layers - 1
+        made = np.arange(longest)[None] < out.lengths[:rows, None]
         return output(
-            out.tokens[:, :longest],
+            out.tokens[:rows, :longest],
             np.where(made, last, -1).astype(np.int32),
             num_layers=last + 1,
             layers_executed=int(out.counts.layers_executed),
@@ -135,6 +142,7 @@ class LosslessRunner:
             done, finite, verified, tokens, counts = fetch(
                 (state.done, state.finite, state.verified - state.width, state.tokens, state.counts)
             )
+            done, finite, verified, tokens = (array[: call.count] for array in (done, finite, verified, tokens))
             check_finite(finite, self._model.dtype)
             # A step has a token of every row that goes on so far, so rows wait for the slowest of them.
             ready = int(verified.max() if done.all() else verified[~done].min())
@@ -179,10 +187,8 @@ class Drafting:
 
 def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:
     """Runs a call of one row step by step and puts its tokens into a streamer as they are made."""
-    if len(call.rows.rows) != 1:
-        raise TideError(
-            f"a streamer takes one prompt at a time, got {len(call.rows.rows)}; use TIDE.stream for a batch"
-        )
+    if call.count != 1:
+        raise TideError(f"a streamer takes one prompt at a time, got {call.count}; use TIDE.stream for a batch")
     streamer.put(np.stack(call.rows.rows))
     compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
     for step in runner.steps(call):

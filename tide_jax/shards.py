@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {_AGAIN}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise TideError(f"{path} cannot be read as JSON ({_first_line(error)}): {_AGAIN}") from error
     if not isinstance(values, dict):
         raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {_AGAIN}")

@@ -129,14 +129,14 @@ def begin_lossless(
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + queue_length - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
-    zero = jnp.int32(0)
+    limit, zero = _limit(model, jnp.int32(width), starts, request), jnp.int32(0)
     return LosslessState(
         tokens=tokens,
         width=jnp.int32(width),
         starts=starts,
         ends=ends + 1,
         verified=ends + 1,
-        done=_ended(tokens, ends + 1, request) | (request.max_new_tokens <= 1),
+        done=_ended(tokens, ends + 1, request) | (ends + 1 >= limit) | (prompt.lengths == 0),
         finite=step.finite,
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
@@ -253,7 +253,7 @@ class _Inputs(NamedTuple):
 
 def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits | None, costs: PassCosts) -> _Inputs:
     """Chooses how to go on, and lays out the new slots."""
-    pending, limit = state.cache.pending, state.width + request.max_new_tokens
+    pending, limit = state.cache.pending, _limit(model, state.width, state.starts, request)
     assert pending is not None
     queue = pending.queue_length
     found = ngram_drafts(state.tokens, state.starts, state.ends, queue - 1)
@@ -289,13 +289,19 @@ def _inputs(model: Decoder, state: LosslessState, request: Request, exits: Exits
     )
 
 
-def _spare_slots(state: LosslessState, limit: Int[Array, ""]) -> Int[Array, ""]:
+def _limit(model: Decoder, width: Int[Array, ""], starts: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
+    """End of each row's room: for as many new tokens as asked for, or where the context ends. The last token is not
+    run, and needs no position."""
+    return jnp.minimum(width + request.max_new_tokens, starts + 1 + jnp.int32(min(model.config.context_length, 2**30)))
+
+
+def _spare_slots(state: LosslessState, limit: Int[Array, " B"]) -> Int[Array, ""]:
     """Slots that may be given to drafts that fail: a pass that verifies one token of each row has to fit to the end."""
     needed = jnp.max(jnp.where(state.done, 0, limit - state.verified))
     return jnp.int32(state.cache.capacity) - state.cache.length - needed
 
 
-def _usable(found: NgramDrafts, ends: Int[Array, " B"], limit: Int[Array, ""], request: Request) -> Int[Array, " B"]:
+def _usable(found: NgramDrafts, ends: Int[Array, " B"], limit: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
     """Drafts before an end-of-sequence token and before the last token, which needs no draft behind it."""
     ends_row = jnp.any(found.tokens[:, :, None] == request.eos[:, None, :], axis=2)
     before_end = jnp.sum(jnp.cumsum(ends_row, axis=1) == 0, axis=1, dtype=jnp.int32)
@@ -373,7 +379,7 @@ def _verify(
         seconds=seconds,
     )
     counts, total = state.counts, jnp.sum(accepted, dtype=jnp.int32)
-    limit = state.width + request.max_new_tokens
+    limit = _limit(model, state.width, state.starts, request)
     return state._replace(
         tokens=found.tokens,
         ends=found.ends,

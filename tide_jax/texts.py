@@ -86,7 +86,7 @@ def model_texts(
     Raises:
       TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.chat`.
     """
-    engine, key = TIDE(model), jax.random.key(seed)
+    engine, key, batch_size = TIDE(model), jax.random.key(seed), min(batch_size, count)
     prompts = list(itertools.islice(own_prompts(tokenizer, seed=seed, chat_template=chat_template), count))
     texts: list[Sample] = []
     for start in range(0, count, batch_size):
@@ -150,7 +150,7 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
                 raise TideError(f"{path} line {number} is not JSON ({error})") from error
             yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
 

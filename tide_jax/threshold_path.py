@@ -113,9 +113,10 @@ def score(
 ) -> Scored:
     """Scores and right answers of the texts' counted tokens at every checkpoint."""
     scores, right, weights = [], [], []
+    rows = min(settings.batch_size, len(samples))
     for start in range(0, len(samples), settings.batch_size):
         group = samples[start : start + settings.batch_size]
-        batch = pack(group, settings.batch_size, settings.max_length)
+        batch = pack(group, rows, settings.max_length)
         out = jax.device_get(_score(model, routers.without_metadata(), batch))
         counted = np.asarray(batch.counted)
         scores.append(out[0][:, counted])

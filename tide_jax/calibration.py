@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
+from tide_jax.checks import instance_of, path_like
 from tide_jax.collect import Collected, Progress, Splits, collect, tokenise
 from tide_jax.confidence_training import HELD_BACK, final_scores, train_confidence
 from tide_jax.config import CalibrationConfig, checkpoint_layers
@@ -73,10 +74,15 @@ def calibrate(
       TideError: the model has too few layers for a checkpoint, or there is too little text; `work_dir`
         belongs to another model, text or configuration, is damaged or can't be written; `mesh` has no axis "data".
     """
+    instance_of("model", model, Decoder)
+    instance_of("config", config, CalibrationConfig, or_none=True)
+    if work_dir is not None:
+        path_like("work_dir", work_dir)
     depth = model.config.num_layers
     config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
     if config.min_layers > depth:
         raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
+    check_ranks(config, model.config.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.config.context_length))
     checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
     if not checkpoints:
@@ -95,6 +101,14 @@ def calibrate(
         "report": report,
     }
     return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
+
+
+def check_ranks(config: CalibrationConfig, width: int) -> None:
+    """Raises TideError for a rank that the model's width can't have; a default one is taken for as much as fits."""
+    for name in ("exit_head_rank", "translator_rank"):
+        rank = getattr(config, name)
+        if rank is not None and rank > width and rank != getattr(CalibrationConfig, name):
+            raise TideError(f"{name}={rank} exceeds the model's width of {width}; lower it")
 
 
 def _fit(
