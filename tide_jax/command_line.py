@@ -76,7 +76,9 @@ def model_command(subparsers: Any, name: str, summary: str, examples: str, run: 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="MODEL", help="converted directory, Hugging Face directory, hub id or .gguf file"
+        "source",
+        metavar="MODEL",
+        help="converted directory, Hugging Face directory, hub id (org/name or org/name@revision) or .gguf file",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
