@@ -18,6 +18,7 @@ from tide_jax.progress import progress_bars
 
 _EPILOG = """examples:
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2
+  python -m convert HuggingFaceTB/SmolLM2-135M-Instruct@main smollm2
   python -m convert ./Llama-3.2-1B llama --dtype bfloat16
   python -m convert model-Q4_1.gguf model --verify
   python -m convert ./Llama-3.2-1B tuned --adapter ./my-lora
@@ -77,7 +78,9 @@ def _parser() -> Parser:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="checkpoint directory, Hugging Face hub id or .gguf file")
+    parser.add_argument(
+        "source", metavar="SRC", help="checkpoint directory, hub id (org/name or org/name@revision) or .gguf file"
+    )
     parser.add_argument("destination", metavar="DST", help="directory to make")
     parser.add_argument("--adapter", help="LoRA adapter to merge: a directory PEFT saved, or its hub id")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")

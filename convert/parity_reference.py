@@ -55,7 +55,11 @@ class Reference:
 
         self._torch = torch
         # Falcon's eager attention counts its linear biases twice.
-        kind = "sdpa" if AutoConfig.from_pretrained(checkpoint).model_type == "falcon" else "eager"
+        kind = (
+            "sdpa"
+            if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "falcon"
+            else "eager"
+        )
         self._together = together
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=kind

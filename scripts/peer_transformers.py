@@ -18,7 +18,7 @@ def load_peer(folder: Path) -> Any:
     """The model that `save_pretrained` wrote there: float32, as many threads as cores, and no end of a text."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    name = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures[0]
     model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
     torch.set_num_threads(cores())
     model.generation_config.eos_token_id = None

@@ -276,3 +276,34 @@ def test_tokenizers_alone(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.close()
     assert tide_jax.load_tokenizer(tmp_path / "vocabulary.gguf").convert_ids_to_tokens(1) == "<s>"
+
+
+# ------------------------------------------------------------------------------------- code that a checkpoint brings
+
+_CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("it_ran").touch()
+from transformers import PreTrainedTokenizerFast
+class TideTokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["own.TideTokenizer", None]}, ["own.TideTokenizer", None]])
+@pytest.mark.parametrize("named", ["TideTokenizer", "LlamaTokenizer"])
+def test_code_of_a_checkpoint_is_not_run(
+    auto_map: Any, named: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does anything ask on the terminal whether to run it, where somebody might type y."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    (source / "own.py").write_text(_CODE)
+    write(source, "tokenizer_config.json", {"tokenizer_class": named, "auto_map": auto_map})
+    convert(source, tmp_path / "out")
+    for place in (source, tmp_path / "out"):
+        with pytest.raises(TideError, match=r"tokenizer\.json there") as caught:
+            tide_jax.load_tokenizer(place)
+        assert len(str(caught.value)) <= 300 + len(str(place))
+        save_tokenizer(place, "gpt2")
+        assert tide_jax.load_tokenizer(place).tokenize("tide")
+        assert not (place / "it_ran").exists()
+    assert asked == []

@@ -93,7 +93,9 @@ def model_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="MODEL", help="converted directory, Hugging Face directory, hub id or .gguf file"
+        "source",
+        metavar="MODEL",
+        help="converted directory, Hugging Face directory, hub id (org/name or org/name@revision) or .gguf file",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run, modules=modules)

@@ -61,6 +61,10 @@ def tokenizer_in(directory: Path) -> Any:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception, transformers whatever its parsers do
         raise _not_loadable(directory, error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the Rust in `tokenizers`
+            raise
+        raise _not_loadable(directory, error) from error
 
 
 # ---- tokenizer.json ----
@@ -205,7 +209,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _not_loadable(directory: Path, error: Exception) -> TideError:
+def _not_loadable(directory: Path, error: BaseException) -> TideError:
     """The message for a tokenizer that could not be made."""
     reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
     if (directory / _FILE).is_file():
