@@ -18,7 +18,12 @@ PACKAGES = {"convert": {"tide_jax", "pallas_kernels"}, "tide_jax": {"pallas_kern
 """Each package, and those of ours it may import."""
 
 MODULES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-COMMAND_LINE = {Path("tide_jax/cli.py"), Path("tide_jax/command_line.py"), Path("convert/__main__.py")}
+COMMAND_LINE = {
+    Path("tide_jax/cli.py"),
+    Path("tide_jax/command_line.py"),
+    Path("convert/__main__.py"),
+    Path("tide_jax/standard_streams.py"),
+}
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
