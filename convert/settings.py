@@ -49,7 +49,9 @@ def _decoded(value: Any) -> Any:
 def _taken(kind: Any, name: str) -> bool:
     """Whether a key is private, or the name of a method or constant of the class; properties may be set."""
     return name.startswith("_") or (
-        hasattr(kind, name) and not isinstance(inspect.getattr_static(kind, name), property)
+        name != "model_type"  # several types may share a class
+        and hasattr(kind, name)
+        and not isinstance(inspect.getattr_static(kind, name), property)
     )
 
 
@@ -67,7 +69,9 @@ def _refuse(hf: Any, values: Mapping[str, Any]) -> None:
 
 def _kept(kind: Any) -> set[str]:
     """Keys that are read although the class does not declare them."""
-    return {"tie_word_embeddings"} | ({"head_dim"} if kind.model_type in HEAD_DIM | HEAD_DIM_OF_ROTATION else set())
+    return {"tie_word_embeddings", "model_type"} | (
+        {"head_dim"} if kind.model_type in HEAD_DIM | HEAD_DIM_OF_ROTATION else set()
+    )
 
 
 def _drop_strays(hf: Any, values: Mapping[str, Any], default: Any, kept: set[str]) -> None:
