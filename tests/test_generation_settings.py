@@ -80,8 +80,10 @@ def random_rules(seed: int) -> dict[str, Any]:
         "begin_suppress_tokens": ids(12),
     }
     rules = {name: value for name, value in drawn.items() if rng.random() < 0.4}
-    if rules.get("forced_eos_token_id") in rules.get("suppress_tokens", []):  # transformers refuses to
-        del rules["forced_eos_token_id"]
+    forced = [name for name in ("forced_bos_token_id", "forced_eos_token_id") if name in rules]
+    for name in forced:
+        if rules[name] in rules.get("suppress_tokens", []):  # transformers refuses to
+            del rules[name]
     return rules
 
 
