@@ -80,8 +80,10 @@ def random_rules(seed: int) -> dict[str, Any]:
         "begin_suppress_tokens": ids(12),
     }
     rules = {name: value for name, value in drawn.items() if rng.random() < 0.4}
-    if rules.get("forced_eos_token_id") in rules.get("suppress_tokens", []):  # transformers refuses to
-        del rules["forced_eos_token_id"]
+    forced = [name for name in ("forced_bos_token_id", "forced_eos_token_id") if name in rules]
+    for name in forced:
+        if rules[name] in rules.get("suppress_tokens", []):  # transformers refuses to
+            del rules[name]
     return rules
 
 
@@ -398,10 +400,8 @@ def test_every_setting_has_a_rule_or_a_dial_here() -> None:
 
 
 def test_a_budget_of_new_tokens_in_a_configuration() -> None:
-    assert [
-        len(row)
-        for row in found(engine(), generation_config={"max_new_tokens": 2, "eos_token_id": []}, max_new_tokens=None)
-    ] == [2] * 4
+    two = {"max_new_tokens": 2, "eos_token_id": []}
+    assert [len(row) for row in found(engine(), generation_config=two, max_new_tokens=None)] == [2] * 4
     long = random_prompts((3,), vocab=VOCAB)
     config = {"max_new_tokens": 2, "eos_token_id": [], "pad_token_id": 1}
     assert len(found(engine(), long, generation_config=config, max_new_tokens=3)[0]) == 3
