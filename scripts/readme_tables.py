@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_table import gpu_table
+from readme_reliability import reliability_table
 from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, prefill_table, start_table, where
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -295,8 +296,10 @@ TABLES = {
     "peers": peers_table,
     "quality": quality_table,
     "quality_frontier": quality_frontier,
+    "reliability": reliability_table,
 }
-FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("families", "choosing_quality", "kernels")))
+_PAGES = ("families", "choosing_quality", "kernels", "reliability")
+FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 
 
 def render(text: str) -> str:
