@@ -115,12 +115,12 @@ class Opener:
 
 def _use_tokenizer(tokenizer: Any) -> None:
     """Text to ids and back, with a chat template where there is one."""
-    from tide_jax.texts import chat_ids
+    from tide_jax.chat import ChatTemplate
 
     ids = tokenizer(_TEXT)["input_ids"]
     tokenizer.decode(ids, skip_special_tokens=True)
     if getattr(tokenizer, "chat_template", None):
-        chat_ids(tokenizer, _TEXT)
+        ChatTemplate(tokenizer).ids(_TEXT)
 
 
 def _answers(model: Any, routers: Any = None) -> bool:
