@@ -154,7 +154,7 @@ def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any
         arguments = (state, call.request, call.exits)
         state, _, _ = engine._programs.run(advance, (engine.model,), arguments, donate=1, **options)
     # One program: a step's result goes into the next as it is.
-    (text,) = (program.as_text() for key, program in engine._programs._compiled.items() if key[0] == "advance")
+    (text,) = (program.as_text() for key, program in engine._programs._compiled.items() if key[0] is advance)
     return held, text
 
 

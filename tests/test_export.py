@@ -25,6 +25,7 @@ from convert import export
 from convert.families import FAMILIES, Family
 from convert.older_names import with_older_names
 from convert.rules import Rule, Target
+from convert.settings import configuration
 from tide_jax.errors import TideError
 from tide_jax.shards import ShardedTensors
 
@@ -176,7 +177,7 @@ def same_rotation(written: dict[str, Any], original: dict[str, Any]) -> bool:
     """Whether the installed transformers reads the same rotary settings with the older names beside the new ones."""
     from transformers import CONFIG_MAPPING
 
-    found = [CONFIG_MAPPING[c["model_type"]].from_dict(dict(c)).to_dict() for c in (written, original)]
+    found = [configuration(CONFIG_MAPPING[c["model_type"]], c).to_dict() for c in (written, original)]
     return found[0].get("rope_parameters") == found[1].get("rope_parameters")
 
 

@@ -393,7 +393,7 @@ def test_bad_generation_arguments_are_refused_in_one_line(files: Files, argument
 def command(*arguments: Any) -> int:
     parser = Parser(prog="tide-jax")
     lm_eval_command.add_command(parser.add_subparsers())
-    return execute(parser, ["eval", *map(str, arguments)])
+    return execute(lambda: parser, ["eval", *map(str, arguments)])
 
 
 def test_command_line(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 def test_commands_in_the_documentation_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = list[argparse.ArgumentParser]()
-    monkeypatch.setattr("tide_jax.cli.execute", lambda parser, _: parsers.append(parser) or 0)
+    monkeypatch.setattr("tide_jax.command_line.execute", lambda make, _: parsers.append(make()) or 0)
     tide_jax.cli.main([])
     found = [arguments for page in PAGES for arguments in commands(page)]
     assert len(found) > 8

@@ -34,7 +34,6 @@ class Call(NamedTuple):
     capacity: int
 
     @property
-    @property
     def takes_argmax(self) -> bool:
         """Whether every new token is the likeliest one: nothing is drawn, penalised, forbidden or forced."""
         sampling = self.request.sampling
