@@ -18,6 +18,7 @@ _MODULES = {
     "pallas_triton": "jax.experimental.pallas.triton",
     "triton": "jax_triton",
     "mosaic_gpu": "jax.experimental.pallas.mosaic_gpu",
+    "llvm": "llvmlite.binding",
 }
 """What an implementation imports that may be missing."""
 

@@ -1,0 +1,5 @@
+"""Products of a few rows with stored weights: what a decode step spends its time on."""
+
+from pallas_kernels.weight_product.api import IMPLEMENTATIONS, MOST_ROWS, weight_product
+
+__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "weight_product"]

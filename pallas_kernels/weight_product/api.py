@@ -1,0 +1,61 @@
+"""Entry point of the weight product: picks an implementation, or raises with the reason it can't run."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.selection import Choices, platform
+from pallas_kernels.weight_product import reference
+
+IMPLEMENTATIONS = Choices("weight_product", ("reference", "llvm"), ())
+"""Plain JAX; a kernel for CPUs that LLVM compiles for the machine at hand."""
+MOST_ROWS = 16
+"""Rows that the kernel for CPUs takes: XLA's product of matrices is faster from there on."""
+
+
+def weight_product(
+    x: Float[Array, "R K"],
+    weights: Float[Array, "N K"] | Int8[Array, "N K"],
+    scale: Float[Array, " N"] | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R N"]:
+    """Multiplies a few rows by weights in the order in which checkpoints store them, an output a row.
+
+    Args:
+      x: the rows. The kernel for CPUs takes float32, and at most `MOST_ROWS`.
+      weights: of x's dtype, or 8-bit integers.
+      scale: float32 factor of each output; 8-bit weights need it.
+      implementation: a name from `IMPLEMENTATIONS`; None takes the reference.
+
+    Returns:
+      ``out[r, n] = scale[n] * sum_k x[r, k] weights[n, k]``. With "llvm" a row has the same bits whatever rows stand
+      beside it.
+
+    Raises:
+      ValueError: the implementation that was named can't run here, or the arguments do not fit, with the reason.
+    """
+    if (weights.dtype == jnp.int8) != (scale is not None):
+        raise ValueError(f"weight_product: int8 weights need a scale, and others have none; these are {weights.dtype}")
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, weights))
+    if name == "reference":
+        return reference.weight_product(x, weights, scale)
+    from pallas_kernels.weight_product import llvm
+
+    return llvm.weight_product(x, weights, scale)
+
+
+def misfit(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> str | None:
+    """Why the kernel for CPUs can't run these arguments here; None where it can."""
+    if platform() != "cpu":
+        return f"weight_product: 'llvm' runs on a CPU, this process computes on a {platform()}"
+    if x.dtype != jnp.float32 or weights.dtype not in (jnp.float32, jnp.int8):
+        return f"weight_product: 'llvm' multiplies float32 by float32 or int8, got {x.dtype} and {weights.dtype}"
+    if not 1 <= x.shape[0] <= MOST_ROWS or 0 in weights.shape:
+        return (
+            f"weight_product: 'llvm' takes 1 to {MOST_ROWS} rows and no empty weights, got {x.shape}, {weights.shape}"
+        )
+    from pallas_kernels.weight_product import llvm
+
+    return llvm.unavailable()

@@ -1,0 +1,122 @@
+"""The product on a CPU: compiled for the machine at hand by LLVM (llvmlite), and called by XLA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int8
+
+from pallas_kernels.weight_product import reference
+from pallas_kernels.weight_product.assembly import Shape, Tile, module
+
+logger = logging.getLogger(__name__)
+_TARGET = "tide_jax_weight_product"
+_PAUSE = {"x86_64": "call void @llvm.x86.sse2.pause()", "aarch64": "call void @llvm.aarch64.hint(i32 1)"}
+
+
+@jax.custom_jvp
+def weight_product(
+    x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"], scale: Float[Array, " N"] | None
+) -> Float[Array, "R N"]:
+    """See `pallas_kernels.weight_product.weight_product`."""
+    out = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+    factors = jnp.zeros((1,), jnp.float32) if scale is None else scale
+    return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(x, weights, factors)
+
+
+@weight_product.defjvp
+def _derivative(primals: tuple[Array, Array, Array | None], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+    """Weights are frozen wherever this is differentiated: the derivative is by x alone."""
+    _, weights, scale = primals
+    return weight_product(*primals), reference.weight_product(tangents[0], weights, scale)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernel can't run in this process, found out by running it once; None where it can."""
+    try:
+        _register(_compiled().address)
+        with jax.ensure_compile_time_eval():
+            x, weights = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.int8).reshape(4, 3)
+            found = np.asarray(weight_product(jnp.asarray(x), jnp.asarray(weights), jnp.full((4,), 0.5, jnp.float32)))
+        expected = 0.5 * x @ weights.T.astype(np.float32)
+    except Exception as error:  # whatever LLVM, the interface or XLA object to: XLA's own product is always there
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None if np.array_equal(found, expected) else "its results are wrong on this machine"
+
+
+class _Compiled:
+    """Machine code, kept alive with the objects that own it."""
+
+    def __init__(self, engine: Any, owners: tuple[Any, ...]) -> None:
+        self.address = engine.get_function_address("weight_product")
+        self._owners = (engine, *owners)
+
+
+@functools.cache
+def _compiled() -> _Compiled:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    triple, cpu, features = llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features()
+    text = module(_shape(features, triple.split("-")[0]))
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features.flatten(), opt=3)
+    parsed = llvm.parse_assembly(text)
+    engine = llvm.create_mcjit_compiler(parsed, machine)
+    if (kept := _cache_file(f"{llvm.llvm_version_info} {cpu} {features.flatten()} {text}")) is not None:
+        engine.set_object_cache(*_on_disk(kept))
+    if kept is None or not kept.is_file():
+        parsed.verify()
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        passes.getModulePassManager().run(parsed, passes)
+    engine.finalize_object()
+    return _Compiled(engine, (machine, parsed))
+
+
+def _shape(features: dict[str, bool], architecture: str) -> Shape:
+    """What fits into the registers: 32 of 512 bits, 16 of 256, or 16 to 32 of 128."""
+    pause = _PAUSE.get(architecture, "")
+    if features.get("avx512f"):
+        return Shape(16, 1, (Tile(8, 3), Tile(4, 4), Tile(2, 4), Tile(1, 1)), pause)
+    return Shape(8 if features.get("avx2") else 4, 1, (Tile(4, 2), Tile(2, 2), Tile(1, 1)), pause)
+
+
+def _cache_file(key: str) -> Path | None:
+    """Where the machine code is kept: beside XLA's compiled programs, where the user has those kept."""
+    directory = jax.config.jax_compilation_cache_dir
+    if directory is None:
+        return None
+    return Path(directory) / f"weight_product-{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
+
+
+def _on_disk(path: Path) -> tuple[Any, Any]:
+    """Hooks that LLVM calls to store and to fetch an object file. A file that can't be written is not missed."""
+
+    def store(_: Any, code: bytes) -> None:
+        partial = path.with_suffix(f".{id(code):x}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(code)
+            partial.replace(path)
+        except OSError as error:
+            logger.info("%s cannot be written (%s): the weight product is compiled at every start", path, error)
+
+    def fetch(_: Any) -> bytes | None:
+        return path.read_bytes() if path.is_file() else None
+
+    return store, fetch
+
+
+def _register(address: int) -> None:
+    capsule = ctypes.pythonapi.PyCapsule_New
+    capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    jax.ffi.register_ffi_target(_TARGET, capsule(address, None, None), platform="cpu", api_version=1)
