@@ -144,6 +144,19 @@ class LoRASource:
             tensor += change.scale * self._float32(change.parts["added"])
         if change.low_rank is not None:
             a, b = map(self._float32, change.low_rank)
+            if (
+                a.ndim != 2
+                or b.ndim != 2
+                or (b.shape[1], b.shape[0], a.shape[1])
+                != (
+                    a.shape[0],
+                    *(tensor.T.shape if change.transposed else tensor.shape),
+                )
+            ):
+                raise TideError(
+                    f"the adapter {self._directory} does not fit: {shortened(name, 80)} {list(tensor.shape)} and the "
+                    f"product of {list(b.shape)} and {list(a.shape)}; give the base the adapter was trained on"
+                )
             _add_product(tensor, *((a.T, b.T) if change.transposed else (b, a)), change.scale)
         if "magnitude" in change.parts:
             _set_norms(tensor, self._float32(change.parts["magnitude"]), change.transposed)
@@ -188,8 +201,8 @@ class LoRASource:
         if self._embeddings and self._fills(target, "head.kernel"):
             return target, self._embeddings[0]
         raise TideError(
-            f"the adapter {self._directory} does not fit {self._base.description}: {part} belongs to {target}, "
-            "which the base does not have; give the base the adapter was trained on"
+            f"the adapter {self._directory} does not fit {shortened(self._base.description, 80)}: "
+            f"{shortened(part, 60)} is of no tensor that the base has; give the base the adapter was trained on"
         )
 
     def _change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:

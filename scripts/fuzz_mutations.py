@@ -171,10 +171,10 @@ def _other_number(rng: Random, number: float) -> float:
 def _changed_json(rng: Random, data: bytes) -> bytes:
     try:
         value = json.loads(data)
-    except ValueError:
+        change_value(rng, value)
+        return json.dumps(value).encode("utf-8", "surrogatepass")
+    except (ValueError, RecursionError):  # broken or nested too deep already
         return flip_bits(rng, data)
-    change_value(rng, value)
-    return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 def _nested(rng: Random, data: bytes) -> bytes:
@@ -201,7 +201,7 @@ JSON: dict[str, Change] = {"value": _changed_json, "nested": _nested, "key twice
 def _hostile_template(rng: Random, data: bytes) -> bytes:
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return data
     template = rng.choice(TEMPLATES)
     named = [{"name": rng.choice(("default", "tool_use", 7)), "template": template}]

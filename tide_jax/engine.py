@@ -359,7 +359,7 @@ class TIDE:
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
         context = self.model.config.context_length
         # The last new token is never run through the model, so it needs no position.
-        room = context + 1 - rows.lengths
+        room = context + 1 - rows.lengths.astype(np.int64)
         if clipped := int(np.sum(room < max_new_tokens)):
             logger.warning(
                 "max_new_tokens=%d clipped to %d%s: the context holds %d tokens",
