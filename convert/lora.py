@@ -183,13 +183,13 @@ class LoRASource:
         for target, parts in _by_target(self._adapter.infos).items():
             if keep_tied and self._fills(target, "head.kernel"):
                 continue  # stored twice
-            name, start = self._located(target, next(iter(parts.values())))
+            name, start = self._located(target)
             changes[name] = self._change(name, start, parts, target.rpartition(".")[0])
         if not heads and not keep_tied and not any(self._fills(name, "head.kernel") for name in changes):
             changes |= self._head_apart(changes)
         return changes
 
-    def _located(self, target: str, part: str) -> tuple[str, str]:
+    def _located(self, target: str) -> tuple[str, str]:
         """Name of the tensor an adapter changes, and of the base's tensor it starts from."""
         tensors = self._base.tensors
         if target in tensors:
@@ -201,8 +201,8 @@ class LoRASource:
         if self._embeddings and self._fills(target, "head.kernel"):
             return target, self._embeddings[0]
         raise TideError(
-            f"the adapter {self._directory} does not fit {shortened(self._base.description, 80)}: "
-            f"{shortened(part, 60)} is of no tensor that the base has; give the base the adapter was trained on"
+            f"the adapter {self._directory} does not fit {shortened(self._base.description, 60)}: it changes "
+            f"{shortened(target, 80)}, which the base does not have; give the base the adapter was trained on"
         )
 
     def _change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
