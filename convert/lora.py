@@ -201,8 +201,8 @@ class LoRASource:
         if self._embeddings and self._fills(target, "head.kernel"):
             return target, self._embeddings[0]
         raise TideError(
-            f"the adapter {self._directory} does not fit {shortened(self._base.description, 60)}: it changes "
-            f"{shortened(target, 80)}, which the base does not have; give the base the adapter was trained on"
+            f"the adapter {self._directory} does not fit {shortened(self._base.description, 60)}: one of its tensors "
+            f"belongs to {shortened(target, 70)}, which the base does not have; give the base that it was trained on"
         )
 
     def _change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
