@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -161,7 +162,8 @@ BAD_INPUT: dict[str, tuple[Any, dict[str, Any], str]] = {
     "an end that is no id": ([[3]], {"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
     "a ragged mask": ([[3, 4]], {"attention_mask": [[1], [1, 2]]}, "attention_mask|input_ids"),
     "ends for other rows": ([[3]], {"eos_token_id": [[1], [2]]}, "2 rows, expected 1"),
-    "a streamer for two rows": ([[3], [4]], {"streamer": object()}, "one prompt at a time, got 2"),
+    "a streamer for two rows": ([[3], [4]], {"streamer": SimpleNamespace(put=len, end=dict)}, "at a time, got 2"),
+    "no streamer": ([[3]], {"streamer": object()}, r"streamer is object, expected an object with put"),
 }
 
 
