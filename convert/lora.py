@@ -144,19 +144,6 @@ class LoRASource:
             tensor += change.scale * self._float32(change.parts["added"])
         if change.low_rank is not None:
             a, b = map(self._float32, change.low_rank)
-            if (
-                a.ndim != 2
-                or b.ndim != 2
-                or (b.shape[1], b.shape[0], a.shape[1])
-                != (
-                    a.shape[0],
-                    *(tensor.T.shape if change.transposed else tensor.shape),
-                )
-            ):
-                raise TideError(
-                    f"the adapter {self._directory} does not fit: {shortened(name, 80)} {list(tensor.shape)} and the "
-                    f"product of {list(b.shape)} and {list(a.shape)}; give the base the adapter was trained on"
-                )
             _add_product(tensor, *((a.T, b.T) if change.transposed else (b, a)), change.scale)
         if "magnitude" in change.parts:
             _set_norms(tensor, self._float32(change.parts["magnitude"]), change.transposed)
@@ -239,9 +226,11 @@ class LoRASource:
         inner, outer = shapes[0][1:], shapes[1][:1]
         # The adapter's flag is only that of the module PEFT wrapped last.
         in_out = self._settings.get("fan_in_fan_out") or self._base.config.get("model_type") in CONV1D_TYPES
-        if "embedding_a" not in change.parts and shape == outer + inner and not (in_out and inner == outer):
+        multiply = all(len(factor) == 2 for factor in shapes) and shapes[0][0] == shapes[1][1]
+        embedding = "embedding_a" in change.parts
+        if multiply and not embedding and shape == outer + inner and not (in_out and inner == outer):
             return False
-        if shape == inner + outer and ("embedding_a" in change.parts or in_out):
+        if multiply and shape == inner + outer and (embedding or in_out):
             return True
         raise TideError(
             f"the adapter {self._directory} does not fit {self._base.description}: {change.low_rank[0]} "
