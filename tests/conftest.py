@@ -9,8 +9,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One piece of machine code a program, not 32: each piece takes three memory mappings, and thousands of programs would
-# take more than a process may have (65,530 on Linux), which ends it with SIGSEGV. And LLVM need not polish programs that
-# run once on a few numbers. Both are for the process's own start and for those it starts.
+# take more than a process may have (65,530 on Linux), which ends it with SIGSEGV. And LLVM need not polish programs
+# that run once on a few numbers. Both are for the process's own start and for those it starts.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
