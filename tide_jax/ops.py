@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
+from pallas_kernels import weight_product
 from tide_jax.sharding import on_mesh
 
 T = TypeVar("T", Array, np.ndarray)
@@ -33,8 +34,30 @@ def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D ..."]) -> Float[Arr
     return jnp.tensordot(x, kernel, axes=1, precision=matmul_precision(x.dtype))
 
 
-def times_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
+def times_rows(
+    x: Float[Array, "... D"], rows: Float[Array, "F D"] | Int8[Array, "F D"], scale: Float[Array, " F"] | None = None
+) -> Float[Array, "... F"]:
     """`x` times every row of a matrix, under the precision rule.
+
+    A few float32 tokens on a CPU go through `pallas_kernels.weight_product`, which reads weights at memory speed.
+
+    Args:
+      rows: a row for each output, of x's dtype or 8-bit integers.
+      scale: float32 factor of each row of integers.
+    """
+    tokens = math.prod(x.shape[:-1])
+    flat = x.reshape(tokens, x.shape[-1])
+    if not on_mesh() and weight_product.pays(flat, rows):
+        out = weight_product.weight_product(flat, rows, scale, implementation="llvm")
+        return out.reshape(*x.shape[:-1], rows.shape[0])
+    if scale is not None:
+        product = einsum("...d,fd->...f", x, rows.astype(x.dtype))
+        return (product.astype(jnp.float32) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+    return _float_rows(x, rows)
+
+
+def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
+    """The product as XLA makes it.
 
     XLA's CPU backend multiplies a token by a matrix on one thread, and two to eight by a wide one slowly, but shares
     the members of a batch out among threads. So there the rows become a small batch of matrices: on two cores that is

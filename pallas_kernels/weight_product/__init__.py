@@ -1,5 +1,5 @@
 """Products of a few rows with stored weights: what a decode step spends its time on."""
 
-from pallas_kernels.weight_product.api import IMPLEMENTATIONS, MOST_ROWS, weight_product
+from pallas_kernels.weight_product.api import IMPLEMENTATIONS, MOST_ROWS, pays, turned_off, weight_product
 
-__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "weight_product"]
+__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "pays", "turned_off", "weight_product"]

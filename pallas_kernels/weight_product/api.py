@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.selection import Choices, platform
 from pallas_kernels.weight_product import reference
 
+logger = logging.getLogger(__name__)
+_OFF: ContextVar[bool] = ContextVar("weight_product_off", default=False)
 IMPLEMENTATIONS = Choices("weight_product", ("reference", "llvm"), ())
 """Plain JAX; a kernel for CPUs that LLVM compiles for the machine at hand."""
 MOST_ROWS = 16
@@ -46,16 +54,50 @@ def weight_product(
     return llvm.weight_product(x, weights, scale)
 
 
+def pays(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> bool:
+    """Whether "llvm" takes these arguments here. Where it is the machine that stands in the way, a log line says so."""
+    if platform() != "cpu" or _unlike(x, weights) is not None or _OFF.get():
+        return False
+    reason = IMPLEMENTATIONS.refusal("llvm") or _unavailable()
+    if reason is not None:
+        _say_once(reason)
+    return reason is None
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """Inside, `pays` is False: for programs that are compared with XLA's own products."""
+    token = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
 def misfit(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> str | None:
     """Why the kernel for CPUs can't run these arguments here; None where it can."""
     if platform() != "cpu":
         return f"weight_product: 'llvm' runs on a CPU, this process computes on a {platform()}"
+    return _unlike(x, weights) or _unavailable()
+
+
+def _unlike(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> str | None:
+    """What about the arguments the kernel for CPUs does not take."""
     if x.dtype != jnp.float32 or weights.dtype not in (jnp.float32, jnp.int8):
         return f"weight_product: 'llvm' multiplies float32 by float32 or int8, got {x.dtype} and {weights.dtype}"
     if not 1 <= x.shape[0] <= MOST_ROWS or 0 in weights.shape:
         return (
             f"weight_product: 'llvm' takes 1 to {MOST_ROWS} rows and no empty weights, got {x.shape}, {weights.shape}"
         )
+    return None
+
+
+def _unavailable() -> str | None:
     from pallas_kernels.weight_product import llvm
 
     return llvm.unavailable()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("products of weights run as XLA's own, which are slower on a CPU: %s", reason)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels.weight_product import reference
@@ -26,10 +27,17 @@ _PAUSE = {"x86_64": "call void @llvm.x86.sse2.pause()", "aarch64": "call void @l
 def weight_product(
     x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"], scale: Float[Array, " N"] | None
 ) -> Float[Array, "R N"]:
-    """See `pallas_kernels.weight_product.weight_product`."""
-    out = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+    """See `pallas_kernels.weight_product.weight_product`. A program for another platform has the reference in it."""
     factors = jnp.zeros((1,), jnp.float32) if scale is None else scale
-    return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(x, weights, factors)
+
+    def kernel(x: Array, weights: Array, factors: Array) -> Array:
+        out = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+        return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(x, weights, factors)
+
+    def plain(x: Array, weights: Array, factors: Array) -> Array:
+        return reference.weight_product(x, weights, None if scale is None else factors)
+
+    return lax.platform_dependent(x, weights, factors, cpu=kernel, default=plain)
 
 
 @weight_product.defjvp
