@@ -12,8 +12,9 @@ import jaxlib
 import numpy as np
 import pytest
 
-from pallas_kernels.weight_product import IMPLEMENTATIONS, MOST_ROWS, handler, weight_product
+from pallas_kernels.weight_product import IMPLEMENTATIONS, MOST_ROWS, handler, turned_off, weight_product
 from pallas_kernels.weight_product.assembly import Shape, Tile, module
+from tide_jax.ops import times_rows
 
 SHAPES = [(576, 1536), (577, 31), (5, 3), (33, 1000), (1, 1), (4864, 9)]
 """Depth and outputs: whole vectors, what is left over, several pieces for several threads, none."""
@@ -126,3 +127,26 @@ def test_offsets_are_those_of_xlas_header(tmp_path: Path) -> None:
     subprocess.run([compiler, "-I", include, source, "-o", tmp_path / "offsets"], check=True)
     printed = subprocess.run([tmp_path / "offsets"], check=True, capture_output=True, text=True).stdout.split()
     assert list(map(int, printed)) == [*expected.values(), handler.S8]
+
+
+def test_it_is_what_a_few_rows_take_unless_it_is_turned_off() -> None:
+    weights, _ = weights_of("float32", 64, 8)
+    program = jax.jit(lambda x: times_rows(x, weights))
+
+    def kernels(count: int) -> int:
+        return program.lower(rows_of(count, 64)).as_text().count("tide_jax_weight_product")
+
+    assert kernels(MOST_ROWS) == 1
+    with turned_off():
+        assert kernels(MOST_ROWS) == 0
+        few = program(rows_of(3, 64))
+    np.testing.assert_allclose(program(rows_of(3, 64)), few, rtol=1e-5, atol=1e-5)
+    assert "tide_jax_weight_product" not in program.lower(jnp.ones((MOST_ROWS + 1, 64))).as_text()
+
+
+def test_a_program_for_another_platform_has_the_reference_in_it() -> None:
+    weights, scale = weights_of("int8", 64, 8)
+    program = jax.jit(lambda x: times_rows(x, weights, scale))
+    text = program.trace(rows_of(2, 64)).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tide_jax_weight_product" not in text
+    assert "dot_general" in text

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
-from contextvars import ContextVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -15,7 +14,7 @@ from pallas_kernels.selection import Choices, platform
 from pallas_kernels.weight_product import reference
 
 logger = logging.getLogger(__name__)
-_OFF: ContextVar[bool] = ContextVar("weight_product_off", default=False)
+_OFF = jax.make_user_context(default_value=False)  # programs traced inside and outside are kept apart
 IMPLEMENTATIONS = Choices("weight_product", ("reference", "llvm"), ())
 """Plain JAX; a kernel for CPUs that LLVM compiles for the machine at hand."""
 MOST_ROWS = 16
@@ -56,7 +55,7 @@ def weight_product(
 
 def pays(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> bool:
     """Whether "llvm" takes these arguments here. Where it is the machine that stands in the way, a log line says so."""
-    if platform() != "cpu" or _unlike(x, weights) is not None or _OFF.get():
+    if platform() != "cpu" or _unlike(x, weights) is not None or _OFF.value:
         return False
     reason = IMPLEMENTATIONS.refusal("llvm") or _unavailable()
     if reason is not None:
@@ -64,14 +63,9 @@ def pays(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K
     return reason is None
 
 
-@contextlib.contextmanager
-def turned_off() -> Iterator[None]:
+def turned_off() -> contextlib.AbstractContextManager[None]:
     """Inside, `pays` is False: for programs that are compared with XLA's own products."""
-    token = _OFF.set(True)
-    try:
-        yield
-    finally:
-        _OFF.reset(token)
+    return _OFF(True)
 
 
 def misfit(x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"]) -> str | None:
