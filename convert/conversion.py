@@ -25,6 +25,7 @@ from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.writer import Layout, ShardWriter, plan_layout
 from tide_jax.checkpoint import CONFIG_KEY, FORMAT, RUNNING_DTYPE_KEY, is_converted, load, parse_dtype
+from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
@@ -109,6 +110,8 @@ def convert(
         fit the source; a weight is NaN, infinite or overflows `dtype`; the destination is taken or cannot be written;
         the logits differ.
     """
+    path_like("source", source_ref)
+    path_like("destination", destination)
     if verify:
         require_torch()
     source, destination = _open(source_ref, adapter, revision), Path(destination).expanduser()

@@ -24,6 +24,7 @@ from convert.rules import Piece, Rule, coverage
 from convert.stored import as_stored
 from convert.writer import ShardWriter, plan_layout, split
 from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype
+from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.model_directory import model_directory
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
@@ -189,6 +190,8 @@ def export(
       TideError: nothing converted is there, or with another version's weight map; a weight overflows `dtype`; the
         destination is taken or cannot be written.
     """
+    path_like("source", converted_dir)
+    path_like("destination", destination)
     source, destination = ConvertedSource(Path(converted_dir).expanduser()), Path(destination).expanduser()
     stored = source.dtype if dtype is None else parse_dtype(dtype)
 

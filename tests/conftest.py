@@ -8,23 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# One piece of machine code a program, not 32: each piece takes three memory mappings, and thousands of programs would
-# take more than a process may have (65,530 on Linux), which ends it with SIGSEGV. And LLVM need not polish programs
-# that run once on a few numbers. Both are for the process's own start and for those it starts.
-os.environ["XLA_FLAGS"] = f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+# LLVM need not polish programs that run once on a few numbers. For this process and those that it starts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 import tiny_llama
 
+from tide_jax.programs import short_of_mappings
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_runtest_teardown() -> None:
+    """Drops compiled programs where they have taken too many of the memory mappings that a process may have."""
+    if short_of_mappings():
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Drops a module's compiled programs after it: each holds memory mappings, of which a process may have so many."""
+    """Drops a module's models and compiled programs after it."""
     yield
     for value in list(vars(request.module).values()):
         if hasattr(value, "cache_clear"):

@@ -177,6 +177,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a word for a number": (("generate", "MODEL", *_PROMPT, "--top-k", "many"), "--top-k"),
     "nothing there": (("inspect", "/nowhere/at/all"), "/nowhere/at/all"),
     "an empty prompt": (("generate", "MODEL", "--prompt", ""), "the prompt is empty"),
+    "a second prompt that is empty": (("generate", "MODEL", *_PROMPT, "--prompt", ""), "prompt 2 is empty"),
+    "no name of a source": (("convert", "", "OUT"), "source '' must be a path"),
+    "no name of a destination": (("convert", "MODEL", ""), "destination '' must be a path"),
+    "no name of an export": (("export", "MODEL", ""), "destination '' must be a path"),
     "a prompt that is no UTF-8": (
         ("generate", "MODEL", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")),
         "--prompt is no valid text: its character 3, '\\udce9', is not Unicode",

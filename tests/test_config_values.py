@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_settings import Settings
@@ -20,8 +22,11 @@ from convert import convert
 from convert.architecture import decoder_config
 from convert.text_model import text_decoder
 from convert.tiny import tiny_config
-from tide_jax import DecoderConfig, TideError
+from tide_jax import TIDE, Decoder, DecoderConfig, TideError
+from tide_jax.activations import ACTIVATIONS, KNOWN_ACTIVATIONS
+from tide_jax.architecture_parts import GatedActivation, PlainActivation, UngatedActivation
 from tide_jax.checkpoint import load, load_config
+from tide_jax.testing import tiny_config as tiny_decoder_config
 
 EXAMPLES = settings(max_examples=int(os.environ.get("TIDE_EXAMPLES", "150")), deadline=None, derandomize=True)
 TYPES = [
@@ -123,12 +128,39 @@ def test_missing_fields_inside_of_parts_are_named() -> None:
         ({"norm": "batch"}, "norm='batch' should be 'rms' or 'layer'"),
         ({"logit_scale": 0.0}, "logit_scale=0.0 should be at least"),
         ({"surprise": 1}, "surprise=1 is no known field"),
+        ({"activation": "x"}, "activation='x' is not known; choose one of silu, "),
+        ({"activation": "xielu"}, "activation='xielu' is not known"),
+        ({"activation": "swiglu_oai", "mlp_gated": False}, "activation='swiglu_oai' is not known"),
+        ({"head_transform": {"activation": "x", "size": None, "bias": True}}, "activation='x'"),
+        ({"attention_types": []}, "attention_pattern names attention type 0, expected one of the 0"),
     ],
 )
 def test_values_of_a_converted_model(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(TideError) as caught:
         DecoderConfig.from_dict(next(iter(CONFIGS.values())).to_dict() | changes)
     assert expected in str(caught.value)
+
+
+def test_an_attention_pattern_names_types_that_are_there() -> None:
+    values = next(iter(CONFIGS.values())).to_dict()
+    values["attention_pattern"] = [*values["attention_pattern"][:-1], 7]
+    with pytest.raises(TideError, match="attention_pattern names attention type 7, expected one of the"):
+        DecoderConfig.from_dict(values)
+
+
+def test_the_activations_of_a_configuration_are_those_that_there_are() -> None:
+    assert get_args(PlainActivation) == tuple(ACTIVATIONS)
+    assert {*get_args(GatedActivation), *get_args(UngatedActivation)} == set(KNOWN_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "residual_scale", "logit_softcap", "activation_limit", "clip_qkv"])
+def test_whole_numbers_beyond_32_bits_run(name: str) -> None:
+    """JSON writes 3e9 as it likes; JAX takes no int of this size in the place of a float."""
+    values = tiny_decoder_config().to_dict()
+    found, wanted = (DecoderConfig.from_dict(values | {name: value}) for value in (3_000_000_000, 3e9))
+    # Equal numbers share a compiled program: the whole one has to make its own.
+    logits = [TIDE(Decoder(config, rngs=nnx.Rngs(0)))([[3, 4, 5]]).logits for config in (found, wanted)]
+    np.testing.assert_array_equal(*logits)
 
 
 def test_a_damaged_config_names_the_file(source: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tide_jax import TideError
 from tide_jax.generation_settings import GenerationSettings
 from tide_jax.logit_rules import RowText, apply_rules, make_rules
 
@@ -102,6 +103,24 @@ def test_settings_that_forbid_nothing_are_no_rules() -> None:
     }
     assert make_rules(GenerationSettings(), VOCAB) is None
     assert make_rules(GenerationSettings(**off), VOCAB) is None
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"forced_bos_token_id": VOCAB}, "forced_bos_token_id=.* is outside the vocabulary of 0"),
+        ({"forced_eos_token_id": [2, VOCAB]}, "forced_eos_token_id=.* is outside the vocabulary of 0"),
+        ({"suppress_tokens": list(range(VOCAB + 3))}, "suppress_tokens holds all .* tokens, and leaves none"),
+        ({"begin_suppress_tokens": list(range(VOCAB))}, "begin_suppress_tokens holds all .* tokens"),
+    ],
+)
+def test_rules_that_leave_no_token_are_refused(settings: dict[str, Any], expected: str) -> None:
+    """The likeliest of tokens that all have minus infinity is number 0, which no one asked for."""
+    with pytest.raises(TideError, match=expected):
+        make_rules(GenerationSettings(**settings), VOCAB)
+    allowed = {name: value[1:] if isinstance(value, list) else value - 1 for name, value in settings.items()}
+    if "forced_eos_token_id" not in settings:
+        assert make_rules(GenerationSettings(**allowed), VOCAB) is not None
 
 
 def test_rows_end_by_ids_of_their_own() -> None:

@@ -43,6 +43,33 @@ def test_the_program_not_used_for_the_longest_time_is_dropped() -> None:
     assert run(programs, 2) > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the mappings that Linux tells of")
+def test_a_dropped_program_gives_its_memory_mappings_back() -> None:
+    def kernels(x: Any) -> Any:
+        for _ in range(20):
+            x = jnp.sin(x) @ jnp.ones((x.shape[0], x.shape[0]))
+        return x
+
+    def mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    programs, counts = Programs(most=1), []
+    for size in range(2, 14):
+        run(programs, size, kernels)
+        counts.append(mappings())
+    assert counts[-1] - counts[1] < counts[1] - counts[0] + 60, counts
+
+
+def test_few_programs_are_kept_where_memory_mappings_run_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs()
+    run(programs, 1)
+    run(programs, 2)
+    monkeypatch.setattr("tide_jax.programs.short_of_mappings", lambda: True)
+    assert run(programs, 1) == 0  # nothing is compiled, so nothing goes
+    run(programs, 3)
+    assert len(programs) == 1
+
+
 def test_functions_of_one_name_have_programs_of_their_own() -> None:
     def named(change: int) -> Any:
         def function(x: Any) -> Any:

@@ -122,3 +122,10 @@ def test_only_tide_errors_leave_a_public_call(
             raise AssertionError(f"{call}({name}={what}) raised {type(error).__name__}: {error}") from error
     assert not any("\n" in message for message in told)
     assert max(map(len, told), default=0) < 600
+
+
+def test_masked_arrays_are_refused() -> None:
+    masked = np.ma.array([[3, 4, 5]], mask=[[True, False, False]])
+    with pytest.raises(TideError, match="masked array"):
+        generate(masked)
+    assert generate(np.ma.array([[3, 4, 5]])).tokens.tolist() == generate([[3, 4, 5]]).tokens.tolist()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,15 @@ def test_the_file_belongs_to_the_model() -> None:
     tensors, metadata = whole()
     refused(router_file.encode(tensors, metadata | {"fingerprint": "0" * 16, "model": "x" * 1000}), "calibrated for")
     assert metadata["fingerprint"] == model_identity(MODEL)["fingerprint"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files on this system")
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """A rename puts a file in the place of anything: of /dev/null, too, where root runs it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(TideError, match="it is a device or a pipe, expected a file"):
+            router_file.write(tmp_path / name, router_file.encode(*whole()))
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]

@@ -29,6 +29,17 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
     assert list(load_texts(written(tmp_path / "a.txt", "été\n\n  \n two \nlast"))) == ["été", " two ", "last"]
 
 
+def test_a_path_is_a_source(tmp_path: Path) -> None:
+    written(tmp_path / "a.txt", "one")
+    assert list(load_texts(tmp_path / "a.txt")) == ["one"]
+
+
+@pytest.mark.parametrize("source", [None, 5, b"a.txt", ["a.txt"], "", "a\0.txt"])
+def test_what_is_no_path_is_no_source(source: Any) -> None:
+    with pytest.raises(TideError, match=r"text=.* must be a path"):
+        load_texts(source)
+
+
 def test_records_of_a_json_lines_file(tmp_path: Path) -> None:
     records: list[Any] = [
         {"id": 3, "text": "first"},

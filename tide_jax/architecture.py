@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tide_jax.architecture_parts import (
     AttentionType,
+    GatedActivation,
     HeadTransform,
     LatentConfig,
     MoEConfig,
@@ -19,6 +20,7 @@ from tide_jax.architecture_parts import (
     QKNorm,
     QueryScaling,
     RopeConfig,
+    UngatedActivation,
     check_choice,
 )
 from tide_jax.errors import TideError, listed, shortened
@@ -181,10 +183,17 @@ class DecoderConfig:
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
         check_choice("gate_activation", self.gate_activation, GateActivation)
+        gated = self.mlp_gated or self.moe is not None
+        check_choice("activation", self.activation, GatedActivation if gated else UngatedActivation)
         if len(self.attention_pattern) != self.num_layers:
             raise TideError(
                 f"attention_pattern has {len(self.attention_pattern)} entries, expected one for each of the "
                 f"{self.num_layers} layers"
+            )
+        if max(self.attention_pattern, default=0) >= len(self.attention_types):
+            raise TideError(
+                f"attention_pattern names attention type {max(self.attention_pattern)}, expected one of the "
+                f"{len(self.attention_types)} in attention_types, counted from 0"
             )
         if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
             raise TideError(

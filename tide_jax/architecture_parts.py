@@ -29,6 +29,11 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope",
 ExpertScore = Literal["softmax", "sigmoid", "sparsemixer"]
 Correction = Literal["none", "score", "logit"]
 GroupScore = Literal["max", "top2"]
+PlainActivation = Literal[
+    "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "tanh"
+]
+GatedActivation = Literal[PlainActivation, "swiglu_oai"]
+UngatedActivation = Literal[PlainActivation, "xielu"]
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -209,6 +214,9 @@ class HeadTransform:
     bias: bool = True
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.activation, PlainActivation)
 
 
 @dataclasses.dataclass(frozen=True)

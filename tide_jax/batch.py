@@ -132,6 +132,8 @@ def _is_row(values: Any) -> bool:
 
 
 def _array(name: str, values: Any) -> np.ndarray:
+    if np.ma.is_masked(values):
+        raise TideError(f"{name} is a masked array; pass its data, and what is masked as attention_mask")
     try:
         return np.asarray(values)
     except Exception as error:  # an array of anyone's may raise anything: of a device, of a gradient

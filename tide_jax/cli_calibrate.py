@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tide_jax.command_line import model_command, note, seed, show
 from tide_jax.errors import TideError
 from tide_jax.progress import progress_bars
+from tide_jax.router_file import check_destination
 from tide_jax.temporaries import temporary_file
 
 if TYPE_CHECKING:
@@ -236,8 +237,7 @@ def calibration_summary(routers: Routers, num_layers: int) -> str:
 
 def _check_writable(path: Path) -> None:
     """Finds out before the work, not after it."""
-    if path.is_dir():
-        raise TideError(f"can't write {path}: it is a directory, expected a file")
+    check_destination(path)
     try:
         with temporary_file(path.parent, path.name):
             pass

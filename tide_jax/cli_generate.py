@@ -131,7 +131,8 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
     import tide_jax
 
     if not all(args.prompt):
-        raise TideError("the prompt is empty; pass some text")
+        which = "the prompt" if len(args.prompt) == 1 else f"prompt {args.prompt.index('') + 1}"
+        raise TideError(f"{which} is empty; pass some text")
     if args.raw and args.chat_template is not None:
         raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
     for number, prompt in enumerate(args.prompt, 1):
@@ -139,7 +140,7 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
     if args.mode == "exit" and args.routers is None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):
-        raise TideError(f"--audit compares exits with the full model; it needs --routers, and no --mode {args.mode}")
+        raise TideError("--audit compares exits with the full model; it needs --routers, and --mode exit")
     given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
     tide_jax.ExitConfig(**given)
     if args.routers is None and args.checkpoint_interval is not None:

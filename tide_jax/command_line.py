@@ -26,6 +26,8 @@ _FLAGS = {
     "rate": "audit",
     "router_bottleneck_dim": "bottleneck",
 }
+_PLACES = ("source", "destination")
+"""Arguments that have a place, not a flag."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -161,6 +163,8 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
+        if name in _PLACES:
+            return f"{name} "
         return f"--{_FLAGS.get(name, name).replace('_', '-')} " if name in args else match[0]
 
     return re.sub(r"\b([a-z_]+)=", flag, message)

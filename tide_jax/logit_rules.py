@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.batch import bucket
+from tide_jax.errors import TideError
 from tide_jax.generation_settings import GenerationSettings
 
 _NO_TOKEN = -1
@@ -74,7 +75,12 @@ class RowText(NamedTuple):
 
 
 def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | None:
-    """The rules of some settings; None where they have none. Ids outside the vocabulary can't be chosen anyway."""
+    """The rules of some settings; None where they have none. Ids outside the vocabulary can't be chosen anyway.
+
+    Raises:
+      TideError: a token outside the vocabulary is forced, or every token is suppressed.
+    """
+    _check_choice(settings, vocab_size)
     words = settings.bad_words_ids or ()
     single = [word[0] for word in words if len(word) == 1]
     several = [word for word in words if len(word) > 1]
@@ -101,6 +107,22 @@ def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | No
     lists = settings.forced_eos_token_id, settings.suppress_tokens, settings.begin_suppress_tokens, words
     numbers = min_length, settings.min_new_tokens, ngram_size
     return rules if any(lists) or any(numbers) or forced_first >= 0 else None
+
+
+def _check_choice(settings: GenerationSettings, vocab_size: int) -> None:
+    """Finds rules that leave no token: where all logits are minus infinity, the largest one is token 0's."""
+    first = settings.forced_bos_token_id
+    forced = {
+        "forced_bos_token_id": () if first is None else (first,),
+        "forced_eos_token_id": settings.forced_eos_token_id or (),
+    }
+    for name, ids in forced.items():
+        for token in ids:
+            if token >= vocab_size:
+                raise TideError(f"{name}={token} is outside the vocabulary of 0..{vocab_size - 1}; force another token")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len({token for token in getattr(settings, name) or () if token < vocab_size}) == vocab_size:
+            raise TideError(f"{name} holds all {vocab_size} tokens, and leaves none to choose; take some out")
 
 
 def _table(words: Sequence[Sequence[int]], vocab_size: int) -> Array:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,13 +83,13 @@ class Programs:
     def _compile(
         self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
     ) -> Callable[..., Any]:
-        while len(self._compiled) >= self._most:
+        while self._compiled and (len(self._compiled) >= self._most or short_of_mappings()):
             del self._compiled[next(iter(self._compiled))]
         options: dict[str, Any] = {"static_argnames": tuple(static)}
         if donate is not None:
             options |= {"donate_argnums": (donate,)} | self._layout(arguments[donate - len(fixed)])
         with mesh_context(self._mesh):
-            program = jax.jit(function, **options).lower(*fixed, *arguments, **static).compile()
+            program = jax.jit(_own(function), **options).lower(*fixed, *arguments, **static).compile()
         give_back_memory()
         return program
 
@@ -97,6 +99,33 @@ class Programs:
 
     def _layout(self, donated: Any) -> dict[str, Any]:
         return {} if self._mesh is None else {"out_shardings": jax.tree.map(lambda a: a.sharding, donated)}
+
+
+def _own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under a name that dies with the compilation.
+
+    JAX keeps what it has compiled for as long as the function lives, a dropped program too.
+    """
+
+    @functools.wraps(function)
+    def own(*arguments: Any, **static: Any) -> Any:
+        return function(*arguments, **static)
+
+    return own
+
+
+def short_of_mappings() -> bool:
+    """Whether this process has half of the memory mappings that Linux allows it (``vm.max_map_count``, often 65,530).
+
+    XLA's CPU programs take three for each of their kernels, more than a thousand for a model of 30 layers. One more
+    than allowed ends the process. Other systems have no such limit.
+    """
+    try:
+        allowed = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        with open("/proc/self/maps", "rb") as maps:
+            return 2 * sum(1 for _ in maps) > allowed
+    except (OSError, ValueError):
+        return False
 
 
 def give_back_memory() -> None:

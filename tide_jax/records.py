@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from tide_jax.checks import INT32_MAX
 from tide_jax.errors import shortened
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def instance_problems(value: Any) -> list[str]:
 def from_json(kind: type[T], values: dict[str, Any]) -> T:
     """The instance of `kind` with these values, which have no `json_problems`.
 
-    Whole numbers in the place of others stay as they are, and with them whatever is a digest of the values.
+    Whole numbers in the place of others stay as they are, and with them whatever is a digest of the values; but for
+    those that are no int32, which JAX would not take.
     """
     return _build(kind, values)
 
@@ -106,4 +108,4 @@ def _build(kind: Any, value: Any) -> Any:
         return tuple(_build(get_args(kind)[0], item) for item in value)
     if dataclasses.is_dataclass(kind):
         return typing.cast(Any, kind)(**{name: _build(hint, value[name]) for name, hint in _fields(kind).items()})
-    return value
+    return float(value) if kind is float and isinstance(value, int) and abs(value) > INT32_MAX else value

@@ -79,6 +79,14 @@ def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
     return content.replace(_digest_field(_NO_DIGEST), _digest_field(hashlib.sha256(content).hexdigest()), 1)
 
 
+def check_destination(path: Path) -> None:
+    """Raises TideError where a rename would put a file in the place of something else: a folder, a device, a pipe."""
+    if path.is_dir():
+        raise TideError(f"can't write {path}: it is a directory, expected a file")
+    if path.exists() and not path.is_file():
+        raise TideError(f"can't write {path}: it is a device or a pipe, expected a file; choose another place")
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name, then renames it: a kill or a full disk leaves what was there.
 
@@ -86,6 +94,7 @@ def write(path: Path, content: bytes) -> None:
       TideError: the file can't be written.
     """
     path = Path(os.path.realpath(path))  # a link stays one
+    check_destination(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_file(path.parent, path.name) as (temporary, handle):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from tide_jax.chat import ChatTemplate
+from tide_jax.checks import path_like
 from tide_jax.collect import Sample
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
@@ -41,7 +43,7 @@ _TOPICS = (
 _OPENERS = ("The", "In", "It is", "One of the", "When", "A", "This", "After", "There are", "How to")
 
 
-def load_texts(source: str, *, field: str | None = None) -> Iterator[str]:
+def load_texts(source: str | os.PathLike[str], *, field: str | None = None) -> Iterator[str]:
     """Texts of a local file (.txt: a text a line; .jsonl; .parquet) or a hub data set, one at a time.
 
     Args:
@@ -51,6 +53,8 @@ def load_texts(source: str, *, field: str | None = None) -> Iterator[str]:
     Raises:
       TideError: the file is missing, empty or not what its name says, or the data set can't be had.
     """
+    path_like("text", source)  # what the command line calls it
+    source = os.fspath(source)
     texts = _hub(source[4:], field) if source.startswith("hub:") else _file(Path(source).expanduser(), field)
     try:
         first = next(texts)
