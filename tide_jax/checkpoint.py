@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,6 +16,7 @@ from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
 from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
 from tide_jax.errors import TideError, shortened
+from tide_jax.fingerprints import digest, sampled_places
 from tide_jax.model_directory import model_directory, model_version
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import ShardedTensors, checked_cast, read_json
@@ -30,7 +27,6 @@ CONFIG_KEY = "tide_jax"
 RUNNING_DTYPE_KEY = "running_dtype"
 """In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
-_SAMPLES = 16
 
 
 def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, revision: str | None = None) -> Decoder:
@@ -119,15 +115,12 @@ def fingerprint(model: Decoder) -> str:
     """16 hexadecimal digits that tell models apart, the same for a model loaded in float32 and in bfloat16.
 
     A hash of the architecture and of a few values of every parameter, rounded to bfloat16. A model loaded in float16
-    may have another one where its checkpoint is finer than float16.
+    may have another one where its checkpoint is finer than float16. A model with 8-bit weights has that of the floats
+    they were rounded from, so that routers for either run on the other.
     """
-    fields = dataclasses.asdict(model.config)
-    for name in ("model_type", "eos_token_ids", "pad_token_id", "generation"):
-        del fields[name]
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for parameter in stored_parameters(model):
-        digest.update(_sample(parameter).tobytes())
-    return digest.hexdigest()[:16]
+    if model.float_fingerprint is not None:
+        return model.float_fingerprint
+    return digest(model.config, {parameter.path: _sample(parameter) for parameter in stored_parameters(model)})
 
 
 def is_converted(source: str | Path) -> bool:
@@ -181,13 +174,9 @@ def _opener(name: str) -> Callable[..., Any]:
 
 
 def _sample(parameter: StoredParameter) -> np.ndarray:
-    """Evenly spaced elements of the shape it is known by, rounded to bfloat16; read where they are stored."""
-    kernel, axes = parameter.value, parameter.input_axes
-    outputs = kernel.ndim - axes
-    places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
-    index = np.unravel_index(places, kernel.shape[outputs:] + kernel.shape[:outputs])
-    stored = tuple(axis.astype(np.int32) for axis in index[axes:] + index[:axes])
+    """Evenly spaced elements of the shape it is known by; read where they are stored."""
+    kernel = parameter.value
+    stored = sampled_places(kernel.shape, parameter.input_axes)
     in_host_memory = kernel.is_fully_addressable and all(device.platform == "cpu" for device in kernel.devices())
     # On a CPU the array is a view for numpy, and hundreds of gathers would each be dispatched.
-    picked = np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))
-    return picked.astype(ml_dtypes.bfloat16)
+    return np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))
