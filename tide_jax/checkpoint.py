@@ -14,22 +14,33 @@ from jax.sharding import Mesh
 
 from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
+from tide_jax.converted_files import ConvertedFiles
+from tide_jax.decoder import Decoder, StoredParameter, stored_parameters
 from tide_jax.errors import TideError, shortened
 from tide_jax.fingerprints import digest, sampled_places
 from tide_jax.model_directory import model_directory, model_version
+from tide_jax.rounding import WEIGHTS, Weights, checked_weights
 from tide_jax.sharding import checked_mesh, fetch
-from tide_jax.shards import ShardedTensors, checked_cast, read_json
+from tide_jax.shards import read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
+WEIGHTS_KEY, FINGERPRINT_KEY = "weights", "fingerprint"
+"""In a converted config.json's own part: "int8" where matrices are 8-bit integers, and the name of the floats they were."""
 RUNNING_DTYPE_KEY = "running_dtype"
 """In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, revision: str | None = None) -> Decoder:
+def load(
+    source: str | Path,
+    dtype: Any = None,
+    *,
+    weights: Any = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+) -> Decoder:
     """Loads a model.
 
     Args:
@@ -39,19 +50,22 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
         are slower, and the checkpoint's own elsewhere: but bfloat16 for float16 checkpoints of families whose
         activations are known to overflow float16 (Gemma 2 and 3, GLM 4).
+      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output, a tensor at a time
+        (`tide_jax.rounding`), which `dtype` then is not about. None keeps what the source holds: a directory converted
+        with ``weights="int8"`` holds integers, and only those; all else is "float".
       mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
         device ever holds more than its part, and the host one tensor.
       revision: branch, tag or commit of a hub id.
 
     Raises:
       TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
-        `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
+        `weights` is another name, or "float" for a directory that holds integers; `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
     """
     path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
-    mesh = None if mesh is None else checked_mesh(mesh)
+    weights, mesh = checked_weights(weights), None if mesh is None else checked_mesh(mesh)
     if not _is_converted(source, revision):
-        options = {"mesh": mesh, "revision": revision}
+        options = {"mesh": mesh, "revision": revision, "weights": weights}
         given = {name: value for name, value in options.items() if value is not None}
         model = _opener("model")(source, dtype, **given)
         model.config.generation.warn(str(source))
@@ -59,14 +73,11 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     version, directory = model_version(source), model_directory(source)
     settings = _settings(directory)
     config = _decoder(directory, settings)
-    tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings.get(RUNNING_DTYPE_KEY, settings["dtype"])) if dtype is None else dtype
-    # A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a time.
-    mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
-    read = tensors.map if mapped else tensors.read
-    checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
+    files = ConvertedFiles(directory, config, parse_dtype(settings["dtype"]), settings.get(WEIGHTS_KEY, "float"))
     config.generation.warn(str(source))
-    model = from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    model = files.model(dtype, weights, mesh)
+    model.float_fingerprint = settings.get(FINGERPRINT_KEY, model.float_fingerprint)
     if model_version(source) != version:
         raise TideError(f"{source} was replaced while it was read: load it again")
     return model
@@ -123,6 +134,13 @@ def fingerprint(model: Decoder) -> str:
     return digest(model.config, {parameter.path: _sample(parameter) for parameter in stored_parameters(model)})
 
 
+def weights_of(source: str | Path) -> Weights | None:
+    """What a converted directory holds; None where `source` is no such directory. Raises TideError as `load`."""
+    if not is_converted(source):
+        return None
+    return "int8" if _settings(model_directory(source)).get(WEIGHTS_KEY) == "int8" else "float"
+
+
 def is_converted(source: str | Path) -> bool:
     """Whether `source` is a directory that `convert` wrote."""
     path = model_directory(source) / "config.json"
@@ -149,6 +167,13 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise TideError(f"{directory / 'config.json'} is damaged: its decoder entry is no object; convert again")
     if not isinstance(settings.get("dtype", ""), str):
         raise TideError(f"{directory / 'config.json'} is damaged: its dtype entry is no string; convert again")
+    if (found := settings.get(WEIGHTS_KEY, "float")) not in WEIGHTS:
+        raise TideError(
+            f"{directory / 'config.json'} says weights={shortened(repr(found), 40)}, expected one of "
+            f"{', '.join(WEIGHTS)}: convert again, or use the version of tide_jax that wrote it"
+        )
+    if not isinstance(settings.get(FINGERPRINT_KEY, ""), str):
+        raise TideError(f"{directory / 'config.json'} is damaged: its fingerprint entry is no string; convert again")
     if missing := {"decoder", "dtype"} - set(settings):
         raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
     return settings

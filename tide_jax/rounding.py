@@ -41,7 +41,9 @@ def checked_weights(weights: Any) -> Weights | None:
     if weights is None:
         return None
     if not isinstance(weights, str) or weights not in WEIGHTS:
-        raise TideError(f"weights={shortened(repr(weights), 60)} is not known; choose 'int8' or 'float', or leave it out")
+        raise TideError(
+            f"weights={shortened(repr(weights), 60)} is not known; choose 'int8' or 'float', or leave it out"
+        )
     return "int8" if weights == "int8" else "float"
 
 
@@ -68,7 +70,7 @@ def round_weights(
         peak = np.where(peak > 0, peak, np.float32(1))
         np.divide(block, peak, out=block)
         rounded[part] = np.clip(np.rint(block, out=block), -_MOST, _MOST)
-        scale[slice(None) if 0 in axes else part] = np.squeeze(peak, axes)
+        scale[... if 0 in axes else part] = np.squeeze(peak, axes)
     return rounded, scale
 
 
@@ -85,9 +87,7 @@ def as_floats(kernel: nnx.Param, scale: nnx.Param | None, dtype: Any) -> Float[A
     return (kernel[...].astype(jnp.float32) * lined_up).astype(dtype)
 
 
-def scaled(
-    sums: Float[Array, "... F"], scale: Float[Array, "#... F"] | None, dtype: Any
-) -> Float[Array, "... F"]:
+def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"] | None, dtype: Any) -> Float[Array, "... F"]:
     """float32 sums times their scales, in `dtype`; a cast without scales."""
     return (sums if scale is None else sums * scale).astype(dtype)
 
