@@ -1,7 +1,7 @@
 """Writing a conversion whose matrices are 8-bit integers, a source tensor at a time.
 
-A scale belongs to an output and takes in all of its inputs. The pieces of nearly every weight map hold whole outputs, so
-that each is rounded as it comes. Where pieces hold parts of an output, the parameter is put together first.
+A scale belongs to an output and takes in all of its inputs. The pieces of weight maps hold whole outputs, so that each
+is rounded as it comes. Where pieces hold parts of an output, the parameter is put together first.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
     proof = compared(found, expected, mask.shape[1], model.weights)
     if (far := excess(proof)) is not None:
         raise TideError(
-            f"the converted model's logits differ from transformers' {far}: nothing was written, please report the model"
+            f"the converted model's logits differ from transformers' {far}: nothing was written, please report the "
+            "model"
         )
     return proof
 

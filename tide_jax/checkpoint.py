@@ -19,7 +19,7 @@ from tide_jax.decoder import Decoder, StoredParameter, stored_parameters
 from tide_jax.errors import TideError, shortened
 from tide_jax.fingerprints import digest, sampled_places
 from tide_jax.model_directory import model_directory, model_version
-from tide_jax.rounding import WEIGHTS, Weights, checked_weights
+from tide_jax.rounding import WEIGHTS, checked_weights, precision
 from tide_jax.sharding import checked_mesh, fetch
 from tide_jax.shards import read_json
 from tide_jax.tokenizer_files import tokenizer_in
@@ -27,7 +27,7 @@ from tide_jax.tokenizer_files import tokenizer_in
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
 WEIGHTS_KEY, FINGERPRINT_KEY = "weights", "fingerprint"
-"""In a converted config.json's own part: "int8" where matrices are 8-bit integers, and the name of the floats they were."""
+"""In a converted config.json's own part: "int8" where matrices are 8-bit integers, and the name of what was rounded."""
 RUNNING_DTYPE_KEY = "running_dtype"
 """In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,8 @@ def load(
 
     Raises:
       TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
-        `weights` is another name, or "float" for a directory that holds integers; `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
+        `weights` is another name or "float" for a directory that holds integers, `mesh` has no axes "data" and
+        "model", or `revision` is given for files on disk.
     """
     path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
@@ -134,11 +135,12 @@ def fingerprint(model: Decoder) -> str:
     return digest(model.config, {parameter.path: _sample(parameter) for parameter in stored_parameters(model)})
 
 
-def weights_of(source: str | Path) -> Weights | None:
-    """What a converted directory holds; None where `source` is no such directory. Raises TideError as `load`."""
+def stored_as(source: str | Path) -> str | None:
+    """What a converted directory holds, as `Decoder.precision`; None for other sources. Raises TideError as `load`."""
     if not is_converted(source):
         return None
-    return "int8" if _settings(model_directory(source)).get(WEIGHTS_KEY) == "int8" else "float"
+    settings = _settings(model_directory(source))
+    return precision(parse_dtype(settings["dtype"]), settings.get(WEIGHTS_KEY, "float"))
 
 
 def is_converted(source: str | Path) -> bool:

@@ -95,7 +95,7 @@ class ConvertedFiles:
 
 def check_types(directory: Path, infos: Mapping[str, TensorInfo], axes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises TideError unless the parameters in `axes` are integers and their scales float32."""
-    expected = {path: "I8" for path in axes} | {scale_path(path): "F32" for path in axes}
+    expected = dict.fromkeys(axes, "I8") | {scale_path(path): "F32" for path in axes}
     if wrong := [name for name in infos if expected.get(name, infos[name].dtype) != infos[name].dtype]:
         name = wrong[0]
         raise TideError(

@@ -11,77 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tide_jax.activations import ACTIVATIONS
-from tide_jax.architecture import DecoderConfig, HeadTransform
+from tide_jax.architecture import DecoderConfig
 from tide_jax.attention import AttentionContext, attention_context
 from tide_jax.cache import KVCache
 from tide_jax.errors import TideError, listed
 from tide_jax.fingerprints import Samples
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, known_kernel, normal, stored_kernel, times_rows
-from tide_jax.rounding import Weights, as_floats, as_int8, axes_of, round_weights, scale_path, scaled
+from tide_jax.ops import Dense, known_kernel, stored_kernel, times_rows
+from tide_jax.rounding import (
+    Weights,
+    as_floats,
+    as_int8,
+    axes_of,
+    precision,
+    round_weights,
+    scale_path,
+)
 from tide_jax.sharding import place, whole_channels
 from tide_jax.span_attention import KeyValue
-
-
-class Embedding(nnx.Module):
-    """A table of vectors, ``kernel [rows, D]``.
-
-    Args:
-      head: it is the output projection, too, and may be 8-bit integers with a `scale` for each row.
-    """
-
-    def __init__(self, rows: int, size: int, *, head: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(normal(rngs, (rows, size), size, dtype), summed=(1,) if head else None)
-        self.scale: nnx.Param | None = None
-        self._dtype = jnp.dtype(dtype)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """dtype of the vectors."""
-        return self._dtype if self.scale is not None else self.kernel[...].dtype
-
-    def __call__(self, index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        rows = jnp.take(self.kernel[...], index, axis=0, mode="clip")
-        if self.scale is None:
-            return rows
-        scale = jnp.take(self.scale[...], index, axis=0, mode="clip")[..., None]
-        return scaled(rows.astype(jnp.float32), scale, self.dtype)
-
-
-class Head(nnx.Module):
-    """Output projection, ``kernel [V, E]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        shape = (config.vocab_size, config.head_size)
-        kernel = None if config.tie_embeddings else normal(rngs, shape, config.head_size, dtype)
-        self.kernel = None if kernel is None else nnx.Param(kernel, summed=(1,))
-        self.scale: nnx.Param | None = None
-        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
-
-
-class HeadRows(NamedTuple):
-    """Rows of the output projection: what the logits of K tokens need."""
-
-    kernel: Float[Array, "K E"] | Int8[Array, "K E"]
-    bias: Float[Array, " K"] | None
-    scale: Float[Array, " K"] | None = None
-
-
-class HeadLayer(nnx.Module):
-    """Dense layer, activation and norm before the output projection."""
-
-    def __init__(self, config: DecoderConfig, transform: HeadTransform, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        sizes = (config.hidden_size,), (config.head_size,)
-        self.dense = Dense(*sizes, bias=transform.bias, dtype=dtype, rngs=rngs)
-        self.activation = transform.activation
-        self.norm = block_norm(config, config.head_size, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+from tide_jax.tables import Embedding, Head, HeadLayer, HeadRows
 
 
 class Decoder(nnx.Module):
@@ -135,8 +86,8 @@ class Decoder(nnx.Module):
 
     @property
     def precision(self) -> str:
-        """The numbers that the model computes with, for reports: its dtype, and whether weights are integers."""
-        return self.dtype.name if self.weights == "float" else f"{self.dtype.name} with int8 weights"
+        """The numbers that the model computes with: its dtype, and whether weights are integers."""
+        return precision(self.dtype, self.weights)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of every token at full depth, float32, without a cache.
@@ -261,6 +212,12 @@ def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {_dotted(path): _known_shape(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
+def abstract_stored(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter as the model keeps it, by its dotted path."""
+    state = nnx.state(_abstract(config))
+    return {_dotted(path): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)}
+
+
 def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
     """Of the parameters that a model keeps as ``outputs + inputs``: how many axes are inputs, by path."""
     model = _abstract(config)
@@ -368,9 +325,7 @@ def _rounded(path: str, leaf: nnx.Variable, value: np.ndarray | Array) -> list[t
 
 
 def _samples(config: DecoderConfig) -> Samples:
-    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(_abstract(config)))}
-    axes = {path: _input_axes(leaf) or 0 for path, leaf in leaves.items()}
-    return Samples({path: tuple(leaf.get_value().shape) for path, leaf in leaves.items()}, axes)
+    return Samples(abstract_stored(config), kernel_input_axes(config))
 
 
 class _OneKey(NamedTuple):

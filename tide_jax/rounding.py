@@ -47,6 +47,11 @@ def checked_weights(weights: Any) -> Weights | None:
     return "int8" if weights == "int8" else "float"
 
 
+def precision(dtype: Any, weights: Weights) -> str:
+    """The numbers that a model computes with, for reports and for what was measured with them."""
+    return jnp.dtype(dtype).name if weights == "float" else f"{jnp.dtype(dtype).name} with int8 weights"
+
+
 def round_weights(
     weights: Float[np.ndarray, "..."], axes: tuple[int, ...]
 ) -> tuple[Int8[np.ndarray, "..."], Float[np.ndarray, "..."]]:
@@ -135,7 +140,7 @@ def kept_as_floats(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, 
     return sorted({re.sub(r"\blayers\.\d+\.", "layers.*.", path) for path in left})
 
 
-def bytes_read(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
     """Bytes of tensors in their stored type.
 
     Args:
