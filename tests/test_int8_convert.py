@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import CONFIG, random_tensors, save, save_sharded
 
 import convert.__main__
+import tide_jax
 import tide_jax.cli
 from convert import convert as convert_checkpoint
 from convert import export, open_model, verify
@@ -29,6 +30,7 @@ from tide_jax.checkpoint import fingerprint, load, load_config
 from tide_jax.decoder import Decoder, parameters, stored_parameters
 from tide_jax.inspection import describe, text_table
 from tide_jax.rounding import round_weights
+from tide_jax.testing import ByteTokenizer
 
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
 Q, Q_SCALE = "layers.1.attention.q.kernel", "layers.1.attention.q.scale"
@@ -90,7 +92,11 @@ def test_the_numbers_are_those_of_the_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where memory is mapped to is read from Linux's /proc")
-def test_a_model_on_a_cpu_lies_in_its_file(folder: Path) -> None:
+def test_a_model_on_a_cpu_lies_in_its_file(tmp_path: Path) -> None:
+    # XLA wants memory in steps of 64 bytes.
+    whole = {"hidden_size": 16, "head_dim": 16, "intermediate_size": 16, "num_attention_heads": 4}
+    folder = tmp_path / "out"
+    convert_checkpoint(save(tmp_path / "source", random_tensors(CONFIG | whole), **whole), folder, weights="int8")
     model = load(folder)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     files = [m[0].split("-") for m in maps if m[-1] == str(folder / "model.safetensors")]
@@ -227,6 +233,36 @@ def test_commands_take_weights(source: Path, tmp_path: Path, capsys: pytest.Capt
     assert facts["kept_as_floats"] == ["embed.kernel"]
 
 
+@pytest.mark.parametrize("command", ["generate", "calibrate"])
+def test_weights_reach_the_model(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def stop(source: str, dtype: Any, **options: Any) -> None:
+        asked.update(options)
+        raise TideError("stop")
+
+    monkeypatch.setattr(tide_jax, "load", stop)
+    monkeypatch.setattr(tide_jax, "load_tokenizer", lambda source: ByteTokenizer())
+    (tmp_path / "text.txt").write_text("a text\n" * 20)
+    more = {
+        "generate": ["--prompt", "a", "--raw"],
+        "calibrate": ["--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "routers.safetensors")],
+    }
+    assert tide_jax.cli.main([command, "model", "--weights", "int8", *more[command]]) == 2
+    assert asked["weights"] == "int8"
+
+
+def test_lm_eval_takes_weights(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from tide_jax.lm_eval_arguments import open_engine
+
+    convert_checkpoint(source, tmp_path / "plain")
+    engine = open_engine(str(tmp_path / "plain"), None, {}, None, None, "int8")
+    assert engine.model.weights == "int8"
+    with pytest.raises(TideError, match="brings its routers, dtype and weights"):
+        open_engine(engine, None, {}, None, None, "int8")
+
+
 def test_a_token_reads_the_experts_that_it_chooses(tmp_path: Path) -> None:
     source = SOURCES["experts"](tmp_path / "source")
     facts = describe(source)
@@ -263,7 +299,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
     "integer shape": (lambda t: t.update({Q: t[Q][:1]}), r"has shape \(1, 6, 12\), expected \(3, 6, 12\)"),
     "scale type": (lambda t: t.update({Q_SCALE: t[Q_SCALE].astype(np.float16)}), "is of type F16, expected F32"),
     "integer type": (lambda t: t.update({Q: t[Q].astype(np.float32)}), "is of type F32, expected I8"),
-    "an unknown scale": (lambda t: t.update({"final_norm.kernel": t[Q]}), "unknown parameter final_norm.kernel"),
+    "an unknown scale": (lambda t: t.update({"final_norm.kernel": t[Q]}), "has dtype I8, expected one of F32"),
 }
 
 
