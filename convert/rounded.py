@@ -20,6 +20,7 @@ from tide_jax.fingerprints import Samples
 from tide_jax.rounding import round_weights, scale_path
 from tide_jax.shards import checked_cast
 
+_BLOCK = 2**23  # numbers that are rounded at once, where a piece has that many and more outputs than one
 _INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
 
 
@@ -93,7 +94,12 @@ class RoundedPlan:
             return writer.write(part.path, part.slot, part.floats, part.source)
         fixed = [axis for axis, index in enumerate(part.slot) if isinstance(index, int)]
         summed = tuple(axis - sum(f < axis for f in fixed) for axis in axes)
-        integers, scale = round_weights(checked_cast(part.floats, part.floats.dtype, part.source), summed)
         slot = tuple(index for axis, index in enumerate(part.slot) if axis not in axes)
-        written = writer.write(part.path, part.slot, integers, part.source)
-        return written + writer.write(scale_path(part.path), slot, scale, part.source)
+        written, count = 0, len(part.floats)
+        rows = count if 0 in summed else max(1, _BLOCK * count // max(1, part.floats.size))
+        for start in range(0, count, max(1, rows)):
+            floats = part.floats[start : start + rows]
+            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed)
+            written += writer.write(part.path, part.slot, integers, part.source, start)
+            written += writer.write(scale_path(part.path), slot, scale, part.source, start)
+        return written

@@ -108,8 +108,11 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str) -> int:
+    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str, first: int = 0) -> int:
         """Writes `piece` into ``name[slot]``, cast to the parameter's dtype; returns the number of bytes.
+
+        Args:
+          first: row of ``name[slot]``, along the first axis that the slot leaves, at which `piece` begins.
 
         Raises:
           TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.
@@ -120,12 +123,12 @@ class ShardWriter:
         for index in leading:
             shape = shape[1:]
             offset += index * _bytes(shape, dtype)
-        piece, (length, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
+        piece, (_, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
         row_bytes = _bytes(row, dtype)
         rows = max(1, _BLOCK_BYTES // row_bytes)
-        for start in range(0, length, rows):
+        for start in range(0, len(piece), rows):
             part = checked_cast(piece[start : start + rows], dtype, source)
-            self._write_rows(shard, offset + start * row_bytes, (len(part), *row), inner, part)
+            self._write_rows(shard, offset + (first + start) * row_bytes, (len(part), *row), inner, part)
         return piece.size * dtype.itemsize
 
     def sync(self) -> None:

@@ -118,6 +118,10 @@ def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeyp
     convert_checkpoint(source, tmp_path / "out", weights="int8")
     assert max(sizes) == max(np.size(a) for a in random_tensors().values())
     assert len(sizes) == 1 + 7 * 2
+    monkeypatch.setattr("convert.rounded._BLOCK", 25)  # two rows at once
+    convert_checkpoint(source, tmp_path / "blocks", weights="int8")
+    assert max(sizes[15:]) <= 72  # a row of the keys and values: 12 channels for each of 6
+    same(load(tmp_path / "blocks"), load(tmp_path / "out"))
 
 
 def test_outputs_that_come_in_parts_are_put_together(tmp_path: Path) -> None:
@@ -234,7 +238,7 @@ def test_commands_take_weights(source: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("command", ["generate", "calibrate"])
-def test_weights_reach_the_model(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_reach_the_model(command: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def stop(source: str, dtype: Any, **options: Any) -> None:
@@ -244,11 +248,10 @@ def test_weights_reach_the_model(command: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tide_jax, "load", stop)
     monkeypatch.setattr(tide_jax, "load_tokenizer", lambda source: ByteTokenizer())
     (tmp_path / "text.txt").write_text("a text\n" * 20)
-    more = {
-        "generate": ["--prompt", "a", "--raw"],
-        "calibrate": ["--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "routers.safetensors")],
-    }
-    assert tide_jax.cli.main([command, "model", "--weights", "int8", *more[command]]) == 2
+    output = str(tmp_path / "routers.safetensors")
+    calibrate = ["--text", str(tmp_path / "text.txt"), "--output", output, "--checkpoint-interval", "1"]
+    more = {"generate": ["--prompt", "a", "--raw"], "calibrate": [*calibrate, "--min-layers", "1"]}
+    assert tide_jax.cli.main([command, str(folder), "--weights", "int8", *more[command]]) == 2
     assert asked["weights"] == "int8"
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import weight_product
 from tide_jax.rounding import as_floats, scaled
@@ -18,6 +18,7 @@ from tide_jax.sharding import on_mesh
 
 T = TypeVar("T", Array, np.ndarray)
 _FEW_TOKENS = 32
+_INTEGERS_AT_ONCE = 2**18  # weights whose floats a CPU's own cache holds
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -31,7 +32,11 @@ def einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[A
 
 
 def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum` of floats and 8-bit integers, the sums in float32: float16 ones could overflow before scaling."""
+    """`jnp.einsum` of floats and 8-bit integers, the sums in float32: float16 ones could overflow before scaling.
+
+    The barrier keeps XLA from making floats of the integers before a loop that this is in.
+    """
+    x, integers = lax.optimization_barrier((x, integers))
     precision = matmul_precision(x.dtype)
     return jnp.einsum(spec, x, integers.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
 
@@ -58,9 +63,37 @@ def times_rows(
         out = weight_product.weight_product(flat, rows, scale, implementation="llvm")
         return out.reshape(*x.shape[:-1], rows.shape[0])
     if scale is not None:
-        sums = integer_sums("...d,fd->...f", x, rows)
-        return scaled(sums, scale.reshape((1,) * (x.ndim - 1) + scale.shape), x.dtype)
+        sums = scaled(_integer_rows(flat, rows), scale[None, :], x.dtype)
+        return sums.reshape(*x.shape[:-1], rows.shape[0])
     return _float_rows(x, rows)
+
+
+def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+    """Sums of the product with integers, float32, as XLA makes it.
+
+    XLA's CPU backend makes floats of the integers in memory, and does so for all layers at the start of a program: that
+    would be the memory of the float model. So there a loop converts some rows at a time.
+    """
+    outputs, size = rows.shape[0], max(1, _INTEGERS_AT_ONCE // rows.shape[1])
+
+    def at_once(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+        return integer_sums("td,fd->tf", x, rows)
+
+    if outputs <= size or on_mesh():
+        return at_once(x, rows)
+
+    def in_blocks(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+        def block(number: Int[Array, ""], sums: Float[Array, "T F"]) -> Float[Array, "T F"]:
+            start = jnp.minimum(
+                number.astype(jnp.int32) * jnp.int32(size), jnp.int32(outputs - size)
+            )  # the last overlaps
+            part = at_once(x, lax.dynamic_slice_in_dim(rows, start, size))
+            return lax.dynamic_update_slice_in_dim(sums, part, start, axis=1)
+
+        empty = jnp.zeros((x.shape[0], outputs), jnp.float32)
+        return lax.fori_loop(0, -(-outputs // size), block, empty)
+
+    return lax.platform_dependent(x, rows, cpu=in_blocks, default=at_once)
 
 
 def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
