@@ -20,6 +20,7 @@ _EPILOG = """examples:
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct@main smollm2
   python -m convert ./Llama-3.2-1B llama --dtype bfloat16
+  python -m convert ./Llama-3.2-1B llama --weights int8
   python -m convert model-Q4_1.gguf model --verify
   python -m convert ./Llama-3.2-1B tuned --adapter ./my-lora
   python -m convert ./Qwen3-0.6B qwen3 --dry-run
@@ -84,6 +85,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="directory to make")
     parser.add_argument("--adapter", help="LoRA adapter to merge: a directory PEFT saved, or its hub id")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
+    parser.add_argument(
+        "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers (default: float)"
+    )
     parser.add_argument("--verify", action="store_true", help="compare logits with transformers' (needs torch)")
     parser.add_argument(
         "--trust-remote-code",
@@ -106,6 +110,7 @@ def _run(args: argparse.Namespace) -> int:
             adapter=args.adapter,
             trust_remote_code=args.trust_remote_code,
             dtype=args.dtype,
+            weights=args.weights,
             verify=args.verify,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
@@ -132,9 +137,10 @@ def _run_export(args: argparse.Namespace) -> int:
 
 def _written(verb: str, report: Any) -> list[str]:
     """What was written, and what was not."""
+    kind = report.dtype if getattr(report, "weights", "float") == "float" else f"{report.dtype} with int8 weights"
     shards = f"{len(report.shards)} file{'s' if len(report.shards) > 1 else ''}"
     summary = (
-        f"{verb} {report.destination}: {report.model_type}, {report.parameters:,} parameters, {report.dtype}, "
+        f"{verb} {report.destination}: {report.model_type}, {report.parameters:,} parameters, {kind}, "
         f"{report.bytes / 1e6:,.1f} MB in {shards}"
     )
     names: dict[str, list[str]] = {}
@@ -158,6 +164,11 @@ def _summary(report: Any) -> str:
             f"  logits differ from transformers' by {proof.max_difference:.2e} at most "
             f"({proof.relative:.1e} of their range) over {proof.tokens} tokens in rows of {proof.row_length}"
         )
+        if proof.divergence is not None and proof.agreement is not None:
+            lines.append(
+                f"  8-bit weights: the mean divergence from its predictions is {proof.divergence:.2e} nats, and "
+                f"{proof.agreement:.1%} of its likeliest tokens are the same"
+            )
     return "\n".join(lines)
 
 

@@ -19,16 +19,28 @@ from convert.lora import with_adapter
 from convert.probe import verify_probed
 from convert.reader import Source, open_source
 from convert.replacement import check_spared, files_of, is_free, replacing
+from convert.rounded import RoundedPlan
 from convert.rules import Piece, Plan, coverage
 from convert.stored import as_stored
 from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.writer import Layout, ShardWriter, plan_layout
-from tide_jax.checkpoint import CONFIG_KEY, FORMAT, RUNNING_DTYPE_KEY, is_converted, load, parse_dtype
+from tide_jax.checkpoint import (
+    CONFIG_KEY,
+    FINGERPRINT_KEY,
+    FORMAT,
+    RUNNING_DTYPE_KEY,
+    WEIGHTS_KEY,
+    is_converted,
+    load,
+    parse_dtype,
+)
 from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, from_parameters
+from tide_jax.converted_files import log_kept
+from tide_jax.decoder import Decoder, from_parameters, rounded_axes
 from tide_jax.errors import TideError
+from tide_jax.rounding import Weights, checked_weights
 from tide_jax.shards import DTYPES, checked_cast
 
 Progress = Callable[[int, int], None]
@@ -43,7 +55,8 @@ class ConversionReport:
     Attributes:
       source, destination: from where to where.
       model_type: the family.
-      dtype: dtype of the written parameters.
+      dtype: dtype of the written parameters, of those that are no integers.
+      weights: what the matrices are written as, "float" or "int8".
       parameters: number of weights.
       bytes: size of the written weights.
       shards: the files they lie in.
@@ -64,6 +77,7 @@ class ConversionReport:
     probed: dict[str, Any] | None = None
     verification: Verification | None = None
     dry_run: bool = False
+    weights: Weights = "float"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values."""
@@ -78,6 +92,7 @@ def convert(
     revision: str | None = None,
     trust_remote_code: bool = False,
     dtype: Any = None,
+    weights: Any = None,
     verify: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -99,7 +114,10 @@ def convert(
         neither the table of families nor transformers knows.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
         (float32 in GGUF).
-      verify: compare logits with transformers' and record the difference; needs torch.
+      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output (`tide_jax.rounding`), from
+        the numbers of the checkpoint; `dtype` is that of all else. None and "float" do not.
+      verify: compare logits with transformers' and record the difference; needs torch. What 8-bit weights change is
+        bounded more loosely, and recorded as a divergence and a share of equal tokens, too.
       dry_run: check everything that can be checked from names and shapes, write nothing.
       overwrite: replace an earlier conversion at `destination`, and none of the other files there.
       max_shard_bytes: size of a weight file at the most.
@@ -114,6 +132,7 @@ def convert(
     path_like("destination", destination)
     if verify:
         require_torch()
+    kept: Weights = checked_weights(weights) or "float"
     source, destination = _open(source_ref, adapter, revision), Path(destination).expanduser()
 
     def check() -> None:
@@ -125,25 +144,39 @@ def convert(
     plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
     runs_in = _running_dtype(stored, architecture) if dtype is None else stored
-    layout = plan_layout(plan.shapes, stored, max_shard_bytes)
+    rounded = RoundedPlan(plan, config) if kept == "int8" else None
+    if rounded is None:
+        layout = plan_layout(plan.shapes, stored, max_shard_bytes)
+    else:
+        layout = rounded.layout(stored, max_shard_bytes)
+        log_kept(config)
     report = ConversionReport(
         source=source.description,
         destination=str(destination),
         model_type=config.model_type,
         dtype=stored.name,
-        parameters=layout.total_bytes // stored.itemsize,
+        parameters=sum(map(math.prod, plan.shapes.values())),
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
         ignored=plan.ignored | getattr(source, "left_out", {}),
         probed=architecture.probed,
         dry_run=dry_run,
+        weights=kept,
     )
     if dry_run:
         return report
     with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
-        _write_config(source, config, stored, runs_in, partial)
+        settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": stored.name}
+        if runs_in != stored:
+            settings[RUNNING_DTYPE_KEY] = runs_in.name
+        if rounded is not None:
+            settings[WEIGHTS_KEY] = kept
+        source.write_side_files(partial)
+        _write_config(source, settings, partial)
         check_spared(partial, destination, RECORD_FILE)
-        _write_weights(source, plan, config, layout, partial, progress)
+        _write_weights(source, rounded or _FloatPlan(plan, config), layout, partial, progress)
+        if rounded is not None and (name := rounded.fingerprint()) is not None:
+            _write_config(source, settings | {FINGERPRINT_KEY: name}, partial)
         if verify:
             model = load(partial, "float32")
             if architecture.probed is None:
@@ -159,6 +192,7 @@ def open_model(
     source_ref: str | Path,
     dtype: Any = None,
     *,
+    weights: Any = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     mesh: Mesh | None = None,
@@ -170,6 +204,7 @@ def open_model(
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, but takes bfloat16 where that is
         float16 and the family is known to overflow it.
+      weights: "int8" rounds the matrices, as in `convert`; None and "float" do not.
       adapter: a LoRA adapter to merge into it.
       trust_remote_code: as in `convert`.
       mesh: as in `tide_jax.load`.
@@ -178,6 +213,7 @@ def open_model(
     Raises:
       TideError: as `convert`.
     """
+    kept: Weights = checked_weights(weights) or "float"
     source = _open(source_ref, adapter, revision)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
@@ -185,7 +221,12 @@ def open_model(
     target = (
         _running_dtype(parse_dtype(_source_dtype(source, plan)), architecture) if dtype is None else parse_dtype(dtype)
     )
-    return from_parameters(config, _assembled(source, plan, config, target), dtype=target, mesh=mesh, stored=True)
+    rounded = rounded_axes(config) if kept == "int8" else {}
+    if rounded:
+        log_kept(config)
+    dtypes = {path: np.dtype(np.float32) if path in rounded else target for path in plan.shapes}
+    tensors = _assembled(source, plan, config, dtypes)
+    return from_parameters(config, tensors, dtype=target, mesh=mesh, stored=True, weights=kept)
 
 
 def open_config(source_ref: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -198,9 +239,12 @@ def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: s
     return text_decoder(base if adapter is None else with_adapter(base, adapter))
 
 
-def _assembled(source: Source, plan: Plan, config: DecoderConfig, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _assembled(
+    source: Source, plan: Plan, config: DecoderConfig, dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Each parameter in turn, put together from its pieces."""
     for path, pieces in plan.by_path().items():
+        dtype = dtypes[path]
         parameter = np.empty(plan.shapes[path], dtype)
         for piece in pieces:
             taken = piece.take(source.read(piece.source), config)
@@ -224,31 +268,41 @@ def _running_dtype(stored: np.dtype, architecture: Architecture) -> np.dtype:
     return parse_dtype("bfloat16") if overflows else stored
 
 
+@dataclasses.dataclass(frozen=True)
+class _FloatPlan:
+    """A plan whose parameters are written as they are taken, beside `RoundedPlan`."""
+
+    plan: Plan
+    config: DecoderConfig
+
+    def write(self, source: Source, writer: ShardWriter) -> Iterator[int]:
+        """As `RoundedPlan.write`."""
+        for name, pieces in self.plan.by_source().items():
+            yield self._write(source.read(name), pieces, writer)
+
+    def _write(self, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
+        """Writes one source tensor wherever it goes; returns the number of bytes."""
+        taken = [piece.take(tensor, self.config) for piece in pieces]
+        return sum(writer.write(p.path, p.slot, part, p.source) for p, part in zip(pieces, taken, strict=True))
+
+
 def _write_weights(
-    source: Source, plan: Plan, config: DecoderConfig, layout: Layout, directory: Path, progress: Progress | None
+    source: Source,
+    plan: _FloatPlan | RoundedPlan,
+    layout: Layout,
+    directory: Path,
+    progress: Progress | None,
 ) -> None:
     done = 0
     with ShardWriter(directory, layout) as writer:
-        for name, pieces in plan.by_source().items():
-            done += _write_tensor(writer, source.read(name), pieces, config) * layout.dtype.itemsize
+        for written in plan.write(source, writer):
+            done += written
             if progress is not None:
                 progress(done, layout.total_bytes)
         writer.sync()
 
 
-def _write_tensor(writer: ShardWriter, tensor: np.ndarray, pieces: list[Piece], config: DecoderConfig) -> int:
-    """Writes one source tensor wherever it goes; returns the number of elements written."""
-    taken = [piece.take(tensor, config) for piece in pieces]
-    for piece, part in zip(pieces, taken, strict=True):
-        writer.write(piece.path, piece.slot, part, piece.source)
-    return sum(part.size for part in taken)
-
-
-def _write_config(source: Source, config: DecoderConfig, dtype: np.dtype, runs_in: np.dtype, directory: Path) -> None:
-    source.write_side_files(directory)
-    settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": dtype.name}
-    if runs_in != dtype:
-        settings[RUNNING_DTYPE_KEY] = runs_in.name
+def _write_config(source: Source, settings: dict[str, Any], directory: Path) -> None:
     write_json(directory / "config.json", {**source.config, CONFIG_KEY: settings})
 
 

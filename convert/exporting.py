@@ -23,10 +23,13 @@ from convert.replacement import check_spared, files_of, replacing
 from convert.rules import Piece, Rule, coverage
 from convert.stored import as_stored
 from convert.writer import ShardWriter, plan_layout, split
-from tide_jax.checkpoint import CONFIG_KEY, is_converted, load_config, parse_dtype
+from tide_jax.checkpoint import CONFIG_KEY, WEIGHTS_KEY, is_converted, load_config, parse_dtype
 from tide_jax.checks import path_like
+from tide_jax.converted_files import check_types
+from tide_jax.decoder import rounded_axes
 from tide_jax.errors import TideError
 from tide_jax.model_directory import model_directory
+from tide_jax.rounding import check_scales, scale_path
 from tide_jax.shards import ShardedTensors, TensorInfo, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
@@ -72,7 +75,7 @@ class ConvertedSource:
       tensors: shape and dtype name of the tensors that were converted, as the original checkpoint had them.
       files: the weight files.
       ignored: what else it held, whole tensors or parts of them, with the reason the conversion left it out.
-      dtype: the dtype the weights are stored in.
+      dtype: the dtype that floats are stored in; 8-bit integers are read as the floats they stand for.
 
     Raises:
       TideError: not a converted directory, damaged, or made by a version that converted differently.
@@ -86,7 +89,9 @@ class ConvertedSource:
         self._parameters = ShardedTensors(directory)
         self.description = str(named)
         self.config = read_json(directory / "config.json")
-        self.dtype = parse_dtype(self.config.pop(CONFIG_KEY)["dtype"])
+        settings = self.config.pop(CONFIG_KEY)
+        self.dtype = parse_dtype(settings["dtype"])
+        self._axes = rounded_axes(self._decoder) if settings.get(WEIGHTS_KEY) == "int8" else {}
         if not self._decoder.tie_embeddings:
             self.config["tie_word_embeddings"] = False
         generation = directory / "generation_config.json"
@@ -97,7 +102,8 @@ class ConvertedSource:
             plan = as_stored(coverage(recorded, self._rules(), self._decoder), self._decoder)
         except TideError as error:
             raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
-        _check_shapes(directory, self._parameters.infos, plan.shapes)
+        check_types(directory, self._parameters.infos, self._axes)
+        _check_shapes(directory, self._parameters.infos, plan.shapes | self._scale_shapes(plan.shapes))
         self._pieces = plan.by_source()
         self.tensors: Mapping[str, TensorInfo] = {name: recorded[name] for name in self._pieces}
         self.ignored = plan.ignored | self._unused_parts()
@@ -160,9 +166,23 @@ class ConvertedSource:
                 parts[name] = f"{unused} of its {dummy.size} numbers, which the model does not use, are zeros"
         return parts
 
+    def _scale_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """What a directory of 8-bit integers holds beside its parameters."""
+        return {
+            scale_path(path): tuple(size for axis, size in enumerate(shapes[path]) if axis not in axes)
+            for path, axes in self._axes.items()
+        }
+
     def _read_slot(self, piece: Piece) -> np.ndarray:
         leading, inner = split(piece.slot)
-        return self._parameters.read(piece.path, leading)[inner]
+        if (axes := self._axes.get(piece.path)) is None:
+            return self._parameters.read(piece.path, leading)[inner]
+        integers = self._parameters.read_stored(piece.path, leading)
+        name = scale_path(piece.path)
+        scale = check_scales(name, self._parameters.read(name), self.description)
+        # A scale has size 1 along the axes that it takes in.
+        place = tuple(0 if axis in axes else index for axis, index in enumerate(leading))
+        return (integers.astype(np.float32) * np.expand_dims(scale, axes)[place])[inner]
 
 
 def export(
@@ -174,7 +194,9 @@ def export(
     max_shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Writes a converted model as a Hugging Face checkpoint: `from_pretrained` loads it, its logits are the source's.
+    """Writes a converted model as a Hugging Face checkpoint: `from_pretrained` loads it, its logits are the model's.
+
+    8-bit weights are written as the floats that they stand for.
 
     The directory appears complete or not at all. Memory stays near the largest tensor of the checkpoint.
 

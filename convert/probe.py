@@ -26,7 +26,7 @@ from convert.probe_rules import to_json
 from convert.probe_trace import MATCH, Trace, distance
 from convert.reader import Source
 from convert.rules import Rule, coverage
-from convert.verify import TOLERANCE, Verification, check_spread
+from convert.verify import TOLERANCE, Verification, check_spread, compared, excess
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder, from_parameters
 from tide_jax.errors import TideError
@@ -92,7 +92,7 @@ def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_rem
       stored: the dtype it was stored in; the reference's weights are rounded to it too.
 
     Raises:
-      TideError: logits that differ by more than `TOLERANCE` of their range.
+      TideError: as `convert.verify.verify_conversion`.
     """
     import torch
 
@@ -101,8 +101,10 @@ def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_rem
         for parameter in reference.model.parameters():
             parameter.copy_(parameter.to(getattr(torch, stored.name)))
     proof = _compare(reference, model)
-    if not proof.relative <= TOLERANCE:
-        raise TideError(f"{_too_far(proof)}: nothing was written, please report the model")
+    if (far := excess(proof)) is not None:
+        raise TideError(
+            f"logits differ {far}, over {proof.tokens} tokens: nothing was written, please report the model"
+        )
     return proof
 
 
@@ -155,8 +157,7 @@ def _compare(reference: Reference, model: Decoder) -> Verification:
     reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until there is a short one
     expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
     check_spread("the probed model", expected)
-    difference, logit_range = float(np.abs(found - expected).max()), float(np.ptp(expected))
-    return Verification(difference, logit_range, difference / logit_range, len(found), length)
+    return compared(found, expected, length, model.weights)
 
 
 def _too_far(proof: Verification) -> str:

@@ -22,7 +22,7 @@ from tide_jax.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
 
 _BLOCK_BYTES = 32 * 2**20
 _ALIGNMENT = 64  # of tensors in a file, where it is what XLA wants of memory that it works on as it lies
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +32,24 @@ class Layout:
     Attributes:
       shards: file name to parameters, in order.
       shapes: shape of every parameter.
-      dtype: dtype of all of them.
+      dtype: dtype of those that are not in `others`.
+      others: dtypes of the other ones.
       framework: the "format" safetensors headers name; transformers wants its own, "pt", in a checkpoint.
     """
 
     shards: dict[str, tuple[str, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     dtype: np.dtype
+    others: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
     framework: str = "np"
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """dtype of one parameter."""
+        return self.others.get(name, self.dtype)
 
     def nbytes(self, name: str) -> int:
         """Bytes of one parameter."""
-        return math.prod(self.shapes[name]) * self.dtype.itemsize
+        return math.prod(self.shapes[name]) * self.dtype_of(name).itemsize
 
     @property
     def total_bytes(self) -> int:
@@ -51,22 +57,32 @@ class Layout:
         return sum(map(self.nbytes, self.shapes))
 
 
-def plan_layout(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, max_shard_bytes: float) -> Layout:
-    """Fills shards of at most `max_shard_bytes` in order; a larger parameter gets a shard of its own."""
+def plan_layout(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    max_shard_bytes: float,
+    others: Mapping[str, np.dtype] | None = None,
+) -> Layout:
+    """Fills shards of at most `max_shard_bytes` in order; a larger parameter gets a shard of its own.
+
+    Args:
+      others: dtypes of the parameters that have another one.
+    """
+    others = others or {}
     groups: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * others.get(name, dtype).itemsize
         if groups[-1] and used + size > max_shard_bytes:
             groups.append([])
             used = 0
         groups[-1].append(name)
         used += size
     if len(groups) == 1:
-        return Layout({SINGLE_FILE: tuple(groups[0])}, shapes, dtype)
+        return Layout({SINGLE_FILE: tuple(groups[0])}, shapes, dtype, others)
     total = len(groups)
     names = (f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total))
-    return Layout({name: tuple(group) for name, group in zip(names, groups, strict=True)}, shapes, dtype)
+    return Layout({name: tuple(group) for name, group in zip(names, groups, strict=True)}, shapes, dtype, others)
 
 
 class ShardWriter:
@@ -92,24 +108,28 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str) -> None:
-        """Writes `piece` into ``name[slot]``, cast to the layout's dtype.
+    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str, first: int = 0) -> int:
+        """Writes `piece` into ``name[slot]``, cast to the parameter's dtype; returns the number of bytes.
+
+        Args:
+          first: row of ``name[slot]``, along the first axis that the slot leaves, at which `piece` begins.
 
         Raises:
           TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.
         """
         shard, offset = self._places[name]
-        shape = self._layout.shapes[name]
+        shape, dtype = self._layout.shapes[name], self._layout.dtype_of(name)
         leading, inner = split(slot)
         for index in leading:
             shape = shape[1:]
-            offset += index * self._bytes(shape)
-        piece, (length, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
-        row_bytes = self._bytes(row)
+            offset += index * _bytes(shape, dtype)
+        piece, (_, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
+        row_bytes = _bytes(row, dtype)
         rows = max(1, _BLOCK_BYTES // row_bytes)
-        for start in range(0, length, rows):
-            part = checked_cast(piece[start : start + rows], self._layout.dtype, source)
-            self._write_rows(shard, offset + start * row_bytes, (len(part), *row), inner, part)
+        for start in range(0, len(piece), rows):
+            part = checked_cast(piece[start : start + rows], dtype, source)
+            self._write_rows(shard, offset + (first + start) * row_bytes, (len(part), *row), inner, part)
+        return piece.size * dtype.itemsize
 
     def sync(self) -> None:
         """Waits until the data is on disk."""
@@ -123,7 +143,7 @@ class ShardWriter:
         block = part
         if slot:
             file.seek(offset)
-            block = np.frombuffer(bytearray(file.read(self._bytes(shape))), self._layout.dtype).reshape(shape)
+            block = np.frombuffer(bytearray(file.read(_bytes(shape, part.dtype))), part.dtype).reshape(shape)
             block[slot] = part
         file.seek(offset)
         file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
@@ -134,7 +154,7 @@ class ShardWriter:
         for name in sorted(names, key=lambda name: self._layout.nbytes(name) % _ALIGNMENT > 0):
             end = begin + self._layout.nbytes(name)
             shape = list(self._layout.shapes[name])
-            header[name] = {"dtype": _NAMES[self._layout.dtype], "shape": shape, "data_offsets": [begin, end]}
+            header[name] = {"dtype": _NAMES[self._layout.dtype_of(name)], "shape": shape, "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -143,12 +163,13 @@ class ShardWriter:
         for name in names:
             self._places[name] = (shard, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def _bytes(self, shape: Sequence[int]) -> int:
-        return math.prod(shape) * self._layout.dtype.itemsize
-
     def _close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _bytes(shape: Sequence[int], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def split(slot: Slot) -> tuple[tuple[int, ...], Slot]:

@@ -24,6 +24,7 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 import tide_jax
 import tide_jax.cli
 from tide_jax import TIDE, DriftMonitor, ExitConfig, PassCosts
+from tide_jax.decoder import from_parameters, parameters
 from tide_jax.generate import advance, begin
 from tide_jax.programs import Programs
 from tide_jax.sharding import _dotted, split_rows
@@ -120,6 +121,26 @@ def weights_are_split() -> None:
     assert shard_shape(routers.heads[0].factors[0]) == (64, 8)
     assert shard_shape(routers.candidates.rows.kernel) == (11, 64)
     assert shard_shape(routers.routers[0].down) == (64, 16)
+
+
+def integers_are_split() -> None:
+    """8-bit weights, dense and of experts, with their scales; tokens stay what they are on one device."""
+    for name, shape in (("even", "1x4"), ("experts", "1x2")):
+        floats, mesh = tiny_model(MODELS[name]), tide_jax.make_mesh(shape)
+        tensors, options = parameters(floats), {"dtype": floats.dtype, "weights": "int8"}
+        split, plain = (from_parameters(floats.config, tensors.items(), mesh=m, **options) for m in (mesh, None))
+        held = {path: shard_shape(a) for path, a in kept(split).items()}
+        if name == "even":
+            assert (held["layers.1.attention.q.kernel"], held["layers.1.attention.q.scale"]) == ((4, 8, 64), (4, 8))
+            assert (held["layers.1.mlp.gate_up.kernel"], held["layers.1.mlp.gate_up.scale"]) == ((2, 24, 64), (2, 24))
+            assert (held["layers.1.mlp.down.kernel"], held["layers.1.mlp.down.scale"]) == ((64, 24), (64,))
+            assert (held["embed.kernel"], held["embed.scale"]) == ((66, 64), (66,))
+        else:
+            assert held["layers.1.mlp.experts.gate_up"] == (5, 48, 2, 20)
+            assert held["layers.1.mlp.experts.gate_up_scale"] == (5, 2, 20)
+        found, wanted = (TIDE(model).generate(PROMPTS[:2], max_new_tokens=5).tokens for model in (split, plain))
+        np.testing.assert_array_equal(found, wanted)
+        assert tide_jax.checkpoint.fingerprint(split) == tide_jax.checkpoint.fingerprint(floats)
 
 
 def uneven_axes_stay_whole() -> None:
@@ -254,6 +275,7 @@ def checks(folder: Path) -> dict[str, Callable[[], None]]:
     plain = (
         leaves_differ,
         weights_are_split,
+        integers_are_split,
         uneven_axes_stay_whole,
         cache_is_split,
         results_take_the_place_of_what_is_donated,

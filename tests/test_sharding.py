@@ -23,7 +23,8 @@ import tide_jax
 from convert import convert
 from tide_jax import TIDE, TideError
 from tide_jax.architecture import MoEConfig
-from tide_jax.decoder import abstract_parameters
+from tide_jax.decoder import abstract_parameters, rounded_axes
+from tide_jax.rounding import scale_path
 from tide_jax.router import ExitHead
 from tide_jax.sharding import CACHE, PARAMETERS, RULES, _axes, _dotted
 from tide_jax.testing import random_routers, tiny_config
@@ -116,6 +117,9 @@ def test_every_rule_is_of_use() -> None:
     )
     configs = [*CONFIGS.values(), *(tiny_config(num_layers=1, **changes) for changes in more)]
     shapes = {f".{path}": len(shape) for config in configs for path, shape in abstract_parameters(config).items()}
+    for config in configs:  # kernels' scales have no rules of their own
+        left = {f".{scale_path(path)}": shapes[f".{path}"] - len(axes) for path, axes in rounded_axes(config).items()}
+        shapes |= {path: rank for path, rank in left.items() if not path.endswith(".scale")}
     model = tiny_model(CONFIGS["parallel"])
     routers = random_routers(model.config, interval=1, affine=True, translator_rank=2, model=model)
     low_rank = dataclasses.replace(routers, heads=(ExitHead((jnp.ones((48, 2)), jnp.ones((2, 48))), jnp.ones(48)),))

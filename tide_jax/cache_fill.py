@@ -50,7 +50,7 @@ def fill_rows(
     gain = None if attention.k_norm is None else attention.k_norm.scale
     bias = attention.kv.bias
     projection = Projection(
-        attention.kv.kernel[...], None if bias is None else bias[...], None if gain is None else gain[...]
+        attention.kv.weights(x.dtype), None if bias is None else bias[...], None if gain is None else gain[...]
     )
     rotary = None if context.cos is None or context.sin is None else Rotary(context.cos, context.sin)
     rows = kv_fill(

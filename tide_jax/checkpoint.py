@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,28 +9,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from tide_jax.checks import path_like
 from tide_jax.config import DecoderConfig
-from tide_jax.decoder import Decoder, StoredParameter, from_parameters, stored_parameters
+from tide_jax.converted_files import ConvertedFiles
+from tide_jax.decoder import Decoder, StoredParameter, stored_parameters
 from tide_jax.errors import TideError, shortened
+from tide_jax.fingerprints import digest, sampled_places
 from tide_jax.model_directory import model_directory, model_version
+from tide_jax.rounding import WEIGHTS, checked_weights, precision
 from tide_jax.sharding import checked_mesh, fetch
-from tide_jax.shards import ShardedTensors, checked_cast, read_json
+from tide_jax.shards import read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
+WEIGHTS_KEY, FINGERPRINT_KEY = "weights", "fingerprint"
+"""In a converted config.json's own part: "int8" where matrices are 8-bit integers, and the name of what was rounded."""
 RUNNING_DTYPE_KEY = "running_dtype"
 """In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
-_SAMPLES = 16
 
 
-def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, revision: str | None = None) -> Decoder:
+def load(
+    source: str | Path,
+    dtype: Any = None,
+    *,
+    weights: Any = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+) -> Decoder:
     """Loads a model.
 
     Args:
@@ -43,19 +50,23 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
       dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
         are slower, and the checkpoint's own elsewhere: but bfloat16 for float16 checkpoints of families whose
         activations are known to overflow float16 (Gemma 2 and 3, GLM 4).
+      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output, a tensor at a time
+        (`tide_jax.rounding`), which `dtype` then is not about. None keeps what the source holds: a directory converted
+        with ``weights="int8"`` holds integers, and only those; all else is "float".
       mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
         device ever holds more than its part, and the host one tensor.
       revision: branch, tag or commit of a hub id.
 
     Raises:
       TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
-        `mesh` has no axes "data" and "model", or `revision` is given for files on disk.
+        `weights` is another name or "float" for a directory that holds integers, `mesh` has no axes "data" and
+        "model", or `revision` is given for files on disk.
     """
     path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
-    mesh = None if mesh is None else checked_mesh(mesh)
+    weights, mesh = checked_weights(weights), None if mesh is None else checked_mesh(mesh)
     if not _is_converted(source, revision):
-        options = {"mesh": mesh, "revision": revision}
+        options = {"mesh": mesh, "revision": revision, "weights": weights}
         given = {name: value for name, value in options.items() if value is not None}
         model = _opener("model")(source, dtype, **given)
         model.config.generation.warn(str(source))
@@ -63,14 +74,11 @@ def load(source: str | Path, dtype: Any = None, *, mesh: Mesh | None = None, rev
     version, directory = model_version(source), model_directory(source)
     settings = _settings(directory)
     config = _decoder(directory, settings)
-    tensors = ShardedTensors(directory)
     dtype = parse_dtype(settings.get(RUNNING_DTYPE_KEY, settings["dtype"])) if dtype is None else dtype
-    # A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a time.
-    mapped = mesh is None and jax.default_backend() == "cpu" and dtype == parse_dtype(settings["dtype"])
-    read = tensors.map if mapped else tensors.read
-    checked = ((name, checked_cast(read(name), dtype, name)) for name in tensors.infos)
+    files = ConvertedFiles(directory, config, parse_dtype(settings["dtype"]), settings.get(WEIGHTS_KEY, "float"))
     config.generation.warn(str(source))
-    model = from_parameters(config, checked, dtype=dtype, mesh=mesh, stored=True)
+    model = files.model(dtype, weights, mesh)
+    model.float_fingerprint = settings.get(FINGERPRINT_KEY, model.float_fingerprint)
     if model_version(source) != version:
         raise TideError(f"{source} was replaced while it was read: load it again")
     return model
@@ -119,15 +127,20 @@ def fingerprint(model: Decoder) -> str:
     """16 hexadecimal digits that tell models apart, the same for a model loaded in float32 and in bfloat16.
 
     A hash of the architecture and of a few values of every parameter, rounded to bfloat16. A model loaded in float16
-    may have another one where its checkpoint is finer than float16.
+    may have another one where its checkpoint is finer than float16. A model with 8-bit weights has that of the floats
+    they were rounded from, so that routers for either run on the other.
     """
-    fields = dataclasses.asdict(model.config)
-    for name in ("model_type", "eos_token_ids", "pad_token_id", "generation"):
-        del fields[name]
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for parameter in stored_parameters(model):
-        digest.update(_sample(parameter).tobytes())
-    return digest.hexdigest()[:16]
+    if model.float_fingerprint is not None:
+        return model.float_fingerprint
+    return digest(model.config, {parameter.path: _sample(parameter) for parameter in stored_parameters(model)})
+
+
+def stored_as(source: str | Path) -> str | None:
+    """What a converted directory holds, as `Decoder.precision`; None for other sources. Raises TideError as `load`."""
+    if not is_converted(source):
+        return None
+    settings = _settings(model_directory(source))
+    return precision(parse_dtype(settings["dtype"]), settings.get(WEIGHTS_KEY, "float"))
 
 
 def is_converted(source: str | Path) -> bool:
@@ -156,6 +169,13 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise TideError(f"{directory / 'config.json'} is damaged: its decoder entry is no object; convert again")
     if not isinstance(settings.get("dtype", ""), str):
         raise TideError(f"{directory / 'config.json'} is damaged: its dtype entry is no string; convert again")
+    if (found := settings.get(WEIGHTS_KEY, "float")) not in WEIGHTS:
+        raise TideError(
+            f"{directory / 'config.json'} says weights={shortened(repr(found), 40)}, expected one of "
+            f"{', '.join(WEIGHTS)}: convert again, or use the version of tide_jax that wrote it"
+        )
+    if not isinstance(settings.get(FINGERPRINT_KEY, ""), str):
+        raise TideError(f"{directory / 'config.json'} is damaged: its fingerprint entry is no string; convert again")
     if missing := {"decoder", "dtype"} - set(settings):
         raise TideError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}: convert the checkpoint again")
     return settings
@@ -181,13 +201,9 @@ def _opener(name: str) -> Callable[..., Any]:
 
 
 def _sample(parameter: StoredParameter) -> np.ndarray:
-    """Evenly spaced elements of the shape it is known by, rounded to bfloat16; read where they are stored."""
-    kernel, axes = parameter.value, parameter.input_axes
-    outputs = kernel.ndim - axes
-    places = np.linspace(0, kernel.size - 1, _SAMPLES).astype(np.int64)
-    index = np.unravel_index(places, kernel.shape[outputs:] + kernel.shape[:outputs])
-    stored = tuple(axis.astype(np.int32) for axis in index[axes:] + index[:axes])
+    """Evenly spaced elements of the shape it is known by; read where they are stored."""
+    kernel = parameter.value
+    stored = sampled_places(kernel.shape, parameter.input_axes)
     in_host_memory = kernel.is_fully_addressable and all(device.platform == "cpu" for device in kernel.devices())
     # On a CPU the array is a view for numpy, and hundreds of gathers would each be dispatched.
-    picked = np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))
-    return picked.astype(ml_dtypes.bfloat16)
+    return np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))

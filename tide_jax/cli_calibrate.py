@@ -47,6 +47,9 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, help="router file to write (.safetensors)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
+    parser.add_argument(
+        "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers; default: as MODEL is"
+    )
     parser.add_argument("--checkpoint-interval", type=int, help="layers between routers (4)")
     parser.add_argument("--samples", type=int, dest="calibration_samples", help="texts to read (2000)")
     parser.add_argument("--max-length", type=int, help="tokens of each text (256)")
@@ -103,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_writable(args.output)
     tokenizer = tide_jax.load_tokenizer(args.source)
     read = _reader(args, tokenizer, config, promise)
-    model = tide_jax.load(args.source, args.dtype)
+    model = tide_jax.load(args.source, args.dtype, weights=args.weights)
     with progress_bars() as progress:
         texts, aside = read(model, progress)
         options = {"source": args.text, "progress": progress, "work_dir": args.work_dir, "mesh": mesh}

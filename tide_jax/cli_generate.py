@@ -85,6 +85,9 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--repetition-penalty", type=float, help="1 for none (the model's, else 1)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
+    parser.add_argument(
+        "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers; default: as MODEL is"
+    )
     parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
     add_options(parser)
 
@@ -100,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         keep_programs()
     tokenizer = tide_jax.load_tokenizer(args.source)
     prompts = prompt_ids(tokenizer, args.prompt, chat_template=args.chat_template, raw=args.raw)
-    model = tide_jax.load(args.source, args.dtype, mesh=mesh)
+    model = tide_jax.load(args.source, args.dtype, weights=args.weights, mesh=mesh)
     engine, promise = _engine(args, model, mesh, audited=monitor is not None)
     dials = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
     options: dict[str, Any] = {name: getattr(args, name) for name in dials}

@@ -173,7 +173,7 @@ def _identity(
     """Everything the outcome of a reading pass depends on."""
     names = ("max_length", "batch_size", "reservoir_bytes", "seed")
     return {
-        "model": f"{fingerprint(model)} in {model.dtype}",
+        "model": f"{fingerprint(model)} in {model.precision}",
         "checkpoints": list(checkpoints),
         "configuration": {name: getattr(config, name) for name in names} | {"shares": list(_shares(config))},
         "text": digest(texts),

@@ -13,55 +13,26 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tide_jax.activations import ACTIVATIONS
-from tide_jax.architecture import DecoderConfig, HeadTransform
+from tide_jax.architecture import DecoderConfig
 from tide_jax.attention import AttentionContext, attention_context
 from tide_jax.cache import KVCache
 from tide_jax.errors import TideError, listed
+from tide_jax.fingerprints import Samples
 from tide_jax.layers import DecoderLayer
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, known_kernel, normal, stored_kernel, times_rows
+from tide_jax.ops import Dense, known_kernel, stored_kernel, times_rows
+from tide_jax.rounding import (
+    Weights,
+    as_floats,
+    as_int8,
+    axes_of,
+    precision,
+    round_weights,
+    scale_path,
+)
 from tide_jax.sharding import place, whole_channels
 from tide_jax.span_attention import KeyValue
-
-
-class Embedding(nnx.Module):
-    """A table of vectors, ``kernel [rows, D]``."""
-
-    def __init__(self, rows: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(normal(rngs, (rows, size), size, dtype))
-
-    def __call__(self, index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.kernel[...], index, axis=0, mode="clip")
-
-
-class Head(nnx.Module):
-    """Output projection, ``kernel [V, E]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        shape = (config.vocab_size, config.head_size)
-        self.kernel = None if config.tie_embeddings else nnx.Param(normal(rngs, shape, config.head_size, dtype))
-        self.bias = nnx.Param(jnp.zeros((config.vocab_size,), dtype)) if config.head_bias else None
-
-
-class HeadRows(NamedTuple):
-    """Rows of the output projection: what the logits of K tokens need."""
-
-    kernel: Float[Array, "K E"]
-    bias: Float[Array, " K"] | None
-
-
-class HeadLayer(nnx.Module):
-    """Dense layer, activation and norm before the output projection."""
-
-    def __init__(self, config: DecoderConfig, transform: HeadTransform, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        sizes = (config.hidden_size,), (config.head_size,)
-        self.dense = Dense(*sizes, bias=transform.bias, dtype=dtype, rngs=rngs)
-        self.activation = transform.activation
-        self.norm = block_norm(config, config.head_size, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+from tide_jax.tables import Embedding, Head, HeadLayer, HeadRows
 
 
 class Decoder(nnx.Module):
@@ -73,17 +44,23 @@ class Decoder(nnx.Module):
       config: the architecture, kept as `.config`.
       dtype: dtype of all parameters and activations. Norms, softmax, rotary angles and logits are float32 inside.
       rngs: source of the random initial weights.
+
+    Attributes:
+      float_fingerprint: of a model whose weights were rounded to 8 bits, the fingerprint of the one it was made from,
+        where that is known (`tide_jax.checkpoint.fingerprint`).
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
+        self.float_fingerprint: str | None = None
         d, e, late = config.hidden_size, config.embedding_size, config.project_after_norm
         width = e if e is not None and late else d
 
         def table(rows: int, size: int) -> Embedding | None:
             return Embedding(rows, size, dtype=dtype, rngs=rngs) if rows else None
 
-        self.embed = Embedding(config.vocab_size + config.extra_tokens, e or d, dtype=dtype, rngs=rngs)
+        rows, tied = config.vocab_size + config.extra_tokens, config.tie_embeddings
+        self.embed = Embedding(rows, e or d, head=tied, dtype=dtype, rngs=rngs)
         self.project_in = None if e is None else Dense((e,), (d,), bias=late, dtype=dtype, rngs=rngs)
         self.added = table(config.added_embeddings, width)
         self.positions = table(config.learned_positions if config.positions == "learned" else 0, width)
@@ -98,8 +75,19 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """dtype of the parameters and of the cache."""
-        return self.embed.kernel[...].dtype
+        """dtype of the activations, of the cache, and of the parameters that are no 8-bit integers."""
+        return self.embed.dtype
+
+    @property
+    def weights(self) -> Weights:
+        """What the matrices are kept as."""
+        table = self.embed if self.config.tie_embeddings else self.head
+        return "float" if table.scale is None else "int8"
+
+    @property
+    def precision(self) -> str:
+        """The numbers that the model computes with: its dtype, and whether weights are integers."""
+        return precision(self.dtype, self.weights)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Logits of every token at full depth, float32, without a cache.
@@ -180,7 +168,7 @@ class Decoder(nnx.Module):
         elif self.project_out is not None:
             x = self.project_out(x)
         rows = self._head_rows() if rows is None else rows
-        out = times_rows(x, rows.kernel).astype(jnp.float32)
+        out = times_rows(x, rows.kernel, rows.scale).astype(jnp.float32)
         if rows.bias is not None:
             out = out + rows.bias.astype(jnp.float32)[None, None, :]
         if self.config.logit_scale != 1.0:
@@ -194,8 +182,11 @@ class Decoder(nnx.Module):
         return jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), self._head_rows())
 
     def _head_rows(self) -> HeadRows:
-        kernel = self.embed.kernel if self.head.kernel is None else self.head.kernel
-        return HeadRows(kernel[...], None if self.head.bias is None else self.head.bias[...])
+        kernel, scale = self.head.kernel, self.head.scale
+        if kernel is None:
+            kernel, scale = self.embed.kernel, self.embed.scale
+        bias = self.head.bias
+        return HeadRows(kernel[...], None if bias is None else bias[...], None if scale is None else scale[...])
 
 
 class _Identity(nnx.Module):
@@ -221,6 +212,12 @@ def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {_dotted(path): _known_shape(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
+def abstract_stored(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter as the model keeps it, by its dotted path."""
+    state = nnx.state(_abstract(config))
+    return {_dotted(path): tuple(leaf.get_value().shape) for path, leaf in nnx.to_flat_state(state)}
+
+
 def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
     """Of the parameters that a model keeps as ``outputs + inputs``: how many axes are inputs, by path."""
     model = _abstract(config)
@@ -228,8 +225,14 @@ def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
     return {path: count for path, count in axes.items() if count is not None}
 
 
+def rounded_axes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that may be 8-bit integers: the axes, as they are kept, that products sum over, by path."""
+    found = {_dotted(path): axes_of(leaf) for path, leaf in nnx.to_flat_state(nnx.state(_abstract(config)))}
+    return {path: axes for path, axes in found.items() if axes is not None}
+
+
 class StoredParameter(NamedTuple):
-    """A parameter as the model keeps it.
+    """A parameter as the model keeps it; the scales of 8-bit integers are one of their own.
 
     Attributes:
       path: its dotted path.
@@ -249,8 +252,19 @@ def stored_parameters(model: Decoder) -> list[StoredParameter]:
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
-    """Every parameter of a model by its dotted path; kernels as ``inputs + outputs``, a second copy of them."""
-    return {p.path: known_kernel(p.value, p.input_axes) if p.input_axes else p.value for p in stored_parameters(model)}
+    """Every parameter of a model by its dotted path; kernels as ``inputs + outputs``, a second copy of them.
+
+    Of 8-bit integers, the float32 weights that they stand for.
+    """
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    scales = {path: leaves.get(scale_path(path)) for path in leaves if axes_of(leaves[path]) is not None}
+    apart = {scale_path(path) for path, scale in scales.items() if scale is not None}
+    found: dict[str, Array] = {}
+    for path in sorted(leaves.keys() - apart):
+        leaf, scale = leaves[path], scales.get(path)
+        value = leaf.get_value() if scale is None else as_floats(leaf, scale, jnp.dtype(jnp.float32))
+        found[path] = known_kernel(value, axes) if (axes := _input_axes(leaf)) else value
+    return found
 
 
 def from_parameters(
@@ -260,23 +274,27 @@ def from_parameters(
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
     stored: bool = False,
+    weights: Weights = "float",
 ) -> Decoder:
-    """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` one at a time.
+    """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` or rounded one at a time.
 
     A numpy array of `dtype` becomes part of the model as it is, where its memory allows: it must not be changed.
 
     Args:
       stored: the tensors have the shapes that the model keeps (`StoredParameter`), not those they are known by.
       mesh: where to, see `tide_jax.load`.
+      weights: "int8" rounds what may be rounded (`rounded_axes`); tensors that are 8-bit integers already come with
+        their scales (`tide_jax.rounding.scale_path`) and as the model keeps them.
 
     Raises:
       TideError: a path is unknown, has the wrong shape or is missing; the first of them and their number in one
         message.
     """
-    graph, state = nnx.split(_abstract(config, dtype))
+    graph, state = nnx.split(_abstract(config, dtype, weights))
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     filled: dict[str, Array] = {}
     problems: list[str] = []
+    samples = _samples(config) if weights == "int8" else None
     for path, tensor in tensors:
         if path not in leaves:
             problems.append(f"unknown parameter {path}")
@@ -284,12 +302,30 @@ def from_parameters(
             problems.append(f"{path} has shape {tensor.shape}, expected {shape}")
         else:
             axes = None if stored else _input_axes(leaves[path])
-            filled[path] = _placed(path, tensor if axes is None else stored_kernel(tensor, axes), dtype, mesh)
+            value = tensor if axes is None else stored_kernel(tensor, axes)
+            if samples is not None and value.dtype != np.int8 and path in samples.paths:
+                samples.take(path, (), np.asarray(value))
+            for name, part in _rounded(path, leaves[path], value):
+                filled[name] = _placed(name, part, leaves[name].get_value().dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
         raise TideError(f"the tensors do not fit the model configuration: {listed(sorted(problems))}")
     state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
-    return nnx.merge(graph, state)
+    model = nnx.merge(graph, state)
+    model.float_fingerprint = None if samples is None else samples.digest(config)
+    return model
+
+
+def _rounded(path: str, leaf: nnx.Variable, value: np.ndarray | Array) -> list[tuple[str, np.ndarray | Array]]:
+    """A tensor as the model keeps it, by path: itself, or its integers and their scales."""
+    if leaf.get_value().dtype != jnp.int8 or value.dtype == jnp.int8:
+        return [(path, value)]
+    integers, scale = round_weights(np.asarray(value), axes_of(leaf) or ())
+    return [(path, integers), (scale_path(path), scale)]
+
+
+def _samples(config: DecoderConfig) -> Samples:
+    return Samples(abstract_stored(config), kernel_input_axes(config))
 
 
 class _OneKey(NamedTuple):
@@ -301,9 +337,14 @@ class _OneKey(NamedTuple):
         return self.key
 
 
-def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
+def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32, weights: Weights = "float") -> Decoder:
     """The model without its numbers."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey(jax.random.key(0)))))
+
+    def make() -> Decoder:
+        model = Decoder(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey(jax.random.key(0))))
+        return as_int8(model) if weights == "int8" else model
+
+    return nnx.eval_shape(make)
 
 
 def _input_axes(leaf: nnx.Variable) -> int | None:

@@ -17,17 +17,20 @@ from tide_jax.span_attention import CachedRows, KeyValue, attend
 class ExpertAttention(nnx.Module):
     """Each token asks with the queries of its best experts, of which each has one for every head of keys and values.
 
-    Parameters: ``q [E, D, KV, hd]``, ``out [E, KV, hd, D]``, and a bias of the sum ``out_bias [D]``.
+    Parameters: ``q [E, D, KV, hd]``, ``out [E, KV, hd, D]``, and a bias of the sum ``out_bias [D]``; where the weights
+    are 8-bit integers also ``q_scale [E, KV, hd]``, ``out_scale [E, D]``.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         assert config.attention_experts is not None
         moe, d, kv, hd = config.attention_experts, config.hidden_size, config.num_kv_heads, config.head_dim
         self.moe, self.scale = moe, kind.scale
-        self.router = Dense((d,), (moe.num_experts,), bias=False, dtype=dtype, rngs=rngs)
-        self.q = nnx.Param(normal(rngs, (moe.num_experts, d, kv, hd), d, dtype))
+        self.router = Dense((d,), (moe.num_experts,), bias=False, exact=True, dtype=dtype, rngs=rngs)
+        self.q = nnx.Param(normal(rngs, (moe.num_experts, d, kv, hd), d, dtype), summed=(1,))
         self.kv = Dense((d,), (kv, 2, hd), bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Param(normal(rngs, (moe.num_experts, kv, hd, d), kv * hd, dtype))
+        self.out = nnx.Param(normal(rngs, (moe.num_experts, kv, hd, d), kv * hd, dtype), summed=(1, 2))
+        self.q_scale: nnx.Param | None = None
+        self.out_scale: nnx.Param | None = None
         self.out_bias = nnx.Param(jnp.zeros((d,), dtype))
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
@@ -51,10 +54,12 @@ class ExpertAttention(nnx.Module):
         weights, chosen = choose_experts(self.moe, router_logits(self.router, tokens))
 
         def asked(rows: Array, expert: Array) -> Array:
-            return expert_matmul(rows, self.q[...].reshape(experts, d, kv * hd), expert)
+            scale = None if self.q_scale is None else self.q_scale[...].reshape(experts, kv * hd)
+            return expert_matmul(rows, self.q[...].reshape(experts, d, kv * hd), expert, scale)
 
         def told(rows: Array, expert: Array) -> Array:
-            return expert_matmul(rows, self.out[...].reshape(experts, kv * hd, d), expert)
+            scale = None if self.out_scale is None else self.out_scale[...]
+            return expert_matmul(rows, self.out[...].reshape(experts, kv * hd, d), expert, scale)
 
         q = by_expert(jnp.broadcast_to(tokens[:, None], (b * t, k, d)), chosen, asked)
         q = _rotated(q.reshape(b, t, k * kv, hd), context).reshape(b, t, k, kv, hd).swapaxes(2, 3)

@@ -6,17 +6,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tide_jax.checkpoint import load, load_config
+from tide_jax.checkpoint import load, load_config, stored_as
 from tide_jax.config import CalibrationConfig, DecoderConfig, checkpoint_layers
-from tide_jax.decoder import abstract_parameters
+from tide_jax.decoder import abstract_parameters, abstract_stored, rounded_axes
 from tide_jax.promise import refusal
+from tide_jax.rounding import kept_as_floats, tensor_bytes
 from tide_jax.router import Routers
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
+_LOOKED_UP = ("embed.", "positions.", "added.")  # a token reads a row of these tables
+_EXPERT_HEADS = (".attention.q", ".attention.out")
 
 
 def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
     """Facts about a model as JSON-ready values: configuration, checkpoints, parameter and router bytes.
+
+    "bytes_read" are the weights that a token reads at full depth: of all layers, the chosen experts of each, and of the
+    head, by what they are kept as. "stored" says what a converted directory keeps; it is None for other sources.
 
     Raises:
       TideError: nothing loadable is there, or `interval` or `bottleneck` is below 1.
@@ -36,6 +42,9 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
         "context_length": config.context_length,
         "parameters": parameters,
         "bytes": {"float32": parameters * _FLOAT32, "bfloat16": parameters * 2},
+        "stored": stored_as(source),
+        "bytes_read": bytes_read(config),
+        "kept_as_floats": kept_as_floats(abstract_parameters(config), rounded_axes(config)),
         "checkpoint_interval": interval,
         "checkpoints": list(checkpoints),
         "router_file_bytes": router_bytes(config, len(checkpoints), bottleneck),
@@ -43,6 +52,24 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
         "translator_bytes": translator_bytes(config, checkpoints, CalibrationConfig.translator_rank or 0),
         "config": config.to_dict(),
     }
+
+
+def bytes_read(config: DecoderConfig) -> dict[str, int]:
+    """Bytes of weights that a token reads at full depth, by dtype, and with 8-bit weights by the dtype of the rest."""
+    shapes, axes = abstract_stored(config), rounded_axes(config)
+    read = {path: shape for path, shape in shapes.items() if not path.startswith(_LOOKED_UP)}
+    if config.tie_embeddings:
+        read["embed.kernel"] = shapes["embed.kernel"]
+    read = {path: _met(config, path, shape) for path, shape in read.items()}
+    sizes = {"float32": _FLOAT32, "bfloat16": 2, "float16": 2}
+    floats = {name: tensor_bytes(read, {}, size) for name, size in sizes.items()}
+    return floats | {f"{name} with int8 weights": tensor_bytes(read, axes, size) for name, size in sizes.items()}
+
+
+def _met(config: DecoderConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What a token meets of a parameter: of stacked experts, those that it chooses."""
+    moe = config.moe if ".experts." in path else config.attention_experts if path.endswith(_EXPERT_HEADS) else None
+    return shape if moe is None else (moe.experts_per_token, *shape[1:])
 
 
 def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
@@ -88,6 +115,7 @@ def text_table(facts: dict[str, Any]) -> str:
         "context": f"{facts['context_length']:,} tokens",
         "parameters": f"{facts['parameters'] / 1e6:,.1f} million: {_megabytes(size['float32'])} in float32, "
         f"{_megabytes(size['bfloat16'])} in bfloat16",
+        "reads": _reads(facts),
         "checkpoints": f"after layers {checkpoints} (every {facts['checkpoint_interval']})",
         "router file": f"{_megabytes(facts['router_file_bytes'])}, affine exit heads "
         f"{_megabytes(facts['affine_head_file_bytes'])}, translators {_megabytes(facts['translator_bytes'])}",
@@ -101,6 +129,14 @@ def text_table(facts: dict[str, Any]) -> str:
         rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was asked for'}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _reads(facts: dict[str, Any]) -> str:
+    """The row about what a token reads: as stored, or else in float32, and what 8-bit weights would make of it."""
+    stored, sizes = facts["stored"] or "float32", facts["bytes_read"]
+    now = f"{_megabytes(sizes[stored])} of weights a token at full depth, in {stored}"
+    rounded = f"{stored} with int8 weights"
+    return f"{now}; {_megabytes(sizes[rounded])} with int8 weights" if rounded in sizes else now
 
 
 def _megabytes(count: int) -> str:

@@ -69,7 +69,7 @@ class LatentAttention(nnx.Module):
             scale=self.scale,
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
-        values = einsum("bthr,hvr->bthv", mixed[..., : self.latent.kv_rank], self.v_up.kernel[...])
+        values = einsum("bthr,hvr->bthv", mixed[..., : self.latent.kv_rank], self.v_up.weights(x.dtype))
         return self.out(values)
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
@@ -77,7 +77,7 @@ class LatentAttention(nnx.Module):
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down(x)) * self.latent.q_scale
         q = self.q(x)
-        nope = einsum("bthn,hnr->bthr", q[..., : self.latent.nope_dim], self.k_up.kernel[...])
+        nope = einsum("bthn,hnr->bthr", q[..., : self.latent.nope_dim], self.k_up.weights(x.dtype))
         return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
 
     def _rotated(self, x: Array, context: AttentionContext) -> Array:

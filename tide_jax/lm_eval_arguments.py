@@ -34,13 +34,15 @@ class Generation(NamedTuple):
     settings: dict[str, Any]
 
 
-def open_engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any) -> TIDE:
+def open_engine(
+    pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any = None, weights: Any = None
+) -> TIDE:
     """The engine to evaluate. Raises TideError for arguments that do not go together, or files that can't be loaded."""
     if mode not in (None, "exit", "lossless", "full"):
         raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
     if isinstance(pretrained, TIDE):
-        if routers is not None or dtype is not None:
-            raise TideError("an engine brings its routers and its dtype; pass them where the engine is made")
+        if any(option is not None for option in (routers, dtype, weights)):
+            raise TideError("an engine brings its routers, dtype and weights; pass them where the engine is made")
         engine = pretrained.with_config(**dials)
     else:
         ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
@@ -48,7 +50,7 @@ def open_engine(pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any,
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
         if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
             raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
-        model = load(str(pretrained), dtype)
+        model = load(str(pretrained), dtype, weights=weights)
         found = None if routers is None else Routers.load(str(routers), model=model)
         if found is None:
             dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))

@@ -11,6 +11,7 @@ Importing this module registers the model; ``tide-jax eval`` does so and then is
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from tide_jax.checkpoint import load_tokenizer
 from tide_jax.checks import whole_number
 from tide_jax.config import KVStrategy, Mode
 from tide_jax.continuations import Continuation, Score, score_continuations
-from tide_jax.decoder import stored_parameters
+from tide_jax.decoder import abstract_parameters
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
 from tide_jax.lm_eval_arguments import generation_arguments, open_engine, plain_number
@@ -52,7 +53,7 @@ class TideLM(TemplateLM):
         the router file, if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction
         of a continuation's first one.
       mode: "exit" (default when there are routers), "full", or "lossless": scores as "full", generates its tokens.
-      dtype: of the weights, see `tide_jax.load`.
+      dtype, weights: of the model, see `tide_jax.load`.
       batch_size: rows in a forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
       max_gen_toks: new tokens where a task does not say.
@@ -81,6 +82,7 @@ class TideLM(TemplateLM):
         prefill_exits: bool | None = None,
         mode: Mode | None = None,
         dtype: str | None = None,
+        weights: str | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -110,7 +112,8 @@ class TideLM(TemplateLM):
             "threshold_tilt": threshold_tilt,
             "prefill_exits": prefill_exits,
         }
-        self.engine = open_engine(pretrained, routers, {k: v for k, v in dials.items() if v is not None}, mode, dtype)
+        given = {name: value for name, value in dials.items() if value is not None}
+        self.engine = open_engine(pretrained, routers, given, mode, dtype, weights)
         config = self.engine.model.config
         context = config.context_length
         self.max_length = context if max_length is None else whole_number("max_length", max_length, 2, context)
@@ -221,8 +224,9 @@ class TideLM(TemplateLM):
             "threshold_tilt": config.threshold_tilt,
         }
         return {
-            "model_num_parameters": sum(int(p.value.size) for p in stored_parameters(model)),
+            "model_num_parameters": sum(math.prod(shape) for shape in abstract_parameters(model.config).values()),
             "model_dtype": str(model.dtype),
+            "model_weights": model.weights,
             "exits": {
                 "mode": self._mode,
                 **(dials if self._mode == "exit" else {}),

@@ -12,22 +12,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from tide_jax.activations import gated
 from tide_jax.architecture import DecoderConfig, MoEConfig
 from tide_jax.feed_forward import MLP
 from tide_jax.norms import block_norm
-from tide_jax.ops import Dense, einsum, matmul, matmul_precision, normal
+from tide_jax.ops import Dense, einsum, integer_sums, matmul, matmul_precision, normal
+from tide_jax.rounding import scaled
 
 
 class Experts(nnx.Module):
-    """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``."""
+    """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``.
+
+    Where the weights are 8-bit integers, their scales have the shapes of the biases.
+    """
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         e, d, f = moe.num_experts, config.hidden_size, moe.intermediate_size
-        self.gate_up = nnx.Param(normal(rngs, (e, d, 2, f), d, dtype))
-        self.down = nnx.Param(normal(rngs, (e, f, d), f, dtype))
+        self.gate_up = nnx.Param(normal(rngs, (e, d, 2, f), d, dtype), summed=(1,))
+        self.down = nnx.Param(normal(rngs, (e, f, d), f, dtype), summed=(1,))
+        self.gate_up_scale: nnx.Param | None = None
+        self.down_scale: nnx.Param | None = None
         self.gate_up_bias = nnx.Param(jnp.zeros((e, 2, f), dtype)) if moe.expert_bias else None
         self.down_bias = nnx.Param(jnp.zeros((e, d), dtype)) if moe.expert_bias else None
 
@@ -39,11 +45,12 @@ class MoE(nnx.Module):
         assert config.moe is not None
         moe, d = config.moe, config.hidden_size
         self.moe, self.activation, self.limit = moe, config.activation, config.activation_limit
-        self.router = Dense((d,), (moe.num_experts,), bias=moe.router_bias, dtype=dtype, rngs=rngs)
+        self.router = Dense((d,), (moe.num_experts,), bias=moe.router_bias, exact=True, dtype=dtype, rngs=rngs)
         self.correction = nnx.Param(jnp.zeros((moe.num_experts,), dtype)) if moe.correction != "none" else None
         self.experts = Experts(config, moe, dtype=dtype, rngs=rngs)
         self.shared = MLP(config, size=moe.shared_size, dtype=dtype, rngs=rngs) if moe.shared_size else None
-        self.shared_gate = Dense((d,), (1,), bias=False, dtype=dtype, rngs=rngs) if moe.shared_gate else None
+        gate = moe.shared_gate
+        self.shared_gate = Dense((d,), (1,), bias=False, exact=True, dtype=dtype, rngs=rngs) if gate else None
         self.output_norm = block_norm(config, d, dtype=dtype) if moe.output_norm else None
         self.output_bias = nnx.Param(jnp.zeros((d,), dtype)) if moe.output_bias else None
 
@@ -79,12 +86,17 @@ class MoE(nnx.Module):
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
         """Runs row i, sorted by expert, through expert ``expert[i]``."""
-        hidden = expert_matmul(rows, self.experts.gate_up[...], expert)
-        if self.experts.gate_up_bias is not None:
-            hidden = hidden + self.experts.gate_up_bias[...][expert]
+        experts = self.experts
+        hidden = expert_matmul(rows, experts.gate_up[...], expert, _numbers(experts.gate_up_scale))
+        if experts.gate_up_bias is not None:
+            hidden = hidden + experts.gate_up_bias[...][expert]
         hidden = gated(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
-        out = expert_matmul(hidden, self.experts.down[...], expert)
-        return out if self.experts.down_bias is None else out + self.experts.down_bias[...][expert]
+        out = expert_matmul(hidden, experts.down[...], expert, _numbers(experts.down_scale))
+        return out if experts.down_bias is None else out + experts.down_bias[...][expert]
+
+
+def _numbers(parameter: nnx.Param | None) -> Array | None:
+    return None if parameter is None else parameter[...]
 
 
 def by_expert(
@@ -100,25 +112,38 @@ def by_expert(
 
 
 def expert_matmul(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+    rows: Float[Array, "M D"],
+    kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."],
+    expert: Int[Array, " M"],
+    scale: Float[Array, "E ..."] | None = None,
 ) -> Float[Array, "M ..."]:
-    """Row i, sorted by expert, times ``kernels[expert[i]]``."""
+    """Row i, sorted by expert, times ``kernels[expert[i]]``.
+
+    Args:
+      kernels: of the dtype of `rows`, or 8-bit integers.
+      scale: float32 factor of each output, for integers.
+    """
     if 2 * rows.shape[0] <= kernels.shape[0]:  # a step of decoding reads the experts it needs, not all
-        return einsum("md,md...->m...", rows, kernels[expert])
-    return lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs)
+        times = einsum if scale is None else integer_sums
+        sums = times("md,md...->m...", rows, kernels[expert])
+    else:
+        sums = lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs)
+    return sums if scale is None else scaled(sums, scale[expert], rows.dtype)
 
 
 def _by_runs(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
     sizes = jnp.bincount(expert, length=kernels.shape[0]).astype(jnp.int32)
     flat = kernels.reshape(*kernels.shape[:2], -1)
-    out = lax.ragged_dot(rows, flat, sizes, precision=matmul_precision(rows.dtype))
+    summed_in = jnp.float32 if flat.dtype == jnp.int8 else None
+    precision = matmul_precision(rows.dtype)
+    out = lax.ragged_dot(rows, flat.astype(rows.dtype), sizes, precision, summed_in)
     return out.reshape(-1, *kernels.shape[2:])
 
 
 def _by_blocks(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."], expert: Int[Array, " M"]
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
     """For CPUs, where `lax.ragged_dot` multiplies every row with every expert: each expert fills whole blocks."""
     (count, width), experts = rows.shape, kernels.shape[0]
@@ -132,13 +157,19 @@ def _by_blocks(
     padded = jnp.zeros((blocks * size, width), rows.dtype).at[place].set(rows)
     owner = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
     owner = jnp.minimum(owner, experts - 1)
-    out = lax.map(lambda block: matmul(block[0], kernels[block[1]]), (padded.reshape(blocks, size, width), owner))
+
+    def run(block: tuple[Float[Array, "S D"], Int[Array, ""]]) -> Float[Array, "S ..."]:
+        kernel = kernels[block[1]]
+        rounded = kernel.dtype == jnp.int8
+        return integer_sums("md,d...->m...", block[0], kernel) if rounded else matmul(block[0], kernel)
+
+    out = lax.map(run, (padded.reshape(blocks, size, width), owner))
     return out.reshape(blocks * size, *kernels.shape[2:])[place]
 
 
 def router_logits(router: Dense, tokens: Float[Array, "N D"]) -> Float[Array, "N E"]:
     """In float32: rounded logits would choose other experts where scores are close."""
-    logits = einsum("td,ed->te", tokens.astype(jnp.float32), router.kernel[...].astype(jnp.float32))
+    logits = einsum("td,ed->te", tokens.astype(jnp.float32), router.weights(jnp.dtype(jnp.float32)))
     return logits if router.bias is None else logits + router.bias[...].astype(jnp.float32)[None, :]
 
 

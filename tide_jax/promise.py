@@ -147,7 +147,7 @@ def with_guarantee(
             seed=config.seed,
             progress=progress,
         )
-        facts = {"exit_config": found.to_dict(), "no_guarantee": None, "guarantee_dtype": str(model.dtype)}
+        facts = {"exit_config": found.to_dict(), "no_guarantee": None, "guarantee_dtype": model.precision}
     except GuaranteeError as error:
         facts = {"exit_config": None, "no_guarantee": str(error)}
     metadata = RouterMetadata.from_dict(routers.metadata.to_dict() | facts)
@@ -158,7 +158,7 @@ def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitC
     """Exit settings for a run, and a line that says what is promised for them.
 
     What was stored with the routers holds where nothing else is asked for; a promise is dropped with any other setting,
-    and in another dtype than it was measured in.
+    and in another precision than it was measured in.
 
     Args:
       asked: fields of `ExitConfig`; None asks for nothing.
@@ -170,7 +170,7 @@ def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitC
     default = min(ExitConfig.min_layers, model.config.num_layers)
     base = ExitConfig(min_layers=default) if stored is None else stored
     config = dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})
-    measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), str(model.dtype)
+    measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), model.precision
     if config.guarantee is not None and measured != dtype:
         config = dataclasses.replace(config, guarantee=None)
         return config, f"nothing promised: that was for {measured}, this is {dtype}"

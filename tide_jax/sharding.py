@@ -58,6 +58,7 @@ PARAMETERS: Mapping[str, Axes] = {
     "*.attention.v_up.kernel": ("heads", None, None),
     "*.attention.q": ("experts", None, "kv_heads", None),
     "*.attention.out": ("experts", "kv_heads", None, None),
+    "*.attention.q_scale": ("experts", "kv_heads", None),
     "*.gate_up.kernel": (None, "ffn", None),
     "*.gate_up.bias": (None, "ffn"),
     "*.up.kernel": ("ffn", None),
@@ -65,6 +66,7 @@ PARAMETERS: Mapping[str, Axes] = {
     "*.down.kernel": (None, "ffn"),
     "*.experts.gate_up": ("experts", None, None, "ffn"),
     "*.experts.gate_up_bias": ("experts", None, "ffn"),
+    "*.experts.gate_up_scale": ("experts", None, "ffn"),
     "*.experts.down": ("experts", "ffn", None),
     "*.heads.*.factors.0": (None, "exit_rank"),
     "*.heads.*.factors.1": ("exit_rank", None),
@@ -73,7 +75,8 @@ PARAMETERS: Mapping[str, Axes] = {
 }
 """Logical axes of parameters, as they are kept, by dotted path, the first pattern that fits. All others lie on every
 device: norms, routers, low-rank bottlenecks, which are small, and translators: split, each layer that is skipped would
-need a sum over the group, which costs more than what they read."""
+need a sum over the group, which costs more than what they read. The scales of a kernel of 8-bit integers lie with its
+outputs."""
 
 CACHE: Mapping[str, Axes] = {
     "*.keys.*": ("rows", "kv_heads", None, None),
@@ -135,7 +138,7 @@ def mesh_of(model: Any) -> Mesh | None:
 
 def place(path: str, tensor: Any, mesh: Mesh) -> Array:
     """A parameter, numpy's or JAX's, on the mesh: each device gets its own part and no more."""
-    return _put(tensor, NamedSharding(mesh, _spec(_axes(f".{path}", PARAMETERS), tensor.shape, mesh.shape)))
+    return _put(tensor, NamedSharding(mesh, _spec(_parameter_axes(f".{path}", tensor.ndim), tensor.shape, mesh.shape)))
 
 
 def split_rows(tree: T, mesh: Mesh | None) -> T:
@@ -229,6 +232,13 @@ def _mesh_shape(shape: Any) -> tuple[int, int]:
 def _dotted(path: Any) -> str:
     """``layers.0.attention.q.kernel``: a parameter's path without the name of what an `nnx.Param` holds."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _parameter_axes(path: str, ndim: int) -> Axes:
+    """The axes of a parameter. Outputs lead in kernels, so that scales, one for each output, have the first of them."""
+    if path.endswith(".scale"):
+        return _axes(f"{path.removesuffix('.scale')}.kernel", PARAMETERS)[:ndim]
+    return _axes(path, PARAMETERS)
 
 
 def _axes(path: str, table: Mapping[str, Axes]) -> Axes:

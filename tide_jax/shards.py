@@ -117,7 +117,14 @@ class ShardedTensors:
         Raises:
           TideError: as `read`.
         """
-        info, location, dtype = self.infos[name], self._locations[name], self._float_dtype(name)
+        return self._mapped(name, self._float_dtype(name))
+
+    def map_stored(self, name: str) -> np.ndarray:
+        """As `map`, of any dtype in `STORED_DTYPES`."""
+        return self._mapped(name, self._stored_dtype(name))
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        info, location = self.infos[name], self._locations[name]
         try:
             if location.file not in self._maps:
                 self._maps[location.file] = np.memmap(location.file, np.uint8, "r")
@@ -132,12 +139,14 @@ class ShardedTensors:
             raise TideError(f"tensor {name} has dtype {found}, expected one of {', '.join(DTYPES)}")
         return DTYPES[found]
 
+    def _stored_dtype(self, name: str) -> np.dtype:
+        if (found := self.infos[name].dtype) not in STORED_DTYPES:
+            raise TideError(f"tensor {name} has dtype {found}, expected one of {', '.join(STORED_DTYPES)}")
+        return STORED_DTYPES[found]
+
     def read_stored(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
         """As `read`, of any dtype in `STORED_DTYPES`: packed integers, 8-bit floats."""
-        info, location = self.infos[name], self._locations[name]
-        dtype = STORED_DTYPES.get(info.dtype)
-        if dtype is None:
-            raise TideError(f"tensor {name} has dtype {info.dtype}, expected one of {', '.join(STORED_DTYPES)}")
+        info, location, dtype = self.infos[name], self._locations[name], self._stored_dtype(name)
         shape, skipped = info.shape, 0
         for i in index:
             skipped, shape = skipped * shape[0] + i, shape[1:]

@@ -1,0 +1,105 @@
+"""Writing a conversion whose matrices are 8-bit integers, a source tensor at a time.
+
+A scale belongs to an output and takes in all of its inputs. The pieces of weight maps hold whole outputs, so that each
+is rounded as it comes. Where pieces hold parts of an output, the parameter is put together first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.reader import Source
+from convert.rules import Piece, Plan, Slot
+from convert.writer import Layout, ShardWriter, plan_layout
+from tide_jax.architecture import DecoderConfig
+from tide_jax.decoder import kernel_input_axes, rounded_axes
+from tide_jax.fingerprints import Samples
+from tide_jax.rounding import round_weights, scale_path
+from tide_jax.shards import checked_cast
+
+_BLOCK = 2**23  # numbers that are rounded at once, where a piece has that many and more outputs than one
+_INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What fills ``parameter[slot]``, as floats of the source, and the source tensor's name."""
+
+    path: str
+    slot: Slot
+    floats: np.ndarray
+    source: str
+
+
+class RoundedPlan:
+    """A plan in the layout of the model, with integers and scales for what is rounded.
+
+    Args:
+      plan: of the floats, as the model keeps them (`convert.stored.as_stored`).
+      config: the architecture.
+    """
+
+    def __init__(self, plan: Plan, config: DecoderConfig) -> None:
+        self._plan, self._config, self._axes = plan, config, rounded_axes(config)
+        self._samples = Samples(plan.shapes, kernel_input_axes(config))
+        self._whole = {p.path for p in plan.pieces if not self._holds_outputs(p)}
+
+    def layout(self, dtype: np.dtype, max_shard_bytes: float) -> Layout:
+        """Where everything goes; scales come behind their integers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        others: dict[str, np.dtype] = {}
+        for path, shape in self._plan.shapes.items():
+            shapes[path] = shape
+            if (axes := self._axes.get(path)) is not None:
+                name = scale_path(path)
+                shapes[name] = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+                others |= {path: _INT8, name: _FLOAT32}
+        return plan_layout(shapes, dtype, max_shard_bytes, others)
+
+    def write(self, source: Source, writer: ShardWriter) -> Iterator[int]:
+        """Writes all of it; tells after each source tensor how many bytes that were."""
+        for name, pieces in self._plan.by_source().items():
+            if now := [piece for piece in pieces if piece.path not in self._whole]:
+                yield self._write_taken(source.read(name), now, writer)
+        by_path = self._plan.by_path()
+        for path in sorted(self._whole):
+            yield self._write(_Part(path, (), self._put_together(source, path, by_path[path]), path), writer)
+
+    def fingerprint(self) -> str | None:
+        """The name of the floats, once all is written."""
+        return self._samples.digest(self._config)
+
+    def _holds_outputs(self, piece: Piece) -> bool:
+        """Whether a piece has all inputs of the outputs that it fills."""
+        axes = self._axes.get(piece.path, ())
+        return all(isinstance(index, slice) for axis, index in enumerate(piece.slot) if axis in axes)
+
+    def _write_taken(self, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
+        taken = [_Part(p.path, p.slot, p.take(tensor, self._config), p.source) for p in pieces]
+        return sum(self._write(part, writer) for part in taken)
+
+    def _put_together(self, source: Source, path: str, pieces: list[Piece]) -> np.ndarray:
+        floats = np.empty(self._plan.shapes[path], np.float32)
+        for piece in pieces:
+            taken = piece.take(source.read(piece.source), self._config)
+            floats[piece.slot] = checked_cast(taken, _FLOAT32, piece.source)
+        return floats
+
+    def _write(self, part: _Part, writer: ShardWriter) -> int:
+        self._samples.take(part.path, part.slot, part.floats)
+        if (axes := self._axes.get(part.path)) is None:
+            return writer.write(part.path, part.slot, part.floats, part.source)
+        fixed = [axis for axis, index in enumerate(part.slot) if isinstance(index, int)]
+        summed = tuple(axis - sum(f < axis for f in fixed) for axis in axes)
+        slot = tuple(index for axis, index in enumerate(part.slot) if axis not in axes)
+        written, count = 0, len(part.floats)
+        rows = count if 0 in summed else max(1, _BLOCK * count // max(1, part.floats.size))
+        for start in range(0, count, max(1, rows)):
+            floats = part.floats[start : start + rows]
+            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed)
+            written += writer.write(part.path, part.slot, integers, part.source, start)
+            written += writer.write(scale_path(part.path), slot, scale, part.source, start)
+        return written

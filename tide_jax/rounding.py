@@ -1,0 +1,157 @@
+"""Weights executed as 8-bit integers: what is rounded, and how.
+
+A token at small batch costs the reading of the weights, and 8-bit weights are a quarter of float32's. So the matrices
+that every token meets are kept as integers with a float32 scale for each output: those of `Dense`, the experts, and the
+table of the output head. A product is ``scale * (x @ integers)``: activations, sums and the cache stay floats.
+
+The rule is symmetric, by output: ``scale = max |w| / 127`` over the inputs, ``q = round(w / scale)``, halves to even. A
+row of zeros has scale 1, so that scales are positive.
+
+What stays float is small, or read row by row, or decides: norms, biases, learned positions, an embedding that is only
+looked up (a token reads one row of it), and the routers of experts (rounded, they would choose others). An embedding
+that serves as head is rounded, since each token reads all of it; then a look-up gives ``row * scale``.
+
+A module says which of its parameters may be rounded, by naming the axes that a product sums over (`axes_of`). So this
+file knows no family, and a parameter without that note stays float.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int8
+
+from tide_jax.errors import TideError, shortened
+
+Weights = Literal["float", "int8"]
+WEIGHTS: tuple[Weights, ...] = ("float", "int8")
+M = TypeVar("M", bound=nnx.Module)
+_MOST = 127
+_BLOCK = 2**23  # numbers that are rounded at once
+
+
+def checked_weights(weights: Any) -> Weights | None:
+    """A caller's `weights`. Raises TideError unless it is None or one of `WEIGHTS`."""
+    if weights is None:
+        return None
+    if not isinstance(weights, str) or weights not in WEIGHTS:
+        raise TideError(
+            f"weights={shortened(repr(weights), 60)} is not known; choose 'int8' or 'float', or leave it out"
+        )
+    return "int8" if weights == "int8" else "float"
+
+
+def precision(dtype: Any, weights: Weights) -> str:
+    """The numbers that a model computes with, for reports and for what was measured with them."""
+    return jnp.dtype(dtype).name if weights == "float" else f"{jnp.dtype(dtype).name} with int8 weights"
+
+
+def round_weights(
+    weights: Float[np.ndarray, "..."], axes: tuple[int, ...]
+) -> tuple[Int8[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Rounds one tensor; apart from the result, memory is needed for a few million numbers of it.
+
+    Args:
+      weights: finite.
+      axes: those that a product sums over.
+
+    Returns:
+      The integers, and the float32 scales in the shape of the other axes.
+    """
+    rounded = np.empty(weights.shape, np.int8)
+    scale = np.empty([size for axis, size in enumerate(weights.shape) if axis not in axes], np.float32)
+    rows = len(weights) if 0 in axes else max(1, _BLOCK * len(weights) // max(1, weights.size))
+    for start in range(0, len(weights), max(1, rows)):
+        part = slice(start, start + rows)
+        block = weights[part].astype(np.float32)
+        # A number that no float32 scale is small enough for counts as zero.
+        peak = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)
+        peak = np.where(peak > 0, peak, np.float32(1))
+        np.divide(block, peak, out=block)
+        rounded[part] = np.clip(np.rint(block, out=block), -_MOST, _MOST)
+        scale[... if 0 in axes else part] = np.squeeze(peak, axes)
+    return rounded, scale
+
+
+def restored(integers: Int8[np.ndarray, "..."], scale: Float[np.ndarray, "..."], axes: tuple[int, ...]) -> np.ndarray:
+    """The float32 weights that integers stand for; `axes` as in `round_weights`."""
+    return integers.astype(np.float32) * np.expand_dims(scale, axes)
+
+
+def as_floats(kernel: nnx.Param, scale: nnx.Param | None, dtype: Any) -> Float[Array, "..."]:
+    """The weights of a module as floats in `dtype`, inside or outside a program; a cast where none are rounded."""
+    if scale is None:
+        return kernel[...].astype(dtype)
+    lined_up = jnp.expand_dims(scale[...], axes_of(kernel) or ())
+    return (kernel[...].astype(jnp.float32) * lined_up).astype(dtype)
+
+
+def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"] | None, dtype: Any) -> Float[Array, "... F"]:
+    """float32 sums times their scales, in `dtype`; a cast without scales."""
+    return (sums if scale is None else sums * scale).astype(dtype)
+
+
+def axes_of(parameter: nnx.Variable) -> tuple[int, ...] | None:
+    """The axes that a product sums over, of a parameter that may be rounded; None for others."""
+    return parameter.get_metadata().get("summed")
+
+
+def scale_path(path: str) -> str:
+    """Where the scales of a parameter lie: ``q.scale`` of ``q.kernel``, ``experts.down_scale`` of ``experts.down``."""
+    return f"{path.removesuffix('.kernel')}.scale" if path.endswith(".kernel") else f"{path}_scale"
+
+
+def as_int8(model: M) -> M:
+    """A model's form with 8-bit weights: changes the model, whose numbers are lost. For `nnx.eval_shape`."""
+    for _, module in nnx.iter_modules(model):
+        for name, leaf in list(vars(module).items()):
+            if not isinstance(leaf, nnx.Param) or (axes := axes_of(leaf)) is None:
+                continue
+            shape = leaf.get_value().shape
+            outputs = [size for axis, size in enumerate(shape) if axis not in axes]
+            leaf.set_value(jnp.zeros(shape, jnp.int8))
+            # The attribute was None, which Flax holds to be static until it is told otherwise.
+            setattr(module, scale_path(f".{name}")[1:], nnx.data(nnx.Param(jnp.ones(outputs, jnp.float32))))
+    return model
+
+
+def check_scales(path: str, scale: np.ndarray, where: str) -> np.ndarray:
+    """Scales as a file holds them. Raises TideError, which names the file's folder, unless all are positive."""
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.isfinite(scale) & (scale > 0))
+    if wrong.any():
+        found = float(scale[wrong][0])
+        raise TideError(
+            f"{where}: scale {path} holds {found:g}, expected positive finite numbers: the weights are damaged, "
+            "convert the checkpoint again"
+        )
+    return scale
+
+
+def kept_as_floats(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, Any]) -> list[str]:
+    """Parameters of two axes or more that have no 8-bit form, those of all layers under one name, in order."""
+    left = [path for path, shape in shapes.items() if len(shape) > 1 and path not in rounded]
+    return sorted({re.sub(r"\blayers\.\d+\.", "layers.*.", path) for path in left})
+
+
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, tuple[int, ...]], itemsize: int) -> int:
+    """Bytes of tensors in their stored type.
+
+    Args:
+      shapes: of the tensors, as they are kept.
+      rounded: the axes of those that are integers.
+      itemsize: bytes of a float.
+    """
+    total = 0
+    for path, shape in shapes.items():
+        count = math.prod(shape)
+        axes = rounded.get(path)
+        outputs = 0 if axes is None else math.prod(size for axis, size in enumerate(shape) if axis not in axes)
+        total += count * itemsize if axes is None else count + 4 * outputs
+    return total
