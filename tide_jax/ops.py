@@ -84,9 +84,8 @@ def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Arr
 
     def in_blocks(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
         def block(number: Int[Array, ""], sums: Float[Array, "T F"]) -> Float[Array, "T F"]:
-            start = jnp.minimum(
-                number.astype(jnp.int32) * jnp.int32(size), jnp.int32(outputs - size)
-            )  # the last overlaps
+            # The last block begins earlier than the others end.
+            start = jnp.minimum(number.astype(jnp.int32) * jnp.int32(size), jnp.int32(outputs - size))
             part = at_once(x, lax.dynamic_slice_in_dim(rows, start, size))
             return lax.dynamic_update_slice_in_dim(sums, part, start, axis=1)
 

@@ -92,9 +92,9 @@ def as_floats(kernel: nnx.Param, scale: nnx.Param | None, dtype: Any) -> Float[A
     return (kernel[...].astype(jnp.float32) * lined_up).astype(dtype)
 
 
-def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"] | None, dtype: Any) -> Float[Array, "... F"]:
-    """float32 sums times their scales, in `dtype`; a cast without scales."""
-    return (sums if scale is None else sums * scale).astype(dtype)
+def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"], dtype: Any) -> Float[Array, "... F"]:
+    """float32 sums times their scales, in `dtype`."""
+    return (sums * scale).astype(dtype)
 
 
 def axes_of(parameter: nnx.Variable) -> tuple[int, ...] | None:
