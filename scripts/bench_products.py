@@ -132,7 +132,7 @@ def product_variant(weights: jax.Array, scale: jax.Array, rows: int, *, own: boo
 
 def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
     """Decoding at full depth: milliseconds a step by batch size."""
-    models = {"float32": tide_jax.load(source, "float32")}
+    models = {"float32": tide_jax.load(source, "float32"), "int8": tide_jax.load(source, "float32", weights="int8")}
     bytes_read = {name: sum(p.value.nbytes for p in stored_parameters(model)) for name, model in models.items()}
     batches = []
     for batch in args.batch:

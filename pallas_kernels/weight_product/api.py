@@ -94,4 +94,4 @@ def _unavailable() -> str | None:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    logger.warning("products of weights run as XLA's own, which are slower on a CPU: %s", reason)
+    logger.warning("XLA's own products are used, which are slower (the extra 'cpu' brings others): %s", reason)
