@@ -367,7 +367,7 @@ def test_senseless_settings_are_named(name: str, value: Any, tmp_path: Path) -> 
 
 
 def test_ids_outside_the_vocabulary_change_nothing() -> None:
-    outside = {"suppress_tokens": [-1, 5000], "bad_words_ids": [[5000], [3, 5000]], "forced_eos_token_id": 5000}
+    outside = {"suppress_tokens": [-1, 5000], "bad_words_ids": [[5000], [3, 5000]]}
     assert found(engine(), **outside) == found(engine())
 
 
