@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import jaxlib
 import numpy as np
 import pytest
 
-from pallas_kernels.weight_product import IMPLEMENTATIONS, MOST_ROWS, handler, turned_off, weight_product
+from pallas_kernels.weight_product import IMPLEMENTATIONS, MOST_ROWS, handler, llvm, turned_off, weight_product
 from pallas_kernels.weight_product.assembly import Shape, Tile, module
 from tide_jax.ops import times_rows
 
@@ -79,6 +80,19 @@ def test_it_has_a_derivative_and_maps() -> None:
     product = lambda x: weight_product(x, weights, implementation="llvm")  # noqa: E731
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(product(x)))(x)[0], jnp.sum(weights, axis=0), rtol=1e-5)
     np.testing.assert_array_equal(jax.vmap(lambda row: product(row[None])[0])(x), product(x))
+
+
+@pytest.mark.parametrize("transformation", [jax.jit, jax.vmap, jax.grad, lambda f: jax.jit(jax.vmap(jax.grad(f)))])
+def test_the_first_use_of_a_process_may_be_inside_a_transformation(transformation: Callable) -> None:
+    """The kernel runs once before it is used: that must not be traced into the caller's program."""
+    weights = weights_of("float32", 33, 7)[0]
+    total = lambda x: jnp.sum(weight_product(x.reshape(1, 33), weights, implementation="llvm"))  # noqa: E731
+    x = rows_of(2, 33)
+    x = {jax.jit: x[0], jax.grad: x[0]}.get(transformation, x)
+    llvm.unavailable.cache_clear()
+    assert np.isfinite(transformation(total)(x)).all()
+    assert llvm.unavailable.cache_info().currsize == 1
+    assert llvm.unavailable() is None
 
 
 def test_what_it_does_not_take() -> None:
