@@ -329,14 +329,15 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         raise TideError(f"{directory} has no {ADAPTER_CONFIG}: expected a LoRA adapter as PEFT saves it")
     settings = read_json(path)
     if (kind := settings.get("peft_type")) != "LORA":
-        raise TideError(f"{directory} is an adapter of type {kind!r}, only LORA is supported: merge it with PEFT first")
+        found = f"an adapter of type {shortened(kind)!r}"
+        raise TideError(f"{directory} is {found}, only LORA is supported: merge it with PEFT first")
     if (start := settings.get("init_lora_weights")) not in _PLAIN_STARTS:
         raise TideError(
-            f"{directory} was trained from init_lora_weights={start!r}, which changes the base's weights: merge it "
-            "with PEFT first, or save it with path_initial_model_for_weight_conversion"
+            f"{directory} was trained from init_lora_weights={shortened(start)!r}, which changes the base's weights: "
+            "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion"
         )
     if unknown := sorted(key for key, value in settings.items() if value and key not in _USED + _HARMLESS):
-        given = ", ".join(unknown)
+        given = shortened(", ".join(unknown), 120)
         raise TideError(f"{directory} uses {given}, which is not supported: merge it with PEFT first")
     return settings
 

@@ -16,7 +16,9 @@ import numpy as np
 from convert.quantised_floats import bitsandbytes, fp8, mxfp4, plain_numbers
 from convert.quantised_integers import awq, gptq, packed_integers
 from convert.quantised_parts import Method, Packed, Settings, Stored, refusal
+from convert.quantised_settings import problem
 from convert.reader import HuggingFaceSource
+from tide_jax.errors import shortened
 from tide_jax.shards import DTYPES, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -77,9 +79,9 @@ class QuantisedSource:
 
 def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
     """What the compressed-tensors package writes, where all weights are quantised in one plain way."""
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)]
+    groups = list((settings.get("config_groups") or {}).values())
     forms = {group.get("format") or settings.get("format") for group in groups}
-    schemes = [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    schemes = [group["weights"] for group in groups if group.get("weights")]
     if len(forms) != 1 or not schemes or any(scheme != schemes[0] for scheme in schemes):
         raise refusal(stored, "compressed-tensors weights quantised in several ways are not supported")
     for key in ("sparsity_config", "transform_config"):
@@ -91,7 +93,7 @@ def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
         return packed_integers(stored, scheme.get("num_bits", 8), size)
     if form in ("float-quantized", "int-quantized", "naive-quantized") and scheme.get("num_bits", 8) == 8:
         return plain_numbers(stored, scheme)
-    raise refusal(stored, f"compressed-tensors weights in the format {form!r} are not supported")
+    raise refusal(stored, f"compressed-tensors weights in the format {shortened(form)!r} are not supported")
 
 
 METHODS: dict[str, Method] = {
@@ -107,11 +109,13 @@ METHODS: dict[str, Method] = {
 
 def _packed_weights(stored: Stored, settings: Any) -> dict[str, Packed]:
     if not isinstance(settings, dict):
-        raise refusal(stored, f"config.json has {CONFIG_KEY}={settings!r}, expected an object")
+        raise refusal(stored, f"config.json has {CONFIG_KEY}={shortened(repr(settings))}, expected an object")
+    if (wrong := problem(settings)) is not None:
+        raise refusal(stored, f"config.json's {CONFIG_KEY} has {wrong}")
     old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = settings.get("quant_method", "bitsandbytes" if old else None)
     if method not in METHODS:
-        named = method or "an unknown method"
+        named = shortened(method or "an unknown method")
         raise refusal(stored, f"weights quantised with {named} are not supported, only with {', '.join(METHODS)}")
     weights = METHODS[method](stored, settings)
     if weights:

@@ -27,7 +27,7 @@ from convert.quantised_parts import (
     scale_dtype,
     spread,
 )
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 from tide_jax.shards import DTYPES, TensorInfo
 
 _SCALES = (*DTYPES, "F8_E8M0", "U8")
@@ -132,7 +132,7 @@ def plain_numbers(stored: Stored, weights: Settings) -> dict[str, Packed]:
     strategy, group = weights.get("strategy"), weights.get("group_size")
     block = {"tensor": None, "channel": (1, None), "group": (1, group), "block": weights.get("block_structure")}
     if strategy not in block:
-        raise refusal(stored, f"scales by {strategy} are not supported")
+        raise refusal(stored, f"scales by {shortened(strategy)} are not supported")
     return _scaled(stored, "weight_scale", ("F8_E4M3", "I8"), block[strategy])
 
 

@@ -26,6 +26,7 @@ from convert.quantised_parts import (
 )
 from convert.quantised_zeros import read_zeros, zeros_less_one
 from convert.reader import CONV1D_TYPES
+from tide_jax.errors import shortened
 from tide_jax.shards import DTYPES, TensorInfo
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -37,7 +38,8 @@ def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
     form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if form not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
         raise refusal(
-            stored, f"GPTQ weights in the format {form!r} of a kernel are not supported, only gptq and gptq_v2"
+            stored,
+            f"GPTQ weights in the format {shortened(form)!r} of a kernel are not supported, only gptq and gptq_v2",
         )
     found: dict[str, tuple[dict[str, str], int, int]] = {}
     for module, parts in modules(stored, "qweight", ("qzeros", "scales"), ("g_idx",)):
@@ -90,7 +92,7 @@ def awq(stored: Stored, settings: Settings) -> dict[str, Packed]:
     """Weights [out, in] of 4 bits, packed along their outputs in an interleaved order."""
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
-        raise refusal(stored, f"AWQ weights of the version {version!r} are not supported, only 'gemm'")
+        raise refusal(stored, f"AWQ weights of the version {shortened(version)!r} are not supported, only 'gemm'")
     if (bits := settings.get("bits") or settings.get("w_bit")) != 4:
         raise refusal(stored, f"AWQ weights of {bits} bits are not supported, only 4")
     packed: dict[str, Packed] = {}

@@ -11,7 +11,7 @@ from convert.rules import Rule
 from convert.weights.parts import LLAMA
 from tide_jax.activations import KNOWN_ACTIVATIONS
 from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +153,8 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
     }
     fields |= flags
     if fields["activation"] not in KNOWN_ACTIVATIONS:
-        raise TideError(
-            f"activation {fields['activation']!r} is not implemented, only {', '.join(sorted(KNOWN_ACTIVATIONS))}"
-        )
+        found = shortened(repr(fields["activation"]))
+        raise TideError(f"activation {found} is not implemented, only {', '.join(sorted(KNOWN_ACTIVATIONS))}")
     return DecoderConfig(**fields)
 
 
