@@ -36,7 +36,7 @@ def family_of(source: Source) -> Family:
 def _unknown(model_type: str) -> str:
     close = difflib.get_close_matches(model_type, FAMILIES, n=3)
     listed = f"close are {', '.join(close)}" if close else "docs/families.md lists them"
-    return f"model_type {model_type!r} is none of the {len(FAMILIES)} that convert by table ({listed})"
+    return f"model_type {shortened(repr(model_type))} is in no table ({listed})"
 
 
 @dataclasses.dataclass(frozen=True)

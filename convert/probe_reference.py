@@ -210,8 +210,8 @@ def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
             return _KnownClass(source, f"transformers' {name}", found)
     classes = f"architectures {', '.join(names)}" if names else "any architectures"
     raise TideError(
-        f"nothing says what {source.description} computes: the installed transformers knows neither model_type "
-        f"{model_type!r} nor {classes}, and the checkpoint brings no code of its own"
+        f"neither does the installed transformers know it or {classes}, and {source.description} brings no code of its "
+        "own"
     )
 
 

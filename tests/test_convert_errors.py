@@ -209,7 +209,7 @@ def test_config_without_model_type(tmp_path: Path) -> None:
 
 def test_unsupported_model_type(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="acme"))
-    assert f"model_type 'acme' is none of the {len(FAMILIES)} that convert by table" in message
+    assert "model_type 'acme' is in no table (" in message
 
 
 def test_an_encoder_decoder_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 _MOST = 3
 _WIDTH = 80
-_LONGEST, _CUT = 600, 300
+_LONGEST = 300
 
 
 class TideError(ValueError):
     """Bad input: one line saying what was wrong, what was expected and what to do.
 
     The command line prints it without a traceback and exits with status 2. A message that some value of a file has
-    made very long keeps its start, which says what was wrong, and its end, which says what to do.
+    made longer than 300 characters keeps its start, which says what was wrong, and its end, which says what to do.
     """
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
         if len(text) > _LONGEST:
-            end = _CUT // 3
-            text = f"{shortened(text, _CUT - end - 1)} {' '.join(text[-end:].split())}"
+            end = _LONGEST // 3
+            text = f"{shortened(text, _LONGEST - end - 1)} {' '.join(text[-end:].split())}"
         super().__init__(text)
 
 
