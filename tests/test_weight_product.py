@@ -13,7 +13,15 @@ import jaxlib
 import numpy as np
 import pytest
 
-from pallas_kernels.weight_product import IMPLEMENTATIONS, MOST_ROWS, handler, llvm, turned_off, weight_product
+from pallas_kernels.weight_product import (
+    IMPLEMENTATIONS,
+    MOST_ROWS,
+    handler,
+    llvm,
+    turned_off,
+    weight_product,
+    weight_products,
+)
 from pallas_kernels.weight_product.assembly import Shape, Tile, module
 from tide_jax.ops import times_rows
 
@@ -56,6 +64,18 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str, depth: int
     alone = np.asarray(product(rows_of(1, depth)))[0]
     for count in range(2, MOST_ROWS + 1):
         np.testing.assert_array_equal(np.asarray(product(rows_of(count, depth)))[0], alone)
+
+
+def test_several_products_in_one_call_are_those_of_calls_of_their_own() -> None:
+    """Large and small, floats and integers: pieces of all of them are shared out among the threads."""
+    products = [
+        weights_of(*args) for args in (("float32", 96, 31), ("int8", 96, 9000), ("int8", 96, 1), ("float32", 96, 700))
+    ]
+    for count in (1, 5, MOST_ROWS):
+        x = rows_of(count, 96)
+        together = jax.jit(weight_products, static_argnames="implementation")(x, products, implementation="llvm")
+        for found, (weights, scale) in zip(together, products, strict=True):
+            np.testing.assert_array_equal(found, weight_product(x, weights, scale, implementation="llvm"))
 
 
 def test_in_a_loop_over_a_switch() -> None:
@@ -131,6 +151,7 @@ def test_offsets_are_those_of_xlas_header(tmp_path: Path) -> None:
     expected = {(kind, field): tables[kind][name] for kind, names in fields.items() for field, name in names.items()}
     expected[("XLA_FFI_CallFrame", "args.args")] = handler.FRAME["arguments"]
     expected[("XLA_FFI_CallFrame", "rets.rets")] = handler.FRAME["results"]
+    expected[("XLA_FFI_CallFrame", "rets.size")] = handler.FRAME["results_count"]
     prints = "".join(f'printf("%zu\\n", offsetof({kind}, {field}));' for kind, field in expected)
     source = tmp_path / "offsets.c"
     source.write_text(

@@ -59,7 +59,7 @@ def times_rows(
     """
     tokens = math.prod(x.shape[:-1])
     flat = x.reshape(tokens, x.shape[-1])
-    if not on_mesh() and weight_product.pays(flat, rows):
+    if not on_mesh() and weight_product.pays(flat, [(rows, scale)]):
         out = weight_product.weight_product(flat, rows, scale, implementation="llvm")
         return out.reshape(*x.shape[:-1], rows.shape[0])
     if scale is not None:

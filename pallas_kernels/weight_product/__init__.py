@@ -1,5 +1,13 @@
 """Products of a few rows with stored weights: what a decode step spends its time on."""
 
-from pallas_kernels.weight_product.api import IMPLEMENTATIONS, MOST_ROWS, pays, turned_off, weight_product
+from pallas_kernels.weight_product.api import (
+    IMPLEMENTATIONS,
+    MOST_ROWS,
+    Product,
+    pays,
+    turned_off,
+    weight_product,
+    weight_products,
+)
 
-__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "pays", "turned_off", "weight_product"]
+__all__ = ["IMPLEMENTATIONS", "MOST_ROWS", "Product", "pays", "turned_off", "weight_product", "weight_products"]

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 PIECE_BYTES = 48 * 1024
 """Bytes of weights that a thread takes at once."""
+PIECE_OUTPUTS = 12
+"""A piece has a multiple of so many outputs: tiles of 2, 3 and 4 fit."""
 ALONE_BYTES = 96 * 1024
 """Products that read no more than this stay on one thread: another would come too late."""
 
 # xla/ffi/api/c_api.h: XLA_FFI_CallFrame, XLA_FFI_Args, XLA_FFI_Rets
-FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results": 112}
+FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results_count": 96, "results": 112}
 # XLA_FFI_Buffer
 BUFFER = {"dtype": 16, "data": 24, "dims": 40}
 # XLA_FFI_Api
@@ -34,31 +36,55 @@ def _field(name: str, base: str, offset: int, kind: str = "ptr") -> str:
 
 
 _WORK = """
-; what the threads of one product share: next piece, pieces done, threads that hold it, pieces, outputs a piece,
-; x, w, scale, out, rows, depth, outputs, whether weights are 8-bit
-%work = type { i64, i64, i64, i64, i64, ptr, ptr, ptr, ptr, i64, i64, i64, i1 }
+; one of the products of a call: weights, scale, result, outputs, outputs a piece, the first piece and the one after the
+; last, whether weights are 8-bit
+%product = type { ptr, ptr, ptr, i64, i64, i64, i64, i1 }
+; what the threads of one call share: next piece, pieces done, threads that hold it, pieces, x, rows, depth, products
+%work = type { i64, i64, i64, i64, ptr, i64, i64, [0 x %product] }
 """
 
-_FIELDS = ("next", "finished", "holders", "pieces", "each", "x", "w", "scale", "out", "rows", "depth", "outputs", "s8")
-_KINDS = ("i64",) * 5 + ("ptr",) * 4 + ("i64",) * 3 + ("i1",)
+_PRODUCT = {"w": "ptr", "scale": "ptr", "out": "ptr", "outputs": "i64", "each": "i64", "from": "i64", "to": "i64"}
+_PRODUCT |= {"s8": "i1"}
+_SHARED = {"next": "i64", "finished": "i64", "holders": "i64", "pieces": "i64", "x": "ptr", "rows": "i64"}
+_SHARED |= {"depth": "i64", "products": ""}
+_PRODUCT_BYTES, _SHARED_BYTES = 64, 56
 
 
-def _at(name: str) -> str:
-    return f"  %{name}.at = getelementptr %work, ptr %work, i32 0, i32 {_FIELDS.index(name)}"
+def _at(name: str, prefix: str = "") -> str:
+    """The address of what threads share."""
+    return f"  %{prefix}{name}.at = getelementptr %work, ptr %work, i32 0, i32 {list(_SHARED).index(name)}"
 
 
 def _loaded(*names: str) -> str:
-    kinds = dict(zip(_FIELDS, _KINDS, strict=True))
-    return "\n".join(f"{_at(name)}\n  %{name} = load {kinds[name]}, ptr %{name}.at" for name in names)
+    return "\n".join(f"{_at(name)}\n  %{name} = load {_SHARED[name]}, ptr %{name}.at" for name in names)
 
 
 def _stored() -> str:
-    """Fills in what the threads share: no piece is begun, and one thread holds it."""
+    """Fills in what the threads share: no piece is begun, and one thread holds it. The products are there already."""
     values = {"next": "0", "finished": "0", "holders": "1"}
     return "\n".join(
-        f"  %work.{name} = getelementptr %work, ptr %work, i32 0, i32 {number}\n"
-        f"  store {kind} {values.get(name, f'%{name}')}, ptr %work.{name}"
-        for number, (name, kind) in enumerate(zip(_FIELDS, _KINDS, strict=True))
+        f"{_at(name, 'work.')}\n  store {kind} {values.get(name, f'%{name}')}, ptr %work.{name}.at"
+        for name, kind in _SHARED.items()
+        if kind
+    )
+
+
+def _of_product(name: str, prefix: str = "") -> str:
+    """The address of a field of product number ``%product``."""
+    return (
+        f"  %{prefix}{name}.at = getelementptr %work, ptr %work, i32 0, i32 {list(_SHARED).index('products')}, "
+        f"i64 %product, i32 {list(_PRODUCT).index(name)}"
+    )
+
+
+def _product_loaded(*names: str) -> str:
+    return "\n".join(f"{_of_product(name)}\n  %{name} = load {_PRODUCT[name]}, ptr %{name}.at" for name in names)
+
+
+def _product_stored() -> str:
+    return "\n".join(
+        f"{_of_product(name, 'product.')}\n  store {kind} %{name}, ptr %product.{name}.at"
+        for name, kind in _PRODUCT.items()
     )
 
 
@@ -68,14 +94,22 @@ define internal void @share(ptr %work) {{
 entry:
 {_at("next")}
 {_at("finished")}
-{_loaded(*_FIELDS[3:])}
+{_loaded("pieces", "x", "rows", "depth")}
   br label %take
 take:
   %piece = atomicrmw add ptr %next.at, i64 1 seq_cst
   %is = icmp ult i64 %piece, %pieces
-  br i1 %is, label %run, label %done
+  br i1 %is, label %find, label %done
+find:
+  %product = phi i64 [ 0, %take ], [ %product.next, %find ]
+{_product_loaded("to")}
+  %product.next = add i64 %product, 1
+  %later = icmp uge i64 %piece, %to
+  br i1 %later, label %find, label %run
 run:
-  %first = mul i64 %piece, %each
+{_product_loaded("w", "scale", "out", "outputs", "each", "from", "s8")}
+  %number = sub i64 %piece, %from
+  %first = mul i64 %number, %each
   %end = add i64 %first, %each
   %last = call i64 @llvm.umin.i64(i64 %end, i64 %outputs)
   br i1 %s8, label %run.s8, label %run.f32
@@ -140,8 +174,8 @@ no:
 """
 
 _BODY = f"""
-; arguments x [R, K] float32, w [N, K] float32 or int8, scale [N] float32 (any float32 array for float32 weights);
-; result [R, N] float32
+; arguments x [R, K] float32, then for each product w [N, K] float32 or int8 and scale [N] float32 (for float32 weights
+; any float32 array); results [R, N] float32
 define ptr @weight_product(ptr %frame) {{
 entry:
 {_field("extension", "%frame", FRAME["extension"])}
@@ -151,40 +185,66 @@ execute:
 {_field("api", "%frame", FRAME["api"])}
 {_field("context", "%frame", FRAME["context"])}
 {_field("arguments", "%frame", FRAME["arguments"])}
+{_field("count", "%frame", FRAME["results_count"], "i64")}
 {_field("results", "%frame", FRAME["results"])}
 {_field("x.buffer", "%arguments", 0)}
-{_field("w.buffer", "%arguments", 8)}
-{_field("scale.buffer", "%arguments", 16)}
-{_field("out.buffer", "%results", 0)}
 {_field("x", "%x.buffer", BUFFER["data"])}
+{_field("x.dims", "%x.buffer", BUFFER["dims"])}
+{_field("rows", "%x.dims", 0, "i64")}
+{_field("depth", "%x.dims", 8, "i64")}
+  %products.bytes = mul i64 %count, {_PRODUCT_BYTES}
+  %work.bytes = add i64 %products.bytes, {_SHARED_BYTES}
+  %work = call ptr @malloc(i64 %work.bytes)
+  br label %product.begin
+product.begin:
+  %product = phi i64 [ 0, %execute ], [ %product.next, %product.end ]
+  %from = phi i64 [ 0, %execute ], [ %to, %product.end ]
+  %bytes.before = phi i64 [ 0, %execute ], [ %bytes, %product.end ]
+  %complete.products = icmp uge i64 %product, %count
+  br i1 %complete.products, label %divided, label %product.end
+product.end:
+  %product.next = add i64 %product, 1
+  %w.number = mul i64 %product, 2
+  %w.argument = add i64 %w.number, 1
+  %scale.argument = add i64 %w.number, 2
+  %w.buffer.at = getelementptr ptr, ptr %arguments, i64 %w.argument
+  %w.buffer = load ptr, ptr %w.buffer.at
+  %scale.buffer.at = getelementptr ptr, ptr %arguments, i64 %scale.argument
+  %scale.buffer = load ptr, ptr %scale.buffer.at
+  %out.buffer.at = getelementptr ptr, ptr %results, i64 %product
+  %out.buffer = load ptr, ptr %out.buffer.at
 {_field("w", "%w.buffer", BUFFER["data"])}
 {_field("scale", "%scale.buffer", BUFFER["data"])}
 {_field("out", "%out.buffer", BUFFER["data"])}
 {_field("w.dtype", "%w.buffer", BUFFER["dtype"], "i32")}
-{_field("x.dims", "%x.buffer", BUFFER["dims"])}
 {_field("w.dims", "%w.buffer", BUFFER["dims"])}
-{_field("rows", "%x.dims", 0, "i64")}
-{_field("depth", "%x.dims", 8, "i64")}
 {_field("outputs", "%w.dims", 0, "i64")}
   %s8 = icmp eq i32 %w.dtype, {S8}
   %size = select i1 %s8, i64 1, i64 4
   %row.bytes = mul i64 %depth, %size
-  %bytes = mul i64 %row.bytes, %outputs
-  ; how many outputs a piece has, and how many pieces there are
+  %matrix.bytes = mul i64 %row.bytes, %outputs
+  %bytes = add i64 %bytes.before, %matrix.bytes
+  ; how many outputs a piece has, whole tiles if it can be, and how many pieces there are
   %row.some = call i64 @llvm.umax.i64(i64 %row.bytes, i64 1)
   %each.raw = udiv i64 {PIECE_BYTES}, %row.some
-  %each = call i64 @llvm.umax.i64(i64 %each.raw, i64 1)
+  %each.more = add i64 %each.raw, {PIECE_OUTPUTS}
+  %each.tiles = udiv i64 %each.more, {PIECE_OUTPUTS}
+  %each = mul i64 %each.tiles, {PIECE_OUTPUTS}
   %each.less = sub i64 %each, 1
   %padded = add i64 %outputs, %each.less
-  %pieces = udiv i64 %padded, %each
-  %work = call ptr @malloc(i64 128)
+  %pieces.own = udiv i64 %padded, %each
+  %to = add i64 %from, %pieces.own
+{_product_stored()}
+  br label %product.begin
+divided:
+  %pieces = add i64 %from, 0
 {_stored()}
-  %small = icmp ule i64 %bytes, {ALONE_BYTES}
+  %small = icmp ule i64 %bytes.before, {ALONE_BYTES}
   br i1 %small, label %together, label %ask
 ask:
   ; XLA_FFI_ThreadPool_NumThreads_Args
-  %count = alloca i64
-  store i64 1, ptr %count
+  %thread.count = alloca i64
+  store i64 1, ptr %thread.count
   %question = alloca [4 x i64]
   store i64 32, ptr %question
   %question.extension = getelementptr i64, ptr %question, i64 1
@@ -192,7 +252,7 @@ ask:
   %question.context = getelementptr i64, ptr %question, i64 2
   store ptr %context, ptr %question.context
   %question.count = getelementptr i64, ptr %question, i64 3
-  store ptr %count, ptr %question.count
+  store ptr %thread.count, ptr %question.count
 {_field("threads.function", "%api", API["threads"])}
 {_field("destroy", "%api", API["destroy_error"])}
 {_field("schedule", "%api", API["schedule"])}
@@ -203,7 +263,7 @@ forget:
   call void @destroy_error(ptr %destroy, ptr %no.count)
   br label %together
 counted:
-  %threads = load i64, ptr %count
+  %threads = load i64, ptr %thread.count
   %spare = sub i64 %threads, 1
   %pieces.less = sub i64 %pieces, 1
   %helpers = call i64 @llvm.umin.i64(i64 %spare, i64 %pieces.less)
@@ -224,7 +284,7 @@ invite:
   %enough = icmp uge i64 %invited, %helpers
   br i1 %enough, label %together, label %invite.one
 invite.one:
-  %held = atomicrmw add ptr %work.holders, i64 1 seq_cst
+  %held = atomicrmw add ptr %work.holders.at, i64 1 seq_cst
   %failed = call ptr %schedule(ptr %request)
   %came = icmp eq ptr %failed, null
   br i1 %came, label %invite.done, label %declined
@@ -241,7 +301,7 @@ together:
 wait:
   ; another thread is still at a piece that it has begun: that takes microseconds
   %turns = phi i64 [ 0, %together ], [ %turns.next, %pause ], [ 0, %yield ]
-  %ended = load atomic i64, ptr %work.finished seq_cst, align 8
+  %ended = load atomic i64, ptr %work.finished.at seq_cst, align 8
   %complete = icmp uge i64 %ended, %pieces
   br i1 %complete, label %finish, label %patience
 patience:

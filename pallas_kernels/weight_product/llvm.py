@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float
 
 from pallas_kernels.weight_product import reference
 from pallas_kernels.weight_product.assembly import Shape, Tile, module
+from pallas_kernels.weight_product.reference import Product
 
 logger = logging.getLogger(__name__)
 _TARGET = "tide_jax_weight_product"
@@ -25,27 +27,33 @@ _PAUSE = {"x86_64": "call void @llvm.x86.sse2.pause()", "aarch64": "call void @l
 
 
 @jax.custom_jvp
-def weight_product(
-    x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"], scale: Float[Array, " N"] | None
-) -> Float[Array, "R N"]:
-    """See `pallas_kernels.weight_product.weight_product`. A program for another platform has the reference in it."""
-    factors = jnp.zeros((1,), jnp.float32) if scale is None else scale
+def weight_products(x: Float[Array, "R K"], products: Sequence[Product]) -> tuple[Float[Array, "R N"], ...]:
+    """See `pallas_kernels.weight_product.weight_products`. A program for another platform has the reference in it."""
+    none = jnp.zeros((1,), jnp.float32)
+    operands = [(weights, none if scale is None else scale) for weights, scale in products]
 
-    def kernel(x: Array, weights: Array, factors: Array) -> Array:
-        out = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
-        return jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")(x, weights, factors)
+    def kernel(x: Array, operands: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+        out = [jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32) for weights, _ in operands]
+        call = jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")
+        return tuple(call(x, *(array for pair in operands for array in pair)))
 
-    def plain(x: Array, weights: Array, factors: Array) -> Array:
-        return reference.weight_product(x, weights, None if scale is None else factors)
+    def plain(x: Array, operands: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+        scales = [scale for _, scale in products]
+        return tuple(
+            reference.weight_product(x, weights, None if scale is None else factors)
+            for (weights, factors), scale in zip(operands, scales, strict=True)
+        )
 
-    return lax.platform_dependent(x, weights, factors, cpu=kernel, default=plain)
+    return lax.platform_dependent(x, operands, cpu=kernel, default=plain)
 
 
-@weight_product.defjvp
-def _derivative(primals: tuple[Array, Array, Array | None], tangents: tuple[Array, Array, Any]) -> tuple[Array, Array]:
+@weight_products.defjvp
+def _derivative(
+    primals: tuple[Array, Sequence[Product]], tangents: tuple[Array, Any]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Weights are frozen wherever this is differentiated: the derivative is by x alone."""
-    _, weights, scale = primals
-    return weight_product(*primals), reference.weight_product(tangents[0], weights, scale)
+    x, products = primals
+    return weight_products(x, products), tuple(reference.weight_product(tangents[0], *product) for product in products)
 
 
 @functools.cache
@@ -63,7 +71,7 @@ def unavailable() -> str | None:
 def _runs_right() -> bool:
     x, weights = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.int8).reshape(4, 3)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        found = weight_product(jnp.asarray(x), jnp.asarray(weights), jnp.full((4,), 0.5, jnp.float32))
+        (found,) = weight_products(jnp.asarray(x), ((jnp.asarray(weights), jnp.full((4,), 0.5, jnp.float32)),))
     return np.array_equal(found, 0.5 * x @ weights.T.astype(np.float32))
 
 

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
+Product = tuple[Float[Array, "N K"] | Int8[Array, "N K"], Float[Array, " N"] | None]
+"""Weights and the factor of each output, which 8-bit weights need."""
+
 
 def weight_product(
     x: Float[Array, "R K"], weights: Float[Array, "N K"] | Int8[Array, "N K"], scale: Float[Array, " N"] | None
