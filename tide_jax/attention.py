@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm, QueryScaling
 from tide_jax.norms import Norm, block_norm, head_norm
-from tide_jax.ops import Dense
+from tide_jax.ops import Dense, together
 from tide_jax.rotary import rope_tables, rotate
 from tide_jax.span_attention import CachedRows, KeyValue, Span, attend
 
@@ -115,7 +115,12 @@ class Attention(nnx.Module):
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
         """Keys (normed and rotated) and values of new tokens."""
-        kv = self.kv(x)
+        return self.placed_kv(x, self.kv(x), context)
+
+    def placed_kv(
+        self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
+    ) -> KeyValue:
+        """`project_kv` of tokens whose keys and values are projected."""
         keys, values = kv[..., 0, :], kv[..., -1, :] if self.value is None else self.value(x)
         if self.value_bias is not None:
             values = values + self.value_bias[...][None, None]
@@ -131,14 +136,26 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
-        new = self.project_kv(x, context)
-        return self.read(x, new, context, cached), new
+        q, kv = together(x, [self.q, self.kv])
+        new = self.placed_kv(x, kv, context)
+        return self._attended(x, q, new, context, cached), new
 
     def read(
         self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
     ) -> Float[Array, "B T D"]:
         """Attends from tokens to `new` and `cached` rows; the context says which of them each token sees."""
-        q = self._placed(self.q(x), self.q_norm, context)
+        return self._attended(x, self.q(x), new, context, cached)
+
+    def _attended(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T H hd"],
+        new: KeyValue,
+        context: AttentionContext,
+        cached: CachedRows | None,
+    ) -> Float[Array, "B T D"]:
+        """`read` with projected queries."""
+        q = self._placed(q, self.q_norm, context)
         if context.query_scale is not None:
             q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
         mixed = self._mixed(q, spans_of(new, cached, context))

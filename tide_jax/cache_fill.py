@@ -69,7 +69,7 @@ def fill_rows(
 def unsupported(layer: DecoderLayer) -> str | None:
     """Why `pallas_kernels.kv_fill` does not describe what a layer stores; None where it does."""
     attention = layer.attention
-    if not isinstance(attention, Attention) or type(attention).project_kv is not Attention.project_kv:
+    if not isinstance(attention, Attention) or type(attention).placed_kv is not Attention.placed_kv:
         return f"{type(attention).__name__} stores other rows than keys and values of its heads"
     norm = attention.k_norm
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -57,15 +58,23 @@ def times_rows(
       rows: a row for each output, of x's dtype or 8-bit integers.
       scale: float32 factor of each row of integers.
     """
-    tokens = math.prod(x.shape[:-1])
-    flat = x.reshape(tokens, x.shape[-1])
-    if not on_mesh() and weight_product.pays(flat, [(rows, scale)]):
-        out = weight_product.weight_product(flat, rows, scale, implementation="llvm")
-        return out.reshape(*x.shape[:-1], rows.shape[0])
-    if scale is not None:
-        sums = scaled(_integer_rows(flat, rows), scale[None, :], x.dtype)
-        return sums.reshape(*x.shape[:-1], rows.shape[0])
-    return _float_rows(x, rows)
+    return times_rows_of(x, [(rows, scale)])[0]
+
+
+def times_rows_of(x: Float[Array, "... D"], products: Sequence[weight_product.Product]) -> list[Float[Array, "... F"]]:
+    """`times_rows` of several matrices: one call of the kernel, where a call costs microseconds."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if not on_mesh() and weight_product.pays(flat, products):
+        found = weight_product.weight_products(flat, products, implementation="llvm")
+        return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in found]
+    return [_float_rows(x, rows) if scale is None else _scaled_rows(x, rows, scale) for rows, scale in products]
+
+
+def _scaled_rows(
+    x: Float[Array, "... D"], rows: Int8[Array, "F D"], scale: Float[Array, " F"]
+) -> Float[Array, "... F"]:
+    sums = _integer_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), rows)
+    return scaled(sums, scale[None, :], x.dtype).reshape(*x.shape[:-1], rows.shape[0])
 
 
 def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
@@ -156,22 +165,30 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        lead = x.shape[: x.ndim - len(self.inputs)]
-        flat = x.reshape(*lead, math.prod(self.inputs))
         # Folded with the axis that stacks them, an axis can't be split over devices: every step would move the weights.
-        y = self._one_by_one(flat) if self.stacked and on_mesh() else self._at_once(flat)
-        if self.bias is not None:
-            y = y + self.bias[...].reshape((1,) * len(lead) + self.outputs)
-        return y
+        if self.stacked and on_mesh():
+            return self._biased(self._one_by_one(self._flat(x)))
+        return together(x, [self])[0]
 
     def weights(self, dtype: jnp.dtype) -> Float[Array, "..."]:
         """The kernel as floats, ``outputs + inputs``, for what does not multiply by it row by row."""
         return as_floats(self.kernel, self.scale, dtype)
 
-    def _at_once(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
-        rows = self.kernel[...].reshape(math.prod(self.outputs), x.shape[-1])
-        scale = None if self.scale is None else self.scale[...].reshape(-1)
-        return times_rows(x, rows, scale).reshape(*x.shape[:-1], *self.outputs)
+    def _flat(self, x: Float[Array, "..."]) -> Float[Array, "... D"]:
+        return x.reshape(*x.shape[: x.ndim - len(self.inputs)], math.prod(self.inputs))
+
+    def _product(self) -> weight_product.Product:
+        """The kernel as a matrix with a row for each output, and the rows' scales."""
+        rows = self.kernel[...].reshape(math.prod(self.outputs), math.prod(self.inputs))
+        return rows, None if self.scale is None else self.scale[...].reshape(-1)
+
+    def _shaped(self, y: Float[Array, "... F"]) -> Float[Array, "..."]:
+        return self._biased(y.reshape(*y.shape[:-1], *self.outputs))
+
+    def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.bias is None:
+            return y
+        return y + self.bias[...].reshape((1,) * (y.ndim - len(self.outputs)) + self.outputs)
 
     def _one_by_one(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
         rows, tokens = self.kernel[...], x.reshape(-1, x.shape[-1])
@@ -181,6 +198,12 @@ class Dense(nnx.Module):
         else:
             maps = scaled(integer_sums("gnd,gfd->gnf", each, rows), self.scale[...][:, None, :], x.dtype)
         return jnp.moveaxis(maps, 0, 1).reshape(*x.shape[:-1], *self.outputs)
+
+
+def together(x: Float[Array, "..."], maps: Sequence[Dense]) -> list[Float[Array, "..."]]:
+    """Several maps of the same input, such as queries and keys; none of them is stacked on a mesh."""
+    products = times_rows_of(maps[0]._flat(x), [dense._product() for dense in maps])
+    return [dense._shaped(y) for dense, y in zip(maps, products, strict=True)]
 
 
 def stored_order(ndim: int, inputs: int) -> tuple[int, ...]:
