@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from convert.architecture import Architecture, architecture_of
 from convert.lora import with_adapter
+from convert.own_scales import scales_by_path
 from convert.probe import verify_probed
 from convert.reader import Source, open_source
 from convert.replacement import check_spared, files_of, is_free, replacing
@@ -226,7 +227,15 @@ def open_model(
         log_kept(config)
     dtypes = {path: np.dtype(np.float32) if path in rounded else target for path in plan.shapes}
     tensors = _assembled(source, plan, config, dtypes)
-    return from_parameters(config, tensors, dtype=target, mesh=mesh, stored=True, weights=kept)
+    return from_parameters(
+        config,
+        tensors,
+        dtype=target,
+        mesh=mesh,
+        stored=True,
+        weights=kept,
+        own_scales=scales_by_path(source, plan, config),
+    )
 
 
 def open_config(source_ref: str | Path, *, revision: str | None = None) -> DecoderConfig:
