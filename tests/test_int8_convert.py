@@ -206,6 +206,9 @@ def test_verification_finds_a_wrong_model(source: Path, tmp_path: Path, monkeypa
         return round_weights(np.roll(weights, 1, axis=0), axes, own)
 
     monkeypatch.setattr("convert.rounded.round_weights", shifted)
+    with pytest.raises(TideError, match=r"^the written output head.* rounding steps away .*, expected at most"):
+        convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True)
+    monkeypatch.setattr("convert.conversion.verify_weights", lambda *args: None)  # logits by themselves find it, too
     with pytest.raises(TideError, match=r"differ from transformers' by .* nothing was written"):
         convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True)
     assert not (tmp_path / "out").exists()

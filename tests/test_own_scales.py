@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -197,7 +198,7 @@ def test_a_model_computes_with_the_integer_that_rounding_does_not_give(tmp_path:
         np.testing.assert_array_equal(kernel, held[module][0])
         np.testing.assert_array_equal(scale, held[module][1])
         assert kernel.min() == -128
-    tokens = np.random.default_rng(0).integers(0, 19, (2, 9))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 9)))
     model = load(tmp_path / "out")
     assert share_of_range(model(tokens), restored_model(model)(tokens)) < 1e-5
 
