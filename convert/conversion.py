@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from convert.architecture import Architecture, architecture_of
 from convert.lora import with_adapter
+from convert.own_scales import scales_by_path
 from convert.probe import verify_probed
 from convert.reader import Source, open_source
 from convert.replacement import check_spared, files_of, is_free, replacing
@@ -24,6 +25,7 @@ from convert.rules import Piece, Plan, coverage
 from convert.stored import as_stored
 from convert.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
+from convert.verify_weights import verify_weights
 from convert.writer import Layout, ShardWriter, plan_layout
 from tide_jax.checkpoint import (
     CONFIG_KEY,
@@ -117,7 +119,8 @@ def convert(
       weights: "int8" rounds the matrices to 8-bit integers with a scale for each output (`tide_jax.rounding`), from
         the numbers of the checkpoint; `dtype` is that of all else. None and "float" do not.
       verify: compare logits with transformers' and record the difference; needs torch. What 8-bit weights change is
-        bounded more loosely, and recorded as a divergence and a share of equal tokens, too.
+        bounded more loosely, and recorded as a divergence and a share of equal tokens, too. So their files are read
+        again and compared with the source's numbers (`convert.verify_weights`).
       dry_run: check everything that can be checked from names and shapes, write nothing.
       overwrite: replace an earlier conversion at `destination`, and none of the other files there.
       max_shard_bytes: size of a weight file at the most.
@@ -126,7 +129,7 @@ def convert(
     Raises:
       TideError: the source cannot be read, is not supported or does not fit its configuration, or the adapter does not
         fit the source; a weight is NaN, infinite or overflows `dtype`; the destination is taken or cannot be written;
-        the logits differ.
+        the logits differ, or 8-bit weights are further than rounding from the source's.
     """
     path_like("source", source_ref)
     path_like("destination", destination)
@@ -178,6 +181,8 @@ def convert(
         if rounded is not None and (name := rounded.fingerprint()) is not None:
             _write_config(source, settings | {FINGERPRINT_KEY: name}, partial)
         if verify:
+            if rounded is not None:
+                verify_weights(partial, config, _assembled(source, plan, config, kept, stored))
             model = load(partial, "float32")
             if architecture.probed is None:
                 verification = verify_conversion(source, model, stored)
@@ -221,12 +226,17 @@ def open_model(
     target = (
         _running_dtype(parse_dtype(_source_dtype(source, plan)), architecture) if dtype is None else parse_dtype(dtype)
     )
-    rounded = rounded_axes(config) if kept == "int8" else {}
-    if rounded:
+    if kept == "int8":
         log_kept(config)
-    dtypes = {path: np.dtype(np.float32) if path in rounded else target for path in plan.shapes}
-    tensors = _assembled(source, plan, config, dtypes)
-    return from_parameters(config, tensors, dtype=target, mesh=mesh, stored=True, weights=kept)
+    return from_parameters(
+        config,
+        _assembled(source, plan, config, kept, target),
+        dtype=target,
+        mesh=mesh,
+        stored=True,
+        weights=kept,
+        own_scales=scales_by_path(source, plan, config),
+    )
 
 
 def open_config(source_ref: str | Path, *, revision: str | None = None) -> DecoderConfig:
@@ -240,11 +250,12 @@ def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: s
 
 
 def _assembled(
-    source: Source, plan: Plan, config: DecoderConfig, dtypes: Mapping[str, np.dtype]
+    source: Source, plan: Plan, config: DecoderConfig, kept: Weights, floats: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter in turn, put together from its pieces."""
+    """Each parameter in turn, put together from its pieces: float32 where it is to be rounded, else in `floats`."""
+    rounded = rounded_axes(config) if kept == "int8" else {}
     for path, pieces in plan.by_path().items():
-        dtype = dtypes[path]
+        dtype = np.dtype(np.float32) if path in rounded else floats
         parameter = np.empty(plan.shapes[path], dtype)
         for piece in pieces:
             taken = piece.take(source.read(piece.source), config)

@@ -18,7 +18,7 @@ import regex
 
 from convert.families import FAMILIES
 from convert.hub import local_directory
-from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files
+from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, steps_of
 from tide_jax.chat_files import chat_templates, remove_template_files
 from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError, shortened
@@ -148,6 +148,10 @@ class LoRASource:
         if "magnitude" in change.parts:
             _set_norms(tensor, self._float32(change.parts["magnitude"]), change.transposed)
         return tensor
+
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.reader.steps_of`: what the adapter changes has none."""
+        return None if name in self._changes else steps_of(self._base, name)
 
     def write_side_files(self, directory: Path) -> None:
         """The base's files, with the adapter's tokenizer and chat templates where it has them."""

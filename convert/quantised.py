@@ -68,6 +68,13 @@ class QuantisedSource:
         weight = self._weights.get(name)
         return self._stored.read(name) if weight is None else weight.unpack()
 
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.reader.steps_of`."""
+        weight = self._weights.get(name)
+        if weight is None or weight.scales is None:
+            return None
+        return np.broadcast_to(weight.scales().astype(np.float32), weight.info.shape)
+
     def write_side_files(self, directory: Path) -> None:
         """Copies tokenizer files and generation_config.json."""
         self._stored.write_side_files(directory)

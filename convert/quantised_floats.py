@@ -111,12 +111,17 @@ def _eight_bits(stored: Stored) -> dict[str, Packed]:
             TensorInfo((out, inputs), "F32"),
             tuple(parts.values()),
             functools.partial(_read_eight_bits, stored, parts, out, inputs),
+            functools.partial(_eight_bit_scales, stored, parts),
         )
     return packed
 
 
+def _eight_bit_scales(stored: Stored, parts: dict[str, str]) -> np.ndarray:
+    return stored.read_stored(parts["SCB"])[:, None] / np.float32(127)
+
+
 def _read_eight_bits(stored: Stored, parts: dict[str, str], out: int, inputs: int) -> np.ndarray:
-    scales = stored.read_stored(parts["SCB"])[:, None] / np.float32(127)
+    scales = _eight_bit_scales(stored, parts)
     return apply_scales(stored.read_stored(parts["weight"]), scales, np.arange(out), np.zeros(inputs, np.int64))
 
 
@@ -147,24 +152,32 @@ def _scaled(stored: Stored, scale: str, dtypes: Sequence[str], block: Sequence[i
         expected = (-(-out // sizes[0]), -(-inputs // sizes[1]))
         shapes = {} if math.prod(grid) == math.prod(expected) == 1 else {scale: expected, "weight_zero_point": expected}
         check_parts(stored, parts, {"weight": dtypes, scale: _SCALES, "weight_zero_point": ("I8",)}, shapes)
+        integers = stored.tensors[parts["weight"]].dtype == "I8"
+        by_output = integers and expected in ((out, 1), (1, 1))
         packed[parts["weight"]] = Packed(
             TensorInfo((out, inputs), scale_dtype(stored, parts[scale])),
             tuple(parts.values()),
             functools.partial(_read_scaled, stored, parts, scale, expected, sizes),
+            functools.partial(_block_scales, stored, parts[scale], expected) if by_output else None,
         )
     return packed
+
+
+def _block_scales(stored: Stored, name: str, grid: tuple[int, int]) -> np.ndarray:
+    scales = stored.read_stored(name)
+    if scales.dtype == np.uint8:  # exponents, as bytes
+        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+    return scales.reshape(grid)
 
 
 def _read_scaled(
     stored: Stored, parts: dict[str, str], scale: str, grid: tuple[int, int], sizes: tuple[int, int]
 ) -> np.ndarray:
-    scales = stored.read_stored(parts[scale])
-    if scales.dtype == np.uint8:  # exponents, as bytes
-        scales = scales.view(ml_dtypes.float8_e8m0fnu)
+    scales = _block_scales(stored, parts[scale], grid)
     zeros = stored.read_stored(parts["weight_zero_point"]).reshape(grid) if "weight_zero_point" in parts else None
     numbers = stored.read_stored(parts["weight"])
     rows, columns = (spread(count, 1, size) for count, size in zip(numbers.shape, sizes, strict=True))
-    return apply_scales(numbers, scales.reshape(grid), rows, columns, zeros)
+    return apply_scales(numbers, scales, rows, columns, zeros)
 
 
 def mxfp4(stored: Stored, settings: Settings) -> dict[str, Packed]:

@@ -21,6 +21,7 @@ from convert.quantised_parts import (
     modules,
     refusal,
     scale_dtype,
+    scales_by_output,
     spread,
     unpack_words,
 )
@@ -68,6 +69,7 @@ def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
             TensorInfo((inputs, out) if turned else (out, inputs), scale_dtype(stored, parts["scales"])),
             tuple(parts.values()),
             functools.partial(_read_gptq, stored, parts, bits, size, less_one, turned),
+            scales_by_output(stored, parts["scales"], 0, transposed=not turned),
         )
     return packed
 
@@ -110,6 +112,7 @@ def awq(stored: Stored, settings: Settings) -> dict[str, Packed]:
             TensorInfo((8 * words, inputs), scale_dtype(stored, parts["scales"])),
             tuple(parts.values()),
             functools.partial(_read_awq, stored, parts, columns),
+            scales_by_output(stored, parts["scales"], 0, transposed=True),
         )
     return packed
 
@@ -144,6 +147,7 @@ def packed_integers(stored: Stored, bits: int, group_size: int | None) -> dict[s
             TensorInfo((out, inputs), scale_dtype(stored, parts["weight_scale"])),
             tuple(parts.values()),
             functools.partial(_read_packed, stored, parts, bits, (out, inputs), columns),
+            scales_by_output(stored, parts["weight_scale"], 1),
         )
     return packed
 

@@ -35,11 +35,13 @@ class Packed:
       info: shape and dtype name of the weight itself.
       parts: names of the tensors it is stored as.
       unpack: reads and dequantises it.
+      scales: of integers with one scale for each output: reads the scales, in a shape that broadcasts to the weight's.
     """
 
     info: TensorInfo
     parts: tuple[str, ...]
     unpack: Callable[[], np.ndarray]
+    scales: Callable[[], np.ndarray] | None = None
 
 
 Method = Callable[[Stored, Settings], dict[str, Packed]]
@@ -92,6 +94,24 @@ def scale_dtype(stored: Stored, name: str) -> str:
     """Name of the dtype a weight has after its scales are applied: theirs, float32 if they are no floats."""
     found = stored.tensors[name].dtype
     return found if found in DTYPES else "F32"
+
+
+def scales_by_output(
+    stored: Stored, name: str, groups: int, *, transposed: bool = False
+) -> Callable[[], np.ndarray] | None:
+    """Reads scales that each are of one output (`Packed.scales`); None where outputs have several.
+
+    Args:
+      name: of a tensor with two axes.
+      groups: its axis that has a number for each group of inputs; the other one is of the outputs.
+      transposed: the weight has its axes the other way round.
+    """
+
+    def read() -> np.ndarray:
+        scales = stored.read_stored(name)
+        return scales.T if transposed else scales
+
+    return read if stored.tensors[name].shape[groups] == 1 else None
 
 
 def unpack_words(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ from tide_jax.model_directory import model_directory
 from tide_jax.shards import ShardedTensors, TensorInfo, checked_cast, read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
-__all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source", "open_tokenizer"]
+__all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source", "open_tokenizer", "steps_of"]
 
 _SIDE_FILES = (
     "generation_config.json",
@@ -50,7 +50,8 @@ class Source(Protocol):
       files: the weight files, for hashing.
 
     A source that shows less than its files hold has `left_out`, too: the other tensors, with the reason. One whose
-    tensors differ from what transformers makes of the files has `rewritten`, which is true.
+    tensors differ from what transformers makes of the files has `rewritten`, which is true. One that holds integers has
+    `steps` (`steps_of`).
     """
 
     description: str
@@ -70,6 +71,16 @@ class Source(Protocol):
     def load_tokenizer(self) -> Any:
         """The checkpoint's tokenizer, a `transformers.PreTrainedTokenizerFast`."""
         ...
+
+
+def steps_of(source: Source, name: str) -> np.ndarray | None:
+    """What each number of a tensor is a whole multiple of, where the source holds integers with a scale for an output.
+
+    Returns:
+      float32 in the tensor's shape, a read-only view that takes no memory; None for other tensors.
+    """
+    steps = getattr(source, "steps", None)
+    return None if steps is None else steps(name)
 
 
 class HuggingFaceSource:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from convert.own_scales import axes_in_slot, holds_outputs, own_scales
 from convert.reader import Source
 from convert.rules import Piece, Plan, Slot
 from convert.writer import Layout, ShardWriter, plan_layout
@@ -26,12 +27,13 @@ _INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What fills ``parameter[slot]``, as floats of the source, and the source tensor's name."""
+    """What fills ``parameter[slot]``: floats of the source, the source tensor's name, scales that it brings along."""
 
     path: str
     slot: Slot
     floats: np.ndarray
     source: str
+    scales: np.ndarray | None = None
 
 
 class RoundedPlan:
@@ -45,7 +47,7 @@ class RoundedPlan:
     def __init__(self, plan: Plan, config: DecoderConfig) -> None:
         self._plan, self._config, self._axes = plan, config, rounded_axes(config)
         self._samples = Samples(plan.shapes, kernel_input_axes(config))
-        self._whole = {p.path for p in plan.pieces if not self._holds_outputs(p)}
+        self._whole = {p.path for p in plan.pieces if not holds_outputs(p, self._axes.get(p.path, ()))}
 
     def layout(self, dtype: np.dtype, max_shard_bytes: float) -> Layout:
         """Where everything goes; scales come behind their integers."""
@@ -63,7 +65,7 @@ class RoundedPlan:
         """Writes all of it; tells after each source tensor how many bytes that were."""
         for name, pieces in self._plan.by_source().items():
             if now := [piece for piece in pieces if piece.path not in self._whole]:
-                yield self._write_taken(source.read(name), now, writer)
+                yield self._write_taken(source, source.read(name), now, writer)
         by_path = self._plan.by_path()
         for path in sorted(self._whole):
             yield self._write(_Part(path, (), self._put_together(source, path, by_path[path]), path), writer)
@@ -72,14 +74,15 @@ class RoundedPlan:
         """The name of the floats, once all is written."""
         return self._samples.digest(self._config)
 
-    def _holds_outputs(self, piece: Piece) -> bool:
-        """Whether a piece has all inputs of the outputs that it fills."""
-        axes = self._axes.get(piece.path, ())
-        return all(isinstance(index, slice) for axis, index in enumerate(piece.slot) if axis in axes)
-
-    def _write_taken(self, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
-        taken = [_Part(p.path, p.slot, p.take(tensor, self._config), p.source) for p in pieces]
+    def _write_taken(self, source: Source, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
+        taken = [_Part(p.path, p.slot, p.take(tensor, self._config), p.source, self._own(source, p)) for p in pieces]
         return sum(self._write(part, writer) for part in taken)
+
+    def _own(self, source: Source, piece: Piece) -> np.ndarray | None:
+        """Scales that a piece brings along."""
+        if (axes := self._axes.get(piece.path)) is None:
+            return None
+        return own_scales(source, piece, axes_in_slot(piece.slot, axes)[0], self._config)
 
     def _put_together(self, source: Source, path: str, pieces: list[Piece]) -> np.ndarray:
         floats = np.empty(self._plan.shapes[path], np.float32)
@@ -92,14 +95,13 @@ class RoundedPlan:
         self._samples.take(part.path, part.slot, part.floats)
         if (axes := self._axes.get(part.path)) is None:
             return writer.write(part.path, part.slot, part.floats, part.source)
-        fixed = [axis for axis, index in enumerate(part.slot) if isinstance(index, int)]
-        summed = tuple(axis - sum(f < axis for f in fixed) for axis in axes)
-        slot = tuple(index for axis, index in enumerate(part.slot) if axis not in axes)
+        summed, slot = axes_in_slot(part.slot, axes)
         written, count = 0, len(part.floats)
         rows = count if 0 in summed else max(1, _BLOCK * count // max(1, part.floats.size))
         for start in range(0, count, max(1, rows)):
             floats = part.floats[start : start + rows]
-            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed)
+            own = part.scales if part.scales is None or 0 in summed else part.scales[start : start + rows]
+            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed, own)
             written += writer.write(part.path, part.slot, integers, part.source, start)
             written += writer.write(scale_path(part.path), slot, scale, part.source, start)
         return written

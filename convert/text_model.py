@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.reader import Source
+from convert.reader import Source, steps_of
 from convert.settings import configuration
 from convert.sizes import check_sizes
 from tide_jax.errors import TideError
@@ -64,6 +64,10 @@ class TextSource:
         if name not in self._stored:
             raise TideError(f"{self.description} has no tensor {name}")
         return self._whole.read(self._stored[name])
+
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.reader.steps_of`."""
+        return steps_of(self._whole, self._stored[name])
 
     def write_side_files(self, directory: Path) -> None:
         """Copies tokenizer files and generation_config.json."""

@@ -22,8 +22,9 @@ TOLERANCE = 2e-4
 INT8_TOLERANCE, INT8_DIVERGENCE = 0.1, 0.2
 """Of a model with 8-bit weights: the median token's largest difference of a logit, as a share of their range, and the
 mean divergence in nats. Rounding moves tiny random models by 0.01 to 0.03 and by 0.001 to 0.1, most where experts are
-chosen; one matrix with its rows shifted moves them by 0.16 and 0.4 at the least, unless it is one expert's. The largest
-difference is no bound: a token whose experts change may differ by half of the range."""
+chosen; one matrix with its rows shifted moves them by 0.16 and 0.4 at the least, unless it is one expert's, which
+`convert.verify_weights` finds. The largest difference is no bound: a token whose experts change may differ by half of
+the range."""
 _LENGTH, _LONGEST = 64, 256
 _BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest row
 

@@ -110,9 +110,9 @@ def test_a_model_on_a_cpu_lies_in_its_file(tmp_path: Path) -> None:
 def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def counted(weights: np.ndarray, axes: tuple[int, ...]) -> Any:
+    def counted(weights: np.ndarray, axes: tuple[int, ...], own: Any) -> Any:
         sizes.append(weights.size)
-        return round_weights(weights, axes)
+        return round_weights(weights, axes, own)
 
     monkeypatch.setattr("convert.rounded.round_weights", counted)
     convert_checkpoint(source, tmp_path / "out", weights="int8")
@@ -202,10 +202,13 @@ def test_verification_tells_what_rounding_changes(source: Path, tmp_path: Path) 
 def test_verification_finds_a_wrong_model(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
 
-    def shifted(weights: np.ndarray, axes: tuple[int, ...]) -> Any:
-        return round_weights(np.roll(weights, 1, axis=0), axes)
+    def shifted(weights: np.ndarray, axes: tuple[int, ...], own: Any) -> Any:
+        return round_weights(np.roll(weights, 1, axis=0), axes, own)
 
     monkeypatch.setattr("convert.rounded.round_weights", shifted)
+    with pytest.raises(TideError, match=r"^the written output head.* rounding steps away .*, expected at most"):
+        convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True)
+    monkeypatch.setattr("convert.conversion.verify_weights", lambda *args: None)  # logits by themselves find it, too
     with pytest.raises(TideError, match=r"differ from transformers' by .* nothing was written"):
         convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True)
     assert not (tmp_path / "out").exists()

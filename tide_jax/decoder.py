@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, cast
 
 import jax
@@ -291,6 +291,7 @@ def from_parameters(
     mesh: Mesh | None = None,
     stored: bool = False,
     weights: Weights = "float",
+    own_scales: Callable[[str], np.ndarray | None] = lambda path: None,
 ) -> Decoder:
     """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` or rounded one at a time.
 
@@ -301,6 +302,7 @@ def from_parameters(
       mesh: where to, see `tide_jax.load`.
       weights: "int8" rounds what may be rounded (`rounded_axes`); tensors that are 8-bit integers already come with
         their scales (`tide_jax.rounding.scale_path`) and as the model keeps them.
+      own_scales: those that the floats of a parameter were made with, as `round_weights` takes them.
 
     Raises:
       TideError: a path is unknown, has the wrong shape or is missing; the first of them and their number in one
@@ -321,7 +323,7 @@ def from_parameters(
             value = tensor if axes is None else stored_kernel(tensor, axes)
             if samples is not None and value.dtype != np.int8 and path in samples.paths:
                 samples.take(path, (), np.asarray(value))
-            for name, part in _rounded(path, leaves[path], value):
+            for name, part in _rounded(path, leaves[path], value, own_scales):
                 filled[name] = _placed(name, part, leaves[name].get_value().dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
@@ -332,11 +334,13 @@ def from_parameters(
     return model
 
 
-def _rounded(path: str, leaf: nnx.Variable, value: np.ndarray | Array) -> list[tuple[str, np.ndarray | Array]]:
+def _rounded(
+    path: str, leaf: nnx.Variable, value: np.ndarray | Array, own_scales: Callable[[str], np.ndarray | None]
+) -> list[tuple[str, np.ndarray | Array]]:
     """A tensor as the model keeps it, by path: itself, or its integers and their scales."""
     if leaf.get_value().dtype != jnp.int8 or value.dtype == jnp.int8:
         return [(path, value)]
-    integers, scale = round_weights(np.asarray(value), axes_of(leaf) or ())
+    integers, scale = round_weights(np.asarray(value), axes_of(leaf) or (), own_scales(path))
     return [(path, integers), (scale_path(path), scale)]
 
 

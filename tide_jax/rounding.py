@@ -5,7 +5,8 @@ that every token meets are kept as integers with a float32 scale for each output
 table of the output head. A product is ``scale * (x @ integers)``: activations, sums and the cache stay floats.
 
 The rule is symmetric, by output: ``scale = max |w| / 127`` over the inputs, ``q = round(w / scale)``, halves to even. A
-row of zeros has scale 1, so that scales are positive.
+row of zeros has scale 1, so that scales are positive. Floats that a checkpoint's 8-bit integers stand for, with a scale
+for each output, are rounded to these same integers, with that scale.
 
 What stays float is small, or read row by row, or decides: norms, biases, learned positions, an embedding that is only
 looked up (a token reads one row of it), and the routers of experts (rounded, they would choose others). An embedding
@@ -53,13 +54,15 @@ def precision(dtype: Any, weights: Weights) -> str:
 
 
 def round_weights(
-    weights: Float[np.ndarray, "..."], axes: tuple[int, ...]
+    weights: Float[np.ndarray, "..."], axes: tuple[int, ...], own: Float[np.ndarray, "..."] | None = None
 ) -> tuple[Int8[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Rounds one tensor; apart from the result, memory is needed for a few million numbers of it.
 
     Args:
       weights: finite.
       axes: those that a product sums over.
+      own: float32 scales in the shape of the other axes, 0 where none is known: an output's numbers are whole multiples
+        of its own scale, which is kept where the multiples are 8-bit integers, -128 among them.
 
     Returns:
       The integers, and the float32 scales in the shape of the other axes.
@@ -71,11 +74,19 @@ def round_weights(
         part = slice(start, start + rows)
         block = weights[part].astype(np.float32)
         # A number that no float32 scale is small enough for counts as zero.
-        peak = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)
-        peak = np.where(peak > 0, peak, np.float32(1))
-        np.divide(block, peak, out=block)
-        rounded[part] = np.clip(np.rint(block, out=block), -_MOST, _MOST)
-        scale[... if 0 in axes else part] = np.squeeze(peak, axes)
+        step = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)
+        step, least = np.where(step > 0, step, np.float32(1)), np.float32(-_MOST)
+        if own is not None:
+            known = np.expand_dims(own[... if 0 in axes else part], axes)
+            lowest, highest = (np.expand_dims(limit(axis=axes), axes) for limit in (block.min, block.max))
+            # A product and a quotient of floats are off by a share of 2**-24 each: far less than half a step in 128.
+            kept = (
+                (known > 0) & (lowest > known * np.float32(-_MOST - 1.5)) & (highest < known * np.float32(_MOST + 0.5))
+            )
+            step, least = np.where(kept, known, step), np.where(kept, np.float32(-_MOST - 1), least)
+        np.divide(block, step, out=block)
+        rounded[part] = np.clip(np.rint(block, out=block), least, np.float32(_MOST))
+        scale[... if 0 in axes else part] = np.squeeze(step, axes)
     return rounded, scale
 
 

@@ -1,0 +1,84 @@
+"""Proof that a written folder of 8-bit integers holds the numbers of its checkpoint.
+
+Rounding itself moves logits, so that they do not show an error in one of many experts. What was written shows it. A
+weight map says where each number of the source goes, and there the folder's integer times its scale may be half a step
+away. A step is that of the source's own numbers, so that a scale that was written too large is no excuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from tide_jax.architecture import DecoderConfig
+from tide_jax.decoder import rounded_axes
+from tide_jax.errors import TideError, shortened
+from tide_jax.rounding import restored, scale_path
+from tide_jax.shards import ShardedTensors
+
+TOLERANCE = 0.501
+"""Steps, ``max |w| / 127`` over the inputs of an output; the float32 products and quotients are off by 1e-5 of one."""
+_BLOCK = 2**23  # numbers that are compared at once, where 0 is an axis of outputs
+_SMALLEST = float(np.finfo(np.float32).tiny)  # below it, floats have too few digits for the tolerance
+
+
+def verify_weights(directory: Path, config: DecoderConfig, expected: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Reads a folder again and compares it with what it was made from, one parameter at a time.
+
+    Args:
+      directory: it holds 8-bit integers.
+      config: the architecture.
+      expected: every parameter as the model keeps it, put together from the source: float32 for those that are
+        integers in the folder, the folder's dtype for the others.
+
+    Raises:
+      TideError: an integer times its scale is more than `TOLERANCE` steps away from the source's number, or a float is
+        another one; it names the parameter and the output.
+    """
+    files, axes = ShardedTensors(directory), rounded_axes(config)
+    for path, floats in expected:
+        found = files.read_stored(path)
+        if path in axes:
+            _check_integers(path, found, files.read_stored(scale_path(path)), floats, axes[path])
+        else:
+            _check_floats(path, found, floats)
+
+
+def _check_integers(
+    path: str, integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: tuple[int, ...]
+) -> None:
+    error = _errors(integers, scale, floats, axes)
+    worst = np.unravel_index(int(np.argmax(error)), error.shape)
+    if not error[worst] <= TOLERANCE:
+        found = f"is up to {error[worst]:.3g} rounding steps away from the checkpoint's numbers"
+        raise _refusal(f"output {_shown(path, worst)} {found}", f"at most {TOLERANCE}")
+
+
+def _errors(integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The largest distance of each output, in steps; infinity where it is no number."""
+    error = np.empty(scale.shape, np.float32)
+    rows = len(floats) if 0 in axes else max(1, _BLOCK * len(floats) // max(1, floats.size))
+    for start in range(0, len(floats), max(1, rows)):
+        block = slice(start, start + rows)
+        outputs = ... if 0 in axes else block
+        distance = np.abs(restored(integers[block], scale[outputs], axes) - floats[block]).max(axis=axes)
+        step = np.abs(floats[block]).max(axis=axes) / np.float32(127)
+        error[outputs] = np.maximum(distance - _SMALLEST, 0) / np.maximum(step, _SMALLEST)
+    return np.nan_to_num(error, nan=np.inf)
+
+
+def _check_floats(path: str, found: np.ndarray, expected: np.ndarray) -> None:
+    differ = found != expected
+    if differ.any():
+        worst = np.unravel_index(int(np.argmax(differ)), differ.shape)
+        raise _refusal(f"{_shown(path, worst)} is {float(found[worst]):.9g}", f"{float(expected[worst]):.9g}")
+
+
+def _shown(path: str, index: tuple[np.intp, ...]) -> str:
+    return f"{shortened(path, 100)}[{', '.join(str(int(i)) for i in index)}]"
+
+
+def _refusal(found: str, expected: str) -> TideError:
+    return TideError(f"the written {found}, expected {expected}: nothing was written, please report the model")
