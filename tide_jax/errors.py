@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 _MOST = 3
 _WIDTH = 80
 _LONGEST = 300
+_PATHS_WITHIN = 2000  # beyond that a message is cut anyway
+_LEADING = re.compile(r"/(?:[^/\s]+/)+(?=[^/\s])")  # the folders before a path's last name
 
 
 class TideError(ValueError):
     """Bad input: one line saying what was wrong, what was expected and what to do.
 
-    The command line prints it without a traceback and exits with status 2. A message that some value of a file has
-    made longer than 300 characters keeps its start, which says what was wrong, and its end, which says what to do.
+    The command line prints it without a traceback and exits with status 2. A message of more than 300 characters loses
+    first what leads to the files that it names, then its middle: the start says what was wrong, the end what to do.
     """
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
+        if len(text) > _LONGEST:
+            text = _LEADING.sub(".../", text[:_PATHS_WITHIN]) + text[_PATHS_WITHIN:]
         if len(text) > _LONGEST:
             end = _LONGEST // 3
             text = f"{shortened(text, _LONGEST - end - 1)} {' '.join(text[-end:].split())}"
