@@ -116,7 +116,9 @@ def compiled(
     config = {"plain": _plain, "experts": _with_experts, "latent": _with_latent_vectors}[case.kind](config)
     lowered, integers = _lowered(case, config, device)
     program = lowered.compile(compiler_options=options)
-    hlo, memory = program.as_text() or "", program.memory_analysis()
+    hlo, memory = program.as_text(), program.memory_analysis()
+    assert hlo is not None
+    assert memory is not None
     heads, channels, _ = config.cache_shape
     keys = case.rows * heads * SLOTS * channels * jnp.dtype(DTYPE).itemsize
     kernel = 2 * config.num_kv_heads * config.head_dim * config.hidden_size * jnp.dtype(DTYPE).itemsize

@@ -36,7 +36,7 @@ class LargeResult(NamedTuple):
 
 class _Array(NamedTuple):
     shape: str
-    count: int
+    numbers: int
     size: int
     on_chip: bool
 
@@ -68,7 +68,7 @@ def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
     return [
         LargeResult(kind, array.shape, array.size)
         for kind, array in _written(hlo)
-        if array.count in counts and _FLOATS.match(array.shape) and kind not in _MOVES
+        if array.numbers in counts and _FLOATS.match(array.shape) and kind not in _MOVES
     ]
 
 
