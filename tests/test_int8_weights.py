@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 from tide_jax import TIDE, ExitConfig, PassCosts, RiskGuarantee, Routers, ops
 from tide_jax import rounding as rounding_module
 from tide_jax.architecture import AttentionType, HeadTransform, MoEConfig
-from tide_jax.cache_fill import fill_rows
+from tide_jax.cache_fill import fill_rows, unsupported
 from tide_jax.checkpoint import fingerprint
 from tide_jax.decoder import Decoder, from_parameters, parameters, rounded_axes, stored_parameters
-from tide_jax.moe import expert_matmul
-from tide_jax.ops import times_rows
+from tide_jax.moe import _by_row, _by_runs, _gathered, _integers_by_blocks, expert_matmul
+from tide_jax.ops import integer_sums, times_rows
 from tide_jax.promise import exit_settings
 from tide_jax.rounding import kept_as_floats, restored, round_weights, scale_path
 from tide_jax.router import RouterMetadata, model_identity
@@ -139,15 +140,26 @@ def test_many_tokens_make_floats_of_some_rows_at_a_time(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("count", [2, 24])
-def test_products_of_experts(count: int) -> None:
-    """A few rows by the experts that they chose, many by all of them."""
+@pytest.mark.parametrize("way", [None, _gathered, _by_row, _integers_by_blocks, _by_runs])
+def test_products_of_experts(count: int, way: Callable[..., jax.Array] | None) -> None:
+    """A few rows by the experts that they chose, many by all of them; and as other platforms do either."""
     rng = np.random.default_rng(count)
     rows, kernels = rng.normal(size=(count, 6)), rng.integers(-127, 128, (5, 6, 2, 3))
     expert, scale = np.sort(rng.integers(0, 5, count)), rng.uniform(0.1, 1, (5, 2, 3))
     arrays = (jnp.asarray(rows, jnp.float32), jnp.asarray(kernels, jnp.int8), jnp.asarray(expert, jnp.int32))
-    found = expert_matmul(*arrays, jnp.asarray(scale, jnp.float32))
+    factors = jnp.asarray(scale, jnp.float32)
+    found = expert_matmul(*arrays, factors) if way is None else way(*arrays) * factors[expert]
     wanted = np.einsum("md,mdpf->mpf", rows, kernels[expert] * scale[expert][:, None])
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_accelerators_convert_within_the_product() -> None:
+    """There a barrier between integers and product would be a copy: of a kernel that is reshaped, on a TPU."""
+    x, kernel = jax.ShapeDtypeStruct((1, 24), jnp.bfloat16), jax.ShapeDtypeStruct((8, 4, 6), jnp.int8)
+    traced = jax.jit(lambda x, kernel: integer_sums("td,fd->tf", x, kernel.reshape(8, 24))).trace(x, kernel)
+    for platform, kept in (("cpu", True), ("cuda", False), ("tpu", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in text) == kept, platform
 
 
 # ---- the model
@@ -197,7 +209,9 @@ def test_a_tied_table_reads_a_row_times_its_scale() -> None:
     small = rounded(model)
     scale = np.abs(parameters(model)["embed.kernel"]).max(axis=1) / np.float32(127)
     row = np.rint(np.asarray(parameters(model)["embed.kernel"])[7] / scale[7]) * scale[7]
-    np.testing.assert_array_equal(small.embed(jnp.asarray([[7]], jnp.int32))[0, 0], row)
+    for index in ([[7]], [[7, 3]], [[7], [3]]):  # one row has a way of its own
+        np.testing.assert_array_equal(small.embed(jnp.asarray(index, jnp.int32))[0, 0], row)
+    assert small.embed(jnp.zeros((1, 0), jnp.int32)).shape == (1, 0, 48)
     untied = rounded(tiny_model(SWEEP["post norm"]))
     assert (untied.embed.scale, untied.embed.kernel[...].dtype, untied.weights) == (None, FLOAT32, "int8")
 
@@ -211,12 +225,14 @@ def test_the_rows_of_a_head_bring_their_scales() -> None:
     np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_kernels_for_gpus_are_given_floats() -> None:
-    """The fill of a cache takes a layer's key and value weights."""
+def test_kernels_for_gpus_are_not_given_floats() -> None:
+    """The fill of a cache would take a layer's key and value weights as floats: its rows are projected without it."""
     small = rounded(tiny_model(SWEEP["pre norm"]))
     layer, positions = small.layers[0], jnp.asarray([[0, 1]], jnp.int32)
     x = jax.random.normal(jax.random.key(1), (1, 2, 48))
     options = small.contexts(positions, None), jnp.ones((1, 2), jnp.bool_)
+    assert "8-bit integers" in str(unsupported(layer))
+    assert unsupported(restored_model(small).layers[0]) is None
     filled = fill_rows(layer, x, *options, implementation="pallas_interpret")
     for found, wanted in zip(filled, layer.project_kv(x, options[0]), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

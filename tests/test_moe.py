@@ -15,7 +15,7 @@ from flax import nnx
 from tide_jax.architecture import MoEConfig
 from tide_jax.architecture_parts import Correction, GroupScore
 from tide_jax.errors import TideError
-from tide_jax.moe import MoE, _by_blocks, _by_runs, choose_experts, expert_matmul
+from tide_jax.moe import MoE, _by_blocks, _by_row, _by_runs, choose_experts, expert_matmul
 from tide_jax.testing import tiny_config
 
 TOKENS, EXPERTS, CHOSEN = 64, 12, 3
@@ -195,7 +195,7 @@ def test_what_the_experts_give(flags: dict[str, Any], tokens: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("spread", ["random", "one for all", "uneven", "few"])
-@pytest.mark.parametrize("way", [_by_blocks, _by_runs, expert_matmul])
+@pytest.mark.parametrize("way", [_by_blocks, _by_row, _by_runs, expert_matmul])
 def test_products_by_expert(way: Any, spread: str) -> None:
     numbers = np.random.default_rng(3)
     expert = {

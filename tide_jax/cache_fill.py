@@ -75,6 +75,7 @@ def unsupported(layer: DecoderLayer) -> str | None:
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
     reasons = {
         "values are not projected beside keys": attention.value is not None or attention.kv.outputs[1] != 2,
+        "its weights are 8-bit integers, which would become floats in memory": attention.kv.scale is not None,
         "values have a bias and keys have none": attention.value_bias is not None,
         "values are normed, scaled or rotated": (
             attention.value_norm is not None or attention.value_scale != 1.0 or attention.rotates_values

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 from tide_jax.architecture import AttentionType, DecoderConfig, LatentConfig
 from tide_jax.attention import AttentionContext, spans_of
 from tide_jax.norms import Norm
-from tide_jax.ops import Dense, einsum
+from tide_jax.ops import Dense, einsum, integer_sums
 from tide_jax.rotary import rotate
+from tide_jax.rounding import scaled
 from tide_jax.span_attention import CachedRows, KeyValue, attend
 
 
@@ -69,21 +70,39 @@ class LatentAttention(nnx.Module):
             scale=self.scale,
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
-        values = einsum("bthr,hvr->bthv", mixed[..., : self.latent.kv_rank], self.v_up.weights(x.dtype))
-        return self.out(values)
+        return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up))
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
         """Queries that meet latent vectors: ``(W_k^T q)`` beside the rotated part."""
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down(x)) * self.latent.q_scale
         q = self.q(x)
-        nope = einsum("bthn,hnr->bthr", q[..., : self.latent.nope_dim], self.k_up.weights(x.dtype))
+        nope = _absorbed(q[..., : self.latent.nope_dim], self.k_up)
         return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
 
     def _rotated(self, x: Array, context: AttentionContext) -> Array:
         if context.cos is None or context.sin is None:
             return x
         return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
+
+
+def _values(mixed: Float[Array, "B T H R"], up: Dense) -> Float[Array, "B T H V"]:
+    """What each head makes of its mix of latent vectors."""
+    spec = "bthr,hvr->bthv"
+    if up.scale is None:
+        return einsum(spec, mixed, up.weights(mixed.dtype))
+    return scaled(integer_sums(spec, mixed, up.kernel[...]), up.scale[...][None, None], mixed.dtype)
+
+
+def _absorbed(q: Float[Array, "B T H N"], up: Dense) -> Float[Array, "B T H R"]:
+    """``W^T q`` of each head. It sums over the outputs of a map, so a scale of one of them belongs to the query."""
+    spec = "bthn,hnr->bthr"
+    if up.scale is None:
+        return einsum(spec, q, up.weights(q.dtype))
+    scale = up.scale[...][None, None]
+    largest = jnp.max(scale, axis=-1, keepdims=True)  # taken out, or the queries could leave the range of float16
+    q = scaled(q.astype(jnp.float32), scale / largest, q.dtype)
+    return scaled(integer_sums(spec, q, up.kernel[...]), largest, q.dtype)
 
 
 def _bottleneck_norm(latent: LatentConfig, size: int, dtype: jnp.dtype) -> Norm:

@@ -21,6 +21,8 @@ from tide_jax.norms import block_norm
 from tide_jax.ops import Dense, einsum, integer_sums, matmul, matmul_precision, normal
 from tide_jax.rounding import scaled
 
+_ON_TPU = "md,...df->m...f"
+
 
 class Experts(nnx.Module):
     """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``.
@@ -124,11 +126,45 @@ def expert_matmul(
       scale: float32 factor of each output, for integers.
     """
     if 2 * rows.shape[0] <= kernels.shape[0]:  # a step of decoding reads the experts it needs, not all
-        times = einsum if scale is None else integer_sums
-        sums = times("md,md...->m...", rows, kernels[expert])
+        sums = lax.platform_dependent(rows, kernels, expert, tpu=_by_row, default=_gathered)
     else:
-        sums = lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs)
+        # XLA for a TPU would make floats of all experts for its ragged product.
+        blocks_on_tpu = {} if scale is None else {"tpu": _integers_by_blocks}
+        sums = lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs, **blocks_on_tpu)
     return sums if scale is None else scaled(sums, scale[expert], rows.dtype)
+
+
+def _gathered(
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
+    times = integer_sums if kernels.dtype == jnp.int8 else einsum
+    return times("md,md...->m...", rows, kernels[expert])
+
+
+def _by_row(
+    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
+    """For TPUs, where XLA copies the kernels of all experts to gather a few of them."""
+    rounded = kernels.dtype == jnp.int8
+    kernels = _as_on_tpu(kernels) if rounded else kernels
+
+    def run(one: tuple[Float[Array, " D"], Int[Array, ""]]) -> Float[Array, "..."]:
+        row, kernel = one[0][None], kernels[one[1]]
+        return (integer_sums(_ON_TPU, row, kernel) if rounded else matmul(row, kernel))[0]
+
+    return lax.map(run, (rows, expert))
+
+
+def _integers_by_blocks(
+    rows: Float[Array, "M D"], kernels: Int8[Array, "E D ..."], expert: Int[Array, " M"]
+) -> Float[Array, "M ..."]:
+    """For TPUs."""
+    return _by_blocks(rows, _as_on_tpu(kernels), expert, spec=_ON_TPU)
+
+
+def _as_on_tpu(kernels: Int8[Array, "E D ..."]) -> Int8[Array, "E ..."]:
+    """Integers in the order that a TPU keeps them in, inputs last but one: in another, XLA would copy them."""
+    return jnp.moveaxis(kernels, 1, -2)
 
 
 def _by_runs(
@@ -143,9 +179,16 @@ def _by_runs(
 
 
 def _by_blocks(
-    rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
+    rows: Float[Array, "M D"],
+    kernels: Float[Array, "E D ..."] | Int8[Array, "E ..."],
+    expert: Int[Array, " M"],
+    spec: str = "md,d...->m...",
 ) -> Float[Array, "M ..."]:
-    """For CPUs, where `lax.ragged_dot` multiplies every row with every expert: each expert fills whole blocks."""
+    """Each expert fills whole blocks. For CPUs, where `lax.ragged_dot` multiplies every row with every expert.
+
+    Args:
+      spec: the product of one expert, for integers.
+    """
     (count, width), experts = rows.shape, kernels.shape[0]
     size = -(-count // experts)
     blocks = count // size + experts  # enough, however the rows are spread
@@ -160,11 +203,10 @@ def _by_blocks(
 
     def run(block: tuple[Float[Array, "S D"], Int[Array, ""]]) -> Float[Array, "S ..."]:
         kernel = kernels[block[1]]
-        rounded = kernel.dtype == jnp.int8
-        return integer_sums("md,d...->m...", block[0], kernel) if rounded else matmul(block[0], kernel)
+        return integer_sums(spec, block[0], kernel) if kernel.dtype == jnp.int8 else matmul(block[0], kernel)
 
     out = lax.map(run, (padded.reshape(blocks, size, width), owner))
-    return out.reshape(blocks * size, *kernels.shape[2:])[place]
+    return out.reshape(blocks * size, *out.shape[2:])[place]
 
 
 def router_logits(router: Dense, tokens: Float[Array, "N D"]) -> Float[Array, "N E"]:

@@ -35,11 +35,16 @@ def einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[A
 def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]) -> Float[Array, "..."]:
     """`jnp.einsum` of floats and 8-bit integers, the sums in float32: float16 ones could overflow before scaling.
 
-    The barrier keeps XLA from making floats of the integers before a loop that this is in.
+    The barrier keeps XLA for a CPU from making floats of the integers before a loop that this is in. Accelerators
+    convert within the product, and a TPU would copy a kernel whose reshaping a barrier keeps apart from it.
     """
-    x, integers = lax.optimization_barrier((x, integers))
+    x, integers = lax.platform_dependent(x, integers, cpu=_kept_here, default=lambda *as_given: as_given)
     precision = matmul_precision(x.dtype)
     return jnp.einsum(spec, x, integers.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _kept_here(x: Array, integers: Array) -> tuple[Array, Array]:
+    return lax.optimization_barrier((x, integers))
 
 
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D ..."]) -> Float[Array, "..."]:

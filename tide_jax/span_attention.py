@@ -130,16 +130,22 @@ def _part(q: Array, rows: KeyValue, span: Span, scale: float, softcap: float | N
 
 
 def _products(q: Float[Array, "B KV G T hk"], keys: Float[Array, "B KV S hk"]) -> Float[Array, "B KV G T S"]:
-    """Queries times keys. A CPU multiplies keys by few queries three times as fast as few queries by keys."""
+    """Queries times keys. A CPU multiplies keys by few queries three times as fast as few queries by keys.
 
-    def by_query() -> Array:
-        return einsum("bkgtd,bksd->bkgts", q, keys)
-
+    A GPU gets few queries with their tokens ahead of the heads, as they came: the other way XLA copies all cached keys,
+    turned round, for a single token.
+    """
     if q.shape[2] * q.shape[3] > _FEW_QUERIES:
-        return by_query()
-    return lax.platform_dependent(
-        cpu=lambda: jnp.moveaxis(einsum("bksd,bkgtd->bksgt", keys, q), 2, -1), default=by_query
-    )
+        return einsum("bkgtd,bksd->bkgts", q, keys)
+    return lax.platform_dependent(q, keys, cpu=_keys_first, default=_by_token)
+
+
+def _keys_first(q: Float[Array, "B KV G T hk"], keys: Float[Array, "B KV S hk"]) -> Float[Array, "B KV G T S"]:
+    return jnp.moveaxis(einsum("bksd,bkgtd->bksgt", keys, q), 2, -1)
+
+
+def _by_token(q: Float[Array, "B KV G T hk"], keys: Float[Array, "B KV S hk"]) -> Float[Array, "B KV G T S"]:
+    return einsum("btkgd,bksd->bkgts", jnp.transpose(q, (0, 3, 1, 2, 4)), keys)
 
 
 def _merged(a: Part, b: Part) -> Part:

@@ -33,11 +33,19 @@ class Embedding(nnx.Module):
         return self._dtype if self.scale is not None else self.kernel[...].dtype
 
     def __call__(self, index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        rows = jnp.take(self.kernel[...], index, axis=0, mode="clip")
         if self.scale is None:
-            return rows
+            return jnp.take(self.kernel[...], index, axis=0, mode="clip")
+        rows = _integer_rows(self.kernel[...], index)
         scale = jnp.take(self.scale[...], index, axis=0, mode="clip")[..., None]
         return scaled(rows.astype(jnp.float32), scale, self.dtype)
+
+
+def _integer_rows(table: Int8[Array, "V D"], index: Int[Array, "B T"]) -> Int8[Array, "B T D"]:
+    if index.size != 1:
+        return jnp.take(table, index, axis=0, mode="clip")
+    # XLA for a TPU looks one row up by a slice, for which it copies the whole table; two rows it reads where they lie.
+    twice = jnp.concatenate([index, index], axis=-1)
+    return jnp.take(table, twice, axis=0, mode="clip")[..., :1, :]
 
 
 class Head(nnx.Module):

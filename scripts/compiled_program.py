@@ -1,15 +1,19 @@
-"""Reads what XLA made of a program for a GPU: large results in its HLO, and what is launched."""
+"""Reads what XLA made of a program for a GPU or a TPU: large results in its HLO, and what is launched."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Set
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_MOVES = {"copy-done", "slice-done"}  # of what is found where it was made
+_FLOATS = re.compile(r"b?f\d")
+_ON_CHIP = re.compile(r"S\(\d+\)")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _THUNK = re.compile(r"^\s*\d+: (k\w+)")
 # Their results are made elsewhere, or are other names for what there is.
@@ -30,6 +34,13 @@ class LargeResult(NamedTuple):
     size: int
 
 
+class _Array(NamedTuple):
+    shape: str
+    numbers: int
+    size: int
+    on_chip: bool
+
+
 class _Instruction(NamedTuple):
     root: bool
     result: str
@@ -39,27 +50,47 @@ class _Instruction(NamedTuple):
 
 def large_results(hlo: str, limit: int) -> list[LargeResult]:
     """Arrays of at least `limit` bytes that the program writes, but for those that are written into where they lie (an
-    update of a slice): copies of weights or of the cache are among them."""
-    computations = _computations(hlo)
-    fused = {i.fused for instructions in computations.values() for i in instructions if i.operation == "fusion"}
-    found = []
-    for name, instructions in computations.items():
-        for instruction in instructions:
-            if name in fused or instruction.operation in _NO_WORK:
-                continue
-            inside = computations.get(instruction.fused or "", [])
-            if _in_place(instruction, inside):
-                continue
-            kind = "+".join(dict.fromkeys(i.operation for i in inside if i.operation not in _NO_WORK))
-            for shape, size in _arrays(instruction.result):
-                if size >= limit:
-                    found.append(LargeResult(kind or instruction.operation, shape, size))
-    return found
+    update of a slice): copies of weights or of the cache are among them. What a TPU reads ahead into memory on the chip
+    is no copy."""
+    return [
+        LargeResult(kind, array.shape, array.size)
+        for kind, array in _written(hlo)
+        if array.size >= limit and not array.on_chip
+    ]
+
+
+def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
+    """Arrays of floats that the program writes, to whatever memory, which hold as many numbers as a matrix of integers.
+
+    Args:
+      counts: of the numbers in each matrix.
+    """
+    return [
+        LargeResult(kind, array.shape, array.size)
+        for kind, array in _written(hlo)
+        if array.numbers in counts and _FLOATS.match(array.shape) and kind not in _MOVES
+    ]
 
 
 def launches(thunks: str) -> Counter[str]:
     """How often each kind of launch stands in a dumped thunk sequence: kernels, copies, command buffers, loops."""
     return Counter(match[1] for match in map(_THUNK.match, thunks.splitlines()) if match)
+
+
+def _written(hlo: str) -> Iterator[tuple[str, _Array]]:
+    computations = _computations(hlo)
+    fused = {i.fused for instructions in computations.values() for i in instructions if i.operation == "fusion"}
+    for name, instructions in computations.items():
+        for instruction in instructions:
+            # What a "-start" begins to write is the result of its "-done".
+            if name in fused or instruction.operation in _NO_WORK or instruction.operation.endswith("-start"):
+                continue
+            inside = computations.get(instruction.fused or "", [])
+            if _in_place(instruction, inside):
+                continue
+            kind = "+".join(dict.fromkeys(i.operation for i in inside if i.operation not in _NO_WORK))
+            for array in _arrays(instruction.result):
+                yield kind or instruction.operation, array
 
 
 def _computations(hlo: str) -> dict[str, list[_Instruction]]:
@@ -80,8 +111,11 @@ def _in_place(instruction: _Instruction, inside: list[_Instruction]) -> bool:
     return instruction.operation == update or any(i.operation == update for i in inside)
 
 
-def _arrays(result: str) -> list[tuple[str, int]]:
-    return [(m[0], math.prod(map(int, filter(None, m[3].split(",")))) * _bytes(m)) for m in _ARRAY.finditer(result)]
+def _arrays(result: str) -> Iterator[_Array]:
+    for match in _ARRAY.finditer(result):
+        count = math.prod(map(int, filter(None, match[3].split(","))))
+        on_chip = _ON_CHIP.search(match[4] or "") is not None
+        yield _Array(f"{match[1]}[{match[3]}]", count, count * _bytes(match), on_chip)
 
 
 def _bytes(match: re.Match[str]) -> int:

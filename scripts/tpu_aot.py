@@ -1,0 +1,45 @@
+"""Compiles decode steps of an 8B model for a TPU v5e that is not there, and checks what XLA made of them.
+
+  make tpu-aot
+
+installs XLA's compiler for TPUs (one wheel, no TPU) into .tpu_aot and runs this with it. Weights are shapes alone. A
+step must not copy weights or the cache, nor make floats of weights that are integers, and may use little memory
+besides. Prints what was found, writes it with --out, and exits with 1 where a check fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import aot
+import jax
+from aot import Case
+from jax.experimental import topologies
+
+SPARE = 2 * 2**20  # what XLA for a TPU uses for each layer, in arrays of less than that
+CASES = (
+    Case("full depth"),
+    Case("propagate", "propagate"),
+    Case("full depth, 8-bit weights", weights="int8"),
+    Case("propagate, 8-bit weights", "propagate", weights="int8"),
+    Case("propagate, 8 rows, 8-bit weights", "propagate", rows=8, weights="int8"),
+    Case("experts, 8-bit weights", weights="int8", kind="experts"),
+    Case("experts, 8 rows, 8-bit weights", rows=8, weights="int8", kind="experts"),
+    Case("latent vectors, 8-bit weights", weights="int8", kind="latent"),
+    Case("latent vectors, 8 rows, 8-bit weights", rows=8, weights="int8", kind="latent"),
+)
+
+
+def main() -> int:
+    args = aot.arguments(__doc__)
+    try:
+        tpu = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    except Exception as error:
+        print(f"error: no TPU compiler for jax {jax.__version__} ({error}); run `make tpu-aot`", file=sys.stderr)
+        return 2
+    return aot.report(args, CASES, tpu, functools.partial(aot.compiled, device=tpu, spare=SPARE))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
