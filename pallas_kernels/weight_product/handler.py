@@ -11,6 +11,8 @@ from __future__ import annotations
 
 PIECE_BYTES = 48 * 1024
 """Bytes of weights that a thread takes at once."""
+MOST_THREADS = 64
+"""Threads that one call shares its work among."""
 PIECE_OUTPUTS = 12
 """A piece has a multiple of so many outputs: tiles of 2, 3 and 4 fit."""
 ALONE_BYTES = 96 * 1024
@@ -39,15 +41,18 @@ _WORK = """
 ; one of the products of a call: weights, scale, result, outputs, outputs a piece, the first piece and the one after the
 ; last, whether weights are 8-bit
 %product = type { ptr, ptr, ptr, i64, i64, i64, i64, i1 }
-; what the threads of one call share: next piece, pieces done, threads that hold it, pieces, x, rows, depth, products
-%work = type { i64, i64, i64, i64, ptr, i64, i64, [0 x %product] }
+; what the threads of one call share: threads that came, pieces done, threads that hold it, pieces, threads that may
+; come, what each of them has left, x, rows, depth, products
+%work = type { i64, i64, i64, i64, i64, ptr, ptr, i64, i64, [0 x %product] }
+; the pieces that a thread begins with: the next one, and the end; a cache line, which no other thread writes to at first
+%range = type { i64, i64, [6 x i64] }
 """
 
 _PRODUCT = {"w": "ptr", "scale": "ptr", "out": "ptr", "outputs": "i64", "each": "i64", "from": "i64", "to": "i64"}
 _PRODUCT |= {"s8": "i1"}
-_SHARED = {"next": "i64", "finished": "i64", "holders": "i64", "pieces": "i64", "x": "ptr", "rows": "i64"}
-_SHARED |= {"depth": "i64", "products": ""}
-_PRODUCT_BYTES, _SHARED_BYTES = 64, 56
+_SHARED = {"arrived": "i64", "finished": "i64", "holders": "i64", "pieces": "i64", "threads": "i64", "ranges": "ptr"}
+_SHARED |= {"x": "ptr", "rows": "i64", "depth": "i64", "products": ""}
+_PRODUCT_BYTES, _SHARED_BYTES, _RANGE_BYTES = 64, 72, 64
 
 
 def _at(name: str, prefix: str = "") -> str:
@@ -60,8 +65,9 @@ def _loaded(*names: str) -> str:
 
 
 def _stored() -> str:
-    """Fills in what the threads share: no piece is begun, and one thread holds it. The products are there already."""
-    values = {"next": "0", "finished": "0", "holders": "1"}
+    """Fills in what the threads share: no piece is begun, and one thread holds it. The products and
+    ranges are filled in apart."""
+    values = {"arrived": "0", "finished": "0", "holders": "1"}
     return "\n".join(
         f"{_at(name, 'work.')}\n  store {kind} {values.get(name, f'%{name}')}, ptr %work.{name}.at"
         for name, kind in _SHARED.items()
@@ -89,17 +95,33 @@ def _product_stored() -> str:
 
 
 _SHARE = f"""
-; works on pieces until none is left
+; works on the pieces of a range of its own, then on what other threads have left: a thread reads on in memory that way,
+; which is nearly twice as fast as pieces of all threads in turn
 define internal void @share(ptr %work) {{
 entry:
-{_at("next")}
 {_at("finished")}
-{_loaded("pieces", "x", "rows", "depth")}
+{_at("arrived")}
+{_loaded("threads", "ranges", "x", "rows", "depth")}
+  %ticket = atomicrmw add ptr %arrived.at, i64 1 seq_cst
+  br label %turn
+turn:
+  %turns = phi i64 [ 0, %entry ], [ %turns.next, %empty ]
+  %over = icmp uge i64 %turns, %threads
+  br i1 %over, label %done, label %begin
+begin:
+  %some = add i64 %ticket, %turns
+  %whose = urem i64 %some, %threads
+  %range.next = getelementptr %range, ptr %ranges, i64 %whose, i32 0
+  %range.end.at = getelementptr %range, ptr %ranges, i64 %whose, i32 1
+  %range.end = load i64, ptr %range.end.at
   br label %take
+empty:
+  %turns.next = add i64 %turns, 1
+  br label %turn
 take:
-  %piece = atomicrmw add ptr %next.at, i64 1 seq_cst
-  %is = icmp ult i64 %piece, %pieces
-  br i1 %is, label %find, label %done
+  %piece = atomicrmw add ptr %range.next, i64 1 seq_cst
+  %is = icmp ult i64 %piece, %range.end
+  br i1 %is, label %find, label %empty
 find:
   %product = phi i64 [ 0, %take ], [ %product.next, %find ]
 {_product_loaded("to")}
@@ -193,8 +215,10 @@ execute:
 {_field("rows", "%x.dims", 0, "i64")}
 {_field("depth", "%x.dims", 8, "i64")}
   %products.bytes = mul i64 %count, {_PRODUCT_BYTES}
-  %work.bytes = add i64 %products.bytes, {_SHARED_BYTES}
+  %ranges.start = add i64 %products.bytes, {_SHARED_BYTES}
+  %work.bytes = add i64 %ranges.start, {_RANGE_BYTES * MOST_THREADS}
   %work = call ptr @malloc(i64 %work.bytes)
+  %ranges = getelementptr i8, ptr %work, i64 %ranges.start
   br label %product.begin
 product.begin:
   %product = phi i64 [ 0, %execute ], [ %product.next, %product.end ]
@@ -238,9 +262,11 @@ product.end:
   br label %product.begin
 divided:
   %pieces = add i64 %from, 0
-{_stored()}
+{_field("threads.function", "%api", API["threads"])}
+{_field("destroy", "%api", API["destroy_error"])}
+{_field("schedule", "%api", API["schedule"])}
   %small = icmp ule i64 %bytes.before, {ALONE_BYTES}
-  br i1 %small, label %together, label %ask
+  br i1 %small, label %share.out, label %ask
 ask:
   ; XLA_FFI_ThreadPool_NumThreads_Args
   %thread.count = alloca i64
@@ -253,20 +279,40 @@ ask:
   store ptr %context, ptr %question.context
   %question.count = getelementptr i64, ptr %question, i64 3
   store ptr %thread.count, ptr %question.count
-{_field("threads.function", "%api", API["threads"])}
-{_field("destroy", "%api", API["destroy_error"])}
-{_field("schedule", "%api", API["schedule"])}
   %no.count = call ptr %threads.function(ptr %question)
   %refused = icmp ne ptr %no.count, null
   br i1 %refused, label %forget, label %counted
 forget:
   call void @destroy_error(ptr %destroy, ptr %no.count)
-  br label %together
+  br label %share.out
 counted:
-  %threads = load i64, ptr %thread.count
-  %spare = sub i64 %threads, 1
-  %pieces.less = sub i64 %pieces, 1
-  %helpers = call i64 @llvm.umin.i64(i64 %spare, i64 %pieces.less)
+  %counted.raw = load i64, ptr %thread.count
+  %counted.some = call i64 @llvm.umax.i64(i64 %counted.raw, i64 1)
+  %counted.most = call i64 @llvm.umin.i64(i64 %counted.some, i64 {MOST_THREADS})
+  %counted.useful = call i64 @llvm.umin.i64(i64 %counted.most, i64 %pieces)
+  br label %share.out
+share.out:
+  ; every thread that may come begins at a range of its own
+  %threads = phi i64 [ 1, %divided ], [ 1, %forget ], [ %counted.useful, %counted ]
+  br label %range.begin
+range.begin:
+  %number = phi i64 [ 0, %share.out ], [ %number.next, %range.make ]
+  %ranges.made = icmp uge i64 %number, %threads
+  br i1 %ranges.made, label %shared, label %range.make
+range.make:
+  %number.next = add i64 %number, 1
+  %start.raw = mul i64 %number, %pieces
+  %start = udiv i64 %start.raw, %threads
+  %stop.raw = mul i64 %number.next, %pieces
+  %stop = udiv i64 %stop.raw, %threads
+  %start.at = getelementptr %range, ptr %ranges, i64 %number, i32 0
+  store i64 %start, ptr %start.at
+  %stop.at = getelementptr %range, ptr %ranges, i64 %number, i32 1
+  store i64 %stop, ptr %stop.at
+  br label %range.begin
+shared:
+  %helpers = sub i64 %threads, 1
+{_stored()}
   ; XLA_FFI_ThreadPool_Schedule_Args
   %request = alloca [5 x i64]
   store i64 40, ptr %request
@@ -280,7 +326,7 @@ counted:
   store ptr %work, ptr %request.data
   br label %invite
 invite:
-  %invited = phi i64 [ 0, %counted ], [ %invited.next, %invite.done ]
+  %invited = phi i64 [ 0, %shared ], [ %invited.next, %invite.done ]
   %enough = icmp uge i64 %invited, %helpers
   br i1 %enough, label %together, label %invite.one
 invite.one:

@@ -108,7 +108,7 @@ def _shape(features: dict[str, bool], architecture: str) -> Shape:
     """What fits into the registers: 32 of 512 bits, 16 of 256, or 16 to 32 of 128."""
     pause = _PAUSE.get(architecture, "")
     if features.get("avx512f"):
-        return Shape(16, 1, (Tile(8, 3), Tile(4, 4), Tile(2, 4), Tile(1, 1)), pause)
+        return Shape(16, 1, (Tile(8, 3), Tile(4, 4), Tile(2, 1), Tile(1, 1)), pause)
     return Shape(8 if features.get("avx2") else 4, 1, (Tile(4, 2), Tile(2, 2), Tile(1, 1)), pause)
 
 
