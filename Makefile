@@ -31,6 +31,7 @@ bench: .venv/demo .venv/test
 	$(BIN)/python scripts/demo.py --report scripts/results/demo_report.json
 	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
 		--out scripts/results/decode.json
+	$(BIN)/python scripts/bench_products.py .demo/smollm2 --out scripts/results/products.json
 	$(BIN)/python scripts/bench_start.py .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) \
 		--out scripts/results/start.json
 	$(BIN)/python scripts/bench_long.py .demo/smollm2 --out scripts/results/long.json

@@ -7,7 +7,7 @@ variants after the other, each followed by a full-depth run that it is compared 
 rounds are reported. A variant's time per token is the time of a long generation minus that of a one-token generation
 by the same compiled program, so prefill and start-up are out.
 
-"weights read once" is the floor: as many bytes as the model's weights, read by products of large matrices and a vector.
+"weights read once" is the floor: all cores together read as many bytes as the model's weights, and do nothing else.
 Prompts of --prompt-tokens tokens are timed apart, to the first token.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
@@ -33,17 +33,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from memory_floor import reader
 from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.decoder import stored_parameters
 from tide_jax.deferred_fill import is_faster
 from tide_jax.early_exit import ExitGate
 from tide_jax.generate import Exits, Prompt, Request
-from tide_jax.ops import times_rows
+from tide_jax.inspection import bytes_read
 from tide_jax.sampling import make_sampling
 from tide_jax.testing import constant_routers
 
@@ -108,7 +108,7 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
         "head only": head_variant(model, batch, args.steps),
     }
     if batch == 1:
-        variants["weights read once"] = reading_variant(model)
+        variants["weights read once"] = reader(bytes_read(model.config)[model.precision])
     for checkpoint in routers.checkpoints:
         exits = forced(model, routers, checkpoint + 1, batch)
         variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
@@ -172,29 +172,6 @@ def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
         start = time.perf_counter()
         loop(model, jnp.zeros((batch,), jnp.int32)).block_until_ready()
         return (time.perf_counter() - start) / steps
-
-    run()
-    return run
-
-
-def reading_variant(model: tide_jax.Decoder) -> Variant:
-    """Reads as many bytes as the weights have, as fast as this library reads any: matrices of 16 million numbers."""
-    size = 4096
-    weights = sum(p.value.nbytes for p in stored_parameters(model))
-    matrices = [jnp.full((size, size), i + 1, model.dtype) for i in range(max(weights // (4 * size * size), 1))]
-
-    @jax.jit
-    def products(matrices: list[jax.Array], x: jax.Array) -> jax.Array:
-        for matrix in matrices:
-            x = jnp.tanh(times_rows(x, matrix))
-        return x
-
-    x = jnp.ones((1, size), model.dtype)
-
-    def run() -> float:
-        start = time.perf_counter()
-        products(matrices, x).block_until_ready()
-        return (time.perf_counter() - start) * weights / sum(m.nbytes for m in matrices)
 
     run()
     return run

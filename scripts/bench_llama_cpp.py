@@ -5,8 +5,8 @@
 
 MODEL.gguf, of any stored type, is stored anew as F32 and as Q8_0 for llama.cpp, and loaded in float32 and with 8-bit
 weights here. All decode greedily at full depth; llama.cpp through its C interface, so that no Python stands between.
-Medians over the rounds are reported. The floor is the time in which all cores read as many bytes as the weights have.
-With --append the rows go into a file that holds those of other models. Use a quiet machine.
+Medians over the rounds are reported. "bytes alone" is the floor: all cores read as many bytes of weights as a step, and
+do nothing else. With --append the rows go into a file that holds those of other models. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from bench_decode import PROMPT, engine_variant, prompt_variant, random_prompts
-from bench_products import alternate, reading_speed
+from bench_products import alternate
+from memory_floor import reader
 from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
 
 import tide_jax
-from tide_jax.decoder import stored_parameters
+from tide_jax.inspection import bytes_read
 
 OURS = {"tide_jax, float32": "float", "tide_jax, int8": "int8"}
 PEERS = {"llama.cpp, F32": "F32", "llama.cpp, Q8_0": "Q8_0"}
@@ -83,15 +84,15 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reading: Variants = {name: prompt_variant(model, prompt) for name, model in ours.items()}
     reading |= {name: peer.prompt_reading(model, prompt[0]) for name, model in theirs.items()}
     prompts = alternate(reading, args.rounds, "prompt")
-    decoding = []
+    decoding, read = [], {name: bytes_read(model.config)[model.precision] for name, model in ours.items()}
     for batch in args.batch:
         tokens = random_prompts(vocabulary, batch)
         steps: Variants = {name: engine_variant(model, None, batch, args.steps) for name, model in ours.items()}
         steps |= {name: peer.decoding(model, tokens, args.steps) for name, model in theirs.items()}
+        steps |= {f"{name}, bytes alone": reader(count) for name, count in read.items()}
         decoding.append({"batch": batch, "times": alternate(steps, args.rounds, f"batch {batch}")})
     return {
-        "weight_bytes": {name: sum(p.value.nbytes for p in stored_parameters(model)) for name, model in ours.items()},
-        "reading": reading_speed(args.rounds),
+        "bytes_of_a_token": read,
         "decoding": decoding,
         "prompt": {"tokens": args.prompt_tokens, "times": prompts},
     }

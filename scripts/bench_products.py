@@ -3,19 +3,17 @@
   python scripts/bench_products.py MODEL --out scripts/results/products.json
 
 MODEL is anything tide_jax.load takes. All variants run in one process on the same threads, one round of all after the
-other; medians and spreads over the rounds are reported. The floor is the time in which as many threads as there are
-cores read the weights' bytes, each its part, by looking for the largest number.
+other; medians and spreads over the rounds are reported. "bytes alone" is the floor: all cores read as many bytes of
+weights as a step, and do nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_decode import engine_variant
 from jax import lax
+from memory_floor import reader
 from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import tide_jax
 from pallas_kernels.weight_product import turned_off
-from tide_jax.decoder import stored_parameters
+from tide_jax.inspection import bytes_read
 from tide_jax.ops import times_rows
 
 SHAPES = ((576, 1536), (576, 576), (896, 4864), (1536, 576), (4864, 896))
@@ -53,7 +52,6 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": machine(),
         "method": {"rounds": args.rounds, "steps": args.steps},
-        "reading": reading_speed(args.rounds),
         "products": [bench_product(*shape, args.rounds) for shape in SHAPES],
     }
     show_products(report)
@@ -75,19 +73,6 @@ def alternate(variants: dict[str, Callable[[], float]], rounds: int, about: str)
         for name, run in variants.items():
             times[name].append(run())
     return {name: summary(seconds) for name, seconds in times.items()}
-
-
-def reading_speed(rounds: int) -> dict[str, float]:
-    """GB/s of all cores together, the best round."""
-    cores = os.cpu_count() or 1
-    parts = [np.ones(int(LOOP_BYTES / 4), np.float32) for _ in range(cores)]
-    seconds = []
-    with ThreadPoolExecutor(cores) as pool:
-        for _ in range(2 * rounds):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            seconds.append(time.perf_counter() - start)
-    return {"gigabytes_per_second": sum(p.nbytes for p in parts) / min(seconds) / 1e9, "threads": cores}
 
 
 def bench_product(depth: int, outputs: int, rounds: int) -> dict[str, Any]:
@@ -133,13 +118,14 @@ def product_variant(weights: jax.Array, scale: jax.Array, rows: int, *, own: boo
 def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
     """Decoding at full depth: milliseconds a step by batch size."""
     models = {"float32": tide_jax.load(source, "float32"), "int8": tide_jax.load(source, "float32", weights="int8")}
-    bytes_read = {name: sum(p.value.nbytes for p in stored_parameters(model)) for name, model in models.items()}
+    read = {name: bytes_read(model.config)[model.precision] for name, model in models.items()}
     batches = []
     for batch in args.batch:
         variants = {"XLA": without_own(models["float32"], batch, args.steps)}
         variants |= {name: engine_variant(model, None, batch, args.steps) for name, model in models.items()}
+        variants |= {f"{name}, bytes alone": reader(count) for name, count in read.items()}
         batches.append({"batch": batch, "times": alternate(variants, args.rounds, f"batch {batch}")})
-    return {"model": {"weight_bytes": bytes_read}, "decoding": batches}
+    return {"bytes_of_a_token": read, "decoding": batches}
 
 
 def without_own(model: tide_jax.Decoder, batch: int, steps: int) -> Callable[[], float]:
@@ -155,7 +141,6 @@ def without_own(model: tide_jax.Decoder, batch: int, steps: int) -> Callable[[],
 
 
 def show_products(report: dict[str, Any]) -> None:
-    print(f"{report['reading']['gigabytes_per_second']:.1f} GB/s by {report['reading']['threads']} threads")
     for product in report["products"]:
         table = Table("", *map(str, ROWS), title=f"{product['matrices']} x [{product['depth']}, {product['outputs']}]")
         for name in ("XLA", "float32", "int8"):

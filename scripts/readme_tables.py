@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_table import gpu_table
+from readme_products import llama_cpp_table, products_table
 from readme_reliability import reliability_table
 from readme_speed import (
     RESULTS,
@@ -296,6 +297,7 @@ TABLES = {
     "demo": demo_table,
     "family_counts": family_counts,
     "families": family_table,
+    "llama_cpp": llama_cpp_table,
     "long": long_table,
     "prefill": prefill_table,
     "start": start_table,
@@ -304,6 +306,7 @@ TABLES = {
     "tpu_aot": tpu_aot_table,
     "paper_families": paper_families,
     "peers": peers_table,
+    "products": products_table,
     "quality": quality_table,
     "quality_frontier": quality_frontier,
     "reliability": reliability_table,

@@ -44,7 +44,7 @@ _WORK = """
 ; what the threads of one call share: threads that came, pieces done, threads that hold it, pieces, threads that may
 ; come, what each of them has left, x, rows, depth, products
 %work = type { i64, i64, i64, i64, i64, ptr, ptr, i64, i64, [0 x %product] }
-; the pieces that a thread begins with: the next one, and the end; a cache line, which no other thread writes to at first
+; the pieces that a thread begins with: the next one, and the end. It is a cache line: no other thread writes to it
 %range = type { i64, i64, [6 x i64] }
 """
 
