@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tide_jax import TideError
+from tide_jax.ops import likeliest
 from tide_jax.sampling import filter_logits, make_sampling, penalise, sample
 
 FILTERS: list[dict[str, Any]] = [
@@ -168,3 +169,13 @@ def test_dials_out_of_range_are_named(name: str, value: Any) -> None:
 def test_dials_of_numpy_and_jax() -> None:
     sampling = make_sampling(np.float32(0.5), np.int64(3), jnp.asarray(0.25), 1, repetition_penalty=np.float64(2.0))
     assert [float(dial) for dial in sampling] == [0.5, 3.0, 0.25, 1.0, 2.0]
+
+
+def test_the_likeliest_is_argmax_on_every_platform() -> None:
+    """Ties, infinities and NaN included: the first one."""
+    nan, inf = float("nan"), float("inf")
+    rows = [[1, 3, 3, 2], [-inf] * 4, [0, inf, inf, 1], [1, nan, 5, nan], [nan] * 4, [-0.0, 0.0, -1, -2]]
+    logits = jnp.asarray([rows], jnp.float32)
+    found = jax.jit(likeliest)(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, jnp.argmax(logits, axis=-1))

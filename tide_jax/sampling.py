@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tide_jax.checks import whole_number
 from tide_jax.generation_settings import sampling_dial
+from tide_jax.ops import likeliest
 
 
 class Sampling(NamedTuple):
@@ -96,7 +97,7 @@ def sample_rows(
     def draw() -> Array:
         return jax.vmap(jax.random.categorical)(keys(), filter_logits(logits, sampling)).astype(jnp.int32)
 
-    return lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return lax.cond(sampling.temperature > 0, draw, lambda: likeliest(logits))
 
 
 def penalise(logits: Float[Array, "B V"], penalty: Float[Array, ""], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
