@@ -123,13 +123,16 @@ def test_sums_do_not_overflow_before_they_are_scaled(dtype: str) -> None:
     np.testing.assert_allclose(np.asarray(out, np.float32), [[520.2, 5202]] * 20, rtol=1e-2)
 
 
-def test_many_tokens_make_floats_of_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens, limit", [(9, "_INTEGERS_AT_ONCE"), (17, "_INTEGERS_OF_PROMPTS")])
+def test_many_tokens_make_floats_of_some_rows_at_a_time(
+    tokens: int, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(2)
-    x, rows = rng.normal(size=(2, 17, 24)).astype(np.float32), rng.integers(-127, 128, (37, 24))
+    x, rows = rng.normal(size=(2, tokens, 24)).astype(np.float32), rng.integers(-127, 128, (37, 24))
     scale = rng.uniform(0.1, 1, 37).astype(np.float32)
     wanted = np.einsum("btd,fd->btf", x.astype(np.float64), rows * scale[:, None])
     arrays = jnp.asarray(rows, jnp.int8), jnp.asarray(scale)
-    monkeypatch.setattr(ops, "_INTEGERS_AT_ONCE", 24 * 5)  # eight blocks, the last of two new rows
+    monkeypatch.setattr(ops, limit, 24 * 5)  # eight blocks, the last of two new rows
     np.testing.assert_allclose(times_rows(jnp.asarray(x), *arrays), wanted, rtol=1e-4, atol=1e-3)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(times_rows(x, *arrays) ** 2)))(jnp.asarray(x))
     slope = np.einsum("btf,fd->btd", 2 * wanted, rows * scale[:, None])

@@ -19,7 +19,8 @@ from tide_jax.sharding import on_mesh
 
 T = TypeVar("T", Array, np.ndarray)
 _FEW_TOKENS = 32
-_INTEGERS_AT_ONCE = 2**18  # weights whose floats a CPU's own cache holds
+_INTEGERS_AT_ONCE = 2**18  # weights whose floats a CPU's own cache holds, for a few tokens
+_INTEGERS_OF_PROMPTS = 2**24  # for many, where a loop costs more than it saves: 64 MiB of floats
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -88,7 +89,8 @@ def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Arr
     XLA's CPU backend makes floats of the integers in memory, and does so for all layers at the start of a program: that
     would be the memory of the float model. So there a loop converts some rows at a time.
     """
-    outputs, size = rows.shape[0], max(1, _INTEGERS_AT_ONCE // rows.shape[1])
+    at_most = _INTEGERS_AT_ONCE if x.shape[0] <= _FEW_TOKENS else _INTEGERS_OF_PROMPTS
+    outputs, size = rows.shape[0], max(1, at_most // rows.shape[1])
 
     def at_once(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
         return integer_sums("td,fd->tf", x, rows)
