@@ -5,8 +5,7 @@
 
 MODEL.gguf, of any stored type, is stored anew as F32 and as Q8_0 for llama.cpp, and loaded in float32 and with 8-bit
 weights here. All decode greedily at full depth; llama.cpp through its C interface, so that no Python stands between.
-Medians over the rounds are reported. "bytes alone" is the floor: all cores read as many bytes of weights as a step, and
-do nothing else. With --append the rows go into a file that holds those of other models. Use a quiet machine.
+Medians over the rounds are reported. With --append the rows go into a file that holds those of other models. Use a quiet machine.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from typing import Any
 
 from bench_decode import PROMPT, engine_variant, prompt_variant, random_prompts
 from bench_products import alternate
-from memory_floor import reader
 from reporting import machine, save
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +87,6 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         tokens = random_prompts(vocabulary, batch)
         steps: Variants = {name: engine_variant(model, None, batch, args.steps) for name, model in ours.items()}
         steps |= {name: peer.decoding(model, tokens, args.steps) for name, model in theirs.items()}
-        steps |= {f"{name}, bytes alone": reader(count) for name, count in read.items()}
         decoding.append({"batch": batch, "times": alternate(steps, args.rounds, f"batch {batch}")})
     return {
         "bytes_of_a_token": read,

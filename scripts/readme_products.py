@@ -55,18 +55,15 @@ def llama_cpp_table() -> str:
         "alternating rounds in one process. tokens/s are of all sequences together; a longer prompt is read to its "
         "first token.",
         "",
-        f"| | {' | '.join(_PARTS)} | bytes alone, float32 / int8 |",
-        f"|---|{'---:|' * (len(_PARTS) + 1)}",
+        f"| | {' | '.join(_PARTS)} |",
+        f"|---|{'---:|' * len(_PARTS)}",
     ]
     for model in report["models"]:
         for part in model["decoding"]:
             times = part["times"]
             rates = [f"{1e3 * part['batch'] / times[name]['ms']:.1f}" for name in _PARTS]
-            floors = [f"{1e3 * part['batch'] / times[f'{_PARTS[i]}, bytes alone']['ms']:.0f}" for i in (0, 2)]
-            lines.append(
-                f"| {model['name']}, batch {part['batch']}, tokens/s | {' | '.join(rates)} | {' / '.join(floors)} |"
-            )
+            lines.append(f"| {model['name']}, batch {part['batch']}, tokens/s | {' | '.join(rates)} |")
         prompt = model["prompt"]
         cells = [f"{prompt['times'][name]['ms']:.0f}" for name in _PARTS]
-        lines.append(f"| {model['name']}, prompt of {prompt['tokens']}, ms | {' | '.join(cells)} | |")
+        lines.append(f"| {model['name']}, prompt of {prompt['tokens']}, ms | {' | '.join(cells)} |")
     return "\n".join(lines)
