@@ -5,7 +5,8 @@
 
 MODEL.gguf, of any stored type, is stored anew as F32 and as Q8_0 for llama.cpp, and loaded in float32 and with 8-bit
 weights here. All decode greedily at full depth; llama.cpp through its C interface, so that no Python stands between.
-Medians over the rounds are reported. With --append the rows go into a file that holds those of other models. Use a quiet machine.
+Medians over the rounds are reported. With --append the rows go into a file that holds those of other models. Use a
+quiet machine.
 """
 
 from __future__ import annotations
