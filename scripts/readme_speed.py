@@ -47,7 +47,7 @@ _NAMES = {
     "full, routers on": "full depth, routers scored but no exits",
     "head only": "embedding, output head and argmax alone",
     "transformers": "transformers `generate` (PyTorch eager)",
-    "weights read once": "as many bytes as the weights have, read once",
+    "weights read once": "as many bytes as the weights have, read by all cores",
 }
 
 
