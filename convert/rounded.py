@@ -18,10 +18,9 @@ from convert.writer import Layout, ShardWriter, plan_layout
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import kernel_input_axes, rounded_axes
 from tide_jax.fingerprints import Samples
-from tide_jax.rounding import round_weights, scale_path
+from tide_jax.rounding import blocks, round_weights, scale_path
 from tide_jax.shards import checked_cast
 
-_BLOCK = 2**23  # numbers that are rounded at once, where a piece has that many and more outputs than one
 _INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
 
 
@@ -96,11 +95,10 @@ class RoundedPlan:
         if (axes := self._axes.get(part.path)) is None:
             return writer.write(part.path, part.slot, part.floats, part.source)
         summed, slot = axes_in_slot(part.slot, axes)
-        written, count = 0, len(part.floats)
-        rows = count if 0 in summed else max(1, _BLOCK * count // max(1, part.floats.size))
-        for start in range(0, count, max(1, rows)):
-            floats = part.floats[start : start + rows]
-            own = part.scales if part.scales is None or 0 in summed else part.scales[start : start + rows]
+        written = 0
+        for block in blocks(part.floats, summed):
+            floats, start = part.floats[block], block.start
+            own = part.scales if part.scales is None or 0 in summed else part.scales[block]
             integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed, own)
             written += writer.write(part.path, part.slot, integers, part.source, start)
             written += writer.write(scale_path(part.path), slot, scale, part.source, start)

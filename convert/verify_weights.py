@@ -15,12 +15,11 @@ import numpy as np
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import rounded_axes
 from tide_jax.errors import TideError, shortened
-from tide_jax.rounding import restored, scale_path
+from tide_jax.rounding import blocks, restored, scale_path
 from tide_jax.shards import ShardedTensors
 
 TOLERANCE = 0.501
 """Steps, ``max |w| / 127`` over the inputs of an output; the float32 products and quotients are off by 1e-5 of one."""
-_BLOCK = 2**23  # numbers that are compared at once, where 0 is an axis of outputs
 _SMALLEST = float(np.finfo(np.float32).tiny)  # below it, floats have too few digits for the tolerance
 
 
@@ -59,9 +58,7 @@ def _check_integers(
 def _errors(integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     """The largest distance of each output, in steps; infinity where it is no number."""
     error = np.empty(scale.shape, np.float32)
-    rows = len(floats) if 0 in axes else max(1, _BLOCK * len(floats) // max(1, floats.size))
-    for start in range(0, len(floats), max(1, rows)):
-        block = slice(start, start + rows)
+    for block in blocks(floats, axes):
         outputs = ... if 0 in axes else block
         distance = np.abs(restored(integers[block], scale[outputs], axes) - floats[block]).max(axis=axes)
         step = np.abs(floats[block]).max(axis=axes) / np.float32(127)

@@ -62,6 +62,18 @@ class Case(NamedTuple):
     kind: Literal["plain", "experts", "latent"] = "plain"
 
 
+INT8 = (
+    Case("full depth, 8-bit weights", weights="int8"),
+    Case("propagate, 8-bit weights", "propagate", weights="int8"),
+    Case("propagate, 8 rows, 8-bit weights", "propagate", rows=8, weights="int8"),
+    Case("experts, 8-bit weights", weights="int8", kind="experts"),
+    Case("experts, 8 rows, 8-bit weights", rows=8, weights="int8", kind="experts"),
+    Case("latent vectors, 8-bit weights", weights="int8", kind="latent"),
+    Case("latent vectors, 8 rows, 8-bit weights", rows=8, weights="int8", kind="latent"),
+)
+"""Cases with 8-bit weights, for every accelerator."""
+
+
 class Step(NamedTuple):
     """A compiled case.
 

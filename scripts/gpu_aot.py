@@ -35,14 +35,8 @@ CASES = (
     Case("propagate, Pallas exit step", "propagate", "pallas_triton"),
     Case("propagate, Mosaic exit step", "propagate", "mosaic_gpu"),
     Case("recompute", "recompute"),
-    Case("full depth, 8-bit weights", weights="int8"),
-    Case("propagate, 8-bit weights", "propagate", weights="int8"),
-    Case("propagate, 8 rows, 8-bit weights", "propagate", rows=8, weights="int8"),
     Case("propagate, 8 rows, Pallas kernels, 8-bit weights", "propagate", "pallas_triton", rows=8, weights="int8"),
-    Case("experts, 8-bit weights", weights="int8", kind="experts"),
-    Case("experts, 8 rows, 8-bit weights", rows=8, weights="int8", kind="experts"),
-    Case("latent vectors, 8-bit weights", weights="int8", kind="latent"),
-    Case("latent vectors, 8 rows, 8-bit weights", rows=8, weights="int8", kind="latent"),
+    *aot.INT8,
 )
 
 

@@ -21,13 +21,7 @@ SPARE = 2 * 2**20  # what XLA for a TPU uses for each layer, in arrays of less t
 CASES = (
     Case("full depth"),
     Case("propagate", "propagate"),
-    Case("full depth, 8-bit weights", weights="int8"),
-    Case("propagate, 8-bit weights", "propagate", weights="int8"),
-    Case("propagate, 8 rows, 8-bit weights", "propagate", rows=8, weights="int8"),
-    Case("experts, 8-bit weights", weights="int8", kind="experts"),
-    Case("experts, 8 rows, 8-bit weights", rows=8, weights="int8", kind="experts"),
-    Case("latent vectors, 8-bit weights", weights="int8", kind="latent"),
-    Case("latent vectors, 8 rows, 8-bit weights", rows=8, weights="int8", kind="latent"),
+    *aot.INT8,
 )
 
 

@@ -118,7 +118,7 @@ def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeyp
     convert_checkpoint(source, tmp_path / "out", weights="int8")
     assert max(sizes) == max(np.size(a) for a in random_tensors().values())
     assert len(sizes) == 1 + 7 * 2
-    monkeypatch.setattr("convert.rounded._BLOCK", 25)  # two rows at once
+    monkeypatch.setattr("tide_jax.rounding._BLOCK", 25)  # two rows at once
     convert_checkpoint(source, tmp_path / "blocks", weights="int8")
     assert max(sizes[15:]) <= 72  # a row of the keys and values: 12 channels for each of 6
     same(load(tmp_path / "blocks"), load(tmp_path / "out"))

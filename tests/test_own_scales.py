@@ -186,7 +186,7 @@ def test_integers_are_taken_over(name: str, tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(found[module][1], scales, err_msg=module)
     model = load(tmp_path / "out")
     same(model, load(tmp_path / "source", weights="int8"))
-    monkeypatch.setattr("convert.rounded._BLOCK", 200)  # some rows at once
+    monkeypatch.setattr("tide_jax.rounding._BLOCK", 200)  # some rows at once
     convert(tmp_path / "source", tmp_path / "blocks", weights="int8", dtype="float32")
     same(model, load(tmp_path / "blocks"))
 

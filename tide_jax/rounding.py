@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ Weights = Literal["float", "int8"]
 WEIGHTS: tuple[Weights, ...] = ("float", "int8")
 M = TypeVar("M", bound=nnx.Module)
 _MOST = 127
-_BLOCK = 2**23  # numbers that are rounded at once
+_BLOCK = 2**23  # numbers of a tensor that are worked on at once
 
 
 def checked_weights(weights: Any) -> Weights | None:
@@ -53,6 +53,13 @@ def precision(dtype: Any, weights: Weights) -> str:
     return jnp.dtype(dtype).name if weights == "float" else f"{jnp.dtype(dtype).name} with int8 weights"
 
 
+def blocks(tensor: np.ndarray, axes: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of a tensor's first axis, each of a few million numbers; one of all where a product sums over the axis."""
+    rows = len(tensor) if 0 in axes else max(1, _BLOCK * len(tensor) // max(1, tensor.size))
+    for start in range(0, len(tensor), max(1, rows)):
+        yield slice(start, start + rows)
+
+
 def round_weights(
     weights: Float[np.ndarray, "..."], axes: tuple[int, ...], own: Float[np.ndarray, "..."] | None = None
 ) -> tuple[Int8[np.ndarray, "..."], Float[np.ndarray, "..."]]:
@@ -69,9 +76,7 @@ def round_weights(
     """
     rounded = np.empty(weights.shape, np.int8)
     scale = np.empty([size for axis, size in enumerate(weights.shape) if axis not in axes], np.float32)
-    rows = len(weights) if 0 in axes else max(1, _BLOCK * len(weights) // max(1, weights.size))
-    for start in range(0, len(weights), max(1, rows)):
-        part = slice(start, start + rows)
+    for part in blocks(weights, axes):
         block = weights[part].astype(np.float32)
         # A number that no float32 scale is small enough for counts as zero.
         step = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)

@@ -126,12 +126,11 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
             ]
     for r, b in cells:
         cell = f"{r}.{b}"
-        parts = [f"%f{cell}.{h}" for h in halves]
-        while len(parts) > 1:
-            pairs = [(f"%both{cell}.{len(parts)}.{i}", parts[2 * i], parts[2 * i + 1]) for i in range(len(parts) // 2)]
-            lines += [f"  {name} = fadd {vector} {one}, {other}" for name, one, other in pairs]
-            parts = [name for name, _, _ in pairs]
-        lines += _tree(lanes, cell, parts[0])
+        whole = f"%f{cell}.0"
+        if shape.sums == 2:
+            lines += [f"  %both{cell} = fadd {vector} %f{cell}.0, %f{cell}.1"]
+            whole = f"%both{cell}"
+        lines += _tree(lanes, cell, whole)
         total = f"%total{cell}"
         if weights == "s8":
             lines += [f"  %scaled{cell} = fmul float {total}, %factor{b}"]

@@ -65,8 +65,7 @@ def _loaded(*names: str) -> str:
 
 
 def _stored() -> str:
-    """Fills in what the threads share: no piece is begun, and one thread holds it. The products and
-    ranges are filled in apart."""
+    """Fills in what the threads share: no piece is begun, and one thread holds it. Products and ranges are apart."""
     values = {"arrived": "0", "finished": "0", "holders": "1"}
     return "\n".join(
         f"{_at(name, 'work.')}\n  store {kind} {values.get(name, f'%{name}')}, ptr %work.{name}.at"
@@ -96,7 +95,7 @@ def _product_stored() -> str:
 
 _SHARE = f"""
 ; works on the pieces of a range of its own, then on what other threads have left: a thread reads on in memory that way,
-; which is nearly twice as fast as pieces of all threads in turn
+; which is up to half again as fast as pieces of all threads in turn
 define internal void @share(ptr %work) {{
 entry:
 {_at("finished")}
