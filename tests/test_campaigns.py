@@ -70,13 +70,21 @@ def fails(error: BaseException) -> Callable[[], bool]:
     return run
 
 
+class AtLength(TideError):
+    """An error that does not shorten its words, as `TideError` does."""
+
+    def __str__(self) -> str:
+        return "x" * 301
+
+
 @pytest.mark.parametrize(
     ("opens", "outcome"),
     [
         (lambda: True, "accepted"),
         (lambda: False, "nan"),
         (fails(TideError("x is damaged: get it again")), "refused"),
-        (fails(TideError("x" * 301)), "refused at length"),
+        (fails(AtLength()), "refused at length"),
+        (fails(TideError("x" * 301)), "refused"),
         (fails(TideError("two\nlines")), "refused at length"),
         (fails(MemoryError()), "memory"),
         (fails(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")), "memory"),

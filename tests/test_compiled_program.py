@@ -90,21 +90,25 @@ def test_floats_made_of_integers_are_found_in_any_memory() -> None:
     assert not float_copies(TPU, {32 * 127})
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_a_product_that_makes_floats_first_is_found(tokens: int) -> None:
-    """XLA's CPU backend makes floats of all integers of one product; `times_rows` hands it some rows at a time."""
-    x, integers = jax.ShapeDtypeStruct((tokens, 2048), jnp.float32), jax.ShapeDtypeStruct((512, 2048), jnp.int8)
+@pytest.mark.parametrize(("tokens", "outputs"), [(1, 512), (40, 16384)])
+def test_a_product_that_makes_floats_first_is_found(tokens: int, outputs: int) -> None:
+    """XLA's CPU backend makes floats of all integers of one product; `times_rows` hands it some rows at a time.
+
+    Of a prompt's tokens these are more rows, so there the matrix is a larger one.
+    """
+    weights = outputs * 2048
+    x, integers = jax.ShapeDtypeStruct((tokens, 2048), jnp.float32), jax.ShapeDtypeStruct((outputs, 2048), jnp.int8)
 
     def at_once(x: jax.Array, integers: jax.Array) -> jax.Array:
         return integer_sums("td,fd->tf", x, integers)
 
     def by_rows(x: jax.Array, integers: jax.Array) -> jax.Array:
-        return times_rows(x, integers, jnp.ones((512,)))
+        return times_rows(x, integers, jnp.ones((outputs,)))
 
     first = jax.jit(at_once).lower(x, integers).compile().as_text()
-    assert [result.shape for result in float_copies(first, {512 * 2048})] == ["f32[512,2048]"]
-    assert [result.size for result in large_results(first, 4 * 512 * 2048)] == [4 * 512 * 2048]
-    assert not float_copies(jax.jit(by_rows).lower(x, integers).compile().as_text(), {512 * 2048})
+    assert [result.shape for result in float_copies(first, {weights})] == [f"f32[{outputs},2048]"]
+    assert [result.size for result in large_results(first, 4 * weights)] == [4 * weights]
+    assert not float_copies(jax.jit(by_rows).lower(x, integers).compile().as_text(), {weights})
 
 
 def test_what_a_program_launches() -> None:
