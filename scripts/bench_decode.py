@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
 import statistics
@@ -32,6 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missi
 import jax
 import jax.numpy as jnp
 import numpy as np
+from float_copy import load_reference
 from jax import lax
 from memory_floor import reader
 from reporting import machine, save
@@ -67,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = tide_jax.load(args.model)
-    reference = load_reference(args.transformers) if args.transformers else None
+    reference = load_reference(args.transformers)
     batches = [bench_batch(model, reference, batch, args) for batch in args.batch]
     report = {
         "model": {
@@ -84,17 +84,6 @@ def main() -> None:
         show(row, model.config.num_layers)
     print(json.dumps(report["prompts"], indent=2))
     save(args.out, report)
-
-
-def load_reference(source: str) -> Any:
-    """transformers' model of the weights, float32."""
-    if importlib.util.find_spec("torch") is None:
-        print("torch is not installed: transformers is left out")
-        return None
-    from convert.reader import open_source
-    from convert.verify import reference_model
-
-    return reference_model(open_source(source)).eval()
 
 
 def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:

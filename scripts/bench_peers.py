@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
 
 import peer_memory
-from bench_decode import load_reference
+from float_copy import float_copy
 from peer_divergence import divergence
 from peer_measures import DEFINITIONS, OURS, SLOW, TITLES, Samples, Variant, cores, past_end, summarise, take, turns
 from peer_prompts import PromptSet, prompt_sets
@@ -45,7 +43,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from convert.quiet import quiet_transformers
 from tide_jax.batch import bucket
 
 Row = dict[str, Any]
@@ -176,21 +173,12 @@ def describe(args: argparse.Namespace, model: tide_jax.Decoder, sets: list[Promp
 
 @contextlib.contextmanager
 def for_peers(args: argparse.Namespace) -> Iterator[Path | None]:
-    """A folder where transformers finds float32 weights in safetensors, as we do: taking them out of a GGUF file costs
-    memory and time that belong to no generation. None without peers."""
+    """The folder that transformers loads; None without peers."""
     if all(name in OURS for name in chosen(args)):
         yield None
         return
-    with tempfile.TemporaryDirectory() as folder:
-        with quiet_transformers():
-            reference = load_reference(args.transformers)
-        reference.hf_quantizer = None  # its weights are plain float32 by now
-        for mark in {"quantization_config"} & set(vars(reference.config)):
-            delattr(reference.config, mark)
-        reference.save_pretrained(folder)
-        del reference
-        gc.collect()
-        yield Path(folder)
+    with float_copy(args.transformers) as folder:
+        yield folder
 
 
 def measure_memory(args: argparse.Namespace, folder: Path | None, report: Row) -> None:
