@@ -28,9 +28,10 @@ from tide_jax.checks import path_like
 from tide_jax.converted_files import check_types
 from tide_jax.decoder import rounded_axes
 from tide_jax.errors import TideError
+from tide_jax.json_files import read_json
 from tide_jax.model_directory import model_directory
 from tide_jax.rounding import check_scales, scale_path
-from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.shards import ShardedTensors, TensorInfo
 from tide_jax.tokenizer_files import tokenizer_in
 
 EXPORT_FILE = "export.json"

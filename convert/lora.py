@@ -22,7 +22,8 @@ from convert.reader import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files
 from tide_jax.chat_files import chat_templates, remove_template_files
 from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError, shortened
-from tide_jax.shards import ShardedTensors, TensorInfo, read_json
+from tide_jax.json_files import read_json
+from tide_jax.shards import ShardedTensors, TensorInfo
 from tide_jax.tokenizer_files import tokenizer_in
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -14,8 +14,9 @@ import numpy as np
 from convert.hub import TOKENIZER_FILES, local_directory
 from tide_jax.checkpoint import CONFIG_KEY
 from tide_jax.errors import TideError
+from tide_jax.json_files import read_json
 from tide_jax.model_directory import model_directory
-from tide_jax.shards import ShardedTensors, TensorInfo, checked_cast, read_json
+from tide_jax.shards import ShardedTensors, TensorInfo, checked_cast
 from tide_jax.tokenizer_files import tokenizer_in
 
 __all__ = ["HuggingFaceSource", "Source", "TensorInfo", "open_source", "open_tokenizer", "steps_of"]

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tide_jax.errors import TideError
+from tide_jax.json_files import read_json
 from tide_jax.model_directory import COMMITTED, is_inside
-from tide_jax.shards import INDEX_FILE, SINGLE_FILE, read_json
+from tide_jax.shards import INDEX_FILE, SINGLE_FILE
 from tide_jax.temporaries import discard, is_temporary, locked, temporary_folder
 
 _CONFIG = "config.json"

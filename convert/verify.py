@@ -15,8 +15,8 @@ from convert.reader import Source
 from tide_jax.architecture import DecoderConfig
 from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.json_files import read_json
 from tide_jax.rounding import Weights
-from tide_jax.shards import read_json
 
 TOLERANCE = 2e-4
 INT8_TOLERANCE, INT8_DIVERGENCE = 0.1, 0.2

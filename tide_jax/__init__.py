@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from tide_jax.cache import KVCache, init_cache
     from tide_jax.calibration import calibrate
     from tide_jax.checkpoint import load, load_tokenizer
-    from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig
+    from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig, RiskGuarantee
     from tide_jax.decoder import Decoder
     from tide_jax.draft_control import DraftControl, PassCosts
-    from tide_jax.drift import DriftMonitor, DriftReport
+    from tide_jax.drift import DriftMonitor
     from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
     from tide_jax.errors import TideError
     from tide_jax.generate import decode_step, generate_tokens, prefill
     from tide_jax.pass_costs import measure_pass_costs
-    from tide_jax.risk_control import GuaranteeError, RiskGuarantee
+    from tide_jax.risk_control import GuaranteeError
     from tide_jax.risk_guarantee import guarantee
     from tide_jax.router import Routers
     from tide_jax.sharding import make_mesh, shard
     from tide_jax.speculate import generate_lossless
-    from tide_jax.stats import DraftStats, ExitStats
+    from tide_jax.stats import DraftStats, DriftReport, ExitStats
 
 __version__ = "0.1.0"
 
@@ -38,14 +38,14 @@ _HOMES = {
     "DraftControl": "draft_control",
     "DraftStats": "stats",
     "DriftMonitor": "drift",
-    "DriftReport": "drift",
+    "DriftReport": "stats",
     "ExitConfig": "config",
     "ExitStats": "stats",
     "GenerateOutput": "engine",
     "GuaranteeError": "risk_control",
     "KVCache": "cache",
     "PassCosts": "draft_control",
-    "RiskGuarantee": "risk_control",
+    "RiskGuarantee": "config",
     "Routers": "router",
     "ScoreOutput": "engine",
     "TIDE": "engine",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tide_jax.errors import TideError
-from tide_jax.shards import read_json
+from tide_jax.json_files import read_json
 
 DEFAULT = "default"
 # Later files count before earlier ones: the first two belong to a processor of images, the last to the tokenizer.

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tide_jax.architecture import DecoderConfig
 from tide_jax.checks import path_like
-from tide_jax.config import DecoderConfig
 from tide_jax.converted_files import ConvertedFiles
 from tide_jax.decoder import Decoder, StoredParameter, stored_parameters
 from tide_jax.errors import TideError, shortened
 from tide_jax.fingerprints import digest, sampled_places
+from tide_jax.json_files import read_json
 from tide_jax.model_directory import model_directory, model_version
 from tide_jax.rounding import WEIGHTS, checked_weights, precision
 from tide_jax.sharding import checked_mesh, fetch
-from tide_jax.shards import read_json
 from tide_jax.tokenizer_files import tokenizer_in
 
 FORMAT = 3

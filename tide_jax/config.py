@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Literal
 
 from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, RopeConfig, check_choice
-from tide_jax.checks import real_number, share, whole_number
+from tide_jax.checks import open_share, real_number, share, whole_number
 from tide_jax.errors import TideError
-from tide_jax.risk_control import RiskGuarantee
 
 __all__ = [
     "AttentionType",
@@ -30,6 +30,116 @@ ExitStrategy = Literal["identity", "affine"]
 KVStrategy = Literal["propagate", "recompute"]
 Label = Literal["agreement", "cosine"]
 Mode = Literal["exit", "lossless", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RiskGuarantee:
+    """What was promised for a setting of the exits, and what was measured for it.
+
+    With probability 1 - `delta` over the draw of the texts, the mean loss of a new text of the same kind is at most
+    `risk`, for the model and routers it was measured with.
+
+    Attributes:
+      risk: promised mean loss of a text: a share of tokens ("disagreement"), nats ("nll"), or the callable's own.
+      delta: probability that the promise fails.
+      loss: "disagreement", "nll" or the callable's name.
+      sequences, tokens: texts tested on, and their counted tokens.
+      p_value: of the hypothesis that the risk is exceeded; at most `delta`.
+      observed: mean loss of those texts, in the unit of `risk`.
+      depth: mean share of the layers that counted tokens ran.
+      max_length: tokens read of each text.
+      bound: increase of a text's mean loss at which "nll" is clipped, in nats; 1.0 for other losses.
+      exit_threshold, threshold_tilt, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no
+        other.
+
+    Raises:
+      TideError: a value outside its range.
+    """
+
+    risk: float
+    delta: float
+    loss: str
+    sequences: int
+    tokens: int
+    p_value: float
+    observed: float
+    depth: float
+    max_length: int
+    exit_threshold: float | tuple[float, ...]
+    min_layers: int
+    bound: float = 1.0
+    kv_strategy: str = "propagate"
+    prefill_exits: bool = False
+    threshold_tilt: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exit_threshold, list):  # as JSON has it
+            object.__setattr__(self, "exit_threshold", tuple(self.exit_threshold))
+        if not 0.0 < real_number("bound", self.bound) < math.inf:
+            raise TideError(f"bound={self.bound!r} must be a number of nats above 0")
+        if self.loss != "nll" and self.bound != 1.0:
+            raise TideError(f"bound={self.bound!r} must be 1.0 for a loss other than nll")
+        if not 0.0 < real_number("risk", self.risk) < self.bound:
+            raise TideError(f"risk={self.risk!r} must lie between 0 and {self.bound:g}")
+        if not 0.0 <= real_number("observed", self.observed) <= self.bound:
+            raise TideError(f"observed={self.observed!r} is outside [0, {self.bound:g}]")
+        open_share("delta", self.delta)
+        for name in ("p_value", "depth", "threshold_tilt"):
+            share(name, getattr(self, name))
+        if self.exit_threshold == ():
+            raise TideError("exit_threshold is empty; expected a number, or one for each checkpoint")
+        for threshold in self.exit_threshold if isinstance(self.exit_threshold, tuple) else (self.exit_threshold,):
+            share("exit_threshold", threshold)
+        for name in ("sequences", "tokens", "max_length"):
+            whole_number(name, getattr(self, name), 1, 2**63 - 1)
+        whole_number("min_layers", self.min_layers)
+        if not isinstance(self.prefill_exits, bool):
+            raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
+        for name in ("loss", "kv_strategy"):
+            if not isinstance(value := getattr(self, name), str) or not value.isprintable():
+                raise TideError(f"{name}={str(value)[:60]!r} must be a name")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `ExitConfig` that it holds for."""
+        names = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy", "prefill_exits")
+        return {name: getattr(self, name) for name in names}
+
+    def summary(self) -> str:
+        """One line for people."""
+        bound, observed = f"{self.risk:.4g}", f"{self.observed:.4g}"
+        what = f"a mean loss ({self.loss}) of at most {bound}"
+        if self.loss == "disagreement":
+            bound, observed = f"{self.risk:.2%}", f"{self.observed:.2%}"
+            what = f"at most {bound} of a text's tokens differ from the full model's, on average"
+        if self.loss == "nll":
+            what = f"a text's mean negative log-likelihood rises by at most {bound} nats, on average"
+        tilt = f", tilt {self.threshold_tilt:g}" if self.threshold_tilt else ""
+        return (
+            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {_listed(self.exit_threshold)}{tilt}, "
+            f"{self.sequences} texts: {observed}, p-value {self.p_value:.3g}, mean depth {self.depth:.1%})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RiskGuarantee:
+        """Inverse of `to_dict`.
+
+        Raises:
+          TideError: unknown or missing fields, values they can't have, or a p-value above delta.
+        """
+        try:
+            found = cls(**values)
+        except TypeError as error:
+            raise TideError(
+                f"guarantee not understood ({error}); it was written by another version of tide_jax: measure it again"
+            ) from error
+        if found.p_value > found.delta:
+            raise TideError(f"p_value={found.p_value!r} exceeds delta={found.delta!r}: that promises nothing")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,3 +325,8 @@ def layer_groups(num_layers: int, checkpoints: tuple[int, ...]) -> tuple[range, 
     """
     edges = [0, *(c + 1 for c in checkpoints), num_layers]
     return tuple(range(a, b) for a, b in itertools.pairwise(edges))
+
+
+def _listed(threshold: float | tuple[float, ...]) -> str:
+    values = threshold if isinstance(threshold, tuple) else (threshold,)
+    return " ".join(f"{value:.4g}" for value in values)

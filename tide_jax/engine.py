@@ -36,10 +36,11 @@ from tide_jax.finite import check_finite, finite_rows
 from tide_jax.generate import Exits, Prompt, Request, run_exits
 from tide_jax.generation_choice import choose
 from tide_jax.logit_rules import make_rules
+from tide_jax.lossless_runner import Drafting, LosslessRunner
 from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
 from tide_jax.programs import MOST_PROGRAMS, Programs
 from tide_jax.router import Routers
-from tide_jax.running import Call, Drafting, LosslessRunner, PlainRunner, Runner, stream_to
+from tide_jax.running import Call, PlainRunner, Runner, stream_to
 from tide_jax.sharding import DATA, checked_mesh, fetch, mesh_of, readable, shard, split_rows
 from tide_jax.stats import ExitStats
 

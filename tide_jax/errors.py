@@ -52,3 +52,9 @@ def out_of_memory(error: BaseException) -> TideError | None:
         f"out of memory ({found}): take fewer or shorter rows at once, fewer new tokens, a dtype of fewer bits, or a "
         "machine with more memory"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line; its class where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

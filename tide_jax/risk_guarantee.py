@@ -17,10 +17,10 @@ import numpy as np
 from tide_jax.answers import TextAnswers, TextReader
 from tide_jax.checks import instance_of, real_number, share, whole_number
 from tide_jax.collect import Progress, Sample, tokenise
-from tide_jax.config import CalibrationConfig, ExitConfig
+from tide_jax.config import CalibrationConfig, ExitConfig, RiskGuarantee
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
-from tide_jax.risk_control import GuaranteeError, RiskGuarantee, fixed_sequence_test, hb_p_value, smallest_sample
+from tide_jax.risk_control import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
 from tide_jax.threshold_path import threshold_path
 
 Threshold = float | tuple[float, ...]

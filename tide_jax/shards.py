@@ -21,7 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tide_jax.errors import TideError, listed, shortened
+from tide_jax.errors import TideError, first_line, listed, shortened
+from tide_jax.json_files import AGAIN, read_json
 from tide_jax.model_directory import is_inside
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,6 @@ _BITS = {
 # The safetensors package refuses longer headers, too. More than 64 axes are more than numpy has.
 _HEADER_BYTES, _AXES = 100_000_000, 64
 _LARGEST = 1e12  # weights of trained models stay far below; a flipped bit of an exponent makes 1e19 and more
-_AGAIN = "download or copy it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,19 +159,6 @@ class ShardedTensors:
             raise TideError(_unreadable(name, location.file, error)) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises TideError where the file is missing or is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {_AGAIN}") from None
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
-        raise TideError(f"{path} cannot be read as JSON ({_first_line(error)}): {_AGAIN}") from error
-    if not isinstance(values, dict):
-        raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {_AGAIN}")
-    return values
-
-
 def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, str]]:
     """The safetensors files of a checkpoint, and the index's tensor-to-shard map (empty without an index)."""
     if (file := directory / single).is_file():
@@ -181,15 +168,15 @@ def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, st
         raise TideError(_no_weights(directory, single))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TideError(f"{index} has no weight_map: {_AGAIN}")
+        raise TideError(f"{index} has no weight_map: {AGAIN}")
     if not all(isinstance(name, str) for name in weight_map.values()):
-        raise TideError(f"{index} maps tensors to something else than file names: {_AGAIN}")
+        raise TideError(f"{index} maps tensors to something else than file names: {AGAIN}")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if not is_inside(name)]:
-        raise TideError(f"{index} names {outside[0][:80]!r}, expected files in its own directory: {_AGAIN}")
+        raise TideError(f"{index} names {outside[0][:80]!r}, expected files in its own directory: {AGAIN}")
     if absent := [name for name in names if not os.path.isfile(directory / name)]:
         shown = ", ".join(name[:40] for name in absent[:3]) + (", ..." if len(absent) > 3 else "")
-        raise TideError(f"{index} names shards that are not there: {shown}: {_AGAIN}")
+        raise TideError(f"{index} names shards that are not there: {shown}: {AGAIN}")
     return [directory / name for name in names], weight_map
 
 
@@ -218,7 +205,7 @@ def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
     """
     size = file.stat().st_size
     if size < 8:
-        raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {_AGAIN}")
+        raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {AGAIN}")
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -227,12 +214,12 @@ def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_once)
         entries = _entries(header)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TideError(f"{file} is not a readable safetensors file ({_first_line(error)}): {_AGAIN}") from error
+        raise TideError(f"{file} is not a readable safetensors file ({first_line(error)}): {AGAIN}") from error
     expected = 8 + length + max((entry.end for entry in entries), default=0)
     if size < expected:
-        raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {_AGAIN}")
+        raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {AGAIN}")
     if size > expected:
-        raise TideError(f"{file} is damaged: {size} bytes, expected {expected} by its header: {_AGAIN}")
+        raise TideError(f"{file} is damaged: {size} bytes, expected {expected} by its header: {AGAIN}")
     return [(entry.name, entry.info, 8 + length + entry.begin) for entry in entries]
 
 
@@ -281,12 +268,7 @@ def _shown(value: Any) -> str:
 
 
 def _unreadable(name: str, file: Path, error: BaseException) -> str:
-    return f"{name} cannot be read from {file} ({_first_line(error)}): {_AGAIN}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"{name} cannot be read from {file} ({first_line(error)}): {AGAIN}"
 
 
 def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
@@ -300,11 +282,11 @@ def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     if _magnitude(cast) <= _LARGEST:
         return cast
     if not np.isfinite(array).all():
-        raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, {_AGAIN}")
+        raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, {AGAIN}")
     if not np.isfinite(cast).all():
         raise TideError(f"tensor {source} overflows {dtype.name}: use bfloat16 or float32")
     found = f"a number as large as {_magnitude(cast):.1e}, expected none above {_LARGEST:.0e}"
-    raise TideError(f"tensor {source} holds {found}: the checkpoint is damaged, {_AGAIN}")
+    raise TideError(f"tensor {source} holds {found}: the checkpoint is damaged, {AGAIN}")
 
 
 def _magnitude(array: np.ndarray) -> float:

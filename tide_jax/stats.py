@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
 
-from tide_jax.drift import DriftReport
+Status = Literal["ok", "unknown", "exceeded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftReport:
+    """Agreement of exits with the full model so far, over audited sequences.
+
+    Attributes:
+      sequences: finished sequences in which a token could leave early.
+      audited: those run again at full depth.
+      tokens: tokens compared.
+      agreement: share of a sequence's tokens with the full model's argmax, mean over sequences; None before the first.
+      lower, upper: confidence interval of the expected agreement, valid at any time however often it is read, for
+        sequences of one kind.
+      confidence: of the interval; `status` says "exceeded" of a promise that is kept with at most the rest.
+      risk: promised expected share of tokens that differ; None without a promise.
+      status: "ok" when the whole interval keeps the promise; "exceeded", for good, once it broke: the whole interval
+        fell short, or a stretch of sequences did; "unknown" otherwise.
+      wall_time: seconds spent on audits, compilation left out; not part of `ExitStats.wall_time`.
+    """
+
+    sequences: int
+    audited: int
+    tokens: int
+    agreement: float | None
+    lower: float
+    upper: float
+    confidence: float
+    risk: float | None
+    status: Status
+    wall_time: float
+
+    def summary(self) -> str:
+        """One line for people."""
+        counted = f"{self.audited} of {self.sequences} sequences audited"
+        if self.agreement is None:
+            return f"agreement with the full model: not known yet, {counted}"
+        promise = "nothing promised" if self.risk is None else f"promised {1 - self.risk:.2%}: {self.status}"
+        return (
+            f"agreement with the full model: {self.agreement:.2%} ({100 * self.confidence:.4g} % interval "
+            f"{self.lower:.2%} to {self.upper:.2%}), {counted}; {promise}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,24 @@
+"""JSON files of a checkpoint, with errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tide_jax.errors import TideError, first_line
+
+AGAIN = "download or copy it again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises TideError where the file is missing or is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {AGAIN}") from None
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+        raise TideError(f"{path} cannot be read as JSON ({first_line(error)}): {AGAIN}") from error
+    if not isinstance(values, dict):
+        raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
+    return values
