@@ -18,7 +18,7 @@ from tide_jax.checks import path_like
 from tide_jax.collect import Sample
 from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
-from tide_jax.errors import TideError
+from tide_jax.errors import TideError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _file(path: Path, field: str | None) -> Iterator[str]:
     try:
         yield from (text for text in readers[path.suffix](path, field) if text.strip())
     except (UnicodeDecodeError, OSError) as error:
-        raise TideError(f"{path} can't be read as {path.suffix} text ({_first_line(error)})") from error
+        raise TideError(f"{path} can't be read as {path.suffix} text ({first_line(error)})") from error
 
 
 def _lines(path: Path, field: str | None) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _parquet(path: Path, field: str | None) -> Iterator[str]:
             for batch in file.iter_batches(_PARQUET_ROWS):
                 yield from (_text(row, field, str(path)) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
-        raise TideError(f"{path} can't be read as parquet ({_first_line(error)})") from error
+        raise TideError(f"{path} can't be read as parquet ({first_line(error)})") from error
 
 
 def _hub(name: str, field: str | None) -> Iterator[str]:
@@ -185,7 +185,7 @@ def _hub(name: str, field: str | None) -> Iterator[str]:
     except (OSError, ValueError) as error:
         if isinstance(error, TideError):
             raise
-        raise TideError(f"data set {name} can't be loaded ({_first_line(error)}); pass a local file") from error
+        raise TideError(f"data set {name} can't be loaded ({first_line(error)}); pass a local file") from error
 
 
 def _text(record: Any, field: str | None, where: str) -> str:
@@ -203,7 +203,3 @@ def _text(record: Any, field: str | None, where: str) -> str:
     if name == "question" and isinstance(record.get("answer"), str):
         return f"{record['question']}\n{record['answer']}"
     return record[name]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
