@@ -4,7 +4,7 @@ TYPE_CHECKING = False  # as in tide_jax: public names are imported when they are
 if TYPE_CHECKING:
     from convert.conversion import ConversionReport, convert, open_config, open_model
     from convert.exporting import ExportReport, export
-    from convert.reader import open_tokenizer
+    from convert.sources.open import open_tokenizer
 
 _HOMES = {
     "ConversionReport": "conversion",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before all that takes time: Ctrl-C is not answered before
-    from tide_jax.interrupts import Interrupts
+    from tide_jax.cli.interrupts import Interrupts
 
     Interrupts.install()
 
@@ -13,8 +13,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tide_jax.command_line import Parser, execute
-from tide_jax.progress import progress_bars
+from tide_jax.cli.command_line import Parser, execute
+from tide_jax.cli.progress import progress_bars
 
 _EPILOG = """examples:
   python -m convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2

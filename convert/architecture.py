@@ -8,15 +8,15 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from convert.configuration.settings import read_settings
+from convert.configuration.sizes import check_sizes
 from convert.families import FAMILIES, REFUSED, Family
-from convert.reader import Source
-from convert.rules import Rule
-from convert.settings import read_settings
-from convert.sizes import check_sizes
-from convert.tied import rules_for, settle_head
-from tide_jax.architecture import DecoderConfig
+from convert.sources.open import Source
+from convert.weights.rules import Rule
+from convert.weights.tied import rules_for, settle_head
 from tide_jax.errors import TideError, shortened
-from tide_jax.generation_settings import settings_from
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.generation_settings import settings_from
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Architecture:
 
 
 def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of a source: from the table of families, or else by probing (see `convert.probe`).
+    """The architecture of a source: from the table of families, or else by probing (see `convert.probe.run`).
 
     Args:
       trust_remote_code: run the Python code the checkpoint brings, to probe a model type transformers does not know.
@@ -71,7 +71,7 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
         rules = rules_for(source, config, family.rules)
         return Architecture(config, rules, overflows_float16=family.overflows_float16)
     _check_decoder(source)
-    from convert.probe import probe
+    from convert.probe.run import probe
 
     try:
         probed = probe(source, trust_remote_code=trust_remote_code)

@@ -15,19 +15,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.architecture import Architecture, architecture_of
-from convert.lora import with_adapter
-from convert.own_scales import scales_by_path
-from convert.probe import verify_probed
-from convert.reader import Source, open_source
-from convert.replacement import check_spared, files_of, is_free, replacing
-from convert.rounded import RoundedPlan
-from convert.rules import Piece, Plan, coverage
-from convert.stored import as_stored
-from convert.text_model import text_decoder
+from convert.output.own_scales import scales_by_path
+from convert.output.replacement import check_spared, files_of, is_free, replacing
+from convert.output.rounded import RoundedPlan
+from convert.output.stored import as_stored
+from convert.output.writer import Layout, ShardWriter, plan_layout
+from convert.probe.run import verify_probed
+from convert.sources.lora import with_adapter
+from convert.sources.open import Source, open_source
+from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights
-from convert.writer import Layout, ShardWriter, plan_layout
-from tide_jax.checkpoint import (
+from convert.weights.rules import Piece, Plan, coverage
+from tide_jax.checks import path_like
+from tide_jax.config import DecoderConfig
+from tide_jax.errors import TideError
+from tide_jax.model.decoder import Decoder, from_parameters, rounded_axes
+from tide_jax.model.files.checkpoint import (
     CONFIG_KEY,
     FINGERPRINT_KEY,
     FORMAT,
@@ -37,13 +41,9 @@ from tide_jax.checkpoint import (
     load,
     parse_dtype,
 )
-from tide_jax.checks import path_like
-from tide_jax.config import DecoderConfig
-from tide_jax.converted_files import log_kept
-from tide_jax.decoder import Decoder, from_parameters, rounded_axes
-from tide_jax.errors import TideError
-from tide_jax.rounding import Weights, checked_weights
-from tide_jax.shards import DTYPES, checked_cast
+from tide_jax.model.files.converted_files import log_kept
+from tide_jax.model.files.shards import DTYPES, checked_cast
+from tide_jax.model.rounding import Weights, checked_weights
 
 Progress = Callable[[int, int], None]
 RECORD_FILE = "conversion.json"
@@ -63,7 +63,7 @@ class ConversionReport:
       bytes: size of the written weights.
       shards: the files they lie in.
       ignored: source tensors left out, with the reason.
-      probed: what probing found, where the model type is in no table (see `convert.probe`).
+      probed: what probing found, where the model type is in no table (see `convert.probe.run`).
       verification: difference of the logits from transformers', None if it was not measured.
       dry_run: nothing was written.
     """
@@ -116,8 +116,8 @@ def convert(
         neither the table of families nor transformers knows.
       dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
         (float32 in GGUF).
-      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output (`tide_jax.rounding`), from
-        the numbers of the checkpoint; `dtype` is that of all else. None and "float" do not.
+      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output (`tide_jax.model.rounding`),
+        from the numbers of the checkpoint; `dtype` is that of all else. None and "float" do not.
       verify: compare logits with transformers' and record the difference; needs torch. What 8-bit weights change is
         bounded more loosely, and recorded as a divergence and a share of equal tokens, too. So their files are read
         again and compared with the source's numbers (`convert.verify_weights`).

@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 
 from convert.architecture import family_of
+from convert.configuration.older_names import with_older_names
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
-from convert.older_names import with_older_names
-from convert.probe_rules import from_json
-from convert.reader import copy_side_files
-from convert.replacement import check_spared, files_of, replacing
-from convert.rules import Piece, Rule, coverage
-from convert.stored import as_stored
-from convert.writer import ShardWriter, plan_layout, split
-from tide_jax.checkpoint import CONFIG_KEY, WEIGHTS_KEY, is_converted, load_config, parse_dtype
+from convert.output.replacement import check_spared, files_of, replacing
+from convert.output.stored import as_stored
+from convert.output.writer import ShardWriter, plan_layout, split
+from convert.probe.rules import from_json
+from convert.sources.open import copy_side_files
+from convert.weights.rules import Piece, Rule, coverage
 from tide_jax.checks import path_like
-from tide_jax.converted_files import check_types
-from tide_jax.decoder import rounded_axes
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
-from tide_jax.model_directory import model_directory
-from tide_jax.rounding import check_scales, scale_path
-from tide_jax.shards import ShardedTensors, TensorInfo
-from tide_jax.tokenizer_files import tokenizer_in
+from tide_jax.model.decoder import rounded_axes
+from tide_jax.model.files.checkpoint import CONFIG_KEY, WEIGHTS_KEY, is_converted, load_config, parse_dtype
+from tide_jax.model.files.converted_files import check_types
+from tide_jax.model.files.model_directory import model_directory
+from tide_jax.model.files.shards import ShardedTensors, TensorInfo
+from tide_jax.model.rounding import check_scales, scale_path
+from tide_jax.tokenizer.files import tokenizer_in
 
 EXPORT_FILE = "export.json"
 _AGAIN = "convert the checkpoint again"
@@ -67,7 +67,7 @@ class ExportReport:
 
 
 class ConvertedSource:
-    """A converted directory seen as the checkpoint it was made from; see `convert.reader.Source`.
+    """A converted directory seen as the checkpoint it was made from; see `convert.sources.open.Source`.
 
     Attributes:
       description: the directory.

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.quiet import quiet_transformers
-from convert.reader import Source
-from tide_jax.architecture import DecoderConfig
-from tide_jax.decoder import Decoder
+from convert.sources.open import Source
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
-from tide_jax.rounding import Weights
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.rounding import Weights
 
 TOLERANCE = 2e-4
 INT8_TOLERANCE, INT8_DIVERGENCE = 0.1, 0.2

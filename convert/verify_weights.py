@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tide_jax.architecture import DecoderConfig
-from tide_jax.decoder import rounded_axes
 from tide_jax.errors import TideError, shortened
-from tide_jax.rounding import blocks, restored, scale_path
-from tide_jax.shards import ShardedTensors
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import rounded_axes
+from tide_jax.model.files.shards import ShardedTensors
+from tide_jax.model.rounding import blocks, restored, scale_path
 
 TOLERANCE = 0.501
 """Steps, ``max |w| / 127`` over the inputs of an output; the float32 products and quotients are off by 1e-5 of one."""

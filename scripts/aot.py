@@ -27,11 +27,11 @@ from reporting import save
 
 import pallas_kernels.selection
 from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
-from tide_jax.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
-from tide_jax.calibration_estimate import eight_billion
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits
-from tide_jax.rounding import Weights, as_int8
+from tide_jax.calibration.estimate import eight_billion
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits
+from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
+from tide_jax.model.rounding import Weights, as_int8
 from tide_jax.testing import constant_routers
 
 SLOTS = 4096

@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 import tide_jax
-from tide_jax.calibration_estimate import eight_billion, estimate_calibration
-from tide_jax.collect import Sample, tokenise
-from tide_jax.data_parallel import Placement
-from tide_jax.progress import progress_bars
-from tide_jax.reading_plan import padded
+from tide_jax.calibration.collect import Sample, tokenise
+from tide_jax.calibration.data_parallel import Placement
+from tide_jax.calibration.estimate import eight_billion, estimate_calibration
+from tide_jax.calibration.reading_plan import padded
+from tide_jax.cli.progress import progress_bars
 from tide_jax.texts import load_texts
 
 PAPER_SECONDS = 180

@@ -40,11 +40,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.deferred_fill import is_faster
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, Prompt, Request
-from tide_jax.inspection import bytes_read
-from tide_jax.sampling import make_sampling
+from tide_jax.cli.inspection import bytes_read
+from tide_jax.exits.deferred_fill import is_faster
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits, Prompt, Request
+from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import constant_routers
 
 PROMPT = 32

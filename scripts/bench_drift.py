@@ -27,7 +27,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.progress import progress_bars
+from tide_jax.cli.progress import progress_bars
 from tide_jax.texts import load_texts
 
 Rows = list[list[int]]

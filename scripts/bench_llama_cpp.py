@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tide_jax
-from tide_jax.inspection import bytes_read
+from tide_jax.cli.inspection import bytes_read
 
 OURS = {"tide_jax, float32": "float", "tide_jax, int8": "int8"}
 PEERS = {"llama.cpp, F32": "F32", "llama.cpp, Q8_0": "Q8_0"}

@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.decoder import stored_parameters
+from tide_jax.model.decoder import stored_parameters
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.batch import bucket
+from tide_jax.generation.batch import bucket
 
 Row = dict[str, Any]
 _PAUSE = 0.02  # seconds; the threads of the variant before stop waiting for work meanwhile

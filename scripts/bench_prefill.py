@@ -26,8 +26,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, run_exits
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.texts import load_texts
 
 WAYS = ("masked", "survivors")

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import tide_jax
 from pallas_kernels.weight_product import turned_off
-from tide_jax.inspection import bytes_read
-from tide_jax.ops import times_rows
+from tide_jax.cli.inspection import bytes_read
+from tide_jax.model.ops import times_rows
 
 SHAPES = ((576, 1536), (576, 576), (896, 4864), (1536, 576), (4864, 896))
 """Depth and outputs of the products that are timed alone: those of SmolLM2-135M and of Qwen2.5-0.5B."""

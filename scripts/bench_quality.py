@@ -48,8 +48,8 @@ from tqdm import tqdm
 
 import tide_jax
 from tide_jax.config import KVStrategy, tilted_thresholds
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits
 from tide_jax.texts import load_texts
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99, 1.0)

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 import tide_jax
 from convert import convert
-from tide_jax.chat import prompt_ids
-from tide_jax.progress import progress_bars
+from tide_jax.cli.progress import progress_bars
 from tide_jax.texts import model_texts
+from tide_jax.tokenizer.chat import prompt_ids
 
 PROMPTS = (
     "What is a volcano, and why does it erupt?",

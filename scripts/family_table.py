@@ -1,9 +1,9 @@
 """Measures parity with transformers for every causal language model type it knows: ``python scripts/family_table.py``.
 
-Each model type is a tiny random checkpoint, and another for each of its variants in `convert.tiny_variants`; each is
-converted from disk and compared on all paths of `convert.parity`. Measuring happens in processes of their own, so a
-crash costs one model type. The results are scripts/results/families.json, from which `scripts/readme_tables.py` writes
-docs/families.md. The exit code is 1 where a model type converts but is not equal.
+Each model type is a tiny random checkpoint, and another for each of its variants in `convert.parity.tiny_variants`;
+each is converted from disk and compared on all paths of `convert.parity.measure`. Measuring happens in processes of
+their own, so a crash costs one model type. The results are scripts/results/families.json, from which
+`scripts/readme_tables.py` writes docs/families.md. The exit code is 1 where a model type converts but is not equal.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _VERSIONED = ("transformers", "torch", "jax", "flax", "numpy")
 def measure(model_type: str) -> dict[str, Any]:
     """The results of one model type: its status, the largest difference, what its architecture has, and each case."""
     from convert.families import REFUSED
-    from convert.tiny import text_type
-    from convert.tiny_variants import REFUSED_VARIANTS, VARIANTS
+    from convert.parity.tiny import text_type
+    from convert.parity.tiny_variants import REFUSED_VARIANTS, VARIANTS
 
     reason = REFUSED.get(model_type) or REFUSED.get(text_type(model_type))
     if reason is not None:
@@ -57,8 +57,8 @@ def measure(model_type: str) -> dict[str, Any]:
 def _case(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
     """One checkpoint: "parity", "failed" (converted, but not equal) or "refused", with a reason for the latter two."""
     from convert.conversion import open_config
-    from convert.parity import measure_parity
-    from convert.tiny import save_tiny
+    from convert.parity.measure import measure_parity
+    from convert.parity.tiny import save_tiny
     from tide_jax.errors import TideError
 
     with tempfile.TemporaryDirectory() as directory:

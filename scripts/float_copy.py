@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.quiet import quiet_transformers
-from convert.reader import open_source
+from convert.sources.open import open_source
 from convert.verify import reference_model
 
 

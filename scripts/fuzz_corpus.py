@@ -50,7 +50,7 @@ def bpe() -> Any:
     """A small byte-level tokenizer with a chat template."""
     from test_gguf_tokenizer import bpe_metadata
 
-    from convert.gguf_tokenizer import load_tokenizer
+    from convert.sources.gguf.tokenizer import load_tokenizer
 
     return load_tokenizer(bpe_metadata(), 64)
 
@@ -84,7 +84,7 @@ def _families(directory: Path) -> None:
         import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
         return
-    from convert.tiny import save_tiny, tiny_config
+    from convert.parity.tiny import save_tiny, tiny_config
 
     for name in _FAMILIES:
         fields = vars(tiny_config(name))
@@ -122,7 +122,7 @@ def _converted(base: Path, directory: Path) -> None:
 
     import tide_jax
     from convert import convert
-    from tide_jax.router import RouterMetadata, model_identity
+    from tide_jax.exits.router import RouterMetadata, model_identity
     from tide_jax.testing import random_routers
 
     convert(base, directory / "converted" / "llama")

@@ -115,7 +115,7 @@ class Opener:
 
 def _use_tokenizer(tokenizer: Any) -> None:
     """Text to ids and back, with a chat template where there is one."""
-    from tide_jax.chat import ChatTemplate
+    from tide_jax.tokenizer.chat import ChatTemplate
 
     ids = tokenizer(_TEXT)["input_ids"]
     tokenizer.decode(ids, skip_special_tokens=True)

@@ -24,14 +24,14 @@ from jax import lax
 from reporting import reason
 
 import tide_jax
-from tide_jax.cache import KVCache
 from tide_jax.config import layer_groups
-from tide_jax.decoder import Decoder
-from tide_jax.exit_gate import Gating, TokenState, leave
-from tide_jax.finite import finite_rows
-from tide_jax.generate import Exits, StepOutput
-from tide_jax.group_loop import GroupRows
-from tide_jax.span_attention import KeyValue
+from tide_jax.exits.gate import Gating, TokenState, leave
+from tide_jax.exits.group_loop import GroupRows
+from tide_jax.generation.finite import finite_rows
+from tide_jax.generation.generate import Exits, StepOutput
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.cache import KVCache
+from tide_jax.model.decoder import Decoder
 
 TARGET_DEPTH = 0.93
 """Mean share of layers at which gains are compared with the TIDE paper's."""

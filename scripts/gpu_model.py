@@ -18,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tide_jax.calibration_estimate import eight_billion
+from tide_jax.calibration.estimate import eight_billion
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
-from tide_jax.decoder import Decoder, stored_parameters
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits
-from tide_jax.router import Router, Routers
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.router import Router, Routers
+from tide_jax.generation.generate import Exits
+from tide_jax.model.decoder import Decoder, stored_parameters
 from tide_jax.testing import tiny_config
 
 _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0

@@ -19,7 +19,7 @@ from gpu_timing import Budget, Spread, seconds
 from reporting import reason
 
 import tide_jax
-from tide_jax.generate import Prompt, StepOutput
+from tide_jax.generation.generate import Prompt, StepOutput
 
 PAPER_SHARE, PAPER_DEPTH = 0.05, 1 / 3
 """The TIDE paper's mix: so many prompt tokens leave at so deep a checkpoint."""

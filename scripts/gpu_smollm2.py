@@ -14,8 +14,8 @@ from reporting import reason
 
 import tide_jax
 from pallas_kernels.exit_step import IMPLEMENTATIONS
-from tide_jax.checkpoint import is_converted
 from tide_jax.config import KVStrategy
+from tide_jax.model.files.checkpoint import is_converted
 from tide_jax.testing import random_routers
 
 THRESHOLD = {"trained": 0.7, "random": 0.5}

@@ -169,7 +169,7 @@ def router_files(folder: Path, count: int, rng: random.Random) -> list[Kill]:
     import numpy as np
 
     import tide_jax
-    from tide_jax.router import RouterMetadata, model_identity
+    from tide_jax.exits.router import RouterMetadata, model_identity
     from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
     folder.mkdir()

@@ -6,8 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tide_jax.chat import prompt_ids
 from tide_jax.texts import load_texts
+from tide_jax.tokenizer.chat import prompt_ids
 
 OPEN = (
     "Why do leaves change their colour in autumn?",

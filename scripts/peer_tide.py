@@ -11,7 +11,7 @@ from peer_measures import Run, Variant
 
 import tide_jax
 from tide_jax.config import Mode
-from tide_jax.promise import exit_settings
+from tide_jax.risk.promise import exit_settings
 
 
 class Settings(NamedTuple):

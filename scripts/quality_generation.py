@@ -20,10 +20,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import tide_jax
-from tide_jax.decoder import Decoder
-from tide_jax.early_exit import run_depth
-from tide_jax.generate import Exits, Generated, Prompt, Request
-from tide_jax.sampling import make_sampling
+from tide_jax.exits.early_exit import run_depth
+from tide_jax.generation.generate import Exits, Generated, Prompt, Request
+from tide_jax.generation.sampling import make_sampling
+from tide_jax.model.decoder import Decoder
 
 _CHUNK = 64  # tokens whose logits are in memory at once
 Row = dict[str, Any]

@@ -17,13 +17,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tide_jax.answers import pack
-from tide_jax.collect import Sample
-from tide_jax.decoder import Decoder
-from tide_jax.early_exit import run_depth
-from tide_jax.evaluation import Batch
-from tide_jax.generate import Exits, run_exits
-from tide_jax.router import Routers
+from tide_jax.calibration.collect import Sample
+from tide_jax.exits.early_exit import run_depth
+from tide_jax.exits.evaluation import Batch
+from tide_jax.exits.router import Routers
+from tide_jax.generation.generate import Exits, run_exits
+from tide_jax.model.decoder import Decoder
+from tide_jax.risk.answers import pack
 
 _CHUNK = 64  # tokens whose logits are in memory at once
 Progress = Callable[[int, int], None]

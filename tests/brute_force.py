@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tide_jax.architecture import AttentionType, QKNorm
-from tide_jax.decoder import Decoder, parameters
-from tide_jax.router import SCREEN_LEVELS, Routers
+from tide_jax.exits.router import SCREEN_LEVELS, Routers
+from tide_jax.model.architecture import AttentionType, QKNorm
+from tide_jax.model.decoder import Decoder, parameters
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -15,7 +15,7 @@ import jax
 import pytest
 import tiny_llama
 
-from tide_jax.programs import short_of_mappings
+from tide_jax.generation.programs import short_of_mappings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

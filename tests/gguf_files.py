@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from convert.gguf_source import GGUFSource
+from convert.sources.gguf.source import GGUFSource
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FF = 2, 64, 4, 2, 16, 96
 

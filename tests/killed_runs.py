@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import convert
-from convert.replacement import replacing
+from convert.output.replacement import replacing
 
 ALWAYS = 10**9
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}

@@ -22,12 +22,12 @@ import pytest
 from tiny_models import CONFIGS, random_prompts, tiny_model
 
 import tide_jax
-import tide_jax.cli
+import tide_jax.cli.main
 from tide_jax import TIDE, DriftMonitor, ExitConfig, PassCosts
-from tide_jax.decoder import from_parameters, parameters
-from tide_jax.generate import advance, begin
-from tide_jax.programs import Programs
-from tide_jax.sharding import _dotted, split_rows
+from tide_jax.generation.generate import advance, begin
+from tide_jax.generation.programs import Programs
+from tide_jax.model.decoder import from_parameters, parameters
+from tide_jax.model.sharding import _dotted, split_rows
 from tide_jax.testing import random_routers, tiny_config
 
 NEW = 12
@@ -140,7 +140,7 @@ def integers_are_split() -> None:
             assert held["layers.1.mlp.experts.gate_up_scale"] == (5, 2, 20)
         found, wanted = (TIDE(model).generate(PROMPTS[:2], max_new_tokens=5).tokens for model in (split, plain))
         np.testing.assert_array_equal(found, wanted)
-        assert tide_jax.checkpoint.fingerprint(split) == tide_jax.checkpoint.fingerprint(floats)
+        assert tide_jax.model.files.checkpoint.fingerprint(split) == tide_jax.model.files.checkpoint.fingerprint(floats)
 
 
 def uneven_axes_stay_whole() -> None:
@@ -221,13 +221,13 @@ def moved_sizes(text: str) -> Iterator[int]:
 def loading_splits(folder: Path) -> None:
     """Each tensor goes from the host to its devices, and the model is the one loaded without a mesh."""
     given = []
-    place = tide_jax.decoder.place
+    place = tide_jax.model.decoder.place
 
     def spied(path: str, tensor: Any, mesh: Any) -> jax.Array:
         given.append((path, type(tensor)))
         return place(path, tensor, mesh)
 
-    tide_jax.decoder.place = spied
+    tide_jax.model.decoder.place = spied
     mesh, routes = tide_jax.make_mesh("1x2"), ("source", "converted")
     for route in routes:
         model, plain = tide_jax.load(folder / route, mesh=mesh), kept(tide_jax.load(folder / route))
@@ -239,7 +239,9 @@ def loading_splits(folder: Path) -> None:
         assert TIDE(model)._mesh == mesh, "an engine runs where its model lies"
     assert len(given) == len(routes) * len(plain)
     assert {kind for _, kind in given} == {np.ndarray}
-    assert tide_jax.checkpoint.fingerprint(model) == tide_jax.checkpoint.fingerprint(tide_jax.load(folder / "source"))
+    assert tide_jax.model.files.checkpoint.fingerprint(model) == tide_jax.model.files.checkpoint.fingerprint(
+        tide_jax.load(folder / "source")
+    )
 
 
 def all_that_an_engine_does() -> None:
@@ -300,7 +302,7 @@ def one_of_two(folder: Path, port: str, number: str) -> None:
     """A command and an engine over two processes; the first prints what the command does."""
     where = ["--distributed", "--coordinator", f"localhost:{port}", "--processes", "2", "--process-id", number]
     command = ["generate", str(folder / "converted"), "--prompt", "the cat", "--max-new-tokens", "4", "--mesh", "2x4"]
-    code = tide_jax.cli.main([*command, *where])
+    code = tide_jax.cli.main.main([*command, *where])
     assert code == 0, code
     assert (jax.process_count(), jax.device_count()) == (2, 8)
     engine = engine_of("even", "2x4")

@@ -19,10 +19,10 @@ PACKAGES = {"convert": {"tide_jax", "pallas_kernels"}, "tide_jax": {"pallas_kern
 
 MODULES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 COMMAND_LINE = {
-    Path("tide_jax/cli.py"),
-    Path("tide_jax/command_line.py"),
+    Path("tide_jax/cli/main.py"),
+    Path("tide_jax/cli/command_line.py"),
     Path("convert/__main__.py"),
-    Path("tide_jax/standard_streams.py"),
+    Path("tide_jax/cli/standard_streams.py"),
 }
 
 

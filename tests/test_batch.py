@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tide_jax import TideError
-from tide_jax.batch import bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
+from tide_jax.generation.batch import bucket, eos_table, pad_left, positions_of, prompt_column, to_rows
 from tide_jax.testing import tiny_config
 
 

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import random_prompts, tiny_model
 
 from tide_jax import TIDE, ExitConfig
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits
 from tide_jax.testing import random_routers, tiny_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))

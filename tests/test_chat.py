@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tide_jax.template_process
+import tide_jax.tokenizer.template_process
 from tide_jax import TideError
-from tide_jax.chat import ChatTemplate, prompt_ids
-from tide_jax.tokenizer_files import tokenizer_in
+from tide_jax.tokenizer.chat import ChatTemplate, prompt_ids
+from tide_jax.tokenizer.files import tokenizer_in
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "25"))
 CONVERSATION = [
@@ -163,7 +163,7 @@ def test_a_template_with_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_never_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tide_jax.template_process, "_SECONDS", 0)
+    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_SECONDS", 0)
     assert "takes longer than 5 seconds" in refusal(ENDLESS[name])
 
 
@@ -174,12 +174,12 @@ def test_a_template_that_writes_too_much(name: str) -> None:
 
 
 def test_a_slow_machine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tide_jax.template_process, "_WALL_SECONDS", 0.5)
+    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_WALL_SECONDS", 0.5)
     assert "takes longer" in refusal(ENDLESS["loops"])
 
 
 def test_a_template_goes_on_after_one_text_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tide_jax.template_process, "_SECONDS", 0)
+    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_SECONDS", 0)
     loop = "{% if messages[0].content == 'loop' %}" + ENDLESS["loops"] + "{% endif %}{{ messages[0].content }}"
     template = ChatTemplate(byte_tokenizer(loop))
     for _ in range(2):

@@ -17,7 +17,7 @@ from tiny_llama import CONFIG, random_tensors, save
 
 import convert.__main__
 import tide_jax
-import tide_jax.cli
+import tide_jax.cli.main
 from convert import convert as convert_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,18 +59,18 @@ def calibration(model: Path, text: Path) -> tuple[Path, dict[str, Any]]:
     options += ["--exit-head-steps", "5"]
     arguments = ["calibrate", model, "--text", text, "--output", routers, *options]
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = tide_jax.cli.main(list(map(str, arguments)))
+        code = tide_jax.cli.main.main(list(map(str, arguments)))
     assert code == 0
     return routers, json.loads(output.getvalue())
 
 
 def printed(capsys: Capture, *arguments: Any) -> str:
     """Standard output of a command that succeeds."""
-    assert tide_jax.cli.main([str(argument) for argument in arguments]) == 0
+    assert tide_jax.cli.main.main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
 
 
-def refusal(capsys: Capture, *arguments: Any, main: Any = tide_jax.cli.main) -> str:
+def refusal(capsys: Capture, *arguments: Any, main: Any = tide_jax.cli.main.main) -> str:
     """What a command that fails prints: one line on standard error and nothing else."""
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
@@ -274,15 +274,15 @@ def test_bad_input_to_convert(source: Path, tmp_path: Path, capsys: Capture) -> 
     assert "model_type 'a" in refusal(capsys, broken, out, main=main)
 
 
-@pytest.mark.parametrize("main", [tide_jax.cli.main, convert.__main__.main])
+@pytest.mark.parametrize("main", [tide_jax.cli.main.main, convert.__main__.main])
 def test_an_interrupted_conversion(
     main: Any, source: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.writer.ShardWriter.write", interrupt)
-    command = ["convert"] if main is tide_jax.cli.main else []
+    monkeypatch.setattr("convert.output.writer.ShardWriter.write", interrupt)
+    command = ["convert"] if main is tide_jax.cli.main.main else []
     assert main([*command, str(source), str(tmp_path / "out")]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

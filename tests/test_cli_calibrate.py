@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from test_cli import ROOT, WORDS, Capture, model, printed, refusal  # noqa: F401  model is a fixture
 
 import tide_jax
-import tide_jax.cli
-import tide_jax.promise
+import tide_jax.cli.main
+import tide_jax.risk.promise
 from tide_jax import GuaranteeError, Routers, TideError
-from tide_jax.collect import Sample
-from tide_jax.promise import Promise, set_aside
+from tide_jax.calibration.collect import Sample
+from tide_jax.risk.promise import Promise, set_aside
 
 QUICK = ("--checkpoint-interval", "1", "--bottleneck", "4", "--min-layers", "1", "--max-length", "16")
 QUICK += ("--exit-head-steps", "2", "--confidence-candidates", "0", "--translator-rank", "2")
@@ -48,7 +48,7 @@ def promised(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def run(*arguments: Any) -> int:
-    return tide_jax.cli.main([str(argument) for argument in arguments])
+    return tide_jax.cli.main.main([str(argument) for argument in arguments])
 
 
 def metadata(path: Path, folder: Path) -> dict[str, Any]:
@@ -67,9 +67,9 @@ def test_the_promise_is_stored_and_nothing_it_rests_on_was_learned_from(
     capsys: Capture,
 ) -> None:
     seen = list[list[Sample]]()
-    calibrate, certify = tide_jax.calibrate, tide_jax.promise.guarantee
+    calibrate, certify = tide_jax.calibrate, tide_jax.risk.promise.guarantee
     monkeypatch.setattr(tide_jax, "calibrate", lambda m, t, texts, *a, **k: calibrate(m, t, note(texts), *a, **k))
-    monkeypatch.setattr("tide_jax.promise.guarantee", lambda e, texts, *a, **k: certify(e, note(texts), *a, **k))
+    monkeypatch.setattr("tide_jax.risk.promise.guarantee", lambda e, texts, *a, **k: certify(e, note(texts), *a, **k))
 
     def note(texts: Any) -> list[Sample]:
         seen.append(list(texts))
@@ -221,7 +221,7 @@ def test_a_work_folder_is_gone_on_in(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model read the text again")
 
-    monkeypatch.setattr("tide_jax.collect._run", never)
+    monkeypatch.setattr("tide_jax.calibration.collect._run", never)
     printed(capsys, *command)
     again = load_file(output)
     assert all(np.array_equal(again[name], tensor) for name, tensor in first.items())

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from tiny_models import random_prompts, tiny_model, with_parameters
 
-from tide_jax import CalibrationConfig, Decoder, TideError, calibrate, work_folder
-from tide_jax.collect import Collected, Sample, collect, tokenise
-from tide_jax.progress import progress_bars
-from tide_jax.reading_plan import ReadingPlan
-from tide_jax.reservoir import Reservoir
+from tide_jax import CalibrationConfig, Decoder, TideError, calibrate
+from tide_jax.calibration import work_folder
+from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
+from tide_jax.calibration.reading_plan import ReadingPlan
+from tide_jax.calibration.reservoir import Reservoir
+from tide_jax.cli.progress import progress_bars
 from tide_jax.testing import tiny_config
 
 LENGTHS = tuple(np.random.default_rng(1).choice([6, 8, 15, 16, 30, 31, 32], 60))  # three widths of batches
@@ -388,8 +389,8 @@ for a, b in zip(moved.splits, gather().splits, strict=True):
     np.testing.assert_array_equal(a.targets, b.targets)
     np.testing.assert_allclose(a.states, b.states, atol=4e-3)
 
-from tide_jax.data_parallel import Placement
-from tide_jax.collect import _run
+from tide_jax.calibration.data_parallel import Placement
+from tide_jax.calibration.collect import _run
 from test_collect import model
 import jax.numpy as jnp
 placement = Placement.of(meshes[4])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tide_jax.ops import integer_sums, times_rows
+from tide_jax.model.ops import integer_sums, times_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from compiled_program import (  # pyright: ignore[reportMissingImports]

@@ -20,12 +20,12 @@ from tiny_models import CONFIGS
 
 from convert import convert
 from convert.architecture import decoder_config
-from convert.text_model import text_decoder
-from convert.tiny import tiny_config
+from convert.parity.tiny import tiny_config
+from convert.sources.text_model import text_decoder
 from tide_jax import TIDE, Decoder, DecoderConfig, TideError
-from tide_jax.activations import ACTIVATIONS, KNOWN_ACTIVATIONS
-from tide_jax.architecture_parts import GatedActivation, PlainActivation, UngatedActivation
-from tide_jax.checkpoint import load, load_config
+from tide_jax.model.activations import ACTIVATIONS, KNOWN_ACTIVATIONS
+from tide_jax.model.architecture_parts import GatedActivation, PlainActivation, UngatedActivation
+from tide_jax.model.files.checkpoint import load, load_config
 from tide_jax.testing import tiny_config as tiny_decoder_config
 
 EXAMPLES = settings(max_examples=int(os.environ.get("TIDE_EXAMPLES", "150")), deadline=None, derandomize=True)

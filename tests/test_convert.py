@@ -14,19 +14,19 @@ import pytest
 import tiny_llama
 from tiny_llama import random_tensors, save, save_sharded
 
-import tide_jax.checkpoint
+import tide_jax.model.files.checkpoint
 from convert import convert, open_model
 from convert.architecture import decoder_config
-from convert.reader import HuggingFaceSource
-from tide_jax.decoder import parameters, stored_parameters
+from convert.sources.open import HuggingFaceSource
 from tide_jax.errors import TideError
+from tide_jax.model.decoder import parameters, stored_parameters
 
 # ---- what is written ----
 
 
 def test_every_weight_lands_in_its_place(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    found = parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    found = parameters(tide_jax.model.files.checkpoint.load(tmp_path / "out"))
     stored = random_tensors()
     layer = "model.layers.1."
     q = stored[layer + "self_attn.q_proj.weight"]
@@ -48,7 +48,7 @@ def test_shards_load_back_equal(source: Path, tmp_path: Path) -> None:
     assert len(report.shards) > 3
     assert report.shards[0] == f"model-00001-of-{len(report.shards):05d}.safetensors"
     assert all((tmp_path / "out" / shard).stat().st_size < 3000 + 8192 for shard in report.shards)
-    found = parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    found = parameters(tide_jax.model.files.checkpoint.load(tmp_path / "out"))
     expected = parameters(open_model(source))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -59,7 +59,7 @@ def test_written_shards_are_valid_safetensors(source: Path, tmp_path: Path) -> N
     from safetensors.numpy import load_file
 
     convert(source, tmp_path / "out")
-    model = stored_parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    model = stored_parameters(tide_jax.model.files.checkpoint.load(tmp_path / "out"))
     file = load_file(tmp_path / "out" / "model.safetensors")
     assert file.keys() == {parameter.path for parameter in model}
     for parameter in model:
@@ -69,7 +69,7 @@ def test_written_shards_are_valid_safetensors(source: Path, tmp_path: Path) -> N
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where memory is mapped to is read from Linux's /proc")
 def test_a_model_on_a_cpu_lies_in_its_file(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    model = tide_jax.checkpoint.load(tmp_path / "out")
+    model = tide_jax.model.files.checkpoint.load(tmp_path / "out")
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     files = [m[0].split("-") for m in maps if m[-1] == str(tmp_path / "out" / "model.safetensors")]
     ranges = [range(*(int(end, 16) for end in ends)) for ends in files]
@@ -91,12 +91,12 @@ def test_dtype_of_the_source_is_kept(dtype: str, tmp_path: Path) -> None:
     tensors = random_tensors(dtype=np.dtype(dtype) if dtype != "bfloat16" else ml_dtypes.bfloat16)
     report = convert(save(tmp_path / "source", tensors), tmp_path / "out")
     assert report.dtype == dtype
-    assert tide_jax.checkpoint.load(tmp_path / "out", dtype).dtype == jnp.dtype(dtype)
+    assert tide_jax.model.files.checkpoint.load(tmp_path / "out", dtype).dtype == jnp.dtype(dtype)
 
 
 def test_block_writes_agree_with_whole_writes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(source, tmp_path / "whole")
-    monkeypatch.setattr("convert.writer._BLOCK_BYTES", 200)
+    monkeypatch.setattr("convert.output.writer._BLOCK_BYTES", 200)
     convert(source, tmp_path / "blocks")
     whole, blocks = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "blocks"))
     assert whole == blocks
@@ -109,7 +109,7 @@ def test_config_and_record(source: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["hidden_size"] == 12
     assert written["tide_jax"]["dtype"] == "float32"
-    model = tide_jax.checkpoint.load(tmp_path / "out")
+    model = tide_jax.model.files.checkpoint.load(tmp_path / "out")
     assert model.config.eos_token_ids == (7,)
     assert model.config.pad_token_id == 4
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -143,7 +143,7 @@ def test_a_stored_copy_of_the_tied_embedding_is_ignored(tmp_path: Path) -> None:
         "lm_head.weight": "tied to the token embedding",
         "model.layers.0.self_attn.rotary_emb.inv_freq": "rotary frequencies are computed from the configuration",
     }
-    assert "head.kernel" not in parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    assert "head.kernel" not in parameters(tide_jax.model.files.checkpoint.load(tmp_path / "out"))
 
 
 def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_a_head_of_its_own_is_kept_whatever_the_configuration_says(tmp_path: Pat
 
 def test_fingerprint_tells_models_apart_but_not_dtypes(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    fingerprint = tide_jax.checkpoint.fingerprint
+    fingerprint = tide_jax.model.files.checkpoint.fingerprint
     name = fingerprint(open_model(source))
     assert len(name) == 16
-    assert fingerprint(tide_jax.checkpoint.load(tmp_path / "out", "bfloat16")) == name
+    assert fingerprint(tide_jax.model.files.checkpoint.load(tmp_path / "out", "bfloat16")) == name
     assert fingerprint(open_model(save(tmp_path / "stops", eos_token_id=11))) == name
     assert fingerprint(open_model(save(tmp_path / "theta", rope_theta=7.0))) != name
     other = random_tensors()
@@ -174,26 +174,26 @@ def test_damaged_conversions(source: Path, tmp_path: Path) -> None:
     shard = out / "model-00002-of-00005.safetensors"
     (out / "config.json").write_text(json.dumps(settings | {"tide_jax": {"format": 99}}))
     with pytest.raises(TideError, match="converted in format 99, this version of tide_jax reads format 3"):
-        tide_jax.checkpoint.load(out)
+        tide_jax.model.files.checkpoint.load(out)
     (out / "config.json").write_text(json.dumps(settings))
     content = next(out.glob("model-00002-of-*")).read_bytes()
     shard = next(out.glob("model-00002-of-*"))
     shard.write_bytes(content[:-4])
     with pytest.raises(TideError, match="is cut short"):
-        tide_jax.checkpoint.load(out)
+        tide_jax.model.files.checkpoint.load(out)
     shard.unlink()
     with pytest.raises(TideError, match="names shards that are not there"):
-        tide_jax.checkpoint.load(out)
+        tide_jax.model.files.checkpoint.load(out)
 
 
 def test_load_rejects_other_dtypes(source: Path) -> None:
     with pytest.raises(TideError, match="choose one of float32, bfloat16, float16"):
-        tide_jax.checkpoint.load(source, "float64")
+        tide_jax.model.files.checkpoint.load(source, "float64")
 
 
 def test_load_converts_other_checkpoints_in_memory(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    converted, direct = (parameters(tide_jax.checkpoint.load(path)) for path in (tmp_path / "out", source))
+    converted, direct = (parameters(tide_jax.model.files.checkpoint.load(path)) for path in (tmp_path / "out", source))
     for name, value in converted.items():
         np.testing.assert_array_equal(direct[name], value, err_msg=name)
 
@@ -208,7 +208,7 @@ def test_tokenizer(source: Path, tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({"<unk>": 0, "early": 1, "exit": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(source)
     convert(source, tmp_path / "out")
-    assert tide_jax.checkpoint.load_tokenizer(tmp_path / "out").decode([1]) == "early"
+    assert tide_jax.model.files.checkpoint.load_tokenizer(tmp_path / "out").decode([1]) == "early"
 
 
 # ---- memory ----
@@ -252,7 +252,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
     settings = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
     tensors = random_tensors(tiny_llama.CONFIG | settings)
     convert(save(tmp_path / "source", tensors, **settings), tmp_path / "out")
-    found = parameters(tide_jax.checkpoint.load(tmp_path / "out"))
+    found = parameters(tide_jax.model.files.checkpoint.load(tmp_path / "out"))
     for e in range(3):
         prefix = f"model.layers.1.block_sparse_moe.experts.{e}"
         for i, name in enumerate(("w1", "w3")):

@@ -16,7 +16,7 @@ import tiny_llama
 from tiny_llama import refusal
 
 from convert import convert
-from convert.writer import ShardWriter
+from convert.output.writer import ShardWriter
 from tide_jax.errors import TideError
 
 

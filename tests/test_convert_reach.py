@@ -16,8 +16,8 @@ from tiny_llama import refusal
 
 import tide_jax
 from convert import convert, export
-from convert.reader import open_source
-from tide_jax.shards import ShardedTensors
+from convert.sources.open import open_source
+from tide_jax.model.files.shards import ShardedTensors
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "modeling_x.py")
 

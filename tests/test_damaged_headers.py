@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from convert.architecture import architecture_of
 from convert.conversion import _open
-from convert.gguf_file import read_header
-from convert.rules import coverage
-from convert.stored import as_stored
+from convert.output.stored import as_stored
+from convert.sources.gguf.file import read_header
+from convert.weights.rules import coverage
 from tide_jax.errors import TideError
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "150"))

@@ -13,12 +13,13 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, generate, init_cache
-from tide_jax.cache import QUEUE_LENGTH
+from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
 from tide_jax.config import AttentionType, RopeConfig
-from tide_jax.deferred_fill import MOST_ROWS, is_faster
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, StepOutput
+from tide_jax.exits.deferred_fill import MOST_ROWS, is_faster
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation import generate
+from tide_jax.generation.generate import Exits, StepOutput
+from tide_jax.model.cache import QUEUE_LENGTH
 from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 PROMPTS = random_prompts((7, 12))

@@ -13,9 +13,9 @@ from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model, with_parameters
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, init_cache
-from tide_jax.early_exit import run_depth
-from tide_jax.layers import DecoderLayer
-from tide_jax.span_attention import KeyValue
+from tide_jax.exits.early_exit import run_depth
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.layers import DecoderLayer
 from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 PROMPTS = random_prompts((7, 1, 12))

@@ -13,12 +13,12 @@ import pytest
 
 import tide_jax
 from convert import convert
-from tide_jax.ending_signals import until_ended
+from tide_jax.cli.ending_signals import until_ended
 
 _SLOW = """
 import sys, time
 from convert.__main__ import main
-from convert.writer import ShardWriter
+from convert.output.writer import ShardWriter
 
 def write(*_):
     print("writing", flush=True)

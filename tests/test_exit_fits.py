@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
-from tide_jax.calibration import auc
-from tide_jax.confidence import exit_scores, features
-from tide_jax.confidence_training import final_scores, train_confidence
+from tide_jax.calibration.calibrate import auc
+from tide_jax.calibration.confidence_training import final_scores, train_confidence
+from tide_jax.calibration.exit_heads import fit_heads
+from tide_jax.calibration.reservoir import Reservoir
+from tide_jax.calibration.tuned_heads import frequent, tune_heads
 from tide_jax.config import CalibrationConfig
-from tide_jax.exit_heads import fit_heads
-from tide_jax.reservoir import Reservoir
-from tide_jax.router import SCREEN_LEVELS, Candidates, ExitHead, Router, Routers
+from tide_jax.exits.confidence import exit_scores, features
+from tide_jax.exits.router import SCREEN_LEVELS, Candidates, ExitHead, Router, Routers
 from tide_jax.testing import random_routers, tiny_config
-from tide_jax.tuned_heads import frequent, tune_heads
 
 MODEL = tiny_model(tiny_config())
 SIZE = MODEL.config.hidden_size

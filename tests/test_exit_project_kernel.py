@@ -14,9 +14,10 @@ from tiny_models import CONFIGS, tiny_model
 
 from pallas_kernels import selection
 from pallas_kernels.exit_project import AffineHead, FinalNorm, api, exit_project, pallas_triton, reference
-from tide_jax import TIDE, ExitConfig, confidence
-from tide_jax.norms import Norm
-from tide_jax.router import ExitHead
+from tide_jax import TIDE, ExitConfig
+from tide_jax.exits import confidence
+from tide_jax.exits.router import ExitHead
+from tide_jax.model.norms import Norm
 from tide_jax.testing import random_routers
 
 EPS = 1e-5

@@ -18,16 +18,16 @@ from tiny_llama import CONFIG, random_tensors, save
 
 import convert.exporting
 import tide_jax
-import tide_jax.checkpoint
-import tide_jax.cli
+import tide_jax.cli.main
+import tide_jax.model.files.checkpoint
 from convert import convert as convert_checkpoint
 from convert import export
+from convert.configuration.older_names import with_older_names
+from convert.configuration.settings import configuration
 from convert.families import FAMILIES, Family
-from convert.older_names import with_older_names
-from convert.rules import Rule, Target
-from convert.settings import configuration
+from convert.weights.rules import Rule, Target
 from tide_jax.errors import TideError
-from tide_jax.shards import ShardedTensors
+from tide_jax.model.files.shards import ShardedTensors
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def assert_same_logits(reference: Any, exported: Path) -> None:
 )
 def test_logits(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     reference = save_tiny(model_type, tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "converted", max_shard_bytes=30_000)
@@ -101,14 +101,14 @@ ALONE = sorted(name for name in FAMILIES if not name.endswith("_vl_text") or nam
 @pytest.mark.parametrize("model_type", ALONE)
 def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     save_tiny(model_type, tmp_path / "source")
     try:
         convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     except TideError as error:
         pytest.skip(f"converts in other settings only: {error}")
-    config = tide_jax.checkpoint.load_config(tmp_path / "converted")
+    config = tide_jax.model.files.checkpoint.load_config(tmp_path / "converted")
     longest = read_config(tmp_path / "source").get("max_position_embeddings", 0)
     if config.max_positions < longest and not config.learned_positions:
         message = refusal(tmp_path / "converted")
@@ -127,7 +127,7 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
 
 def test_bfloat16_in_shards(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     reference = save_tiny("mixtral", tmp_path / "source", dtype="bfloat16", max_shard_size="60KB")
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
@@ -141,7 +141,7 @@ def test_bfloat16_in_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_heads_tied_and_not(model_type: str, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     reference = save_tiny(model_type, tmp_path / "source", tie_word_embeddings=tied)
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
@@ -348,11 +348,11 @@ def test_progress_reaches_the_total(converted: Path, tmp_path: Path) -> None:
 
 def test_command_line(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["export", str(converted), str(tmp_path / "hf"), "--dtype", "float16"]
-    assert tide_jax.cli.main(arguments) == 0
+    assert tide_jax.cli.main.main(arguments) == 0
     assert "float16" in capsys.readouterr().out
-    assert tide_jax.cli.main(arguments) == 2
+    assert tide_jax.cli.main.main(arguments) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    assert tide_jax.cli.main([*arguments, "--overwrite", "--json"]) == 0
+    assert tide_jax.cli.main.main([*arguments, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shards"] == ["model.safetensors"]
 
 

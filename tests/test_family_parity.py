@@ -1,4 +1,4 @@
-"""Every model type that converts, and variants of it, against transformers on all paths; see `convert.parity`."""
+"""Every model type that converts, and variants of it, against transformers on all paths (`convert.parity.measure`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from convert.families import FAMILIES, REFUSED
-from convert.parity import measure_parity
-from convert.tiny import save_tiny, text_type
-from convert.tiny_variants import REFUSED_VARIANTS, VARIANTS
+from convert.parity.measure import measure_parity
+from convert.parity.tiny import save_tiny, text_type
+from convert.parity.tiny_variants import REFUSED_VARIANTS, VARIANTS
 from tide_jax.errors import TideError
 
 pytest.importorskip("torch")

@@ -16,9 +16,9 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 import tide_jax
 from convert import convert, export
 from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig
-from tide_jax.continuations import Continuation, score_continuations
 from tide_jax.errors import TideError
-from tide_jax.shards import checked_cast
+from tide_jax.lm_eval.continuations import Continuation, score_continuations
+from tide_jax.model.files.shards import checked_cast
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 3))
@@ -31,7 +31,9 @@ CONFIG = tiny_config(num_layers=2)
 def overflowing(dtype: str = "float16") -> Decoder:
     """A decoder whose second layer leaves float16's range for every token; all its weights are numbers."""
     big = with_parameters(tiny_model(CONFIG), {"layers.1.mlp.down.kernel": 6e4, "layers.0.mlp.down.kernel": 6e4})
-    return tide_jax.decoder.from_parameters(CONFIG, tide_jax.decoder.parameters(big).items(), dtype=jnp.dtype(dtype))
+    return tide_jax.model.decoder.from_parameters(
+        CONFIG, tide_jax.model.decoder.parameters(big).items(), dtype=jnp.dtype(dtype)
+    )
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def test_a_damaged_model_is_called_so() -> None:
 
 def late(model: Decoder, token: int) -> Decoder:
     """The model, for which one token's embedding is infinite."""
-    table = np.array(tide_jax.decoder.parameters(model)["embed.kernel"])
+    table = np.array(tide_jax.model.decoder.parameters(model)["embed.kernel"])
     table[token] = np.inf
     return with_parameters(model, {"embed.kernel": table})
 
@@ -115,12 +117,14 @@ def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
 )
 def test_the_default_dtype(model_type: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     save_tiny(model_type, tmp_path / "source", dtype="float16")
     assert convert(tmp_path / "source", tmp_path / "out").dtype == "float16", "stored as it was"
     convert(tmp_path / "source", tmp_path / "asked", dtype="float16")
-    monkeypatch.setattr(tide_jax.checkpoint, "_default_dtype", lambda: None)  # as where there is an accelerator
+    monkeypatch.setattr(
+        tide_jax.model.files.checkpoint, "_default_dtype", lambda: None
+    )  # as where there is an accelerator
     for source in ("source", "out"):
         assert tide_jax.load(tmp_path / source).dtype.name == expected
         assert tide_jax.load(tmp_path / source, "float16").dtype.name == "float16"

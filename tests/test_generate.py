@@ -15,11 +15,11 @@ from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefill
-from tide_jax.batch import pad_left
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, Prompt, Request, begin
-from tide_jax.programs import Programs
-from tide_jax.sampling import make_sampling
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.batch import pad_left
+from tide_jax.generation.generate import Exits, Prompt, Request, begin
+from tide_jax.generation.programs import Programs
+from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
 PROMPTS = random_prompts((4, 7, 1))

@@ -20,10 +20,10 @@ from tiny_models import random_prompts
 import tide_jax
 from convert import convert, open_model
 from tide_jax import TIDE, ExitConfig, TideError
-from tide_jax.checkpoint import fingerprint
-from tide_jax.generation_choice import choose
-from tide_jax.generation_settings import NOTHING_SAID, SETTINGS, GenerationSettings, settings_from
-from tide_jax.sampling import filter_logits, make_sampling
+from tide_jax.generation.choice import choose
+from tide_jax.generation.sampling import filter_logits, make_sampling
+from tide_jax.model.files.checkpoint import fingerprint
+from tide_jax.model.generation_settings import NOTHING_SAID, SETTINGS, GenerationSettings, settings_from
 from tide_jax.testing import random_routers
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "12"))

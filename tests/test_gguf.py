@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from gguf_files import FF, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, llama_cpp_row_order, save, smollm2, write_model
 
-from convert.gguf_source import GGUFSource
+from convert.sources.gguf.source import GGUFSource
 from tide_jax.errors import TideError
 
 

@@ -20,15 +20,15 @@ from gguf_converter import RECIPES, convert_to_gguf
 from convert.architecture import decoder_config
 from convert.conversion import open_model
 from convert.families import FAMILIES
-from convert.gguf_architectures import ARCHITECTURES
-from convert.gguf_source import GGUFSource
-from convert.reader import HuggingFaceSource
-from tide_jax.architecture import DecoderConfig
-from tide_jax.decoder import Decoder
+from convert.sources.gguf.architectures import ARCHITECTURES
+from convert.sources.gguf.source import GGUFSource
+from convert.sources.open import HuggingFaceSource
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import Decoder
 
 pytest.importorskip("torch", reason="makes the checkpoints")
 
-from convert.tiny import save_tiny
+from convert.parity.tiny import save_tiny
 
 BARE: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}

@@ -14,13 +14,13 @@ pytest.importorskip("torch", reason="makes the checkpoints")
 
 from test_gguf_architectures import CASES
 
-from convert import gguf_defaults
-from convert.gguf_architectures import ARCHITECTURES
-from convert.gguf_defaults import COMMON, OF, REQUIRED
-from convert.gguf_file import StoredTensor, read_model
-from convert.gguf_hyperparameters import Hyperparameters
-from convert.gguf_kinds import HYPERPARAMETERS
-from convert.tiny import save_tiny
+from convert.parity.tiny import save_tiny
+from convert.sources.gguf import defaults as gguf_defaults
+from convert.sources.gguf.architectures import ARCHITECTURES
+from convert.sources.gguf.defaults import COMMON, OF, REQUIRED
+from convert.sources.gguf.file import StoredTensor, read_model
+from convert.sources.gguf.hyperparameters import Hyperparameters
+from convert.sources.gguf.kinds import HYPERPARAMETERS
 from tide_jax.errors import TideError
 
 # Keys from which nothing is read; and those that say nothing new in some architectures.

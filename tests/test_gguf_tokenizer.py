@@ -14,9 +14,9 @@ from gguf_files import smollm2, write_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from convert.architecture import architecture_of
-from convert.gguf_pretokenizers import PRE_TOKENIZERS
-from convert.gguf_source import GGUFSource
-from convert.gguf_tokenizer import build_tokenizer, token_ids
+from convert.sources.gguf.pretokenizers import PRE_TOKENIZERS
+from convert.sources.gguf.source import GGUFSource
+from convert.sources.gguf.tokenizer import build_tokenizer, token_ids
 from tide_jax.errors import TideError
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

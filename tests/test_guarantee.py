@@ -13,14 +13,14 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 
 import tide_jax
 from tide_jax import TIDE, Decoder, ExitConfig, GuaranteeError, RiskGuarantee, Routers, TideError
-from tide_jax.answers import TextAnswers
-from tide_jax.collect import Sample
-from tide_jax.decoder import parameters
-from tide_jax.risk_control import hb_p_value
-from tide_jax.risk_guarantee import THRESHOLDS
-from tide_jax.router import Router
+from tide_jax.calibration.collect import Sample
+from tide_jax.exits.router import Router
+from tide_jax.model.decoder import parameters
+from tide_jax.risk.answers import TextAnswers
+from tide_jax.risk.guarantee import THRESHOLDS
+from tide_jax.risk.statistics import hb_p_value
+from tide_jax.risk.threshold_path import Scored, greedy_path
 from tide_jax.testing import ByteTokenizer, constant_routers, random_routers, tiny_config
-from tide_jax.threshold_path import Scored, greedy_path
 
 guarantee = functools.partial(tide_jax.guarantee, max_length=24, batch_size=100)
 

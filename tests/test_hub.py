@@ -15,7 +15,7 @@ from tiny_llama import save
 from tiny_tokenizers import save_tokenizer
 
 import tide_jax
-import tide_jax.cli
+import tide_jax.cli.main
 from convert import convert, open_config, open_model, open_tokenizer
 from tide_jax.errors import TideError
 
@@ -117,7 +117,7 @@ def test_revisions(revision: str, hub: Hub, tmp_path: Path) -> None:
         assert load(f"{REPOSITORY}@{revision}").model_max_length == length
         assert load(REPOSITORY, revision=revision).model_max_length == length
     config = open_config(REPOSITORY, revision=revision)
-    assert config == tide_jax.checkpoint.load_config(f"{REPOSITORY}@{revision}")
+    assert config == tide_jax.model.files.checkpoint.load_config(f"{REPOSITORY}@{revision}")
     assert open_model(REPOSITORY, revision=revision).config == config
     assert tide_jax.load(f"{REPOSITORY}@{revision}").config == tide_jax.load(REPOSITORY, revision=revision).config
     assert WEIGHTS in hub.downloaded()
@@ -129,11 +129,11 @@ def test_revisions(revision: str, hub: Hub, tmp_path: Path) -> None:
 
 
 def test_revisions_on_the_command_line(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tide_jax.cli.main(["convert", f"{REPOSITORY}@v1.0", str(tmp_path / "out")]) == 0
+    assert tide_jax.cli.main.main(["convert", f"{REPOSITORY}@v1.0", str(tmp_path / "out")]) == 0
     assert tide_jax.load_tokenizer(tmp_path / "out").model_max_length == 101
-    assert tide_jax.cli.main(["inspect", f"{REPOSITORY}@refs/pr/2"]) == 0
+    assert tide_jax.cli.main.main(["inspect", f"{REPOSITORY}@refs/pr/2"]) == 0
     capsys.readouterr()
-    assert tide_jax.cli.main(["inspect", f"{REPOSITORY}@v9"]) == 2
+    assert tide_jax.cli.main.main(["inspect", f"{REPOSITORY}@v9"]) == 2
     message = capsys.readouterr().err
     assert f"'{REPOSITORY}@v9' is no local path and could not be had" in message
     assert len(message) <= 300
@@ -143,7 +143,7 @@ def test_a_revision_of_files_on_disk_is_refused(hub: Hub, tmp_path: Path) -> Non
     convert(REPOSITORY, tmp_path / "out")
     (tmp_path / "m.gguf").write_bytes(b"")
     for source in (tmp_path / "files", tmp_path / "out", tmp_path / "m.gguf"):
-        for load in (tide_jax.load, tide_jax.load_tokenizer, tide_jax.checkpoint.load_config):
+        for load in (tide_jax.load, tide_jax.load_tokenizer, tide_jax.model.files.checkpoint.load_config):
             with pytest.raises(TideError, match="is of hub ids, leave it out"):
                 load(source, revision="main")
     with pytest.raises(TideError, match="give one of them"):

@@ -16,20 +16,20 @@ from tiny_llama import CONFIG, random_tensors, save, save_sharded
 
 import convert.__main__
 import tide_jax
-import tide_jax.cli
+import tide_jax.cli.main
 from convert import convert as convert_checkpoint
 from convert import export, open_model, verify
 from convert.families import FAMILIES
-from convert.reader import open_source
-from convert.rounded import RoundedPlan
-from convert.rules import Target, coverage, move
-from convert.stored import as_stored
-from convert.writer import ShardWriter
+from convert.output.rounded import RoundedPlan
+from convert.output.stored import as_stored
+from convert.output.writer import ShardWriter
+from convert.sources.open import open_source
+from convert.weights.rules import Target, coverage, move
 from tide_jax import TideError
-from tide_jax.checkpoint import fingerprint, load, load_config
-from tide_jax.decoder import Decoder, parameters, stored_parameters
-from tide_jax.inspection import describe, text_table
-from tide_jax.rounding import round_weights
+from tide_jax.cli.inspection import describe, text_table
+from tide_jax.model.decoder import Decoder, parameters, stored_parameters
+from tide_jax.model.files.checkpoint import fingerprint, load, load_config
+from tide_jax.model.rounding import round_weights
 from tide_jax.testing import ByteTokenizer
 
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
@@ -114,11 +114,11 @@ def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeyp
         sizes.append(weights.size)
         return round_weights(weights, axes, own)
 
-    monkeypatch.setattr("convert.rounded.round_weights", counted)
+    monkeypatch.setattr("convert.output.rounded.round_weights", counted)
     convert_checkpoint(source, tmp_path / "out", weights="int8")
     assert max(sizes) == max(np.size(a) for a in random_tensors().values())
     assert len(sizes) == 1 + 7 * 2
-    monkeypatch.setattr("tide_jax.rounding._BLOCK", 25)  # two rows at once
+    monkeypatch.setattr("tide_jax.model.rounding._BLOCK", 25)  # two rows at once
     convert_checkpoint(source, tmp_path / "blocks", weights="int8")
     assert max(sizes[15:]) <= 72  # a row of the keys and values: 12 channels for each of 6
     same(load(tmp_path / "blocks"), load(tmp_path / "out"))
@@ -205,7 +205,7 @@ def test_verification_finds_a_wrong_model(source: Path, tmp_path: Path, monkeypa
     def shifted(weights: np.ndarray, axes: tuple[int, ...], own: Any) -> Any:
         return round_weights(np.roll(weights, 1, axis=0), axes, own)
 
-    monkeypatch.setattr("convert.rounded.round_weights", shifted)
+    monkeypatch.setattr("convert.output.rounded.round_weights", shifted)
     with pytest.raises(TideError, match=r"^the written output head.* rounding steps away .*, expected at most"):
         convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True)
     monkeypatch.setattr("convert.conversion.verify_weights", lambda *args: None)  # logits by themselves find it, too
@@ -232,7 +232,7 @@ def test_commands_take_weights(source: Path, tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "out"
     assert convert.__main__.main([str(source), str(out), "--weights", "int8"]) == 0
     assert "float32 with int8 weights" in capsys.readouterr().out
-    assert tide_jax.cli.main(["inspect", str(out), "--json"]) == 0
+    assert tide_jax.cli.main.main(["inspect", str(out), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     read = [p for p in stored_parameters(load(out)) if p.path != "embed.kernel"]
     assert facts["stored"] == "float32 with int8 weights"
@@ -254,13 +254,13 @@ def test_weights_reach_the_model(command: str, folder: Path, tmp_path: Path, mon
     output = str(tmp_path / "routers.safetensors")
     calibrate = ["--text", str(tmp_path / "text.txt"), "--output", output, "--checkpoint-interval", "1"]
     more = {"generate": ["--prompt", "a", "--raw"], "calibrate": [*calibrate, "--min-layers", "1"]}
-    assert tide_jax.cli.main([command, str(folder), "--weights", "int8", *more[command]]) == 2
+    assert tide_jax.cli.main.main([command, str(folder), "--weights", "int8", *more[command]]) == 2
     assert asked["weights"] == "int8"
 
 
 def test_lm_eval_takes_weights(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from tide_jax.lm_eval_arguments import open_engine
+    from tide_jax.lm_eval.arguments import open_engine
 
     convert_checkpoint(source, tmp_path / "plain")
     engine = open_engine(str(tmp_path / "plain"), None, {}, None, None, "int8")

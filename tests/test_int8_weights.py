@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, random_prompts, tiny_model
 
-from tide_jax import TIDE, ExitConfig, PassCosts, RiskGuarantee, Routers, ops
-from tide_jax import rounding as rounding_module
-from tide_jax.architecture import AttentionType, HeadTransform, MoEConfig
-from tide_jax.cache_fill import fill_rows, unsupported
-from tide_jax.checkpoint import fingerprint
-from tide_jax.decoder import Decoder, from_parameters, parameters, rounded_axes, stored_parameters
-from tide_jax.moe import _by_row, _by_runs, _gathered, _integers_by_blocks, expert_matmul
-from tide_jax.ops import integer_sums, times_rows
-from tide_jax.promise import exit_settings
-from tide_jax.rounding import kept_as_floats, restored, round_weights, scale_path
-from tide_jax.router import RouterMetadata, model_identity
+from tide_jax import TIDE, ExitConfig, PassCosts, RiskGuarantee, Routers
+from tide_jax.exits.cache_fill import fill_rows, unsupported
+from tide_jax.exits.router import RouterMetadata, model_identity
+from tide_jax.model import ops
+from tide_jax.model import rounding as rounding_module
+from tide_jax.model.architecture import AttentionType, HeadTransform, MoEConfig
+from tide_jax.model.decoder import Decoder, from_parameters, parameters, rounded_axes, stored_parameters
+from tide_jax.model.files.checkpoint import fingerprint
+from tide_jax.model.moe import _by_row, _by_runs, _gathered, _integers_by_blocks, expert_matmul
+from tide_jax.model.ops import integer_sums, times_rows
+from tide_jax.model.rounding import kept_as_floats, restored, round_weights, scale_path
+from tide_jax.risk.promise import exit_settings
 from tide_jax.testing import random_routers, tiny_config
 
 MORE = {

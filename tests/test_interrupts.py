@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="the signal is ignored here, and children inherit that"
 )
 ROOT = Path(__file__).resolve().parent.parent
-CONSOLE_SCRIPT = "import sys\nfrom tide_jax.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+CONSOLE_SCRIPT = "import sys\nfrom tide_jax.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 FAKE_JAX = """
 import os, signal, time
 try:
@@ -37,8 +37,8 @@ COMMANDS: dict[str, list[str]] = {
 }
 WORKING = """
 import gc, os, signal, sys, threading, time
-from tide_jax.command_line import Parser, execute
-from tide_jax.interrupts import Interrupts
+from tide_jax.cli.command_line import Parser, execute
+from tide_jax.cli.interrupts import Interrupts
 
 def interrupt(): os.kill(os.getpid(), signal.SIGINT)
 
@@ -139,9 +139,8 @@ def test_what_is_cleaned_up_is_not_disturbed() -> None:
 
 def test_commands_start_without_slow_imports() -> None:
     """Until a command knows what it is to do, nothing is imported during which Ctrl-C would have to wait."""
-    script = (
-        "import sys, tide_jax.cli, convert.__main__; print(sorted({'jax', 'numpy', 'transformers'} & {*sys.modules}))"
-    )
+    slow = "{'jax', 'numpy', 'transformers'}"
+    script = f"import sys, tide_jax.cli.main, convert.__main__; print(sorted({slow} & {{*sys.modules}}))"
     assert run(["-c", script]) == (0, "[]\n", "")
 
 

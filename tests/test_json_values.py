@@ -12,8 +12,8 @@ import pytest
 from test_lora import Q, linear, pair, save_adapter
 from test_quantised import CASES, save
 
-from convert.lora import LoRASource
-from convert.reader import open_source
+from convert.sources.lora import LoRASource
+from convert.sources.open import open_source
 from tide_jax.errors import TideError
 
 WRONG: tuple[Any, ...] = ({}, {"a": {"b": 1}}, [[]], ["a"] * 500, "x" * 100_000, 2**70, -7, 0, 0.5, True)

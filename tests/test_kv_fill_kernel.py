@@ -25,9 +25,9 @@ from pallas_kernels.kv_fill import (
     pallas_triton,
     reference,
 )
-from tide_jax import cache_fill
-from tide_jax.architecture import AttentionType, QKNorm, RopeConfig
-from tide_jax.cache_fill import fill_rows, unsupported
+from tide_jax.exits import cache_fill
+from tide_jax.exits.cache_fill import fill_rows, unsupported
+from tide_jax.model.architecture import AttentionType, QKNorm, RopeConfig
 from tide_jax.testing import tiny_config
 
 EPS = 1e-5
@@ -140,7 +140,7 @@ def test_layers_of_other_kinds_say_why_and_project_in_plain_jax(caplog: pytest.L
         assert reason in str(unsupported(layer))
         x = jnp.ones((1, 3, model.config.hidden_size))
         expected = layer.project_kv(x, contexts)
-        with caplog.at_level(logging.WARNING, logger="tide_jax.cache_fill"):
+        with caplog.at_level(logging.WARNING, logger="tide_jax.exits.cache_fill"):
             found = fill_rows(layer, x, contexts, positions >= 0, implementation="pallas_interpret")
         assert reason in caplog.text
         caplog.clear()

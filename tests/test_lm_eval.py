@@ -17,9 +17,9 @@ from tiny_llama import CONFIG, random_tensors, save
 
 import tide_jax
 from convert import convert
-from tide_jax.continuations import Continuation, Score, score_continuations
-from tide_jax.router import RouterMetadata, model_identity
-from tide_jax.stop_strings import Stops, generate_until
+from tide_jax.exits.router import RouterMetadata, model_identity
+from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
+from tide_jax.lm_eval.stop_strings import Stops, generate_until
 from tide_jax.testing import ByteTokenizer, constant_routers, random_routers, tiny_config, tiny_decoder
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install tide_jax[eval]`")
@@ -27,9 +27,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install tide_jax[eva
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from tide_jax import lm_eval_command  # noqa: E402
-from tide_jax.command_line import Parser, execute  # noqa: E402
-from tide_jax.lm_eval_model import TideLM  # noqa: E402
+from tide_jax.cli.command_line import Parser, execute  # noqa: E402
+from tide_jax.lm_eval import command as lm_eval_command  # noqa: E402
+from tide_jax.lm_eval.model import TideLM  # noqa: E402
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 NAMES = ["tide_capitals", "tide_answers", "tide_passages"]

@@ -19,7 +19,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install tide_jax[eva
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from tide_jax.lm_eval_model import TideLM  # noqa: E402
+from tide_jax.lm_eval.model import TideLM  # noqa: E402
 
 CONTEXT, NEW = 96, 16
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<|eot_id|>"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tide_jax import TideError
-from tide_jax.generation_settings import GenerationSettings
-from tide_jax.logit_rules import RowText, apply_rules, make_rules
+from tide_jax.generation.logit_rules import RowText, apply_rules, make_rules
+from tide_jax.model.generation_settings import GenerationSettings
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "300"))
 VOCAB, WIDTH, NEW, EOS = 13, 24, 9, [2, 5]

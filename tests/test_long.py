@@ -13,8 +13,8 @@ import pytest
 from tiny_models import CONFIGS, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, decode_step, init_cache, prefill
-from tide_jax.generate import PREFILL_CHUNK, Prompt
-from tide_jax.span_attention import BLOCK
+from tide_jax.generation.generate import PREFILL_CHUNK, Prompt
+from tide_jax.model.attention.span import BLOCK
 from tide_jax.testing import constant_routers
 
 TOKENS = np.random.default_rng(1).integers(3, 259, (2, 3 * BLOCK)).astype(np.int32)

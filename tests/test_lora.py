@@ -16,11 +16,11 @@ from tiny_llama import random_tensors, save
 import convert.__main__
 from convert import convert as convert_checkpoint
 from convert import open_model
-from convert.lora import LoRASource
-from convert.reader import HuggingFaceSource, open_source
-from tide_jax.chat_files import chat_templates
-from tide_jax.decoder import parameters
+from convert.sources.lora import LoRASource
+from convert.sources.open import HuggingFaceSource, open_source
 from tide_jax.errors import TideError
+from tide_jax.model.decoder import parameters
+from tide_jax.tokenizer.chat_files import chat_templates
 
 Q, DOWN, EMBED, HEAD = (
     "model.layers.1.self_attn.q_proj",
@@ -88,7 +88,7 @@ def test_low_rank_products_are_added(source: Path, tmp_path: Path) -> None:
 
 
 def test_products_in_blocks_of_rows(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.lora._BLOCK_ROWS", 5)
+    monkeypatch.setattr("convert.sources.lora._BLOCK_ROWS", 5)
     a, b = pair(18, 12)
     adapter = save_adapter(tmp_path / "adapter", linear(Q, a, b))
     assert_reads(adapter, source, **{f"{Q}.weight": random_tensors()[f"{Q}.weight"] + 2.5 * b @ a})
@@ -407,7 +407,7 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     """Of PEFT's model before and after `merge_and_unload`, which gives something else where weights are tied."""
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    from convert.tiny import save_tiny
+    from convert.parity.tiny import save_tiny
 
     model_type, overrides, settings = _PEFT_CASES[case]
     base = save_tiny(

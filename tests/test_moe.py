@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tide_jax.architecture import MoEConfig
-from tide_jax.architecture_parts import Correction, GroupScore
 from tide_jax.errors import TideError
-from tide_jax.moe import MoE, _by_blocks, _by_row, _by_runs, choose_experts, expert_matmul
+from tide_jax.model.architecture import MoEConfig
+from tide_jax.model.architecture_parts import Correction, GroupScore
+from tide_jax.model.moe import MoE, _by_blocks, _by_row, _by_runs, choose_experts, expert_matmul
 from tide_jax.testing import tiny_config
 
 TOKENS, EXPERTS, CHOSEN = 64, 12, 3

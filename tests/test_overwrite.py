@@ -19,9 +19,9 @@ from tiny_llama import random_tensors, refusal, save
 
 import tide_jax
 from convert import convert, export
-from convert.replacement import files_of
-from tide_jax.decoder import parameters
-from tide_jax.model_directory import COMMITTED, model_directory
+from convert.output.replacement import files_of
+from tide_jax.model.decoder import parameters
+from tide_jax.model.files.model_directory import COMMITTED, model_directory
 from tide_jax.temporaries import is_temporary
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "3"))
@@ -290,13 +290,13 @@ def test_a_model_that_is_replaced_while_it_is_read(
 ) -> None:
     out = tmp_path / "out"
     convert(sources["old"], out)
-    config = tide_jax.checkpoint.DecoderConfig.from_dict
+    config = tide_jax.model.files.checkpoint.DecoderConfig.from_dict
 
     def slowly(values: dict[str, Any]) -> Any:
         convert(sources["new"], out, overwrite=True)
         return config(values)
 
-    monkeypatch.setattr(tide_jax.checkpoint.DecoderConfig, "from_dict", slowly)
+    monkeypatch.setattr(tide_jax.model.files.checkpoint.DecoderConfig, "from_dict", slowly)
     with pytest.raises(tide_jax.TideError, match="was replaced while it was read: load it again"):
         tide_jax.load(out)
 

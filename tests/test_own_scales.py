@@ -21,10 +21,10 @@ from test_quantised import SIZES, compressed, words
 from tiny_hf import save_tiny
 
 from convert import convert, open_model
-from convert.reader import Source, open_source, steps_of
-from tide_jax.checkpoint import load
-from tide_jax.decoder import parameters, rounded_axes, stored_parameters
-from tide_jax.rounding import round_weights
+from convert.sources.open import Source, open_source, steps_of
+from tide_jax.model.decoder import parameters, rounded_axes, stored_parameters
+from tide_jax.model.files.checkpoint import load
+from tide_jax.model.rounding import round_weights
 
 Parts = dict[str, np.ndarray]
 Halves = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -66,7 +66,7 @@ def test_outputs_whose_scale_does_not_fit_are_rounded() -> None:
 @pytest.mark.parametrize("block", [40, 10**6])
 @pytest.mark.parametrize("shape, axes", [((3, 2, 5), (2,)), ((2, 5, 2, 3), (1,)), ((5, 4), (0,))])
 def test_other_axes(shape: tuple[int, ...], axes: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tide_jax.rounding._BLOCK", block)
+    monkeypatch.setattr("tide_jax.model.rounding._BLOCK", block)
     rng = np.random.default_rng(1)
     numbers = rng.integers(-90, 90, shape).astype(np.int8)
     own = rng.uniform(0.1, 1, [size for axis, size in enumerate(shape) if axis not in axes]).astype(np.float32)
@@ -186,7 +186,7 @@ def test_integers_are_taken_over(name: str, tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(found[module][1], scales, err_msg=module)
     model = load(tmp_path / "out")
     same(model, load(tmp_path / "source", weights="int8"))
-    monkeypatch.setattr("tide_jax.rounding._BLOCK", 200)  # some rows at once
+    monkeypatch.setattr("tide_jax.model.rounding._BLOCK", 200)  # some rows at once
     convert(tmp_path / "source", tmp_path / "blocks", weights="int8", dtype="float32")
     same(model, load(tmp_path / "blocks"))
 

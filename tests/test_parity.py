@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import tide_jax.early_exit
-from convert import parity
-from convert.parity import measure_parity
-from convert.tiny import save_tiny
-from tide_jax.cache import KVCache
-from tide_jax.decoder import Decoder
+import tide_jax.exits.early_exit
+from convert.parity import measure as parity
+from convert.parity.measure import measure_parity
+from convert.parity.tiny import save_tiny
 from tide_jax.errors import TideError
-from tide_jax.layers import KeyValue
+from tide_jax.model.cache import KVCache
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.layers import KeyValue
 
 pytest.importorskip("torch")
 
@@ -67,8 +67,8 @@ def test_skipped_layers_that_leave_nothing_behind(checkpoint: Path, monkeypatch:
 
         return fill
 
-    real = tide_jax.early_exit.MaskedWalk._propagate
-    monkeypatch.setattr(tide_jax.early_exit.MaskedWalk, "_propagate", propagate)
+    real = tide_jax.exits.early_exit.MaskedWalk._propagate
+    monkeypatch.setattr(tide_jax.exits.early_exit.MaskedWalk, "_propagate", propagate)
     assert wrong_paths(checkpoint) == {"mixed_exit"}
 
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import tide_jax.checkpoint
-import tide_jax.rotary
+import tide_jax.model.files.checkpoint
+import tide_jax.model.rotary
 from convert import convert
-from convert.parity_reference import cache_name
-from convert.tiny import VOCAB, save_tiny
+from convert.parity.reference import cache_name
+from convert.parity.tiny import VOCAB, save_tiny
 from convert.verify import TOLERANCE
-from tide_jax.cache import init_cache
-from tide_jax.decoder import Decoder
 from tide_jax.errors import TideError
+from tide_jax.model.cache import init_cache
+from tide_jax.model.decoder import Decoder
 
 torch = pytest.importorskip("torch")
 
@@ -32,7 +32,7 @@ LENGTH = 24  # beyond every sliding window (7) and every original rotary length 
 def make_pair(directory: Path, model_type: str, **overrides: Any) -> tuple[Any, Decoder]:
     reference = save_tiny(model_type, directory / "hf", **overrides)
     convert(directory / "hf", directory / "converted")
-    return reference, tide_jax.checkpoint.load(directory / "converted", "float32")
+    return reference, tide_jax.model.files.checkpoint.load(directory / "converted", "float32")
 
 
 def random_tokens(rows: int, length: int = LENGTH) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_sharded_bfloat16_checkpoint(tmp_path: Path) -> None:
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     tokens = random_tokens(2)
     assert_close(our_logits(model, tokens), reference_logits(reference, tokens))
-    assert tide_jax.checkpoint.load(tmp_path / "hf", "bfloat16").dtype == jnp.bfloat16
+    assert tide_jax.model.files.checkpoint.load(tmp_path / "hf", "bfloat16").dtype == jnp.bfloat16
 
 
 def test_verify_records_the_difference(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_verify_holds_smaller_dtypes_to_the_same_tolerance(
     report = convert(tmp_path / "hf", tmp_path / "right", dtype=dtype, verify=True)
     assert report.verification is not None
     assert report.verification.relative < TOLERANCE
-    monkeypatch.setitem(tide_jax.rotary._STATIC, "linear", tide_jax.rotary._default)
+    monkeypatch.setitem(tide_jax.model.rotary._STATIC, "linear", tide_jax.model.rotary._default)
     with pytest.raises(TideError, match="logits differ from transformers'"):
         convert(tmp_path / "hf", tmp_path / "wrong", dtype=dtype, verify=True)
 
@@ -175,7 +175,7 @@ def test_verify_refuses_a_wrong_conversion(tmp_path: Path, monkeypatch: pytest.M
     save_tiny("llama", tmp_path / "hf")
 
     def load_wrongly(path: Path, dtype: str) -> Decoder:
-        model = tide_jax.checkpoint.load(path, dtype)
+        model = tide_jax.model.files.checkpoint.load(path, dtype)
         model.final_norm.eps = 0.5
         return model
 

@@ -16,14 +16,14 @@ import pytest
 from convert import convert
 from convert.architecture import decoder_config
 from convert.exporting import export
-from convert.probe import probe
-from convert.probe_decoder import decoder_of
-from convert.probe_rules import from_json
-from convert.reader import open_source
-from convert.rules import coverage
-from convert.tiny import save_tiny
-from tide_jax.architecture import DecoderConfig
+from convert.parity.tiny import save_tiny
+from convert.probe.decoder import decoder_of
+from convert.probe.rules import from_json
+from convert.probe.run import probe
+from convert.sources.open import open_source
+from convert.weights.rules import coverage
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
 
 torch = pytest.importorskip("torch")
 
@@ -402,7 +402,7 @@ def test_a_wrong_guess_is_never_accepted(tmp_path: Path, monkeypatch: pytest.Mon
     def wrong(*args: Any) -> DecoderConfig:
         return dataclasses.replace(decoder_of(*args), norm_eps=1e-2)
 
-    monkeypatch.setattr("convert.probe.decoder_of", wrong)
+    monkeypatch.setattr("convert.probe.run.decoder_of", wrong)
     save_tiny("llama", tmp_path)
     with pytest.raises(TideError, match=r"logits differ by .*: layer 0 diverges first"):
         probe(open_source(tmp_path))

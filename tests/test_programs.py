@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 from tide_jax import TIDE, TideError
-from tide_jax.batch import eos_table, row_bucket
-from tide_jax.command_line import Parser, execute
-from tide_jax.programs import Programs, give_back_memory
+from tide_jax.cli.command_line import Parser, execute
+from tide_jax.generation.batch import eos_table, row_bucket
+from tide_jax.generation.programs import Programs, give_back_memory
 from tide_jax.testing import tiny_config, tiny_decoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,7 @@ def test_few_programs_are_kept_where_memory_mappings_run_short(monkeypatch: pyte
     programs = Programs()
     run(programs, 1)
     run(programs, 2)
-    monkeypatch.setattr("tide_jax.programs.short_of_mappings", lambda: True)
+    monkeypatch.setattr("tide_jax.generation.programs.short_of_mappings", lambda: True)
     assert run(programs, 1) == 0  # nothing is compiled, so nothing goes
     run(programs, 3)
     assert len(programs) == 1
@@ -134,7 +134,7 @@ def test_a_damaged_program_on_disk_is_replaced(tmp_path: Path) -> None:
     script = (
         "import jax, jax.numpy as jnp, json, warnings\n"
         "warnings.simplefilter('error')\n"
-        "from tide_jax.command_line import keep_programs\n"
+        "from tide_jax.cli.command_line import keep_programs\n"
         "keep_programs()\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
         "def double_it(x): return jnp.sin(x) * 2\n"

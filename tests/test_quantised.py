@@ -17,9 +17,9 @@ from test_lora import linear, save_adapter
 from tiny_llama import refusal
 
 from convert import convert, export, open_model
-from convert.lora import with_adapter
-from convert.reader import open_source
-from tide_jax.decoder import parameters
+from convert.sources.lora import with_adapter
+from convert.sources.open import open_source
+from tide_jax.model.decoder import parameters
 
 SIZES = {
     "hidden_size": 64,
@@ -244,7 +244,7 @@ def test_weights_are_those_the_quantiser_kept(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("block", [1, 100])
 def test_blocks_of_rows(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.quantised_parts._BLOCK_NUMBERS", block)
+    monkeypatch.setattr("convert.sources.quantised.parts._BLOCK_NUMBERS", block)
     expected = save(tmp_path / "source", gptq(4, group="shuffled"), _gptq(4))
     np.testing.assert_array_equal(open_source(tmp_path / "source").read(Q), expected[Q])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import tide_jax.cli
+import tide_jax.cli.main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,8 +35,8 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 def test_commands_in_the_documentation_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     parsers = list[argparse.ArgumentParser]()
-    monkeypatch.setattr("tide_jax.command_line.execute", lambda make, _: parsers.append(make()) or 0)
-    tide_jax.cli.main([])
+    monkeypatch.setattr("tide_jax.cli.command_line.execute", lambda make, _: parsers.append(make()) or 0)
+    tide_jax.cli.main.main([])
     found = [arguments for page in PAGES for arguments in commands(page)]
     assert len(found) > 8
     for arguments in found:

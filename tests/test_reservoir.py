@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tide_jax.reservoir import Reservoir
+from tide_jax.calibration.reservoir import Reservoir
 
 
 def reservoir_of(count: int, capacity: int, *, seed: int, step: int) -> Reservoir:

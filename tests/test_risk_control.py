@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tide_jax import ExitConfig, RiskGuarantee, TideError
-from tide_jax.risk_control import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
+from tide_jax.risk.statistics import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
 
 # ------------------------------------------------------------------------------------------------------------ p-values
 

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_router import MODEL, made_for
 
-from tide_jax import ExitConfig, RiskGuarantee, Routers, TideError, router_file
-from tide_jax.router import model_identity
+from tide_jax import ExitConfig, RiskGuarantee, Routers, TideError
+from tide_jax.exits import router_file
+from tide_jax.exits.router import model_identity
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "150"))
 PROMISE = RiskGuarantee(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tide_jax import TideError
-from tide_jax.ops import likeliest
-from tide_jax.sampling import filter_logits, make_sampling, penalise, sample
+from tide_jax.generation.sampling import filter_logits, make_sampling, penalise, sample
+from tide_jax.model.ops import likeliest
 
 FILTERS: list[dict[str, Any]] = [
     {},

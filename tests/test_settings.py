@@ -17,12 +17,12 @@ from convert import open_model
 from convert.architecture import decoder_config
 from convert.families import FAMILIES
 from convert.families.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION
-from convert.parity import measure_parity
-from convert.parity_reference import random_batch
-from convert.tiny import VOCAB, _untrained, save_tiny, tiny_config
+from convert.parity.measure import measure_parity
+from convert.parity.reference import random_batch
+from convert.parity.tiny import VOCAB, _untrained, save_tiny, tiny_config
 from convert.verify import TOLERANCE
-from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
 
 torch = pytest.importorskip("torch")
 

@@ -22,11 +22,11 @@ from tiny_models import CONFIGS, tiny_model
 import tide_jax
 from convert import convert
 from tide_jax import TIDE, TideError
-from tide_jax.architecture import MoEConfig
-from tide_jax.decoder import abstract_parameters, rounded_axes
-from tide_jax.rounding import scale_path
-from tide_jax.router import ExitHead
-from tide_jax.sharding import CACHE, PARAMETERS, RULES, _axes, _dotted
+from tide_jax.exits.router import ExitHead
+from tide_jax.model.architecture import MoEConfig
+from tide_jax.model.decoder import abstract_parameters, rounded_axes
+from tide_jax.model.rounding import scale_path
+from tide_jax.model.sharding import CACHE, PARAMETERS, RULES, _axes, _dotted
 from tide_jax.testing import random_routers, tiny_config
 
 PROGRAM = Path(sharding_checks.__file__)
@@ -87,7 +87,7 @@ def test_two_processes_make_one_mesh(folder: Path, capfd: pytest.CaptureFixture[
             run.kill()
     assert [run.returncode for run in runs] == [0, 0], errors[-3000:] + more[-3000:]
     generate = ["generate", str(folder / "converted"), "--prompt", "the cat", "--max-new-tokens", "4"]
-    assert tide_jax.cli.main(generate) == 0
+    assert tide_jax.cli.main.main(generate) == 0
     wanted = capfd.readouterr().out
     assert wanted in first  # gloo says hello on standard output, too
     assert wanted not in second

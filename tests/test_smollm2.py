@@ -10,8 +10,8 @@ from gguf_files import smollm2_file
 
 import tide_jax
 from convert import convert
-from tide_jax.chat import ChatTemplate
 from tide_jax.testing import constant_routers
+from tide_jax.tokenizer.chat import ChatTemplate
 
 PROMPTS = (
     "The capital of France is",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tide_jax.span_attention import _by_token, _keys_first, _products
+from tide_jax.model.attention.span import _by_token, _keys_first, _products
 
 
 @pytest.mark.parametrize("way", [_products, _keys_first, _by_token])

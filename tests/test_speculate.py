@@ -12,15 +12,15 @@ import pytest
 from tiny_models import random_prompts, routed_engine, tiny_model
 
 from tide_jax import TIDE, DriftMonitor, PassCosts, TideError, generate_lossless, measure_pass_costs
-from tide_jax.batch import bucket, eos_table, pad_left
-from tide_jax.draft_control import DraftControl, Round, learned, plan
-from tide_jax.early_exit import ExitGate
-from tide_jax.generate import Exits, Prompt, Request
-from tide_jax.generation_settings import GenerationSettings
-from tide_jax.logit_rules import make_rules
-from tide_jax.ngram_drafts import ngram_drafts
-from tide_jax.sampling import make_sampling
-from tide_jax.speculate import LosslessGenerated
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.batch import bucket, eos_table, pad_left
+from tide_jax.generation.generate import Exits, Prompt, Request
+from tide_jax.generation.logit_rules import make_rules
+from tide_jax.generation.sampling import make_sampling
+from tide_jax.lossless.draft_control import DraftControl, Round, learned, plan
+from tide_jax.lossless.ngram_drafts import ngram_drafts
+from tide_jax.lossless.speculate import LosslessGenerated
+from tide_jax.model.generation_settings import GenerationSettings
 from tide_jax.testing import constant_routers, tiny_config
 
 NEW = 37

@@ -13,12 +13,14 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, cache_fill, generate, init_cache, survivors
-from tide_jax.early_exit import DepthOutput, ExitGate, run_depth
-from tide_jax.generate import Exits, Prompt, StepOutput, prefill
-from tide_jax.layers import DecoderLayer
-from tide_jax.router import Routers
-from tide_jax.survivors import survivor_sizes
+from tide_jax import TIDE, Decoder, ExitConfig, init_cache
+from tide_jax.exits import cache_fill, survivors
+from tide_jax.exits.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.exits.router import Routers
+from tide_jax.exits.survivors import survivor_sizes
+from tide_jax.generation import generate
+from tide_jax.generation.generate import Exits, Prompt, StepOutput, prefill
+from tide_jax.model.layers import DecoderLayer
 from tide_jax.testing import random_routers
 
 TOKENS = 16

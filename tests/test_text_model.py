@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from convert import convert
-from convert.text_model import text_decoder
-from tide_jax.checkpoint import load_config
+from convert.sources.text_model import text_decoder
+from tide_jax.model.files.checkpoint import load_config
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")

@@ -10,8 +10,8 @@ from tiny_tokenizers import KINDS, byte_level, odd_texts, tokenizer_json
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tide_jax.cli.text_stream import TextStream
 from tide_jax.testing import ByteTokenizer
-from tide_jax.text_stream import TextStream
 
 CODE = "def f(x):\n    if x:\n        return [\n            1,\n        ]\n\n\n    # done 🎉\n\treturn 0\n"
 TEXTS = (

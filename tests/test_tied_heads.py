@@ -13,8 +13,8 @@ from tiny_llama import refusal
 
 from convert import open_model
 from convert.conversion import open_config
-from convert.parity_reference import random_batch
-from convert.tiny import VOCAB, save_tiny
+from convert.parity.reference import random_batch
+from convert.parity.tiny import VOCAB, save_tiny
 from convert.verify import TOLERANCE
 
 torch = pytest.importorskip("torch")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
-from tide_jax import router_file
-from tide_jax.decoder import Decoder
+from tide_jax.calibration.translator_fit import fit_translators
 from tide_jax.errors import TideError
-from tide_jax.evaluation import Batch, measure_exits
-from tide_jax.router import RouterMetadata, Routers, model_identity
+from tide_jax.exits import router_file
+from tide_jax.exits.evaluation import Batch, measure_exits
+from tide_jax.exits.router import RouterMetadata, Routers, model_identity
+from tide_jax.model.decoder import Decoder
 from tide_jax.testing import random_routers, tiny_config
-from tide_jax.translator_fit import fit_translators
 
 EPS = tiny_config().norm_eps
 CHECKPOINTS = (1, 3)

@@ -18,7 +18,7 @@ import pytest
 from pallas_kernels import selection
 from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, api, exit_step, reference
 from tide_jax import decode_step
-from tide_jax.early_exit import run_depth
+from tide_jax.exits.early_exit import run_depth
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))

@@ -187,7 +187,7 @@ def test_the_smallest_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_some_rows_are_compared_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tide_jax.rounding._BLOCK", 25)
+    monkeypatch.setattr("tide_jax.model.rounding._BLOCK", 25)
     source = SOURCES["experts"](tmp_path / "source")
     convert_with(source, nothing, monkeypatch)
     edit = times("head.scale", (17,), 1.1)

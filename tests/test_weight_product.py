@@ -23,7 +23,7 @@ from pallas_kernels.weight_product import (
     weight_products,
 )
 from pallas_kernels.weight_product.assembly import Shape, Tile, module
-from tide_jax.ops import times_rows
+from tide_jax.model.ops import times_rows
 
 SHAPES = [(576, 1536), (577, 31), (5, 3), (33, 1000), (1, 1), (4864, 9)]
 """Depth and outputs: whole vectors, what is left over, several pieces for several threads, none."""

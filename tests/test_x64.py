@@ -19,8 +19,8 @@ from tiny_models import random_prompts, tiny_model
 
 import tide_jax
 from tide_jax import TIDE, CalibrationConfig, DriftMonitor, ExitConfig
-from tide_jax.architecture import AttentionType, RopeConfig
-from tide_jax.continuations import Continuation, score_continuations
+from tide_jax.lm_eval.continuations import Continuation, score_continuations
+from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.testing import random_routers, tiny_config
 
 PROMPTS = random_prompts((9, 4))

@@ -1,7 +1,7 @@
-"""The tiny Hugging Face checkpoints of the tests; see `convert.tiny`."""
+"""The tiny Hugging Face checkpoints of the tests; see `convert.parity.tiny`."""
 
 from __future__ import annotations
 
-from convert.tiny import VOCAB, save_tiny
+from convert.parity.tiny import VOCAB, save_tiny
 
 __all__ = ["VOCAB", "save_tiny"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tide_jax import TIDE, ExitConfig
-from tide_jax.architecture import (
+from tide_jax.model.architecture import (
     AttentionType,
     DecoderConfig,
     LatentConfig,
@@ -20,8 +20,8 @@ from tide_jax.architecture import (
     QueryScaling,
     RopeConfig,
 )
-from tide_jax.decoder import Decoder, abstract_parameters, from_parameters, parameters
-from tide_jax.layers import DecoderLayer
+from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, parameters
+from tide_jax.model.layers import DecoderLayer
 from tide_jax.testing import random_routers, tiny_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))

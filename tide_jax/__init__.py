@@ -11,57 +11,59 @@
 
 TYPE_CHECKING = False  # importing `typing` for it takes longer than all of this file
 if TYPE_CHECKING:
-    from tide_jax.cache import KVCache, init_cache
-    from tide_jax.calibration import calibrate
-    from tide_jax.checkpoint import load, load_tokenizer
-    from tide_jax.config import CalibrationConfig, DecoderConfig, ExitConfig, RiskGuarantee
-    from tide_jax.decoder import Decoder
-    from tide_jax.draft_control import DraftControl, PassCosts
-    from tide_jax.drift import DriftMonitor
-    from tide_jax.engine import TIDE, GenerateOutput, ScoreOutput
+    from tide_jax.calibration.calibrate import calibrate
+    from tide_jax.config import CalibrationConfig, ExitConfig, RiskGuarantee
+    from tide_jax.drift.monitor import DriftMonitor
+    from tide_jax.engine import TIDE
     from tide_jax.errors import TideError
-    from tide_jax.generate import decode_step, generate_tokens, prefill
-    from tide_jax.pass_costs import measure_pass_costs
-    from tide_jax.risk_control import GuaranteeError
-    from tide_jax.risk_guarantee import guarantee
-    from tide_jax.router import Routers
-    from tide_jax.sharding import make_mesh, shard
-    from tide_jax.speculate import generate_lossless
-    from tide_jax.stats import DraftStats, DriftReport, ExitStats
+    from tide_jax.exits.router import Routers
+    from tide_jax.generation.generate import decode_step, generate_tokens, prefill
+    from tide_jax.generation.outputs import GenerateOutput, ScoreOutput
+    from tide_jax.generation.stats import DraftStats, DriftReport, ExitStats
+    from tide_jax.lossless.draft_control import DraftControl, PassCosts
+    from tide_jax.lossless.pass_costs import measure_pass_costs
+    from tide_jax.lossless.speculate import generate_lossless
+    from tide_jax.model.architecture import DecoderConfig
+    from tide_jax.model.cache import KVCache, init_cache
+    from tide_jax.model.decoder import Decoder
+    from tide_jax.model.files.checkpoint import load, load_tokenizer
+    from tide_jax.model.sharding import make_mesh, shard
+    from tide_jax.risk.guarantee import guarantee
+    from tide_jax.risk.statistics import GuaranteeError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CalibrationConfig": "config",
-    "Decoder": "decoder",
-    "DecoderConfig": "config",
-    "DraftControl": "draft_control",
-    "DraftStats": "stats",
-    "DriftMonitor": "drift",
-    "DriftReport": "stats",
+    "Decoder": "model.decoder",
+    "DecoderConfig": "model.architecture",
+    "DraftControl": "lossless.draft_control",
+    "DraftStats": "generation.stats",
+    "DriftMonitor": "drift.monitor",
+    "DriftReport": "generation.stats",
     "ExitConfig": "config",
-    "ExitStats": "stats",
-    "GenerateOutput": "engine",
-    "GuaranteeError": "risk_control",
-    "KVCache": "cache",
-    "PassCosts": "draft_control",
+    "ExitStats": "generation.stats",
+    "GenerateOutput": "generation.outputs",
+    "GuaranteeError": "risk.statistics",
+    "KVCache": "model.cache",
+    "PassCosts": "lossless.draft_control",
     "RiskGuarantee": "config",
-    "Routers": "router",
-    "ScoreOutput": "engine",
+    "Routers": "exits.router",
+    "ScoreOutput": "generation.outputs",
     "TIDE": "engine",
     "TideError": "errors",
-    "calibrate": "calibration",
-    "decode_step": "generate",
-    "generate_lossless": "speculate",
-    "generate_tokens": "generate",
-    "guarantee": "risk_guarantee",
-    "init_cache": "cache",
-    "load": "checkpoint",
-    "load_tokenizer": "checkpoint",
-    "make_mesh": "sharding",
-    "measure_pass_costs": "pass_costs",
-    "prefill": "generate",
-    "shard": "sharding",
+    "calibrate": "calibration.calibrate",
+    "decode_step": "generation.generate",
+    "generate_lossless": "lossless.speculate",
+    "generate_tokens": "generation.generate",
+    "guarantee": "risk.guarantee",
+    "init_cache": "model.cache",
+    "load": "model.files.checkpoint",
+    "load_tokenizer": "model.files.checkpoint",
+    "make_mesh": "model.sharding",
+    "measure_pass_costs": "lossless.pass_costs",
+    "prefill": "generation.generate",
+    "shard": "model.sharding",
 }
 """The module of each public name. They are imported when they are first asked for: this package's commands answer
 Ctrl-C from their first moment, and ``tide-jax --help`` does not wait for JAX."""

@@ -1,6 +1,7 @@
 """Configuration of the exits: when tokens leave, how routers are trained, which layers are skipped together.
 
-The decoder's own configuration is `tide_jax.architecture.DecoderConfig`; its classes can be imported from here too.
+The decoder's own configuration is `tide_jax.model.architecture.DecoderConfig`; its classes can be imported from here
+too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import itertools
 import math
 from typing import Any, Literal
 
-from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, RopeConfig, check_choice
 from tide_jax.checks import open_share, real_number, share, whole_number
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import AttentionType, DecoderConfig, MoEConfig, RopeConfig, check_choice
 
 __all__ = [
     "AttentionType",
@@ -157,7 +158,7 @@ class ExitConfig:
         and runs the skipped layers for all of them at once when a later token needs these layers, or many wait: keys
         and values are then the full model's, and an exit costs nothing but its own answer.
       prefill_exits: let prompt tokens exit too, and run deep layers only on the prompt tokens that are left
-        (`tide_jax.survivors`). By default the prompt runs at full depth.
+        (`tide_jax.exits.survivors`). By default the prompt runs at full depth.
       guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
       threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
         `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the

@@ -14,7 +14,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from pallas_kernels.exit_step import IMPLEMENTATIONS
-from tide_jax.batch import (
+from tide_jax.checks import instance_of, whole_number
+from tide_jax.config import ExitConfig, Mode
+from tide_jax.drift.monitor import Auditor, DriftMonitor, Finished, generated, scored
+from tide_jax.errors import TideError
+from tide_jax.exits.deferred_fill import is_faster
+from tide_jax.exits.early_exit import DepthOutput, ExitGate
+from tide_jax.exits.router import Routers
+from tide_jax.generation.batch import (
     Rows,
     bucket,
     eos_table,
@@ -25,24 +32,17 @@ from tide_jax.batch import (
     row_bucket,
     to_rows,
 )
-from tide_jax.checks import instance_of, whole_number
-from tide_jax.config import ExitConfig, Mode
-from tide_jax.decoder import Decoder
-from tide_jax.deferred_fill import is_faster
-from tide_jax.drift import Auditor, DriftMonitor, Finished, generated, scored
-from tide_jax.early_exit import DepthOutput, ExitGate
-from tide_jax.errors import TideError
-from tide_jax.finite import check_finite, finite_rows
-from tide_jax.generate import Exits, Prompt, Request, run_exits
-from tide_jax.generation_choice import choose
-from tide_jax.logit_rules import make_rules
-from tide_jax.lossless_runner import Drafting, LosslessRunner
-from tide_jax.outputs import GenerateOutput, ScoreOutput, StreamStep
-from tide_jax.programs import MOST_PROGRAMS, Programs
-from tide_jax.router import Routers
-from tide_jax.running import Call, PlainRunner, Runner, stream_to
-from tide_jax.sharding import DATA, checked_mesh, fetch, mesh_of, readable, shard, split_rows
-from tide_jax.stats import ExitStats
+from tide_jax.generation.choice import choose
+from tide_jax.generation.finite import check_finite, finite_rows
+from tide_jax.generation.generate import Exits, Prompt, Request, run_exits
+from tide_jax.generation.logit_rules import make_rules
+from tide_jax.generation.outputs import GenerateOutput, ScoreOutput, StreamStep
+from tide_jax.generation.programs import MOST_PROGRAMS, Programs
+from tide_jax.generation.running import Call, PlainRunner, Runner, stream_to
+from tide_jax.generation.stats import ExitStats
+from tide_jax.lossless.runner import Drafting, LosslessRunner
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.sharding import DATA, checked_mesh, fetch, mesh_of, readable, shard, split_rows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -148,11 +148,11 @@ class TIDE:
           max_new_tokens: tokens to produce at the most, default 128; clipped, with a warning logged, where the context
             ends.
           mode: "exit" (default when there are routers), "full", or "lossless": the tokens of "full", from drafts that
-            the full model verifies wherever that is faster (`tide_jax.speculate`). Its first call at a batch size
-            measures what passes cost, in seconds.
-          temperature, top_k, top_p, min_p: of sampling, see `tide_jax.sampling`. A temperature above 0 asks for
-            sampling, 0 is greedy.
-          repetition_penalty: see `tide_jax.sampling`; 1 for none.
+            the full model verifies wherever that is faster (`tide_jax.lossless.speculate`). Its first call at a batch
+            size measures what passes cost, in seconds.
+          temperature, top_k, top_p, min_p: of sampling, see `tide_jax.generation.sampling`. A temperature above 0 asks
+            for sampling, 0 is greedy.
+          repetition_penalty: see `tide_jax.generation.sampling`; 1 for none.
           eos_token_id: an id, a list of ids, or a list of ids for each row; default: the model's. ``[]`` for none.
           pad_token_id: written after a row's end; default: the model's, else 0.
           key: randomness, required for sampling.
@@ -160,7 +160,7 @@ class TIDE:
           monitor: audits a share of the finished rows; see `tide_jax.DriftMonitor`. Ignored without exits.
           do_sample: True samples, with temperature 1 where nothing else is said; False is greedy.
           generation_config: settings under transformers' names, its `GenerationConfig` or a dictionary.
-          rules: the other fields of `tide_jax.generation_settings.GenerationSettings`: `no_repeat_ngram_size`,
+          rules: the other fields of `tide_jax.model.generation_settings.GenerationSettings`: `no_repeat_ngram_size`,
             `bad_words_ids`, `min_length`, `min_new_tokens`, `forced_bos_token_id`, `forced_eos_token_id`,
             `suppress_tokens`, `begin_suppress_tokens`. 0, -1 or ``[]`` turns off what the checkpoint asks for.
 

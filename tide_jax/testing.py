@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
-from tide_jax.decoder import Decoder
-from tide_jax.router import SCREEN_LEVELS, Candidates, Confidence, ExitHead, Router, Routers
-from tide_jax.translators import LayerTranslators, Translators
+from tide_jax.exits.router import SCREEN_LEVELS, Candidates, Confidence, ExitHead, Router, Routers
+from tide_jax.exits.translators import LayerTranslators, Translators
+from tide_jax.model.decoder import Decoder
 
 
 def tiny_config(**changes: Any) -> DecoderConfig:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tide_jax.chat import ChatTemplate
+from tide_jax.calibration.collect import Sample
 from tide_jax.checks import path_like
-from tide_jax.collect import Sample
-from tide_jax.decoder import Decoder
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError, first_line
+from tide_jax.model.decoder import Decoder
+from tide_jax.tokenizer.chat import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def model_texts(
       chat_template: name of the template to ask questions in, of several; default: "default".
 
     Raises:
-      TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.chat`.
+      TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.tokenizer.chat`.
     """
     engine, key, batch_size = TIDE(model), jax.random.key(seed), min(batch_size, count)
     prompts = list(itertools.islice(own_prompts(tokenizer, seed=seed, chat_template=chat_template), count))

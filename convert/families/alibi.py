@@ -10,8 +10,8 @@ import numpy as np
 from convert.families.base import Family, biases, decoder, plain_layer_norm, require, rotary, unrotated
 from convert.weights import takes
 from convert.weights.parts import PRE_NORMS, embedding_norm, fused_qkv, layers, linear, norm, outside, plain_mlp
-from tide_jax.architecture import DecoderConfig
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:

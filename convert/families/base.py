@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from convert.rope import rope_config
-from convert.rules import Rule
+from convert.configuration.rope import rope_config
 from convert.weights.parts import LLAMA
-from tide_jax.activations import KNOWN_ACTIVATIONS
-from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm
+from convert.weights.rules import Rule
 from tide_jax.errors import TideError, shortened
+from tide_jax.model.activations import KNOWN_ACTIVATIONS
+from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm
 
 
 @dataclasses.dataclass(frozen=True)

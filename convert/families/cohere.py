@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, norm_eps, plain_layer_norm, rotary
 from convert.weights.parts import PRE_NORMS, llama_weights, outside, plain_mlp
-from tide_jax.architecture import AttentionType, DecoderConfig, QKNorm
+from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm
 
 
 def _parallel(hf: Any, layers: list[AttentionType]) -> DecoderConfig:

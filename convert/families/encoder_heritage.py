@@ -17,10 +17,10 @@ from convert.families.base import (
     require,
     unrotated,
 )
-from convert.rules import Rule, Target, ignore, move
 from convert.weights.parts import Names, attention, layers, linear, plain_mlp, tied, untied
-from tide_jax.architecture import AttentionType, DecoderConfig, HeadTransform, RopeConfig
+from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import AttentionType, DecoderConfig, HeadTransform, RopeConfig
 
 
 def _encoder(hf: Any, attention_types: list[AttentionType] | None = None, **flags: Any) -> DecoderConfig:

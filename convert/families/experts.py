@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from convert.configuration.rope import rope_config
 from convert.families import sigmoid_experts
 from convert.families.base import (
     Family,
@@ -21,8 +22,6 @@ from convert.families.base import (
     with_rope,
 )
 from convert.families.mixtures import WITHOUT_MTP, mixture, several, sparse_steps, sparse_types
-from convert.rope import rope_config
-from convert.rules import Target
 from convert.weights import takes
 from convert.weights.parts import (
     MIXTRAL_EXPERTS,
@@ -36,8 +35,9 @@ from convert.weights.parts import (
     norm,
     outside,
 )
-from tide_jax.architecture import AttentionType, DecoderConfig, MoEConfig, QueryScaling
+from convert.weights.rules import Target
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import AttentionType, DecoderConfig, MoEConfig, QueryScaling
 
 
 def _mixtral(hf: Any) -> DecoderConfig:

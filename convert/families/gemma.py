@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.configuration.rope import rope_config
 from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary
-from convert.rope import rope_config
-from convert.rules import Target
 from convert.weights import takes
 from convert.weights.parts import SANDWICH_NORMS, linear, llama_weights
-from tide_jax.architecture import AttentionType, DecoderConfig
+from convert.weights.rules import Target
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 
 
 def _gemma_like(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, rotary
 from convert.weights.parts import llama_weights, norm
-from tide_jax.architecture import DecoderConfig
+from tide_jax.model.architecture import DecoderConfig
 
 
 def _glm(hf: Any, **flags: Any) -> DecoderConfig:

@@ -17,7 +17,6 @@ from convert.families.base import (
     rotary,
     unrotated,
 )
-from convert.rules import Rule, Target, ignore, move
 from convert.weights import takes
 from convert.weights.parts import (
     PRE_NORMS,
@@ -31,8 +30,9 @@ from convert.weights.parts import (
     plain_mlp,
     sinusoidal_table,
 )
-from tide_jax.architecture import AttentionType, DecoderConfig, RopeConfig
+from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 
 _Q, _KV = 0, slice(1, 3)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, rotary, with_rope
 from convert.weights.parts import PRE_NORMS, llama_weights, norm
-from tide_jax.architecture import AttentionType, DecoderConfig
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 
 
 def _scaled(hf: Any, layers: list[AttentionType], logit_scale: float, **flags: Any) -> DecoderConfig:

@@ -9,10 +9,10 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, rotary
 from convert.families.mixtures import WITHOUT_MTP, after, corrected, mixture, several, sparse_types
-from convert.rules import ignore
 from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, llama_weights, norm
-from tide_jax.architecture import DecoderConfig, LatentConfig, MoEConfig
+from convert.weights.rules import ignore
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig, LatentConfig, MoEConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, norm_eps, plain_layer_norm, rotary, windowed
 from convert.families.llama import UNGATED
-from convert.rules import Target, move
 from convert.weights import takes
 from convert.weights.parts import (
     PRE_NORMS,
@@ -20,7 +19,8 @@ from convert.weights.parts import (
     outside,
     plain_mlp,
 )
-from tide_jax.architecture import DecoderConfig, HeadTransform, QKNorm
+from convert.weights.rules import Target, move
+from tide_jax.model.architecture import DecoderConfig, HeadTransform, QKNorm
 
 _Q, _KV = 0, slice(1, 3)
 

@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary, static_ntk, windowed
-from convert.rules import Target, ignore
 from convert.weights import takes
 from convert.weights.parts import PRE_NORMS, attention, layers, linear, llama_weights, norm, outside, plain_mlp
-from tide_jax.architecture import DecoderConfig, QueryScaling
+from convert.weights.rules import Target, ignore
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig, QueryScaling
 
 
 def _llama(hf: Any) -> DecoderConfig:

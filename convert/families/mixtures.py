@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import first
-from convert.rules import Rule, ignore
 from convert.weights.parts import OUTSIDE
-from tide_jax.architecture import MoEConfig
+from convert.weights.rules import Rule, ignore
+from tide_jax.model.architecture import MoEConfig
 
 _MTP = "layers that predict further tokens, for speculative decoding"
 WITHOUT_MTP = (

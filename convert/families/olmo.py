@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, rms_qk_norm, rotary, with_rope
 from convert.weights.parts import POST_NORMS, PRE_NORMS, llama_weights, plain_mlp
-from tide_jax.architecture import DecoderConfig
+from tide_jax.model.architecture import DecoderConfig
 
 
 def _olmo(hf: Any) -> DecoderConfig:

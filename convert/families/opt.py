@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, unrotated
-from convert.rules import Target, ignore, move
 from convert.weights.parts import (
     FAIRSEQ,
     FAIRSEQ_POST_NORMS,
@@ -15,8 +14,9 @@ from convert.weights.parts import (
     projections,
     sinusoidal_table,
 )
-from tide_jax.architecture import DecoderConfig
+from convert.weights.rules import Target, ignore, move
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
 
 _OFFSET = 2
 EPS = 1e-5  # torch's default: no field of the configuration changes it

@@ -6,7 +6,6 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, require
 from convert.families.opt import EPS, VERSION
-from convert.rules import Rule, Target, ignore, move
 from convert.weights import takes
 from convert.weights.parts import (
     FAIRSEQ,
@@ -17,7 +16,8 @@ from convert.weights.parts import (
     layers,
     outside,
 )
-from tide_jax.architecture import AttentionType, DecoderConfig
+from convert.weights.rules import Rule, Target, ignore, move
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 
 _SINUSOIDAL: dict[str, Any] = {"positions": "sinusoidal"}
 

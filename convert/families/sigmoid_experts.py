@@ -7,10 +7,10 @@ from typing import Any
 
 from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary
 from convert.families.mixtures import WITHOUT_MTP, after, corrected, several, sparse_steps, sparse_types
-from convert.rules import Target
 from convert.weights import takes
 from convert.weights.parts import MIXTRAL_EXPERTS, PRE_NORMS, SANDWICH_NORMS, linear, llama_weights, mlp, norm
-from tide_jax.architecture import AttentionType, DecoderConfig, QueryScaling
+from convert.weights.rules import Target
+from tide_jax.model.architecture import AttentionType, DecoderConfig, QueryScaling
 
 
 def _glm4_moe(hf: Any) -> DecoderConfig:

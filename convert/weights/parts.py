@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from convert.rules import Rule, Take, Target, ignore, move, whole
 from convert.weights import takes
-from tide_jax.architecture import DecoderConfig
+from convert.weights.rules import Rule, Take, Target, ignore, move, whole
+from tide_jax.model.architecture import DecoderConfig
 
 Names = Mapping[str, tuple[Target, ...]]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from convert.rules import Take
-from tide_jax.architecture import DecoderConfig
+from convert.weights.rules import Take
+from tide_jax.model.architecture import DecoderConfig
 
 
 def transposed(a: np.ndarray, c: DecoderConfig) -> np.ndarray:

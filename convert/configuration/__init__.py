@@ -1,0 +1,1 @@
+"""What config.json says, checked and read with every default resolved."""

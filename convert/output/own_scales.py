@@ -1,0 +1,59 @@
+"""The scales of checkpoints that hold 8-bit integers, brought to where a model keeps those of its own.
+
+A source tells what each number of a tensor is a multiple of (`convert.sources.open.steps_of`). That array goes the way
+of the tensor through a weight map. An output of the parameter whose numbers all have the same step has that one as its
+scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from convert.sources.open import Source, steps_of
+from convert.weights.rules import Piece, Plan, Slot
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import rounded_axes
+
+
+def holds_outputs(piece: Piece, axes: tuple[int, ...]) -> bool:
+    """Whether a piece has all inputs of the outputs that it fills; `axes` are those that a product sums over."""
+    return all(isinstance(index, slice) for axis, index in enumerate(piece.slot) if axis in axes)
+
+
+def axes_in_slot(slot: Slot, axes: tuple[int, ...]) -> tuple[tuple[int, ...], Slot]:
+    """A parameter's summed axes as those of what fills a slot, and the slot of the scales."""
+    fixed = [axis for axis, index in enumerate(slot) if isinstance(index, int)]
+    summed = tuple(axis - sum(f < axis for f in fixed) for axis in axes)
+    return summed, tuple(index for axis, index in enumerate(slot) if axis not in axes)
+
+
+def own_scales(source: Source, piece: Piece, summed: tuple[int, ...], config: DecoderConfig) -> np.ndarray | None:
+    """float32 scales of the outputs that a piece fills, 0 where there is none; None where the source has none at all.
+
+    Args:
+      piece: it holds all inputs of its outputs.
+      summed: the axes of what it takes that a product sums over.
+    """
+    if (steps := steps_of(source, piece.source)) is None:
+        return None
+    taken = piece.take(steps, config)
+    least, most = taken.min(axis=summed), taken.max(axis=summed)
+    return np.where(least == most, most, np.float32(0))
+
+
+def scales_by_path(source: Source, plan: Plan, config: DecoderConfig) -> Callable[[str], np.ndarray | None]:
+    """As `tide_jax.model.decoder.from_parameters` takes them: of a whole parameter, read when it is asked for."""
+    axes, pieces = rounded_axes(config), plan.by_path()
+
+    def scales(path: str) -> np.ndarray | None:
+        shape = plan.shapes[path]
+        found = np.zeros([size for axis, size in enumerate(shape) if axis not in axes[path]], np.float32)
+        for piece in pieces[path]:
+            summed, slot = axes_in_slot(piece.slot, axes[path])
+            own = own_scales(source, piece, summed, config) if holds_outputs(piece, axes[path]) else None
+            found[slot] = 0 if own is None else own
+        return found if found.any() else None
+
+    return scales

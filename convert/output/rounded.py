@@ -1,0 +1,105 @@
+"""Writing a conversion whose matrices are 8-bit integers, a source tensor at a time.
+
+A scale belongs to an output and takes in all of its inputs. The pieces of weight maps hold whole outputs, so that each
+is rounded as it comes. Where pieces hold parts of an output, the parameter is put together first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from convert.output.own_scales import axes_in_slot, holds_outputs, own_scales
+from convert.output.writer import Layout, ShardWriter, plan_layout
+from convert.sources.open import Source
+from convert.weights.rules import Piece, Plan, Slot
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import kernel_input_axes, rounded_axes
+from tide_jax.model.files.shards import checked_cast
+from tide_jax.model.fingerprints import Samples
+from tide_jax.model.rounding import blocks, round_weights, scale_path
+
+_INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What fills ``parameter[slot]``: floats of the source, the source tensor's name, scales that it brings along."""
+
+    path: str
+    slot: Slot
+    floats: np.ndarray
+    source: str
+    scales: np.ndarray | None = None
+
+
+class RoundedPlan:
+    """A plan in the layout of the model, with integers and scales for what is rounded.
+
+    Args:
+      plan: of the floats, as the model keeps them (`convert.output.stored.as_stored`).
+      config: the architecture.
+    """
+
+    def __init__(self, plan: Plan, config: DecoderConfig) -> None:
+        self._plan, self._config, self._axes = plan, config, rounded_axes(config)
+        self._samples = Samples(plan.shapes, kernel_input_axes(config))
+        self._whole = {p.path for p in plan.pieces if not holds_outputs(p, self._axes.get(p.path, ()))}
+
+    def layout(self, dtype: np.dtype, max_shard_bytes: float) -> Layout:
+        """Where everything goes; scales come behind their integers."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        others: dict[str, np.dtype] = {}
+        for path, shape in self._plan.shapes.items():
+            shapes[path] = shape
+            if (axes := self._axes.get(path)) is not None:
+                name = scale_path(path)
+                shapes[name] = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+                others |= {path: _INT8, name: _FLOAT32}
+        return plan_layout(shapes, dtype, max_shard_bytes, others)
+
+    def write(self, source: Source, writer: ShardWriter) -> Iterator[int]:
+        """Writes all of it; tells after each source tensor how many bytes that were."""
+        for name, pieces in self._plan.by_source().items():
+            if now := [piece for piece in pieces if piece.path not in self._whole]:
+                yield self._write_taken(source, source.read(name), now, writer)
+        by_path = self._plan.by_path()
+        for path in sorted(self._whole):
+            yield self._write(_Part(path, (), self._put_together(source, path, by_path[path]), path), writer)
+
+    def fingerprint(self) -> str | None:
+        """The name of the floats, once all is written."""
+        return self._samples.digest(self._config)
+
+    def _write_taken(self, source: Source, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
+        taken = [_Part(p.path, p.slot, p.take(tensor, self._config), p.source, self._own(source, p)) for p in pieces]
+        return sum(self._write(part, writer) for part in taken)
+
+    def _own(self, source: Source, piece: Piece) -> np.ndarray | None:
+        """Scales that a piece brings along."""
+        if (axes := self._axes.get(piece.path)) is None:
+            return None
+        return own_scales(source, piece, axes_in_slot(piece.slot, axes)[0], self._config)
+
+    def _put_together(self, source: Source, path: str, pieces: list[Piece]) -> np.ndarray:
+        floats = np.empty(self._plan.shapes[path], np.float32)
+        for piece in pieces:
+            taken = piece.take(source.read(piece.source), self._config)
+            floats[piece.slot] = checked_cast(taken, _FLOAT32, piece.source)
+        return floats
+
+    def _write(self, part: _Part, writer: ShardWriter) -> int:
+        self._samples.take(part.path, part.slot, part.floats)
+        if (axes := self._axes.get(part.path)) is None:
+            return writer.write(part.path, part.slot, part.floats, part.source)
+        summed, slot = axes_in_slot(part.slot, axes)
+        written = 0
+        for block in blocks(part.floats, summed):
+            floats, start = part.floats[block], block.start
+            own = part.scales if part.scales is None or 0 in summed else part.scales[block]
+            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed, own)
+            written += writer.write(part.path, part.slot, integers, part.source, start)
+            written += writer.write(scale_path(part.path), slot, scale, part.source, start)
+        return written

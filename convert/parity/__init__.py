@@ -1,0 +1,1 @@
+"""Comparison with transformers on tiny models of every family."""

@@ -1,0 +1,265 @@
+"""Parity of a converted checkpoint with transformers' own model of it: full depth, cache, padding, text and exits.
+
+What `convert.verify` does for one batch of a large model, this does for every path of a small one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from convert.conversion import convert
+from convert.parity.reference import NEW_TOKENS, WHOLE_ROWS, Batch, Reference, random_batch
+from convert.verify import TOLERANCE
+from tide_jax.exits.early_exit import ExitGate, run_depth
+from tide_jax.exits.router import Routers
+from tide_jax.model.cache import KVCache, init_cache
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.files.checkpoint import load
+from tide_jax.model.layers import DecoderLayer, KeyValue
+from tide_jax.testing import constant_routers
+
+_LEAST_RANGE = 2.0
+_PATHS = ("prefill", "padded", "decode", "forced_exit", "mixed_exit")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """How far a converted model is from transformers' in float32; every difference is a share of the logit range.
+
+    Attributes:
+      model_type: of the checkpoint.
+      prefill: rows without padding, in one pass.
+      padded: rows with padding on the left, in one pass and token by token, against transformers without padding.
+      decode: rows without padding, token by token with exits that nobody takes, against transformers' cache.
+      forced_exit: token by token, all but the first leave at the middle layer; against transformers' state there.
+      mixed_exit: token by token, some leave at the middle layer; against a plain walk over tokens and layers.
+      greedy_tokens: leading tokens of `NEW_TOKENS` after a prompt that equal transformers' greedy text in every row.
+      logit_range: largest minus smallest logit of transformers.
+    """
+
+    model_type: str
+    prefill: float
+    padded: float
+    decode: float
+    forced_exit: float
+    mixed_exit: float
+    greedy_tokens: int
+    logit_range: float
+
+    @property
+    def relative(self) -> float:
+        """The largest of all differences."""
+        return float(np.max([getattr(self, path) for path in _PATHS]))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not equal, a line each; nothing for a right conversion."""
+        differences = {path: getattr(self, path) for path in _PATHS}
+        found = [
+            f"{path}: logits differ by {difference:.1e} of their range"
+            for path, difference in differences.items()
+            if not difference <= TOLERANCE
+        ]
+        if self.greedy_tokens != NEW_TOKENS:
+            found.append(f"greedy: {self.greedy_tokens} of {NEW_TOKENS} tokens are equal")
+        if not self.logit_range >= _LEAST_RANGE:
+            found.append(f"the logits hardly differ, by {self.logit_range:.1e}: nothing was tested")
+        return tuple(found)
+
+
+def measure_parity(checkpoint: str | Path) -> ParityReport:
+    """Converts a checkpoint into a temporary directory and compares all paths with transformers' model of it.
+
+    Args:
+      checkpoint: a Hugging Face directory with a small model; see `convert.parity.tiny.save_tiny`.
+
+    Raises:
+      TideError: the checkpoint cannot be converted.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        model_type = convert(checkpoint, Path(directory) / "converted", dtype="float32").model_type
+        model = load(Path(directory) / "converted", "float32")
+    try:
+        return _compare(model_type, model, Reference(checkpoint, together=_stretched(model)))
+    finally:
+        for program in _PROGRAMS:
+            program.clear_cache()  # of no use to the next model, and 30 MB
+
+
+def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityReport:
+    batch = random_batch(model.config.vocab_size)
+    nobody, everybody, some = np.zeros_like(batch.mask), np.ones_like(batch.mask), _some(batch)
+    expected, states = reference.logits_and_states(batch, _middle(model))
+    at_middle = np.where((batch.positions >= 1)[..., None], _head(model, jnp.asarray(states)), expected)
+    spread = float(np.ptp(expected[batch.mask]))
+    prefill, text = _prefill(model, batch)
+    decode, steps = _steps(model, batch, nobody), reference.steps(batch)
+
+    def relative(found: np.ndarray, wanted: np.ndarray, where: np.ndarray = batch.mask) -> float:
+        return float(np.abs(found - wanted)[where].max()) / max(spread, 1e-30)
+
+    def whole(found: np.ndarray, wanted: np.ndarray) -> float:
+        return relative(found[:WHOLE_ROWS], wanted[:WHOLE_ROWS], batch.mask[:WHOLE_ROWS])
+
+    def padded(found: np.ndarray) -> float:
+        return relative(found[WHOLE_ROWS:], expected[WHOLE_ROWS:], batch.mask[WHOLE_ROWS:])
+
+    # Where frequencies depend on the length, so do cached keys: there, one pass and many differ by design.
+    one_pass = _stretched(model)
+    forced = (
+        _pass(model, batch, _empty_cache(model, batch), everybody)[0] if one_pass else _steps(model, batch, everybody)
+    )
+    return ParityReport(
+        model_type=model_type,
+        prefill=whole(prefill, expected),
+        padded=padded(prefill) if one_pass else max(padded(prefill), padded(decode)),
+        decode=whole(decode, expected if steps is None else steps),
+        forced_exit=relative(forced, at_middle),
+        mixed_exit=relative(_steps(model, batch, some), _walk(model, batch, some)),
+        greedy_tokens=_equal_tokens(text, reference.greedy(batch)),
+        logit_range=spread,
+    )
+
+
+def _stretched(model: Decoder) -> bool:
+    """Whether rotary frequencies depend on the length of the text."""
+    ropes = [kind.rope for kind in model.config.attention_types if kind.rope is not None]
+    return any(rope.kind in ("dynamic", "longrope") for rope in ropes)
+
+
+def _some(batch: Batch) -> np.ndarray:
+    """An arbitrary choice of tokens, with columns in which every row leaves, so that deep layers are skipped."""
+    chosen = np.random.default_rng(11).integers(0, 2, batch.mask.shape).astype(bool)
+    chosen[:, ::3] = True
+    return chosen
+
+
+def _equal_tokens(found: np.ndarray, expected: np.ndarray) -> int:
+    """Leading columns that are equal in all of the expected rows."""
+    return int(np.cumprod((found[: len(expected)] == expected).all(axis=0)).sum())
+
+
+# Each program runs a few times on small arrays: compiling it is what takes time.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@_jit
+def _forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Array, "B T V"], KeyValue]:
+    x, rows = model.run_layers(tokens, positions, None)
+    return model.logits(model.final_norm(x)), rows
+
+
+@_jit
+def _depth(
+    model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
+    """Logits and exit layers where every token that may leaves at the first checkpoint."""
+    gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
+    out = run_depth(model, tokens, positions, cache, routers=routers, gate=gate, may_exit=may_exit)
+    return model.logits(out.states), out.exit_layers, cache.append(out.new, positions)
+
+
+@_jit
+def _head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    return model.logits(model.final_norm(states))
+
+
+def _prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of one pass at full depth, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
+    logits, rows = _forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
+    cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions))
+    text = [np.argmax(logits[:, -1:], axis=-1).astype(np.int32)]
+    for n in range(1, NEW_TOKENS):
+        ones = np.ones_like(text[-1], bool)
+        out, cache = _pass(model, Batch(text[-1], batch.positions[:, -1:] + np.int32(n), ones), cache, ~ones)
+        text.append(np.argmax(out, axis=-1).astype(np.int32))
+    return np.asarray(logits), np.concatenate(text, axis=1)
+
+
+def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V], one token at a time through the cache, where the tokens that may leave do so in the middle."""
+    cache, logits = _empty_cache(model, batch), []
+    for t in range(batch.tokens.shape[1]):
+        out, cache = _pass(model, batch.column(t), cache, may_exit[:, t : t + 1])
+        logits.append(out)
+    return np.concatenate(logits, axis=1)
+
+
+def _pass(model: Decoder, batch: Batch, cache: KVCache, may_exit: np.ndarray) -> tuple[np.ndarray, KVCache]:
+    """Logits [B, T, V] of one pass, NaN where a token left elsewhere than at the middle layer; and the longer cache."""
+    middle = _middle(model)
+    routers = constant_routers(model.config, interval=middle + 1)
+    arrays = (jnp.asarray(a) for a in (batch.tokens, batch.positions))
+    logits, layers, cache = _depth(model, *arrays, cache, routers, jnp.asarray(may_exit))
+    leave = may_exit & (batch.positions >= 1)
+    expected = np.where(batch.mask, np.where(leave, middle, model.config.num_layers - 1), -1)
+    return np.where((np.asarray(layers) == expected)[..., None], np.asarray(logits), np.nan), cache
+
+
+def _empty_cache(model: Decoder, batch: Batch) -> KVCache:
+    rows, length = batch.tokens.shape
+    return init_cache(model.config, rows, length + NEW_TOKENS, jnp.dtype(jnp.float32))
+
+
+def _middle(model: Decoder) -> int:
+    return (model.config.num_layers - 1) // 2
+
+
+def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
+    """The same logits as `_steps`, one token and one layer after the other.
+
+    No groups and no cache: keys and values lie in Python lists. A token that has left stays as it is, and only leaves
+    its keys and values behind.
+    """
+    rows, length = batch.tokens.shape
+    heads, *channels = model.config.cache_shape
+    empty = KeyValue(*(jnp.zeros((rows, heads, 1, c), jnp.float32) for c in channels))
+    memory = [[empty] * length for _ in model.layers]  # as long from the start: shapes never change
+    leave = may_exit & (batch.positions >= 1)
+    states = []
+    for t in range(length):
+        now = batch.column(t)
+        seen = np.where(np.arange(length) < t, batch.positions, np.int32(-1))
+        x, contexts = _enter(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, seen)))
+        for i, layer in enumerate(model.layers):
+            left = leave[:, t] & (i > _middle(model))
+            x, memory[i][t] = _advance(layer, x, contexts, memory[i], jnp.asarray(left))
+        states.append(x)
+    return np.asarray(_head(model, jnp.concatenate(states, axis=1)))
+
+
+class _Slots(NamedTuple):
+    """What `Decoder.contexts` reads of a cache."""
+
+    positions: Int[Array, "B S"]
+
+
+@_jit
+def _enter(model: Decoder, tokens: Array, positions: Array, seen: Array) -> tuple[Float[Array, "B 1 D"], Any]:
+    """The states before the first layer, and what layers need to look back at the positions seen."""
+    slots: Any = _Slots(seen)
+    return model.embed_tokens(tokens, positions), model.contexts(positions, slots)
+
+
+@_jit
+def _advance(
+    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue], left: Bool[Array, " B"]
+) -> tuple[Float[Array, "B 1 D"], KeyValue]:
+    """Runs a layer on one token of each row; rows that have left keep their state, and only leave keys and values."""
+    cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
+    y, new = layer(x, contexts, cached)
+    kept = layer.project_kv(x, contexts)
+    new = KeyValue(*(jnp.where(left[:, None, None, None], a, b) for a, b in zip(kept, new, strict=True)))
+    return jnp.where(left[:, None, None], x, y), new
+
+
+_PROGRAMS: tuple[Any, ...] = (_forward, _depth, _head, _enter, _advance)

@@ -1,0 +1,156 @@
+"""Transformers' side of `convert.parity.measure`: its logits, states, cached steps and greedy text of a small batch."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+LENGTHS = (20, 20, 13, 9)
+"""Real tokens of each row. Rows end together, and all are longer than `convert.parity.tiny`'s sliding windows (7)."""
+WHOLE_ROWS = 2
+"""Leading rows without padding."""
+NEW_TOKENS = 16
+_FIRST_TOKEN = 4  # below lie the special tokens
+
+
+class Batch(NamedTuple):
+    """Tokens [B, T], their positions (-1 for padding), and which are real."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+
+    def column(self, index: int) -> Batch:
+        """One token of each row."""
+        return Batch(*(a[:, index : index + 1] for a in self))
+
+    def last(self, rows: np.ndarray, columns: int) -> Batch:
+        """The trailing columns of some rows."""
+        return Batch(*(a[rows, -columns:] for a in self))
+
+
+def random_batch(vocab: int) -> Batch:
+    """Random tokens in rows of `LENGTHS`, padded on the left."""
+    longest = max(LENGTHS)
+    mask = np.arange(longest)[None] >= longest - np.array(LENGTHS)[:, None]
+    tokens = np.random.default_rng(7).integers(_FIRST_TOKEN, vocab, mask.shape)
+    positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
+    return Batch(tokens.astype(np.int32), positions.astype(np.int32), mask)
+
+
+class Reference:
+    """Transformers' model of a checkpoint, float32, read from disk.
+
+    Args:
+      checkpoint: where it lies.
+      together: run the batch as one, padded; otherwise each length by itself, as a user with one prompt would.
+    """
+
+    def __init__(self, checkpoint: str | Path, together: bool) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        self._torch = torch
+        # Falcon's eager attention counts its linear biases twice.
+        kind = (
+            "sdpa"
+            if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "falcon"
+            else "eager"
+        )
+        self._together = together
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation=kind
+        ).eval()
+        # Nothing but the greedy choice: some families force tokens or stop at them.
+        self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def logits_and_states(self, batch: Batch, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [B, T, V] and the residual stream after a layer [B, T, D]; zeros for padding."""
+        fired: dict[str, np.ndarray] = {}
+
+        def watch(name: str, module: Any) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                fired.setdefault(name, (output[0] if isinstance(output, (tuple, list)) else output).numpy())
+
+            return module.register_forward_hook(hook)
+
+        handles = [watch(name, module) for name, module in self._nth_modules(layer)]
+        logits, states = [], []
+        for rows in self._parts(batch):
+            fired.clear()
+            logits.append(self._run(rows))
+            states.append(fired[min(fired, key=lambda name: name.count("."))])
+        for handle in handles:
+            handle.remove()
+        return _padded(logits), _padded(states)
+
+    def steps(self, batch: Batch) -> np.ndarray | None:
+        """Logits of one token of whole rows at a time, through transformers' cache; None where it has none."""
+        cache, logits, name = None, [], cache_name(self._model)
+        for column in self._ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
+            with self._torch.no_grad():
+                out = self._model(input_ids=column, **{name: cache}, use_cache=True)
+            cache = getattr(out, name, None)
+            if cache is None:
+                return None
+            logits.append(out.logits.numpy())
+        return np.concatenate(logits, axis=1)
+
+    def greedy(self, batch: Batch) -> np.ndarray:
+        """`NEW_TOKENS` tokens after each whole row: `generate`, where its text is that of the logits without a cache.
+
+        It is not for families whose `forward` counts positions from another number than `generate` does.
+        """
+        prompt = self._ids(batch.tokens[:WHOLE_ROWS])
+        text = self._model.generate(prompt, max_new_tokens=NEW_TOKENS)
+        if not self._together and not bool((self._best(text)[:, -NEW_TOKENS - 1 : -1] == text[:, -NEW_TOKENS:]).all()):
+            text = prompt
+            for _ in range(NEW_TOKENS):
+                text = self._torch.cat([text, self._best(text)[:, -1:]], dim=1)
+        return text.numpy()[:, prompt.shape[1] :]
+
+    def _best(self, ids: Any) -> Any:
+        """The most probable token after each token."""
+        with self._torch.no_grad():
+            return self._model(input_ids=ids).logits.argmax(-1)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What to run at once: rows of equal length, or the whole batch."""
+        if self._together:
+            return [batch]
+        lengths = batch.mask.sum(axis=1)
+        return [batch.last(np.flatnonzero(lengths == n), int(n)) for n in dict.fromkeys(lengths.tolist())]
+
+    def _run(self, batch: Batch) -> np.ndarray:
+        inputs = {}
+        if not batch.mask.all():
+            mask = self._torch.tensor(batch.mask.astype(np.int64))
+            inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        with self._torch.no_grad():
+            return self._model(input_ids=self._ids(batch.tokens), **inputs).logits.numpy()
+
+    def _ids(self, tokens: np.ndarray) -> Any:
+        return self._torch.tensor(np.asarray(tokens, np.int64))
+
+    def _nth_modules(self, index: int) -> list[tuple[str, Any]]:
+        """The module at an index of every list as long as there are layers; the decoder layer is one of them."""
+        count = self._model.config.get_text_config().num_hidden_layers
+        return [
+            (name, module[index])
+            for name, module in self._model.named_modules()
+            if type(module).__name__ == "ModuleList" and len(module) == count
+        ]
+
+
+def cache_name(model: Any) -> str:
+    """What a transformers model and its output call the cache: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _padded(parts: list[np.ndarray]) -> np.ndarray:
+    """Rows of several lengths in one array, ending together."""
+    longest = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (longest - part.shape[1], 0), (0, 0))) for part in parts])

@@ -1,0 +1,1 @@
+"""Models that are in no table: what they compute is found out from their numbers."""

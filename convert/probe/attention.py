@@ -1,0 +1,312 @@
+"""Finding out how a layer attends, from its projections' outputs and from what enters its output projection."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from convert.probe import axes
+from convert.probe.heads import Arrangement, Heads, arrangements, head_counts, repeated
+from convert.probe.numbers import fitted_scale, mixed, rotated
+from convert.probe.trace import CLEAR, MATCH, Linear, NormCall, Trace, distance, normed, same
+from tide_jax.model.architecture import AttentionType, QKNorm
+
+_Norm = Callable[[np.ndarray], np.ndarray]
+_BEFORE_WINDOWS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """A candidate: everything about attention but which tensors it reads.
+
+    Attributes:
+      arrangement: of queries, keys and values.
+      kind: flags of one layer.
+      seen: `kind` as it shows in the reference, whose windows are small.
+      softcap, clip: flags of the decoder.
+    """
+
+    arrangement: Arrangement
+    kind: AttentionType
+    seen: AttentionType
+    softcap: float | None = None
+    clip: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFound:
+    """A layer's attention.
+
+    Attributes:
+      spec: flags.
+      q, k, v: heads.
+      out: the output projection.
+      q_norm, k_norm: recorded norms of queries and keys.
+      sub_norm: a norm before the output projection.
+      gate: linear map whose sigmoid multiplies the output.
+      sinks: name of the sinks' parameter.
+      error: of what enters the output projection.
+    """
+
+    spec: AttentionSpec
+    q: Heads
+    k: Heads
+    v: Heads
+    out: Linear
+    q_norm: NormCall | None
+    k_norm: NormCall | None
+    sub_norm: NormCall | None
+    gate: Linear | None
+    sinks: str | None
+    error: float
+
+    @property
+    def kind(self) -> AttentionType:
+        """The attention type."""
+        return self.spec.kind
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """What the sublayer reads."""
+        return self.q.linear.inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPieces:
+    """What a layer's attention may be made of.
+
+    Attributes:
+      index: of the layer.
+      projections: linear maps of one input, the layer's (normed) stream.
+      out: the output projection.
+      norms: norms that ran between projections and output.
+      sub_norm: a norm before the output projection.
+      vectors: names of parameters of the layer that belong to no linear map and no norm.
+    """
+
+    index: int
+    projections: tuple[Linear, ...]
+    out: Linear
+    norms: tuple[NormCall, ...]
+    sub_norm: NormCall | None
+    vectors: tuple[str, ...]
+
+    @property
+    def mixed(self) -> np.ndarray:
+        """What attention gives, [T, H * hd]."""
+        return self.out.inputs if self.sub_norm is None else self.sub_norm.inputs
+
+
+def find_attention(
+    trace: Trace, pieces: AttentionPieces, hints: Sequence[AttentionSpec]
+) -> tuple[AttentionFound | None, float]:
+    """The attention of a layer, or None where no candidate gives it; and the closest candidate's error.
+
+    Args:
+      hints: what other layers turned out to do, tried first.
+    """
+    search = _Search(trace, pieces)
+    for spec in hints:
+        search.try_full(spec)
+        if search.error <= CLEAR:
+            return search.best, search.error
+    for candidate in _candidates(trace, pieces):
+        search.explore(candidate)
+        if search.error <= CLEAR:
+            break
+    return (search.best if search.error <= MATCH else None), search.error
+
+
+def _candidates(trace: Trace, pieces: AttentionPieces) -> Iterator[tuple[Arrangement, Linear | None]]:
+    """Arrangements, with one of the linear maps as the gate or without a gate."""
+    gates: list[Linear | None] = [None, *pieces.projections] if len(pieces.projections) > 1 else [None]
+    for heads in head_counts(trace, pieces.mixed.shape[1]):
+        width = pieces.mixed.shape[1] // heads
+        for gate in gates:
+            left = [linear for linear in pieces.projections if linear is not gate]
+            if gate is None or gate.output.shape[1] in (heads, heads * width):
+                for arrangement in arrangements(left, heads, width):
+                    yield arrangement, gate
+
+
+class _Search:
+    """Keeps the closest candidate."""
+
+    def __init__(self, trace: Trace, pieces: AttentionPieces) -> None:
+        self.trace, self.pieces = trace, pieces
+        self.best: AttentionFound | None = None
+        self.error = np.inf
+
+    def try_full(self, spec: AttentionSpec) -> None:
+        """Measures one whole candidate."""
+        for gate in (None, *self.pieces.projections):
+            left = [linear for linear in self.pieces.projections if linear is not gate]
+            if len(left) == len(spec.arrangement.roles) and _fits(spec.arrangement, left):
+                layer = _Layer(self.trace, self.pieces, spec.arrangement, gate)
+                self._keep(layer, spec)
+
+    def explore(self, candidate: tuple[Arrangement, Linear | None]) -> None:
+        """Measures every candidate of an arrangement whose values are right, flag by flag."""
+        layer = _Layer(self.trace, self.pieces, *candidate)
+        for clip in axes.clips(self.trace):
+            if layer.values_fit(clip):
+                self._explore_flags(layer, clip)
+                if self.error <= CLEAR:
+                    return
+
+    def _explore_flags(self, layer: _Layer, clip: float | None) -> None:
+        """The first tokens, which see no window, decide all but the window."""
+        best, least = None, np.inf
+        for spec in layer.specs(clip):
+            error = layer.error(spec, _BEFORE_WINDOWS)
+            if error < least:
+                best, least = spec, error
+            if error <= CLEAR:
+                break
+        if best is None:
+            return
+        self._keep(layer, best)
+        if least > MATCH:
+            return
+        for field, seen, true in axes.windows(self.trace):
+            kind, small = (dataclasses.replace(best.kind, **{field: size}) for size in (true, seen))
+            self._keep(layer, dataclasses.replace(best, kind=kind, seen=small))
+
+    def _keep(self, layer: _Layer, spec: AttentionSpec) -> None:
+        error = layer.error(spec, None)
+        if error < self.error:
+            self.best, self.error = layer.found(spec, error), error
+
+
+class _Layer:
+    """The numbers of one arrangement of a layer's heads."""
+
+    def __init__(self, trace: Trace, pieces: AttentionPieces, arrangement: Arrangement, gate: Linear | None) -> None:
+        self.trace, self.pieces, self.arrangement, self.gate = trace, pieces, arrangement, gate
+        heads, width = arrangement.heads, arrangement.width
+        self.q, self.k, self.v = arrangement.of([linear for linear in pieces.projections if linear is not gate])
+        self.expected = pieces.mixed.reshape(-1, heads, width)
+        self.open = np.ones((len(self.expected), 1, 1), np.float32)
+        if gate is not None:
+            self.open = (1 / (1 + np.exp(-gate.output))).reshape(len(self.expected), heads, -1)
+        self.sinks = next((n for n in pieces.vectors if trace.weights[n].shape == (heads,)), None)
+        self.norms = _qk_norms(pieces.norms, self.q.output, self.k.output)
+
+    def values_fit(self, clip: float | None) -> bool:
+        """The first token sees itself alone: what attention gives there are its values."""
+        values = repeated(_clipped(self.v.output[:1], clip), self.arrangement.heads) * self.open[:1]
+        return self.sinks is not None or distance(values, self.expected[:1]) <= MATCH
+
+    def specs(self, clip: float | None) -> Iterator[AttentionSpec]:
+        """Candidates without windows. Their scale is fitted, or with a cap on scores one the configuration may mean."""
+        trace, heads, width = self.trace, self.arrangement.heads, self.arrangement.width
+        known = axes.scales(trace, width, self.pieces.out.output.shape[1], self.pieces.index)
+        places = axes.positions(trace, heads, width)
+        for norm, cap, place in itertools.product(self._norm_flags(), axes.softcaps(trace), places):
+            kind = AttentionType(1.0, qk_norm=norm, sinks=self.sinks is not None, **place)
+            spec = AttentionSpec(self.arrangement, kind, kind, cap, clip)
+            scales = known
+            if cap is None and not kind.alibi_bfloat16:
+                fitted = fitted_scale(*self._placed(spec, 2), self.expected[:2] / self.open[:2], kind)
+                scales = known[:1] if fitted is None else [axes.nearest(trace, fitted, known)]
+            for scale in scales:
+                scaled = dataclasses.replace(kind, scale=scale)
+                yield dataclasses.replace(spec, kind=scaled, seen=scaled)
+
+    def _norm_flags(self) -> list[QKNorm | None]:
+        """The recorded norms of queries and keys; without any, none or those that have no weights and no module."""
+        if self.norms is not None:
+            return [_flags(self.norms, self.arrangement)]
+        eps = [*(v for v in self.trace.numbers("eps") if 0 < v < 0.01), float(np.finfo(np.float32).eps)]
+        bare = [QKNorm(eps=e, scale=False, after_rope=late) for late in (True, False) for e in dict.fromkeys(eps)]
+        return [None, *bare]
+
+    def error(self, spec: AttentionSpec, rows: int | None) -> float:
+        """How far a candidate is from what enters the output projection, in its first rows."""
+        sinks = None if self.sinks is None else self.trace.weights[self.sinks]
+        found = mixed(*self._placed(spec, rows), spec.seen, spec.softcap, sinks)
+        return distance(found * self.open[:rows], self.expected[:rows])
+
+    def _placed(self, spec: AttentionSpec, rows: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries and keys as they meet, and values."""
+        flags = spec.kind.qk_norm
+
+        def placed(part: Heads, which: int) -> np.ndarray:
+            norm = (lambda x: x) if flags is None else self._norm(flags, which)
+            early, late = (lambda x: x, norm) if flags is not None and flags.after_rope else (norm, lambda x: x)
+            return late(rotated(_clipped(early(part.output[:rows]), spec.clip), spec.seen.rope, len(part.output)))
+
+        return placed(self.q, 0), placed(self.k, 1), _clipped(self.v.output[:rows], spec.clip)
+
+    def _norm(self, flags: QKNorm, which: int) -> _Norm:
+        """The norm of queries (0) or keys (1), as a function of heads [T, N, hd]."""
+        if self.norms is None:
+            return lambda x: normed(x, flags.kind, flags.eps)
+        call = self.norms.calls[which]
+        flat = call.inputs.ndim == 2
+        return lambda x: call.apply(x.reshape(len(x), -1) if flat else x, self.trace.weights).reshape(x.shape)
+
+    def found(self, spec: AttentionSpec, error: float) -> AttentionFound:
+        """The candidate, taken for true."""
+        norms = (None, None) if self.norms is None else self.norms.calls
+        pieces = self.pieces
+        return AttentionFound(
+            spec, self.q, self.k, self.v, pieces.out, *norms, pieces.sub_norm, self.gate, self.sinks, error
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _QKNorms:
+    calls: tuple[NormCall, NormCall]
+    after_rope: bool
+
+
+def _qk_norms(norms: Sequence[NormCall], q: np.ndarray, k: np.ndarray) -> _QKNorms | None:
+    """The norms whose input queries and keys are; or those that have the sizes, for they may see rotated ones."""
+    exact = [next((n for n in norms if _reads(n, heads)), None) for heads in (q, k)]
+    if exact[0] is not None and exact[1] is not None:
+        return _QKNorms((exact[0], exact[1]), after_rope=False)
+    of_queries = next((n for n in norms if n.inputs.size == q.size), None)
+    of_keys = next((n for n in norms if n.inputs.size == k.size and n is not of_queries), None)
+    if of_queries is None or of_keys is None:
+        return None
+    return _QKNorms((of_queries, of_keys), after_rope=True)
+
+
+def _reads(norm: NormCall, heads: np.ndarray) -> bool:
+    """Whether heads [T, N, hd] are a norm's input, in any of the orders code gives them."""
+    if norm.inputs.size != heads.size:
+        return False
+    swapped = heads.swapaxes(0, 1)
+    return any(
+        x.shape == norm.inputs.shape and same(x, norm.inputs) for x in (heads, swapped, heads.reshape(len(heads), -1))
+    )
+
+
+def _flags(norms: _QKNorms, arrangement: Arrangement) -> QKNorm:
+    norm = norms.calls[0]
+    all_heads = norm.inputs.ndim == 2 and arrangement.heads > 1
+    return QKNorm(
+        kind=norm.kind,
+        eps=norm.eps,
+        all_heads=all_heads,
+        per_head=all_heads or len(norm.shape) == 2,
+        scale=norm.scale is not None,
+        bias=norm.bias is not None,
+        unit_offset=norm.unit_offset,
+        after_rope=norms.after_rope,
+    )
+
+
+def _fits(arrangement: Arrangement, linears: Sequence[Linear]) -> bool:
+    """Whether linear maps have as many outputs as an arrangement says."""
+    counts = {"q": arrangement.heads, "k": arrangement.kv_heads, "v": arrangement.kv_heads}
+    sizes = [arrangement.width * sum(counts[role] for role in held) for held in arrangement.roles]
+    return sizes == [linear.output.shape[1] for linear in linears]
+
+
+def _clipped(x: np.ndarray, limit: float | None) -> np.ndarray:
+    return x if limit is None else np.clip(x, -limit, limit)

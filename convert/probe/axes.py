@@ -1,0 +1,98 @@
+"""What names and shapes cannot tell about attention: the values each flag may have, likely ones first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from convert.configuration.rope import rope_config
+from convert.families.alibi import alibi_slopes, mpt_slopes
+from convert.probe.trace import Trace
+from tide_jax.errors import TideError
+from tide_jax.model.architecture import RopeConfig
+
+_THETA = 10000.0
+
+
+def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
+    """Rotary embeddings a configuration may mean, of heads of `width` channels; None is no rotation."""
+    plain = [
+        RopeConfig(theta=theta, rotary_dim=dim)
+        for dim, theta in itertools.product(_rotary_dims(trace, width), _thetas(trace))
+    ]
+    found = [*_declared(trace, width), *plain]
+    likely = [dataclasses.replace(rope, interleaved=paired) for paired in (False, True) for rope in found]
+    reversed_ = [dataclasses.replace(rope, reverse=True) for rope in likely]
+    return list(dict.fromkeys([*likely, None, *reversed_]))
+
+
+def scales(trace: Trace, width: int, hidden: int, layer: int) -> list[float]:
+    """Numbers that query-key products may be multiplied by."""
+    named = [abs(v) for v in trace.settings.values() if v]
+    found = [width**-0.5, 1.0, *(f(v) for v in named for f in (float, lambda v: v**-0.5, lambda v: 1 / v))]
+    found += [1 / width, hidden**-0.5, width**-0.5 / (layer + 1)]
+    return list(dict.fromkeys(found))
+
+
+def nearest(trace: Trace, fitted: float, known: Sequence[float]) -> float:
+    """A fitted number as the known one it stands for, where there is one."""
+    best = min(known, key=lambda value: abs(value - fitted))
+    return best if abs(best - fitted) <= 1e-3 * abs(best) else trace.exact(fitted)
+
+
+def positions(trace: Trace, heads: int, width: int) -> list[dict[str, Any]]:
+    """How attention may know positions: fields of `AttentionType`."""
+    biases = dict.fromkeys((alibi_slopes(heads), mpt_slopes(heads)))
+    linear = [{"alibi": slopes, "alibi_bfloat16": rounded} for rounded in (False, True) for slopes in biases]
+    return [{"rope": rope} for rope in _ropes(trace, width)] + linear
+
+
+def softcaps(trace: Trace) -> list[float | None]:
+    """Caps on attention scores."""
+    return [None, *(float(v) for v in trace.numbers("cap") if v > 0)]
+
+
+def clips(trace: Trace) -> list[float | None]:
+    """Clamps of queries, keys and values; those that numbers do not reach are taken from the configuration."""
+    declared = [float(v) for v in trace.numbers("clip_?qkv|qkv_?clip") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers("clip|clamp") if v > 0)]
+
+
+def limits(trace: Trace) -> list[float | None]:
+    """Clamps of gated activations; those that numbers do not reach are taken from the configuration."""
+    declared = [float(v) for v in trace.numbers("(glu|act|mlp|activation)_limit") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers("limit|clamp") if v > 0)]
+
+
+def windows(trace: Trace) -> Iterator[tuple[str, int, int]]:
+    """Windows and chunks as (field, seen size, true size), some with the token itself not counted."""
+    for more in (0, 1):
+        for small, true in trace.reference.windows.items():
+            yield "window", small + more, true + more
+            yield "chunk", small + more, true + more
+
+
+def _thetas(trace: Trace) -> list[float]:
+    named = [v for v in trace.numbers("theta|base|freq|rope|rotary") if v >= 100]
+    return list(dict.fromkeys([*map(float, named), _THETA]))
+
+
+def _rotary_dims(trace: Trace, width: int) -> list[int]:
+    named = trace.numbers("rot|rope|pct|partial")
+    sizes: Sequence[float] = [*(v if v > 1 else v * width for v in named), width, width / 2, width / 4]
+    return list(dict.fromkeys(int(d) for d in sizes if 2 <= d <= width and int(d) == d and d % 2 == 0))
+
+
+def _declared(trace: Trace, width: int) -> Iterator[RopeConfig]:
+    """What the configuration says in transformers' own terms."""
+    hf = trace.reference.hf
+    text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
+    if not isinstance(getattr(text, "rope_parameters", None), dict):
+        return
+    for kind in dict.fromkeys([*text.rope_parameters, "full_attention"]):
+        try:
+            yield rope_config(text, width, kind)
+        except (TideError, AttributeError):  # meant for other heads, or not in transformers' terms after all
+            continue

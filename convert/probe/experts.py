@@ -1,0 +1,184 @@
+"""Where the experts of a mixture lie: stacked in parameters of three axes, or in numbered modules of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.probe.rules import Assigned, Channels, Oriented, Slices
+from convert.probe.trace import Trace
+from convert.weights.rules import Target, whole
+from tide_jax.model.activations import gated
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One projection of all experts: `names` is one stacked parameter, or one for each expert.
+
+    Attributes:
+      take: arranges what belongs to it as [..., in, out].
+      slot: where that goes behind the experts' axis.
+    """
+
+    names: tuple[str, ...]
+    take: Channels | Oriented | None
+    path: str
+    slot: str
+
+    def stack(self, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The weights of all experts, [E, in, out]."""
+        parts = [weights[name] if self.take is None else self.take(weights[name]) for name in self.names]
+        return parts[0] if len(parts) == 1 else np.stack(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """All experts of a layer; `biases` are those of gate, up and down, or nothing."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
+    biases: tuple[Projection, ...] = ()
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """Everything that has weights."""
+        return (self.gate, self.up, self.down, *self.biases)
+
+    def outputs(self, trace: Trace, x: np.ndarray, activation: str, limit: float | None) -> np.ndarray:
+        """What every expert gives for every token, [E, T, D]; `x` is [T, D], or [E, T, D] where inputs differ."""
+        gate, up, down = (part.stack(trace.weights) for part in (self.gate, self.up, self.down))
+        hidden = [np.matmul(x, gate), np.matmul(x, up)]
+        biases = [bias.stack(trace.weights)[:, None] for bias in self.biases]
+        if biases:
+            hidden = [part + bias for part, bias in zip(hidden, biases, strict=False)]
+        mixed = np.asarray(gated(activation, jnp.asarray(hidden[0]), jnp.asarray(hidden[1]), limit))
+        out = np.matmul(mixed, down)
+        return out + biases[2] if biases else out
+
+
+def find_experts(trace: Trace, layer: str, width: int) -> list[Experts]:
+    """Every way a layer's parameters may be experts, plausible ones first; none where it has no experts."""
+    own = {name: w for name, w in trace.weights.items() if name.startswith(f"{layer}.")}
+    return [*_stacked(own, width), *_numbered(own, layer, width)]
+
+
+def _stacked(own: Mapping[str, np.ndarray], width: int) -> Iterator[Experts]:
+    """Experts in parameters [E, ., .]."""
+    cubes = {name: w for name, w in own.items() if w.ndim == 3 and len(w) > 1 and width in w.shape[1:]}
+    for (fused, a), (down, b) in itertools.permutations(cubes.items(), 2):
+        for fused_out, down_out in itertools.product((1, 2), (1, 2)):  # the axis of outputs
+            size = b.shape[3 - down_out]
+            fits = a.shape[3 - fused_out] == width == b.shape[down_out] and a.shape[fused_out] == 2 * size
+            for gate, up in _both((fused,), fused_out == 1, size) if fits and len(a) == len(b) else ():
+                yield _with_flat_biases(own, Experts(gate, up, _down((down,), down_out == 1)), size, width)
+    for gate, up, down in itertools.permutations(cubes, 3):
+        if own[gate].shape == own[up].shape:
+            yield _separate((gate,), (up,), (down,), own[gate].shape[2] == width, own[down].shape[1] == width)
+
+
+def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
+    """Experts that are modules ``parent.0``, ``parent.1``... with parameters of equal shapes."""
+    for found in _lists(own, layer).values():
+        for (fused, a), (down, b) in itertools.permutations(found.items(), 2):
+            fits = b[0] == width and a == (2 * b[1], width)
+            for gate, up in _both(fused, True, b[1]) if fits else ():
+                yield _with_biases(own, Experts(gate, up, _down(down, True)))
+        for (gate, a), (up, b), (down, c) in itertools.permutations(found.items(), 3):
+            if a == b == c[::-1] and a[1] == width:
+                yield _with_biases(own, _separate(gate, up, down, True, True))
+
+
+def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[str, ...], tuple[int, int]]]:
+    """For each parent, the matrices of numbered modules that have the same name in all of them, with their shape."""
+    lists: dict[tuple[str, str], dict[int, str]] = {}
+    for name, weight in own.items():
+        parts = name.removeprefix(f"{layer}.").split(".")
+        number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        if number is not None and weight.ndim == 2:
+            key = ".".join(parts[:number]), ".".join(parts[number + 1 :])
+            lists.setdefault(key, {})[int(parts[number])] = name
+    members: dict[str, dict[tuple[str, ...], tuple[int, int]]] = {}
+    for (parent, _), names in lists.items():
+        shapes = {(own[name].shape[0], own[name].shape[1]) for name in names.values()}
+        if len(names) > 1 and sorted(names) == list(range(len(names))) and len(shapes) == 1:
+            members.setdefault(parent, {})[tuple(names[i] for i in sorted(names))] = shapes.pop()
+    return members
+
+
+def _both(names: tuple[str, ...], transposed: bool, size: int) -> Iterator[tuple[Projection, Projection]]:
+    """Gate and up projection in one, in halves or pairs, either first."""
+    for pairs, swapped in itertools.product((False, True), (False, True)):
+        takes = [_half(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
+        gate, up = (Projection(names, take, "mlp.experts.gate_up", f":, {i}") for i, take in enumerate(takes))
+        yield gate, up
+
+
+def _half(transposed: bool, size: int, pairs: bool, which: int) -> Channels:
+    return Channels(transposed, which, size, 2, 1) if pairs else Channels(transposed, which * size, 1, size, size)
+
+
+def _down(names: tuple[str, ...], transposed: bool) -> Projection:
+    return Projection(names, Oriented() if transposed else None, "mlp.experts.down", "")
+
+
+def _separate(
+    gate: tuple[str, ...], up: tuple[str, ...], down: tuple[str, ...], transposed: bool, down_transposed: bool
+) -> Experts:
+    take = Oriented() if transposed else None
+    first, second = (Projection(part, take, "mlp.experts.gate_up", f":, {i}") for i, part in enumerate((gate, up)))
+    return Experts(first, second, _down(down, down_transposed))
+
+
+def _with_flat_biases(own: Mapping[str, np.ndarray], experts: Experts, size: int, width: int) -> Experts:
+    """Experts with the biases [E, 2 F] and [E, D] of stacked ones, where there are any."""
+    count = len(own[experts.down.names[0]])
+    flat = {name: w.shape for name, w in own.items() if "bias" in name}
+    of_both = next((name for name, shape in flat.items() if shape == (count, 2 * size)), None)
+    of_down = next((name for name, shape in flat.items() if name != of_both and shape == (count, width)), None)
+    if of_both is None or of_down is None:
+        return experts
+    return _biased(experts, ((of_both,), (of_both,), (of_down,)))
+
+
+def _with_biases(own: Mapping[str, np.ndarray], experts: Experts) -> Experts:
+    """Experts with the biases beside their weights, where all have one."""
+    weights = (experts.gate, experts.up, experts.down)
+    names = tuple(tuple(f"{name.removesuffix('weight')}bias" for name in part.names) for part in weights)
+    return _biased(experts, names) if all(name in own for part in names for name in part) else experts
+
+
+def _biased(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
+    takes = [
+        dataclasses.replace(part.take, transposed=False) if isinstance(part.take, Channels) else None
+        for part in (experts.gate, experts.up, experts.down)
+    ]
+    places = (("gate_up_bias", "0"), ("gate_up_bias", "1"), ("down_bias", ""))
+    biases = tuple(
+        Projection(part, take, f"mlp.experts.{path}", slot)
+        for part, take, (path, slot) in zip(names, takes, places, strict=True)
+    )
+    return dataclasses.replace(experts, biases=biases)
+
+
+def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights: Mapping[str, np.ndarray]) -> None:
+    """Places of the experts' parameters, and in `slices` those of single experts in stacked ones.
+
+    A checkpoint may store experts one by one where the reference stacks them.
+    """
+    for part in experts.projections:
+        if len(part.names) > 1:
+            for expert, name in enumerate(part.names):
+                slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
+                assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+            continue
+        name, slot = next(iter(part.names)), f":, {part.slot}" if part.slot else ""
+        assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+        for expert, matrix in enumerate(part.stack(weights)):
+            slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
+            take = Oriented() if matrix.ndim == 2 else whole
+            slices[f"{name}[{expert}]{part.slot}"] = matrix.T, Target(part.path, take, slot)

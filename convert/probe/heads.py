@@ -1,0 +1,129 @@
+"""Where heads lie in the outputs of linear maps: the arrangements that projections of attention can have."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from convert.probe.trace import Linear, Trace
+
+Roles = tuple[str, ...]
+"""For each linear map what it holds, in order: ("q", "k", "v"), ("qkv",), ("q", "vk")..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Heads of `width` channels that begin at `starts` among a linear map's outputs."""
+
+    linear: Linear
+    starts: tuple[int, ...]
+    width: int
+
+    @property
+    def output(self) -> np.ndarray:
+        """[T, heads, width]."""
+        return np.stack([self.linear.output[:, s : s + self.width] for s in self.starts], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How queries, keys and values lie in the linear maps.
+
+    Attributes:
+      roles: what each linear map holds.
+      blocks: fused projections repeat in this many blocks of ``heads / blocks`` heads of each role.
+      heads, kv_heads, width: sizes.
+    """
+
+    roles: Roles
+    blocks: int
+    heads: int
+    kv_heads: int
+    width: int
+
+    def of(self, linears: Sequence[Linear]) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values."""
+        found = {}
+        for linear, held in zip(linears, self.roles, strict=True):
+            counts = [self._count(role) // self.blocks for role in held]
+            for i, role in enumerate(held):
+                found[role] = Heads(linear, self._starts(sum(counts), sum(counts[:i]), counts[i]), self.width)
+        return found["q"], found["k"], found["v"]
+
+    def _count(self, role: str) -> int:
+        return self.heads if role == "q" else self.kv_heads
+
+    def _starts(self, block: int, first: int, count: int) -> tuple[int, ...]:
+        return tuple(self.width * (b * block + first + i) for b in range(self.blocks) for i in range(count))
+
+
+def arrangements(linears: Sequence[Linear], heads: int, width: int) -> Iterator[Arrangement]:
+    """Every arrangement of a number of query heads in linear maps that read the same input, plausible ones first."""
+    sizes = [linear.output.shape[1] for linear in linears]
+    for roles in sorted(_roles(len(linears)), key=lambda roles: _implausible(linears, roles)):
+        kv_heads = _kv_heads(sizes, roles, heads, width)
+        if kv_heads is None:
+            continue
+        fused = any(len(held) > 1 for held in roles)
+        for blocks in _blocks(kv_heads) if fused else (1,):
+            yield Arrangement(roles, blocks, heads, kv_heads, width)
+
+
+def head_counts(trace: Trace, channels: int) -> list[int]:
+    """Numbers of heads that `channels` may be made of: what the configuration calls so, its other numbers, the rest."""
+    named = [
+        *trace.numbers("n_?head|num_.*heads|heads$"),
+        *(channels / d for d in trace.numbers("head_dim|kv_channels")),
+    ]
+    likely = [*named, *trace.settings.values(), *(channels / d for d in (128, 64, 256, 96, 80, 32, 16))]
+    divisors = list(range(1, min(channels, 256) + 1))
+    return list(dict.fromkeys(int(n) for n in (*likely, *divisors) if 1 <= n <= channels / 2 and channels % n == 0))
+
+
+def _roles(count: int) -> Iterable[Roles]:
+    """The orders of queries, keys and values, cut into as many parts as there are linear maps."""
+    if not 1 <= count <= 3:
+        return
+    for order in itertools.permutations("qkv"):
+        for cuts in itertools.combinations((1, 2), count - 1):
+            edges = (0, *cuts, 3)
+            yield tuple("".join(order[a:b]) for a, b in itertools.pairwise(edges))
+
+
+def _implausible(linears: Sequence[Linear], roles: Roles) -> int:
+    """How many roles are not where the linear map's name says they are; 0 for the best."""
+    penalty = 0
+    for position, (linear, held) in enumerate(zip(linears, roles, strict=True)):
+        name = linear.name.rpartition(".")[2].lower()
+        penalty += sum(2 * (role not in name) for role in held) + abs(position - "qkv".index(held[0]))
+        penalty += held not in "qkv"
+    return penalty
+
+
+def _kv_heads(sizes: Sequence[int], roles: Roles, heads: int, width: int) -> int | None:
+    """Heads of keys and values, where the sizes allow just one number of them."""
+    found = set()
+    for size, held in zip(sizes, roles, strict=True):
+        count, rest = divmod(size, width)
+        left = count - heads * ("q" in held)
+        keyed = len(held.replace("q", ""))
+        if rest or left < 0 or (not keyed and left) or (keyed and (left % keyed or not left)):
+            return None
+        if keyed:
+            found.add(left // keyed)
+    kv_heads = found.pop() if len(found) == 1 else None
+    return kv_heads if kv_heads and heads % kv_heads == 0 else None
+
+
+def _blocks(kv_heads: int) -> list[int]:
+    divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    return [1, kv_heads, *divisors[1:-1]] if kv_heads > 1 else [1]
+
+
+def repeated(values: np.ndarray, heads: int) -> np.ndarray:
+    """Values [T, KV, hd] as each query head sees them, [T, H, hd]."""
+    return np.repeat(values, math.ceil(heads / values.shape[1]), axis=1)

@@ -1,0 +1,195 @@
+"""Finding out how a decoder layer is put together: its sublayers, norms and residual adds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn, get_args
+
+import numpy as np
+
+from convert.probe.attention import AttentionFound, AttentionPieces, find_attention
+from convert.probe.latent import LatentFound, find_latent
+from convert.probe.mlp import MLPFound, find_mlp
+from convert.probe.moe import MoEFound, find_moe
+from convert.probe.trace import (
+    MATCH,
+    Linear,
+    NormCall,
+    Trace,
+    bare_norm,
+    distance,
+    equal,
+    factor,
+    parameter_owner,
+    same,
+)
+from tide_jax.errors import TideError
+from tide_jax.model.architecture import NormPlacement
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFound:
+    """What a decoder layer computes.
+
+    Attributes:
+      attention, mlp: its sublayers.
+      norms: the norms around them, by their names in a `DecoderLayer`.
+      placement, parallel, shared, residual_scale: flags of the decoder.
+    """
+
+    attention: AttentionFound | LatentFound
+    mlp: MLPFound | MoEFound
+    norms: dict[str, NormCall]
+    placement: NormPlacement
+    parallel: bool
+    shared: bool
+    residual_scale: float
+
+
+class Diverged(TideError):
+    """A layer does something no candidate does."""
+
+
+def find_layer(trace: Trace, index: int, hints: Sequence[LayerFound]) -> LayerFound:
+    """What one layer computes.
+
+    Args:
+      hints: other layers of the model, tried first.
+
+    Raises:
+      Diverged: no candidate gives a part of it; names the part and the closest candidate's difference.
+    """
+    return _Layer(trace, index).find(hints)
+
+
+def diverged(where: str, what: str, error: float) -> NoReturn:
+    """Raises `Diverged`."""
+    by = f"the closest candidate differs by {error:.1e} of the range" if np.isfinite(error) else "no candidate fits"
+    raise Diverged(f"{where} diverges first: {what}, {by}")
+
+
+class _Step(NamedTuple):
+    """A residual add: ``start + scale * added`` should be `total`."""
+
+    start: np.ndarray
+    added: np.ndarray
+    total: np.ndarray
+
+
+class _Layer:
+    def __init__(self, trace: Trace, index: int) -> None:
+        self.trace, self.index = trace, index
+        name = trace.layers[index]
+        call, parts = trace.call(name), trace.inside(name)
+        self.x, self.y = call.inputs, call.output
+        self.order = [id(part) for part in parts].index
+        self.linears = [part for part in parts if isinstance(part, Linear) and len(part.inputs) == len(self.x)]
+        self.norms = [part for part in parts if isinstance(part, NormCall)]
+        owners = {part.name for part in parts}
+        self.vectors = tuple(
+            parameter
+            for parameter, weight in trace.weights.items()
+            if parameter.startswith(f"{name}.") and weight.ndim == 1 and parameter_owner(parameter) not in owners
+        )
+
+    def find(self, hints: Sequence[LayerFound]) -> LayerFound:
+        mlp = self.feed_forward(hints)
+        attention = self.attention([x for x in self.linears if not mlp.owns(x)], hints)
+        plans = [
+            self.plan(attention, mlp, placement, parallel)
+            for placement in get_args(NormPlacement)
+            for parallel in ((False, True) if placement == "pre" else (False,))
+        ]
+        error, found = min(plans, key=lambda plan: plan[0])
+        if found is None or error > MATCH:
+            self.fail("no placement of norms and residual adds gives its output", error)
+        return dataclasses.replace(found, residual_scale=self.trace.exact(found.residual_scale))
+
+    def feed_forward(self, hints: Sequence[LayerFound]) -> MLPFound | MoEFound:
+        """The mixture of experts where the layer has experts, else the feed-forward block."""
+        hint = next((layer.mlp for layer in hints if isinstance(layer.mlp, MoEFound)), None)
+        mixture = find_moe(self.trace, self.trace.layers[self.index], [*self.linears, *self.norms], hint)
+        if mixture is not None:
+            if mixture[0] is None:
+                self.fail("no mixture of experts gives what the block of the experts gives", mixture[1])
+            return mixture[0]
+        found, error = find_mlp(self.trace, self.linears, self.norms, self.x.shape[1])
+        if found is None:
+            self.fail("no feed-forward block gives what its last linear map reads", error)
+        return found
+
+    def fail(self, what: str, error: float) -> NoReturn:
+        diverged(f"layer {self.index}", what, error)
+
+    def attention(self, left: Sequence[Linear], hints: Sequence[LayerFound]) -> AttentionFound | LatentFound:
+        """Attention, from the linear maps that are not the feed-forward block's."""
+        outs = [x for x in left if x.output.shape[1] == self.x.shape[1]]
+        if len(left) < 2 or not outs:
+            self.fail(f"{len(left)} linear maps are left for attention", np.inf)
+        out = outs[-1]
+        projections = tuple(x for x in left if x is not out)
+        low_rank = find_latent(self.trace, self.index, projections, self.norms, out)
+        if low_rank is not None:
+            if low_rank[0] is None:
+                self.fail("no kind of latent attention gives what its output projection reads", low_rank[1])
+            return low_rank[0]
+        if stray := [x.name for x in projections if not equal(x.inputs, projections[0].inputs)]:
+            self.fail(f"{', '.join(stray)} read something else than the other projections", np.inf)
+        between = self.order(id(projections[0])), self.order(id(out))
+        norms = tuple(norm for norm in self.norms if between[0] < self.order(id(norm)) < between[1])
+        pieces = AttentionPieces(self.index, projections, out, norms, self.giving(out.inputs, ()), self.vectors)
+        specs = dict.fromkeys(h.attention.spec for h in hints if isinstance(h.attention, AttentionFound))
+        found, error = find_attention(self.trace, pieces, list(specs))
+        if found is None:
+            self.fail("no kind of attention gives what its output projection reads", error)
+        return found
+
+    def plan(
+        self,
+        attention: AttentionFound | LatentFound,
+        mlp: MLPFound | MoEFound,
+        placement: NormPlacement,
+        parallel: bool,
+    ) -> tuple[float, LayerFound | None]:
+        """One way to place norms and adds, and how far it is from the layer's output; infinite without the norms."""
+        reads, gives = [attention.inputs, mlp.inputs], [attention.out.output, mlp.output]
+        shared = parallel and equal(*reads)
+        norms: dict[str, NormCall | None] = {}
+        if placement in ("post", "sandwich"):
+            found = [self.reading(output) for output in gives]
+            norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
+            gives = [output if norm is None else norm.output for norm, output in zip(found, gives, strict=True)]
+        if placement in ("pre", "sandwich"):
+            once = np.float32(factor(self.y - self.x, gives[0] + gives[1]))  # the stream gains all that is added
+            found = [self.giving(inputs, (self.x, self.x + once * gives[0])) for inputs in reads]
+            norms |= dict(zip(("pre_attention_norm", "pre_mlp_norm"), found[: 1 if shared else 2], strict=False))
+            reads = [inputs if norm is None else norm.inputs for norm, inputs in zip(found, reads, strict=True)]
+        totals = [reads[1], self.y]
+        if placement == "residual":
+            sums = self.x + gives[0], reads[1] + gives[1]
+            found = [self.giving(total, (added,)) for total, added in zip(totals, sums, strict=True)]
+            norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
+            totals = [total if norm is None else norm.inputs for norm, total in zip(found, totals, strict=True)]
+        present = {name: norm for name, norm in norms.items() if norm is not None}
+        if len(present) < len(norms):
+            return np.inf, None
+        steps = [_Step(self.x, gives[0], totals[0]), _Step(reads[1], gives[1], totals[1])]
+        if parallel:
+            steps = [_Step(self.x, gives[0] + gives[1], self.y)]
+        scale = factor(steps[-1].total - steps[-1].start, steps[-1].added)
+        errors = [distance(step.start + np.float32(scale) * step.added, step.total) for step in steps]
+        errors += [distance(stream, self.x) for stream in (reads if parallel else reads[:1])]
+        return max(errors), LayerFound(attention, mlp, present, placement, parallel, shared, scale)
+
+    def giving(self, output: np.ndarray, streams: Sequence[np.ndarray]) -> NormCall | None:
+        """The norm that gave an array; where none was recorded, one of the streams by code without a module."""
+        recorded = next((norm for norm in self.norms if equal(norm.output, output)), None)
+        if recorded is not None or any(same(stream, output) for stream in streams):
+            return recorded
+        bare = (bare_norm(self.trace, stream, output, self.vectors) for stream in streams)
+        return next((norm for norm in bare if norm is not None), None)
+
+    def reading(self, inputs: np.ndarray) -> NormCall | None:
+        """The norm that read an array."""
+        return next((norm for norm in self.norms if equal(norm.inputs, inputs)), None)

@@ -1,0 +1,236 @@
+"""Finding out how a mixture of experts routes: from its router's logits and from what the block gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.probe import axes
+from convert.probe.experts import Experts, find_experts
+from convert.probe.mlp import ACTIVATION_NAMES, MLPFound, find_mlp
+from convert.probe.trace import CLEAR, MATCH, Call, Linear, NormCall, Trace, distance, equal
+from tide_jax.model.activations import SWIGLU_OAI
+from tide_jax.model.architecture import MoEConfig
+from tide_jax.model.architecture_parts import GroupScore
+from tide_jax.model.moe import choose_experts
+
+_PER_TOKEN = r"top_?k|per_tok|num_select|active|moe_k|used"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEFound:
+    """A mixture of experts.
+
+    Attributes:
+      moe: flags, for all layers.
+      experts: their weights.
+      router, router_bias, correction: parameters.
+      shared, shared_gate: the MLP every token goes through, and the linear map whose sigmoid multiplies it.
+      activation, limit: flags of the decoder.
+      inputs, output: what the block reads and gives.
+      error: of the output.
+      block: name of the module that holds the experts.
+    """
+
+    moe: MoEConfig
+    experts: Experts
+    router: str
+    router_bias: str | None
+    correction: str | None
+    shared: MLPFound | None
+    shared_gate: Linear | None
+    activation: str
+    limit: float | None
+    inputs: np.ndarray
+    output: np.ndarray
+    error: float
+    block: str
+
+    def owns(self, linear: Linear) -> bool:
+        """Whether a linear map is part of the block."""
+        inside = linear.name.startswith(f"{self.block}.")
+        return inside or (self.shared is not None and self.shared.owns(linear)) or linear.weight == self.router
+
+
+@dataclasses.dataclass(frozen=True)
+class _Routing:
+    """A candidate router, and how much of each expert each token gets from it, [T, E]."""
+
+    moe: MoEConfig
+    router: str
+    bias: str | None
+    correction: str | None
+    shares: np.ndarray
+
+
+def find_moe(
+    trace: Trace, layer: str, parts: Sequence[Call], hint: MoEFound | None
+) -> tuple[MoEFound | None, float] | None:
+    """The mixture of experts of a layer, or None where no candidate gives its output; and the closest one's error.
+
+    None altogether where the layer has no experts.
+
+    Args:
+      parts: linear maps and norms of the layer.
+      hint: that of another layer, whose flags are tried first.
+    """
+    stream = trace.call(layer).inputs
+    experts = find_experts(trace, layer, stream.shape[1])
+    if not experts:
+        return None
+    block = _block(trace, layer, experts[0].down.names[0])
+    if block is None:
+        return None, np.inf
+    mixture = _Mixture(trace, layer, parts, block, experts)
+    best, error = mixture.closest(hint)
+    return (best if error <= MATCH else None), error
+
+
+def _block(trace: Trace, layer: str, name: str) -> Call | None:
+    """The outermost module in a layer that holds a parameter and maps the stream to itself."""
+    path = name.removeprefix(f"{layer}.").split(".")
+    stream = trace.call(layer).inputs
+    for depth in range(1, len(path)):
+        module = ".".join([layer, *path[:depth]])
+        call = next((c for c in trace.calls if c.name == module and c.output.shape == stream.shape), None)
+        if call is not None and call.inputs.shape == stream.shape:
+            return call
+    return None
+
+
+class _Mixture:
+    def __init__(
+        self, trace: Trace, layer: str, parts: Sequence[Call], block: Call, experts: Sequence[Experts]
+    ) -> None:
+        self.trace, self.experts, self.block = trace, experts, block
+        used = {name for found in experts for part in found.projections for name in part.names}
+        self.count = len(experts[0].down.stack(trace.weights))
+        self.weights = {n: w for n, w in trace.weights.items() if n.startswith(f"{layer}.") and n not in used}
+        owners = tuple(name.rpartition(".")[0] for name in used)
+        rows = [
+            p for p in parts if isinstance(p, Linear) and len(p.inputs) == len(block.inputs) and p.name not in owners
+        ]
+        self.readers = [p for p in rows if equal(p.inputs, block.inputs)]
+        norms = [part for part in parts if isinstance(part, NormCall)]
+        inner = [p for p in rows if p.name.startswith(f"{block.name}.")]
+        fed = [p for p in rows if p in self.readers or p.output.shape[1] == block.output.shape[1]]
+        self.shared: list[tuple[MLPFound, np.ndarray]] = []
+        for linears, whole_block in ((inner, True), (fed, False)):
+            shared, _ = find_mlp(trace, linears, norms, block.output.shape[1])
+            if shared is not None and equal(shared.inputs, block.inputs):
+                self.shared.append((shared, block.output if whole_block else block.output + shared.output))
+                break
+
+    def closest(self, hint: MoEFound | None) -> tuple[MoEFound | None, float]:
+        """The closest candidate: with the flags of another layer, or else of all."""
+        best, error = None, np.inf
+        for likely in (True, False) if hint is not None else (False,):
+            for found in self.candidates(hint if likely else None):
+                if found.error < error:
+                    best, error = found, found.error
+                if error <= CLEAR:
+                    return best, error
+        return best, error
+
+    def candidates(self, hint: MoEFound | None) -> Iterator[MoEFound]:
+        """Candidates with their errors; only those with the flags of `hint`, where it is given."""
+        choices = None if hint is None else hint.moe
+        routings = list(self.routings(choices))
+        limits = axes.limits(self.trace)
+        activations = [(a, limit) for a in (*ACTIVATION_NAMES, SWIGLU_OAI) for limit in limits]
+        if hint is not None:
+            activations = [(hint.activation, hint.limit)]
+        for experts, (activation, limit) in itertools.product(self.experts, activations):
+            outputs = experts.outputs(self.trace, self.block.inputs, activation, limit)
+            for routing in routings:
+                mixed = np.einsum("etd,te->td", outputs, routing.shares)
+                yield from self.measured(experts, routing, activation, limit, mixed)
+
+    def measured(
+        self, experts: Experts, routing: _Routing, activation: str, limit: float | None, mixed: np.ndarray
+    ) -> Iterator[MoEFound]:
+        """A candidate with its error, with and without a shared expert; factors are fitted."""
+        for shared, target in [*self.shared, (None, self.block.output)]:
+            gates = [p for p in self.readers if p.output.shape[1] == 1] if shared is not None else []
+            for gate in (None, *gates):
+                terms = [mixed]
+                if shared is not None:
+                    opened = 1.0 if gate is None else 1 / (1 + np.exp(-gate.output))
+                    terms.append(shared.output * np.float32(opened))
+                factors = self.factors(terms, target)
+                found = sum(np.float32(f) * term for f, term in zip(factors, terms, strict=True))
+                moe = dataclasses.replace(
+                    routing.moe,
+                    intermediate_size=experts.down.stack(self.trace.weights).shape[1],
+                    scale=factors[0],
+                    expert_bias=bool(experts.biases),
+                    shared_size=0 if shared is None else shared.down.inputs.shape[1],
+                    shared_scale=1.0 if shared is None else factors[1],
+                    shared_gate=gate is not None,
+                )
+                yield MoEFound(
+                    moe, experts, routing.router, routing.bias, routing.correction, shared, gate, activation, limit,
+                    self.block.inputs, target, distance(np.asarray(found), target), self.block.name,
+                )  # fmt: skip
+
+    def factors(self, terms: Sequence[np.ndarray], target: np.ndarray) -> list[float]:
+        """How often each term goes into the target, by least squares."""
+        columns = np.stack([term.reshape(-1) for term in terms]).astype(np.float64)
+        fitted = np.linalg.lstsq(columns @ columns.T, columns @ target.reshape(-1), rcond=None)[0]
+        return [self.trace.exact(float(f)) for f in fitted]
+
+    def routings(self, only: MoEConfig | None) -> Iterator[_Routing]:
+        """Routers of the layer with every way to choose by their logits."""
+        width = self.block.inputs.shape[1]
+        matrices = [n for n, w in self.weights.items() if w.shape == (self.count, width) and "bias" not in n]
+        vectors: list[str | None] = [n for n, w in self.weights.items() if w.size == self.count and w.ndim <= 2]
+        for router, bias in itertools.product(matrices, (None, *vectors)):
+            logits = self.block.inputs @ self.trace.weights[router].T
+            logits = logits if bias is None else logits + self.trace.weights[bias].reshape(-1)
+            for correction in (None, *(v for v in vectors if v != bias)):
+                for moe in self.choices(bias is not None, correction is not None):
+                    if only is not None and moe != _as_chosen(only):
+                        continue
+                    yield _Routing(moe, router, bias, correction, self.shares(moe, logits, correction))
+
+    def choices(self, biased: bool, corrected: bool) -> Iterator[MoEConfig]:
+        named = [int(v) for v in self.trace.numbers(_PER_TOKEN) if 1 <= v <= self.count]
+        groups = [int(v) for v in self.trace.numbers("group") if 1 < v <= self.count and self.count % v == 0]
+        kept = [int(v) for v in self.trace.numbers("group") if v >= 1]
+        grouped = [(n, k, s) for n in groups for k in kept if k < n for s in get_args(GroupScore)]
+        for per_token in dict.fromkeys([*named, *range(1, min(self.count, 4) + 1)]):
+            for score, renormalise in itertools.product(("softmax", "sigmoid"), (True, False)):
+                for correction in ("score", "logit") if corrected else ("none",):
+                    for count, left, by in (*grouped, (1, 1, get_args(GroupScore)[-1])):
+                        yield MoEConfig(
+                            num_experts=self.count,
+                            experts_per_token=per_token,
+                            intermediate_size=0,
+                            score=score,
+                            renormalise=renormalise,
+                            correction=correction,
+                            groups=count,
+                            groups_kept=left,
+                            group_score=by,
+                            router_bias=biased,
+                        )
+
+    def shares(self, moe: MoEConfig, logits: np.ndarray, correction: str | None) -> np.ndarray:
+        """How much of each expert each token gets, [T, E]."""
+        added = None if correction is None else jnp.asarray(self.trace.weights[correction].reshape(-1))
+        weights, chosen = choose_experts(moe, jnp.asarray(logits), added)
+        shares = np.zeros(logits.shape, np.float32)
+        np.put_along_axis(shares, np.asarray(chosen), np.asarray(weights), axis=1)
+        return shares
+
+
+def _as_chosen(moe: MoEConfig) -> MoEConfig:
+    """The flags of a mixture that decide who goes where."""
+    return dataclasses.replace(
+        moe, intermediate_size=0, scale=1.0, expert_bias=False, shared_size=0, shared_scale=1.0, shared_gate=False
+    )

@@ -1,0 +1,148 @@
+"""Which stored tensor is which parameter of the reference, and the weight map that follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from convert.probe.rules import Assigned, Slices
+from convert.sources.open import Source
+from convert.weights.rules import Rule, Target, ignore, move
+from tide_jax.errors import TideError
+
+_SAMPLES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where every parameter of the reference goes.
+
+    Attributes:
+      weights: all parameters by name.
+      layers: each layer's; target paths are relative to the layer.
+      slices: each layer's parts of stacked parameters.
+      outside: all others.
+      left_out: parameters the decoder does not need, with the reason.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    layers: Sequence[Assigned]
+    slices: Sequence[Slices]
+    outside: Assigned
+    left_out: Mapping[str, str]
+
+    def of(self, parameter: str) -> tuple[int | None, tuple[Target, ...]] | None:
+        """The layer (None for none) and the targets of a parameter or part; None where it has none."""
+        if parameter in self.outside:
+            return None, tuple(self.outside[parameter])
+        for layer, (assigned, slices) in enumerate(zip(self.layers, self.slices, strict=True)):
+            if parameter in assigned:
+                return layer, tuple(assigned[parameter])
+            if parameter in slices:
+                return layer, (slices[parameter][1],)
+        return None
+
+
+def weight_map(source: Source, places: Places) -> tuple[Rule, ...]:
+    """The rules of a checkpoint's tensors, one for all layers where the layers agree.
+
+    Raises:
+      TideError: the layers' names do not have the layer's number.
+    """
+    stored = stored_names(source, places)
+    rules: list[Rule] = []
+    in_layers: list[tuple[str, int, tuple[Target, ...]]] = []
+    for name, parameter in stored.items():
+        found = None if parameter is None else places.of(parameter)
+        if found is None:
+            reason = "the reference model has no such parameter" if parameter is None else places.left_out[parameter]
+            rules.append(ignore(move(name).pattern, reason))
+        elif found[0] is None:
+            rules.append(move(name, *found[1]))
+        else:
+            in_layers.append((name, found[0], found[1]))
+    return (*rules, *_by_layer(in_layers))
+
+
+def _by_layer(found: Sequence[tuple[str, int, tuple[Target, ...]]]) -> list[Rule]:
+    position = _number_position([(name, layer) for name, layer, _ in found])
+    grouped: dict[str, dict[tuple[Target, ...], list[tuple[str, int]]]] = {}
+    for name, layer, targets in found:
+        parts = name.split(".")
+        parts[position] = "{layer}"
+        general, targets = _by_expert(parts, targets)
+        grouped.setdefault(general, {}).setdefault(targets, []).append((name, layer))
+    rules = []
+    for template, kinds in grouped.items():
+        if len(kinds) == 1:
+            rules.append(move(template, *(_placed(target, "{layer}") for target in next(iter(kinds)))))
+        else:  # tensors of one name go to different places in different layers
+            rules += [
+                move(name.replace(".{expert}.", "."), *(_placed(target, str(layer)) for target in targets))
+                for targets, names in kinds.items()
+                for name, layer in names
+            ]
+    return rules
+
+
+def _by_expert(parts: list[str], targets: tuple[Target, ...]) -> tuple[str, tuple[Target, ...]]:
+    """A tensor's name and targets with the number of its expert left open, where it is one expert's."""
+    numbers = {target.slot.split(",")[0] for target in targets if target.path.startswith("mlp.experts")}
+    number = numbers.pop() if len(numbers) == 1 else ""
+    if number.isdigit() and parts.count(number) == 1:
+        parts = ["{expert}" if part == number else part for part in parts]
+        targets = tuple(
+            dataclasses.replace(target, slot=",".join(["{expert}", *target.slot.split(",")[1:]])) for target in targets
+        )
+    return ".".join(parts), targets
+
+
+def _placed(target: Target, layer: str) -> Target:
+    return dataclasses.replace(target, path=f"layers.{layer}.{target.path}")
+
+
+def _number_position(names: Sequence[tuple[str, int]]) -> int:
+    """Which part of the tensors' names is the layer's number."""
+    common = None
+    for name, layer in names:
+        found = {i for i, part in enumerate(name.split(".")) if part == str(layer)}
+        common = found if common is None else common & found
+    if not common:
+        raise TideError("the layers' tensors are not named by the layer's number: no weight map can be written")
+    return min(common)
+
+
+def stored_names(source: Source, places: Places) -> dict[str, str | None]:
+    """The parameter (or part of one) that each stored tensor is: by its name, the end of its name, or its numbers.
+
+    None is a tensor the reference does not have.
+    """
+    known = dict(places.weights)
+    unnamed = {name: w for name, w in known.items() if name not in source.tensors}
+    for slices in places.slices:
+        unnamed |= {name: array for name, (array, _) in slices.items()}
+    by_numbers: dict[tuple, list[str]] = {}
+    for name, array in unnamed.items():
+        by_numbers.setdefault(_fingerprint(array), []).append(name)
+    found: dict[str, str | None] = {}
+    for name, info in source.tensors.items():
+        if name in known and known[name].shape == info.shape:
+            found[name] = name
+            continue
+        tensor = source.read(name).astype(np.float32)
+        fitting = [p for p in by_numbers.get(_fingerprint(tensor), ()) if np.array_equal(unnamed[p], tensor)]
+        found[name] = max(fitting, key=lambda p: _common_end(p, name), default=None)
+    return found
+
+
+def _fingerprint(array: np.ndarray) -> tuple:
+    """The shape and a few numbers."""
+    places = np.unravel_index(np.linspace(0, max(array.size - 1, 0), _SAMPLES).astype(int), array.shape)
+    return array.shape, array[places].astype(np.float32).tobytes() if array.size else b""
+
+
+def _common_end(a: str, b: str) -> int:
+    """Characters two names have in common at their ends."""
+    return next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))

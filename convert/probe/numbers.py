@@ -1,0 +1,92 @@
+"""Attention on recorded numbers: what a candidate gives, and the scale that a recorded output gives away."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.probe.heads import repeated
+from tide_jax.model.architecture import AttentionType, RopeConfig
+from tide_jax.model.attention.grouped import attention_context
+from tide_jax.model.rotary import rope_tables
+
+_MIXED = (0.02, 0.98)  # shares of a key from which scores can be told
+
+
+def rotated(x: np.ndarray, rope: RopeConfig | None, length: int) -> np.ndarray:
+    """Queries or keys [T, N, hd] turned by their positions: those of the first tokens of a row of `length`."""
+    if rope is None:
+        return x
+    cos, sin = (table[: len(x)] for table in _tables(dataclasses.replace(rope, interleaved=False), length))
+    size = 2 * cos.shape[-1]
+    pairs = slice(size // 2), slice(size // 2, size)
+    if rope.interleaved:
+        pairs = slice(0, size, 2), slice(1, size, 2)
+    turned = x.copy()
+    turned[..., pairs[0]] = x[..., pairs[0]] * cos - x[..., pairs[1]] * sin
+    turned[..., pairs[1]] = x[..., pairs[1]] * cos + x[..., pairs[0]] * sin
+    return turned
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(rope: RopeConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, [T, 1, R] each."""
+    tables = rope_tables(rope, jnp.arange(length, dtype=jnp.int32)[None], jnp.int32(length))
+    return np.asarray(tables[0])[0, :, None], np.asarray(tables[1])[0, :, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _span(kind: AttentionType, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which keys each query sees [T, T], and what is added to the scores [H, T, T]."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    span = attention_context(dataclasses.replace(kind, rope=None), positions, jnp.int32(length), None).new
+    return np.asarray(span.mask)[0], None if span.bias is None else np.asarray(span.bias)[0]
+
+
+def mixed(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, kind: AttentionType, softcap: float | None, sinks: np.ndarray | None
+) -> np.ndarray:
+    """What attention gives, [T, H, hv], for rotated queries [T, H, hd] and keys [T, KV, hd] and for values."""
+    keys, values = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+    scores = np.matmul(q.swapaxes(0, 1), keys.transpose(1, 2, 0)) * np.float32(kind.scale)  # [H, T, S]
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    mask, bias = _span(_visible(kind), len(q))
+    scores = np.where(mask[None], scores if bias is None else scores + bias, -np.inf)
+    if sinks is not None:
+        scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=-1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True))[..., : len(k)]
+    return np.matmul(weights, values.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _visible(kind: AttentionType) -> AttentionType:
+    """An attention type without the flags that masks and biases do not depend on."""
+    return dataclasses.replace(kind, rope=None, qk_norm=None, scale=kind.scale if kind.alibi_bfloat16 else 1.0)
+
+
+def fitted_scale(q: np.ndarray, k: np.ndarray, v: np.ndarray, output: np.ndarray, kind: AttentionType) -> float | None:
+    """The scale of query-key products, from what the second token gets of the first two tokens' values.
+
+    Args:
+      q, k, v: rotated queries and keys, and values, as for `mixed`.
+      output: what attention gives, [T, H, hv].
+    """
+    keys, values = repeated(k[:2], q.shape[1]), repeated(v[:2], q.shape[1])
+    gram = np.einsum("shd,rhd->hsr", values, values)
+    if np.linalg.cond(gram).max() > 1e6:
+        return None
+    shares = np.linalg.solve(gram, np.einsum("shd,hd->hs", values, output[1])[..., None])[..., 0]
+    part = shares[:, 0] / shares.sum(1)
+    told = (shares > 0).all(1) & (part > _MIXED[0]) & (part < _MIXED[1])
+    if not told.any():
+        return None
+    scores = np.log(shares[told, 0] / shares[told, 1])
+    if kind.alibi and not kind.alibi_bfloat16:
+        scores = scores + np.asarray(kind.alibi)[told]  # the first token is one further away
+    raw = np.einsum("hd,shd->hs", q[1], keys)
+    raw = (raw[:, 0] - raw[:, 1])[told]
+    return float(raw @ scores / max(float(raw @ raw), 1e-30))

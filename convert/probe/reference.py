@@ -1,0 +1,237 @@
+"""The model a probe is measured against: transformers' class for a checkpoint, or the checkpoint's own code.
+
+Code that lies in a checkpoint runs only when it is trusted explicitly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.quiet import quiet_transformers
+from convert.sources.open import Source
+from tide_jax.errors import TideError
+
+_AUTO = "AutoModelForCausalLM"
+_SMALL_WINDOW = 7
+_NO_WINDOWS = ("layer", "pattern", "stride")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A loaded model, in float32, that says what a checkpoint computes.
+
+    Attributes:
+      model: the PyTorch module.
+      route: where its code came from, for the report.
+      hf: its configuration object.
+      windows: the true size of each attention window, by the small one it was given to be seen in a short row.
+    """
+
+    model: Any
+    route: str
+    hf: Any
+    windows: Mapping[int, int]
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits [T, V] of one row of tokens [T]."""
+        import torch
+
+        ids = torch.tensor(tokens[None], dtype=torch.int64)
+        with torch.no_grad():
+            out = self.model(ids, **_arguments(self.model, ids))
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        if logits is None:
+            logits = out[0] if isinstance(out, tuple | list) else out
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[1] != len(tokens):
+            raise TideError(f"{self.route} does not give logits [B, T, V] of every token, so nothing can be compared")
+        return logits[0].float().numpy()
+
+
+def _arguments(model: Any, ids: Any) -> dict[str, Any]:
+    """What a model's forward needs besides tokens, and no cache."""
+    import torch
+
+    taken = dict(list(inspect.signature(model.forward).parameters.items())[1:])
+    given: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
+    for name, parameter in taken.items():
+        if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            if "mask" in name:
+                given[name] = torch.ones_like(ids)
+            elif "pos" in name:
+                given[name] = torch.arange(ids.shape[1])[None]
+    return given
+
+
+def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bool) -> Reference:
+    """Loads the model of a checkpoint that is in no table.
+
+    Args:
+      source: a Hugging Face directory.
+      trust_remote_code: run the Python code the checkpoint brings.
+      small_windows: attention windows longer than a short row are cut to a few tokens, so that they can be seen.
+
+    Raises:
+      TideError: no code for the model is at hand, it is not trusted, or it does not load this checkpoint.
+    """
+    build = _route(source, trust_remote_code)
+    try:
+        hf = build.config()
+        windows = _cut_windows(hf) if small_windows else {}
+        model, missing = build.model(hf)
+    except TideError:
+        raise
+    except Exception as error:  # the checkpoint's own code may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TideError(f"{build.name} cannot load {source.description} to probe it: {reason}") from error
+    if missing:
+        raise TideError(
+            f"{build.name} does not fit {source.description}: {len(missing)} of its weights are not in the checkpoint "
+            f"({', '.join(sorted(missing)[:3])}), so it cannot say what the model computes"
+        )
+    return Reference(model.float().eval(), build.name, hf, windows)
+
+
+class _KnownClass:
+    """A model class of the installed transformers."""
+
+    def __init__(self, source: Source, name: str, model_class: Any) -> None:
+        self.source, self.name, self.model_class = source, name, model_class
+        self.directory = source.files[0].parent
+
+    def config(self) -> Any:
+        values = {name: value for name, value in self.source.config.items() if name != "model_type"}
+        return self.model_class.config_class.from_dict(values)
+
+    def model(self, hf: Any) -> tuple[Any, set[str]]:
+        """The model and the names of its weights that the checkpoint does not have."""
+        return self.loaded(self.model_class, hf)
+
+    def loaded(self, model_class: Any, hf: Any, **options: Any) -> tuple[Any, set[str]]:
+        import torch
+
+        place: Any = self.directory
+        if getattr(self.source, "rewritten", False):  # an adapter is merged, or weights are dequantised
+            place, options = None, options | {"state_dict": _tensors(self.source)}
+        options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(place, config=hf, **options)
+        return model, set(info["missing_keys"])
+
+
+class _KnownType(_KnownClass):
+    """A model type of the installed transformers."""
+
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+
+    def model(self, hf: Any) -> tuple[Any, set[str]]:
+        return self.loaded(self.model_class, hf, trust_remote_code=False)
+
+
+class _OwnCode(_KnownType):
+    """The checkpoint's own Python code, which the user trusts."""
+
+    def __init__(self, source: Source, reference: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        super().__init__(source, f"the checkpoint's {reference}", AutoModelForCausalLM)
+        self.reference = reference
+
+    def config(self) -> Any:
+        from transformers import AutoConfig, PretrainedConfig
+
+        if "AutoConfig" in self.source.config["auto_map"]:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=True)
+        config_class = getattr(self._own_class(), "config_class", None) or PretrainedConfig
+        return config_class.from_dict(dict(self.source.config))
+
+    def model(self, hf: Any) -> tuple[Any, set[str]]:
+        if getattr(self.source, "rewritten", False):
+            return self._by_hand(hf)
+        try:
+            return self.loaded(self.model_class, hf, trust_remote_code=True)
+        except Exception as first:  # code written for other versions of transformers, or for none
+            try:
+                return self._by_hand(hf)
+            except Exception:
+                raise first from None
+
+    def _own_class(self) -> Any:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(self.reference, str(self.directory))
+
+    def _by_hand(self, hf: Any) -> tuple[Any, set[str]]:
+        """Makes the module and copies the checkpoint's tensors into it by their names."""
+        model, tensors = self._own_class()(hf), _tensors(self.source)
+        model.load_state_dict(tensors, strict=False)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {parameters[name].data_ptr() for name in tensors if name in parameters}
+        return model, {name for name, parameter in parameters.items() if parameter.data_ptr() not in loaded}
+
+
+def _tensors(source: Source) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.tensors}
+
+
+def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
+    """Where the modelling code of a checkpoint is to be had."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = source.config
+    model_type, own = values.get("model_type"), (values.get("auto_map") or {}).get(_AUTO)
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if own is not None and not known and not trust_remote_code:
+        raise TideError(
+            f"{source.description} brings its own Python code ({own}): read that code, then let "
+            "'tide-jax convert SRC DST --trust-remote-code' run it and probe what it computes"
+        )
+    _require_torch(source)
+    import transformers
+
+    if known:
+        return _KnownType(source, f"transformers' {model_type}", transformers.AutoModelForCausalLM)
+    if own is not None:
+        return _OwnCode(source, own)
+    names = [name for name in values.get("architectures") or [] if isinstance(name, str)]
+    for name in names:
+        found = getattr(transformers, name, None)
+        if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
+            return _KnownClass(source, f"transformers' {name}", found)
+    classes = f"architectures {', '.join(names)}" if names else "any architectures"
+    raise TideError(
+        f"neither does the installed transformers know it or {classes}, and {source.description} brings no code of its "
+        "own"
+    )
+
+
+def _require_torch(source: Source) -> None:
+    missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TideError(
+            f"{source.description} would have to be probed, with its own model in PyTorch: run `pip install "
+            f"{' '.join(missing)}` first"
+        )
+
+
+def _cut_windows(hf: Any) -> dict[int, int]:
+    """Gives every window longer than a few tokens a short length, a different one for each; returns the true ones."""
+    cut: dict[int, int] = {}
+    for part in (hf, *(getattr(hf, name, None) for name in getattr(hf, "sub_configs", {}))):
+        for name, value in vars(part).items() if part is not None else ():
+            is_window = ("window" in name or "chunk" in name) and not any(word in name for word in _NO_WINDOWS)
+            if is_window and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                small = next((s for s, v in cut.items() if v == value), min(value, _SMALL_WINDOW + 2 * len(cut)))
+                cut[small] = value
+                setattr(part, name, small)
+    return cut

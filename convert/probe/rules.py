@@ -1,0 +1,159 @@
+"""Weight maps made from what a probe found, and their JSON form: an export needs them again when the model is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from convert.probe.heads import Heads
+from convert.probe.trace import Linear, NormCall
+from convert.weights.rules import Rule, Take, Target, whole
+from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
+
+Assigned = dict[str, list[Target]]
+"""Where each parameter of the reference goes."""
+
+
+Slices = dict[str, tuple[np.ndarray, Target]]
+"""Parts of stacked parameters that a checkpoint may store by themselves, with the place of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """Outputs of a linear map: `count` runs of `width` channels, `stride` apart from `start` on, as a view.
+
+    Attributes:
+      transposed: the weight is stored [out, in].
+      heads: runs and channels stay axes of their own.
+    """
+
+    transposed: bool
+    start: int
+    count: int
+    stride: int
+    width: int
+    heads: bool = False
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig | None = None) -> np.ndarray:
+        x = a.swapaxes(-1, -2) if self.transposed else a
+        first, offset = divmod(self.start, self.stride)
+        runs = x.reshape(*x.shape[:-1], -1, self.stride)
+        runs = runs[..., first : first + self.count, offset : offset + self.width]
+        return runs if self.heads else runs.reshape(*x.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A linear map's weight as [heads, hd, out]."""
+
+    transposed: bool
+    heads: int
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        x = a.T if self.transposed else a
+        return x.reshape(self.heads, -1, x.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Oriented:
+    """A linear map's weight as [..., in, out], stored [..., out, in]."""
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig | None = None) -> np.ndarray:
+        return a.swapaxes(-1, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+    """A tensor with other axes."""
+
+    shape: tuple[int, ...]
+
+    def __call__(self, a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        return a.reshape(self.shape)
+
+
+_TAKES = {kind.__name__: kind for kind in (Channels, Inputs, Oriented, Shaped)}
+
+
+def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") -> None:
+    """A whole linear map; `slot` indexes the parameter without the kernel's input axis."""
+    take = Oriented() if linear.transposed else whole
+    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias", slot=slot))
+
+
+def add_channels(assigned: Assigned, linear: Linear, path: str, take: Channels, slot: str = "") -> None:
+    """Some outputs of a linear map."""
+    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias", dataclasses.replace(take, transposed=False), slot))
+
+
+def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> None:
+    """Heads of a projection; `part` is the slot behind the heads' axis."""
+    linear, width, starts = heads.linear, heads.width, heads.starts
+    strides = {b - a for a, b in itertools.pairwise(starts)} or {width}
+    stride = next(iter(strides))
+    if len(strides) == 1 and linear.output.shape[1] % stride == 0 and starts[0] % stride + width <= stride:
+        take = Channels(linear.transposed, starts[0], len(starts), stride, width, heads=True)
+        add_channels(assigned, linear, path, take, f":, {part}" if part else "")
+        return
+    for head, start in enumerate(starts):  # a run of heads that other heads interrupt is no view
+        take = Channels(linear.transposed, start, 1, width, width)
+        add_channels(assigned, linear, path, take, f"{head}, {part}" if part else f"{head}")
+
+
+def add_out(assigned: Assigned, linear: Linear, path: str, heads: int) -> None:
+    """The output projection of attention."""
+    _add(assigned, linear.weight, Target(f"{path}.kernel", Inputs(linear.transposed, heads)))
+    if linear.bias is not None:
+        _add(assigned, linear.bias, Target(f"{path}.bias"))
+
+
+def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[int, ...] | None = None) -> None:
+    """A norm's weights, in another shape where one is given."""
+    for name, part in ((norm.scale, "scale"), (norm.bias, "bias")) if norm is not None else ():
+        if name is not None:
+            _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
+
+
+def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole) -> None:
+    """One parameter."""
+    _add(assigned, name, Target(path, take))
+
+
+def _add(assigned: Assigned, name: str, target: Target) -> None:
+    assigned.setdefault(name, []).append(target)
+
+
+def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
+    """A probed weight map as JSON-ready values; `from_json` reads them back."""
+    return [
+        {"pattern": rule.pattern, "reason": rule.reason, "targets": [_target_json(target) for target in rule.targets]}
+        for rule in rules
+    ]
+
+
+def _target_json(target: Target) -> dict[str, Any]:
+    take = {} if target.take is whole else {"kind": type(target.take).__name__, **vars(target.take)}
+    return {"path": target.path, "slot": target.slot, "take": take}
+
+
+def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """Inverse of `to_json`. Raises TideError for what it did not write."""
+    try:
+        return tuple(Rule(entry["pattern"], tuple(map(_target, entry["targets"])), entry["reason"]) for entry in values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TideError(f"the recorded weight map is damaged ({error}): convert the checkpoint again") from error
+
+
+def _target(values: Mapping[str, Any]) -> Target:
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
+    kind = fields.pop("kind", None)
+    return Target(values["path"], whole if kind is None else _TAKES[kind](**fields), values["slot"])

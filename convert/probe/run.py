@@ -1,0 +1,196 @@
+"""Probing models that are in no table: what they compute is found out from their numbers, and proven by their logits.
+
+The model's own code (transformers', or the checkpoint's) runs on one row of random tokens and every linear map, norm
+and table in it is recorded. From the recorded arrays each part's flags are found out, layer by layer, as the candidate
+that gives the next recorded array. What comes out is a decoder configuration and a weight map, and these are accepted
+only if the decoder they make gives the model's logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.probe.decoder import context_length, decoder_of, places_of
+from convert.probe.layer import find_layer
+from convert.probe.names import weight_map
+from convert.probe.outside import find_embedding, find_head
+from convert.probe.record import record
+from convert.probe.reference import Reference, load_reference
+from convert.probe.rules import to_json
+from convert.probe.trace import MATCH, Trace, distance
+from convert.sources.open import Source
+from convert.verify import TOLERANCE, Verification, check_spread, compared, excess
+from convert.weights.rules import Rule, coverage
+from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import Decoder, from_parameters
+
+logger = logging.getLogger(__name__)
+_LENGTH, _LONGEST = 64, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A model that was found out.
+
+    Attributes:
+      config: its architecture.
+      rules: its weight map.
+      report: JSON-ready: whose code it was measured against ("measured_against"), how far logits are ("verification"),
+        what a table entry would say ("flags", "weight_map"), and what had to be taken from config.json ("assumed").
+    """
+
+    config: DecoderConfig
+    rules: tuple[Rule, ...]
+    report: dict[str, Any]
+
+
+def probe(source: Source, *, trust_remote_code: bool = False) -> Probed:
+    """Finds out what a checkpoint computes whose model type is in no table.
+
+    Needs torch, and memory for the model in float32 twice.
+
+    Args:
+      source: a Hugging Face directory.
+      trust_remote_code: run the Python code the checkpoint brings, where transformers has none for it.
+
+    Raises:
+      TideError: there is no code to measure against, or it is not trusted; or nothing that can be expressed gives the
+        model's numbers: names the first layer and part that differs, and by how much.
+    """
+    reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=True)
+    try:
+        probed = _propose(source, record(reference))
+        if reference.windows:
+            reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
+        model = from_parameters(probed.config, _assembled(source, probed), dtype=jnp.dtype(jnp.float32))
+        proof = _compare(reference, model)
+        if not proof.relative <= TOLERANCE:
+            raise TideError(f"{_too_far(proof)}: {_first_difference(reference, model)}")
+    except Exception as error:  # a model of any kind may do anything to the search
+        reason = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, TideError) else f"{type(error).__name__}: "
+        raise TideError(f"{source.description} was probed and cannot be converted: {kind}{reason}") from error
+    report = probed.report | {"verification": dataclasses.asdict(proof)}
+    measured, flags = report["measured_against"], report["flags"]
+    logger.info("%s is in no table; found against %s: %s", source.description, measured, flags)
+    return dataclasses.replace(probed, report=report)
+
+
+def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_remote_code: bool = False) -> Verification:
+    """Compares a converted model's logits with those of the code it was probed against.
+
+    Args:
+      source: what was converted.
+      model: the result, loaded in float32.
+      stored: the dtype it was stored in; the reference's weights are rounded to it too.
+
+    Raises:
+      TideError: as `convert.verify.verify_conversion`.
+    """
+    import torch
+
+    reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
+    with torch.no_grad():
+        for parameter in reference.model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, stored.name)))
+    proof = _compare(reference, model)
+    if (far := excess(proof)) is not None:
+        raise TideError(
+            f"logits differ {far}, over {proof.tokens} tokens: nothing was written, please report the model"
+        )
+    return proof
+
+
+def _propose(source: Source, trace: Trace) -> Probed:
+    """The configuration and the weight map that give every recorded array."""
+    embedding = find_embedding(trace)
+    layers = []
+    for index in range(len(trace.layers)):
+        layers.append(find_layer(trace, index, layers))
+    head = find_head(trace)
+    config = decoder_of(trace, str(source.config.get("model_type")), embedding, layers, head)
+    places = places_of(trace, config, embedding, layers, head)
+    rules = weight_map(source, places)
+    report: dict[str, Any] = {
+        "measured_against": trace.reference.route,
+        "flags": _unusual(config),
+        "weight_map": to_json(rules),
+        "assumed": _assumed(config, context_length(trace, embedding)[1]),
+    }
+    return Probed(config, rules, report)
+
+
+def _assumed(config: DecoderConfig, context_known: bool) -> list[str]:
+    """What short rows of ordinary numbers do not show: the configuration's word is taken for it."""
+    assumed = [] if context_known else [f"max_positions={config.max_positions}: the configuration does not say"]
+    for name in ("activation_limit", "clip_qkv"):
+        if (value := getattr(config, name)) is not None:
+            assumed.append(f"{name}={value}: numbers may not have reached it")
+    kinds = {kind.rope.kind for kind in config.attention_types if kind.rope} & {"dynamic", "longrope"}
+    return assumed + [f"{kind} rotary embeddings of longer texts" for kind in sorted(kinds)]
+
+
+def _unusual(config: DecoderConfig) -> dict[str, Any]:
+    """The flags that are not at their default."""
+    values = config.to_dict()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if getattr(config, name) != defaults[name]}
+
+
+def _compare(reference: Reference, model: Decoder) -> Verification:
+    """Logits on random tokens: of a long row, and of a shorter one that is padded on the left for the decoder."""
+    config = model.config
+    windows = [2 * kind.window for kind in config.attention_types if kind.window and 2 * kind.window <= _LONGEST]
+    length = min(max([_LENGTH, *windows]), config.max_positions)
+    start = length // 3
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, length))
+    positions = np.stack([np.arange(length), np.maximum(np.arange(length) - start, -1)])
+    out = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
+    found = np.concatenate([out[0], out[1, start:]])
+    reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until there is a short one
+    expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
+    check_spread("the probed model", expected)
+    return compared(found, expected, length, model.weights)
+
+
+def _too_far(proof: Verification) -> str:
+    return (
+        f"logits differ by {proof.relative:.1e} of their range over {proof.tokens} tokens, expected at most "
+        f"{TOLERANCE:.0e}"
+    )
+
+
+def _first_difference(reference: Reference, model: Decoder) -> str:
+    """The first part of the decoder whose output is not the reference's."""
+    trace = record(reference)
+    positions = jnp.arange(len(trace.tokens), dtype=jnp.int32)[None]
+    x = model.embed_tokens(jnp.asarray(trace.tokens, jnp.int32)[None], positions)
+    streams, contexts = [x], model.contexts(positions, None)
+    for layer in model.layers:
+        x, _ = layer(x, contexts, None)
+        streams.append(x)
+    calls = [trace.call(name) for name in trace.layers]
+    expected = [calls[0].inputs, *(call.output for call in calls), trace.logits]
+    found = [*streams, model.logits(model.final_norm(x))]
+    names = ["the embedding", *(f"layer {i}" for i in range(len(calls))), "the head"]
+    for name, a, b in zip(names, found, expected, strict=True):
+        if (error := distance(np.asarray(a)[0], b)) > MATCH:
+            return f"{name} diverges first, by {error:.1e} of the range"
+    return f"no part of it does on {len(trace.tokens)} tokens"
+
+
+def _assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
+    """Each parameter in turn, float32, put together from its pieces."""
+    plan = coverage(source.tensors, probed.rules, probed.config)
+    for path, pieces in plan.by_path().items():
+        parameter = np.empty(plan.shapes[path], np.float32)
+        for piece in pieces:
+            parameter[piece.slot] = piece.take(source.read(piece.source), probed.config)
+        yield path, parameter

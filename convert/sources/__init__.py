@@ -1,0 +1,1 @@
+"""Where weights come from: directories, hub repositories, GGUF files, adapters."""

@@ -1,0 +1,1 @@
+"""Checkpoints in GGUF, llama.cpp's file format."""

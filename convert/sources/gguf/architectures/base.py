@@ -1,0 +1,294 @@
+"""What the entries of the architecture table share: name tables, arrangements to undo, and configuration values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.sources.gguf.defaults import default
+from convert.sources.gguf.hyperparameters import Hyperparameters
+from convert.sources.gguf.rope import rope_parameters
+from convert.sources.gguf.tensors import Config, Place, To, Undo
+
+Names = Mapping[str, Place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How one GGUF architecture maps to a Hugging Face model.
+
+    Attributes:
+      config: hyperparameters to config.json without token ids, `model_type` included.
+      block: name inside `blk.N.` -> place inside a layer; a module's name stands for its weight and its bias. A
+        function of the hyperparameters where it depends on the file.
+      top: name of a module or tensor outside the layers -> place.
+      layers: what the checkpoint's layers are called.
+      constants: tensors of the checkpoint that a file has as hyperparameters, by name.
+    """
+
+    config: Callable[[Hyperparameters], dict[str, Any]]
+    block: Names | Callable[[Hyperparameters], Names]
+    top: Names = dataclasses.field(default_factory=lambda: TOP)
+    layers: str = "model.layers"
+    constants: Callable[[Hyperparameters], dict[str, np.ndarray]] = lambda hp: {}
+
+
+# -------------------------------------------------------------------------------------------------------------- names
+
+TOP: Names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ATTENTION: Names = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+MLP: Names = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+EXPERTS: Names = {
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_exps": To("mlp.experts.{i}.gate_proj"),
+    "ffn_up_exps": To("mlp.experts.{i}.up_proj"),
+    "ffn_down_exps": To("mlp.experts.{i}.down_proj"),
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+PRE_NORMS: Names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+POST_NORMS: Names = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+LLAMA: Names = {**PRE_NORMS, **ATTENTION, **MLP}
+
+
+# ------------------------------------------------------------------------------------------------ arrangements to undo
+
+
+def _halves(heads: str) -> Undo:
+    """Rows [heads, half, 2] back to [heads, 2, half], flattened.
+
+    llama.cpp rotates neighbouring rows of a head together, transformers row i with row ``i + half``.
+    """
+
+    def undo(a: np.ndarray, c: Config) -> np.ndarray:
+        pairs = a.reshape(c[heads], -1, 2, *a.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(a.shape)
+
+    return undo
+
+
+def minus_one(a: np.ndarray, c: Config) -> np.ndarray:
+    """Norms of the form ``1 + weight`` are stored with the one added."""
+    return a - np.ones((), a.dtype)
+
+
+def transposed(a: np.ndarray, c: Config) -> np.ndarray:
+    """A matrix with its axes swapped."""
+    return a.T
+
+
+def head_by_head(a: np.ndarray, c: Config) -> np.ndarray:
+    """Rows [(q, k, v), heads, head_dim] to [heads, (q, k, v), head_dim], flattened."""
+    parts = a.reshape(3, c["num_attention_heads"], -1, *a.shape[1:])
+    return parts.swapaxes(0, 1).reshape(a.shape)
+
+
+PERMUTED: Names = {
+    "attn_q": To("self_attn.q_proj", _halves("num_attention_heads")),
+    "attn_k": To("self_attn.k_proj", _halves("num_key_value_heads")),
+}
+PERMUTED_WEIGHTS: Names = {
+    "attn_q.weight": To("self_attn.q_proj.weight", _halves("num_attention_heads")),
+    "attn_k.weight": To("self_attn.k_proj.weight", _halves("num_key_value_heads")),
+}
+
+
+def shifted(names: Names, *modules: str) -> Names:
+    """`names` where the weights of some norms have one added."""
+    return {**names, **{f"{module}.weight": To(f"{names[module]}.weight", minus_one) for module in modules}}
+
+
+# ------------------------------------------------------------------------------------------------ configuration values
+
+
+def decoder(
+    hp: Hyperparameters,
+    model_type: str,
+    *,
+    partial: bool = False,
+    head_dim: int | None = None,
+    rope: dict[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+    **fields: Any,
+) -> dict[str, Any]:
+    """The values nearly every config.json has, with `fields` on top.
+
+    Args:
+      partial: the family may rotate a part of a head's channels.
+      head_dim: config.json's, where that is not the width of every head.
+      rope: rotary settings, where they are not the usual ones.
+      without: values the family does not have.
+    """
+    hidden, heads, context = hp.take("embedding_length"), hp.take("attention.head_count"), hp.take("context_length")
+    if head_dim is None:
+        head_dim = hp.take("attention.key_length")
+        hp.expect("attention.value_length", head_dim)
+    hp.expect("attention.causal", True)
+    if (window := hp.once("attention.sliding_window")) and window < context:
+        raise hp.refuse(f"attention.sliding_window={window}: not supported, expected attention to all tokens")
+    if count := hp.once("expert_count"):
+        raise hp.refuse(f"expert_count={count}: not supported, expected 0")
+    hp.ignore("vocab_size", "attention.sliding_window_pattern", "expert_used_count")
+    common = {
+        "model_type": model_type,
+        "vocab_size": vocab_size(hp),
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": hp.once("feed_forward_length") or None,
+        "num_hidden_layers": hp.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": hp.once("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rope_parameters": rotary(hp, head_dim, context, partial) if rope is None else rope,
+        "tie_word_embeddings": "output.weight" not in hp.tensors,
+    }
+    return {name: value for name, value in common.items() if value is not None and name not in without} | fields
+
+
+def vocab_size(hp: Hyperparameters) -> int:
+    """Rows of the embedding. Raises TideError without one."""
+    embedding = hp.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise hp.refuse("token_embd.weight is missing, expected a whole language model")
+    return embedding.shape[0]
+
+
+def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
+    """Rotary settings; TideError where only a part of each head is rotated but the family rotates all of it."""
+    width = hp.take("rope.dimension_count")
+    if width != head_dim and not partial:
+        raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
+    rope = rope_parameters(hp, width, context)
+    if (local := hp.once("rope.freq_base_swa", rope["rope_theta"])) != rope["rope_theta"]:
+        raise hp.refuse(f"rope.freq_base_swa={local}: not supported, expected {rope['rope_theta']}")
+    # Said even of a whole head: some families' configurations rotate a part of it by default.
+    return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
+
+
+def _share(part: int, whole: int) -> float:
+    """The fraction that gives `part` of `whole` when the product is cut to an integer."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, math.inf)
+
+
+def rms(hp: Hyperparameters) -> dict[str, Any]:
+    """The eps of RMS norms."""
+    return {"rms_norm_eps": hp.take("attention.layer_norm_rms_epsilon")}
+
+
+def layer_norm(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
+    """The eps of LayerNorms under a family's name."""
+    return {name: hp.take("attention.layer_norm_epsilon")}
+
+
+def biases(hp: Hyperparameters) -> dict[str, Any]:
+    """Llama's switches of biases."""
+    return {"attention_bias": hp.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": hp.has("ffn_up.bias")}
+
+
+def multipliers(hp: Hyperparameters) -> dict[str, Any]:
+    """Granite's, 0 where one is not applied. Raises TideError for a model without rotary embedding, which Granite marks
+    as not fine-tuned.
+
+    Files of models that could have had state-space layers give those layers' sizes all the same.
+    """
+    hp.expect("rope.scaling.finetuned", True)
+    sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+    hp.ignore(*(f"ssm.{name}" for name in sizes))
+    return {
+        "attention_multiplier": hp.take("attention.scale") or hp.peek("attention.key_length") ** -0.5,
+        "embedding_multiplier": hp.take("embedding_scale") or 1.0,
+        "residual_multiplier": hp.take("residual_scale") or 1.0,
+        "logits_scaling": hp.take("logit_scale"),
+    }
+
+
+def local_rotary(hp: Hyperparameters) -> dict[str, Any]:
+    """Rotary settings of layers with a window, where those are not scaled."""
+    return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa")}
+
+
+def clamp(hp: Hyperparameters) -> float | None:
+    """What queries, keys and values are clipped at, None where they are not: 0 in a file."""
+    return hp.take("attention.clamp_kqv") or None
+
+
+def inner_size(hp: Hyperparameters) -> int:
+    """Hidden width of a plain MLP: the converter writes four times the model's, whatever the matrices have."""
+    stated = hp.once("feed_forward_length")
+    up = hp.tensors.get("blk.0.ffn_up.weight")
+    return stated if up is None else up.shape[0]
+
+
+def sliding(hp: Hyperparameters) -> dict[str, Any]:
+    """The window and the layers that have it: those the pattern lists, or all but each one at the end of a period."""
+    window = hp.take("attention.sliding_window")
+    pattern = hp.take_list("attention.sliding_window_pattern")
+    if not window:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * hp.layers}
+    if isinstance(pattern, bool) or (isinstance(pattern, list) and len(pattern) < hp.layers):
+        raise hp.refuse(f"attention.sliding_window_pattern is no period and no list of {hp.layers} layers")
+    if isinstance(pattern, list):
+        slides = [bool(flag) for flag in pattern[: hp.layers]]
+    else:
+        slides = [not pattern or layer % pattern < pattern - 1 for layer in range(hp.layers)]
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "softmax") -> dict[str, Any]:
+    """How many experts there are, how many a token uses and how wide they are.
+
+    Args:
+      count: config.json's name of their number.
+      scores: the only scoring function of the family, "softmax" or "sigmoid".
+    """
+    number, found = {"softmax": 1, "sigmoid": 2}[scores], scoring(hp)
+    if found != number:
+        raise hp.refuse(f"expert_gating_func={found}: not supported, expected {number}")
+    total, used, width = hp.take("expert_count"), hp.take("expert_used_count"), hp.take("expert_feed_forward_length")
+    if not 1 <= used <= total:
+        raise hp.refuse(
+            f"expert_used_count={used}: not supported with expert_count={total}, expected 1 or more of them"
+        )
+    return {
+        count: total,
+        "num_experts_per_tok": used,
+        **({} if width is None else {"moe_intermediate_size": width}),
+    }
+
+
+def scoring(hp: Hyperparameters) -> int:
+    """llama.cpp's number of the function that scores experts: 1 softmax, 2 sigmoid; 0 in a file leaves it open."""
+    return hp.take("expert_gating_func") or default(hp, "expert_gating_func")
+
+
+def groups(hp: Hyperparameters) -> dict[str, Any]:
+    """Groups of experts, and how many of them a token uses; one of one where there are none."""
+    return {
+        "n_group": hp.take("expert_group_count") or 1,
+        "topk_group": hp.take("expert_group_used_count") or 1,
+    }
+
+
+def routed_scale(hp: Hyperparameters) -> float:
+    """What the experts' sum is multiplied by; 0 in a file leaves it as it is."""
+    return hp.take("expert_weights_scale") or 1.0

@@ -1,0 +1,223 @@
+"""What llama.cpp assumes where a GGUF file leaves a key out, as data: architecture -> key -> default.
+
+A file that leaves a key out means llama.cpp's default, not transformers'. The facts are those of
+https://github.com/ggml-org/llama.cpp: `llama_model_base::load_hparams` in src/llama-model.cpp for `COMMON`, the start
+values in src/llama-hparams.h, and `load_arch_hparams` in src/models/<architecture>.cpp (until 2026 a case of
+`load_hparams`) for `OF`. A default is a value, a function of the file, or `REQUIRED` where llama.cpp refuses the file
+or cannot run it. Keys that tell this package nothing, such as `rope.dimension_sections`, may be left out here even
+where llama.cpp wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.sources.gguf.hyperparameters import Hyperparameters
+
+REQUIRED: Any = object()
+Defaults = dict[str, Any]
+
+
+def _same_as(key: str) -> Callable[[Hyperparameters], Any]:
+    """The value of another key."""
+    return lambda hp: hp.peek(key)
+
+
+def _mean_width(hp: Hyperparameters) -> int:
+    """Width of a head: that of the model over the number of heads."""
+    width = hp.peek("embedding_length") // hp.peek("attention.head_count")
+    if width < 1:
+        raise hp.refuse("attention.head_count is more than embedding_length, expected less")
+    return width
+
+
+def _dense_width(hp: Hyperparameters) -> None:
+    """0, with which no dense layer's tensors can be made, nor those of experts whose width is not said."""
+    if hp.has("*ffn_up.weight") or hp.peek("expert_feed_forward_length") is None:
+        raise hp.lacks("feed_forward_length")
+
+
+def _share_of_experts(hp: Hyperparameters) -> int:
+    """Width of an expert: all that a token uses are as wide as the dense layer together."""
+    return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.required(
+        "expert_feed_forward_length"
+    )
+
+
+def _deepseek_scores(hp: Hyperparameters) -> int:
+    """Softmax as in V2, whose files do not say; sigmoids in GLM 4.7 Flash, told by its sizes."""
+    vocabulary = len(hp.metadata.get("tokenizer.ggml.tokens", ())) or hp.given("vocab_size")
+    return 2 if hp.layers in (47, 48) and vocabulary == 154880 else 1
+
+
+def _shared_experts(hp: Hyperparameters) -> int:
+    """How many experts' width the matrices of the shared ones have."""
+    names = (f"blk.{layer}.ffn_up_shexp.weight" for layer in range(hp.layers))
+    rows = next((hp.tensors[name].shape[0] for name in names if name in hp.tensors), 0)
+    return rows // hp.peek("expert_feed_forward_length")
+
+
+COMMON: Defaults = {
+    "block_count": REQUIRED,
+    "nextn_predict_layers": 0,
+    "context_length": REQUIRED,
+    "embedding_length": REQUIRED,
+    "feed_forward_length": _dense_width,
+    "attention.head_count": REQUIRED,  # 0, a model without attention
+    "attention.head_count_kv": _same_as("attention.head_count"),
+    "attention.key_length": _mean_width,
+    "attention.value_length": _mean_width,
+    "attention.causal": True,
+    "attention.layer_norm_epsilon": REQUIRED,
+    "attention.layer_norm_rms_epsilon": REQUIRED,
+    "attention.sliding_window": 0,
+    "attention.sliding_window_pattern": 0,  # every so manieth layer sees all tokens; with 0 none does
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_gating_func": 1,  # not read: softmax
+    "expert_feed_forward_length": None,  # not read: experts are as wide as feed_forward_length
+    "expert_group_count": 0,
+    "expert_group_used_count": 0,
+    "expert_weights_scale": 0.0,  # not applied
+    "expert_weights_norm": False,
+    "expert_shared_count": 0,
+    "leading_dense_block_count": 0,
+    "rope.dimension_count": _same_as("attention.key_length"),
+    "rope.dimension_sections": None,
+    "rope.freq_base": 10000.0,
+    "rope.freq_base_swa": _same_as("rope.freq_base"),
+    "rope.scale_linear": 0.0,
+    "rope.scaling.type": "linear",
+    "rope.scaling.factor": _same_as("rope.scale_linear"),  # its old name; 0 means 1
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.original_context_length": _same_as("context_length"),
+    "rope.scaling.yarn_ext_factor": -1.0,  # chosen by the kind of scaling: 1 for YaRN
+    "rope.scaling.yarn_attn_factor": None,
+    "rope.scaling.yarn_beta_fast": None,
+    "rope.scaling.yarn_beta_slow": None,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
+_GRANITE: Defaults = {
+    "rope.scaling.finetuned": True,
+    "logit_scale": REQUIRED,
+    "residual_scale": 0.0,  # not applied
+    "embedding_scale": 0.0,  # not applied
+    "attention.scale": 0.0,  # 1 / sqrt(width of a head)
+}
+_WIDTH_OF_EXPERTS_ALONE: Defaults = {"feed_forward_length": None, "expert_feed_forward_length": _share_of_experts}
+_EXPERTS_BEHIND_DENSE_LAYERS: Defaults = {
+    "expert_feed_forward_length": REQUIRED,
+    "expert_shared_count": REQUIRED,
+}
+
+OF: dict[str, Defaults] = {
+    "mistral3": {"attention.temperature_scale": 0.0},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE | {"expert_shared_feed_forward_length": 0},
+    "minicpm": {
+        "embedding_scale": 12.0,
+        "residual_scale": lambda hp: 1.4 * hp.layers**-0.5,
+        # llama.cpp has 256 / width, but divides by it: the inverse of what the model, and its converter, mean.
+        "logit_scale": lambda hp: hp.peek("embedding_length") / 256,
+    },
+    "minicpm3": {"attention.q_lora_rank": REQUIRED, "attention.kv_lora_rank": REQUIRED},
+    "stablelm": {"use_parallel_residual": lambda hp: not hp.has("ffn_norm.weight")},  # told by the tensors
+    "gptneox": {"use_parallel_residual": REQUIRED},
+    "falcon": {"tensor_data_layout": "jploski"},
+    "mpt": {"attention.max_alibi_bias": REQUIRED, "attention.clamp_kqv": 0.0},
+    "olmo": {"attention.clamp_kqv": 0.0},
+    "olmoe": {"attention.clamp_kqv": 0.0},
+    "dbrx": {"attention.clamp_kqv": REQUIRED},
+    "olmo2": {"attention.sliding_window_pattern": 4},
+    "exaone4": {
+        "attention.sliding_window": lambda hp: 4096 if hp.layers == 64 else 0,
+        "attention.sliding_window_pattern": 4,
+    },
+    # llama.cpp's converter writes all of these.
+    "exaone-moe": _EXPERTS_BEHIND_DENSE_LAYERS
+    | {
+        "attention.sliding_window": REQUIRED,
+        "attention.sliding_window_pattern": 4,
+        "expert_gating_func": REQUIRED,
+    },
+    "command-r": {"logit_scale": REQUIRED},
+    "cohere2": {
+        "attention.sliding_window": REQUIRED,
+        "attention.sliding_window_pattern": 4,
+        "logit_scale": REQUIRED,
+    },
+    "gemma2": {
+        "attention.sliding_window": 4096,
+        "attention.sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        "attention.sliding_window_pattern": 6,
+        "rope.freq_base_swa": 10000.0,
+        "attn_logit_softcapping": 0.0,
+        "final_logit_softcapping": 0.0,
+    },
+    "gemma4": {
+        "attention.sliding_window": REQUIRED,
+        "attention.sliding_window_pattern": REQUIRED,
+        "attention.key_length_swa": REQUIRED,
+        "attention.value_length_swa": REQUIRED,
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": REQUIRED,
+        "final_logit_softcapping": 30.0,
+        "rope.dimension_count_swa": _same_as("rope.dimension_count"),
+    },
+    "qwen2moe": _WIDTH_OF_EXPERTS_ALONE
+    | {
+        "expert_shared_feed_forward_length": lambda hp: (
+            hp.peek("feed_forward_length") or hp.required("expert_shared_feed_forward_length")
+        )
+    },
+    "qwen3moe": _WIDTH_OF_EXPERTS_ALONE,
+    "qwen3vlmoe": _WIDTH_OF_EXPERTS_ALONE,
+    "hunyuan-moe": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_shared_count": 1},
+    "ernie4_5-moe": {
+        "expert_feed_forward_length": REQUIRED,
+        "expert_shared_count": _shared_experts,
+        "interleave_moe_layer_step": REQUIRED,
+        "leading_dense_block_count": REQUIRED,
+    },
+    "gpt-oss": {
+        "feed_forward_length": None,
+        "expert_feed_forward_length": REQUIRED,
+        "attention.sliding_window": REQUIRED,
+        "attention.sliding_window_pattern": 2,
+    },
+    # Of these llama.cpp reads the scores' function as optional, but stops where it computes the scores without one.
+    "minimax-m2": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_gating_func": REQUIRED},
+    "dots1": _EXPERTS_BEHIND_DENSE_LAYERS
+    | {"expert_gating_func": REQUIRED, "expert_weights_scale": REQUIRED, "leading_dense_block_count": REQUIRED},
+    "glm4moe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "expert_weights_scale": REQUIRED},
+    "afmoe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "attention.sliding_window_pattern": 4},
+    "llama4": {
+        "feed_forward_length": REQUIRED,
+        "expert_feed_forward_length": REQUIRED,
+        "interleave_moe_layer_step": REQUIRED,
+        "attention.sliding_window": 8192,
+    },
+    "deepseek2": _EXPERTS_BEHIND_DENSE_LAYERS
+    | {
+        "attention.q_lora_rank": None,  # wanted but in models told by their sizes: here the tensors tell
+        "attention.kv_lora_rank": REQUIRED,
+        "attention.key_length_mla": _same_as("attention.key_length"),
+        "attention.value_length_mla": _same_as("attention.value_length"),
+        "expert_gating_func": _deepseek_scores,
+    },
+}
+
+
+def default(hp: Hyperparameters, key: str) -> Any:
+    """What a file means that leaves a key out. Raises TideError for one that must not be left out."""
+    entry = OF.get(hp.architecture, {}).get(key, COMMON.get(key, REQUIRED))
+    if entry is REQUIRED:
+        raise hp.lacks(key)
+    return entry(hp) if callable(entry) else entry

@@ -1,0 +1,207 @@
+"""Where the tensors of a GGUF file go in a Hugging Face checkpoint, and what undoes llama.cpp's arrangement of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.sources.gguf.file import StoredTensor, read_tensor
+from tide_jax.model.files.shards import TensorInfo
+
+Config = Mapping[str, Any]
+Undo = Callable[[np.ndarray, Config], np.ndarray]
+_STACK = 2**16  # experts or heads of a layer: no model has as many
+
+
+def as_stored(a: np.ndarray, c: Config) -> np.ndarray:
+    """The tensor as it is."""
+    return a
+
+
+@dataclasses.dataclass(frozen=True)
+class To:
+    """Where one stored tensor goes.
+
+    Attributes:
+      name: of the checkpoint's tensor or module. ``{i}`` stands for the index of an axis 0 whose entries become
+        tensors of their own.
+      undo: puts its values into the checkpoint's arrangement, given config.json's values.
+    """
+
+    name: str
+    undo: Undo = as_stored
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOf:
+    """One of the stored tensors that a single tensor of the checkpoint is joined from.
+
+    Attributes:
+      name: of the checkpoint's tensor or module.
+      index: the place among the parts.
+      axis: along which the parts lie, in one entry of the stack.
+      undo: puts one entry's values into the checkpoint's arrangement.
+      stacked: axis 0 of the stored tensors is a stack, of experts or heads.
+      alternating: the parts take turns along the axis instead of lying one after the other.
+      flat: the checkpoint's tensor has the stack's entries one after the other along axis 0.
+    """
+
+    name: str
+    index: int
+    axis: int = 0
+    undo: Undo = as_stored
+    stacked: bool = True
+    alternating: bool = False
+    flat: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Where a stored tensor goes that holds several of the checkpoint's, one after the other along axis 0.
+
+    Attributes:
+      names: of the checkpoint's modules.
+      sizes: how many rows each has, given config.json's values.
+    """
+
+    names: tuple[str, ...]
+    sizes: Callable[[Config], tuple[int, ...]]
+
+
+Place = str | To | PartOf | Split
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What one stored tensor, or a range of it, puts into `slot` of a checkpoint's tensor."""
+
+    stored: StoredTensor
+    undo: Undo
+    slot: tuple[int | slice, ...] = ()
+
+    def read(self, config: Config) -> np.ndarray:
+        return self.undo(read_tensor(self.stored), config)
+
+    def shape(self, config: Config) -> tuple[int, ...]:
+        return self.undo(np.broadcast_to(np.zeros((), np.int8), self.stored.shape), config).shape
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A checkpoint's tensor as it lies in GGUF files.
+
+    Attributes:
+      info: its shape and dtype name.
+      pieces: what it is made of.
+      joined: the shape of all pieces together, of which the tensor's is a reshape.
+    """
+
+    info: TensorInfo
+    pieces: tuple[_Piece, ...]
+    joined: tuple[int, ...]
+
+    def read(self, config: Config) -> np.ndarray:
+        """The tensor, one stored piece in memory at a time."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].read(config).reshape(self.info.shape)
+        first = self.pieces[0].read(config)
+        out = np.empty(self.joined, first.dtype if self.info.dtype != "F32" else np.float32)
+        out[self.pieces[0].slot] = first
+        for piece in self.pieces[1:]:
+            out[piece.slot] = piece.read(config)
+        return out.reshape(self.info.shape)
+
+
+def arrange(places: Mapping[str, tuple[Place, StoredTensor]], config: Config) -> dict[str, View]:
+    """The checkpoint's tensors, given each stored tensor's place, whose names are whole ones now.
+
+    Raises:
+      ValueError: parts do not fit together.
+    """
+    views: dict[str, View] = {}
+    parts: dict[str, list[tuple[PartOf, StoredTensor]]] = {}
+    for place, stored in places.values():
+        if isinstance(place, PartOf):
+            parts.setdefault(place.name, []).append((place, stored))
+        elif isinstance(place, Split):
+            views |= _split(place, stored, config)
+        else:
+            views |= _moved(To(place) if isinstance(place, str) else place, stored, config)
+    return views | {name: _joined(found, config) for name, found in parts.items()}
+
+
+def _moved(place: To, stored: StoredTensor, config: Config) -> dict[str, View]:
+    if "{i}" not in place.name:
+        return {place.name: _whole(stored, place.undo, config)}
+    if stored.shape[0] > _STACK:
+        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected {_STACK} at the most")
+    return {
+        place.name.replace("{i}", str(index)): _whole(stored.item(index), place.undo, config)
+        for index in range(stored.shape[0])
+    }
+
+
+def _whole(stored: StoredTensor, undo: Undo, config: Config) -> View:
+    piece = _Piece(stored, undo)
+    shape = piece.shape(config)
+    return View(TensorInfo(shape, stored.dtype), (piece,), shape)
+
+
+def _split(place: Split, stored: StoredTensor, config: Config) -> dict[str, View]:
+    sizes = place.sizes(config)
+    if sum(sizes) != stored.shape[0]:
+        raise ValueError(f"{', '.join(place.names)} have {stored.shape[0]} rows together, expected {sum(sizes)}")
+    ends = np.cumsum(sizes).tolist()
+    return {
+        name: _whole(stored.rows(end - size, end), as_stored, config)
+        for name, size, end in zip(place.names, sizes, ends, strict=True)
+    }
+
+
+def _joined(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
+    found = sorted(found, key=lambda part: part[0].index)
+    first = found[0][0]
+    stack = found[0][1].shape[0] if first.stacked else 1
+    if stack > _STACK:
+        raise ValueError(f"{first.name} has {stack} entries, expected {_STACK} at the most")
+    shapes = [_entry(part, stored, 0).shape(config) for part, stored in found]
+    lengths = [shape[first.axis] for shape in shapes]
+    entry = (*shapes[0][: first.axis], sum(lengths), *shapes[0][first.axis + 1 :])
+    pieces = []
+    for number, (part, stored) in enumerate(found):
+        if first.stacked and stored.shape[0] != stack:
+            raise ValueError(f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected as many")
+        start = sum(lengths[:number])
+        along = slice(number, None, len(found)) if part.alternating else slice(start, start + lengths[number])
+        inside = (*[slice(None)] * part.axis, along)
+        pieces += [dataclasses.replace(_entry(part, stored, index), slot=(index, *inside)) for index in range(stack)]
+    joined = (stack, *entry)
+    shape = entry if not first.stacked else (stack * entry[0], *entry[1:]) if first.flat else joined
+    dtypes = {stored.dtype for _, stored in found}
+    return View(TensorInfo(shape, dtypes.pop() if len(dtypes) == 1 else "F32"), tuple(pieces), joined)
+
+
+def _entry(part: PartOf, stored: StoredTensor, index: int) -> _Piece:
+    return _Piece(stored.item(index) if part.stacked else stored, part.undo)
+
+
+def whole_names(place: Place, prefix: str, suffix: str) -> Place:
+    """A place with `prefix` and, where its names are those of modules, `suffix` put around them."""
+    if isinstance(place, str):
+        return f"{prefix}{place}{suffix}"
+    if isinstance(place, Split):
+        return dataclasses.replace(place, names=tuple(f"{prefix}{name}{suffix}" for name in place.names))
+    return dataclasses.replace(place, name=f"{prefix}{place.name}{suffix}")
+
+
+_LAYER = re.compile(r"blk\.(\d+)\.(.*)")
+
+
+def layer_of(name: str) -> tuple[int | None, str]:
+    """The layer a stored tensor belongs to, None for none, and its name there."""
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (None, name)

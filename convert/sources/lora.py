@@ -1,0 +1,389 @@
+"""LoRA adapters, merged into the checkpoint they were trained on while it is read.
+
+Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) adds the product of two thin matrices to a weight; its scale may
+be rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732), and the sum's norm may be learned apart (DoRA, Liu et al.
+2024, arXiv:2402.09353). Directories are those of the PEFT package: adapter_config.json, adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+
+from convert.families import FAMILIES
+from convert.sources.hub import local_directory
+from convert.sources.open import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, steps_of
+from tide_jax.checks import real_number, whole_number
+from tide_jax.errors import TideError, shortened
+from tide_jax.json_files import read_json
+from tide_jax.model.files.shards import ShardedTensors, TensorInfo
+from tide_jax.tokenizer.chat_files import chat_templates, remove_template_files
+from tide_jax.tokenizer.files import tokenizer_in
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_USED = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora"),
+    *("trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "peft_type"),
+)
+_HARMLESS = (  # how it was trained, or which modules: the stored names say that too
+    *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern"),
+    *("layers_to_transform", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "modules_to_tie"),
+    *("target_modules_to_tie", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "merge_weights"),
+)
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights first
+_ROLES = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
+    "base_layer.weight": "base",
+}
+_PAIRS = {"a": "b", "embedding_a": "embedding_b"}
+_USUAL_NAMES = {  # where no table says which tensors these are: in multimodal and in probed models
+    "embed.kernel": r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight",
+    "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
+}
+_BLOCK_ROWS = 4096
+_PATTERN_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What an adapter does to one tensor of the base checkpoint.
+
+    Attributes:
+      start: the base's tensor it starts from.
+      parts: the adapter's tensors by role.
+      scale: factor of the low-rank product and of an added bias.
+      transposed: the weight is [in, out], as an embedding's or a Conv1D's.
+      rows: the tokens whose rows are stored.
+    """
+
+    start: str
+    parts: Mapping[str, str]
+    scale: float = 1.0
+    transposed: bool = False
+    rows: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> str | None:
+        """The adapter's tensor that takes the base's place."""
+        return self.parts.get("replaced", self.parts.get("base"))
+
+    @property
+    def low_rank(self) -> tuple[str, str] | None:
+        """The two thin matrices, [r, in] and [out, r]."""
+        return next(((self.parts[a], self.parts[b]) for a, b in _PAIRS.items() if a in self.parts), None)
+
+
+def with_adapter(base: Source, reference: str | Path) -> LoRASource:
+    """A checkpoint with an adapter merged into it.
+
+    Args:
+      base: the checkpoint the adapter was trained on.
+      reference: the adapter's directory or Hugging Face hub id.
+
+    Raises:
+      TideError: as `LoRASource`, or no adapter is there.
+    """
+    return LoRASource(base, local_directory(reference, "an adapter directory"))
+
+
+class LoRASource:
+    """A checkpoint with an adapter merged into it; see `convert.sources.open.Source`.
+
+    A changed tensor is computed in float32 and read so; `tensors` gives the dtype of the base's. Where the base ties
+    its head to the embedding and the adapter changes one of them alone, the head becomes a tensor of its own.
+
+    Args:
+      base: the checkpoint the adapter was trained on.
+      directory: the adapter.
+
+    Raises:
+      TideError: not a LoRA adapter, of a variant that is not supported, or one that does not fit the base.
+    """
+
+    rewritten = True
+
+    def __init__(self, base: Source, directory: Path) -> None:
+        self._base, self._directory = base, directory
+        self._settings = _read_settings(directory)
+        self._adapter = ShardedTensors(directory, ADAPTER_FILE)
+        self._embeddings = self._base_names("embed.kernel")
+        self.description = f"{base.description} with the adapter {directory}"
+        self.config = dict(base.config)
+        self.generation_config = base.generation_config
+        self.left_out: dict[str, str] = getattr(base, "left_out", {})
+        self.files = [*base.files, *self._adapter.files]
+        self._changes = self._planned()
+        changed = {name: self._changed_info(name, change) for name, change in self._changes.items()}
+        self.tensors: Mapping[str, TensorInfo] = {**base.tensors, **changed}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor: as the base has it, or changed, in float32."""
+        change = self._changes.get(name)
+        if change is None:
+            return self._base.read(name)
+        tensor = self._base.read(change.start) if change.whole is None else self._adapter.read(change.whole)
+        if change.parts.keys() <= {"replaced", "base"}:
+            return tensor
+        tensor = tensor.astype(np.float32)
+        if change.rows:
+            tensor[list(change.rows)] = self._float32(change.parts["rows"])
+        if "added" in change.parts:
+            tensor += change.scale * self._float32(change.parts["added"])
+        if change.low_rank is not None:
+            a, b = map(self._float32, change.low_rank)
+            _add_product(tensor, *((a.T, b.T) if change.transposed else (b, a)), change.scale)
+        if "magnitude" in change.parts:
+            _set_norms(tensor, self._float32(change.parts["magnitude"]), change.transposed)
+        return tensor
+
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.sources.open.steps_of`: what the adapter changes has none."""
+        return None if name in self._changes else steps_of(self._base, name)
+
+    def write_side_files(self, directory: Path) -> None:
+        """The base's files, with the adapter's tokenizer and chat templates where it has them."""
+        self._base.write_side_files(directory)
+        if chat_templates(self._directory):
+            remove_template_files(directory)  # they would count before those in the adapter's tokenizer_config.json
+        copy_side_files(self._directory, directory)
+
+    def load_tokenizer(self) -> Any:
+        """The adapter's tokenizer where it has one, else the base's."""
+        own = any((self._directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+        return tokenizer_in(self._directory) if own else self._base.load_tokenizer()
+
+    # ---- planning, from names and shapes ----
+
+    def _planned(self) -> dict[str, _Change]:
+        heads = self._base_names("head.kernel")
+        keep_tied = not heads and bool(self._settings.get("ensure_weight_tying"))
+        changes: dict[str, _Change] = {}
+        for target, parts in _by_target(self._adapter.infos).items():
+            if keep_tied and self._fills(target, "head.kernel"):
+                continue  # stored twice
+            name, start = self._located(target)
+            changes[name] = self._change(name, start, parts, target.rpartition(".")[0])
+        if not heads and not keep_tied and not any(self._fills(name, "head.kernel") for name in changes):
+            changes |= self._head_apart(changes)
+        return changes
+
+    def _located(self, target: str) -> tuple[str, str]:
+        """Name of the tensor an adapter changes, and of the base's tensor it starts from."""
+        tensors = self._base.tensors
+        if target in tensors:
+            return target, target
+        # The adapter may have been trained on the model with a head and the base saved without, or the reverse.
+        similar = [name for name in tensors if target.endswith(f".{name}") or name.endswith(f".{target}")]
+        if len(similar) == 1:
+            return similar[0], similar[0]
+        if self._embeddings and self._fills(target, "head.kernel"):
+            return target, self._embeddings[0]
+        raise TideError(
+            f"the adapter {self._directory} does not fit {shortened(self._base.description, 60)}: one of its tensors "
+            f"belongs to {shortened(target, 70)}, which the base does not have; give the base that it was trained on"
+        )
+
+    def _change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
+        change = _Change(start, parts)
+        for one, other in (*_PAIRS.items(), *((b, a) for a, b in _PAIRS.items())):
+            if one in parts and other not in parts:
+                raise TideError(f"the adapter {self._directory} has {parts[one]} without its pair: get it again")
+        if change.low_rank is not None or "added" in parts:
+            change = dataclasses.replace(change, scale=self._scale(module, change.low_rank))
+        if change.low_rank is not None:
+            change = dataclasses.replace(change, transposed=self._is_transposed(name, change))
+            self._check_magnitude(change)
+        if "rows" in parts:
+            change = dataclasses.replace(change, rows=self._token_rows(module, parts["rows"], name, change))
+        if "added" in parts:
+            self._check_shape(parts["added"], self._start_shape(name, change))
+        return change
+
+    def _scale(self, module: str, low_rank: tuple[str, str] | None) -> float:
+        settings = self._settings
+        rank = whole_number("r", _by_pattern(settings, "rank_pattern", module, settings.get("r")), 1)
+        alpha = real_number("lora_alpha", _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha")))
+        if low_rank is not None and (found := self._adapter.infos[low_rank[0]].shape[:1]) != (rank,):
+            raise TideError(
+                f"the adapter {self._directory} has {low_rank[0]} of rank {found[0] if found else 0}, expected {rank} "
+                "as its adapter_config.json says"
+            )
+        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+    def _is_transposed(self, name: str, change: _Change) -> bool:
+        assert change.low_rank is not None
+        shapes = [self._adapter.infos[part].shape for part in change.low_rank]
+        shape = self._start_shape(name, change)
+        inner, outer = shapes[0][1:], shapes[1][:1]
+        # The adapter's flag is only that of the module PEFT wrapped last.
+        in_out = self._settings.get("fan_in_fan_out") or self._base.config.get("model_type") in CONV1D_TYPES
+        multiply = all(len(factor) == 2 for factor in shapes) and shapes[0][0] == shapes[1][1]
+        embedding = "embedding_a" in change.parts
+        if multiply and not embedding and shape == outer + inner and not (in_out and inner == outer):
+            return False
+        if multiply and shape == inner + outer and (embedding or in_out):
+            return True
+        raise TideError(
+            f"the adapter {self._directory} does not fit {self._base.description}: {change.low_rank[0]} "
+            f"{list(shapes[0])} and its pair {list(shapes[1])} do not multiply to {name} {list(shape)}; "
+            "give the base the adapter was trained on"
+        )
+
+    def _check_magnitude(self, change: _Change) -> None:
+        assert change.low_rank is not None
+        _, b = change.low_rank
+        if "magnitude" in change.parts:
+            self._check_shape(change.parts["magnitude"], self._adapter.infos[b].shape[:1])
+        elif self._settings.get("use_dora"):
+            raise TideError(
+                f"the adapter {self._directory} uses DoRA and lacks the magnitude vector of {b}: get it again"
+            )
+
+    def _token_rows(self, module: str, part: str, name: str, change: _Change) -> tuple[int, ...]:
+        indices = self._settings.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            indices = next((found for key, found in indices.items() if f".{module}".endswith(f".{key}")), None)
+        shape = self._start_shape(name, change)
+        if not isinstance(indices, list) or not all(isinstance(i, int) and 0 <= i < shape[0] for i in indices):
+            raise TideError(
+                f"the adapter {self._directory} has {part}, expected token ids below {shape[0]} for it in "
+                "trainable_token_indices of its adapter_config.json"
+            )
+        self._check_shape(part, (len(indices), *shape[1:]))
+        return tuple(indices)
+
+    def _start_shape(self, name: str, change: _Change) -> tuple[int, ...]:
+        """Shape of a tensor before it is changed. A stored embedding or head may have more tokens than the base's."""
+        base = self._base.tensors[change.start].shape
+        if change.whole is None:
+            return base
+        found = self._adapter.infos[change.whole].shape
+        if found != base and not (self._counts_tokens(name) and found[1:] == base[1:]):
+            self._check_shape(change.whole, base)
+        return found
+
+    def _check_shape(self, part: str, expected: tuple[int, ...]) -> None:
+        if (found := self._adapter.infos[part].shape) != expected:
+            raise TideError(
+                f"the adapter {self._directory} does not fit {self._base.description}: {part} has shape {list(found)}, "
+                f"expected {list(expected)}; give the base the adapter was trained on"
+            )
+
+    def _changed_info(self, name: str, change: _Change) -> TensorInfo:
+        shape = self._start_shape(name, change)
+        if self._counts_tokens(name) and "vocab_size" in self.config:
+            self.config["vocab_size"] = shape[0]
+        return TensorInfo(shape, self._base.tensors[change.start].dtype)
+
+    def _head_apart(self, changes: Mapping[str, _Change]) -> dict[str, _Change]:
+        """The head of a base that ties it to the embedding, where the adapter changes the embedding alone.
+
+        It stays what the embedding was; with a new vocabulary, or where single tokens were trained, both stay tied.
+        """
+        embedding = next((changes[name] for name in self._embeddings if name in changes), None)
+        if embedding is None or (embedding.low_rank is None and "replaced" not in embedding.parts):
+            return {}
+        if self._start_shape(self._embeddings[0], embedding) != self._base.tensors[embedding.start].shape:
+            return {}
+        patterns = (pattern for pattern in self._patterns("head.kernel"))
+        # A rule's pattern names one tensor but for optional groups.
+        names = (re.sub(r"\(\?:.*?\)\?", "", pattern).replace("\\", "") for pattern in patterns)
+        head = next((name for name in names if self._fills(name, "head.kernel")), None)
+        if head is None:
+            raise TideError(f"the adapter {self._directory} changes the token embedding but not the head tied to it")
+        return {head: _Change(embedding.start, {k: v for k, v in embedding.parts.items() if k == "base"})}
+
+    def _counts_tokens(self, name: str) -> bool:
+        return self._fills(name, "embed.kernel") or self._fills(name, "head.kernel")
+
+    def _base_names(self, path: str) -> list[str]:
+        """The base's tensors that fill a parameter."""
+        return [name for name in self._base.tensors if self._fills(name, path)]
+
+    def _fills(self, name: str, path: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self._patterns(path))
+
+    def _patterns(self, path: str) -> list[str]:
+        family = FAMILIES.get(self._base.config.get("model_type", ""))
+        if family is None:
+            return [_USUAL_NAMES[path]]
+        return [rule.pattern for rule in family.rules if any(target.path == path for target in rule.targets)]
+
+    def _float32(self, part: str) -> np.ndarray:
+        return self._adapter.read(part).astype(np.float32, copy=False)
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA adapter. Raises TideError for other kinds and for variants not supported."""
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise TideError(f"{directory} has no {ADAPTER_CONFIG}: expected a LoRA adapter as PEFT saves it")
+    settings = read_json(path)
+    if (kind := settings.get("peft_type")) != "LORA":
+        found = f"an adapter of type {shortened(kind)!r}"
+        raise TideError(f"{directory} is {found}, only LORA is supported: merge it with PEFT first")
+    if (start := settings.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise TideError(
+            f"{directory} was trained from init_lora_weights={shortened(start)!r}, which changes the base's weights: "
+            "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion"
+        )
+    if unknown := sorted(key for key, value in settings.items() if value and key not in _USED + _HARMLESS):
+        given = shortened(", ".join(unknown), 120)
+        raise TideError(f"{directory} uses {given}, which is not supported: merge it with PEFT first")
+    return settings
+
+
+def _by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
+    """The adapter's tensors by the tensor they change, in the model's names, and by role."""
+    targets: dict[str, dict[str, str]] = {}
+    for stored in names:
+        name = stored.removeprefix(_PREFIX)
+        target, role = name, "replaced"
+        for suffix, suffix_role in _ROLES.items():
+            if name.endswith(f".{suffix}"):
+                target, role = f"{name.removesuffix(suffix)}weight", suffix_role
+        if name.endswith(".lora_B.bias"):
+            target, role = f"{name.removesuffix('lora_B.bias')}bias", "added"
+        target = target.replace(".base_layer.", ".")  # a replaced bias keeps its wrapper's name
+        targets.setdefault(target, {})[role] = stored
+    return targets
+
+
+def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """A module's own value: the first pattern that matches its name or the end of it, as PEFT looks it up."""
+    patterns = settings.get(key) or {}
+    try:
+        # Patterns are anyone's, and may try more ways to match than there is time for: `re` has no limit.
+        matches = (
+            value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_PATTERN_SECONDS)
+        )
+        return next(matches, default)
+    except (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, OverflowError) as error:
+        raise TideError(f"adapter_config.json has a senseless {key} ({shortened(error)}): correct it") from error
+
+
+def _add_product(tensor: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
+    """``tensor += scale * left @ right``, some rows at a time."""
+    for start in range(0, len(tensor), _BLOCK_ROWS):
+        tensor[start : start + _BLOCK_ROWS] += (np.float32(scale) * left[start : start + _BLOCK_ROWS]) @ right
+
+
+def _set_norms(tensor: np.ndarray, magnitude: np.ndarray, transposed: bool) -> None:
+    """Gives the weights of each output the norm `magnitude` says."""
+    by_output = tensor.T if transposed else tensor
+    norms = np.sqrt(np.einsum("oi,oi->o", by_output, by_output))
+    by_output *= (magnitude / norms)[:, None]

@@ -1,0 +1,139 @@
+"""Checkpoints with quantised weights, dequantised while they are read.
+
+A method is one entry of `METHODS`: it finds the packed weights and says how to read each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.sources.open import HuggingFaceSource
+from convert.sources.quantised.floats import bitsandbytes, fp8, mxfp4, plain_numbers
+from convert.sources.quantised.integers import awq, gptq, packed_integers
+from convert.sources.quantised.parts import Method, Packed, Settings, Stored, refusal
+from convert.sources.quantised.settings import problem
+from tide_jax.errors import shortened
+from tide_jax.model.files.shards import DTYPES, TensorInfo
+
+logger = logging.getLogger(__name__)
+CONFIG_KEY = "quantization_config"
+_PLAIN = (*DTYPES, "F64")
+# Of activations and caches: what is left of a checkpoint here computes with unquantised ones.
+_OF_ACTIVATIONS = re.compile(
+    r".*\.(input_scale|input_zero_point|activation_scale|output_scale|[qkv]_scale|[kv]_zero_point)"
+)
+
+
+class QuantisedSource:
+    """A checkpoint of quantised weights, shown as one of plain weights; see `convert.sources.open.Source`.
+
+    One of plain weights that kept its settings of quantisation is shown as it is, with a warning.
+
+    `tensors` gives a weight the dtype its scales have, or that the method's own data name, and float32 otherwise.
+    Reading computes in float32 and does not round, so converting to float32 keeps what the scales make of it.
+
+    Attributes:
+      left_out: stored tensors that quantise activations and are not needed, with the reason.
+
+    Raises:
+      TideError: the method, or the way it was used, is not supported; a part of a weight is missing or malformed.
+    """
+
+    rewritten = True
+
+    def __init__(self, stored: HuggingFaceSource) -> None:
+        self._stored = stored
+        self._weights = _packed_weights(stored, stored.config[CONFIG_KEY])
+        self.description, self.files = stored.description, stored.files
+        self.config = {key: value for key, value in stored.config.items() if key != CONFIG_KEY}
+        self.generation_config = stored.generation_config
+        parts = {part: name for name, weight in self._weights.items() for part in weight.parts}
+        rest = [name for name in stored.tensors if name not in parts]
+        self.left_out = {name: "quantises activations" for name in rest if _OF_ACTIVATIONS.fullmatch(name)}
+        # In the order of the files; a weight comes where its first part does.
+        names = dict.fromkeys(parts.get(name, name) for name in stored.tensors if name not in self.left_out)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._weights[name].info if name in self._weights else stored.tensors[name] for name in names
+        }
+        logger.info("%s: %d weights will be dequantised", self.description, len(self._weights))
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantised where it is packed."""
+        weight = self._weights.get(name)
+        return self._stored.read(name) if weight is None else weight.unpack()
+
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.sources.open.steps_of`."""
+        weight = self._weights.get(name)
+        if weight is None or weight.scales is None:
+            return None
+        return np.broadcast_to(weight.scales().astype(np.float32), weight.info.shape)
+
+    def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
+        self._stored.write_side_files(directory)
+
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer. Raises TideError where it has none."""
+        return self._stored.load_tokenizer()
+
+
+def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
+    """What the compressed-tensors package writes, where all weights are quantised in one plain way."""
+    groups = list((settings.get("config_groups") or {}).values())
+    forms = {group.get("format") or settings.get("format") for group in groups}
+    schemes = [group["weights"] for group in groups if group.get("weights")]
+    if len(forms) != 1 or not schemes or any(scheme != schemes[0] for scheme in schemes):
+        raise refusal(stored, "compressed-tensors weights quantised in several ways are not supported")
+    for key in ("sparsity_config", "transform_config"):
+        if settings.get(key) and settings[key].get("format", key) != "dense":
+            raise refusal(stored, f"compressed-tensors weights with a {key} are not supported")
+    form, scheme = forms.pop(), schemes[0]
+    if form == "pack-quantized":
+        size = scheme.get("group_size") if scheme.get("strategy") == "group" else None
+        return packed_integers(stored, scheme.get("num_bits", 8), size)
+    if form in ("float-quantized", "int-quantized", "naive-quantized") and scheme.get("num_bits", 8) == 8:
+        return plain_numbers(stored, scheme)
+    raise refusal(stored, f"compressed-tensors weights in the format {shortened(form)!r} are not supported")
+
+
+METHODS: dict[str, Method] = {
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+    "fp8": fp8,
+    "mxfp8": fp8,
+    "mxfp4": mxfp4,
+    "compressed-tensors": compressed_tensors,
+}
+
+
+def _packed_weights(stored: Stored, settings: Any) -> dict[str, Packed]:
+    if not isinstance(settings, dict):
+        raise refusal(stored, f"config.json has {CONFIG_KEY}={shortened(repr(settings))}, expected an object")
+    if (wrong := problem(settings)) is not None:
+        raise refusal(stored, f"config.json's {CONFIG_KEY} has {wrong}")
+    old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = settings.get("quant_method", "bitsandbytes" if old else None)
+    if method not in METHODS:
+        named = shortened(method or "an unknown method")
+        raise refusal(stored, f"weights quantised with {named} are not supported, only with {', '.join(METHODS)}")
+    weights = METHODS[method](stored, settings)
+    if weights:
+        return weights
+    if not all(info.dtype in _PLAIN for info in stored.tensors.values()):
+        raise refusal(stored, f"weights quantised with {method}, as config.json says, are not there")
+    logger.warning(
+        "%s: config.json says its weights are quantised with %s, but they are plain numbers and are read so: "
+        "a dequantised checkpoint, it seems, that kept its %s",
+        stored.description,
+        method,
+        CONFIG_KEY,
+    )
+    return {}

@@ -1,0 +1,75 @@
+"""How a GPTQ checkpoint stores its zero points: as they are, or less one.
+
+`checkpoint_format` says so ("gptq_v2" or "gptq"), but files are about whose label is wrong, and a step off in every
+weight is an error that nothing else shows. So what is stored has the last word.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from convert.sources.quantised.parts import Stored, unpack_words
+
+logger = logging.getLogger(__name__)
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+_SAMPLED = 8  # modules looked at
+
+
+def read_zeros(stored: Stored, name: str, bits: int, out: int, less_one: bool) -> np.ndarray:
+    """Zero points [groups, out] of a module."""
+    words = stored.read_stored(name).view(np.uint32)
+    if less_one:  # subtracted from whole words: a carry runs on
+        words = words + np.uint32(_ONES[bits])
+    return unpack_words(words, bits)[:, :out]
+
+
+def zeros_less_one(
+    stored: Stored, modules: Sequence[tuple[dict[str, str], int, int]], symmetric: bool, label: bool
+) -> bool:
+    """Whether zeros are stored less one.
+
+    Symmetric quantisation has its zero in the middle of the range, so the stored value tells. Else the numbers tell:
+    weights lie around zero, so the mean of the numbers is the zero point, while the other way is one step off.
+
+    Args:
+      stored: the checkpoint.
+      modules: part names, bits and outputs of each quantised module.
+      symmetric: what the configuration says of the quantisation.
+      label: what the configuration says of the zeros.
+    """
+    middle = {True: True, False: True}
+    off: dict[bool, list[float]] = {True: [], False: []}
+    variance = 0.0  # of the sampled means
+    for parts, bits, out in modules[:_SAMPLED]:
+        as_stored = read_zeros(stored, parts["qzeros"], bits, out, less_one=False)
+        numbers = unpack_words(stored.read_stored(parts["qweight"]).T, bits)
+        variance += float(numbers.var()) / numbers.size
+        for less_one in middle:
+            middle[less_one] &= bool((as_stored == 2 ** (bits - 1) - less_one).all())
+            zeros = read_zeros(stored, parts["qzeros"], bits, out, less_one)
+            off[less_one].append(float(numbers.mean()) - float(zeros.mean()))
+    error = math.sqrt(variance) / len(off[True])
+    steps = {less_one: abs(float(np.mean(values))) for less_one, values in off.items()}
+    if middle[True] or middle[False]:
+        found, doubtful = middle[True], False
+    else:
+        lies = error < 0.1 and steps[label] > 0.75 and steps[not label] < 0.25
+        found = label != lies
+        doubtful = symmetric or steps[found] > 0.5 + 4 * error
+    if found != label:
+        logger.warning(
+            "%s: config.json says checkpoint_format %s, but the zero points are stored %s: they are read so",
+            stored.description,
+            *(("'gptq'", "as they are") if label else ("'gptq_v2'", "less one")),
+        )
+    elif doubtful:
+        logger.warning(
+            "%s: the zero points are neither in the middle of the range nor of the numbers; they are read as "
+            "config.json's checkpoint_format says: compare what the model writes with the unquantised one",
+            stored.description,
+        )
+    return found

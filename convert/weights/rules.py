@@ -1,0 +1,244 @@
+"""Weight maps as data: which source tensor fills which slot of which parameter, and proof that all of it fits.
+
+A rule is matched against source tensor names; its targets say where the tensor goes. Several tensors may fill slots
+of one parameter (keys and values share a kernel), and one tensor may fill several parameters (a fused projection).
+`coverage` plans a whole conversion from names and shapes alone, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tide_jax.errors import TideError, listed
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.decoder import abstract_parameters
+from tide_jax.model.files.shards import TensorInfo
+
+_ROOM = 220  # characters of an error for the problems it lists
+Take = Callable[[np.ndarray, DecoderConfig], np.ndarray]
+Slot = tuple[int | slice, ...]
+
+
+def whole(array: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    """The tensor as it is stored."""
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where (part of) a source tensor goes.
+
+    Attributes:
+      path: dotted parameter path; ``{name}`` stands for a named group of the rule's pattern.
+      take: picks and arranges the part that goes there, as a view.
+      slot: basic index into the parameter, written as in code (``":, :, 0"``, ``"{expert}, :, 1"``); all of it
+        when empty.
+    """
+
+    path: str
+    take: Take = whole
+    slot: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the source tensors whose whole name matches `pattern`.
+
+    Attributes:
+      pattern: regular expression with named groups.
+      targets: where they go; nowhere when empty.
+      reason: why a tensor without targets is left out.
+      when: the rule holds only for configurations of which this is true.
+      past_layers: the rule is for layers past the last, by the pattern's group ``layer``; there it alone holds.
+    """
+
+    pattern: str
+    targets: tuple[Target, ...] = ()
+    reason: str = ""
+    when: Callable[[DecoderConfig], bool] = lambda config: True
+    past_layers: bool = False
+
+
+def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
+    """A rule written as a name: ``{name}`` is a number, ``[text]`` is optional, all else stands for itself.
+
+    >>> move("[model.]layers.{layer}.norm.weight").pattern
+    '(?:model\\\\.)?layers\\\\.(?P<layer>\\\\d+)\\\\.norm\\\\.weight'
+    """
+    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(source))
+    pattern = re.sub(r"\\\[(.*?)\\\]", r"(?:\1)?", pattern)
+    return Rule(pattern, targets) if when is None else Rule(pattern, targets, when=when)
+
+
+def ignore(pattern: str, reason: str, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
+    """A rule that leaves the tensors matching a regular expression out, and says why."""
+    return Rule(pattern, (), reason) if when is None else Rule(pattern, (), reason, when)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One source tensor's way into one slot of one parameter."""
+
+    source: str
+    path: str
+    slot: Slot
+    take: Take
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion whose names and shapes are known to fit.
+
+    Attributes:
+      shapes: every parameter's shape, in the order they are written.
+      pieces: what fills them; together every slot exactly once.
+      ignored: source tensors left out, with the reason.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    pieces: tuple[Piece, ...]
+    ignored: dict[str, str]
+
+    def by_source(self) -> dict[str, list[Piece]]:
+        """The pieces each source tensor gives."""
+        return _group(self.pieces, lambda piece: piece.source)
+
+    def by_path(self) -> dict[str, list[Piece]]:
+        """The pieces that fill each parameter."""
+        return _group(self.pieces, lambda piece: piece.path)
+
+
+def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: DecoderConfig) -> Plan:
+    """Matches every source tensor with a rule and every parameter with its sources, without reading data.
+
+    Raises:
+      TideError: source tensors no rule or several rules match, parameters or slots nothing or several tensors fill,
+        shapes that do not fit; the first of them and their number in one message, each with what was expected and
+        what was found.
+    """
+    shapes = abstract_parameters(config)
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules if rule.when(config)]
+    problems: list[str] = []
+    pieces: list[Piece] = []
+    ignored: dict[str, str] = {}
+    for name, info in tensors.items():
+        matches = _matches(name, compiled, config)
+        if len(matches) != 1:
+            found = "is unknown to this family" if not matches else f"matches {len(matches)} rules"
+            problems.append(f"source tensor {name} {list(info.shape)} {found}, expected one rule")
+            continue
+        match, rule = matches[0]
+        if not rule.targets:
+            ignored[name] = rule.reason
+        for piece in (_piece(name, match, target) for target in rule.targets):
+            if (outside := _outside(piece, shapes)) is not None:
+                problems.append(f"source tensor {name} {list(info.shape)} would fill {outside}")
+                continue
+            problems += _misfit(piece, info, shapes[piece.path], config)
+            pieces.append(piece)
+    problems += _filling(shapes, pieces)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        told = listed(problems, width=_ROOM // min(len(problems), 3))
+        raise TideError(f"the checkpoint does not fit its configuration, {count}: {told}")
+    return Plan(shapes, tuple(pieces), ignored)
+
+
+def _matches(
+    name: str, rules: Sequence[tuple[re.Pattern[str], Rule]], config: DecoderConfig
+) -> list[tuple[re.Match[str], Rule]]:
+    """The rules that hold for a tensor."""
+    matches = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
+    past = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
+    return past or [(match, rule) for match, rule in matches if not rule.past_layers]
+
+
+def _piece(name: str, match: re.Match[str], target: Target) -> Piece:
+    groups = match.groupdict()
+    indices = (part.strip() for part in target.slot.format(**groups).split(",")) if target.slot else ()
+    slot = tuple(slice(None) if part == ":" else int(part) for part in indices)
+    return Piece(name, target.path.format(**groups), slot, target.take)
+
+
+def _outside(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The place a piece would fill, where the model has no such place."""
+    if piece.path not in shapes:
+        return f"{piece.path}, which the model does not have"
+    shape = shapes[piece.path]
+    if all(isinstance(i, slice) or i < size for i, size in zip(piece.slot, shape, strict=False)):
+        return None
+    return f"{piece.path}{_brackets(piece.slot)}, outside {list(shape)}"
+
+
+def _misfit(piece: Piece, info: TensorInfo, shape: tuple[int, ...], config: DecoderConfig) -> list[str]:
+    """Why a tensor cannot fill its slot, found out on arrays that take no memory."""
+    expected = _dummy(shape)[piece.slot].shape
+    problem = f"source tensor {piece.source} has shape {list(info.shape)}"
+    where = f"{piece.path}{_brackets(piece.slot)} {list(expected)}"
+    try:
+        found = piece.take(_dummy(info.shape), config).shape
+    except (ValueError, IndexError):
+        return [f"{problem}, expected one that can be arranged as {where}"]
+    return [] if found == expected else [f"{problem}, which gives {list(found)}, expected {where}"]
+
+
+def _dummy(shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), np.int8), shape)
+
+
+def _filling(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> list[str]:
+    """Parameters and slots that nothing fills, or that are filled twice."""
+    by_path = _group(pieces, lambda piece: piece.path)
+    problems: list[str] = []
+    for path, shape in shapes.items():
+        filling = by_path.get(path, [])
+        count = _fill_count(shape, [piece.slot for piece in filling])
+        for slot in _slots(count > 1):
+            sources = ", ".join(piece.source for piece in filling if _overlap(piece.slot, slot))
+            problems.append(f"parameter {path}{_brackets(slot)} is filled more than once, by {sources}")
+        for slot in _slots(count == 0):
+            expected = list(_dummy(shape)[slot].shape)
+            problems.append(f"parameter {path}{_brackets(slot)} {expected} has no source tensor")
+    return problems
+
+
+def _fill_count(shape: tuple[int, ...], slots: Sequence[Slot]) -> np.ndarray:
+    """How often each slot is filled; axes that no slot indexes are collapsed to size 1."""
+    indexed = {axis for slot in slots for axis, index in enumerate(slot) if isinstance(index, int)}
+    count = np.zeros([size if axis in indexed else 1 for axis, size in enumerate(shape)], np.int32)
+    for slot in slots:
+        count[slot] += 1
+    return count
+
+
+def _slots(chosen: np.ndarray) -> list[Slot]:
+    """The chosen places of a fill count as slots."""
+    return [
+        _trim(tuple(int(i) if size > 1 else slice(None) for i, size in zip(index, chosen.shape, strict=True)))
+        for index in np.argwhere(chosen)
+    ]
+
+
+def _trim(slot: Slot) -> Slot:
+    while slot and isinstance(slot[-1], slice):
+        slot = slot[:-1]
+    return slot
+
+
+def _overlap(a: Slot, b: Slot) -> bool:
+    return all(i == j for i, j in zip(a, b, strict=False) if isinstance(i, int) and isinstance(j, int))
+
+
+def _brackets(slot: Slot) -> str:
+    return "[" + ", ".join(":" if isinstance(i, slice) else str(i) for i in slot) + "]" if slot else ""
+
+
+def _group(items: Iterable[Piece], key: Callable[[Piece], str]) -> dict[str, list[Piece]]:
+    groups: dict[str, list[Piece]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

@@ -1,0 +1,50 @@
+"""Heads that are the embedding: whether they are, and which of the two tensors is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from convert.sources.open import Source
+from convert.weights.rules import Rule
+from tide_jax.model.architecture import DecoderConfig
+
+_EMBEDDING, _HEAD = "embed.kernel", "head.kernel"
+
+
+def settle_head(source: Source, config: DecoderConfig, rules: Sequence[Rule]) -> DecoderConfig:
+    """The configuration untied where a head is stored that differs from the embedding, as in transformers."""
+    if not config.tie_embeddings or not (heads := _stored(source, rules, _HEAD)):
+        return config
+    embeddings = _stored(source, rules, _EMBEDDING)
+    if not embeddings or _digests(source, heads) == _digests(source, embeddings):
+        return config
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def rules_for(source: Source, config: DecoderConfig, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The weight map for what is stored: a tied head that is stored alone is the embedding, as in transformers."""
+    heads = _stored(source, rules, _HEAD)
+    if not config.tie_embeddings or not heads or _stored(source, rules, _EMBEDDING):
+        return rules
+    targets = next(rule.targets for rule in rules if _fills(rule, _EMBEDDING))
+    others = tuple(rule for rule in rules if not any(re.fullmatch(rule.pattern, head) for head in heads))
+    return (*others, *(Rule(re.escape(head), targets) for head in heads))
+
+
+def _fills(rule: Rule, path: str) -> bool:
+    return any(target.path == path for target in rule.targets)
+
+
+def _stored(source: Source, rules: Sequence[Rule], path: str) -> list[str]:
+    """The tensors of a source that fill a parameter where the head has its own weights."""
+    patterns = [rule.pattern for rule in rules if _fills(rule, path)]
+    return [name for name in source.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
+
+
+def _digests(source: Source, names: Sequence[str]) -> set[bytes]:
+    return {hashlib.sha256(source.read(name).reshape(-1).view(np.uint8).data).digest() for name in names}

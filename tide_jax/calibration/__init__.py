@@ -1,0 +1,1 @@
+"""Training of routers, translators and exit heads, the model frozen."""

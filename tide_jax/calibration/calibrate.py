@@ -1,0 +1,226 @@
+"""Calibration: from a frozen model and text to trained routers, with what they do on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float
+
+from tide_jax.calibration.collect import Collected, Progress, Splits, collect, tokenise
+from tide_jax.calibration.confidence_training import HELD_BACK, final_scores, train_confidence
+from tide_jax.calibration.exit_heads import fit_heads, label_tokens
+from tide_jax.calibration.router_training import train_routers
+from tide_jax.calibration.translator_fit import fit_translators
+from tide_jax.calibration.tuned_heads import frequent, tune_heads
+from tide_jax.checks import instance_of, path_like
+from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.errors import TideError
+from tide_jax.exits.evaluation import measure_exits
+from tide_jax.exits.router import Candidates, RouterMetadata, Routers, model_identity
+from tide_jax.model.decoder import Decoder
+
+SWEEP = (0.7, 0.8, 0.9, 0.95, 0.99)
+"""Thresholds the report states expected exits for."""
+
+
+def calibrate(
+    model: Decoder,
+    tokenizer: Any,
+    texts: Iterable[Any],
+    config: CalibrationConfig | None = None,
+    *,
+    source: str = "texts",
+    progress: Progress | None = None,
+    work_dir: str | Path | None = None,
+    mesh: Mesh | None = None,
+) -> Routers:
+    """Trains routers (and exit heads) on a frozen model.
+
+    One pass over the text keeps a bounded, uniform sample of hidden states. On one part of it affine heads are fitted
+    in closed form and tuned on the full model's predictions, and translators fitted for the cache of skipped layers;
+    on another routers and their second look (`tide_jax.exits.confidence`) are trained by binary cross-entropy; a third
+    chooses the ridge strength and when to stop, and the report is measured on its texts. Position 0 is left out. The
+    recipe is TIDE's (2026); the default label is whether the exit's argmax is the full model's, since on real models
+    states hardly ever come within the paper's cosine of the last one before the last layer.
+
+    Args:
+      model: the decoder; not changed.
+      tokenizer: called on each text, ``tokenizer(text)["input_ids"]``; unused for texts given as token ids.
+      texts: strings, sequences of token ids, or `tide_jax.calibration.collect.Sample`s; `tide_jax.texts` makes them
+        from files, data sets and the model itself.
+      config: how; default `CalibrationConfig()`.
+      source: a name for the data, recorded in the metadata.
+      progress: called with (stage, done, total); for the reading pass also when it starts, with what an interrupted
+        run has done of it.
+      work_dir: an empty or missing folder in an existing one. The reading pass keeps what it has there, and when run
+        again with the same model, texts in the same order, and configuration, goes on where it was (the texts are
+        tokenised again and compared); what is fitted afterwards may differ. Up to `reservoir_bytes` stay in the
+        folder, so that other fits need not read again: delete it when the routers are good. None keeps all in memory.
+      mesh: devices that share the reading pass: rows of a batch are split over the axis "data", so its size should
+        be a multiple of the devices (`batch_size` counts texts over all of them). Every device holds the whole model,
+        unless the mesh has an axis "model", too (`tide_jax.make_mesh`): then each holds its part.
+        The same tokens are kept whatever the mesh; their states may differ in the last float16 bit.
+
+    Returns:
+      Routers; `.report` holds what was measured, by checkpoint and by threshold.
+
+    Raises:
+      TideError: the model has too few layers for a checkpoint, or there is too little text; `work_dir`
+        belongs to another model, text or configuration, is damaged or can't be written; `mesh` has no axis "data".
+    """
+    instance_of("model", model, Decoder)
+    instance_of("config", config, CalibrationConfig, or_none=True)
+    if work_dir is not None:
+        path_like("work_dir", work_dir)
+    depth = model.config.num_layers
+    config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
+    if config.min_layers > depth:
+        raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
+    check_ranks(config, model.config.hidden_size)
+    config = dataclasses.replace(config, max_length=min(config.max_length, model.config.context_length))
+    checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
+    if not checkpoints:
+        raise TideError(
+            f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
+            f"{model.config.num_layers} layers; lower it"
+        )
+    samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
+    collected = collect(model, samples, checkpoints, config, progress, work_dir=work_dir, mesh=mesh)
+    routers, labels, held_out = _fit(model, collected, checkpoints, config, progress)
+    report = _report(model, routers, collected, labels, held_out, config, progress)
+    metadata = model_identity(model) | {
+        "config": dataclasses.asdict(config),
+        "data": source,
+        "versions": {name: importlib.metadata.version(name) for name in ("tide_jax", "jax", "flax", "optax")},
+        "report": report,
+    }
+    return dataclasses.replace(routers, metadata=RouterMetadata.from_dict(metadata))
+
+
+def check_ranks(config: CalibrationConfig, width: int) -> None:
+    """Raises TideError for a rank that the model's width can't have; a default one is taken for as much as fits."""
+    for name in ("exit_head_rank", "translator_rank"):
+        rank = getattr(config, name)
+        if rank is not None and rank > width and rank != getattr(CalibrationConfig, name):
+            raise TideError(f"{name}={rank} exceeds the model's width of {width}; lower it")
+
+
+def _fit(
+    model: Decoder,
+    collected: Collected,
+    checkpoints: tuple[int, ...],
+    config: CalibrationConfig,
+    progress: Progress | None,
+) -> tuple[Routers, Bool[np.ndarray, "C N"], Bool[np.ndarray, "C M"]]:
+    """Everything that is trained, and the labels of the routers' and the validation tokens."""
+    splits, heads, translators = collected.splits, None, None
+    if config.exit_strategy == "affine":
+        heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress)
+        if config.exit_head_steps:
+            heads = tune_heads(model, heads, splits.heads, splits.validation, config, progress)
+    if config.translator_rank is not None:
+        translators = fit_translators(
+            model, collected.fitting, checkpoints, config.translator_rank, config.reservoir_bytes, progress
+        )
+    routers = Routers((), heads, checkpoints, translators)
+    labels = label_tokens(model, routers, splits.routers, config, progress)
+    held_out = label_tokens(model, routers, splits.validation, config, progress)
+    looked = int(len(splits.routers) * HELD_BACK) if config.confidence_candidates else 0
+    own, theirs = slice(looked, None), slice(0, looked)
+    states = splits.routers.states
+    trained = train_routers(states[:, own], labels[:, own], splits.validation.states, held_out, config, progress)
+    routers = dataclasses.replace(routers, routers=trained)
+    if looked:
+        ids = frequent(splits.routers.targets, model.config.vocab_size, config.confidence_candidates)
+        routers = dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)))
+        looks = train_confidence(model, routers, states[:, theirs], labels[:, theirs], config.seed, progress)
+        routers = dataclasses.replace(routers, confidence=looks)
+    return routers, labels, held_out
+
+
+def _kept(splits: Splits) -> dict[str, int]:
+    return {f"{name}_tokens": len(split) for name, split in zip(Splits._fields, splits, strict=True)}
+
+
+def _report(
+    model: Decoder,
+    routers: Routers,
+    collected: Collected,
+    labels: Bool[np.ndarray, "C N"],
+    held_out: Bool[np.ndarray, "C M"],
+    config: CalibrationConfig,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """What the routers do on the validation split: by checkpoint, and by threshold with the engine itself."""
+    depth, checkpoints = model.config.num_layers, routers.checkpoints
+    states = collected.splits.validation.states
+    scores = final_scores(model, routers, states)
+    by_checkpoint = [
+        {
+            "layer": layer,
+            "agreement": float(held_out[c].mean()),
+            "positives_in_training": float(labels[c].mean()),
+            "auc": auc(scores[c], held_out[c]),
+        }
+        for c, layer in enumerate(checkpoints)
+    ]
+    dials = sorted({*SWEEP, config.exit_threshold})
+    exits = measure_exits(model, routers, collected.held_out, dials, config.min_layers, progress)
+    for row in exits:
+        alone = expected_exits(scores, held_out, checkpoints, depth, row["threshold"], config.min_layers)
+        row["label_agreement"] = alone["agreement"]
+    return {
+        "counts": collected.counts | _kept(collected.splits),
+        "label": config.label,
+        "checkpoints": by_checkpoint,
+        "exits": exits,
+        "oracle": expected_exits(held_out.astype(np.float32), held_out, checkpoints, depth, 0.5, 0),
+    }
+
+
+def expected_exits(
+    scores: Float[np.ndarray, "C M"],
+    labels: Bool[np.ndarray, "C M"],
+    checkpoints: tuple[int, ...],
+    num_layers: int,
+    threshold: float,
+    min_layers: int,
+) -> dict[str, Any]:
+    """Exits at a threshold if every token's past ran at full depth: share that leaves, mean depth, and the share of
+    tokens whose label holds where they left (full depth always holds). What exits do to the cache of later tokens is
+    left out here; `tide_jax.exits.evaluation.measure_exits` has it in."""
+    allowed = np.asarray([layer + 1 >= min_layers for layer in checkpoints])
+    leaves = (scores > threshold) & allowed[:, None]
+    exits = leaves.any(axis=0)
+    first = leaves.argmax(axis=0)
+    layers = np.where(exits, np.asarray(checkpoints)[first] + 1, num_layers)
+    right = np.where(exits, labels[first, np.arange(labels.shape[1])], True)
+    return {
+        "threshold": float(threshold),
+        "exit_rate": float(exits.mean()),
+        "depth": float(layers.mean() / num_layers),
+        "agreement": float(right.mean()),
+        "exits_by_layer": {str(layer): float((exits & (first == c)).mean()) for c, layer in enumerate(checkpoints)},
+    }
+
+
+def auc(scores: Float[np.ndarray, " N"], labels: Bool[np.ndarray, " N"]) -> float | None:
+    """Area under the ROC curve, ties counted half; None when all labels are equal.
+
+    >>> auc(np.asarray([0.1, 0.4, 0.8]), np.asarray([False, True, True]))
+    1.0
+    """
+    positives = int(labels.sum())
+    negatives = labels.size - positives
+    if not positives or not negatives:
+        return None
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = mean_rank[inverse][labels].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))

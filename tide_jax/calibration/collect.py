@@ -1,0 +1,313 @@
+"""One pass of a frozen model over text: hidden states at the checkpoints, into bounded reservoirs.
+
+Everything but the states is settled before the pass starts: which texts run together, which tokens are kept and where
+(`tide_jax.calibration.reading_plan`). So logits are computed and states leave the device for kept tokens alone, the
+next batch runs while the last one is stored, and an interrupted pass can go on at any batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float16, Int
+
+from pallas_kernels.exit_step.reference import rms_normalise
+from tide_jax.calibration.data_parallel import Placement
+from tide_jax.calibration.reading_plan import ReadingPlan, Sample, assign, digest, padded
+from tide_jax.calibration.reservoir import Allocate, Reservoir
+from tide_jax.calibration.work_folder import WorkFolder
+from tide_jax.checks import unicode_text, whole_number
+from tide_jax.config import CalibrationConfig
+from tide_jax.errors import TideError
+from tide_jax.exits.evaluation import Batch
+from tide_jax.generation.finite import check_finite
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.files.checkpoint import fingerprint
+from tide_jax.model.sharding import mesh_context
+
+__all__ = ["Collected", "Progress", "Sample", "Splits", "collect", "tokenise"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, how much is done and how much there is (0 when unknown)."""
+
+MIN_TOKENS = 64
+"""Fewer usable tokens than this in any split is no sample to train on."""
+
+HELD_OUT_TEXTS = (16, 24)
+"""Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
+every threshold of the report, which would otherwise take longer than everything else."""
+
+_CHUNK = 256  # tokens whose logits are in memory at once
+
+
+class Splits(NamedTuple):
+    """Disjoint samples, split by text. Heads and routers learn from different texts: a head agrees too often on the
+    text it was fitted to, and a router trained there would trust it too much."""
+
+    heads: Reservoir
+    routers: Reservoir
+    validation: Reservoir
+
+
+class Collected(NamedTuple):
+    """What one pass over the text leaves.
+
+    Attributes:
+      splits: sampled hidden states.
+      held_out: batches of validation texts, for measuring with the engine; bounded in number.
+      fitting: batches of the heads' texts (the routers' where there are no heads to fit), for what is fitted on whole
+        texts; bounded in number.
+      counts: texts and tokens read.
+    """
+
+    splits: Splits
+    held_out: list[Batch]
+    fitting: list[Batch]
+    counts: dict[str, int]
+
+
+FITTING_TEXTS = 96
+"""Texts kept whole for fits that read them again."""
+
+
+def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vocab_size: int) -> Iterator[Sample]:
+    """Up to `calibration_samples` texts as token ids, cut at `max_length`; those under two tokens are passed over.
+
+    A text is a string, a `Sample`, or a sequence of token ids (the last two need no tokenizer).
+
+    Raises:
+      TideError: a text is none of these, or holds a token id outside the vocabulary.
+    """
+    if isinstance(texts, str):
+        raise TideError("texts is a single string; pass an iterable of texts, for example a list")
+    if not isinstance(texts, Iterable):
+        raise TideError(f"texts is {type(texts).__name__}; pass an iterable of texts, for example a list")
+    for number, text in enumerate(itertools.islice(texts, config.calibration_samples)):
+        ids, start = _sample(tokenizer, text, number)
+        ids, first = ids[: config.max_length], max(1, start)
+        if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise TideError(
+                f"text {number} holds token id {min(ids) if min(ids) < 0 else max(ids)}, outside the vocabulary of "
+                f"0..{vocab_size - 1}; was it tokenised for another model?"
+            )
+        if len(ids) > first:
+            yield Sample(ids, first)
+
+
+def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
+    if isinstance(text, Sample):
+        whole_number(f"start of text {number}", text.start)
+        return Sample(_sample(tokenizer, text.ids, number).ids, text.start)
+    if isinstance(text, str) and tokenizer is None:
+        raise TideError(f"text {number} is a string, which takes a tokenizer; pass tokenizer= or token ids")
+    ids = tokenizer(unicode_text(f"text {number}", text))["input_ids"] if isinstance(text, str) else text
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, np.integer)) for i in ids):
+        raise TideError(f"text {number} is {type(text).__name__}, expected a string or a sequence of token ids")
+    return Sample(ids)
+
+
+def collect(
+    model: Decoder,
+    samples: Iterable[Sample],
+    checkpoints: tuple[int, ...],
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+    *,
+    work_dir: str | Path | None = None,
+    mesh: Mesh | None = None,
+) -> Collected:
+    """Reads tokenised texts: all of them into memory as token ids first (8 bytes a token), then through the model.
+
+    Args:
+      work_dir: see `tide_jax.calibrate`.
+      mesh: see `tide_jax.calibrate`.
+
+    Raises:
+      TideError: no text, or too little of it; a mesh without an axis "data"; a folder that holds something else.
+    """
+    placement = Placement.of(mesh)
+    texts = [Sample(np.asarray(ids, np.int32), start) for ids, start in samples]
+    # A larger batch would be padding. One of no texts is an error below.
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, max(1, len(texts))))
+    counts = {"texts": len(texts), "tokens": sum(len(ids) - start for ids, start in texts)}
+    owners, seen = assign(texts, _shares(config))
+    _check_enough(seen, counts, config)
+    folder = None if work_dir is None else WorkFolder(work_dir, _identity(model, texts, checkpoints, config))
+    splits = _reservoirs(model, len(checkpoints), seen, config, folder)
+    plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
+    _read(placement, model, plan, splits, checkpoints, folder, progress)
+    rng, fitted = np.random.default_rng(config.seed), _HEADS if seen[_HEADS] else _ROUTERS
+    counted = (_VALIDATION, np.clip(len(texts) // 12, *HELD_OUT_TEXTS)), (fitted, FITTING_TEXTS)
+    drawn = (np.sort(rng.permutation(np.flatnonzero(owners == owner))[:most]) for owner, most in counted)
+    held_out, fitting = (_whole([texts[i] for i in chosen], config) for chosen in drawn)
+    return Collected(splits, held_out, fitting, counts)
+
+
+_HEADS, _ROUTERS, _VALIDATION = range(len(Splits._fields))
+
+
+def _whole(texts: list[Sample], config: CalibrationConfig) -> list[Batch]:
+    texts = sorted(texts, key=lambda text: len(text.ids))
+    return [_batch(texts[i : i + config.batch_size], config) for i in range(0, len(texts), config.batch_size)]
+
+
+def _batch(texts: list[Sample], config: CalibrationConfig) -> Batch:
+    return Batch(*map(jnp.asarray, padded(texts, config.batch_size, config.max_length, widths=4)))
+
+
+def _identity(
+    model: Decoder, texts: list[Sample], checkpoints: tuple[int, ...], config: CalibrationConfig
+) -> dict[str, Any]:
+    """Everything the outcome of a reading pass depends on."""
+    names = ("max_length", "batch_size", "reservoir_bytes", "seed")
+    return {
+        "model": f"{fingerprint(model)} in {model.precision}",
+        "checkpoints": list(checkpoints),
+        "configuration": {name: getattr(config, name) for name in names} | {"shares": list(_shares(config))},
+        "text": digest(texts),
+    }
+
+
+def _reservoirs(
+    model: Decoder, count: int, seen: Int[np.ndarray, " 3"], config: CalibrationConfig, folder: WorkFolder | None
+) -> Splits:
+    size = model.config.hidden_size
+    tokens = config.reservoir_bytes // Reservoir.bytes_per_token(count, size)
+
+    def reservoir(i: int, share: float) -> Reservoir:
+        capacity = min(int(seen[i]), max(MIN_TOKENS, int(tokens * share)))
+        allocate = None if folder is None else _allocate_in(folder, Splits._fields[i])
+        return Reservoir(capacity, count, size, seed=config.seed + 1 + i, allocate=allocate)
+
+    return Splits(*(reservoir(i, share) for i, share in enumerate(_shares(config))))
+
+
+def _allocate_in(folder: WorkFolder, split: str) -> Allocate:
+    return lambda name, shape, dtype: folder.array(f"{split}.{name}", shape, dtype)
+
+
+def _shares(config: CalibrationConfig) -> tuple[float, float, float]:
+    rest = 1.0 - config.validation_fraction
+    heads = 0.5 * rest if config.exit_strategy != "identity" else 0.0
+    return heads, rest - heads, config.validation_fraction
+
+
+def _check_enough(seen: Int[np.ndarray, " 3"], counts: dict[str, int], config: CalibrationConfig) -> None:
+    if counts["texts"] == 0:
+        raise TideError("no calibration text: every text was empty or a single token; pass longer texts")
+    for name, share, tokens in zip(Splits._fields, _shares(config), seen, strict=True):
+        if share and tokens < MIN_TOKENS:
+            raise TideError(
+                f"calibration text too short: {counts['texts']} texts gave {tokens} tokens to the {name} split, "
+                f"at least {MIN_TOKENS} are needed; pass more or longer texts"
+            )
+
+
+def _read(
+    placement: Placement,
+    model: Decoder,
+    plan: ReadingPlan,
+    splits: Splits,
+    checkpoints: tuple[int, ...],
+    folder: WorkFolder | None,
+    progress: Progress | None,
+) -> None:
+    """Runs the batches of a plan that its folder does not have yet. One batch is stored while the next one runs."""
+    waiting = list[tuple[int, _States]]()
+    stored = functools.partial(_checksum, plan, splits)
+    first = 0 if folder is None else folder.done(len(plan.batches), stored)
+    total = sum(len(batch) for batch in plan.batches)
+    texts = sum(len(batch) for batch in plan.batches[:first])
+    if progress is not None:
+        progress("reading text", texts, total)
+    placed = placement.model(model)
+
+    def finish(number: int, out: _States) -> None:
+        nonlocal texts
+        _store(plan, number, jax.device_get(out), splits, model.dtype)
+        texts += len(plan.batches[number])
+        if folder is not None:
+            folder.finished(stored(number), len(plan.batches))
+        if progress is not None:
+            progress("reading text", texts, total)
+
+    for number in range(first, len(plan.batches)):
+        inputs = (placement.split(array) for array in plan.inputs(number, _CHUNK))
+        with mesh_context(placement.mesh):
+            out = _run(placed, *inputs, checkpoints=checkpoints)
+        jax.tree.map(lambda array: array.copy_to_host_async(), out)
+        waiting.append((number, out))
+        if len(waiting) == 2:
+            finish(*waiting.pop(0))
+    for number, out in waiting:
+        finish(number, out)
+
+
+def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits, dtype: Any) -> None:
+    """Puts the kept tokens of a batch where they belong. Raises TideError where the model, in `dtype`, overflowed."""
+    states, last, targets = map(np.asarray, out)
+    places, owners, slots = plan.kept(number, _CHUNK)
+    check_finite(np.isfinite(last[places]), dtype)
+    for i, split in enumerate(splits):
+        mine = owners == i
+        rows = places[mine]
+        split.put(slots[mine], states[:, rows], last[rows], targets[rows])
+
+
+def _checksum(plan: ReadingPlan, splits: Splits, number: int) -> int:
+    """CRC-32 of what the reservoirs hold of a batch. No slot belongs to two batches."""
+    _, owners, slots = plan.kept(number, _CHUNK)
+    checksum = 0
+    for i, split in enumerate(splits):
+        checksum = split.checksum(slots[owners == i], checksum)
+    return checksum
+
+
+class _States(NamedTuple):
+    """Normed states of picked tokens at the checkpoints and after the last layer, and the model's argmax."""
+
+    states: Float16[Array, "C N D"]
+    last: Float16[Array, "N D"]
+    targets: Int[Array, " N"]
+
+
+def _states(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    picked: Int[Array, "S K N"],
+    *,
+    checkpoints: tuple[int, ...],
+) -> _States:
+    """States of the `picked` tokens: places within each of S equal parts of the batch, in K chunks of N."""
+    shards, chunks, count = picked.shape
+
+    def pick(x: Float[Array, "B T D"]) -> Float[Array, "S M D"]:
+        take = jax.vmap(lambda rows, places: jnp.take(rows, places, axis=0, mode="clip"))
+        return take(x.reshape(shards, -1, x.shape[-1]), picked.reshape(shards, -1))
+
+    residuals = [x for x, _ in model.layer_outputs(tokens, positions, None)]
+    states = [_normed(model, pick(residuals[layer])) for layer in checkpoints]
+    last = pick(residuals[-1])
+    rows = model.final_norm(last).reshape(shards, chunks, count, last.shape[-1]).swapaxes(0, 1)
+    targets = lax.map(lambda chunk: jnp.argmax(model.logits(chunk), axis=-1).astype(jnp.int32), rows)
+    return _States(jnp.stack(states), _normed(model, last), targets.swapaxes(0, 1).reshape(-1))
+
+
+_run = jax.jit(_states, static_argnames="checkpoints")
+
+
+def _normed(model: Decoder, x: Float[Array, "S M D"]) -> Float16[Array, "N D"]:
+    return rms_normalise(x.reshape(-1, x.shape[-1]), model.config.norm_eps).astype(jnp.float16)

@@ -1,0 +1,126 @@
+"""Training the second look: a small network a checkpoint, on tokens that the routers have not learned from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.exit_step.reference import router_scores
+from tide_jax.calibration.collect import Progress
+from tide_jax.calibration.exit_heads import in_chunks
+from tide_jax.calibration.gradient_step import apply_gradients
+from tide_jax.exits.confidence import exit_scores, features
+from tide_jax.exits.router import SCREEN_LEVELS, Confidence, Routers
+from tide_jax.model.decoder import Decoder
+
+HELD_BACK = 0.3
+"""Share of the routers' tokens for the second look: a router is too sure of those it has seen."""
+
+_HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
+_LOST = 0.02  # of the tokens that a look would put above a level, this share may be screened out
+
+
+def train_confidence(
+    model: Decoder,
+    routers: Routers,
+    states: Float[np.ndarray, "C N D"],
+    labels: Bool[np.ndarray, "C N"],
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Confidence, ...]:
+    """One network for each checkpoint, by binary cross-entropy.
+
+    Args:
+      routers: with routers, heads and candidates.
+      states: RMS-normed states of tokens that neither heads nor routers were trained on.
+      labels: whether leaving there is right.
+    """
+    looks = []
+    for c in range(len(states)):
+        found = _features_of(model, routers, c, states[c])
+        look = _fit(found, labels[c], jax.random.fold_in(jax.random.key(seed), c))
+        looks.append(look._replace(screens=_screens(look, found)))
+        if progress is not None:
+            progress("training the second look", c + 1, len(states))
+    return tuple(looks)
+
+
+def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "C N"]:
+    """What thresholds are compared with, for RMS-normed states."""
+    bare = routers.without_metadata()
+
+    def scores(checkpoint: int) -> np.ndarray:
+        return in_chunks(lambda chunk: _scores(model, bare, chunk, checkpoint=checkpoint), states[checkpoint])
+
+    return np.stack([scores(c) for c in range(len(states))])
+
+
+def _score(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, " N"]:
+    return exit_scores(model, routers, checkpoint, states.astype(model.dtype)).scores[0]
+
+
+_scores = jax.jit(_score, static_argnames="checkpoint")
+
+
+def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
+    bare = routers.without_metadata()
+    return jnp.asarray(in_chunks(lambda chunk: _features(model, bare, chunk, checkpoint=c), states))
+
+
+def _compute(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, "N F"]:
+    assert routers.candidates is not None
+    x, eps = states.astype(model.dtype), model.config.norm_eps
+    first = router_scores(x, *routers.routers[checkpoint], eps=eps)
+    out = model.final_norm(routers.exit_state(checkpoint, x[None], eps=eps))
+    return features(model, routers.candidates.rows, out, first[None])[0]
+
+
+_features = jax.jit(_compute, static_argnames="checkpoint")
+
+
+def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:
+    """The network on standardised features, the standardisation folded into its first layer afterwards."""
+    mean, scale = jnp.mean(found, axis=0), jnp.maximum(jnp.std(found, axis=0), 1e-3)
+    rate = float(np.clip(labels.mean(), 1e-4, 1 - 1e-4))
+    width = found.shape[1]
+    look = Confidence(
+        screens=jnp.zeros((len(SCREEN_LEVELS),), jnp.float32),
+        down=jax.random.normal(key, (width, _HIDDEN), jnp.float32) / np.float32(np.sqrt(width)),
+        down_bias=jnp.zeros((_HIDDEN,), jnp.float32),
+        up=jnp.zeros((_HIDDEN,), jnp.float32),
+        up_bias=jnp.float32(np.log(rate / (1 - rate))),
+    )
+    look = _descend(look, (found - mean[None, :]) / scale[None, :], jnp.asarray(labels, jnp.float32))
+    down = look.down / scale[:, None]
+    return look._replace(down=down, down_bias=look.down_bias - jnp.dot(mean, down, precision="highest"))
+
+
+@jax.jit
+def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array, " N"]) -> Confidence:
+    optimiser = optax.adamw(optax.cosine_decay_schedule(_RATE, _STEPS), weight_decay=_DECAY)
+
+    def loss(look: Confidence) -> Array:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(look.logit(inputs), labels))
+
+    def step(_: int, carry: tuple[Confidence, optax.OptState]) -> tuple[Confidence, optax.OptState]:
+        look, state = carry
+        gradients = jax.grad(loss)(look)
+        return apply_gradients(optimiser, gradients, state, look)
+
+    return jax.lax.fori_loop(0, _STEPS, step, (look, optimiser.init(look)))[0]
+
+
+def _screens(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, " levels"]:
+    """For each level the router score that all but a few of the tokens above it exceed, but never more than the level:
+    what the router itself takes for so likely is always looked at. 1 where no token is above the lowest level."""
+    final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (look.logit(found), found[:, 0]))
+    if not (final > SCREEN_LEVELS[0]).any():
+        return jnp.ones((len(SCREEN_LEVELS),), jnp.float32)
+    screens = []
+    for level in SCREEN_LEVELS:
+        above = first[final > level]
+        screens.append(min(np.quantile(above, _LOST) * (1 - 1e-6), level) if len(above) else level)
+    return jnp.asarray(np.maximum.accumulate(screens), jnp.float32)

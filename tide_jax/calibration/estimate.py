@@ -1,0 +1,194 @@
+"""How long calibration should take on an accelerator, from counts of tokens, operations and bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from tide_jax.calibration.calibrate import SWEEP
+from tide_jax.calibration.collect import HELD_OUT_TEXTS, MIN_TOKENS
+from tide_jax.calibration.confidence_training import HELD_BACK
+from tide_jax.calibration.reservoir import Reservoir
+from tide_jax.calibration.translator_fit import TOKENS
+from tide_jax.calibration.tuned_heads import BATCH, VOCABULARY
+from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers
+from tide_jax.model.decoder import abstract_parameters
+
+_RIDGES = 5  # strengths of an affine head's fit that are tried
+
+
+class Accelerator(NamedTuple):
+    """What an estimate assumes of a machine.
+
+    Attributes:
+      name: of the device.
+      peak_flops: bfloat16 matrix products a second, dense, as its maker states them.
+      utilisation: share of that which a forward pass reaches.
+      float32_flops: the same for the fits' float32 products, without tensor cores.
+      float32_utilisation: share of that which they reach.
+      transfer_bytes: bytes a second between host and device that are reached.
+    """
+
+    name: str
+    peak_flops: float
+    utilisation: float
+    float32_flops: float
+    float32_utilisation: float
+    transfer_bytes: float
+
+
+H100 = Accelerator("H100 SXM", 989e12, 0.35, 67e12, 0.5, 25e9)
+"""NVIDIA's H100 on PCIe 5; peaks of the data sheet, the shares of them are assumed."""
+
+
+def eight_billion() -> DecoderConfig:
+    """The shape of an 8 billion parameter model of today (that of Llama 3.1).
+
+    >>> f"{sum(operations(eight_billion(), width=0)) / 1e9:.2f} GFLOP a token"
+    '15.01 GFLOP a token'
+    """
+    return DecoderConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        max_positions=131072,
+        attention_types=(AttentionType(scale=128**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=128)),),
+        attention_pattern=(0,) * 32,
+    )
+
+
+def operations(config: DecoderConfig, *, width: int) -> tuple[float, float]:
+    """Floating-point operations of a token in a row of `width` tokens: of the layers, and of the output head.
+
+    Two for every weight of a matrix that the token meets, and four for every pair of tokens and channel of a query.
+    """
+    body, table = 0.0, config.vocab_size * config.head_size
+    for path, shape in abstract_parameters(config).items():
+        if path.startswith("layers.") and len(shape) > 1:
+            used = 1.0
+            if config.moe is not None and ".experts." in path:
+                used = config.moe.experts_per_token / config.moe.num_experts
+            body += 2.0 * used * math.prod(shape)
+    return body + 4.0 * width * config.num_layers * config.num_heads * config.head_dim, 2.0 * table
+
+
+def estimate_calibration(
+    model: DecoderConfig,
+    config: CalibrationConfig | None = None,
+    *,
+    texts: int = 2000,
+    tokens: int = 275_000,
+    padding: float = 1.1,
+    accelerator: Accelerator = H100,
+) -> dict[str, Any]:
+    """Seconds of each stage of `tide_jax.calibrate`, and what they rest on. Compilation and loading are left out.
+
+    Args:
+      texts: texts read.
+      tokens: tokens of all texts together.
+      padding: tokens run, padding included, over tokens read.
+
+    >>> found = estimate_calibration(eight_billion())
+    >>> 5 < found["seconds"] < 60, found["stages"][0]["stage"]
+    (True, 'reading text')
+    >>> slower = estimate_calibration(eight_billion(), accelerator=H100._replace(utilisation=0.035))
+    >>> round(slower["stages"][0]["seconds"] / found["stages"][0]["seconds"])
+    10
+    """
+    config = config or CalibrationConfig()
+    size, machine = model.hidden_size, accelerator
+    count = len(checkpoint_layers(model.num_layers, config.checkpoint_interval))
+    kept = min(tokens, config.reservoir_bytes // Reservoir.bytes_per_token(count, size))
+    validation = config.validation_fraction * kept
+    affine = config.exit_strategy != "identity"
+    heads = 0.5 * (kept - validation) if affine else 0.0
+    routers = kept - validation - heads
+    body, head = operations(model, width=round(tokens / texts))
+    held_out = tokens / texts * min(max(texts // 12, HELD_OUT_TEXTS[0]), HELD_OUT_TEXTS[1])
+    solving = _RIDGES * (size**3 / 3 + 2 * size**3)
+    maps, solved, moved = _translators(model, config)
+    read = _translator_tokens(model, config)
+    work = [  # stage, bfloat16 operations, float32 operations, bytes between host and device
+        ("reading text", tokens * padding * body + kept * head, 0.0, kept * Reservoir.bytes_per_token(count, size)),
+        (
+            "fitting exit heads",
+            0.0,
+            count * ((4 * heads + 2 * _RIDGES * validation) * size**2 + solving) if affine else 0.0,
+            count * 4 * size * (heads + _RIDGES * validation) if affine else 0.0,
+        ),
+        (
+            "tuning exit heads",
+            # The full model's and the head's predictions, and twice the latter again for the gradient.
+            count * config.exit_head_steps * BATCH * (8 * size * VOCABULARY + 6 * size**2) if affine else 0.0,
+            0.0,
+            count * config.exit_head_steps * BATCH * 4 * size if affine else 0.0,
+        ),
+        (
+            "fitting translators",
+            read * body if maps else 0.0,
+            maps * (2 * read * size**2 + 2 * size**3) + solved,
+            moved,
+        ),
+        (
+            "labelling",
+            count * (routers + validation) * (head + (2 * size**2 if affine else 0)),
+            0.0,
+            count * (routers + validation) * 2 * size,
+        ),
+        (
+            "training routers",
+            0.0,
+            config.max_epochs * count * (3 * routers + validation) * 2 * size * config.router_bottleneck_dim,
+            config.max_epochs * count * (routers + validation) * 2 * size,
+        ),
+        (
+            "training the second look",
+            count * HELD_BACK * routers * 2 * size * (config.confidence_candidates + size),
+            0.0,
+            count * HELD_BACK * routers * 2 * size,
+        ),
+        ("measuring exits", (len(SWEEP) + 1) * held_out * padding * (body + head), 0.0, 0.0),
+    ]
+    stages = [_stage(machine, *row) for row in work]
+    return {
+        "stages": stages,
+        "seconds": sum(stage["seconds"] for stage in stages),
+        "assumptions": {
+            "model": f"{model.num_layers} layers of width {size}, {(body + head) / 1e9:.1f} GFLOP a token",
+            "text": f"{texts} texts, {tokens} tokens, {padding:.2f} x as many with padding",
+            "kept": f"states of {int(kept)} tokens at {count} checkpoints",
+            "accelerator": machine._asdict(),
+            "left out": "loading the model, tokenising, compilation; transfers and products take turns",
+        },
+    }
+
+
+def _translators(model: DecoderConfig, config: CalibrationConfig) -> tuple[float, float, float]:
+    """Pairs of checkpoint and later layer, operations of their eigenproblems, bytes of the sampled states."""
+    if config.translator_rank is None:
+        return 0.0, 0.0, 0.0
+    checkpoints, size = checkpoint_layers(model.num_layers, config.checkpoint_interval), model.hidden_size
+    pairs = sum(model.num_layers - c - 2 for c in checkpoints)
+    return float(pairs), len(checkpoints) * 12.0 * size**3, pairs * _translator_tokens(model, config) * 4.0 * size
+
+
+def _translator_tokens(model: DecoderConfig, config: CalibrationConfig) -> int:
+    layers = model.num_layers - checkpoint_layers(model.num_layers, config.checkpoint_interval)[0] - 1
+    return max(MIN_TOKENS, min(TOKENS, config.reservoir_bytes // (layers * (2 * model.hidden_size + 4))))
+
+
+def _stage(machine: Accelerator, name: str, products: float, exact: float, moved: float) -> dict[str, Any]:
+    seconds = products / (machine.peak_flops * machine.utilisation)
+    seconds += exact / (machine.float32_flops * machine.float32_utilisation)
+    return {
+        "stage": name,
+        "tflop": products / 1e12,
+        "tflop_float32": exact / 1e12,
+        "gigabytes_moved": moved / 1e9,
+        "seconds": seconds + moved / machine.transfer_bytes,
+    }

@@ -1,0 +1,149 @@
+"""Fitting affine exit heads in closed form, and labelling where an exit would have been right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tide_jax.calibration.collect import Progress
+from tide_jax.calibration.reservoir import Reservoir
+from tide_jax.config import CalibrationConfig
+from tide_jax.exits.router import ExitHead, Routers
+from tide_jax.exits.router_file import round_half
+from tide_jax.model.decoder import Decoder
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input channel
+_ROWS = 4096  # tokens in float32 at once
+_CHUNK = 256  # tokens whose logits are in memory at once
+
+
+def fit_heads(
+    fit: Reservoir, held_out: Reservoir, rank: int | None, progress: Progress | None = None
+) -> tuple[ExitHead, ...]:
+    """Ridge regressions from each checkpoint's normed state to the last layer's, the strength chosen on held-out text.
+
+    Args:
+      rank: of the correction to the identity; None is full.
+
+    Returns:
+      One head for each checkpoint, rounded to float16 values so that saving them changes nothing.
+    """
+    heads = []
+    for c in range(len(fit.states)):
+        heads.append(_fit_head(fit, held_out, c, rank))
+        if progress is not None:
+            progress("fitting exit heads", c + 1, len(fit.states))
+    return tuple(heads)
+
+
+def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
+    mean_x = jnp.asarray(fit.states[c].mean(axis=0, dtype=np.float64), jnp.float32)
+    mean_y = jnp.asarray(fit.last.mean(axis=0, dtype=np.float64), jnp.float32) - mean_x
+    gram, cross = _moments(fit, c, mean_x, mean_y)
+    kernels = [_solve(gram, cross, jnp.float32(ridge)) for ridge in _RIDGES]
+    kernel = min(kernels, key=lambda k: _held_out_error(k, held_out, c, mean_x, mean_y))
+    factors = (kernel,) if rank is None or rank >= kernel.shape[0] else _reduce_rank(kernel, gram, rank)
+    factors = tuple(jnp.asarray(round_half(np.asarray(f))) for f in factors)
+    mapped = mean_x
+    for factor in factors:
+        mapped = jnp.dot(mapped, factor, precision="highest")
+    return ExitHead(factors, jnp.asarray(round_half(np.asarray(mean_y - mapped))))
+
+
+def _pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[tuple[Array, Array]]:
+    """Centred inputs and residual targets, float32, a chunk at a time: a whole reservoir in float32 would double it."""
+    for start in range(0, len(sample), _ROWS):
+        rows = slice(start, start + _ROWS)
+        x, last = (jnp.asarray(a, jnp.float32) for a in (sample.states[c, rows], sample.last[rows]))
+        yield x - mean_x[None, :], last - x - mean_y[None, :]
+
+
+def _moments(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> tuple[Array, Array]:
+    size = mean_x.shape[0]
+    sums = jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32)
+    for x, y in _pairs(sample, c, mean_x, mean_y):
+        sums = _add_products(sums, x, y)
+    return sums[0] / len(sample), sums[1] / len(sample)
+
+
+@jax.jit
+def _add_products(sums: tuple[Array, Array], x: Float[Array, "N D"], y: Float[Array, "N D"]) -> tuple[Array, Array]:
+    return sums[0] + jnp.dot(x.T, x, precision="highest"), sums[1] + jnp.dot(x.T, y, precision="highest")
+
+
+@jax.jit
+def _solve(gram: Float[Array, "D D"], cross: Float[Array, "D D"], ridge: Float[Array, ""]) -> Float[Array, "D D"]:
+    strength = ridge * jnp.trace(gram) / gram.shape[0]
+    return jax.scipy.linalg.solve(gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype), cross, assume_a="pos")
+
+
+def _held_out_error(kernel: Array, sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> float:
+    return sum(float(_squared_error(kernel, x, y)) for x, y in _pairs(sample, c, mean_x, mean_y))
+
+
+@jax.jit
+def _squared_error(kernel: Array, x: Array, y: Array) -> Array:
+    return jnp.sum(jnp.square(jnp.dot(x, kernel, precision="highest") - y))
+
+
+def _reduce_rank(kernel: Array, gram: Array, rank: int) -> tuple[Array, Array]:
+    """Reduced-rank regression (Izenman 1975): the best rank-r map in the metric of the inputs."""
+    predictions = jnp.dot(jnp.dot(kernel.T, gram, precision="highest"), kernel, precision="highest")
+    _, vectors = jnp.linalg.eigh(predictions)
+    top = vectors[:, -rank:]
+    return jnp.dot(kernel, top, precision="highest"), top.T
+
+
+def label_tokens(
+    model: Decoder, routers: Routers, sample: Reservoir, config: CalibrationConfig, progress: Progress | None = None
+) -> Bool[np.ndarray, "C N"]:
+    """Where leaving at each checkpoint counts as right: same argmax as the full model, or (label "cosine", the TIDE
+    paper's) a state that has all but stopped turning."""
+    labels = np.zeros(sample.states.shape[:2], bool)
+    for c in range(len(labels)):
+        labels[c] = (
+            _cosine(sample, c) > config.convergence_threshold
+            if config.label == "cosine"
+            else (exit_argmax(model, routers, c, sample.states[c]) == sample.targets)
+        )
+        if progress is not None:
+            progress("labelling", c + 1, len(labels))
+    return labels
+
+
+def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
+    """The token each state would produce if it left at this checkpoint, int32 [N]."""
+    bare = routers.without_metadata()
+    return in_chunks(lambda chunk: _argmax(model, bare, chunk, checkpoint=checkpoint), states)
+
+
+def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
+    """A function of rows, applied to chunks of one size, the last one padded: one compilation, and bounded memory for
+    their logits."""
+    parts = []
+    for start in range(0, len(states), _CHUNK):
+        chunk = states[start : start + _CHUNK]
+        parts.append(np.asarray(function(jnp.asarray(np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))))))
+    return np.concatenate(parts)[: len(states)]
+
+
+def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, checkpoint: int) -> Array:
+    x = states.astype(model.dtype)[None]
+    out = model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+    return jnp.argmax(model.logits(out)[0], axis=-1).astype(jnp.int32)
+
+
+_argmax = jax.jit(_argmax_of, static_argnames="checkpoint")
+
+
+def _cosine(sample: Reservoir, c: int) -> np.ndarray:
+    cosines = []
+    for start in range(0, len(sample), 4096):
+        rows = slice(start, start + 4096)
+        a, b = sample.states[c, rows].astype(np.float32), sample.last[rows].astype(np.float32)
+        cosines.append((a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12))
+    return np.concatenate(cosines)

@@ -1,0 +1,204 @@
+"""What every command line of the project does alike: one line and an exit code for whatever goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tide_jax.cli.ending_signals import until_ended
+from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, leave_interrupted
+from tide_jax.cli.standard_streams import drop, prepare_streams, say
+from tide_jax.errors import TideError, out_of_memory
+
+BAD_INPUT, BROKEN_PIPE = 2, 141  # the latter as of a program that the signal ends
+_FLAGS = {
+    "calibration_samples": "samples",
+    "exit_threshold": "threshold",
+    "rate": "audit",
+    "router_bottleneck_dim": "bottleneck",
+}
+_PLACES = ("source", "destination")
+"""Arguments that have a place, not a flag."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; its subparsers are of this class too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises TideError."""
+        raise TideError(f"{message}; see '{self.prog} --help'")
+
+
+def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
+    """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code.
+
+    The arguments may also carry ``modules``, names of slow modules that `run` needs: they are imported while Ctrl-C
+    still ends the process at once. Commands find in ``args.as_program`` whether the process is theirs, and with it
+    JAX's configuration.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+    args = argparse.Namespace(as_program=arguments is None)
+    try:
+        return _run(make_parser, arguments, args)
+    except TideError as error:
+        return _fail(_with_flags(str(error), args))
+    except BrokenPipeError:
+        drop(sys.stdout)
+        return BROKEN_PIPE
+    except OSError as error:
+        drop(sys.stdout)
+        return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
+    except BaseException as error:
+        if (reason := out_of_memory(error)) is not None:
+            return _fail(str(reason))
+        if not isinstance(error, KeyboardInterrupt) and not _was_interrupted():
+            raise
+        return _interrupted()
+
+
+def _run(
+    make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None, args: argparse.Namespace
+) -> int:
+    if args.as_program:
+        prepare_streams()
+    try:
+        make_parser().parse_args(arguments, args)
+        if args.as_program:
+            _import_for_work(getattr(args, "modules", ()))
+        code = until_ended(lambda: args.run(args), as_program=args.as_program)
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    _end_work()
+    return code
+
+
+def model_command(
+    subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int], *, modules: Sequence[str]
+) -> Any:
+    """Adds a command about a model, with ``--json``; returns its parser. `modules`: see `execute`."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        metavar="MODEL",
+        help="converted directory, Hugging Face directory, hub id (org/name or org/name@revision) or .gguf file",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run, modules=modules)
+    return parser
+
+
+def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
+    """Prints a result: the facts with ``--json``, the text without."""
+    print(json.dumps(facts, indent=2) if args.json else text)
+
+
+def show_piece(text: str) -> None:
+    """Prints a part of a result at once, as it is."""
+    print(text, end="", flush=True)
+
+
+def note(text: str) -> None:
+    """Prints beside the result, to standard error."""
+    say(text)
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs on disk for the next run, in ``$XDG_CACHE_HOME/tide_jax`` (``~/.cache/tide_jax``), unless
+    the user has told JAX where to keep them (JAX_COMPILATION_CACHE_DIR)."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(home / "tide_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+    _replace_damaged_programs(home / "tide_jax")
+
+
+def _replace_damaged_programs(folder: Path) -> None:
+    """Deletes what JAX warns of that it can't be read. JAX compiles then, but never writes over a file that is there:
+    without this each run would compile again, and warn."""
+    show = warnings.showwarning
+
+    def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        found = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if found is None:
+            show(message, *arguments, **options)
+            return
+        for file in folder.glob(f"{found[1]}-*"):  # others of this name are only compiled once more
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    warnings.simplefilter("always", UserWarning)  # the second damaged program may have the same name
+    warnings.showwarning = replace
+
+
+def seed(text: str) -> int:
+    """An argument that seeds a random generator: what JAX and numpy both take."""
+    if not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
+def _with_flags(message: str, args: argparse.Namespace) -> str:
+    """A library's message with the command's option in place of the parameter's name: ``min_layers=9`` becomes
+    ``--min-layers 9``."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in _PLACES:
+            return f"{name} "
+        return f"--{_FLAGS.get(name, name).replace('_', '-')} " if name in args else match[0]
+
+    return re.sub(r"\b([a-z_]+)=", flag, message)
+
+
+def _import_for_work(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(ImportError):  # the command says what is missing, and what to do
+            importlib.import_module(name)
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.begin_work()
+
+
+def _end_work() -> None:
+    if (interrupts := Interrupts.installed()) is not None:
+        interrupts.end_work()
+
+
+def _was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed: libraries make other exceptions of it."""
+    interrupts = Interrupts.installed()
+    return interrupts is not None and interrupts.came
+
+
+def _interrupted() -> int:
+    if Interrupts.installed() is not None:
+        leave_interrupted()
+    say("interrupted")
+    return INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    if _was_interrupted():
+        return _interrupted()
+    _end_work()
+    say(f"error: {' '.join(message.split())}")
+    return BAD_INPUT

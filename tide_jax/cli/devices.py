@@ -1,0 +1,80 @@
+"""Options of commands that run on several devices, and on several machines."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from tide_jax.errors import TideError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+_WHERE = ("coordinator", "processes", "process_id")
+"""Options that say where a process stands among others."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--mesh`` and ``--distributed``."""
+    parser.add_argument(
+        "--mesh",
+        metavar="DATAxMODEL",
+        help="devices to run on, such as 1x4: rows are split over DATA groups, the model over MODEL devices in each",
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="this is one of several processes that run the same command, together, over --mesh; the first prints",
+    )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where JAX can't find it out")
+    parser.add_argument("--processes", type=int, help="how many, where JAX can't find it out")
+    parser.add_argument("--process-id", type=int, help="which one this is, from 0, where JAX can't find it out")
+
+
+def open_mesh(args: argparse.Namespace) -> Mesh | None:
+    """Joins the other processes, if there are any, and gives the mesh asked for.
+
+    To be called before anything else touches a device.
+
+    Raises:
+      TideError: options that do not go together, no other process found, or a mesh that can't be had.
+    """
+    given = [name for name in _WHERE if getattr(args, name) is not None]
+    if given and not args.distributed:
+        raise TideError(f"--{given[0].replace('_', '-')} is about several processes; it needs --distributed")
+    if args.distributed:
+        if args.mesh is None:
+            raise TideError("--distributed needs --mesh: processes without one would each do everything")
+        _join(args)
+    from tide_jax.model.sharding import make_mesh
+
+    return None if args.mesh is None else make_mesh(args.mesh)
+
+
+def first_process() -> bool:
+    """Whether this is the process that prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+class Silent:
+    """In place of a streamer, in processes that do not print."""
+
+    def put(self, tokens: Any) -> None:
+        """Takes tokens."""
+
+    def end(self) -> None:
+        """Nothing is left to print."""
+
+
+def _join(args: argparse.Namespace) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process_id)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise TideError(
+            f"--distributed: the processes can't be joined ({' '.join(str(error).split())}); give each of them "
+            "--coordinator HOST:PORT, --processes N and its own --process-id"
+        ) from error

@@ -1,0 +1,168 @@
+"""``tide-jax generate``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from tide_jax.checks import unicode_text
+from tide_jax.cli.command_line import keep_programs, model_command, note, seed, show, show_piece
+from tide_jax.cli.devices import Silent, add_options, first_process, open_mesh
+from tide_jax.cli.text_stream import TextStream
+from tide_jax.errors import TideError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from tide_jax import TIDE, DriftMonitor
+
+
+_DIALS = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy")
+"""Options that are fields of `tide_jax.ExitConfig`."""
+
+
+def add_command(subparsers: Any) -> None:
+    """Registers `generate`."""
+    parser = model_command(
+        subparsers,
+        "generate",
+        "continue prompts, with exits where routers are given",
+        '  tide-jax generate smollm2 --prompt "What is a volcano?"\n'
+        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --threshold 0.9\n'
+        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --audit 1\n'
+        '  tide-jax generate smollm2 --prompt "Repeat after me: ..." --mode lossless\n'
+        '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
+        _run,
+        modules=("tide_jax.engine",),
+    )
+    parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
+    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
+    parser.add_argument("--chat-template", metavar="NAME", help="of several chat templates, the one to use (default)")
+    parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
+    parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        dest="exit_threshold",
+        help="a token exits above this router score (the one promised in the router file, else 0.85)",
+    )
+    parser.add_argument(
+        "--threshold-tilt",
+        type=float,
+        help="0 to 1: how much surer a deep checkpoint has to be than a shallow one (the router file's, else 0)",
+    )
+    parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
+    parser.add_argument(
+        "--kv-strategy",
+        choices=["propagate", "recompute"],
+        help="fill the cache of skipped layers from exit states, or run these layers later (the router file's, else "
+        "propagate)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=["exit", "lossless", "full"],
+        help="exit, the default when there are routers; every layer for every token; or lossless: the full model's "
+        "tokens, from drafts that it verifies where that is faster",
+    )
+    parser.add_argument(
+        "--audit",
+        type=float,
+        dest="rate",
+        metavar="RATE",
+        help="run this share of the answers again at full depth and say how far exits agree with it",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--do-sample", action="store_true", default=None, help="draw tokens; greedy otherwise, whatever the model says"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="above 0 draws tokens, too (the model's, else 1); 0 is greedy"
+    )
+    parser.add_argument("--top-k", type=int, help="when drawing: of the likeliest K, 0 of all (the model's, else 0)")
+    parser.add_argument("--top-p", type=float, help="when drawing: of the likeliest P (the model's, else 1)")
+    parser.add_argument("--min-p", type=float, help="when drawing: at least P as likely (the model's, else 0)")
+    parser.add_argument("--repetition-penalty", type=float, help="1 for none (the model's, else 1)")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
+    parser.add_argument(
+        "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers; default: as MODEL is"
+    )
+    parser.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    add_options(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    import tide_jax
+    from tide_jax.tokenizer.chat import prompt_ids
+
+    monitor, mesh = _checked(args), open_mesh(args)
+    if args.as_program:
+        keep_programs()
+    tokenizer = tide_jax.load_tokenizer(args.source)
+    prompts = prompt_ids(tokenizer, args.prompt, chat_template=args.chat_template, raw=args.raw)
+    model = tide_jax.load(args.source, args.dtype, weights=args.weights, mesh=mesh)
+    engine, promise = _engine(args, model, mesh, audited=monitor is not None)
+    dials = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
+    options: dict[str, Any] = {name: getattr(args, name) for name in dials}
+    options |= {"key": jax.random.key(args.seed), "monitor": monitor}
+    streaming = len(prompts) == 1 and not args.json and not args.no_stream
+    if streaming:
+        options["streamer"] = TextStream(tokenizer, show_piece) if first_process() else Silent()
+    out = engine.generate(prompts, **options)
+    if not first_process():
+        return 0
+    if streaming:
+        show_piece("\n")
+    texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(out.tokens, out.lengths, strict=True)]
+    rows = [
+        {"prompt": prompt, "text": text, "tokens": t[:n].tolist(), "exit_layers": e[:n].tolist()}
+        for prompt, text, t, e, n in zip(args.prompt, texts, out.tokens, out.exit_layers, out.lengths, strict=True)
+    ]
+    exits = None if promise is None else engine.config.to_dict()
+    if args.json or not streaming:
+        show(args, {"outputs": rows, "stats": out.stats.to_dict(), "exit_config": exits}, "\n\n".join(texts))
+    if not args.json:
+        note("\n".join(["", out.stats.summary()] + ([] if promise is None else [promise])))
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> DriftMonitor | None:
+    """Finds out before the model is loaded."""
+    import tide_jax
+
+    if not all(args.prompt):
+        which = "the prompt" if len(args.prompt) == 1 else f"prompt {args.prompt.index('') + 1}"
+        raise TideError(f"{which} is empty; pass some text")
+    if args.raw and args.chat_template is not None:
+        raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
+    for number, prompt in enumerate(args.prompt, 1):
+        unicode_text("--prompt" if len(args.prompt) == 1 else f"--prompt {number}", prompt)
+    if args.mode == "exit" and args.routers is None:
+        raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
+    if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):
+        raise TideError("--audit compares exits with the full model; it needs --routers, and --mode exit")
+    given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
+    tide_jax.ExitConfig(**given)
+    if args.routers is None and args.checkpoint_interval is not None:
+        raise TideError("--checkpoint-interval checks a router file; it needs --routers")
+    if args.routers is None and given:
+        option = "threshold" if "exit_threshold" in given else next(iter(given)).replace("_", "-")
+        raise TideError(f"--{option} says how tokens exit; it needs --routers")
+    return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
+
+
+def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited: bool) -> tuple[TIDE, str | None]:
+    """The engine, and what is promised for it; None where nothing exits."""
+    import tide_jax
+    from tide_jax.risk.promise import exit_settings
+
+    if args.routers is None:
+        return tide_jax.TIDE(model, mesh=mesh), None
+    routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
+    config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
+    if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
+        config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
+    return tide_jax.TIDE(model, routers, config, mesh=mesh), promise if args.mode in (None, "exit") else None

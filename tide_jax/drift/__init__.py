@@ -1,0 +1,1 @@
+"""How far exits drift from the full model while they serve."""

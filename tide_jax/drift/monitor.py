@@ -1,0 +1,229 @@
+"""Drift: do exits still agree with the full model on what an engine is run on today?
+
+A share of the finished sequences is run again at full depth, teacher-forced, and argmaxes are compared on the same
+prefix: the very loss that `tide_jax.guarantee` promises. Whole sequences, since a single token run deeper inside a
+generation would read the cache that earlier exits left, and since tokens of one text are not independent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.checks import open_share, share, whole_number
+from tide_jax.config import ExitConfig
+from tide_jax.drift.confidence_sequence import ConfidenceSequence, RiskTest
+from tide_jax.errors import TideError
+from tide_jax.exits.evaluation import argmax_by_row
+from tide_jax.generation.batch import Rows, bucket
+from tide_jax.generation.generate import Exits, run_exits
+from tide_jax.generation.programs import Programs
+from tide_jax.generation.stats import DriftReport, Status
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.sharding import fetch
+
+logger = logging.getLogger(__name__)
+
+
+class Finished(NamedTuple):
+    """A sequence that has been run with exits.
+
+    Attributes:
+      tokens: those run, int32 [T].
+      prompt: leading tokens that ran at full depth.
+      start: first token whose argmax counts.
+      chosen: gives the argmaxes with exits after tokens `start` and on, int32 [T - start]; None: another pass has to
+        find them.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    prompt: int
+    start: int
+    chosen: Callable[[], np.ndarray] | None
+
+
+def generated(
+    prompts: Sequence[np.ndarray], tokens: np.ndarray, lengths: np.ndarray, *, prompt_exits: bool, greedy: bool
+) -> list[Finished]:
+    """Sequences of a generation; those new tokens count that an exit may have chosen. `greedy`: they are argmaxes."""
+
+    def finished(prompt: np.ndarray, new: np.ndarray) -> Finished:
+        start = max(1, len(prompt) - 1) if prompt_exits else len(prompt)
+        run = np.concatenate([prompt, new[:-1]])  # the last new token is not run
+        chosen = (lambda: new[start - len(prompt) + 1 :]) if greedy else None
+        return Finished(run, 0 if prompt_exits else len(prompt), start, chosen)
+
+    return [finished(p, row[:n]) for p, row, n in zip(prompts, tokens, lengths, strict=True)]
+
+
+def scored(rows: Rows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[Finished]:
+    """Sequences of a scoring call; every token that was allowed to leave counts."""
+
+    def finished(row: int, prompt: int) -> Finished:
+        start = max(1, prompt)
+        return Finished(
+            rows.rows[row], prompt, start, lambda: np.asarray(jnp.argmax(logits[row], axis=-1))[rows.mask[row]][start:]
+        )
+
+    return [finished(row, int(prompt)) for row, prompt in enumerate(prompts.reshape(-1))]
+
+
+class Auditor(NamedTuple):
+    """What runs a sequence again."""
+
+    model: Decoder
+    programs: Programs
+    implementation: str | None
+
+    def argmaxes(self, sequences: Sequence[Finished], exits: Exits | None) -> tuple[list[np.ndarray], float]:
+        """Argmax after each token of each sequence, and seconds of running; `exits` None runs every layer."""
+        batch = 1 << (len(sequences) - 1).bit_length()  # few compiled shapes
+        width = bucket(max(len(s.tokens) for s in sequences))
+        tokens, positions = np.zeros((batch, width), np.int32), np.full((batch, width), -1, np.int32)
+        may_exit = np.zeros((batch, width), bool)
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            tokens[row, :length], positions[row, :length] = sequence.tokens, np.arange(length)
+            may_exit[row, sequence.prompt : length] = True
+        arguments = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(may_exit), exits)
+        found, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments, implementation=self.implementation)
+        return [row[: len(s.tokens)] for row, s in zip(fetch(found), sequences, strict=False)], seconds
+
+
+class DriftMonitor:
+    """Watches the agreement of exits with the full model. You own it: pass it to every call that is to be watched.
+
+    >>> monitor = DriftMonitor(rate=0.05, risk=0.02)
+    >>> out = engine.generate(ids, monitor=monitor)                             # doctest: +SKIP
+    >>> print(out.stats.drift.summary())                                        # doctest: +SKIP
+
+    Which sequences are audited follows from the seed and their number alone, not from what they hold or how they are
+    batched. An audit costs about a prefill of its sequence (twice that where tokens were drawn at random or with a
+    repetition penalty: the exits' argmaxes have to be found, too). The expected cost of watching is `rate` of it.
+
+    Args:
+      rate: share of finished sequences to audit.
+      seed: which ones.
+      risk: promised expected share of tokens that differ; None takes it from the engine's ``config.guarantee``, and
+        promises nothing where there is none.
+      delta: probability that the interval ever leaves the truth out, and that a kept promise is ever called exceeded.
+
+    Raises:
+      TideError: a value outside its range.
+    """
+
+    def __init__(self, rate: float = 0.05, *, seed: int = 0, risk: float | None = None, delta: float = 0.05) -> None:
+        self.rate = share("rate", rate)
+        self.seed = whole_number("seed", seed, high=2**63 - 1)
+        self.risk = None if risk is None else open_share("risk", risk)
+        self.delta = open_share("delta", delta)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything seen: after new routers, other exit settings, or text known to be of another kind."""
+        self._random = np.random.default_rng(self.seed)
+        self._sequence = ConfidenceSequence(self.delta)
+        self._test: RiskTest | None = None
+        self._settings: ExitConfig | None = None
+        self._sequences = self._tokens = 0
+        self._seconds = 0.0
+        self._status: Status = "unknown"
+
+    def watch(self, config: ExitConfig) -> None:
+        """Called before a run with exits: takes the promise from the first engine's settings.
+
+        Raises:
+          TideError: other settings than before, or a promise about another loss than disagreement.
+        """
+        if self._settings is not None:
+            if config != self._settings:
+                raise TideError(
+                    "this DriftMonitor has watched other exit settings; take one monitor for each, or reset() it"
+                )
+            return
+        risk, guarantee = self.risk, config.guarantee
+        if risk is None and guarantee is not None:
+            if guarantee.loss != "disagreement":
+                raise TideError(
+                    f"the engine's guarantee is about {guarantee.loss}, a DriftMonitor watches disagreement; "
+                    "pass DriftMonitor(risk=...), the share of tokens that may differ"
+                )
+            risk = guarantee.risk
+        # Half of delta, as the interval's lower end has half: together they call a kept promise exceeded with delta.
+        self._test = None if risk is None else RiskTest(risk, self.delta / 2)
+        self._settings = config
+
+    def audit(self, sequences: Sequence[Finished], exits: Exits, auditor: Auditor) -> None:
+        """Runs a share of the sequences again and takes note; those in which no argmax counts are passed over."""
+        sequences = [s for s in sequences if s.start < len(s.tokens)]
+        self._sequences += len(sequences)
+        drawn = self._random.random(len(sequences)) < self.rate
+        picked = [s for s, audited in zip(sequences, drawn, strict=True) if audited]
+        if not picked:
+            return
+        wanted, seconds = auditor.argmaxes(picked, None)
+        again, more = (
+            auditor.argmaxes(unknown, exits) if (unknown := [s for s in picked if not s.chosen]) else ([], 0.0)
+        )
+        self._seconds += seconds + more
+        rest = iter(again)
+        for sequence, full in zip(picked, wanted, strict=True):
+            chosen = sequence.chosen() if sequence.chosen else next(rest)[sequence.start :]
+            self._note(full[sequence.start :] != chosen)
+
+    def report(self) -> DriftReport:
+        """What is known so far."""
+        low, high = self._sequence.interval()
+        mean = self._sequence.mean
+        return DriftReport(
+            sequences=self._sequences,
+            audited=self._sequence.count,
+            tokens=self._tokens,
+            agreement=None if mean is None else 1.0 - mean,
+            lower=1.0 - high,
+            upper=1.0 - low,
+            confidence=1.0 - self.delta,
+            risk=self.risk if self._test is None else self._test.risk,
+            status=self._status,
+            wall_time=self._seconds,
+        )
+
+    def _note(self, differs: np.ndarray) -> None:
+        """Takes one sequence's comparisons."""
+        value = float(differs.mean())
+        self._sequence.update(value)
+        self._tokens += differs.size
+        if self._test is None:
+            return
+        self._test.update(value)
+        low, high = self._sequence.interval()
+        if self._status == "exceeded":
+            return
+        if not self._test.exceeded and low <= self._test.risk:
+            self._status = "ok" if high <= self._test.risk else "unknown"
+            return
+        self._status = "exceeded"
+        logger.warning(
+            "drift: exits differ from the full model more often than promised; %s. Calibrate on text of this kind or "
+            "raise the threshold, then reset() the monitor",
+            self.report().summary(),
+        )
+
+
+def _argmaxes(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    may_exit: Bool[Array, "B T"],
+    exits: Exits | None,
+    *,
+    implementation: str | None,
+) -> Int[Array, "B T"]:
+    """Argmax after each token."""
+    out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
+    return argmax_by_row(model, out.states)

@@ -1,0 +1,112 @@
+"""Keys and values of tokens that do not run a layer, from what it would have read."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.kv_fill import IMPLEMENTATIONS, InputNorm, KVRows, Projection, Rotary, Settings, kv_fill
+from pallas_kernels.kv_fill.reference import InputNormKind
+from tide_jax.model.attention.grouped import Attention, AttentionContext
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.norms import Norm
+from tide_jax.model.sharding import on_mesh
+
+logger = logging.getLogger(__name__)
+
+
+def fill_rows(
+    layer: DecoderLayer,
+    x: Float[Array, "B T D"],
+    contexts: tuple[AttentionContext, ...],
+    fill: Bool[Array, "B T"],
+    *,
+    implementation: str | None = None,
+) -> KeyValue:
+    """The rows that a layer would store for tokens, without running it: `DecoderLayer.project_kv`, through the kernel.
+
+    Args:
+      x: what the layer would read.
+      contexts: with the tokens' true positions.
+      fill: tokens that are wanted; what the rows of others hold does not matter.
+      implementation: of the cache fill, see `pallas_kernels`. On a mesh, and for layers that the kernel does not
+        cover, rows are projected in plain JAX; of the latter a warning in the log tells where a kernel was named.
+    """
+    attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
+    wanted = IMPLEMENTATIONS.own(implementation)
+    # The layer's own products are made for the CPU, and on a mesh split over its devices.
+    if IMPLEMENTATIONS.plain(wanted) or on_mesh():
+        return layer.project_kv(x, contexts)
+    if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
+        if wanted is not None:
+            _warn_once(f"kv_fill: {reason}; layers of this kind project their rows in plain JAX")
+        return layer.project_kv(x, contexts)
+    heads, _, channels = attention.kv.outputs
+    empty = jnp.zeros((x.shape[0], heads, x.shape[1], channels), x.dtype)
+    gain = None if attention.k_norm is None else attention.k_norm.scale
+    bias = attention.kv.bias
+    projection = Projection(
+        attention.kv.weights(x.dtype), None if bias is None else bias[...], None if gain is None else gain[...]
+    )
+    rotary = None if context.cos is None or context.sin is None else Rotary(context.cos, context.sin)
+    rows = kv_fill(
+        x,
+        _learned(norm),
+        projection,
+        rotary,
+        fill,
+        KVRows(empty, empty),
+        settings=_settings(attention, norm),
+        implementation=wanted,
+    )
+    return KeyValue(*rows)
+
+
+def unsupported(layer: DecoderLayer) -> str | None:
+    """Why `pallas_kernels.kv_fill` does not describe what a layer stores; None where it does."""
+    attention = layer.attention
+    if not isinstance(attention, Attention) or type(attention).placed_kv is not Attention.placed_kv:
+        return f"{type(attention).__name__} stores other rows than keys and values of its heads"
+    norm = attention.k_norm
+    plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
+    reasons = {
+        "values are not projected beside keys": attention.value is not None or attention.kv.outputs[1] != 2,
+        "its weights are 8-bit integers, which would become floats in memory": attention.kv.scale is not None,
+        "values have a bias and keys have none": attention.value_bias is not None,
+        "values are normed, scaled or rotated": (
+            attention.value_norm is not None or attention.value_scale != 1.0 or attention.rotates_values
+        ),
+        "keys and values are clipped": attention.clip is not None,
+        "keys have a norm of another kind than RMSNorm over a head, before the rotation": (
+            not plain_norm or (norm is not None and (attention.norm_after_rope or norm.bias is not None))
+        ),
+    }
+    return next((reason for reason, found in reasons.items() if found), None)
+
+
+def _learned(norm: Norm | None) -> InputNorm:
+    if norm is None:
+        return InputNorm()
+    return InputNorm(*(None if parameter is None else parameter[...] for parameter in (norm.scale, norm.bias)))
+
+
+def _settings(attention: Attention, norm: Norm | None) -> Settings:
+    key_norm = attention.k_norm
+    kind: InputNormKind = "none" if norm is None else "layer" if norm.kind == "layer" else "rms"
+    return Settings(
+        eps=0.0 if norm is None else norm.eps,
+        norm=kind,
+        unit_offset=norm is not None and norm.unit_offset,
+        key_eps=0.0 if key_norm is None else key_norm.eps,
+        key_unit_offset=key_norm is not None and key_norm.unit_offset,
+        interleaved=attention.interleaved,
+    )
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("%s", reason)

@@ -1,0 +1,86 @@
+"""What exits do to a model's answers, measured with the engine's own definition under ``kv_strategy="propagate"``:
+skipped layers' keys and values come from exit states, and later tokens read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.exits.early_exit import ExitGate, run_depth
+from tide_jax.exits.router import Routers
+from tide_jax.model.decoder import Decoder
+
+
+class Batch(NamedTuple):
+    """Texts as right-padded arrays [B, T].
+
+    Attributes:
+      tokens: token ids.
+      positions: position of each token, -1 for padding.
+      counted: tokens to measure on; the others run at full depth.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    counted: Bool[Array, "B T"]
+
+
+def measure_exits(
+    model: Decoder,
+    routers: Routers,
+    batches: Sequence[Batch],
+    thresholds: Sequence[float],
+    min_layers: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Runs texts with exits at each threshold and compares every argmax with the full model's on the same prefix.
+
+    Returns:
+      For each threshold: exit rate, mean depth, agreement, and the share of tokens leaving at each layer.
+    """
+    reference = [_argmax_full(model, batch) for batch in batches]
+    counted = np.concatenate([np.asarray(batch.counted).reshape(-1) for batch in batches])
+    wanted = np.concatenate([np.asarray(r).reshape(-1) for r in reference])[counted]
+    results, bare = [], routers.without_metadata()
+    for done, threshold in enumerate(thresholds, 1):
+        gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
+        outputs = [_argmax_with_exits(model, bare, batch, gate) for batch in batches]
+        found, layers = (np.concatenate([np.asarray(o[i]).reshape(-1) for o in outputs])[counted] for i in (0, 1))
+        results.append(_row(threshold, layers, found == wanted, routers.checkpoints, model.config.num_layers))
+        if progress is not None:
+            progress("measuring exits", done, len(thresholds))
+    return results
+
+
+def _row(
+    threshold: float, layers: np.ndarray, agrees: np.ndarray, checkpoints: tuple[int, ...], num_layers: int
+) -> dict[str, Any]:
+    return {
+        "threshold": float(threshold),
+        "exit_rate": float((layers < num_layers - 1).mean()),
+        "depth": float((layers + 1).mean() / num_layers),
+        "agreement": float(agrees.mean()),
+        "exits_by_layer": {str(layer): float((layers == layer).mean()) for layer in checkpoints},
+    }
+
+
+@jax.jit
+def _argmax_full(model: Decoder, batch: Batch) -> Int[Array, "B T"]:
+    return argmax_by_row(model, run_depth(model, batch.tokens, batch.positions, None).states)
+
+
+@jax.jit
+def _argmax_with_exits(model: Decoder, routers: Routers, batch: Batch, gate: ExitGate) -> tuple[Array, Array]:
+    out = run_depth(model, batch.tokens, batch.positions, None, routers=routers, gate=gate, may_exit=batch.counted)
+    return argmax_by_row(model, out.states), out.exit_layers
+
+
+def argmax_by_row(model: Decoder, states: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    """The likeliest token after each final-normed state; one row's logits in memory at a time."""
+    return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1).astype(jnp.int32), states)

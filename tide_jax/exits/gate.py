@@ -1,0 +1,137 @@
+"""The exit decision: which tokens leave at a checkpoint, and with what answer.
+
+Deciding per token with a learned router follows TIDE (2026). Whoever runs the layers (`tide_jax.exits.early_exit`,
+`tide_jax.exits.survivors`, `tide_jax.exits.recompute`, `tide_jax.exits.deferred_fill`) asks here after each group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.exit_step import ExitRows, exit_step
+from tide_jax.exits.confidence import second_look
+from tide_jax.exits.router import Routers
+from tide_jax.model.decoder import Decoder
+
+
+class ExitGate(NamedTuple):
+    """The dials of the exit decision, as traced values: turning them never recompiles.
+
+    Attributes:
+      thresholds: float32 [C], one for each checkpoint.
+      min_layers: int32 scalar, layers every token runs.
+    """
+
+    thresholds: Float[Array, " C"]
+    min_layers: Int[Array, ""]
+
+
+class TokenState(NamedTuple):
+    """Per-token part of a walk over the layers.
+
+    Attributes:
+      x: residual stream; "propagate" freezes it at the exit state once a token has left.
+      states: final-normed exit states, zero until a token has left.
+      code: what translators read of the exit state; None without translators.
+      active: tokens that have not left.
+      exit_layers: index of the last layer each token ran; -1 before the first.
+    """
+
+    x: Float[Array, "B T D"]
+    states: Float[Array, "B T D"]
+    code: Float[Array, "B T R"] | None
+    active: Bool[Array, "B T"]
+    exit_layers: Int[Array, "B T"]
+
+    @classmethod
+    def start(cls, x: Float[Array, "B T D"], positions: Int[Array, "B T"], code_size: int | None = None) -> TokenState:
+        """Embedded tokens before the first layer; those at position -1 are padding and not active."""
+        return cls(
+            x=x,
+            states=jnp.zeros_like(x),
+            code=None if code_size is None else jnp.zeros((*positions.shape, code_size), x.dtype),
+            active=positions >= 0,
+            exit_layers=jnp.full(positions.shape, -1, jnp.int32),
+        )
+
+
+class Gating(NamedTuple):
+    """Everything the exit decision needs."""
+
+    routers: Routers
+    gate: ExitGate
+    may_exit: Bool[Array, "B T"]
+    implementation: str | None
+
+    def decide(self, model: Decoder, checkpoint: int, state: TokenState) -> TokenState:
+        """Takes note that the active tokens have run the checkpoint's layer, freezes those that leave and projects
+        their output states."""
+        shape = state.active.shape
+        router = self.routers.routers[checkpoint]
+        looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
+        step = exit_step(
+            state.x.reshape(-1, state.x.shape[-1]),
+            router.down,
+            router.down_bias,
+            router.up,
+            router.up_bias,
+            threshold if looks is None else looks[checkpoint].screen(threshold),
+            ExitRows(*(a.reshape(-1) for a in (state.active, self.may_exit, state.exit_layers))),
+            layer=self.routers.checkpoints[checkpoint],
+            min_layers=self.gate.min_layers,
+            eps=model.config.norm_eps,
+            implementation=self.implementation,
+        )
+        passed, first = step.exits.reshape(shape), step.scores.reshape(shape)
+        state = state._replace(exit_layers=step.exit_layers.reshape(shape))
+
+        def let_go(state: TokenState) -> TokenState:
+            answers = second_look(
+                model, self.routers, checkpoint, state.x, first, passed=passed, implementation=self.implementation
+            )
+            exits = passed & (answers.scores > threshold)
+            leaving = exits[:, :, None]
+            state = state._replace(states=jnp.where(leaving, answers.states, state.states))
+            state = state._replace(active=state.active & ~exits)
+            if state.code is None or self.routers.translators is None:
+                return state
+            code = self.routers.translators.code(checkpoint, state.x, eps=model.config.norm_eps)
+            return state._replace(code=jnp.where(leaving, code, state.code))
+
+        return lax.cond(step.any_exits, let_go, lambda state: state, state)
+
+    def translated(
+        self,
+        model: Decoder,
+        layer: int,
+        x: Float[Array, "B T D"],
+        code: Float[Array, "B T R"] | None,
+        exit_layers: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        """What a layer reads of tokens that have left, of whom `TokenState` tells these three."""
+        translators = self.routers.translators
+        if translators is None or code is None:
+            return x
+        number = jnp.searchsorted(jnp.asarray(self.routers.checkpoints, jnp.int32), exit_layers)
+        return translators.translate(layer, x, code, number, eps=model.config.norm_eps)
+
+
+def leave(
+    model: Decoder, groups: tuple[range, ...], group: int, state: TokenState, gating: Gating | None
+) -> TokenState:
+    """Takes note that the active tokens have run a group, and lets those leave that need no more: after the last group
+    all of them, with the final norm."""
+    if group < len(groups) - 1 and gating is not None:
+        return gating.decide(model, group, state)
+    ran = jnp.int32(groups[group].stop - 1)
+    state = state._replace(exit_layers=jnp.where(state.active, ran, state.exit_layers))
+    if group < len(groups) - 1:
+        return state
+    out = model.final_norm(state.x)
+    if gating is not None:
+        out = jnp.where(state.active[:, :, None], out, state.states)
+    return state._replace(states=out, active=jnp.zeros_like(state.active))

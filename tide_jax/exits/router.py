@@ -1,0 +1,373 @@
+"""Routers and exit heads: what is trained, after the model, to let tokens leave early."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.exit_step.reference import rms_normalise, router_scores
+from tide_jax.checks import instance_of, path_like, whole_number
+from tide_jax.config import ExitConfig
+from tide_jax.errors import TideError
+from tide_jax.exits import router_file
+from tide_jax.exits.translators import LayerTranslators, Translators
+from tide_jax.model.decoder import Decoder, HeadRows
+from tide_jax.model.files.checkpoint import fingerprint
+from tide_jax.model.ops import matmul
+from tide_jax.model.sharding import mesh_of, shard, whole_channels
+
+
+class Router(NamedTuple):
+    """A checkpoint's router: ``sigmoid(up . silu(down^T rmsnorm(x) + down_bias) + up_bias)``, float32."""
+
+    down: Float[Array, "D H"]
+    down_bias: Float[Array, " H"]
+    up: Float[Array, " H"]
+    up_bias: Float[Array, ""]
+
+
+FEATURES = 4
+"""Figures that a second look sees of a token, see `tide_jax.exits.confidence.features`."""
+
+SCREEN_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+"""Thresholds for which a second look has a screen of its own: what has to pass it to be looked at."""
+
+
+class Candidates(NamedTuple):
+    """Frequent tokens whose logits tell how sure an exit is.
+
+    Attributes:
+      ids: the tokens.
+      rows: their rows of the model's output projection.
+    """
+
+    ids: Int[Array, " K"]
+    rows: HeadRows
+
+
+class Confidence(NamedTuple):
+    """A checkpoint's second look, a network over the features of `tide_jax.exits.confidence`, float32.
+
+    Attributes:
+      screens: tokens with a router score up to this are not looked at, for a threshold of at least each of
+        `SCREEN_LEVELS`; ascending.
+      down, down_bias, up, up_bias: ``up . silu(down^T features + down_bias) + up_bias`` is the log odds that leaving
+        is right.
+    """
+
+    screens: Float[Array, " levels"]
+    down: Float[Array, "F H"]
+    down_bias: Float[Array, " H"]
+    up: Float[Array, " H"]
+    up_bias: Float[Array, ""]
+
+    def screen(self, threshold: Float[Array, ""]) -> Float[Array, ""]:
+        """The router score up to which no look could end above the threshold, but for a few: looking costs as much as
+        part of a layer. Nothing ends above 1."""
+        level = jnp.sum(threshold >= jnp.asarray(SCREEN_LEVELS, jnp.float32), dtype=jnp.int32) - 1
+        return jnp.where(threshold >= 1, jnp.float32(1), self.screens[jnp.maximum(level, 0)])
+
+    def logit(self, features: Float[Array, "... F"]) -> Float[Array, "..."]:
+        """Log odds that leaving is right."""
+        lead = (1,) * (features.ndim - 1)
+        hidden = jnp.dot(features, self.down, precision="highest") + self.down_bias.reshape(*lead, -1)
+        return jnp.dot(jax.nn.silu(hidden), self.up, precision="highest") + self.up_bias
+
+
+class ExitHead(NamedTuple):
+    """An affine exit head: ``n + n @ factors[0] (@ factors[1]) + bias`` with ``n = rmsnorm(x)``.
+
+    One factor ``[D, D]`` is a full-rank map, two factors ``[D, R], [R, D]`` a low-rank one. The model's final norm
+    follows, so the output's scale does not matter. The idea is the tuned lens (Belrose et al. 2023, arXiv:2303.08112).
+    """
+
+    factors: tuple[Float[Array, "..."], ...]
+    bias: Float[Array, " D"]
+
+    def __call__(self, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
+        """The state to hand to the final norm, in x's dtype."""
+        rows = rms_normalise(x.reshape(-1, x.shape[-1]), eps)
+        mapped = rows.astype(x.dtype)
+        for factor in self.factors:
+            mapped = matmul(mapped, factor.astype(x.dtype))
+        out = rows + whole_channels(mapped).astype(jnp.float32) + self.bias.astype(jnp.float32)[None, :]
+        return out.astype(x.dtype).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterMetadata:
+    """Where routers come from: facts about the model, the fit and the data, as sorted JSON (hashable)."""
+
+    text: str = "{}"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RouterMetadata:
+        """Wraps JSON-ready values."""
+        return cls(json.dumps(values, sort_keys=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values."""
+        return json.loads(self.text)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routers:
+    """Trained routers and exit heads of one model: a pytree.
+
+    Attributes:
+      routers: one for each checkpoint.
+      heads: one for each checkpoint with `exit_strategy` "affine"; None with "identity".
+      checkpoints: 0-based layers after which a router sits, ascending.
+      translators: from exit states to the inputs of skipped layers, for their keys and values; None uses exit states
+        as they are.
+      candidates, confidence: the second look at tokens that routers let pass, one network for each checkpoint; None
+        leaves the decision to the routers.
+      metadata: where they come from; `report` is read from it.
+    """
+
+    routers: tuple[Router, ...]
+    heads: tuple[ExitHead, ...] | None
+    checkpoints: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    translators: Translators | None = None
+    candidates: Candidates | None = None
+    confidence: tuple[Confidence, ...] | None = None
+    metadata: RouterMetadata = dataclasses.field(default=RouterMetadata(), metadata={"static": True})
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What calibration measured on held-out text (empty for routers made by hand)."""
+        return self.metadata.to_dict().get("report") or {}
+
+    @property
+    def exit_config(self) -> ExitConfig | None:
+        """Exit settings that `tide_jax.guarantee` chose for these routers and that were stored with them, promise
+        included; None without. Raises TideError where they can't be read."""
+        found = self.metadata.to_dict().get("exit_config")
+        return None if found is None else ExitConfig.from_dict(found)
+
+    @property
+    def exit_strategy(self) -> str:
+        """ "identity" or "affine"."""
+        return "identity" if self.heads is None else "affine"
+
+    def exit_state(self, checkpoint: int, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
+        """What the final norm reads for tokens leaving at the `checkpoint`-th checkpoint."""
+        return x if self.heads is None else self.heads[checkpoint](x, eps=eps)
+
+    def scores(self, checkpoint: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
+        """Router scores of rows, float32."""
+        return router_scores(x, *self.routers[checkpoint], eps=eps)
+
+    def without_metadata(self) -> Routers:
+        """The same weights without their history: two fits of one shape then share compiled programs."""
+        return dataclasses.replace(self, metadata=RouterMetadata())
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, in one step: a kill leaves the earlier file or the new one.
+
+        Raises:
+          TideError: the file can't be written, or a weight is NaN or infinite.
+        """
+        path_like("path", path)
+        metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
+        arrays = self._large_arrays() | {
+            f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
+        }
+        if self.candidates is not None and self.confidence is not None:
+            arrays["candidates"] = np.asarray(self.candidates.ids)
+            looks = self._by_checkpoint(self.confidence)
+            arrays |= {f"{c}.confidence.{n}": np.asarray(a) for c, look in looks for n, a in look._asdict().items()}
+        if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise TideError(f"{path} is not written: tensor {broken[0]} of these routers holds NaN or infinity")
+        router_file.write(Path(path), router_file.encode(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
+        """Reads routers written by `save`, onto `model`'s mesh if it has one, and checks that they belong to it.
+
+        Args:
+          checkpoint_interval: the interval the caller counts on; None accepts the file's.
+
+        Raises:
+          TideError: the file is missing or damaged, belongs to another model (both are named), has another checkpoint
+            interval, or holds exit settings or a promise that can't be.
+        """
+        path_like("path", path)
+        instance_of("model", model, Decoder)
+        if checkpoint_interval is not None:
+            whole_number("checkpoint_interval", checkpoint_interval, 1)
+        path = Path(path)
+        tensors, metadata = router_file.read(path)
+        _check_model(path, metadata, model)
+        _check_types(path, metadata)
+        interval = (metadata.get("config") or {}).get("checkpoint_interval")
+        if checkpoint_interval is not None and interval != checkpoint_interval:
+            raise TideError(
+                f"{path} has a router every {_shown(interval)} layers, expected every {checkpoint_interval}; "
+                "calibrate again with that checkpoint_interval or drop it"
+            )
+        reader = _Reader(path, tensors, model.config.hidden_size)
+        checkpoints = _checkpoints(path, metadata, model.config.num_layers)
+        _check_exits(path, metadata, len(checkpoints))
+        routers = tuple(reader.router(c) for c in checkpoints)
+        heads = translators = None
+        if any(".factor." in name for name in tensors):
+            heads = tuple(reader.head(c) for c in checkpoints)
+        if any(name.startswith("translators.") for name in tensors):
+            translators = reader.translators(checkpoints, model.config.num_layers)
+        candidates, confidence = reader.second_look(checkpoints, model)
+        history = RouterMetadata.from_dict(metadata)
+        found, mesh = cls(routers, heads, checkpoints, translators, candidates, confidence, history), mesh_of(model)
+        return jax.tree.map(jnp.asarray, found) if mesh is None else shard(found, mesh)
+
+    def _large_arrays(self) -> dict[str, np.ndarray]:
+        """Exit heads and translators."""
+        arrays = dict[str, np.ndarray]()
+        if self.heads is not None:
+            arrays |= {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
+        if self.translators is not None:
+            arrays |= {f"translators.{c}.down": np.asarray(a) for c, a in self._by_checkpoint(self.translators.down)}
+            layers = [(i, entry) for i, entry in enumerate(self.translators.layers) if entry is not None]
+            arrays |= {f"translators.{i}.{n}": np.asarray(a) for i, entry in layers for n, a in entry._asdict().items()}
+        return arrays
+
+    def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
+        return zip(self.checkpoints, items, strict=True)
+
+
+def model_identity(model: Decoder) -> dict[str, Any]:
+    """What ties routers to a model."""
+    config = model.config
+    return {
+        "fingerprint": fingerprint(model),
+        "model": f"{config.model_type}, {config.num_layers} layers of width {config.hidden_size}",
+    }
+
+
+def _check_model(path: Path, metadata: dict[str, Any], model: Decoder) -> None:
+    expected = model_identity(model)
+    if metadata.get("fingerprint") != expected["fingerprint"]:
+        named, found = (_shown(metadata.get(name, "unknown")) for name in ("model", "fingerprint"))
+        raise TideError(
+            f"{path} was calibrated for {named} (fingerprint {found}), this model is {expected['model']} "
+            f"(fingerprint {expected['fingerprint']}); calibrate routers for this model"
+        )
+
+
+def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
+    factors = [(f"factor.{i}", np.asarray(f)) for i, f in enumerate(head.factors)]
+    return [*factors, ("bias", np.asarray(head.bias))]
+
+
+def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    found = metadata.get("checkpoints")
+    layers = found if isinstance(found, list) and all(type(c) is int for c in found) else [-1]
+    if not layers or sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
+        raise TideError(
+            f"{path} names checkpoints {_shown(found)}, expected ascending layers below the last; calibrate again"
+        )
+    return tuple(layers)
+
+
+def _shown(value: object, length: int = 80) -> str:
+    return " ".join(str(value).split())[:length]
+
+
+_METADATA = {"config": dict, "report": dict, "exit_config": dict, "no_guarantee": str, "guarantee_dtype": str}
+_KINDS = {dict: "table of fields", str: "text"}
+
+
+def _check_types(path: Path, metadata: dict[str, Any]) -> None:
+    """Raises TideError where the metadata that the package reads is of another type."""
+    for name, kind in _METADATA.items():
+        if not isinstance(metadata.get(name), kind | None):
+            raise TideError(f"{path} is damaged: its {name} is no {_KINDS[kind]}; calibrate again")
+
+
+def _check_exits(path: Path, metadata: dict[str, Any], count: int) -> None:
+    """Raises TideError where the stored exit settings or their promise can't be, for so many checkpoints."""
+    if (settings := metadata.get("exit_config")) is None:
+        return
+    try:
+        thresholds = ExitConfig.from_dict(settings).exit_threshold
+    except TideError as error:
+        raise TideError(f"{path} holds impossible exit settings: {_shown(error, 150)}; calibrate again") from error
+    if isinstance(thresholds, tuple) and len(thresholds) != count:
+        raise TideError(f"{path} has {len(thresholds)} thresholds for {count} checkpoints; calibrate again")
+
+
+class _Reader(NamedTuple):
+    """Tensors of a router file, checked on the way out."""
+
+    path: Path
+    tensors: dict[str, np.ndarray]
+    size: int
+
+    def router(self, checkpoint: int) -> Router:
+        down = self._tensor(f"{checkpoint}.down", (self.size, None))
+        width = down.shape[1]
+        bias, up = (self._tensor(f"{checkpoint}.{name}", (width,)) for name in ("down_bias", "up"))
+        return Router(down, bias, up, self._tensor(f"{checkpoint}.up_bias", ()))
+
+    def head(self, checkpoint: int) -> ExitHead:
+        bias = self._tensor(f"{checkpoint}.bias", (self.size,))
+        first = self._tensor(f"{checkpoint}.factor.0", (self.size, None))
+        if f"{checkpoint}.factor.1" not in self.tensors:
+            return ExitHead((self._tensor(f"{checkpoint}.factor.0", (self.size, self.size)),), bias)
+        return ExitHead((first, self._tensor(f"{checkpoint}.factor.1", (first.shape[1], self.size))), bias)
+
+    def second_look(
+        self, checkpoints: tuple[int, ...], model: Decoder
+    ) -> tuple[Candidates | None, tuple[Confidence, ...] | None]:
+        if not any(".confidence." in name or name == "candidates" for name in self.tensors):
+            return None, None
+        found = np.asarray(self._tensor("candidates", (None,)))
+        known = (found >= 0) & (found < model.config.vocab_size + model.config.extra_tokens) & (found == np.rint(found))
+        if not known.all() or len(np.unique(found)) != len(found) or len(found) < 2:
+            raise TideError(f"{self.path}: candidates must be two or more different tokens; calibrate again")
+        ids = jnp.asarray(found, jnp.int32)
+        return Candidates(ids, model.head_rows(ids)), tuple(self._confidence(c) for c in checkpoints)
+
+    def _confidence(self, checkpoint: int) -> Confidence:
+        down = self._tensor(f"{checkpoint}.confidence.down", (FEATURES, None))
+        bias, up = (self._tensor(f"{checkpoint}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
+        screens = self._tensor(f"{checkpoint}.confidence.screens", (len(SCREEN_LEVELS),))
+        return Confidence(screens, down, bias, up, self._tensor(f"{checkpoint}.confidence.up_bias", ()))
+
+    def translators(self, checkpoints: tuple[int, ...], num_layers: int) -> Translators:
+        first = self._tensor(f"translators.{checkpoints[0]}.down", (self.size, None))
+        rank = first.shape[1]
+        down = tuple(self._tensor(f"translators.{c}.down", (self.size, rank)) for c in checkpoints)
+        return Translators(down, tuple(self._layer(i, checkpoints, rank) for i in range(num_layers)))
+
+    def _layer(self, layer: int, checkpoints: tuple[int, ...], rank: int) -> LayerTranslators | None:
+        count = sum(c + 1 < layer for c in checkpoints)
+        if count == 0:
+            return None
+        shift = self._tensor(f"translators.{layer}.shift", (count, self.size))
+        return LayerTranslators(shift, self._tensor(f"translators.{layer}.up", (count, rank, self.size)))
+
+    def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Any:
+        tensor = self.tensors.get(name)
+        fits = tensor is not None and len(tensor.shape) == len(shape)
+        least = 0 if name.startswith("translators.") else 1  # of a width that the file chooses
+        if (
+            tensor is None
+            or not fits
+            or not all(
+                n >= least if width is None else n == width for n, width in zip(tensor.shape, shape, strict=True)
+            )
+        ):
+            found = "missing" if tensor is None else f"of shape {tensor.shape}"
+            raise TideError(f"{self.path}: tensor {name} is {found}, expected shape {shape}; calibrate again")
+        if not np.isfinite(tensor).all():
+            raise TideError(f"{self.path}: tensor {name} holds NaN or infinity; calibrate again")
+        return tensor

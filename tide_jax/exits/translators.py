@@ -1,0 +1,92 @@
+"""What a skipped layer would have read: translators from a token's exit state to the input of each later layer.
+
+Propagating a cache row projects the keys and values of a skipped layer from the exit state itself (CALM, Schuster et
+al. 2022, arXiv:2207.07061, section 3.3), as if the layers between had added nothing. They do add something, and much of
+it is the same for every token or linear in the state. A translator adds that part: ``x + s (shift + (n @ down) @ up)``
+with ``s`` the root mean square of x and ``n = x / s``. It is an affine translator as in the tuned lens (Belrose et al.
+2023, arXiv:2303.08112), of low rank and between layers. One `down` serves all layers behind a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from tide_jax.model.ops import einsum
+
+
+class LayerTranslators(NamedTuple):
+    """Translators into one layer's input from each of the C' checkpoints that end before the layer in front of it.
+
+    Attributes:
+      shift: added to every token, in units of the exit state's root mean square.
+      up: what each direction that `Translators.down` reads adds.
+    """
+
+    shift: Float[Array, "C' D"]
+    up: Float[Array, "C' R D"]
+
+
+class Translators(NamedTuple):
+    """Translators of a model: a pytree.
+
+    Attributes:
+      down: one map ``[D, R]`` for each checkpoint; R may be 0.
+      layers: one entry for each layer behind a checkpoint's next layer, None for the layers before (the layer right
+        after a checkpoint reads the exit state itself).
+    """
+
+    down: tuple[Float[Array, "D R"], ...]
+    layers: tuple[LayerTranslators | None, ...]
+
+    @property
+    def rank(self) -> int:
+        """Directions read of an exit state."""
+        return self.down[0].shape[1]
+
+    def code(self, checkpoint: int, x: Float[Array, "B T D"], *, eps: float) -> Float[Array, "B T R"]:
+        """What later layers' translators read of exit states at the `checkpoint`-th checkpoint, in x's dtype."""
+        normed = (x.astype(jnp.float32) * lax.rsqrt(_mean_square(x) + eps)).astype(x.dtype)
+        return einsum("btd,dr->btr", normed, self.down[checkpoint].astype(x.dtype))
+
+    def translate(
+        self,
+        layer: int,
+        x: Float[Array, "B T D"],
+        code: Float[Array, "B T R"],
+        checkpoint: Int[Array, "B T"],
+        *,
+        eps: float,
+    ) -> Float[Array, "B T D"]:
+        """The input of layer `layer` for tokens that left at checkpoint number `checkpoint` with state `x`.
+
+        Tokens that left right before the layer, and those with a number the layer has no translator for, keep x.
+        """
+        entry = self.layers[layer]
+        if entry is None:
+            return x
+        count = entry.shift.shape[0]
+        known = (checkpoint >= 0) & (checkpoint < count)
+        added = self._added(entry, code, jnp.clip(checkpoint, 0, count - 1))
+        scale = jnp.sqrt(_mean_square(x) + eps)
+        return jnp.where(known[:, :, None], x + (scale * added).astype(x.dtype), x)
+
+    def _added(self, entry: LayerTranslators, code: Array, checkpoint: Array) -> Float[Array, "B T D"]:
+        shift = jnp.take(entry.shift.astype(jnp.float32), checkpoint, axis=0, mode="clip")
+        if self.rank == 0:
+            return shift
+        up = entry.up.astype(code.dtype)
+        if checkpoint.size <= up.shape[0]:  # few tokens read the matrices they need, many are one product
+            chosen = jnp.take(up, checkpoint, axis=0, mode="clip")
+            return shift + einsum("btr,btrd->btd", code, chosen).astype(jnp.float32)
+        mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0], dtype=jnp.int32)[None, None, :, None]
+        spread = jnp.where(mine, code[:, :, None, :], jnp.zeros((), code.dtype))
+        spread = spread.reshape(*checkpoint.shape, -1)
+        return shift + einsum("btr,rd->btd", spread, up.reshape(-1, up.shape[-1])).astype(jnp.float32)
+
+
+def _mean_square(x: Float[Array, "B T D"]) -> Float[Array, "B T 1"]:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)

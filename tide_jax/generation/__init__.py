@@ -1,0 +1,1 @@
+"""From prompts to new tokens: requests, sampling, compiled programs, results."""

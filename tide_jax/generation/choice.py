@@ -1,0 +1,93 @@
+"""How one call chooses its tokens: its arguments, then a generation_config that it was given, then the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tide_jax.errors import TideError
+from tide_jax.generation.sampling import Sampling, make_sampling
+from tide_jax.model.generation_settings import NOTHING_SAID, SETTINGS, GenerationSettings, settings_from
+
+NEW_TOKENS = 128
+_ASKED = ("do_sample", "eos_token_id", "max_new_tokens", "pad_token_id")
+
+
+class Choice(NamedTuple):
+    """What a generation does.
+
+    Attributes:
+      settings: of the call and, where it says nothing, of the checkpoint.
+      sampling: the dials that follow from them.
+      eos_token_id, pad_token_id: as the call gave them; None for the model's.
+      max_new_tokens: tokens to produce at the most.
+    """
+
+    settings: GenerationSettings
+    sampling: Sampling
+    eos_token_id: Any
+    pad_token_id: Any
+    max_new_tokens: Any
+
+
+def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **arguments: Any) -> Choice:
+    """Lays arguments over the settings of `generation_config`, and both over the checkpoint's.
+
+    Args:
+      checkpoint: settings of the model.
+      generation_config: transformers' `GenerationConfig` or a dictionary of its fields.
+      arguments: of `TIDE.generate`; None for what was not given.
+
+    Raises:
+      TideError: an argument or a field of another type, out of its range or not known.
+    """
+    if unknown := sorted(set(arguments) - {*SETTINGS, *_ASKED}):
+        raise TideError(
+            f"generate has no argument {', '.join(unknown)}; settings of generation are {', '.join(SETTINGS)}"
+        )
+    config = _config_values(generation_config)
+    given = GenerationSettings(**{name: arguments.get(name) for name in SETTINGS})
+    named = NOTHING_SAID
+    if config:
+        named = settings_from(config, "generation_config")
+        named.warn("generation_config")
+    asked = {name: config.get(name) if arguments.get(name) is None else arguments.get(name) for name in _ASKED}
+    own = named.updated(given)
+    settings = checkpoint.updated(own)
+    new_tokens = NEW_TOKENS if asked["max_new_tokens"] is None else asked["max_new_tokens"]
+    sampling = _sampling(settings, own, _samples(asked["do_sample"], arguments.get("temperature"), own))
+    return Choice(settings, sampling, asked["eos_token_id"], asked["pad_token_id"], new_tokens)
+
+
+def _samples(do_sample: Any, temperature: Any, own: GenerationSettings) -> bool:
+    """Whether the call asks for sampling."""
+    if not isinstance(do_sample, bool | None):
+        raise TideError(f"do_sample={do_sample!r} must be True or False")
+    if do_sample and own.temperature == 0:
+        raise TideError("do_sample=True samples and temperature=0 is greedy; leave one of them out")
+    # A temperature in a generation_config without do_sample asks for nothing: that is transformers' reading, too.
+    return bool(own.temperature) and temperature is not None if do_sample is None else do_sample
+
+
+def _sampling(settings: GenerationSettings, own: GenerationSettings, samples: bool) -> Sampling:
+    penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
+    if not samples:
+        dials = {"top_k": own.top_k, "top_p": own.top_p, "min_p": own.min_p}  # they change nothing, but are checked
+        temperature = 0.0
+    else:
+        dials = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
+        temperature = settings.temperature or 1.0
+    said = {name: value for name, value in dials.items() if value is not None}
+    return make_sampling(temperature, repetition_penalty=penalty, **said)
+
+
+def _config_values(generation_config: Any) -> Mapping[str, Any]:
+    if generation_config is None:
+        return {}
+    values = generation_config.to_dict() if hasattr(generation_config, "to_dict") else generation_config
+    if not isinstance(values, Mapping):
+        raise TideError(
+            f"generation_config is {type(generation_config).__name__}, expected transformers' GenerationConfig or a "
+            "dictionary of its fields"
+        )
+    return values

@@ -1,0 +1,426 @@
+"""Generation as pure functions: prefill, one decode step, and a whole generation inside one jit.
+
+Everything takes and returns pytrees. Shapes are static (callers bucket them, see `tide_jax.generation.batch`);
+thresholds, sampling dials, end-of-sequence ids and the number of new tokens are traced, so turning them never
+recompiles. Donate the cache when you jit `decode_step` yourself: ``jax.jit(decode_step, donate_argnames="cache")``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from tide_jax.config import KVStrategy
+from tide_jax.errors import TideError
+from tide_jax.exits.deferred_fill import deferred_step
+from tide_jax.exits.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.exits.recompute import recompute_step
+from tide_jax.exits.router import Routers
+from tide_jax.generation.finite import finite_rows
+from tide_jax.generation.logit_rules import LogitRules, RowText, rule_on
+from tide_jax.generation.sampling import Sampling, sample
+from tide_jax.model.cache import KVCache, init_cache
+from tide_jax.model.decoder import Decoder
+
+PREFILL_CHUNK = 512
+"""Prompt tokens run at once."""
+
+
+class StepOutput(NamedTuple):
+    """Result of `prefill` or `decode_step`.
+
+    Attributes:
+      logits: of the next token, float32 [B, V].
+      cache: with the step's tokens appended.
+      exit_layers: index of the last layer each row's token ran, int32 [B]; -1 for inactive rows.
+      layers_executed: layers the device ran, int32 scalar: the depth of the deepest row.
+      finite: rows whose logits hold no NaN or infinity, bool [B]; True for inactive rows. A decode step looks at the
+        head's input, which is a fraction of the size.
+    """
+
+    logits: Float[Array, "B V"]
+    cache: KVCache
+    exit_layers: Int[Array, " B"]
+    layers_executed: Int[Array, ""]
+    finite: Bool[Array, " B"]
+
+
+class Prompt(NamedTuple):
+    """Left-padded prompts: row b's tokens are ``tokens[b, P - lengths[b]:]``. A row of length 0 fills up a batch: it
+    has ended from the start."""
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, " B"]
+
+    @property
+    def positions(self) -> Int[Array, "B P"]:
+        """Position of each token in its row, -1 for padding."""
+        width = self.tokens.shape[1]
+        slots = jnp.arange(width, dtype=jnp.int32)[None, :]
+        return jnp.maximum(slots - (jnp.int32(width) - self.lengths)[:, None], -1)
+
+    def seen(self, vocab_size: int) -> Bool[Array, "B V"]:
+        """The tokens in each row."""
+        batch = self.tokens.shape[0]
+        return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], self.tokens].max(self.positions >= 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """Routers with their dials: a pytree, whose `prompt`, `kv_strategy` and `deferred` are static.
+
+    Attributes:
+      routers: what scores tokens.
+      gate: thresholds and least depth.
+      prompt: whether prompt tokens may exit, too. Where they may not, no router is compiled into the prompt's pass.
+      kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
+      deferred: with "propagate", whether that waits until several tokens' rows are projected at once, which is faster
+        where `tide_jax.exits.deferred_fill.is_faster`. Rows are the same to rounding, but where rotary frequencies
+        depend on the length so far.
+    """
+
+    routers: Routers
+    gate: ExitGate
+    prompt: bool = dataclasses.field(default=False, metadata={"static": True})
+    kv_strategy: KVStrategy = dataclasses.field(default="propagate", metadata={"static": True})
+    deferred: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def pending_groups(self) -> int:
+        """What `init_cache` is to be told."""
+        return len(self.routers.checkpoints) + 1 if self.deferred or self.kv_strategy == "recompute" else 0
+
+    @property
+    def code_size(self) -> int | None:
+        """What `init_cache` is to be told; None also where nothing is deferred."""
+        if self.kv_strategy == "recompute" or not self.deferred:
+            return None
+        return 0 if self.routers.translators is None else self.routers.translators.rank
+
+
+class Request(NamedTuple):
+    """The traced dials of one generation.
+
+    Attributes:
+      sampling: how tokens are drawn.
+      key: randomness; unused when greedy.
+      eos: end-of-sequence ids of each row, int32 [B, E], padded with -1.
+      pad: id written after a row has ended, int32 scalar.
+      max_new_tokens: int32 scalar, at most the static capacity.
+      rules: tokens that are forbidden or forced; None for none.
+    """
+
+    sampling: Sampling
+    key: PRNGKeyArray
+    eos: Int[Array, "B E"]
+    pad: Int[Array, ""]
+    max_new_tokens: Int[Array, ""]
+    rules: LogitRules | None = None
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether a rule has to read the rows' tokens."""
+        return self.rules is not None and self.rules.sequences is not None
+
+
+class GenerationState(NamedTuple):
+    """State of a running generation.
+
+    Attributes:
+      step: tokens produced so far, int32 scalar.
+      last: the newest token of each row, int32 [B].
+      positions: its position in the row, int32 [B].
+      done: rows that have ended, bool [B].
+      finite: rows whose logits were numbers so far, bool [B].
+      seen: tokens in each row, bool [B, V].
+      exit_layers: of the newest token, int32 [B]; -1 for rows that had ended.
+      layers_executed: by the step that made it, int32 scalar.
+      cache: everything before the newest token.
+      text: the rows so far, aligned at their newest tokens; None where no rule reads them.
+    """
+
+    step: Int[Array, ""]
+    last: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
+    seen: Bool[Array, "B V"]
+    exit_layers: Int[Array, " B"]
+    layers_executed: Int[Array, ""]
+    cache: KVCache
+    text: Int[Array, "B S"] | None = None
+
+
+class Generated(NamedTuple):
+    """A finished generation of static capacity N; entries past a row's length are padding.
+
+    Attributes:
+      tokens: int32 [B, N].
+      lengths: tokens produced in each row, its end-of-sequence token included, int32 [B].
+      exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
+      layers_executed: layers the device ran for each step, int32 [N].
+      steps: int32 scalar.
+      finite: rows whose logits were numbers throughout, bool [B]; tokens mean nothing where one is False, and
+        generation ends early.
+    """
+
+    tokens: Int[Array, "B N"]
+    lengths: Int[Array, " B"]
+    exit_layers: Int[Array, "B N"]
+    layers_executed: Int[Array, " N"]
+    steps: Int[Array, ""]
+    finite: Bool[Array, " B"]
+
+
+def run_exits(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None,
+    exits: Exits | None,
+    *,
+    may_exit: Bool[Array, "B T"] | None = None,
+    survivors: bool = False,
+    implementation: str | None = None,
+) -> DepthOutput:
+    """`tide_jax.exits.early_exit.run_depth` with routers and dials as one argument; None runs every layer."""
+    if exits is None:
+        return run_depth(model, tokens, positions, cache, implementation=implementation)
+    return run_depth(
+        model,
+        tokens,
+        positions,
+        cache,
+        routers=exits.routers,
+        gate=exits.gate,
+        may_exit=may_exit,
+        kv_strategy=exits.kv_strategy,
+        survivors=survivors,
+        implementation=implementation,
+    )
+
+
+def prefill(
+    model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
+) -> StepOutput:
+    """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row.
+
+    Prompts of more than `PREFILL_CHUNK` tokens run in chunks of so many, which bounds the memory of attention scores.
+    """
+    positions, width = prompt.positions, prompt.tokens.shape[1]
+    exits = exits if exits is not None and exits.prompt else None
+    # Frequencies that depend on the length so far would be those of each chunk, not those of the prompt.
+    chunk = width if model.config.length_changes_rope else min(width, PREFILL_CHUNK)
+
+    def run(start: Int[Array, ""] | int, size: int, earlier: KVCache | None) -> StepOutput:
+        def cut(a: Array) -> Array:
+            return lax.dynamic_slice_in_dim(a, start, size, axis=1)
+
+        tokens, places = cut(prompt.tokens), cut(positions)
+        out = run_exits(model, tokens, places, earlier, exits, survivors=True, implementation=implementation)
+        grown = (cache if earlier is None else earlier).append(out.new, places)
+        finite = jnp.ones(prompt.lengths.shape, bool)  # found below, of the last states alone
+        return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
+
+    def more(i: Int[Array, ""], step: StepOutput) -> StepOutput:
+        after = run(first + i * chunk, chunk, step.cache)
+        return after._replace(layers_executed=jnp.maximum(step.layers_executed, after.layers_executed))
+
+    first = width % chunk or chunk
+    step = run(0, first, None)  # its logits are states yet: only the last are put through the head
+    if first < width:
+        step = lax.fori_loop(0, (width - first) // chunk, more, step)
+    logits = model.logits(step.logits[:, None])[:, 0]
+    return step._replace(logits=logits, finite=finite_rows(logits) | (prompt.lengths == 0))
+
+
+def decode_step(
+    model: Decoder,
+    cache: KVCache,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    exits: Exits | None = None,
+    *,
+    implementation: str | None = None,
+) -> StepOutput:
+    """Runs one token of each row; rows that are not active neither hold the others back nor enter the cache.
+
+    Args:
+      tokens: int32.
+      positions: position of each token in its row.
+      active: rows to run.
+      exits: routers and dials; None runs every layer.
+
+    Raises:
+      TideError: a cache that was made for other exits: tokens wait in it in another way, or not at all.
+    """
+    positions = jnp.where(active, positions, -1)[:, None]
+    _check_cache(cache, exits)
+    if exits is not None and cache.pending is not None:
+        step = recompute_step if exits.code_size is None else deferred_step
+        out, cache = step(
+            model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
+        )
+    else:
+        out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
+        cache = cache.append(out.new, positions)
+    logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
+    return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)
+
+
+def _waiting(exits: Exits | None) -> tuple[int, int | None]:
+    """`pending_groups` and `code_size` of the cache that these exits need."""
+    return (0, None) if exits is None else (exits.pending_groups, exits.code_size)
+
+
+def _check_cache(cache: KVCache, exits: Exits | None) -> None:
+    pending = cache.pending
+    groups, code_size = (0, None) if pending is None else (len(pending.ran), pending.code_size)
+    wanted, code_wanted = _waiting(exits)
+    if (groups, code_size) != (wanted, code_wanted):
+        raise TideError(
+            f"the cache holds pending states for {groups} layer groups with code_size={code_size}, these exits need "
+            f"{wanted} with {code_wanted}; make the cache with init_cache(..., pending_groups={wanted}, "
+            f"code_size={code_wanted})"
+        )
+
+
+def begin(
+    model: Decoder,
+    prompt: Prompt,
+    request: Request,
+    exits: Exits | None,
+    *,
+    capacity: int,
+    implementation: str | None = None,
+) -> GenerationState:
+    """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
+    batch, width = prompt.tokens.shape
+    groups, code_size = _waiting(exits)
+    cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups, code_size=code_size)
+    step = prefill(model, prompt, cache, exits, implementation=implementation)
+    state = GenerationState(
+        step=jnp.int32(0),
+        last=jnp.zeros((batch,), jnp.int32),
+        positions=prompt.lengths - 1,
+        done=prompt.lengths == 0,
+        finite=jnp.ones((batch,), bool),
+        seen=prompt.seen(model.config.vocab_size),
+        exit_layers=jnp.full((batch,), -1, jnp.int32),
+        layers_executed=jnp.int32(0),
+        cache=step.cache,
+        text=jnp.pad(prompt.tokens, ((0, 0), (capacity, 0))) if request.reads_rows else None,
+    )
+    return _accept(state, step, request, model.config.context_length)
+
+
+def advance(
+    model: Decoder,
+    state: GenerationState,
+    request: Request,
+    exits: Exits | None,
+    *,
+    implementation: str | None = None,
+) -> GenerationState:
+    """Runs the newest tokens and draws the next ones. Donate `state`."""
+    step = decode_step(
+        model, state.cache, state.last, state.positions, ~state.done, exits, implementation=implementation
+    )
+    return _accept(state, step, request, model.config.context_length)
+
+
+def generate_tokens(
+    model: Decoder,
+    prompt: Prompt,
+    request: Request,
+    exits: Exits | None = None,
+    *,
+    capacity: int,
+    implementation: str | None = None,
+) -> Generated:
+    """A whole generation: prefill, then a `lax.while_loop` of decode steps until every row has ended.
+
+    Args:
+      prompt: left-padded prompts.
+      request: sampling dials, end-of-sequence ids, number of new tokens.
+      exits: routers and dials; None runs every layer.
+      capacity: static upper bound of `request.max_new_tokens`.
+    """
+    batch = prompt.tokens.shape[0]
+    state = begin(model, prompt, request, exits, capacity=capacity, implementation=implementation)
+    empty = Generated(
+        tokens=jnp.broadcast_to(request.pad, (batch, capacity)),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        exit_layers=jnp.full((batch, capacity), -1, jnp.int32),
+        layers_executed=jnp.zeros((capacity,), jnp.int32),
+        steps=jnp.int32(0),
+        finite=state.finite,
+    )
+
+    def body(carry: tuple[GenerationState, Generated]) -> tuple[GenerationState, Generated]:
+        state, out = carry
+        state = advance(model, state, request, exits, implementation=implementation)
+        return state, _record(out, state)
+
+    def unfinished(carry: tuple[GenerationState, Generated]) -> Array:
+        state, _ = carry
+        return (state.step < request.max_new_tokens) & ~jnp.all(state.done) & jnp.all(state.finite)
+
+    _, out = lax.while_loop(unfinished, body, (state, _record(empty, state)))
+    return out
+
+
+def _accept(state: GenerationState, step: StepOutput, request: Request, context: int) -> GenerationState:
+    """Draws the next token of every row that has not ended. A row whose tokens fill the `context` ends with it: the
+    newest one is not run, so its position may be the first outside."""
+    rule = rule_on(request.rules, request.max_new_tokens, lambda: _row_text(state, request))
+    drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen, rule)
+    last = jnp.where(state.done, request.pad, drawn)
+    ended = jnp.any(last[:, None] == request.eos, axis=1) | (state.positions + 1 >= context)
+    rows = jnp.arange(last.shape[0])
+    return GenerationState(
+        step=state.step + 1,
+        last=last,
+        positions=state.positions + 1,
+        done=state.done | ended,
+        finite=state.finite & (state.done | step.finite),
+        seen=state.seen.at[rows, last].max(~state.done),
+        exit_layers=jnp.where(state.done, -1, step.exit_layers),
+        layers_executed=step.layers_executed,
+        cache=step.cache,
+        text=None if state.text is None else jnp.concatenate([state.text[:, 1:], last[:, None]], axis=1),
+    )
+
+
+def _row_text(state: GenerationState, request: Request) -> RowText:
+    """The rows as rules read them, before the next token."""
+    batch = state.last.shape[0]
+    return RowText(
+        made=jnp.broadcast_to(state.step, (batch,)),
+        length=state.positions + 1,
+        eos=request.eos,
+        tokens=state.text,
+        ends=None if state.text is None else jnp.full((batch,), state.text.shape[1], jnp.int32),
+    )
+
+
+def _record(out: Generated, state: GenerationState) -> Generated:
+    """Writes the newest tokens into column ``state.step - 1``."""
+    column = state.step - 1
+    produced = state.exit_layers >= 0
+    zero = jnp.int32(0)
+    return Generated(
+        tokens=lax.dynamic_update_slice(out.tokens, state.last[:, None], (zero, column)),
+        lengths=out.lengths + produced.astype(jnp.int32),
+        exit_layers=lax.dynamic_update_slice(out.exit_layers, state.exit_layers[:, None], (zero, column)),
+        layers_executed=lax.dynamic_update_slice(out.layers_executed, state.layers_executed[None], (column,)),
+        steps=state.step,
+        finite=state.finite,
+    )

@@ -1,0 +1,210 @@
+"""Rules that forbid or force tokens, as pure functions on logits: minimum lengths, bad words, repeated n-grams.
+
+They apply in transformers' order, after the repetition penalty and before the filters of sampling. Their values are
+traced: only which of the two groups is in use, and the bucketed size of the list of bad words, are compiled in. A
+generation without rules has None in their place, and compiles to the same program as if there were none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.errors import TideError
+from tide_jax.generation.batch import bucket
+from tide_jax.model.generation_settings import GenerationSettings
+
+_NO_TOKEN = -1
+
+
+class SequenceRules(NamedTuple):
+    """Rules that have to read the row's tokens.
+
+    Attributes:
+      ngram_size: n-grams of so many tokens occur once; 0 for no such rule. int32 scalar.
+      words: sequences not to be completed, at least two tokens each, padded with -1 in front. int32 [W, L].
+    """
+
+    ngram_size: Int[Array, ""]
+    words: Int[Array, "W L"]
+
+
+class LogitRules(NamedTuple):
+    """Which tokens can't be chosen, and which have to be.
+
+    Attributes:
+      min_length, min_new_tokens: tokens of a row, with and without its prompt, before which it can't end; int32.
+      forced_first: the first new token after a prompt of one token; -1 for none. int32 scalar.
+      forced_last: the tokens one of which is the last that there is room for; none where all are False. bool [V].
+      bad: tokens that are bad words by themselves; those that end the row are not. bool [V].
+      suppressed, suppressed_first: never chosen, and not as the first new token. bool [V].
+      sequences: None where no rule has to read the rows.
+    """
+
+    min_length: Int[Array, ""]
+    min_new_tokens: Int[Array, ""]
+    forced_first: Int[Array, ""]
+    forced_last: Bool[Array, " V"]
+    bad: Bool[Array, " V"]
+    suppressed: Bool[Array, " V"]
+    suppressed_first: Bool[Array, " V"]
+    sequences: SequenceRules | None
+
+
+class RowText(NamedTuple):
+    """Rows that each get one more token.
+
+    Attributes:
+      made: new tokens of each row so far, int32 [N].
+      length: its tokens, prompt included, int32 [N].
+      eos: its end-of-sequence ids, padded with -1, int32 [N, E].
+      tokens: the newest tokens of row n stand before column ``ends[n]``. int32 [N, S]; None where no rule reads them.
+      ends: int32 [N].
+    """
+
+    made: Int[Array, " N"]
+    length: Int[Array, " N"]
+    eos: Int[Array, "N E"]
+    tokens: Int[Array, "N S"] | None
+    ends: Int[Array, " N"] | None
+
+
+def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | None:
+    """The rules of some settings; None where they have none. Ids outside the vocabulary can't be chosen anyway.
+
+    Raises:
+      TideError: a token outside the vocabulary is forced, or every token is suppressed.
+    """
+    _check_choice(settings, vocab_size)
+    words = settings.bad_words_ids or ()
+    single = [word[0] for word in words if len(word) == 1]
+    several = [word for word in words if len(word) > 1]
+    ngram_size = settings.no_repeat_ngram_size or 0
+    # transformers lets `min_new_tokens` overrule `min_length`, 0 included.
+    min_length = (settings.min_length or 0) if settings.min_new_tokens is None else 0
+    forced_first = _NO_TOKEN if settings.forced_bos_token_id is None else settings.forced_bos_token_id
+
+    def mask(ids: Sequence[int] | None) -> Array:
+        out = np.zeros((vocab_size,), bool)
+        out[[i for i in ids or () if i < vocab_size]] = True
+        return jnp.asarray(out)
+
+    rules = LogitRules(
+        min_length=jnp.int32(min_length),
+        min_new_tokens=jnp.int32(settings.min_new_tokens or 0),
+        forced_first=jnp.int32(forced_first),
+        forced_last=mask(settings.forced_eos_token_id),
+        bad=mask(single),
+        suppressed=mask(settings.suppress_tokens),
+        suppressed_first=mask(settings.begin_suppress_tokens),
+        sequences=SequenceRules(jnp.int32(ngram_size), _table(several, vocab_size)) if several or ngram_size else None,
+    )
+    lists = settings.forced_eos_token_id, settings.suppress_tokens, settings.begin_suppress_tokens, words
+    numbers = min_length, settings.min_new_tokens, ngram_size
+    return rules if any(lists) or any(numbers) or forced_first >= 0 else None
+
+
+def _check_choice(settings: GenerationSettings, vocab_size: int) -> None:
+    """Finds rules that leave no token: where all logits are minus infinity, the largest one is token 0's."""
+    first = settings.forced_bos_token_id
+    forced = {
+        "forced_bos_token_id": () if first is None else (first,),
+        "forced_eos_token_id": settings.forced_eos_token_id or (),
+    }
+    for name, ids in forced.items():
+        for token in ids:
+            if token >= vocab_size:
+                raise TideError(f"{name}={token} is outside the vocabulary of 0..{vocab_size - 1}; force another token")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        if len({token for token in getattr(settings, name) or () if token < vocab_size}) == vocab_size:
+            raise TideError(f"{name} holds all {vocab_size} tokens, and leaves none to choose; take some out")
+
+
+def _table(words: Sequence[Sequence[int]], vocab_size: int) -> Array:
+    """Words aligned at their last token. Rows that are left over forbid a token that does not exist."""
+    longest = max((len(word) for word in words), default=2)
+    table = np.full((bucket(len(words), 8), bucket(longest, 4)), _NO_TOKEN, np.int32)
+    table[:, -1] = vocab_size
+    for row, word in zip(table, words, strict=False):
+        row[len(row) - len(word) :] = word
+    return jnp.asarray(table)
+
+
+def rule_on(
+    rules: LogitRules | None, max_new_tokens: Int[Array, ""], text: Callable[[], RowText]
+) -> Callable[[Float[Array, "N V"]], Float[Array, "N V"]] | None:
+    """What the rules do to logits; None without rules. `text` is called where there are some."""
+    return None if rules is None else lambda logits: apply_rules(logits, rules, text(), max_new_tokens)
+
+
+def apply_rules(
+    logits: Float[Array, "N V"], rules: LogitRules, text: RowText, max_new_tokens: Int[Array, ""]
+) -> Float[Array, "N V"]:
+    """Logits with minus infinity where a token can't be chosen, in transformers' order of the rules."""
+    vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    ends = _marked(text.eos, logits.shape[-1])
+    banned = rules.bad[None] & ~ends
+    if rules.sequences is not None:
+        banned = banned | _repeated(rules.sequences.ngram_size, text, logits.shape[-1])
+        banned = banned | _completed(rules.sequences.words, text, logits.shape[-1])
+    early = (text.length < rules.min_length) | (text.made < rules.min_new_tokens)
+    banned = banned | (early[:, None] & ends)
+    logits = jnp.where(banned, -jnp.inf, logits)
+    # What is forced is allowed whatever stands above; what is suppressed stays so though it be forced.
+    after_one = (rules.forced_first >= 0) & (text.length == 1)
+    logits = _forced(logits, after_one, vocabulary == rules.forced_first)
+    last = jnp.any(rules.forced_last) & (text.made == max_new_tokens - 1)
+    logits = _forced(logits, last, rules.forced_last[None])
+    # Behind a forced first token, the first one that is chosen is the second.
+    begin = jnp.where((rules.forced_first >= 0) & (text.length - text.made == 1), jnp.int32(1), jnp.int32(0))
+    suppressed = rules.suppressed[None] | ((text.made == begin)[:, None] & rules.suppressed_first[None])
+    return jnp.where(suppressed, -jnp.inf, logits)
+
+
+def _forced(logits: Float[Array, "N V"], rows: Bool[Array, " N"], chosen: Bool[Array, "1 V"]) -> Float[Array, "N V"]:
+    return jnp.where(rows[:, None], jnp.where(chosen, 0.0, -jnp.inf), logits)
+
+
+def _marked(ids: Int[Array, "N E"], vocab_size: int) -> Bool[Array, "N V"]:
+    """Where the ids are; -1 is nowhere."""
+    rows = jnp.arange(ids.shape[0])[:, None]
+    outside = jnp.int32(vocab_size)
+    return jnp.zeros((ids.shape[0], vocab_size), bool).at[rows, jnp.where(ids < 0, outside, ids)].set(True, mode="drop")
+
+
+def _repeated(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
+    """Tokens that would complete an n-gram which the row holds already."""
+    assert text.tokens is not None
+    assert text.ends is not None
+    tokens, ends = text.tokens, text.ends[:, None]
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    first = ends - text.length[:, None]
+    # A token counts where the n - 1 before it are in the row and are the row's newest ones.
+    counts = (size > 0) & (places < ends) & (places - (size - 1) >= first)
+
+    def compare(back: Array, same: Array) -> Array:
+        earlier = jnp.take_along_axis(tokens, jnp.maximum(places - back, 0), axis=1)
+        newest = jnp.take_along_axis(tokens, jnp.maximum(ends - back, 0), axis=1, mode="clip")
+        return same & (earlier == newest)
+
+    same = lax.fori_loop(jnp.int32(1), jnp.maximum(size, jnp.int32(1)), compare, counts)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].max(same, mode="drop")
+
+
+def _completed(words: Int[Array, "W L"], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
+    """The last tokens of words whose other tokens are the row's newest ones."""
+    assert text.tokens is not None
+    assert text.ends is not None
+    back = jnp.arange(words.shape[1] - 1, 0, -1, dtype=jnp.int32)[None]
+    newest = jnp.take_along_axis(text.tokens, jnp.maximum(text.ends[:, None] - back, 0), axis=1, mode="clip")
+    newest = jnp.where(back <= text.length[:, None], newest, jnp.int32(-2))
+    before = words[None, :, :-1]
+    complete = jnp.all((before == _NO_TOKEN) | (before == newest[:, None]), axis=2)
+    banned = jnp.zeros((newest.shape[0], vocab_size), bool)
+    return banned.at[:, words[:, -1]].max(complete, mode="drop")

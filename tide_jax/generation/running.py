@@ -1,0 +1,127 @@
+"""Running checked requests: compiled programs, whole or step by step, and what they report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tide_jax.errors import TideError
+from tide_jax.generation.batch import Rows
+from tide_jax.generation.finite import check_finite
+from tide_jax.generation.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.generation.outputs import GenerateOutput, StreamStep
+from tide_jax.generation.programs import Programs
+from tide_jax.generation.stats import DraftStats, ExitStats
+from tide_jax.model.decoder import Decoder
+from tide_jax.model.sharding import fetch
+
+
+class Call(NamedTuple):
+    """A checked request, ready for the pure functions. `prompt` may have rows behind those of `rows`: they have no
+    tokens, and nothing is reported of them."""
+
+    rows: Rows
+    prompt: Prompt
+    request: Request
+    exits: Exits | None
+    capacity: int
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether every new token is the likeliest one: nothing is drawn, penalised, forbidden or forced."""
+        sampling = self.request.sampling
+        plain = float(sampling.temperature) == 0 and float(sampling.repetition_penalty) == 1
+        return plain and self.request.rules is None
+
+    @property
+    def count(self) -> int:
+        """Rows that were asked for."""
+        return len(self.rows.rows)
+
+
+class Runner(Protocol):
+    """One way to run a call."""
+
+    def whole(self, call: Call) -> GenerateOutput:
+        """Runs a generation in one compiled program."""
+        ...
+
+    def steps(self, call: Call) -> Iterator[StreamStep]:
+        """Runs it step by step."""
+        ...
+
+
+class PlainRunner:
+    """One token of each row a step: ``mode="exit"`` and ``mode="full"``."""
+
+    def __init__(self, model: Decoder, programs: Programs, implementation: str | None) -> None:
+        self._model, self._programs = model, programs
+        self._options: dict[str, Any] = {"implementation": implementation}
+
+    def whole(self, call: Call) -> GenerateOutput:
+        arguments = (call.prompt, call.request, call.exits)
+        out, seconds, compiled = self._programs.run(
+            generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
+        )
+        out = fetch(out)
+        rows, steps = call.count, int(out.steps)
+        check_finite(out.finite[:rows], self._model.dtype)
+        return output(
+            out.tokens[:rows, :steps],
+            out.exit_layers[:rows, :steps],
+            num_layers=self._model.config.num_layers,
+            layers_executed=int(np.sum(out.layers_executed)),
+            steps=steps,
+            wall_time=seconds,
+            compile_time=compiled,
+        )
+
+    def steps(self, call: Call) -> Iterator[StreamStep]:
+        arguments = (call.prompt, call.request, call.exits)
+        state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity, **self._options)
+        while True:
+            step, done, finite, *arrays = fetch(
+                (state.step, state.done, state.finite, state.last, state.exit_layers, state.layers_executed)
+            )
+            check_finite(finite[: call.count], self._model.dtype)
+            yield StreamStep(arrays[0][: call.count], arrays[1][: call.count], int(arrays[2]))
+            if step >= call.request.max_new_tokens or done.all():
+                return
+            arguments = (state, call.request, call.exits)
+            state, _, _ = self._programs.run(advance, (self._model,), arguments, donate=1, **self._options)
+
+
+def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:
+    """Runs a call of one row step by step and puts its tokens into a streamer as they are made."""
+    if call.count != 1:
+        raise TideError(f"a streamer takes one prompt at a time, got {call.count}; use TIDE.stream for a batch")
+    streamer.put(np.stack(call.rows.rows))
+    compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
+    for step in runner.steps(call):
+        streamer.put(step.tokens)
+        steps.append(step)
+    streamer.end()
+    compiled, drafts = programs.compile_time - compiled_before, steps[-1].drafts
+    return output(
+        np.stack([s.tokens for s in steps], axis=1),
+        np.stack([s.exit_layers for s in steps], axis=1),
+        num_layers=num_layers,
+        layers_executed=sum(s.layers_executed for s in steps),
+        steps=len(steps) if drafts is None else drafts.passes,
+        wall_time=time.perf_counter() - start - compiled,
+        compile_time=compiled,
+        drafts=drafts,
+    )
+
+
+def output(
+    tokens: np.ndarray, exit_layers: np.ndarray, *, drafts: DraftStats | None = None, **figures: Any
+) -> GenerateOutput:
+    """A generation with its statistics; `figures` as `ExitStats.from_exit_layers` takes them."""
+    stats = ExitStats.from_exit_layers(exit_layers, **figures)
+    lengths = np.sum(exit_layers >= 0, axis=1).astype(np.int32)
+    return GenerateOutput(tokens, lengths, exit_layers, dataclasses.replace(stats, drafts=drafts))

@@ -1,0 +1,97 @@
+"""What the arguments of lm-eval's model "tide", and those of a task's generation, ask of an engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from tide_jax.config import ExitConfig
+from tide_jax.engine import TIDE
+from tide_jax.errors import TideError
+from tide_jax.exits.router import Routers
+from tide_jax.model.files.checkpoint import load
+from tide_jax.model.generation_settings import SAMPLING_DIALS, SETTINGS
+from tide_jax.risk.promise import exit_settings
+
+logger = logging.getLogger(__name__)
+
+_TOP_K = 50  # transformers samples from so many tokens where nobody says otherwise, and so does lm-eval's model "hf"
+
+
+class Generation(NamedTuple):
+    """A task's generation arguments.
+
+    Attributes:
+      until: stop strings.
+      max_new_tokens: new tokens at the most.
+      settings: arguments of `TIDE.generate`.
+    """
+
+    until: list[str]
+    max_new_tokens: int
+    settings: dict[str, Any]
+
+
+def open_engine(
+    pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any = None, weights: Any = None
+) -> TIDE:
+    """The engine to evaluate. Raises TideError for arguments that do not go together, or files that can't be loaded."""
+    if mode not in (None, "exit", "lossless", "full"):
+        raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
+    if isinstance(pretrained, TIDE):
+        if any(option is not None for option in (routers, dtype, weights)):
+            raise TideError("an engine brings its routers, dtype and weights; pass them where the engine is made")
+        engine = pretrained.with_config(**dials)
+    else:
+        ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
+        if mode == "exit" and routers is None:
+            raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
+        if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
+            raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
+        model = load(str(pretrained), dtype, weights=weights)
+        found = None if routers is None else Routers.load(str(routers), model=model)
+        if found is None:
+            dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
+            engine = TIDE(model, None, ExitConfig(**dials))
+        else:
+            config, promised = exit_settings(model, found, **dials)
+            logger.info("exits: %s", promised)
+            engine = TIDE(model, found, config)
+    if mode == "exit" and engine.routers is None:
+        raise TideError("mode=exit needs an engine with routers")
+    return engine
+
+
+def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) -> Generation:
+    """A task's generation arguments, as lm-eval's model "hf" takes them.
+
+    Args:
+      arguments: what a request holds.
+      default: new tokens where they do not say.
+
+    Raises:
+      TideError: an argument that is not known.
+    """
+    given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
+    until, new, sampled = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
+    settings = {name: given.pop(name) for name in SETTINGS if name in given}
+    if given.pop("num_beams", 1) != 1:
+        raise TideError("num_beams must be 1; there is no beam search")
+    if given:
+        raise TideError(
+            f"the generation arguments hold {', '.join(sorted(given))}; expected some of until, max_gen_toks, "
+            f"do_sample, {', '.join(SETTINGS)}"
+        )
+    if not sampled:
+        settings = {name: value for name, value in settings.items() if name not in SAMPLING_DIALS}
+    elif engine.model.config.generation.top_k is None:
+        settings.setdefault("top_k", _TOP_K)
+    stops = [until] if isinstance(until, str) else list(until)
+    return Generation(stops, new, settings | {"do_sample": bool(sampled)})
+
+
+def plain_number(value: Any) -> Any:
+    """A number out of the command line's strings; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value

@@ -1,0 +1,95 @@
+"""What passes over one, two or several tokens cost on this machine, for `tide_jax.lossless.draft_control`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tide_jax.checks import whole_number
+from tide_jax.exits.recompute import pass_widths
+from tide_jax.exits.router import Routers
+from tide_jax.lossless.draft_control import PassCosts
+from tide_jax.model.cache import QUEUE_LENGTH
+from tide_jax.model.decoder import Decoder
+
+_MOST_LAYERS = 8  # enough that their weights don't stay in a CPU's caches
+_REPEATS = 8
+
+
+def measure_pass_costs(
+    model: Decoder, routers: Routers | None = None, *, batch: int = 1, queue_length: int = QUEUE_LENGTH
+) -> PassCosts:
+    """Times layers and the output head at every width a pass can have; seconds to a few, compilations included.
+
+    Attention over earlier tokens is left out: it hardly depends on the width.
+
+    Args:
+      routers: for the price of an exit, taken from the bytes that it reads.
+      batch: rows.
+      queue_length: slots of the widest pass.
+
+    Raises:
+      TideError: a batch or queue of none.
+    """
+    batch = whole_number("batch", batch, 1)
+    widths = pass_widths(whole_number("queue_length", queue_length, 1))
+    count = min(_MOST_LAYERS, len(model.layers))
+    chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
+    programs: dict[Any, Callable[..., Any]] = {}
+    layers = [_flat(programs, model.layers[i], lambda layer, x, c: layer(x, c, None)[0]) for i in chosen.tolist()]
+    head = _flat(programs, model, lambda model, x: jnp.argmax(model.logits(model.final_norm(x)), axis=-1))
+    layer_times: dict[int, list[float]] = {w: [] for w in widths}
+    head_times: dict[int, list[float]] = {w: [] for w in widths}
+    for _ in range(_REPEATS + 1):  # the first compiles
+        for width in widths:
+            x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
+            contexts = model.contexts(jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width)), None)
+            layer_times[width].append(_seconds(lambda x=x, c=contexts: _through(layers, x, c)) / len(layers))
+            head_times[width].append(_seconds(lambda x=x: head(x)))
+
+    def least(times: dict[int, list[float]]) -> jax.Array:
+        # What else the machine does only adds, now to one width, now to another: medians were apart by half.
+        return jnp.asarray([min(times[w][1:]) for w in widths], jnp.float32)
+
+    layer = least(layer_times)
+    share = _exit_bytes(routers) / max(_bytes(model.layers[0]), 1)
+    return PassCosts(layer, least(head_times), layer[0] * share)
+
+
+def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a module and more arguments, compiled once for modules of one structure; calling it does not
+    walk through the module, which takes longer than a small layer."""
+    leaves, structure = jax.tree.flatten(module)
+    if structure not in programs:
+        programs[structure] = jax.jit(lambda leaves, *args: function(jax.tree.unflatten(structure, leaves), *args))
+    program = programs[structure]
+    return lambda *args: program(leaves, *args)
+
+
+def _through(layers: list[Callable[..., Any]], x: jax.Array, contexts: Any) -> jax.Array:
+    for layer in layers:
+        x = layer(x, contexts)
+    return x
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _exit_bytes(routers: Routers | None) -> float:
+    """Bytes that letting one token go reads: its exit head and the candidates' rows, on average over checkpoints."""
+    if routers is None or not routers.checkpoints:
+        return 0.0
+    heads = 0 if routers.heads is None else _bytes(routers.heads) / len(routers.checkpoints)
+    return heads + (0 if routers.candidates is None else _bytes(routers.candidates.rows))

@@ -1,0 +1,1 @@
+"""The decoder: what every family's configuration describes. It knows nothing of exits."""

@@ -1,0 +1,261 @@
+"""What a decoder is: its architecture as orthogonal flags.
+
+Every class here and in `tide_jax.model.architecture_parts` is a frozen, hashable dataclass of plain Python values, so
+it can be a static argument of ``jax.jit`` and can be written to JSON. A model family is a point in the space of
+`DecoderConfig`'s flags; nothing in the model asks which family it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from tide_jax.errors import TideError, listed, shortened
+from tide_jax.model.architecture_parts import (
+    AttentionType,
+    GatedActivation,
+    HeadTransform,
+    LatentConfig,
+    MoEConfig,
+    NormKind,
+    QKNorm,
+    QueryScaling,
+    RopeConfig,
+    UngatedActivation,
+    check_choice,
+)
+from tide_jax.model.generation_settings import NOTHING_SAID, GenerationSettings
+from tide_jax.ranges import (
+    Channels,
+    Epsilon,
+    Heads,
+    LayerIndex,
+    Layers,
+    PositionCount,
+    PositionsOrZero,
+    Positive,
+    TokenId,
+    Tokens,
+)
+from tide_jax.records import STRICT, from_json, instance_problems, json_problems
+
+__all__ = [
+    "AttentionType",
+    "DecoderConfig",
+    "HeadTransform",
+    "LatentConfig",
+    "MoEConfig",
+    "NormKind",
+    "QKNorm",
+    "QueryScaling",
+    "RopeConfig",
+    "check_choice",
+]
+
+NormPlacement = Literal["pre", "post", "sandwich", "residual"]
+Positions = Literal["rope", "learned", "sinusoidal", "none"]
+AttentionGate = Literal["none", "head", "channel"]
+GateActivation = Literal["sigmoid", "softplus"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Architecture of a decoder-only language model, as orthogonal flags.
+
+    Attributes:
+      model_type: name of the family it was converted from; provenance only, the model never reads it.
+      extra_tokens: token ids beyond the vocabulary: they have an embedding, and no logit.
+      embedding_size: width of the embeddings where it differs from the layers'; projections join the two.
+      attention_types: the distinct kinds of attention in the model.
+      attention_pattern: index into `attention_types` for each layer.
+      norm: "rms" (RMSNorm) or "layer" (LayerNorm).
+      layer_norm_eps: added to the mean square by the layers' norms where it is not `norm_eps`.
+      norm_scale, norm_bias: whether norms have learned ones.
+      norm_unit_offset: norms multiply by ``1 + scale`` instead of ``scale``.
+      norm_placement: norms "pre" each sublayer, "post" it (before the residual add), both ("sandwich"), or after the
+        "residual" add.
+      first_norm: whether the first layer's attention reads its input through a norm, too.
+      final_norm: whether there is one before the head.
+      embedding_norm: whether embeddings are normed before the first layer.
+      positions_after_norm: learned and sinusoidal positions are added after that norm.
+      project_after_norm: embeddings of another width are projected last, with a bias: positions, added vectors and
+        `embedding_norm` have `embedding_size` too.
+      added_embeddings: learned vectors that are added to every token's embedding: a segment's, a task's.
+      parallel_residual: attention and MLP both read the layer's input and are added to it together.
+      shared_norm: with `parallel_residual`, they read it through one norm.
+      residual_scale: multiplies what a sublayer adds to the residual stream.
+      layer_scale: a learned number multiplies what a layer returns.
+      residual_weights: a learned vector multiplies the residual stream before a sublayer's output is added.
+      positions: "rope" and "none" leave embeddings alone; "learned" and "sinusoidal" add a vector for each position.
+      position_offset: added to a token's position before its vector is looked up or computed.
+      sinusoid_endpoint: the lowest of the sinusoids' frequencies is 1 / 10000 itself, as in fairseq, instead of the
+        last one above it.
+      learned_positions: rows of the learned position table when `positions` is "learned".
+      latent: multi-head latent attention instead of plain heads of keys and values.
+      attention_experts: queries and output projections of the attention are experts; heads are as many as those of
+        keys and values times the experts of a token.
+      attention_gate: each "head" or each "channel" of the attention's output is multiplied by a function of a learned
+        projection of its input.
+      gate_activation: that function.
+      gate_bias: each head has a bias inside of it.
+      key_bias: keys have a bias where queries and values have.
+      value_dim: channels of a head's value where they are not its key's; values have a projection of their own then.
+      value_scale: multiplies values.
+      clip_qkv: queries, keys and values are clamped to plus or minus this.
+      mlp_gated: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
+      activation_limit: clamps what enters a gated activation.
+      sub_norm: a norm before the attention's and the MLP's output projection (Wang et al. 2022, arXiv:2210.06423).
+      embedding_scale: multiplies token embeddings (rounded to the embedding's dtype first).
+      head_transform: what states go through before the output projection, None for nothing.
+      logit_scale: multiplies logits, before the softcap.
+      attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` on attention scores and logits.
+      eos_token_ids, pad_token_id, generation: from the checkpoint's generation configuration; defaults of `generate`.
+    """
+
+    model_type: str
+    vocab_size: Tokens
+    hidden_size: Channels
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: Channels
+    intermediate_size: Channels
+    max_positions: PositionCount
+    attention_types: tuple[AttentionType, ...]
+    attention_pattern: tuple[LayerIndex, ...]
+    extra_tokens: TokenId = 0
+    embedding_size: Channels | None = None
+    norm: NormKind = "rms"
+    norm_eps: Epsilon = 1e-6
+    layer_norm_eps: Epsilon | None = None
+    norm_scale: bool = True
+    norm_bias: bool = False
+    norm_unit_offset: bool = False
+    norm_placement: NormPlacement = "pre"
+    first_norm: bool = True
+    final_norm: bool = True
+    embedding_norm: bool = False
+    positions_after_norm: bool = False
+    project_after_norm: bool = False
+    added_embeddings: TokenId = 0
+    parallel_residual: bool = False
+    shared_norm: bool = False
+    residual_scale: Positive = 1.0
+    residual_weights: bool = False
+    layer_scale: bool = False
+    positions: Positions = "rope"
+    position_offset: TokenId = 0
+    sinusoid_endpoint: bool = False
+    learned_positions: PositionsOrZero = 0
+    latent: LatentConfig | None = None
+    qkv_bias: bool = False
+    key_bias: bool = True
+    attention_out_bias: bool = False
+    attention_experts: MoEConfig | None = None
+    attention_gate: AttentionGate = "none"
+    gate_activation: GateActivation = "sigmoid"
+    gate_bias: bool = False
+    value_dim: Channels | None = None
+    value_scale: Positive = 1.0
+    clip_qkv: Positive | None = None
+    attention_softcap: Positive | None = None
+    activation: str = "silu"
+    activation_limit: Positive | None = None
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+    moe: MoEConfig | None = None
+    sub_norm: bool = False
+    embedding_scale: Positive | None = None
+    head_transform: HeadTransform | None = None
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
+    tie_embeddings: bool = True
+    head_bias: bool = False
+    eos_token_ids: tuple[TokenId, ...] = ()
+    pad_token_id: TokenId | None = None
+    generation: GenerationSettings = NOTHING_SAID
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, NormKind)
+        check_choice("norm_placement", self.norm_placement, NormPlacement)
+        check_choice("positions", self.positions, Positions)
+        check_choice("attention_gate", self.attention_gate, AttentionGate)
+        check_choice("gate_activation", self.gate_activation, GateActivation)
+        gated = self.mlp_gated or self.moe is not None
+        check_choice("activation", self.activation, GatedActivation if gated else UngatedActivation)
+        if len(self.attention_pattern) != self.num_layers:
+            raise TideError(
+                f"attention_pattern has {len(self.attention_pattern)} entries, expected one for each of the "
+                f"{self.num_layers} layers"
+            )
+        if max(self.attention_pattern, default=0) >= len(self.attention_types):
+            raise TideError(
+                f"attention_pattern names attention type {max(self.attention_pattern)}, expected one of the "
+                f"{len(self.attention_types)} in attention_types, counted from 0"
+            )
+        if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
+            raise TideError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "check the checkpoint's config.json"
+            )
+
+    def attention(self, layer: int) -> AttentionType:
+        """The attention type of one layer."""
+        return self.attention_types[self.attention_pattern[layer]]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts in place of an MLP."""
+        return self.moe is not None and (self.moe.layers is None or layer in self.moe.layers)
+
+    @property
+    def head_size(self) -> int:
+        """Width of what the output projection reads."""
+        own = self.head_transform.size if self.head_transform is not None else None
+        return own or self.embedding_size or self.hidden_size
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Heads, key channels and value channels a token takes in a layer's cache.
+
+        Latent attention caches its latent vector and the shared rotated key as one head; its values are the former.
+        """
+        if self.latent is not None:
+            return 1, self.latent.kv_rank + self.latent.rope_dim, 0
+        heads = max(kind.num_kv_heads or self.num_kv_heads for kind in self.attention_types)
+        channels = max(kind.head_dim or self.head_dim for kind in self.attention_types)
+        return heads, channels, self.value_dim or channels
+
+    @property
+    def context_length(self) -> int:
+        """Tokens the model can attend over: `max_positions`, stretched where dynamic rotary scaling allows more."""
+        stretch = [t.rope.factor for t in self.attention_types if t.rope and t.rope.kind == "dynamic"]
+        return int(self.max_positions * max(stretch, default=1.0))
+
+    @property
+    def length_changes_rope(self) -> bool:
+        """Whether rotary frequencies depend on how long the row is so far."""
+        ropes = (kind.rope for kind in self.attention_types)
+        return any(rope is not None and rope.kind in ("dynamic", "longrope") for rope in ropes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+          TideError: a field is unknown or missing, of another type or outside its range, or fields contradict.
+        """
+        if problems := json_problems(cls, values):
+            wrong = shortened(listed(problems), 160)
+            raise TideError(f"{wrong}: damaged, or of another version of tide_jax, convert the checkpoint again")
+        return from_json(cls, values)
+
+    def check(self) -> None:
+        """Checks every field's type and range. Raises TideError, naming the first that are wrong."""
+        if problems := instance_problems(self):
+            raise TideError(shortened(listed(problems), 160))

@@ -1,0 +1,1 @@
+"""Attention, an implementation a file."""

@@ -1,0 +1,109 @@
+"""Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are linear in one latent vector a token, and that vector is what the cache keeps. The
+linear maps are applied to queries and outputs instead (section 2.1.2: they "absorb" into the projections), so that
+attention is multi-query attention over the latent vectors, and nothing is expanded for each cached token.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.model.architecture import AttentionType, DecoderConfig, LatentConfig
+from tide_jax.model.attention.grouped import AttentionContext, spans_of
+from tide_jax.model.attention.span import CachedRows, KeyValue, attend
+from tide_jax.model.norms import Norm
+from tide_jax.model.ops import Dense, einsum, integer_sums
+from tide_jax.model.rotary import rotate
+from tide_jax.model.rounding import scaled
+
+
+class LatentAttention(nnx.Module):
+    """Attention over latent vectors; the cache holds ``[latent, rotated key]`` as the keys of one head, no values."""
+
+    def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        assert config.latent is not None
+        latent, d, h = config.latent, config.hidden_size, config.num_heads
+        self.latent = latent
+        self.scale = kind.scale
+        self.interleaved = kind.rope is not None and kind.rope.interleaved
+        head_dim = latent.nope_dim + latent.rope_dim
+
+        def dense(inputs: int, outputs: tuple[int, ...], bias: bool = False) -> Dense:
+            return Dense((inputs,), outputs, bias=bias, dtype=dtype, rngs=rngs)
+
+        low_rank = latent.q_rank is not None
+        self.q_down = dense(d, (latent.q_rank or d,), config.qkv_bias) if low_rank else None
+        self.q_norm = _bottleneck_norm(latent, latent.q_rank or d, dtype) if low_rank else None
+        self.q = dense(latent.q_rank or d, (h, head_dim))
+        self.kv_down = dense(d, (latent.kv_rank + latent.rope_dim,), config.qkv_bias)
+        self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)
+        self.k_up = dense(latent.kv_rank, (h, latent.nope_dim))
+        self.v_up = dense(latent.kv_rank, (h, latent.value_dim))
+        self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
+
+    def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
+        """Latent vectors (normed) and shared keys (rotated) of new tokens, as the keys of one head."""
+        down = self.kv_down(x)
+        vector = self.kv_norm(down[..., : self.latent.kv_rank]) * self.latent.kv_scale
+        shared = self._rotated(down[..., None, self.latent.kv_rank :], context)
+        keys = jnp.concatenate([vector, shared[:, :, 0]], axis=-1)[:, None]
+        return KeyValue(keys, keys[..., :0])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        new = self.project_kv(x, context)
+        return self.read(x, new, context, cached), new
+
+    def read(
+        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
+    ) -> Float[Array, "B T D"]:
+        """As `Attention.read`."""
+        # Values are the leading channels of the keys. Mixing whole keys and cutting the result copies no cache.
+        mixed = attend(
+            self._queries(x, context)[:, :, None],
+            spans_of(new, cached, context),
+            scale=self.scale,
+            adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
+        )[:, :, 0]
+        return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up))
+
+    def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
+        """Queries that meet latent vectors: ``(W_k^T q)`` beside the rotated part."""
+        if self.q_down is not None and self.q_norm is not None:
+            x = self.q_norm(self.q_down(x)) * self.latent.q_scale
+        q = self.q(x)
+        nope = _absorbed(q[..., : self.latent.nope_dim], self.k_up)
+        return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
+
+    def _rotated(self, x: Array, context: AttentionContext) -> Array:
+        if context.cos is None or context.sin is None:
+            return x
+        return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
+
+
+def _values(mixed: Float[Array, "B T H R"], up: Dense) -> Float[Array, "B T H V"]:
+    """What each head makes of its mix of latent vectors."""
+    spec = "bthr,hvr->bthv"
+    if up.scale is None:
+        return einsum(spec, mixed, up.weights(mixed.dtype))
+    return scaled(integer_sums(spec, mixed, up.kernel[...]), up.scale[...][None, None], mixed.dtype)
+
+
+def _absorbed(q: Float[Array, "B T H N"], up: Dense) -> Float[Array, "B T H R"]:
+    """``W^T q`` of each head. It sums over the outputs of a map, so a scale of one of them belongs to the query."""
+    spec = "bthn,hnr->bthr"
+    if up.scale is None:
+        return einsum(spec, q, up.weights(q.dtype))
+    scale = up.scale[...][None, None]
+    largest = jnp.max(scale, axis=-1, keepdims=True)  # taken out, or the queries could leave the range of float16
+    q = scaled(q.astype(jnp.float32), scale / largest, q.dtype)
+    return scaled(integer_sums(spec, q, up.kernel[...]), largest, q.dtype)
+
+
+def _bottleneck_norm(latent: LatentConfig, size: int, dtype: jnp.dtype) -> Norm:
+    return Norm((size,), kind="rms", eps=latent.norm_eps, dtype=dtype)

@@ -1,0 +1,37 @@
+"""Attention whose heads have another number or width than those of other layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.model.architecture import AttentionType, DecoderConfig
+from tide_jax.model.attention.grouped import Attention, AttentionContext
+from tide_jax.model.attention.span import KeyValue, Span
+
+
+class ShapedAttention(Attention):
+    """Keys and values are padded to the cache's shape when they are stored, and cut to their own when they are read.
+
+    The cache arrays of all layers have one shape, with room for the most and the widest heads of any layer.
+    """
+
+    def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        kv, hd = kind.num_kv_heads or config.num_kv_heads, kind.head_dim or config.head_dim
+        super().__init__(dataclasses.replace(config, num_kv_heads=kv, head_dim=hd), kind, dtype=dtype, rngs=rngs)
+        heads, channels, _ = config.cache_shape
+        self.shape = (kv, hd)
+        self.padding = ((0, 0), (0, heads - kv), (0, 0), (0, channels - hd))
+
+    def placed_kv(
+        self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
+    ) -> KeyValue:
+        """As `Attention.placed_kv`, padded with zeros."""
+        return KeyValue(*(jnp.pad(rows, self.padding) for rows in super().placed_kv(x, kv, context)))
+
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
+        kv, hd = self.shape
+        return KeyValue(*(a[:, :kv, :, :hd] for a in rows)), span

@@ -1,0 +1,393 @@
+"""The decoder: embedding, layers, head, and the plain full-depth forward pass everything else is measured against."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tide_jax.errors import TideError, listed
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.attention.grouped import AttentionContext, attention_context
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.cache import KVCache
+from tide_jax.model.fingerprints import Samples
+from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.norms import block_norm
+from tide_jax.model.ops import Dense, known_kernel, stored_kernel, times_rows
+from tide_jax.model.rounding import (
+    Weights,
+    as_floats,
+    as_int8,
+    axes_of,
+    precision,
+    round_weights,
+    scale_path,
+)
+from tide_jax.model.sharding import place, whole_channels
+from tide_jax.model.tables import Embedding, Head, HeadLayer, HeadRows
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model of the architecture `config` describes.
+
+    The module is a JAX pytree: pass it to jitted functions as it is.
+
+    Args:
+      config: the architecture, kept as `.config`.
+      dtype: dtype of all parameters and activations. Norms, softmax, rotary angles and logits are float32 inside.
+      rngs: source of the random initial weights.
+
+    Attributes:
+      float_fingerprint: of a model whose weights were rounded to 8 bits, the fingerprint of the one it was made from,
+        where that is known (`tide_jax.model.files.checkpoint.fingerprint`).
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.float_fingerprint: str | None = None
+        d, e, late = config.hidden_size, config.embedding_size, config.project_after_norm
+        width = e if e is not None and late else d
+
+        def table(rows: int, size: int) -> Embedding | None:
+            return Embedding(rows, size, dtype=dtype, rngs=rngs) if rows else None
+
+        rows, tied = config.vocab_size + config.extra_tokens, config.tie_embeddings
+        self.embed = Embedding(rows, e or d, head=tied, dtype=dtype, rngs=rngs)
+        self.project_in = None if e is None else Dense((e,), (d,), bias=late, dtype=dtype, rngs=rngs)
+        self.added = table(config.added_embeddings, width)
+        self.positions = table(config.learned_positions if config.positions == "learned" else 0, width)
+        self.embedding_norm = block_norm(config, width, dtype=dtype) if config.embedding_norm else None
+        self.layers = nnx.List([DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.final_norm = block_norm(config, d, dtype=dtype) if config.final_norm else _Identity()
+        transform = config.head_transform
+        narrow = e is not None and transform is None
+        self.project_out = Dense((d,), (e or d,), bias=False, dtype=dtype, rngs=rngs) if narrow else None
+        self.head_transform = None if transform is None else HeadLayer(config, transform, dtype=dtype, rngs=rngs)
+        self.head = Head(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """dtype of the activations, of the cache, and of the parameters that are no 8-bit integers."""
+        return self.embed.dtype
+
+    @property
+    def weights(self) -> Weights:
+        """What the matrices are kept as."""
+        table = self.embed if self.config.tie_embeddings else self.head
+        return "float" if table.scale is None else "int8"
+
+    @property
+    def precision(self) -> str:
+        """The numbers that the model computes with: its dtype, and whether weights are integers."""
+        return precision(self.dtype, self.weights)
+
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits of every token at full depth, float32, without a cache.
+
+        Args:
+          tokens: token ids.
+          positions: position of each token in its row, -1 for padding; 0, 1, 2... when omitted.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        x, _ = self.run_layers(tokens, positions, None)
+        return self.logits(self.final_norm(x))
+
+    def run_layers(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Plain pass through every layer: the last layer's output and the new rows ``[L, B, KV, T, hd]``."""
+        outputs = list(self.layer_outputs(tokens, positions, cache))
+        rows = [rows for _, rows in outputs]
+        return outputs[-1][0], KeyValue(jnp.stack([r.keys for r in rows]), jnp.stack([r.values for r in rows]))
+
+    def layer_outputs(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
+    ) -> Iterator[tuple[Float[Array, "B T D"], KeyValue]]:
+        """The residual stream after each layer and the layer's new rows ``[B, KV, T, hd]``, in order."""
+        x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
+        for i, layer in enumerate(self.layers):
+            x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
+            yield x, rows
+
+    def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Token (and absolute position) embeddings: the residual stream before the first layer."""
+        return whole_channels(self._embedded(tokens, positions))
+
+    def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        config, x = self.config, self.embed(tokens)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if self.project_in is not None and not config.project_after_norm:
+            x = self.project_in(x)
+        if self.added is not None:
+            x = x + jnp.sum(self.added.kernel[...], axis=0)[None, None, :]
+        if not config.positions_after_norm:
+            x = self._add_positions(x, positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        if config.positions_after_norm:
+            x = self._add_positions(x, positions)
+        return self.project_in(x) if self.project_in is not None and config.project_after_norm else x
+
+    def _add_positions(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Adds the learned or sinusoidal vector of each position, where the architecture has them."""
+        index = jnp.maximum(positions, 0) + jnp.int32(self.config.position_offset)
+        if self.positions is not None:
+            return x + self.positions(index)
+        if self.config.positions == "sinusoidal":
+            return x + _sinusoid(index, x.shape[-1], endpoint=self.config.sinusoid_endpoint).astype(x.dtype)
+        return x
+
+    def contexts(
+        self, positions: Int[Array, "B T"], cache: KVCache | None, asking: Int[Array, "B M"] | None = None
+    ) -> tuple[AttentionContext, ...]:
+        """Masks and rotary tables of each attention type, computed once and shared by all layers.
+
+        Args:
+          positions: of the new tokens.
+          cache: earlier tokens.
+          asking: positions of those new tokens that run; all of them when omitted.
+        """
+        seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
+        asks = positions if asking is None else asking
+        return tuple(attention_context(kind, asks, seq_len, slots, positions) for kind in self.config.attention_types)
+
+    def logits(self, x: Float[Array, "B T D"], rows: HeadRows | None = None) -> Float[Array, "B T V"]:
+        """Logits, float32, of final-normed states; of a part of the vocabulary only where `rows` are given."""
+        if self.head_transform is not None:
+            x = self.head_transform(x)
+        elif self.project_out is not None:
+            x = self.project_out(x)
+        rows = self._head_rows() if rows is None else rows
+        out = times_rows(x, rows.kernel, rows.scale).astype(jnp.float32)
+        if rows.bias is not None:
+            out = out + rows.bias.astype(jnp.float32)[None, None, :]
+        if self.config.logit_scale != 1.0:
+            out = out * self.config.logit_scale
+        if (cap := self.config.logit_softcap) is not None:
+            out = cap * jnp.tanh(out / cap)
+        return out
+
+    def head_rows(self, ids: Int[Array, " K"]) -> HeadRows:
+        """The output projection's rows of some tokens, for `logits`."""
+        return jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), self._head_rows())
+
+    def _head_rows(self) -> HeadRows:
+        kernel, scale = self.head.kernel, self.head.scale
+        if kernel is None:
+            kernel, scale = self.embed.kernel, self.embed.scale
+        bias = self.head.bias
+        return HeadRows(kernel[...], None if bias is None else bias[...], None if scale is None else scale[...])
+
+
+class _Identity(nnx.Module):
+    """In place of a final norm where the architecture has none."""
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return x
+
+
+def _sinusoid(index: Int[Array, "B T"], size: int, *, endpoint: bool) -> Float[Array, "B T D"]:
+    """Sines, then cosines, of geometrically spaced frequencies (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
+    half = size // 2
+    steps = half - 1 if endpoint else size / 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / steps))
+    angles = index.astype(jnp.float32)[:, :, None] * jnp.asarray(frequencies)[None, None, :]
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return jnp.pad(waves, ((0, 0), (0, 0), (0, size - 2 * half)))
+
+
+class _Kind(NamedTuple):
+    """What is known of a parameter without its numbers: shapes as known and as kept, and the axes named there."""
+
+    known: tuple[int, ...]
+    kept: tuple[int, ...]
+    inputs: int | None
+    summed: tuple[int, ...] | None
+
+
+@functools.lru_cache(maxsize=8)
+def _kinds(config: DecoderConfig) -> dict[str, _Kind]:
+    """Every parameter by its dotted path, without allocating any. Tracing the modules takes a quarter of a second for
+    30 layers, and one load asks several questions."""
+    leaves = nnx.to_flat_state(nnx.state(_abstract(config)))
+    return {
+        _dotted(path): _Kind(_known_shape(leaf), tuple(leaf.get_value().shape), _input_axes(leaf), axes_of(leaf))
+        for path, leaf in leaves
+    }
+
+
+def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its dotted path (``layers.0.attention.q.kernel``), without allocating any."""
+    return {path: kind.known for path, kind in _kinds(config).items()}
+
+
+def abstract_stored(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter as the model keeps it, by its dotted path."""
+    return {path: kind.kept for path, kind in _kinds(config).items()}
+
+
+def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
+    """Of the parameters that a model keeps as ``outputs + inputs``: how many axes are inputs, by path."""
+    return {path: kind.inputs for path, kind in _kinds(config).items() if kind.inputs is not None}
+
+
+def rounded_axes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that may be 8-bit integers: the axes, as they are kept, that products sum over, by path."""
+    return {path: kind.summed for path, kind in _kinds(config).items() if kind.summed is not None}
+
+
+class StoredParameter(NamedTuple):
+    """A parameter as the model keeps it; the scales of 8-bit integers are one of their own.
+
+    Attributes:
+      path: its dotted path.
+      value: the array itself, no copy.
+      input_axes: trailing axes of `value` that lead in the shape it is known by; 0 where both shapes are the same.
+    """
+
+    path: str
+    value: Array
+    input_axes: int
+
+
+def stored_parameters(model: Decoder) -> list[StoredParameter]:
+    """Every parameter of a model, in the order of paths; nothing is copied."""
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return [StoredParameter(p, leaves[p].get_value(), _input_axes(leaves[p]) or 0) for p in sorted(leaves)]
+
+
+def parameters(model: Decoder) -> dict[str, Array]:
+    """Every parameter of a model by its dotted path; kernels as ``inputs + outputs``, a second copy of them.
+
+    Of 8-bit integers, the float32 weights that they stand for.
+    """
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    scales = {path: leaves.get(scale_path(path)) for path in leaves if axes_of(leaves[path]) is not None}
+    apart = {scale_path(path) for path, scale in scales.items() if scale is not None}
+    found: dict[str, Array] = {}
+    for path in sorted(leaves.keys() - apart):
+        leaf, scale = leaves[path], scales.get(path)
+        value = leaf.get_value() if scale is None else as_floats(leaf, scale, jnp.dtype(jnp.float32))
+        found[path] = known_kernel(value, axes) if (axes := _input_axes(leaf)) else value
+    return found
+
+
+def from_parameters(
+    config: DecoderConfig,
+    tensors: Iterable[tuple[str, np.ndarray | Array]],
+    *,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    stored: bool = False,
+    weights: Weights = "float",
+    own_scales: Callable[[str], np.ndarray | None] = lambda path: None,
+) -> Decoder:
+    """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` or rounded one at a time.
+
+    A numpy array of `dtype` becomes part of the model as it is, where its memory allows: it must not be changed.
+
+    Args:
+      stored: the tensors have the shapes that the model keeps (`StoredParameter`), not those they are known by.
+      mesh: where to, see `tide_jax.load`.
+      weights: "int8" rounds what may be rounded (`rounded_axes`); tensors that are 8-bit integers already come with
+        their scales (`tide_jax.model.rounding.scale_path`) and as the model keeps them.
+      own_scales: those that the floats of a parameter were made with, as `round_weights` takes them.
+
+    Raises:
+      TideError: a path is unknown, has the wrong shape or is missing; the first of them and their number in one
+        message.
+    """
+    graph, state = nnx.split(_abstract(config, dtype, weights))
+    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    filled: dict[str, Array] = {}
+    problems: list[str] = []
+    samples = _samples(config) if weights == "int8" else None
+    for path, tensor in tensors:
+        if path not in leaves:
+            problems.append(f"unknown parameter {path}")
+        elif (shape := tuple(leaves[path].shape) if stored else _known_shape(leaves[path])) != tensor.shape:
+            problems.append(f"{path} has shape {tensor.shape}, expected {shape}")
+        else:
+            axes = None if stored else _input_axes(leaves[path])
+            value = tensor if axes is None else stored_kernel(tensor, axes)
+            if samples is not None and value.dtype != np.int8 and path in samples.paths:
+                samples.take(path, (), np.asarray(value))
+            for name, part in _rounded(path, leaves[path], value, own_scales):
+                filled[name] = _placed(name, part, leaves[name].get_value().dtype, mesh)
+    problems += [f"missing parameter {path}" for path in leaves if path not in filled]
+    if problems:
+        raise TideError(f"the tensors do not fit the model configuration: {listed(sorted(problems))}")
+    state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
+    model = nnx.merge(graph, state)
+    model.float_fingerprint = None if samples is None else samples.digest(config)
+    return model
+
+
+def _rounded(
+    path: str, leaf: nnx.Variable, value: np.ndarray | Array, own_scales: Callable[[str], np.ndarray | None]
+) -> list[tuple[str, np.ndarray | Array]]:
+    """A tensor as the model keeps it, by path: itself, or its integers and their scales."""
+    if leaf.get_value().dtype != jnp.int8 or value.dtype == jnp.int8:
+        return [(path, value)]
+    integers, scale = round_weights(np.asarray(value), axes_of(leaf) or (), own_scales(path))
+    return [(path, integers), (scale_path(path), scale)]
+
+
+def _samples(config: DecoderConfig) -> Samples:
+    return Samples(abstract_stored(config), kernel_input_axes(config))
+
+
+class _OneKey(NamedTuple):
+    """In place of `nnx.Rngs` where no number is drawn: its counters take longer to trace than all of the modules."""
+
+    key: PRNGKeyArray
+
+    def params(self) -> PRNGKeyArray:
+        return self.key
+
+
+def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32, weights: Weights = "float") -> Decoder:
+    """The model without its numbers."""
+
+    def make() -> Decoder:
+        model = Decoder(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey(jax.random.key(0))))
+        return as_int8(model) if weights == "int8" else model
+
+    return nnx.eval_shape(make)
+
+
+def _input_axes(leaf: nnx.Variable) -> int | None:
+    """Leading input axes of a `Dense` kernel; None for other parameters."""
+    return leaf.get_metadata().get("input_axes")
+
+
+def _known_shape(leaf: nnx.Variable) -> tuple[int, ...]:
+    shape, axes = tuple(leaf.get_value().shape), _input_axes(leaf)
+    return shape if axes is None else shape[len(shape) - axes :] + shape[: len(shape) - axes]
+
+
+def _placed(path: str, tensor: np.ndarray | Array, dtype: jnp.dtype, mesh: Mesh | None) -> Array:
+    if mesh is None:
+        same = isinstance(tensor, np.ndarray) and tensor.dtype == dtype
+        return jax.device_put(tensor, may_alias=True) if same else jnp.asarray(tensor, dtype)
+    # Cast on the host where it is numpy's: no device has to hold all of it.
+    return place(path, tensor if tensor.dtype == dtype else tensor.astype(dtype), mesh)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _tree_path(path: tuple) -> str:
+    return ".".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))

@@ -1,0 +1,1 @@
+"""Converted directories and safetensors files, read into a decoder."""

@@ -1,0 +1,154 @@
+"""A decoder layer: attention and feed-forward around a residual stream.
+
+The parts branch on configuration flags, never on a family. Kernels keep their natural axes (heads, head channels,
+experts) so that a converter can name the slice a source tensor fills and a sharding rule can name the axis it splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.model.architecture import AttentionType, DecoderConfig
+from tide_jax.model.attention.differential import DifferentialAttention
+from tide_jax.model.attention.dynamic_mask import DynamicMaskAttention
+from tide_jax.model.attention.experts import ExpertAttention
+from tide_jax.model.attention.grouped import Attention, AttentionContext
+from tide_jax.model.attention.latent import LatentAttention
+from tide_jax.model.attention.shaped import ShapedAttention
+from tide_jax.model.attention.span import CachedRows, KeyValue
+from tide_jax.model.feed_forward import MLP
+from tide_jax.model.moe import MoE
+from tide_jax.model.norms import Norm, block_norm
+from tide_jax.model.sharding import whole_channels
+
+
+class DecoderLayer(nnx.Module):
+    """One decoder layer. Returns the new residual stream and the rows its cache gains."""
+
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        if config.layer_norm_eps is not None:
+            config = dataclasses.replace(config, norm_eps=config.layer_norm_eps)
+        self.attention_type = config.attention_pattern[index]
+        self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.norm_after_add = config.norm_placement == "residual"
+        self.residual_scale = config.residual_scale
+        pre, post = config.norm_placement in ("pre", "sandwich"), config.norm_placement != "pre"
+
+        def norm(wanted: bool) -> Norm | None:
+            return block_norm(config, config.hidden_size, dtype=dtype) if wanted else None
+
+        def weights(wanted: bool, size: int) -> nnx.Param | None:
+            return nnx.Param(jnp.ones((size,), dtype)) if wanted else None
+
+        self.pre_attention_norm = norm(pre and (config.first_norm or index > 0))
+        self.post_attention_norm = norm(post)
+        self.pre_mlp_norm, self.post_mlp_norm = norm(pre and not config.shared_norm), norm(post)
+        self.attention = _attention(config, config.attention(index), dtype=dtype, rngs=rngs)
+        self.attention_residual = weights(config.residual_weights, config.hidden_size)
+        self.mlp_residual = weights(config.residual_weights, config.hidden_size)
+        self.output_scale = weights(config.layer_scale, 1)
+        self.mlp = (MoE if config.has_experts(index) else MLP)(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Runs the layer on new tokens; returns the new residual stream and the new key and value rows."""
+        return _traced_once(self, x, contexts, cached)
+
+    def _run(
+        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        normed = _apply(self.pre_attention_norm, x)
+        attended, new = self.attention(normed, contexts[self.attention_type], cached)
+        return self._after_attention(x, normed, attended), new
+
+    def run_on(
+        self,
+        x: Float[Array, "B M D"],
+        new: KeyValue,
+        contexts: tuple[AttentionContext, ...],
+        cached: CachedRows | None,
+    ) -> Float[Array, "B M D"]:
+        """Runs the layer on some of the new tokens, given the rows of all of them.
+
+        Args:
+          x: the residual stream of these tokens.
+          new: key and value rows of all new tokens.
+          contexts: with these tokens asking and all new tokens seen.
+        """
+        return _some_traced_once(self, x, new, contexts, cached)
+
+    def _run_on(
+        self,
+        x: Float[Array, "B M D"],
+        new: KeyValue,
+        contexts: tuple[AttentionContext, ...],
+        cached: CachedRows | None,
+    ) -> Float[Array, "B M D"]:
+        normed = _apply(self.pre_attention_norm, x)
+        return self._after_attention(x, normed, self.attention.read(normed, new, contexts[self.attention_type], cached))
+
+    def _after_attention(self, x: Array, normed: Array, attended: Array) -> Float[Array, "B T D"]:
+        """The new residual stream."""
+        middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
+        mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
+        out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
+        return whole_channels(_weighted(out, self.output_scale))
+
+    def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
+        """The key and value rows this layer would store for `x`, without running it."""
+        return self.attention.project_kv(_apply(self.pre_attention_norm, x), contexts[self.attention_type])
+
+    def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
+        """Adds a sublayer's output to the residual stream, with the norm that follows either of them."""
+        if not self.norm_after_add:
+            update = _apply(norm, update)
+        if self.residual_scale != 1.0:
+            update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)  # a rounded scale adds up
+        return _apply(norm, x + update) if self.norm_after_add else x + update
+
+
+@jax.jit
+def _traced_once(
+    layer: DecoderLayer, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
+) -> tuple[Float[Array, "B T D"], KeyValue]:
+    """Layers of the same structure are traced and lowered once in a program; XLA inlines the calls."""
+    return layer._run(x, contexts, cached)
+
+
+@jax.jit
+def _some_traced_once(
+    layer: DecoderLayer,
+    x: Float[Array, "B M D"],
+    new: KeyValue,
+    contexts: tuple[AttentionContext, ...],
+    cached: CachedRows | None,
+) -> Float[Array, "B M D"]:
+    return layer._run_on(x, new, contexts, cached)
+
+
+def _attention(
+    config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> Attention | LatentAttention | ExpertAttention:
+    if config.latent is not None:
+        return LatentAttention(config, kind, dtype=dtype, rngs=rngs)
+    if config.attention_experts is not None:
+        return ExpertAttention(config, kind, dtype=dtype, rngs=rngs)
+    attention = Attention if kind.differential is None else DifferentialAttention
+    attention = DynamicMaskAttention if kind.dynamic_mask else attention
+    if any(other.head_dim or other.num_kv_heads for other in config.attention_types):
+        attention = ShapedAttention
+    return attention(config, kind, dtype=dtype, rngs=rngs)
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+def _weighted(x: Array, weights: nnx.Param | None) -> Array:
+    return x if weights is None else x * weights[...][None, None, :]

@@ -1,0 +1,246 @@
+"""Matrix products with the project's precision rule, and the Dense module built on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int, Int8
+
+from pallas_kernels import weight_product
+from tide_jax.model.rounding import as_floats, scaled
+from tide_jax.model.sharding import on_mesh
+
+T = TypeVar("T", Array, np.ndarray)
+_FEW_TOKENS = 32
+_INTEGERS_AT_ONCE = 2**18  # weights whose floats a CPU's own cache holds, for a few tokens
+_INTEGERS_OF_PROMPTS = 2**24  # for many, where a loop costs more than it saves: 64 MiB of floats
+
+
+def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """float32 means float32: without this, GPUs multiply float32 matrices in TF32 (10-bit mantissas)."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` of two operands under the precision rule."""
+    return jnp.einsum(spec, a, b, precision=matmul_precision(a.dtype))
+
+
+def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` of floats and 8-bit integers, the sums in float32: float16 ones could overflow before scaling.
+
+    The barrier keeps XLA for a CPU from making floats of the integers before a loop that this is in. Accelerators
+    convert within the product, and a TPU would copy a kernel whose reshaping a barrier keeps apart from it.
+    """
+    x, integers = lax.platform_dependent(x, integers, cpu=_kept_here, default=lambda *as_given: as_given)
+    precision = matmul_precision(x.dtype)
+    return jnp.einsum(spec, x, integers.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _kept_here(x: Array, integers: Array) -> tuple[Array, Array]:
+    return lax.optimization_barrier((x, integers))
+
+
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D ..."]) -> Float[Array, "..."]:
+    """`x` times a kernel with any number of output axes, under the precision rule."""
+    return jnp.tensordot(x, kernel, axes=1, precision=matmul_precision(x.dtype))
+
+
+def times_rows(
+    x: Float[Array, "... D"], rows: Float[Array, "F D"] | Int8[Array, "F D"], scale: Float[Array, " F"] | None = None
+) -> Float[Array, "... F"]:
+    """`x` times every row of a matrix, under the precision rule.
+
+    A few float32 tokens on a CPU go through `pallas_kernels.weight_product`, which reads weights at memory speed.
+
+    Args:
+      rows: a row for each output, of x's dtype or 8-bit integers.
+      scale: float32 factor of each row of integers.
+    """
+    return times_rows_of(x, [(rows, scale)])[0]
+
+
+def times_rows_of(x: Float[Array, "... D"], products: Sequence[weight_product.Product]) -> list[Float[Array, "... F"]]:
+    """`times_rows` of several matrices: one call of the kernel, where a call costs microseconds."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if not on_mesh() and weight_product.pays(flat, products):
+        found = weight_product.weight_products(flat, products, implementation="llvm")
+        return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in found]
+    return [_float_rows(x, rows) if scale is None else _scaled_rows(x, rows, scale) for rows, scale in products]
+
+
+def _scaled_rows(
+    x: Float[Array, "... D"], rows: Int8[Array, "F D"], scale: Float[Array, " F"]
+) -> Float[Array, "... F"]:
+    sums = _integer_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), rows)
+    return scaled(sums, scale[None, :], x.dtype).reshape(*x.shape[:-1], rows.shape[0])
+
+
+def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+    """Sums of the product with integers, float32, as XLA makes it.
+
+    XLA's CPU backend makes floats of the integers in memory, and does so for all layers at the start of a program: that
+    would be the memory of the float model. So there a loop converts some rows at a time.
+    """
+    at_most = _INTEGERS_AT_ONCE if x.shape[0] <= _FEW_TOKENS else _INTEGERS_OF_PROMPTS
+    outputs, size = rows.shape[0], max(1, at_most // rows.shape[1])
+
+    def at_once(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+        return integer_sums("td,fd->tf", x, rows)
+
+    if outputs <= size or on_mesh():
+        return at_once(x, rows)
+
+    def in_blocks(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+        def block(number: Int[Array, ""], sums: Float[Array, "T F"]) -> Float[Array, "T F"]:
+            # The last block begins earlier than the others end.
+            start = jnp.minimum(number.astype(jnp.int32) * jnp.int32(size), jnp.int32(outputs - size))
+            part = at_once(x, lax.dynamic_slice_in_dim(rows, start, size))
+            return lax.dynamic_update_slice_in_dim(sums, part, start, axis=1)
+
+        empty = jnp.zeros((x.shape[0], outputs), jnp.float32)
+        return lax.fori_loop(0, -(-outputs // size), block, empty)
+
+    return lax.platform_dependent(x, rows, cpu=in_blocks, default=at_once)
+
+
+def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
+    """The product as XLA makes it.
+
+    XLA's CPU backend multiplies a token by a matrix on one thread, and two to eight by a wide one slowly, but shares
+    the members of a batch out among threads. So there the rows become a small batch of matrices: on two cores that is
+    15 to 45 % faster for one token, and up to 50 % for a few; from dozens on it gains nothing.
+    """
+    tokens = math.prod(x.shape[:-1])
+    parts = 4 if tokens == 1 else 2 if tokens <= _FEW_TOKENS else 1
+
+    def at_once() -> Float[Array, "... F"]:
+        return einsum("...d,fd->...f", x, rows)
+
+    if parts == 1 or rows.shape[0] % parts or x.dtype != jnp.float32 or on_mesh():
+        return at_once()
+
+    def in_parts() -> Float[Array, "... F"]:
+        copies = jnp.broadcast_to(x.reshape(1, tokens, x.shape[-1]), (parts, tokens, x.shape[-1]))
+        products = einsum("ptd,pfd->ptf", copies, rows.reshape(parts, -1, rows.shape[1]))
+        return jnp.moveaxis(products, 0, 1).reshape(*x.shape[:-1], rows.shape[0])
+
+    return lax.platform_dependent(cpu=in_parts, default=at_once)
+
+
+def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    """`jnp.argmax` over the last axis, int32: of equal ones the first, of NaN the first NaN.
+
+    XLA's CPU backend carries numbers and places along, one by one; two passes over numbers are eight times as fast.
+    """
+    return lax.platform_dependent(
+        logits, cpu=_first_of_largest, default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
+    )
+
+
+def _first_of_largest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    here = (logits == largest) | jnp.isnan(logits)
+    place = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(here, place, jnp.int32(logits.shape[-1] - 1)), axis=-1)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:
+    """Random weights with standard deviation ``1 / sqrt(fan_in)``."""
+    return (jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(fan_in)).astype(dtype)
+
+
+class Dense(nnx.Module):
+    """Linear map from the trailing axes `inputs` to axes `outputs`.
+
+    The kernel is known by the shape ``inputs + outputs`` (`tide_jax.model.decoder.parameters`) and kept as ``outputs +
+    inputs``, a row for each output: so a CPU multiplies 4 to 16 tokens up to a quarter faster, and one as fast.
+
+    The kernel may be 8-bit integers (`tide_jax.model.rounding`); then `scale` holds a float32 factor for each of
+    `outputs`.
+
+    Args:
+      stacked: the first of two output axes counts maps that are split over devices along the second.
+      exact: the kernel stays float whatever the others are.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        bias: bool,
+        stacked: bool = False,
+        exact: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.inputs, self.outputs, self.stacked = inputs, outputs, stacked
+        kernel = normal(rngs, inputs + outputs, math.prod(inputs), dtype)
+        summed = None if exact else tuple(range(len(outputs), kernel.ndim))
+        self.kernel = nnx.Param(stored_kernel(kernel, len(inputs)), input_axes=len(inputs), summed=summed)
+        self.scale: nnx.Param | None = None
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        # Folded with the axis that stacks them, an axis can't be split over devices: every step would move the weights.
+        if self.stacked and on_mesh():
+            return self._biased(self._one_by_one(self._flat(x)))
+        return together(x, [self])[0]
+
+    def weights(self, dtype: jnp.dtype) -> Float[Array, "..."]:
+        """The kernel as floats, ``outputs + inputs``, for what does not multiply by it row by row."""
+        return as_floats(self.kernel, self.scale, dtype)
+
+    def _flat(self, x: Float[Array, "..."]) -> Float[Array, "... D"]:
+        return x.reshape(*x.shape[: x.ndim - len(self.inputs)], math.prod(self.inputs))
+
+    def _product(self) -> weight_product.Product:
+        """The kernel as a matrix with a row for each output, and the rows' scales."""
+        rows = self.kernel[...].reshape(math.prod(self.outputs), math.prod(self.inputs))
+        return rows, None if self.scale is None else self.scale[...].reshape(-1)
+
+    def _shaped(self, y: Float[Array, "... F"]) -> Float[Array, "..."]:
+        return self._biased(y.reshape(*y.shape[:-1], *self.outputs))
+
+    def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.bias is None:
+            return y
+        return y + self.bias[...].reshape((1,) * (y.ndim - len(self.outputs)) + self.outputs)
+
+    def _one_by_one(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+        rows, tokens = self.kernel[...], x.reshape(-1, x.shape[-1])
+        each = jnp.broadcast_to(tokens, (rows.shape[0], *tokens.shape))
+        if self.scale is None:
+            maps = einsum("gnd,gfd->gnf", each, rows)
+        else:
+            maps = scaled(integer_sums("gnd,gfd->gnf", each, rows), self.scale[...][:, None, :], x.dtype)
+        return jnp.moveaxis(maps, 0, 1).reshape(*x.shape[:-1], *self.outputs)
+
+
+def together(x: Float[Array, "..."], maps: Sequence[Dense]) -> list[Float[Array, "..."]]:
+    """Several maps of the same input, such as queries and keys; none of them is stacked on a mesh."""
+    products = times_rows_of(maps[0]._flat(x), [dense._product() for dense in maps])
+    return [dense._shaped(y) for dense, y in zip(maps, products, strict=True)]
+
+
+def stored_order(ndim: int, inputs: int) -> tuple[int, ...]:
+    """Axes of a kernel known as ``inputs + outputs`` in the order that it is kept in, ``outputs + inputs``."""
+    return (*range(inputs, ndim), *range(inputs))
+
+
+def stored_kernel(kernel: T, inputs: int) -> T:
+    """``inputs + outputs`` -> ``outputs + inputs``, of an array (numpy's or JAX's) whose first axes are the inputs."""
+    return kernel.transpose(stored_order(kernel.ndim, inputs))
+
+
+def known_kernel(kernel: T, inputs: int) -> T:
+    """The way back."""
+    return stored_kernel(kernel, kernel.ndim - inputs)

@@ -1,0 +1,1 @@
+"""Settings of exits with a promised risk."""

@@ -1,0 +1,155 @@
+"""What a model answers after each token of whole texts, at full depth and with exits: the engine's own pass, in which
+later tokens read the keys and values that exits leave behind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from tide_jax.calibration.collect import Sample
+from tide_jax.calibration.reading_plan import padded
+from tide_jax.engine import TIDE
+from tide_jax.exits.evaluation import Batch
+from tide_jax.generation.finite import check_finite
+from tide_jax.generation.generate import Exits, run_exits
+from tide_jax.model.decoder import Decoder
+
+_WIDTHS = 4
+
+
+class TextAnswers(NamedTuple):
+    """A text of T tokens with the answers after each of them.
+
+    Attributes:
+      tokens: token ids, int32.
+      counted: tokens that losses are over: neither position 0 nor, for a `Sample`, those before its `start`.
+      full_argmax, exit_argmax: the likeliest next token at full depth and with exits, int32.
+      full_log_probs, exit_log_probs: log probability of the text's own next token, float32; 0 after the last token.
+      exit_layers: index of the last layer each token ran, int32.
+      num_layers: layers of the model.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    counted: Bool[np.ndarray, " T"]
+    full_argmax: Int[np.ndarray, " T"]
+    exit_argmax: Int[np.ndarray, " T"]
+    full_log_probs: Float[np.ndarray, " T"]
+    exit_log_probs: Float[np.ndarray, " T"]
+    exit_layers: Int[np.ndarray, " T"]
+    num_layers: int
+
+    @property
+    def depth(self) -> float:
+        """Mean share of the layers that counted tokens ran."""
+        return float((self.exit_layers[self.counted] + 1).mean() / self.num_layers)
+
+
+class Read(NamedTuple):
+    """Answers after each token of a batch [B, T], as in `TextAnswers`."""
+
+    argmax: np.ndarray
+    log_probs: np.ndarray
+    exit_layers: np.ndarray
+
+
+class TextReader:
+    """Reads the same texts at full depth, once, and with any exits.
+
+    Memory is a batch's activations, one text's logits, and eight bytes a token for the answers at full depth.
+
+    Args:
+      engine: model, routers, `min_layers`, `kv_strategy` and `prefill_exits`.
+      samples: texts of at most `max_length` tokens.
+      batch_size: texts in a forward pass.
+      progress: called with texts read at full depth and all texts.
+    """
+
+    def __init__(
+        self,
+        engine: TIDE,
+        samples: Sequence[Sample],
+        *,
+        max_length: int,
+        batch_size: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._engine, self._samples = engine, samples
+        batch_size = min(batch_size, max(1, len(samples)))
+        # Texts of one length together: little of a batch is padding.
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
+        self._groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self._shape = batch_size, max_length
+        self._full = [(r.argmax, r.log_probs) for r in self._read(None, progress)]
+
+    def answers(
+        self, threshold: float | tuple[float, ...], progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[int, TextAnswers]]:
+        """Index of a sample and its answers, for each, shorter ones first.
+
+        Args:
+          threshold: as `ExitConfig.exit_threshold`.
+          progress: called with texts read and all texts.
+        """
+        exits = self._engine.with_config(exit_threshold=threshold)._exits("exit")
+        for group, full, read in zip(self._groups, self._full, self._read(exits, progress), strict=True):
+            for row, number in enumerate(group):
+                yield number, self._text(self._samples[number], row, full, read)
+
+    def batches(self) -> Iterator[Batch]:
+        """The texts as arrays, shorter ones first."""
+        for group in self._groups:
+            yield pack([self._samples[number] for number in group], *self._shape)
+
+    def _read(self, exits: Exits | None, progress: Callable[[int, int], None] | None) -> Iterator[Read]:
+        done, implementation = 0, self._engine._implementation
+        for group, batch in zip(self._groups, self.batches(), strict=True):
+            out = jax.device_get(_read(self._engine.model, batch, exits, implementation=implementation))
+            check_finite(np.isfinite(out[1])[np.asarray(batch.positions) >= 0], self._engine.model.dtype)
+            done += len(group)
+            if progress is not None:
+                progress(done, len(self._samples))
+            yield Read(*out)
+
+    def _text(self, sample: Sample, row: int, full: tuple[np.ndarray, np.ndarray], read: Read) -> TextAnswers:
+        count = len(sample.ids)
+        has_next = np.arange(count) < count - 1
+        return TextAnswers(
+            tokens=np.asarray(sample.ids, np.int32),
+            counted=np.arange(count) >= max(1, sample.start),
+            full_argmax=full[0][row, :count],
+            exit_argmax=read.argmax[row, :count],
+            full_log_probs=np.where(has_next, full[1][row, :count], np.float32(0)),
+            exit_log_probs=np.where(has_next, read.log_probs[row, :count], np.float32(0)),
+            exit_layers=read.exit_layers[row, :count],
+            num_layers=self._engine.model.config.num_layers,
+        )
+
+
+def pack(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
+    """A full batch of one of few widths, each a compilation."""
+    return Batch(*map(jnp.asarray, padded(samples, batch_size, max_length, widths=_WIDTHS)))
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _read(
+    model: Decoder, batch: Batch, exits: Exits | None, *, implementation: str | None
+) -> tuple[Array, Array, Array]:
+    may_exit = None if exits is None else batch.counted | exits.prompt
+    out = run_exits(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit, implementation=implementation)
+
+    def answer(row: tuple[Array, Array]) -> tuple[Array, Array]:
+        """One text's logits in memory at a time."""
+        states, following = row
+        logits = model.logits(states[None])[0]
+        taken = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), taken - jax.nn.logsumexp(logits, axis=-1)
+
+    argmax, log_probs = lax.map(answer, (out.states, jnp.roll(batch.tokens, -1, axis=1)))
+    return argmax, log_probs, out.exit_layers

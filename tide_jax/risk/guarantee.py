@@ -1,0 +1,255 @@
+"""Thresholds with a guarantee: `guarantee` finds the boldest exits whose risk is held with a stated confidence.
+
+Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052), used for early exits by CALM (Schuster et al. 2022,
+arXiv:2207.07061). Examples are whole texts: tokens of one text are not independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tide_jax.calibration.collect import Progress, Sample, tokenise
+from tide_jax.checks import instance_of, real_number, share, whole_number
+from tide_jax.config import CalibrationConfig, ExitConfig, RiskGuarantee
+from tide_jax.engine import TIDE
+from tide_jax.errors import TideError
+from tide_jax.risk.answers import TextAnswers, TextReader
+from tide_jax.risk.statistics import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
+from tide_jax.risk.threshold_path import threshold_path
+
+Threshold = float | tuple[float, ...]
+Loss = Literal["disagreement", "nll"] | Callable[[TextAnswers], float]
+
+THRESHOLDS = tuple(round(1 - 0.002 * 1.25**k, 4) for k in range(26))
+"""Shared thresholds tested by default, from 0.998 to 0.4706: each a quarter farther from 1 than the one before."""
+
+PATH_SHARE = 0.25
+"""Share of the texts that chooses the path of `per_checkpoint=True`; the others test along it."""
+
+
+def guarantee(
+    engine: TIDE,
+    texts: Iterable[Any],
+    risk: float = 0.02,
+    delta: float = 0.05,
+    loss: Loss = "disagreement",
+    *,
+    tokenizer: Any = None,
+    per_checkpoint: bool = False,
+    thresholds: Sequence[float | Sequence[float]] | None = None,
+    bound: float = 1.0,
+    max_length: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ExitConfig:
+    """Finds the boldest threshold whose mean loss on new texts is at most `risk`, with probability 1 - `delta`.
+
+    Thresholds are tested from the safest to the boldest, each on all texts, until the first whose Hoeffding-Bentkus
+    p-value exceeds `delta`; the one before is returned. One pass over the texts at full depth and one for each
+    threshold tested. The promise is about texts like these: independent draws of the same kind, none of which routers
+    were calibrated on, each read from its start as here. Overlapping or repeated texts, or several windows of one
+    document, void it: pass one a document. It is an average over texts, not a bound for each of them, and over the
+    tokens of given texts, not over what the model writes with exits once it has gone another way.
+
+    Args:
+      engine: model, routers, and the `threshold_tilt`, `min_layers`, `kv_strategy` and `prefill_exits` to hold it for.
+      texts: strings, sequences of token ids, or `tide_jax.calibration.collect.Sample`s, whose tokens before `start` run
+        at full depth as a prompt does (unless `prefill_exits`) and are not counted. Position 0 never is. Texts with
+        nothing to count are passed over. `risk_control.smallest_sample` says how many are needed at the least.
+      risk: mean loss of a text to promise: a share of tokens, or nats for "nll".
+      delta: probability, over the draw of the texts, that the promise fails.
+      loss: of one text.
+        "disagreement": the share of its tokens where the likeliest next token with exits is not the full model's.
+        "nll": how much the mean negative log-likelihood of its next tokens rises over the full model's, clipped to
+        0..`bound`.
+        Otherwise a function of a `tide_jax.risk.answers.TextAnswers` that returns a number in [0, 1].
+      tokenizer: for strings.
+      per_checkpoint: a threshold for each checkpoint, of an engine without `threshold_tilt`. A quarter of the texts,
+        drawn by `seed`, chooses the vectors to test and their order; only the others are tested on.
+      thresholds: what to test instead of `THRESHOLDS`, safest first; numbers, or one for each checkpoint. They must
+        have been chosen without a look at these texts.
+      bound: where "nll" is clipped, in nats.
+      max_length: tokens read of each text.
+      batch_size: texts in a forward pass.
+      seed: of the split of `per_checkpoint`.
+      progress: called with (stage, done, total).
+
+    Returns:
+      The engine's configuration with the threshold found; `.guarantee` says what was promised and measured.
+
+    Raises:
+      GuaranteeError: too few texts for `risk` and `delta`, or not even the safest threshold passed.
+      TideError: bad input, in one line.
+    """
+    task = _task(engine, risk, delta, loss, bound)
+    seed = whole_number("seed", seed, 0, 2**63 - 1)
+    settings = CalibrationConfig(
+        calibration_samples=sys.maxsize,
+        max_length=min(whole_number("max_length", max_length, 2), engine.model.config.context_length),
+        batch_size=batch_size,
+    )
+    if thresholds is not None and per_checkpoint:
+        raise TideError("per_checkpoint=True chooses its own thresholds; leave out thresholds or per_checkpoint")
+    if per_checkpoint and engine.config.threshold_tilt:
+        raise TideError("per_checkpoint=True chooses its own thresholds; pass an engine with threshold_tilt=0")
+    grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
+    samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
+    pilot = pilot_texts(len(samples)) if per_checkpoint else 0
+    _check_enough(task, len(samples) - pilot, pilot)
+    if per_checkpoint:
+        order = np.random.default_rng(seed).permutation(len(samples))
+        grid = threshold_path(engine, [samples[i] for i in order[:pilot]], settings, progress)
+        samples = [samples[i] for i in order[pilot:]]
+    found = _test(engine, samples, task, grid, settings, progress)
+    return dataclasses.replace(engine.config, exit_threshold=found.exit_threshold, guarantee=found)
+
+
+def pilot_texts(count: int) -> int:
+    """How many of so many texts choose thresholds with `per_checkpoint`; the others test them."""
+    return max(1, int(PATH_SHARE * count))
+
+
+class _Task(NamedTuple):
+    """What is to be promised; `loss` maps a text's answers into [0, 1], `unit` times which is what the user sees."""
+
+    risk: float
+    delta: float
+    loss: Callable[[TextAnswers], float]
+    name: str
+    unit: float
+
+    def counts(self, sample: Sample) -> bool:
+        """Whether there is anything in a text to measure: after its last token no next one is known."""
+        return len(sample.ids) > max(1, sample.start) + (self.name == "nll")
+
+
+def _task(engine: TIDE, risk: float, delta: float, loss: Loss, bound: float) -> _Task:
+    instance_of("engine", engine, TIDE)
+    if not callable(loss) and not isinstance(loss, str):
+        raise TideError(f"loss={type(loss).__name__} is not known; choose 'disagreement', 'nll' or a function")
+    if engine.routers is None:
+        raise TideError("the engine has no routers, so nothing exits; pass TIDE(model, routers)")
+    unit = real_number("bound", bound) if loss == "nll" else 1.0
+    if not 0.0 < unit < float("inf"):
+        raise TideError(f"bound={bound!r} must be a number of nats above 0")
+    if not 0.0 < real_number("risk", risk) < unit:
+        raise TideError(f"risk={risk!r} must lie between 0 and {unit:g}")
+    if not 0.0 < real_number("delta", delta) < 1.0:
+        raise TideError(f"delta={delta!r} must lie between 0 and 1")
+    if callable(loss):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        return _Task(risk, delta, lambda answers: _own_loss(loss, name, answers), name, unit)
+    if loss == "nll":
+        return _Task(risk, delta, lambda answers: _likelihood_loss(answers, unit), loss, unit)
+    if loss == "disagreement":
+        return _Task(risk, delta, _disagreement, loss, unit)
+    raise TideError(f"loss={loss!r} is not known; choose 'disagreement', 'nll' or a function of TextAnswers")
+
+
+def _disagreement(answers: TextAnswers) -> float:
+    return float((answers.full_argmax != answers.exit_argmax)[answers.counted].mean())
+
+
+def _likelihood_loss(answers: TextAnswers, bound: float) -> float:
+    predicts = answers.counted[:-1]
+    rise = (answers.full_log_probs[:-1] - answers.exit_log_probs[:-1])[predicts].mean(dtype=np.float64)
+    return float(np.clip(rise / bound, 0.0, 1.0))
+
+
+def _own_loss(loss: Callable[[TextAnswers], float], name: str, answers: TextAnswers) -> float:
+    try:
+        return share("loss", loss(answers))
+    except TideError as error:
+        raise TideError(f"the loss function {name} must return a number in [0, 1] for every text: {error}") from error
+
+
+def _checked(engine: TIDE, thresholds: Sequence[float | Sequence[float]]) -> list[Threshold]:
+    """The grid as `ExitConfig` has it, so that a bad entry is found before hours of measuring."""
+    if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
+        raise TideError(f"thresholds={thresholds!r} must be a sequence of thresholds, safest first")
+    checked = [engine.with_config(exit_threshold=threshold).config.exit_threshold for threshold in thresholds]
+    if not checked:
+        raise TideError("thresholds is empty; pass at least one, safest first")
+    return checked
+
+
+def _check_enough(task: _Task, count: int, pilot: int) -> None:
+    needed = smallest_sample(task.risk / task.unit, task.delta)
+    if count < needed:
+        kept = f" beside the {pilot} that choose thresholds" if pilot else ""
+        raise GuaranteeError(
+            f"{count} texts to test on{kept}, but risk={task.risk:g} with delta={task.delta:g} takes at least {needed} "
+            "even if exits never err; pass more texts or raise risk or delta"
+        )
+
+
+def _test(
+    engine: TIDE,
+    samples: Sequence[Sample],
+    task: _Task,
+    grid: Sequence[Threshold],
+    settings: CalibrationConfig,
+    progress: Progress | None,
+) -> RiskGuarantee:
+    """Tests thresholds in order and returns what is promised for the last that passes."""
+
+    def stage(name: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else functools.partial(progress, name)
+
+    reader = TextReader(
+        engine,
+        samples,
+        max_length=settings.max_length,
+        batch_size=settings.batch_size,
+        progress=stage("reading at full depth"),
+    )
+    tested: list[RiskGuarantee] = []
+
+    def p_values() -> Iterator[float]:
+        for number, threshold in enumerate(grid, 1):
+            step = stage(f"testing threshold {number} of at most {len(grid)}")
+            losses, depths, tokens = np.zeros(len(samples)), np.zeros(len(samples)), np.zeros(len(samples), int)
+            for i, answers in reader.answers(threshold, step):
+                tokens[i] = answers.counted.sum()
+                losses[i], depths[i] = task.loss(answers), answers.depth
+            mean = float(losses.mean())
+            tested.append(
+                RiskGuarantee(
+                    risk=float(task.risk),
+                    delta=float(task.delta),
+                    loss=task.name,
+                    sequences=len(samples),
+                    tokens=int(tokens.sum()),
+                    p_value=hb_p_value(mean, len(samples), task.risk / task.unit),
+                    observed=mean * task.unit,
+                    depth=min(1.0, float(np.average(depths, weights=tokens))),  # whose rounding may exceed 1
+                    max_length=settings.max_length,
+                    bound=task.unit,
+                    exit_threshold=threshold,
+                    min_layers=engine.config.min_layers,
+                    kv_strategy=engine.config.kv_strategy,
+                    prefill_exits=engine.config.prefill_exits,
+                    threshold_tilt=engine.config.threshold_tilt,
+                )
+            )
+            yield tested[-1].p_value
+
+    passed = fixed_sequence_test(p_values(), task.delta)
+    if not passed:
+        raise GuaranteeError(_none_qualifies(tested[0]))
+    return tested[passed - 1]
+
+
+def _none_qualifies(safest: RiskGuarantee) -> str:
+    return (
+        f"no threshold qualifies: the safest tried, {safest.exit_threshold}, has a mean loss of {safest.observed:.4g} "
+        f"(p-value {safest.p_value:.3g}, delta {safest.delta:g}) over {safest.sequences} texts; allow more than "
+        f"risk={safest.risk:g}, pass more texts or better routers, or turn exits off with exit_threshold=1.0"
+    )

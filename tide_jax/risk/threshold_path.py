@@ -1,0 +1,144 @@
+"""A path of threshold vectors, one number for each checkpoint, from safe to bold: what `guarantee` tests along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tide_jax.calibration.collect import Progress, Sample
+from tide_jax.config import CalibrationConfig
+from tide_jax.engine import TIDE
+from tide_jax.exits.confidence import exit_scores
+from tide_jax.exits.evaluation import Batch, argmax_by_row
+from tide_jax.exits.router import Routers
+from tide_jax.model.decoder import Decoder
+from tide_jax.risk.answers import pack
+
+_LEVELS = np.minimum(0.001 * 1.4 ** np.arange(22), 1.0)
+"""Shares of tokens: candidate thresholds let so many pass, and points of the path have so much disagreement."""
+
+
+class Scored(NamedTuple):
+    """Tokens whose past ran at full depth: C checkpoints, N tokens.
+
+    Attributes:
+      scores: of each checkpoint's router.
+      right: whether leaving there gives the full model's argmax.
+      weights: one over the tokens of a token's text, so that texts count alike; they sum to 1.
+    """
+
+    scores: Float[np.ndarray, "C N"]
+    right: Bool[np.ndarray, "C N"]
+    weights: Float[np.ndarray, " N"]
+
+
+def threshold_path(
+    engine: TIDE, samples: Sequence[Sample], settings: CalibrationConfig, progress: Progress | None = None
+) -> list[tuple[float, ...]]:
+    """Vectors to test, safest first, by what each would cost and save if exits left the cache alone.
+
+    One pass at full depth. The vectors need not be good for a guarantee to hold, only be chosen on other texts.
+    """
+    routers = engine.routers
+    assert routers is not None
+    depth = engine.model.config.num_layers
+    allowed = [layer + 1 >= engine.config.min_layers for layer in routers.checkpoints]
+    shares = [(layer + 1) / depth for layer in routers.checkpoints]
+    return greedy_path(score(engine.model, routers, samples, settings, progress), shares, allowed)
+
+
+def greedy_path(scored: Scored, shares: Sequence[float], allowed: Sequence[bool]) -> list[tuple[float, ...]]:
+    """Lowers one checkpoint's threshold at a time, that which saves most depth for each new disagreement, as long as
+    disagreement stays within a level; then the level rises.
+
+    Args:
+      shares: share of the layers run by a token that leaves at a checkpoint.
+      allowed: checkpoints at which tokens may leave; the others keep a threshold of 1.
+
+    Returns:
+      The first vector on the way, then the last within each level, where it saves more than the one before.
+    """
+    candidates = [_candidates(row) if ok else [1.0] for row, ok in zip(scored.scores, allowed, strict=True)]
+    units, at = np.eye(len(candidates), dtype=int), np.zeros(len(candidates), int)
+    depth, wrong, path = 1.0, 0.0, list[tuple[float, ...]]()
+
+    def vector(at: np.ndarray) -> tuple[float, ...]:
+        return tuple(c[i] for c, i in zip(candidates, at, strict=True))
+
+    for level in _LEVELS:
+        last = depth
+        while True:
+            steps = [at + unit for c, unit in enumerate(units) if at[c] + 1 < len(candidates[c])]
+            costs = [(step, *_cost(scored, vector(step), shares)) for step in steps]
+            costs = [cost for cost in costs if cost[2] <= level]
+            if not costs:
+                break
+            # Half a token more than counted: a step that has cost nothing yet is not free.
+            floor = 0.5 / scored.weights.size
+            at, depth, wrong = max(costs, key=lambda c: (depth - c[1]) / (max(c[2] - wrong, 0.0) + floor))
+            if depth < 1.0 and not path:
+                path.append(vector(at))
+        if depth < last and vector(at) not in path:
+            path.append(vector(at))
+    return path or [vector(at)]
+
+
+def _candidates(scores: np.ndarray) -> list[float]:
+    """Descending thresholds, from 1 (nobody leaves): those just below the score that a share of tokens reaches."""
+    reached = np.quantile(scores, 1 - _LEVELS, method="higher").astype(np.float32)
+    below = np.maximum(np.nextafter(reached, np.float32(-1)), np.float32(0))
+    return sorted({1.0, *map(float, below)}, reverse=True)
+
+
+def _cost(scored: Scored, thresholds: tuple[float, ...], shares: Sequence[float]) -> tuple[float, float]:
+    """Mean depth and disagreement."""
+    leaves = scored.scores > np.asarray(thresholds, np.float32)[:, None]
+    exits, first = leaves.any(axis=0), leaves.argmax(axis=0)
+    depth = np.where(exits, np.asarray(shares)[first], 1.0)
+    wrong = exits & ~scored.right[first, np.arange(first.size)]
+    return float(depth @ scored.weights), float(wrong @ scored.weights)
+
+
+def score(
+    model: Decoder,
+    routers: Routers,
+    samples: Sequence[Sample],
+    settings: CalibrationConfig,
+    progress: Progress | None = None,
+) -> Scored:
+    """Scores and right answers of the texts' counted tokens at every checkpoint."""
+    scores, right, weights = [], [], []
+    rows = min(settings.batch_size, len(samples))
+    for start in range(0, len(samples), settings.batch_size):
+        group = samples[start : start + settings.batch_size]
+        batch = pack(group, rows, settings.max_length)
+        out = jax.device_get(_score(model, routers.without_metadata(), batch))
+        counted = np.asarray(batch.counted)
+        scores.append(out[0][:, counted])
+        right.append(out[1][:, counted])
+        each = 1 / (len(samples) * np.maximum(counted.sum(axis=1), 1))
+        weights.append(np.repeat(each, counted.sum(axis=1)))
+        if progress is not None:
+            progress("choosing thresholds", start + len(group), len(samples))
+    return Scored(np.concatenate(scores, axis=1), np.concatenate(right, axis=1), np.concatenate(weights))
+
+
+@jax.jit
+def _score(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array]:
+    """Scores and agreement with the full model [C, B, T]."""
+    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
+    scores, answers = [], []
+
+    for i, layer in enumerate(model.layers):
+        x, _ = layer(x, contexts, None)
+        if i in routers.checkpoints:
+            c = routers.checkpoints.index(i)
+            found = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
+            scores.append(found.scores.reshape(x.shape[:2]))
+            answers.append(argmax_by_row(model, found.states.reshape(x.shape)))
+    return jnp.stack(scores), jnp.stack(answers) == argmax_by_row(model, model.final_norm(x))[None]

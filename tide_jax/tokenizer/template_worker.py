@@ -1,0 +1,158 @@
+"""Renders one Jinja chat template, as a script in a process of its own, for `tide_jax.tokenizer.template_process`.
+
+A chat template is a program that somebody else wrote. Jinja's sandbox keeps it from files and from Python, but not
+from running for ever or filling the memory, in one expression where no counter of steps looks. The operating system
+bounds both for a process. This script imports Jinja alone: a start takes a tenth of a second.
+
+Standard input holds a JSON value a line: first {"path", "template", "seconds", "bytes", "characters"}, then a mapping
+of variables for each text to render. Each mapping is answered by a line: {"text"}, {"error"} or {"bound"}.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+
+def main() -> None:
+    """Answers until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    settings = json.loads(sys.stdin.buffer.readline())
+    sys.path[:] = settings["path"]
+    _bound_memory(settings["bytes"])
+    renderer = _Renderer(settings["template"], settings["characters"])
+    for line in sys.stdin.buffer:
+        _bound_time(settings["seconds"])
+        sys.stdout.buffer.write(_answer(renderer, line) + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(renderer: _Renderer, line: bytes) -> bytes:
+    try:
+        answer = renderer.render(json.loads(line))
+        return json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        return b'{"bound": "bytes"}'
+    except Exception as error:
+        return json.dumps({"error": _described(error)}).encode()
+
+
+class _Renderer:
+    def __init__(self, template: str, characters: int) -> None:
+        self._source, self._characters = template, characters
+        self._template: Any = None
+
+    def render(self, variables: dict[str, Any]) -> dict[str, str]:
+        if self._template is None:
+            self._template = _environment().from_string(self._source)
+        pieces, length = [], 0
+        for piece in self._template.generate(**variables):
+            pieces.append(piece)
+            length += len(piece)
+            if length > self._characters:
+                return {"bound": "characters"}
+        return {"text": "".join(pieces)}
+
+
+def _environment() -> Any:
+    """The environment in which transformers renders chat templates, so that they mean the same here."""
+    from jinja2 import ext, nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(ext.Extension):
+        """``{% generation %}``: marks what an assistant said, for training; its text is written as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+        def parse(self, parser: Any) -> nodes.CallBlock:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_text"), [], [], body, lineno=line)
+
+        def _text(self, caller: Any) -> str:
+            return caller()
+
+    class PlainNamespace(Namespace):
+        """A namespace without names that could reach Python's internals."""
+
+        def __init__(*args: Any, **values: Any) -> None:
+            self, *rest = args
+            for name in (attributes := dict(*rest, **values)):
+                _check(name)
+            Namespace.__init__(self, attributes)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check(name)
+            Namespace.__setitem__(self, name, value)
+
+    def _check(name: object) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}: the name starts with an underscore")
+
+    class PlainDict:
+        """Makes dictionaries, without the attributes that Python's class has."""
+
+        def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+            return dict(*args, **values)
+
+        def fromkeys(self, *args: Any, **values: Any) -> dict[Any, Any]:
+            return dict.fromkeys(*args, **values)
+
+    def raise_exception(message: Any) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda format: datetime.now().strftime(format),
+        "dict": PlainDict(),
+        "namespace": PlainNamespace,
+    }
+    return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _described(error: Exception) -> str:
+    try:
+        message = " ".join(str(error)[:1000].split())
+    except Exception:  # a message that the template made, and that has no text
+        message = ""
+    line = getattr(error, "lineno", None)
+    name = type(error).__name__ if line is None else f"{type(error).__name__} in line {line}"
+    return f"{name}: {message}" if message else name
+
+
+def _bound_memory(most: int) -> None:
+    if sys.platform != "win32":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _bound_time(seconds: int) -> None:
+    """Lets the process have so much more processor time; the system ends it after that."""
+    if sys.platform != "win32":
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        most, hard = int(used.ru_utime + used.ru_stime) + 1 + seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+if __name__ == "__main__":
+    main()
