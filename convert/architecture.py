@@ -11,9 +11,9 @@ from typing import Any
 from convert.configuration.settings import read_settings
 from convert.configuration.sizes import check_sizes
 from convert.families import FAMILIES, REFUSED, Family
-from convert.sources.open import Source
+from convert.sources.base import Source
+from convert.tied import rules_for, settle_head
 from convert.weights.rules import Rule
-from convert.weights.tied import rules_for, settle_head
 from tide_jax.errors import TideError, shortened
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.generation_settings import settings_from

@@ -21,8 +21,9 @@ from convert.output.rounded import RoundedPlan
 from convert.output.stored import as_stored
 from convert.output.writer import Layout, ShardWriter, plan_layout
 from convert.probe.run import verify_probed
+from convert.sources.base import Source
 from convert.sources.lora import with_adapter
-from convert.sources.open import Source, open_source
+from convert.sources.open import open_source
 from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights

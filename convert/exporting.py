@@ -21,7 +21,7 @@ from convert.output.replacement import check_spared, files_of, replacing
 from convert.output.stored import as_stored
 from convert.output.writer import ShardWriter, plan_layout, split
 from convert.probe.rules import from_json
-from convert.sources.open import copy_side_files
+from convert.sources.huggingface import copy_side_files
 from convert.weights.rules import Piece, Rule, coverage
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.quiet import quiet_transformers
-from convert.sources.open import Source
+from convert.sources.base import Source
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
 from tide_jax.model.architecture import DecoderConfig

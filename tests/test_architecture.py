@@ -17,6 +17,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"convert": {"tide_jax", "pallas_kernels"}, "tide_jax": {"pallas_kernels"}, "pallas_kernels": set()}
 """Each package, and those of ours it may import."""
 
+ROOMS = {
+    "tide_jax": """errors | checks ranges temporaries json_files | records | tokenizer | model | config | exits |
+    generation | lossless calibration drift | engine | risk texts testing | cli | lm_eval""",
+    "convert": """quiet configuration | weights | families | sources | tied output verify_weights | verify | probe |
+    architecture | conversion | exporting parity""",
+}
+"""The rooms of a package from the lowest up. One imports from itself and from those before the bar on its left."""
+
 MODULES = [path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 COMMAND_LINE = {
     Path("tide_jax/cli/main.py"),
@@ -51,6 +59,55 @@ def test_there_is_something_to_check() -> None:
 def test_imports_go_one_way(path: Path) -> None:
     package = path.parts[0]
     assert imported(path) & set(PACKAGES) <= {package} | PACKAGES[package]
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of the file's own package that it imports, anywhere in it, but for types."""
+    package, found = path.parts[0], set()
+    for_types = [node for node in nodes(path) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    passed_over = {node.lineno for block in for_types for node in block.body}
+    for node in nodes(path):
+        if getattr(node, "lineno", None) in passed_over:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in deeper if is_module(name)} or {node.module or ""}
+    return {name for name in found if name.startswith(f"{package}.")}
+
+
+def is_module(name: str) -> bool:
+    place = ROOT / name.replace(".", "/")
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] in ROOMS], ids=str)
+def test_rooms_build_on_lower_ones(path: Path) -> None:
+    package, room = path.parts[0], path.with_suffix("").parts[1]
+    if room in ("__init__", "__main__"):  # the doors
+        return
+    levels = [level.split() for level in ROOMS[package].split("|")]
+    assert room in {name for level in levels for name in level}, f"{room} has no place in ROOMS"
+    (mine,) = [number for number, level in enumerate(levels) if room in level]
+    lower = {name for level in levels[:mine] for name in level} | {room}
+    assert {name.split(".")[1] for name in ours(path)} <= lower
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Not even inside a function: such a circle is two modules that are one."""
+    imports = {".".join(path.with_suffix("").parts): ours(path) for path in MODULES if path.name != "__init__.py"}
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = list(imports[start])
+        while waiting:
+            if (name := waiting.pop()) not in found and name in imports:
+                found.add(name)
+                waiting += imports[name]
+        return found
+
+    assert not [name for name in imports if name in reached(name)]
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path not in COMMAND_LINE], ids=str)

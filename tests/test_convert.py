@@ -17,7 +17,7 @@ from tiny_llama import random_tensors, save, save_sharded
 import tide_jax.model.files.checkpoint
 from convert import convert, open_model
 from convert.architecture import decoder_config
-from convert.sources.open import HuggingFaceSource
+from convert.sources.huggingface import HuggingFaceSource
 from tide_jax.errors import TideError
 from tide_jax.model.decoder import parameters, stored_parameters
 

@@ -16,7 +16,8 @@ from tiny_llama import random_tensors, refusal, save, save_sharded
 from convert import open_model
 from convert.architecture import decoder_config
 from convert.families import FAMILIES, REFUSED
-from convert.sources.open import HuggingFaceSource, open_source
+from convert.sources.huggingface import HuggingFaceSource
+from convert.sources.open import open_source
 from convert.weights.rules import Target, coverage, ignore, move
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo

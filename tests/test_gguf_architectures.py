@@ -22,7 +22,7 @@ from convert.conversion import open_model
 from convert.families import FAMILIES
 from convert.sources.gguf.architectures import ARCHITECTURES
 from convert.sources.gguf.source import GGUFSource
-from convert.sources.open import HuggingFaceSource
+from convert.sources.huggingface import HuggingFaceSource
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder
 

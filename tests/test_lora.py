@@ -16,8 +16,9 @@ from tiny_llama import random_tensors, save
 import convert.__main__
 from convert import convert as convert_checkpoint
 from convert import open_model
+from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.lora import LoRASource
-from convert.sources.open import HuggingFaceSource, open_source
+from convert.sources.open import open_source
 from tide_jax.errors import TideError
 from tide_jax.model.decoder import parameters
 from tide_jax.tokenizer.chat_files import chat_templates

@@ -21,7 +21,8 @@ from test_quantised import SIZES, compressed, words
 from tiny_hf import save_tiny
 
 from convert import convert, open_model
-from convert.sources.open import Source, open_source, steps_of
+from convert.sources.base import Source, steps_of
+from convert.sources.open import open_source
 from tide_jax.model.decoder import parameters, rounded_axes, stored_parameters
 from tide_jax.model.files.checkpoint import load
 from tide_jax.model.rounding import round_weights

@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from convert import open_model
 from convert.architecture import decoder_config
+from convert.configuration.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION
 from convert.families import FAMILIES
-from convert.families.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION
 from convert.parity.measure import measure_parity
 from convert.parity.reference import random_batch
 from convert.parity.tiny import VOCAB, _untrained, save_tiny, tiny_config

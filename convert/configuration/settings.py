@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.families.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION, PARTIAL_ROTARY, PER_LAYER, WHOLE_ROTARY
+from convert.configuration.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION, PARTIAL_ROTARY, PER_LAYER, WHOLE_ROTARY
 from tide_jax.errors import TideError, listed, shortened
 
 

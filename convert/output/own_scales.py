@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from convert.sources.open import Source, steps_of
+from convert.sources.base import Source, steps_of
 from convert.weights.rules import Piece, Plan, Slot
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import rounded_axes

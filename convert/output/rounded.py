@@ -13,7 +13,7 @@ import numpy as np
 
 from convert.output.own_scales import axes_in_slot, holds_outputs, own_scales
 from convert.output.writer import Layout, ShardWriter, plan_layout
-from convert.sources.open import Source
+from convert.sources.base import Source
 from convert.weights.rules import Piece, Plan, Slot
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import kernel_input_axes, rounded_axes

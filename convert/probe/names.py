@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from convert.probe.rules import Assigned, Slices
-from convert.sources.open import Source
+from convert.sources.base import Source
 from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.errors import TideError
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convert.quiet import quiet_transformers
-from convert.sources.open import Source
+from convert.sources.base import Source
 from tide_jax.errors import TideError
 
 _AUTO = "AutoModelForCausalLM"

@@ -24,7 +24,7 @@ from convert.probe.record import record
 from convert.probe.reference import Reference, load_reference
 from convert.probe.rules import to_json
 from convert.probe.trace import MATCH, Trace, distance
-from convert.sources.open import Source
+from convert.sources.base import Source
 from convert.verify import TOLERANCE, Verification, check_spread, compared, excess
 from convert.weights.rules import Rule, coverage
 from tide_jax.errors import TideError

@@ -17,8 +17,9 @@ import numpy as np
 import regex
 
 from convert.families import FAMILIES
+from convert.sources.base import ADAPTER_CONFIG, CONV1D_TYPES, Source, steps_of
 from convert.sources.hub import local_directory
-from convert.sources.open import ADAPTER_CONFIG, CONV1D_TYPES, Source, copy_side_files, steps_of
+from convert.sources.huggingface import copy_side_files
 from tide_jax.checks import real_number, whole_number
 from tide_jax.errors import TideError, shortened
 from tide_jax.json_files import read_json

@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.configuration.settings import configuration
 from convert.configuration.sizes import check_sizes
-from convert.sources.open import Source, steps_of
+from convert.sources.base import Source, steps_of
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
@@ -98,7 +98,7 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     outer = whole.to_dict()
     ends = {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
     # The head belongs to the whole, and older checkpoints say it of the text part alone. Where the two disagree, a head
-    # that is stored decides (see `convert.weights.tied`); one that neither ties has to be stored.
+    # that is stored decides (see `convert.tied`); one that neither ties has to be stored.
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, text))
     return text.to_dict() | ends | {"tie_word_embeddings": bool(tied)}
 

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from convert.sources.open import CONV1D_TYPES
+from convert.sources.base import CONV1D_TYPES
 from convert.sources.quantised.parts import (
     Packed,
     Settings,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.open import HuggingFaceSource
+from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.quantised.floats import bitsandbytes, fp8, mxfp4, plain_numbers
 from convert.sources.quantised.integers import awq, gptq, packed_integers
 from convert.sources.quantised.parts import Method, Packed, Settings, Stored, refusal

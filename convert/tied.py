@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from convert.sources.open import Source
+from convert.sources.base import Source
 from convert.weights.rules import Rule
 from tide_jax.model.architecture import DecoderConfig
 
