@@ -14,9 +14,9 @@ test: .venv/test
 # The long forms of the tests behind docs/reliability.md: an hour or more. Damaged files, killed runs, and the property
 # tests with thousands of examples.
 reliability: .venv/test
-	$(BIN)/python scripts/fuzz_files.py --count 5000 --out scripts/results/fuzz.json
-	$(BIN)/python scripts/kill_runs.py --out scripts/results/kills.json
-	TIDE_EXAMPLES=3000 $(BIN)/python -m pytest $$(grep -l TIDE_EXAMPLES tests/*.py | grep /test_)
+	$(BIN)/python -m scripts.reliability.fuzz_files --count 5000 --out scripts/results/fuzz.json
+	$(BIN)/python -m scripts.reliability.kill_runs --out scripts/results/kills.json
+	TIDE_EXAMPLES=3000 $(BIN)/python -m pytest $$(grep -l TIDE_EXAMPLES tests/*/test_*.py)
 
 lint: .venv/lint
 	$(BIN)/ruff check .
@@ -29,15 +29,15 @@ types: .venv/lint
 # risk, beside transformers: make bench ROUTERS=routers.safetensors
 bench: .venv/demo .venv/test
 	$(BIN)/python scripts/demo.py --report scripts/results/demo_report.json
-	$(BIN)/python scripts/bench_decode.py .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
+	$(BIN)/python -m scripts.bench.decode .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
 		--out scripts/results/decode.json
-	$(BIN)/python scripts/bench_products.py .demo/smollm2 --out scripts/results/products.json
-	$(BIN)/python scripts/bench_start.py .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) \
+	$(BIN)/python -m scripts.bench.products .demo/smollm2 --out scripts/results/products.json
+	$(BIN)/python -m scripts.bench.start .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) \
 		--out scripts/results/start.json
-	$(BIN)/python scripts/bench_long.py .demo/smollm2 --out scripts/results/long.json
-	$(BIN)/python scripts/bench_peers.py .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) --divergence 8 \
+	$(BIN)/python -m scripts.bench.long .demo/smollm2 --out scripts/results/long.json
+	$(BIN)/python -m scripts.bench.peers .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) --divergence 8 \
 		--transformers $$($(BIN)/python scripts/demo.py --where) --out scripts/results/peers.json
-	$(BIN)/python scripts/readme_tables.py
+	$(BIN)/python -m scripts.readme.tables
 
 # Quality, calibration time and drift, on text files (.txt, .jsonl, .parquet) of your own:
 #   make quality TEXT=to_calibrate.txt HELD_OUT=unseen_of_that_kind.txt OTHER=of_another_kind.txt
@@ -45,20 +45,20 @@ quality: .venv/demo
 	@test -n "$(TEXT)" -a -n "$(HELD_OUT)" -a -n "$(OTHER)" || { echo "needs TEXT=, HELD_OUT= and OTHER="; exit 2; }
 	test -d .demo/smollm2 || $(BIN)/python scripts/demo.py
 	$(BIN)/tide-jax calibrate .demo/smollm2 --text $(TEXT) --output .demo/quality.safetensors
-	$(BIN)/python scripts/bench_calibrate.py .demo/smollm2 --text $(TEXT) --out scripts/results/calibrate.json
-	$(BIN)/python scripts/bench_quality.py .demo/smollm2 propagate=.demo/quality.safetensors \
+	$(BIN)/python -m scripts.bench.calibrate .demo/smollm2 --text $(TEXT) --out scripts/results/calibrate.json
+	$(BIN)/python -m scripts.bench.quality .demo/smollm2 propagate=.demo/quality.safetensors \
 		"recompute, tilted=recompute,tilt:.demo/quality.safetensors" --text $(HELD_OUT) \
 		--out scripts/results/quality.json
-	$(BIN)/python scripts/bench_prefill.py .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
+	$(BIN)/python -m scripts.bench.prefill .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
 		--out scripts/results/prefill.json
-	$(BIN)/python scripts/bench_drift.py .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
+	$(BIN)/python -m scripts.bench.drift .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
 
 # Decode steps compiled for an H100 on a machine without a GPU: copies, CUDA graphs, memory. Downloads XLA's compiler for
 # NVIDIA GPUs, some 130 MB, into a folder of its own, where JAX does not look for a GPU otherwise.
 gpu-aot: .gpu_aot/made
-	JAX_PLATFORMS=cpu PYTHONPATH=.gpu_aot $(BIN)/python scripts/gpu_aot.py --out scripts/results/gpu_aot.json
-	$(BIN)/python scripts/readme_tables.py
+	JAX_PLATFORMS=cpu PYTHONPATH=.gpu_aot $(BIN)/python -m scripts.gpu.gpu_aot --out scripts/results/gpu_aot.json
+	$(BIN)/python -m scripts.readme.tables
 
 .gpu_aot/made: .venv/test
 	rm -rf .gpu_aot
@@ -68,9 +68,9 @@ gpu-aot: .gpu_aot/made
 
 # The same for a TPU v5e, with XLA's compiler for TPUs in .tpu_aot: no TPU is needed.
 tpu-aot: .tpu_aot/made
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.tpu_aot $(BIN)/python scripts/tpu_aot.py \
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.tpu_aot $(BIN)/python -m scripts.gpu.tpu_aot \
 		--out scripts/results/tpu_aot.json
-	$(BIN)/python scripts/readme_tables.py
+	$(BIN)/python -m scripts.readme.tables
 
 .tpu_aot/made: .venv/test
 	rm -rf .tpu_aot
@@ -83,8 +83,8 @@ tpu-aot: .tpu_aot/made
 verify-gpu: .venv/gpu
 	$(BIN)/python scripts/verify_gpu.py --out scripts/results/gpu.json --model .demo/smollm2 \
 		$(if $(ROUTERS),--routers $(ROUTERS))
-	$(BIN)/python scripts/readme_tables.py
-	-$(BIN)/python scripts/plot_gpu.py scripts/results/gpu.json docs/gpu_gain.svg
+	$(BIN)/python -m scripts.readme.tables
+	-$(BIN)/python -m scripts.plots.gpu scripts/results/gpu.json docs/gpu_gain.svg
 
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # the sources that the hash is of, installed or not
+sys.path.insert(0, str(ROOT))  # the sources that the hash is of, installed or not
 
 SECTIONS = ("ops", "decode", "prefill", "smollm2")
 
@@ -28,7 +28,7 @@ SECTIONS = ("ops", "decode", "prefill", "smollm2")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        import gpu_report
+        from scripts.gpu import report as gpu_report
     except ImportError as error:
         print(f"verify_gpu needs a package that is not here: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,1 @@
+"""What is run from the repository's root: ``python -m scripts.bench.decode``."""

@@ -1,0 +1,47 @@
+"""transformers' form of a source: its float32 weights in a folder of safetensors, as tide_jax reads its own.
+
+Taking weights out of a GGUF file costs transformers memory and time that belong to no generation, and a step with them
+takes it twice as long as with the same weights from safetensors: no comparison may rest on that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.quiet import quiet_transformers
+from convert.sources.open import open_source
+from convert.verify import reference_model
+
+
+@contextlib.contextmanager
+def float_copy(source: str) -> Iterator[Path]:
+    """The folder, while the context is open."""
+    with tempfile.TemporaryDirectory() as folder:
+        with quiet_transformers():
+            model = reference_model(open_source(source))
+        model.hf_quantizer = None  # its weights are plain float32 by now
+        for mark in {"quantization_config"} & set(vars(model.config)):
+            delattr(model.config, mark)
+        model.save_pretrained(folder)
+        del model
+        gc.collect()
+        yield Path(folder)
+
+
+def load_reference(source: str | None) -> Any:
+    """transformers' model of the weights, float32, from a copy; None without a source, and without torch."""
+    if source is None:
+        return None
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: transformers is left out")
+        return None
+    from scripts.bench.peer_transformers import load_peer
+
+    with float_copy(source) as folder:
+        return load_peer(folder)

@@ -1,0 +1,104 @@
+"""Peak memory of one variant of bench_peers.py, in a process of its own that loads nothing else.
+
+  python -m scripts.bench.peer_memory '{"variant": "eager", "transformers": "FOLDER", "ids": [1, 2], ...}'
+
+prints it as JSON; see `Job` for the fields.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from scripts.bench.peer_measures import OURS, Variant
+
+_LIMIT = 1200  # seconds; a process that takes longer is given up
+
+
+class Job(NamedTuple):
+    """What the process is to run.
+
+    Attributes:
+      variant: its name.
+      model: for tide_jax.
+      transformers: folder of a transformers checkpoint; None without peers.
+      routers, dials: as in `peer_tide.Settings`.
+      ids, count: prompt and new tokens.
+      early_exit, lookup: as in `peer_transformers.peer_variant`.
+    """
+
+    variant: str
+    model: str
+    transformers: str | None
+    routers: str | None
+    dials: dict[str, Any]
+    ids: list[int]
+    count: int
+    early_exit: int
+    lookup: int
+
+
+def measure(job: Job) -> dict[str, float | None]:
+    """Peak resident MiB, see `peaks`. Raises RuntimeError where the process fails."""
+    command = [sys.executable, "-m", "scripts.bench.peer_memory", json.dumps(job._asdict())]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"no answer within {_LIMIT} seconds") from None
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load(job: Job) -> Variant:
+    """The variant, and nothing else."""
+    if job.variant not in OURS:
+        from scripts.bench.peer_transformers import load_peer, peer_variant
+
+        peer, room = load_peer(Path(str(job.transformers))), len(job.ids) + job.count
+        return peer_variant(peer, job.variant, longest=room, early_exit=job.early_exit, lookup=job.lookup)
+    import tide_jax
+    from scripts.bench.peer_tide import Settings, make_engine, tide_variant
+
+    settings = Settings(None if job.routers is None or job.variant == "full" else Path(job.routers), job.dials)
+    return tide_variant(make_engine(tide_jax.load(job.model, "float32"), settings)[0], job.variant)
+
+
+def peaks(variant: Variant, ids: list[int], count: int) -> dict[str, float | None]:
+    """Peak resident MiB since this process began, and of a second generation."""
+    variant(ids, count)
+    whole, again = _peak(), _forget_peak()
+    variant(ids, count)
+    return {"peak": max(whole, _peak()), "generating": _peak() if again else None}
+
+
+def _peak() -> float:
+    """What Linux says of this process is preferred: `getrusage` remembers the process that started it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 1024 / (1024 if sys.platform == "darwin" else 1)
+
+
+def _forget_peak() -> bool:
+    """Begins the peak anew; False where the system doesn't."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    job = Job(**json.loads(sys.argv[1]))
+    print(json.dumps(peaks(load(job), job.ids, job.count)))

@@ -1,0 +1,1 @@
+"""Accelerators: what compilers make of the programs, and what they measure on one."""

@@ -1,0 +1,229 @@
+"""Decode steps of an 8B model, compiled for an accelerator that is not there: what gpu_aot.py and tpu_aot.py share.
+
+Weights are shapes alone. A step must copy neither weights nor the cache, may use little memory besides, and must not
+make floats of weights that are integers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+import pallas_kernels.selection
+from scripts.gpu.compiled_program import LargeResult, float_copies, large_results
+from scripts.reporting import save
+from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
+from tide_jax.calibration.estimate import eight_billion
+from tide_jax.exits.early_exit import ExitGate
+from tide_jax.generation.generate import Exits
+from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
+from tide_jax.model.rounding import Weights, as_int8
+from tide_jax.testing import constant_routers
+
+SLOTS = 4096
+DTYPE = jnp.bfloat16
+INTERVAL = 4
+_EXPERTS = 16  # of 896 channels: as many weights as the MLP in their place
+_SMALL = 16 * 2**20  # what a step may use besides, where the keys and values of a layer are no more
+_LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}
+
+
+class Case(NamedTuple):
+    """A decode step.
+
+    Attributes:
+      name: for the table.
+      kv_strategy: None runs every layer, without routers.
+      implementation: of the exit step.
+      rows: batch size.
+      weights: of the model.
+      kind: "experts" puts mixtures of experts in the MLPs' place, "latent" keeps keys and values as latent vectors.
+    """
+
+    name: str
+    kv_strategy: Any = None
+    implementation: str = "reference"
+    rows: int = 1
+    weights: Weights = "float"
+    kind: Literal["plain", "experts", "latent"] = "plain"
+
+
+INT8 = (
+    Case("full depth, 8-bit weights", weights="int8"),
+    Case("propagate, 8-bit weights", "propagate", weights="int8"),
+    Case("propagate, 8 rows, 8-bit weights", "propagate", rows=8, weights="int8"),
+    Case("experts, 8-bit weights", weights="int8", kind="experts"),
+    Case("experts, 8 rows, 8-bit weights", rows=8, weights="int8", kind="experts"),
+    Case("latent vectors, 8-bit weights", weights="int8", kind="latent"),
+    Case("latent vectors, 8 rows, 8-bit weights", rows=8, weights="int8", kind="latent"),
+)
+"""Cases with 8-bit weights, for every accelerator."""
+
+
+class Step(NamedTuple):
+    """A compiled case.
+
+    Attributes:
+      hlo: the program, optimised.
+      entry: what is reported of it.
+      problems: what is wrong with it.
+    """
+
+    hlo: str
+    entry: dict[str, Any]
+    problems: list[str]
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model (32)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="compile this case; may be repeated")
+    return parser.parse_args()
+
+
+def report(
+    args: argparse.Namespace, cases: Sequence[Case], device: Any, compiled: Callable[[Case, DecoderConfig], Step]
+) -> int:
+    """Compiles the cases, prints and writes what was found, and returns the process's exit code."""
+    config = dataclasses.replace(eight_billion(), num_layers=args.layers, attention_pattern=(0,) * args.layers)
+    entries = []
+    for case in cases:
+        if not args.only or case.name in args.only:
+            step = compiled(case, config)
+            print(", ".join(f"{key} {value}" for key, value in step.entry.items()), flush=True)
+            entries.append(step.entry | {"problems": step.problems})
+    model = {"layers": args.layers, "hidden_size": config.hidden_size, "dtype": jnp.dtype(DTYPE).name}
+    found = {"jax": jax.__version__, "device": device.device_kind, "model": model, "slots": SLOTS, "interval": INTERVAL}
+    save(args.out, found | {"cases": entries})
+    problems = [f"{entry['name']}: {problem}" for entry in entries for problem in entry["problems"]]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+def compiled(
+    case: Case, config: DecoderConfig, device: Any, *, options: dict[str, Any] | None = None, spare: int = 0
+) -> Step:
+    """What XLA makes of a step for a device that is not there.
+
+    Args:
+      options: of the compiler.
+      spare: bytes that it may use for each layer, besides the keys and values of one.
+    """
+    config = {"plain": _plain, "experts": _with_experts, "latent": _with_latent_vectors}[case.kind](config)
+    lowered, integers = _lowered(case, config, device)
+    program = lowered.compile(compiler_options=options)
+    hlo, memory = program.as_text(), program.memory_analysis()
+    assert hlo is not None
+    assert memory is not None
+    heads, channels, _ = config.cache_shape
+    keys = case.rows * heads * SLOTS * channels * jnp.dtype(DTYPE).itemsize
+    kernel = 2 * config.num_kv_heads * config.head_dim * config.hidden_size * jnp.dtype(DTYPE).itemsize
+    entry = {
+        "name": case.name,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "large_results": _counted(large_results(hlo, min(keys, kernel) // 2)),
+        "float_copies": _counted(float_copies(hlo, integers)),
+    }
+    return Step(hlo, entry, _problems(entry, limit=max(2 * keys, _SMALL) + spare * config.num_layers))
+
+
+def _counted(results: list[LargeResult]) -> list[list[Any]]:
+    return [[*result, count] for result, count in Counter(results).items()]
+
+
+def _problems(entry: dict[str, Any], limit: int) -> list[str]:
+    """`limit`: bytes that a step may use besides."""
+    found = [
+        f"{what} {shape} by {kind}, {count} times: {size / 2**20:.1f} MiB each"
+        for what, key in (("writes", "large_results"), ("makes floats of integers,", "float_copies"))
+        for kind, shape, size, count in entry[key]
+    ]
+    if entry["temporary_bytes"] > limit:
+        found.append(f"uses {entry['temporary_bytes'] / 2**20:.1f} MiB besides, more than {limit / 2**20:.1f}")
+    return found
+
+
+def _plain(config: DecoderConfig) -> DecoderConfig:
+    return config
+
+
+def _with_latent_vectors(config: DecoderConfig) -> DecoderConfig:
+    """With the sizes of DeepSeek-V2's attention."""
+    latent = LatentConfig(kv_rank=512, q_rank=None, nope_dim=128, rope_dim=64, value_dim=128)
+    rope = RopeConfig(theta=10000.0, rotary_dim=64, interleaved=True)
+    head_dim = latent.nope_dim + latent.rope_dim
+    kinds = (AttentionType(scale=head_dim**-0.5, rope=rope),)
+    return dataclasses.replace(
+        config, latent=latent, head_dim=head_dim, num_kv_heads=config.num_heads, attention_types=kinds
+    )
+
+
+def _with_experts(config: DecoderConfig) -> DecoderConfig:
+    size = config.intermediate_size // _EXPERTS
+    moe = MoEConfig(num_experts=_EXPERTS, experts_per_token=2, intermediate_size=size)
+    return dataclasses.replace(config, moe=moe)
+
+
+def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages.Lowered, set[int]]:
+    """The step before XLA, and how many numbers its matrices of integers have."""
+
+    def there(make: Callable[[], Any]) -> Any:
+        shapes, on = jax.eval_shape(make), SingleDeviceSharding(device)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), shapes)
+
+    model = there(functools.partial(_model, config, case.weights))
+    exits = None if case.kv_strategy is None else there(functools.partial(_exits, config, case.kv_strategy))
+    groups = 0 if exits is None else exits.pending_groups
+    cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, pending_groups=groups))
+    rows = there(lambda: (*(jnp.zeros((case.rows,), jnp.int32) for _ in range(2)), jnp.ones((case.rows,), bool)))
+    step = functools.partial(decode_step, implementation=case.implementation)
+    functools.update_wrapper(step, decode_step)
+    integers = {math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if leaf.dtype == jnp.int8}
+    with _compiling_for(device):
+        traced = jax.jit(step, donate_argnames="cache").trace(model, cache, *rows, exits)
+        return traced.lower(lowering_platforms=(_LOWERED_FOR[_platform(device)],)), integers
+
+
+def _model(config: DecoderConfig, weights: Weights) -> Decoder:
+    model = Decoder(config, dtype=DTYPE, rngs=nnx.Rngs(0))
+    return as_int8(model) if weights == "int8" else model
+
+
+def _exits(config: DecoderConfig, kv_strategy: Any) -> Exits:
+    routers = constant_routers(config, interval=INTERVAL, bottleneck=128)
+    gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
+    return Exits(routers, gate, False, kv_strategy)
+
+
+def _platform(device: Any) -> str:
+    return "tpu" if device.platform == "tpu" else "gpu"
+
+
+@contextlib.contextmanager
+def _compiling_for(device: Any) -> Iterator[None]:
+    """Kernels are chosen, and from JAX 0.11 on made, for the device that is not there."""
+    here, pallas_kernels.selection.platform = pallas_kernels.selection.platform, lambda: _platform(device)
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh
+    asks = hasattr(jax.sharding, "AbstractDevice")
+    try:
+        with jax.sharding.use_abstract_mesh(mesh) if asks else contextlib.nullcontext():
+            yield
+    finally:
+        pallas_kernels.selection.platform = here

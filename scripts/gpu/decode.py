@@ -1,0 +1,345 @@
+"""The whole decode step of a steered model: against the bandwidth floor, at forced depths, with routers that let nobody
+go, and as a chain of conditionals in place of the library's loop.
+
+Skip efficiency is that of bench_decode.py: (time saved / layer time at full depth) / (share of layers skipped), where
+layer time is full-depth time less that of embedding, output head and argmax alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import tide_jax
+from scripts.gpu.model import Steered
+from scripts.gpu.ops import OUT_OF_TIME, Roof, Row
+from scripts.gpu.timing import Budget, Spread, seconds
+from scripts.reporting import reason
+from tide_jax.config import layer_groups
+from tide_jax.exits.gate import Gating, TokenState, leave
+from tide_jax.exits.group_loop import GroupRows
+from tide_jax.generation.finite import finite_rows
+from tide_jax.generation.generate import Exits, StepOutput
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.cache import KVCache
+from tide_jax.model.decoder import Decoder
+
+TARGET_DEPTH = 0.93
+"""Mean share of layers at which gains are compared with the TIDE paper's."""
+BELOW = (0.92, 0.9)
+"""More of them, to see where its figures are reached."""
+ONE_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
+             "xla_gpu_graph_min_graph_size": 1}  # fmt: skip
+"""Has XLA run the loop as one CUDA graph."""
+
+Step = Callable[..., StepOutput]
+"""Like `tide_jax.decode_step`."""
+
+
+class DecodePlan(NamedTuple):
+    """What decoding is measured on.
+
+    Attributes:
+      batches: numbers of rows.
+      context: tokens in the cache before the first step.
+      steps: of one run. With 50, mixes of 32 layers come out at `TARGET_DEPTH` exactly.
+      rounds: runs of each variant, all variants in turn.
+      implementation: of the kernels in the step.
+      graphs: whether to try `ONE_GRAPH`.
+    """
+
+    batches: Sequence[int] = (1, 8, 32)
+    context: int = 256
+    steps: int = 50
+    rounds: int = 3
+    implementation: str = "reference"
+    graphs: bool = False
+
+
+class Variant(NamedTuple):
+    """A run to time: a program, and how deep every step's tokens go."""
+
+    name: str
+    program: str
+    depths: np.ndarray
+
+
+def cond_chain_step(
+    model: Decoder,
+    cache: KVCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    active: jax.Array,
+    exits: Exits,
+    *,
+    implementation: str | None = None,
+) -> StepOutput:
+    """`tide_jax.decode_step` with a `lax.cond` for each group in place of the loop and its switch."""
+    positions = jnp.where(active, positions, -1)[:, None]
+    groups = layer_groups(model.config.num_layers, exits.routers.checkpoints)
+    contexts, rows = model.contexts(positions, cache), GroupRows(groups)
+    gating = Gating(exits.routers, exits.gate, positions >= 1, implementation)
+    alone = positions.size == 1
+
+    def run(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
+        found, going = [], state.active[:, :, None]
+        for i in groups[g]:
+            y, new = model.layers[i](state.x, contexts, cache.layer(i))
+            state = state._replace(x=y if alone else jnp.where(going, y, state.x))
+            found.append(new)
+        return leave(model, groups, g, state, gating), rows.stack(found)
+
+    def fill(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
+        return state, rows.stack([model.layers[i].project_kv(state.x, contexts) for i in groups[g]])
+
+    state = TokenState.start(model.embed_tokens(tokens[:, None], positions), positions)
+    found, executed = [], jnp.int32(0)
+    for g, group in enumerate(groups):
+        going = jnp.any(state.active)
+        executed += jnp.where(going, len(group), 0)
+        state, new = lax.cond(going, functools.partial(run, g), functools.partial(fill, g), state)
+        found.append(new)
+    stacked = KeyValue(jnp.stack([r.keys for r in found]), jnp.stack([r.values for r in found]))
+    grown = cache.append(rows.by_layer(stacked), positions)
+    finite = finite_rows(state.states)
+    return StepOutput(model.logits(state.states)[:, 0], grown, state.exit_layers[:, 0], executed, finite)
+
+
+def decoded(step: Step, leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Decodes given tokens one after the other, as if each were drawn from the logits before.
+
+    Args:
+      leaves, tree: the model, its filled cache and the exits, flattened once: a model has hundreds of arrays.
+      tokens: int32 [steps, B].
+
+    Returns:
+      The last tokens drawn, and the layers run for each step and row.
+    """
+    model, cache, exits = jax.tree.unflatten(tree, leaves)
+    positions = jnp.full(tokens.shape[1:], cache.length, jnp.int32)
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        cache, drawn, depths = carry
+        given = tokens[i] + jnp.minimum(drawn, 0)  # which is 0, but only known when the step before is through
+        out = step(model, cache, given, positions + i, jnp.ones(given.shape, bool), exits)
+        drawn = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
+        return out.cache, drawn, depths.at[i].set(out.exit_layers + 1)
+
+    start = cache, jnp.zeros(tokens.shape[1:], jnp.int32), jnp.zeros(tokens.shape, jnp.int32)
+    return lax.fori_loop(0, tokens.shape[0], body, start)[1:]
+
+
+def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same with no layers: embedding, final norm, output head and argmax."""
+    model, _, _ = jax.tree.unflatten(tree, leaves)
+
+    def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
+        given = (tokens[i] + jnp.minimum(drawn, 0))[:, None]
+        x = model.embed_tokens(given, jnp.zeros(given.shape, jnp.int32))
+        return jnp.argmax(model.logits(model.final_norm(x))[:, 0], axis=-1).astype(jnp.int32)
+
+    drawn = lax.fori_loop(0, tokens.shape[0], body, jnp.zeros(tokens.shape[1:], jnp.int32))
+    return drawn, jnp.zeros(tokens.shape, jnp.int32)
+
+
+def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCache:
+    """A cache of random rows."""
+    cache = tide_jax.init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
+    arrays, tree = jax.tree.flatten((cache.keys, cache.values))
+    filled = [jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(arrays)]
+    keys, values = jax.tree.unflatten(tree, filled)
+    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
+    positions = jnp.broadcast_to(jnp.where(slots < tokens, slots, -1), cache.positions.shape)
+    return cache._replace(keys=keys, values=values, positions=positions, length=jnp.int32(tokens))
+
+
+def targets(steered: Steered) -> list[tuple[float, int]]:
+    """Mean shares of the layers, and the checkpoint's depth at which some tokens leave to bring the mean there."""
+    depths, middle = steered.depths[:-1], steered.nearest(0.5)
+    found = [(TARGET_DEPTH, depth) for depth in sorted({depths[-1], middle, depths[0]}, reverse=True)]
+    return found + [(share, middle) for share in BELOW]
+
+
+def leaving(share: float, depth: int, layers: int, tokens: int) -> int:
+    """How many of `tokens` have to leave after `depth` layers: the mean is `share` of the layers, or a bit more."""
+    return int((1 - share) * layers * tokens / (layers - depth) + 1e-9)
+
+
+def mixes(steered: Steered, steps: int) -> dict[str, np.ndarray]:
+    """Depths of each step: some steps leave at one checkpoint, evenly spread, all rows of a batch together."""
+    found, layers = {}, steered.layers
+    for share, depth in targets(steered):
+        count = leaving(share, depth, layers, steps)
+        chosen = np.full(steps, layers)
+        chosen[np.linspace(0, steps - 1, count).round().astype(int)] = depth
+        if count:
+            found[f"mean {chosen.mean() / layers:.3f}: {count} of {steps} steps leave after {depth}"] = chosen
+    return found
+
+
+def variants(steered: Steered, plan: DecodePlan, batch: int) -> list[Variant]:
+    """What is run at a batch size, the most telling first."""
+    depths, middle = steered.depths[:-1], steered.nearest(0.5)
+    full, mixed = np.full(plan.steps, steered.layers), mixes(steered, plan.steps)
+    found = [
+        Variant("full depth", "full", full),
+        Variant("routers on, no exits", "routers", full),
+        Variant("head only", "head", full),
+        *(Variant(f"forced {depth}", "routers", np.full(plan.steps, depth)) for depth in depths),
+        *(Variant(name, "routers", chosen) for name, chosen in mixed.items()),
+        Variant("cond chain, no exits", "cond", full),
+        Variant(f"cond chain, forced {middle}", "cond", np.full(plan.steps, middle)),
+        *(Variant(f"cond chain, {name}", "cond", chosen) for name, chosen in list(mixed.items())[:1]),
+    ]
+    if batch == plan.batches[0]:
+        if plan.implementation != "reference":
+            found.append(Variant("routers on, no exits, plain JAX", "routers, plain JAX", full))
+        if plan.graphs:
+            found.append(Variant("routers on, no exits, one graph", "one graph", full))
+            found.append(Variant(f"forced {middle}, one graph", "one graph", np.full(plan.steps, middle)))
+    return found
+
+
+def run_decode(
+    steered: Steered, plan: DecodePlan, roof: Roof, budget: Budget, progress: Callable[[str], None]
+) -> list[Row]:
+    """A row for each batch size and variant."""
+    rows: list[Row] = []
+    for batch in plan.batches:
+        wanted = variants(steered, plan, batch)
+        if budget.over("decode"):
+            rows += [{"batch": batch, "variant": v.name, "not_run": OUT_OF_TIME} for v in wanted]
+            continue
+        progress(f"decode, batch {batch}")
+        rows += _Batch(steered, plan, batch).rows(wanted, roof, budget, progress)
+    return rows
+
+
+class _Batch(NamedTuple):
+    """All variants at a batch size."""
+
+    steered: Steered
+    plan: DecodePlan
+    batch: int
+
+    def rows(self, wanted: list[Variant], roof: Roof, budget: Budget, progress: Callable[[str], None]) -> list[Row]:
+        base = [{"batch": self.batch, "variant": v.name} for v in wanted]
+        try:
+            cache = filled_cache(self.steered, self.batch, self.plan.context, self.plan.steps)
+        except Exception as error:
+            return [row | {"error": reason(error)} for row in base]
+        programs = self._compiled({v.program for v in wanted}, cache)
+        progress(f"decode, batch {self.batch}: compiled")
+        times: dict[str, list[float]] = {v.name: [] for v in wanted}
+        found: dict[str, Row] = {v.name: {} for v in wanted}
+        for number in range(self.plan.rounds + 1):  # the first is for warming up
+            for v in wanted:
+                if "error" in found[v.name]:
+                    continue
+                if budget.over("decode"):
+                    found[v.name].setdefault("not_run", OUT_OF_TIME)
+                    continue
+                self._once(v, programs[v.program], cache, times[v.name] if number else None, found[v.name])
+        for name, values in times.items():
+            if values:  # cut short perhaps, but measured
+                found[name].pop("not_run", None)
+                found[name] |= self._speed(Spread.of(values), len(values))
+        self._compare(found, wanted, roof)
+        return [row | found[row["variant"]] for row in base]
+
+    def _compiled(self, names: set[str], cache: KVCache) -> dict[str, Any]:
+        """Programs by name, each with its seconds; the reason in place of one that can't be made."""
+        own = functools.partial(tide_jax.decode_step, implementation=self.plan.implementation)
+        plain = functools.partial(tide_jax.decode_step, implementation="reference")
+        chain = functools.partial(cond_chain_step, implementation=self.plan.implementation)
+        functions = {
+            "full": functools.partial(decoded, own),
+            "routers": functools.partial(decoded, own),
+            "routers, plain JAX": functools.partial(decoded, plain),
+            "cond": functools.partial(decoded, chain),
+            "head": head_alone,
+            "one graph": functools.partial(decoded, own),
+        }
+
+        def lowered(name: str) -> Any:
+            try:
+                leaves, tree = self._flat(name, cache)
+                tokens = jax.ShapeDtypeStruct((self.plan.steps, self.batch), jnp.int32)
+                return jax.jit(functions[name], static_argnums=1).lower(leaves, tree, tokens), leaves
+            except Exception as error:
+                return reason(error)
+
+        def compiled(made: Any, name: str) -> Any:
+            if isinstance(made, str):
+                return made
+            start = time.perf_counter()
+            try:
+                program = made[0].compile(ONE_GRAPH if name == "one graph" else None)
+            except Exception as error:
+                return reason(error)
+            return program, made[1], time.perf_counter() - start
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            started = {name: pool.submit(compiled, lowered(name), name) for name in sorted(names)}
+            return {name: found.result() for name, found in started.items()}
+
+    def _flat(self, name: str, cache: KVCache) -> tuple[list[Any], Any]:
+        exits = None if name in ("full", "head") else self.steered.exits
+        return jax.tree.flatten((self.steered.model, cache, exits))
+
+    def _once(self, v: Variant, made: Any, cache: KVCache, times: list[float] | None, row: Row) -> None:
+        """Runs a variant; the first run tells how deep it went."""
+        if isinstance(made, str):
+            row["error"] = made
+            return
+        program, leaves, compile_seconds = made
+        try:
+            ids = jnp.asarray(self.steered.ids(np.repeat(v.depths[:, None], self.batch, axis=1)))
+            if times is not None:
+                times.append(seconds(lambda: program(leaves, ids)) / self.plan.steps)
+                return
+            drawn, depths = jax.device_get(program(leaves, ids))
+            row |= {"compile_seconds": compile_seconds, "drawn": [int(t) for t in drawn[:8]]}
+            if v.program != "head":
+                row["mean_depth"] = float(depths.mean() / self.steered.layers)
+                row["as_forced"] = bool((depths == v.depths[:, None]).all())
+        except Exception as error:
+            row["error"] = reason(error)
+
+    def _speed(self, spread: Spread, runs: int) -> Row:
+        return {
+            "ms_per_step": 1e3 * spread.median,
+            "ms_least": 1e3 * spread.least,
+            "ms_most": 1e3 * spread.most,
+            "runs": runs,
+            "tokens_per_second": self.batch / spread.median,
+        }
+
+    def _compare(self, found: dict[str, Row], wanted: list[Variant], roof: Roof) -> None:
+        """Ratios to full depth, to the floor, and how much of the skipped layers' time was saved."""
+        full = found["full depth"].get("ms_per_step")
+        head = found["head only"].get("ms_per_step")
+        tokens = self.plan.context + self.plan.steps // 2
+        bytes_moved = self.steered.bytes_read() + self.batch * self.steered.bytes_cached(tokens)
+        floor = 1e3 * bytes_moved / roof.bandwidth
+        for v in wanted:
+            row = found[v.name]
+            if full is None or "ms_per_step" not in row:
+                continue
+            row["gain"] = full / row["ms_per_step"] - 1
+            skipped = 1 - v.depths.mean() / self.steered.layers
+            if v.program == "full":
+                row |= {"floor_ms": floor, "share_of_floor": floor / row["ms_per_step"]}
+            elif v.program != "head" and skipped > 0 and head is not None:
+                row["skip_efficiency"] = (full - row["ms_per_step"]) / (full - head) / skipped
+            elif v.program != "head":
+                row["overhead"] = row["ms_per_step"] / full - 1

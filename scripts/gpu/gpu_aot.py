@@ -1,0 +1,85 @@
+"""Compiles decode steps of an 8B model for an H100 that is not there, and checks what XLA made of them.
+
+  make gpu-aot
+
+installs XLA's compiler for NVIDIA GPUs (two wheels, no driver) into .gpu_aot and runs this with it. Weights are shapes
+alone. A step must not copy weights or the cache, nor make floats of weights that are integers, must be a few CUDA
+graphs, and may use little memory besides. Prints what was found, writes it with --out, and exits with 1 where a check
+fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from scripts.gpu import aot
+from scripts.gpu.aot import Case, Step
+from scripts.gpu.compiled_program import launches
+from tide_jax import DecoderConfig
+
+TARGET = Path(__file__).with_name("h100.txtpb")
+_KERNEL = re.compile(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu)')
+
+CASES = (
+    Case("full depth"),
+    Case("propagate", "propagate"),
+    Case("propagate, 8 rows", "propagate", rows=8),
+    Case("propagate, Pallas exit step", "propagate", "pallas_triton"),
+    Case("propagate, Mosaic exit step", "propagate", "mosaic_gpu"),
+    Case("recompute", "recompute"),
+    Case("propagate, 8 rows, Pallas kernels, 8-bit weights", "propagate", "pallas_triton", rows=8, weights="int8"),
+    *aot.INT8,
+)
+
+
+def main() -> int:
+    args = aot.arguments(__doc__)
+    try:
+        gpu = _h100()
+    except Exception as error:
+        print(f"error: no CUDA compiler for jax {jax.__version__} ({error}); run `make gpu-aot`", file=sys.stderr)
+        return 2
+    return aot.report(args, CASES, gpu, functools.partial(_compiled, gpu=gpu))
+
+
+def _h100() -> Any:
+    target = {"topology": "1x1x1", "target_config": TARGET.read_text()}
+    return topologies.get_topology_desc(platform="cuda", **target).devices[0]
+
+
+def _compiled(case: Case, config: DecoderConfig, gpu: Any) -> Step:
+    with tempfile.TemporaryDirectory() as dump:
+        step = aot.compiled(case, config, gpu, options={"xla_dump_to": dump})
+        (thunks,) = Path(dump).glob("*decode_step*.thunk_sequence_after_thunk_passes.txt")
+        launched = launches(thunks.read_text())
+    counts = {
+        "kernels": launched["kCustomKernel"] + launched["kKernel"],
+        "copies": launched["kCopy"],
+        "graphs": launched["kCommandBuffer"],
+        "loops": launched["kWhile"],
+        "exit_kernels": len(_KERNEL.findall(step.hlo)),
+    }
+    return Step(step.hlo, step.entry | counts, step.problems + _problems(case, counts))
+
+
+def _problems(case: Case, counts: dict[str, int]) -> list[str]:
+    # Before the loop, a group of layers, after the loop; "propagate" has one more, over groups that were skipped.
+    graphs = 4 if case.kv_strategy == "propagate" else 3
+    found = []
+    if (counts["exit_kernels"] > 0) == (case.implementation == "reference"):
+        found.append(f"has {counts['exit_kernels']} kernels of {case.implementation}")
+    if counts["graphs"] != graphs:
+        found.append(f"is {counts['graphs']} CUDA graphs, not {graphs}")
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""The order of verify_gpu.py's parts, and the report that they fill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scripts.gpu import targets as gpu_targets
+from scripts.gpu.decode import DecodePlan, run_decode
+from scripts.gpu.kernel_hash import ROOT, kernel_hash
+from scripts.gpu.model import Steered, config_8b, config_tiny, steered
+from scripts.gpu.op_table import OPS
+from scripts.gpu.ops import Matrix, Roof, run_ops
+from scripts.gpu.prefill import PrefillPlan, run_prefill
+from scripts.gpu.smollm2 import run_model
+from scripts.gpu.timing import DATA_SHEET, Budget, bandwidth, overhead
+from scripts.reporting import machine, reason, save
+
+Progress = Callable[[str], None]
+Report = dict[str, Any]
+PROVEN = ROOT / "pallas_kernels" / "proven.json"
+
+
+class Refused(Exception):
+    """Nothing can be run, for this reason."""
+
+
+def run(args: argparse.Namespace, progress: Progress) -> Report:
+    """Runs the parts that were asked for and writes the report after each.
+
+    Raises:
+      Refused: no GPU, or no such operation.
+    """
+    platform = jax.default_backend()
+    if platform == "cpu" and not args.tiny:
+        raise Refused("no GPU here; --tiny runs tiny shapes on a processor, to test this script")
+    if unknown := sorted(set(args.ops or ()) - {op.name for op in OPS}):
+        raise Refused(f"no operation {', '.join(unknown)}; there are {', '.join(op.name for op in OPS)}")
+    budget = Budget(args.minutes, args.only)
+    report = _begin(args, platform)
+    roof = _roof(args.tiny, report, progress)
+    save(args.out, report)
+    if "ops" in args.only:
+        ops = [op for op in OPS if args.ops is None or op.name in args.ops]
+        matrix = Matrix.tiny() if args.tiny else Matrix()
+        kept = [row for row in report["ops"] or [] if row["op"] not in {op.name for op in ops}]
+        report["ops"] = kept + run_ops(ops, matrix, roof, budget, progress)
+        _keep(args, report)
+    if {"decode", "prefill"} & set(args.only):
+        _model_parts(args, report, roof, budget, progress)
+    if "smollm2" in args.only:
+        report["smollm2"] = run_model(args.model, args.routers, 8 if args.tiny else 48, budget, progress)
+        progress(report["smollm2"].get("skipped") or report["smollm2"].get("error") or "real model done")
+    report["seconds"] = budget.spent
+    report["complete"] = True
+    _keep(args, report)
+    if args.prove:
+        prove(report, progress)
+    return report
+
+
+def _begin(args: argparse.Namespace, platform: str) -> Report:
+    """An empty report, with the parts of an earlier one that are not run again and were made the same way."""
+    report: Report = {
+        "complete": False,
+        "platform": platform,
+        "tiny": args.tiny,
+        "kernels_sha256": kernel_hash(),
+        "machine": machine(),
+        "minutes": args.minutes,
+        "roof": None,
+        "ops": None,
+        "decode": None,
+        "prefill": None,
+        "smollm2": None,
+        "gains": [],
+        "targets": [],
+    }
+    before = _earlier(args.out)
+    same = ("platform", "tiny", "kernels_sha256")
+    if before is None or any(before.get(key) != report[key] for key in same):
+        return report
+    if before["machine"]["device"] != report["machine"]["device"]:
+        return report
+    again = {part for part in args.only if part != "ops" or args.ops is None}
+    return report | {key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2") if key not in again}
+
+
+def _earlier(path: Path) -> Report | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "kernels_sha256" in found else None
+
+
+def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
+    """What the device gives, measured."""
+    size, repeats = (1 << 20, 2) if tiny else (1 << 31, 7)
+    roof = Roof(bandwidth(size, repeats), overhead(8 if tiny else 200, repeats))
+    sheet, (loop, launch) = DATA_SHEET.get(report["machine"]["device"]), roof.overhead
+    report["roof"] = {
+        "gb_s": roof.bandwidth / 1e9,
+        "data_sheet_gb_s": sheet,
+        "loop_us": 1e6 * loop,
+        "launch_us": None if launch is None else 1e6 * launch,
+    }
+    promised = "" if sheet is None else f" ({sheet} on the data sheet)"
+    launched = "unknown" if launch is None else f"{1e6 * launch:.1f} µs"
+    progress(f"{report['machine']['device']}: {roof.bandwidth / 1e9:.0f} GB/s{promised}, launch {launched}")
+    return roof
+
+
+def _keep(args: argparse.Namespace, report: Report) -> None:
+    """Writes what there is."""
+    report["gains"], report["targets"] = gpu_targets.gains(report), gpu_targets.evaluate(report)
+    save(args.out, report)
+
+
+def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: Budget, progress: Progress) -> None:
+    """Decoding and prompts of a random model."""
+    implementation = args.implementation or _usable(report)
+    progress(f"making the model; its kernels: {implementation}")
+    try:
+        made = _steered(args.tiny)
+    except Exception as error:
+        failed = {"error": reason(error)}
+        report |= {
+            part: failed if part == "decode" else [failed] for part in ("decode", "prefill") if part in args.only
+        }
+        return
+    if "decode" in args.only:
+        plan = DecodePlan(implementation=implementation, graphs=args.graphs)
+        if args.tiny:
+            plan = plan._replace(batches=(1, 2), context=8, steps=8, rounds=1)
+        rows = run_decode(made, plan, roof, budget, progress)
+        report["decode"] = {"model": _facts(made), "plan": plan._asdict(), "rows": rows}
+        _keep(args, report)
+    if "prefill" in args.only:
+        plan = PrefillPlan(implementation=implementation)
+        if args.tiny:
+            plan = plan._replace(shapes=((1, 16),), rounds=1)
+        report["prefill"] = run_prefill(made, plan, budget, progress)
+        _keep(args, report)
+
+
+def _steered(tiny: bool) -> Steered:
+    if tiny:
+        return steered(config_tiny(), interval=1, bottleneck=16, dtype=jnp.float32)
+    return steered(config_8b(), interval=4, bottleneck=128, dtype=jnp.bfloat16)
+
+
+def _facts(made: Steered) -> Report:
+    config = made.model.config
+    return {
+        "layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "dtype": str(made.model.dtype),
+        "checkpoints": list(made.exits.routers.checkpoints),
+        "bytes_read": made.bytes_read(),
+    }
+
+
+def _usable(report: Report) -> str:
+    """The first kernel that ran, and was right whenever it did; plain JAX without one."""
+    rows = [row for row in report["ops"] or [] if "refused" not in row and "not_run" not in row]
+    names = list(dict.fromkeys(name for op in OPS for name in op.choices.on_gpu))
+    for name in names:
+        own = [row.get("right", False) for row in rows if row["implementation"] == name]
+        if own and all(own):
+            return name
+    return "reference"
+
+
+def proven(report: Report) -> dict[str, list[str]]:
+    """Kernels by operation that were right on every shape that they take of every entry that `OPS` has for it, as plain
+    JAX was wherever it was compared, and that were in the median not slower than it."""
+    found: dict[str, list[str]] = {}
+    for op in OPS:
+        entries = {other.name for other in OPS if other.choices.operation == op.choices.operation}
+        rows = [row for row in report["ops"] or [] if row["op"] in entries]
+        names = [name for name in op.choices.on_gpu if _holds(rows, name, entries)]
+        if names:
+            found[op.choices.operation] = names
+    return found
+
+
+def _holds(rows: list[Report], name: str, entries: set[str]) -> bool:
+    own = [row for row in rows if row["implementation"] == name and "refused" not in row]
+    plain = [row["right"] for row in rows if row["implementation"] == "reference" and "right" in row]
+    speeds = sorted(row["speedup"] for row in own if row.get("speedup") is not None)
+    right = bool(plain) and all(plain) and bool(own) and all(row.get("right", False) for row in own)
+    return right and {row["op"] for row in own} == entries and speeds[len(speeds) // 2] >= 1
+
+
+def prove(report: Report, progress: Progress) -> None:
+    """Writes down which kernels a GPU found right, for these very sources."""
+    if report["platform"] != "gpu":
+        raise Refused("--prove takes a GPU")
+    if not any("right" in row for row in report["ops"] or [] if row["implementation"] == "reference"):
+        raise Refused(
+            "--prove compares with plain JAX on the processor: run all operations, with the cpu backend there"
+        )
+    operations = proven(report)
+    fact = {
+        "kernels_sha256": report["kernels_sha256"],
+        "device": report["machine"]["device"],
+        "date": report["machine"]["date"],
+        "operations": operations,
+    }
+    save(PROVEN, fact)
+    progress(f"pallas_kernels/{PROVEN.name}: {operations or 'no kernel was right everywhere'}")

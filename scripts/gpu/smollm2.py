@@ -1,0 +1,92 @@
+"""A real model end to end, in float32: are greedy tokens the same whatever implementation decides who leaves?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import tide_jax
+from pallas_kernels.exit_step import IMPLEMENTATIONS
+from scripts.gpu.ops import OUT_OF_TIME, Row
+from scripts.gpu.timing import Budget
+from scripts.reporting import reason
+from tide_jax.config import KVStrategy
+from tide_jax.model.files.checkpoint import is_converted
+from tide_jax.testing import random_routers
+
+THRESHOLD = {"trained": 0.7, "random": 0.5}
+"""Thresholds at which some tokens leave."""
+
+
+def run_model(
+    source: Path | None, routers: Path | None, tokens: int, budget: Budget, progress: Callable[[str], None]
+) -> Row:
+    """What a converted model gives; why not, where it can't be run."""
+    if source is None or not is_converted(source):
+        return {"skipped": "no converted model: pass --model DIR, as tide-jax convert writes it"}
+    if routers is not None and not routers.is_file():
+        return {"skipped": f"no router file at {routers}"}
+    progress(f"{source.name}, float32")
+    try:
+        from scripts.bench.peer_prompts import prompt_sets
+
+        model = tide_jax.load(source, "float32")
+        prompts = prompt_sets(tide_jax.load_tokenizer(source), [], 4)[0].prompts
+        made = (
+            random_routers(model.config, interval=5) if routers is None else tide_jax.Routers.load(routers, model=model)
+        )
+    except Exception as error:
+        return {"model": source.name, "error": reason(error)}
+    kind = "random" if routers is None else "trained"
+    rows = compare(model, made, prompts, THRESHOLD[kind], tokens, budget)
+    return {"model": source.name, "dtype": "float32", "routers": kind, "threshold": THRESHOLD[kind], "rows": rows}
+
+
+def compare(
+    model: tide_jax.Decoder,
+    routers: tide_jax.Routers,
+    prompts: Sequence[Sequence[int]],
+    threshold: float,
+    tokens: int,
+    budget: Budget,
+    strategies: Sequence[KVStrategy] = ("propagate", "recompute"),
+) -> list[Row]:
+    """A row for each implementation and cache policy; all are compared with plain JAX."""
+    config = tide_jax.ExitConfig(exit_threshold=threshold, min_layers=min(8, model.config.num_layers // 2))
+    on_gpu = jax.default_backend() != "cpu"
+    names = [n for n in IMPLEMENTATIONS.names if not (on_gpu and n == "pallas_interpret")]
+    rows, wanted = list[Row](), dict[KVStrategy, Any]()
+    for strategy in strategies:
+        for name in names:
+            row: Row = {"implementation": name, "kv_strategy": strategy, "prompts": len(prompts), "new_tokens": tokens}
+            rows.append(row)
+            if budget.over("smollm2"):
+                row["not_run"] = OUT_OF_TIME
+                continue
+            try:
+                engine = tide_jax.TIDE(model, routers, config, implementation=name)
+                engine = engine.with_config(kv_strategy=strategy)
+                engine.generate(prompts, max_new_tokens=tokens, eos_token_id=[])
+                out = engine.generate(prompts, max_new_tokens=tokens, eos_token_id=[])
+            except Exception as error:
+                row["error"] = reason(error)
+                continue
+            wanted.setdefault(strategy, out if name == "reference" else None)
+            row |= {"tokens_per_second": out.stats.tokens_per_second, "mean_depth": out.stats.depth}
+            row["tokens_that_leave"] = float(np.mean(out.exit_layers < model.config.num_layers - 1))
+            row |= _same(out, wanted[strategy])
+    return rows
+
+
+def _same(out: Any, wanted: Any) -> Row:
+    """Whether tokens and exits are those of plain JAX."""
+    if wanted is None:
+        return {}
+    return {
+        "same_tokens": bool(np.array_equal(out.tokens, wanted.tokens)),
+        "same_exits": bool(np.array_equal(out.exit_layers, wanted.exit_layers)),
+    }

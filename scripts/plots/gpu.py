@@ -1,0 +1,74 @@
+"""Draws gain against mean depth from verify_gpu.py's JSON: ``python -m scripts.plots.gpu gpu.json gpu_gain.svg``.
+
+Every measured mix of exits is a point; broken lines are what could be gained if layers were all the time there is, and
+stars the TIDE paper's figures. Nothing is drawn from results that no GPU made. Needs the extra "plot".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.gpu.targets import PAPER, PAPER_DEPTH, gains, most
+
+PAPER_MIX = 1 - 0.05 * (1 - 1 / 3)
+"""Mean depth of the paper's prompts, of which 5 % of the tokens leave at a third of the layers."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    report = json.loads(args.results.read_text())
+    if report["platform"] != "gpu" or report["tiny"] or not gains(report):
+        print(f"{args.results} has no gains measured on a GPU: nothing drawn", file=sys.stderr)
+        return 1
+    draw(report, args.picture)
+    return 0
+
+
+def draw(report: dict[str, Any], picture: Path) -> None:
+    """Writes the picture, in the format its name ends in."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    _panel(axes[0], report, "prefill latency", "time saved")
+    _panel(axes[1], report, "throughput", "throughput gained")
+    figure.suptitle(f"{report['machine']['device']}, {report['machine']['date']}")
+    figure.tight_layout()
+    figure.savefig(picture)
+    plt.close(figure)
+
+
+def _panel(axis: Any, report: dict[str, Any], what: str, label: str) -> None:
+    found = [g for g in gains(report) if g["measure"].startswith(what)]
+    for number, measure in enumerate(sorted({g["measure"] for g in found})):
+        points = sorted((g["depth"], g["gain"]) for g in found if g["measure"] == measure)
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=f"C{number}", label=measure)
+    depths = np.linspace(min([g["depth"] for g in found], default=0.5), 1.0)
+    axis.plot(
+        depths,
+        [most(what, depth) for depth in depths],
+        linestyle="--",
+        color="grey",
+        label="if layers were all the time",
+    )
+    for number, (name, gain) in enumerate((n, g) for n, g in PAPER.items() if n.startswith(what)):
+        at = PAPER_MIX if what == "prefill latency" else PAPER_DEPTH
+        axis.plot(at, gain, marker="*", markersize=13, linestyle="", color=f"C{number + 5}", label=f"paper, {name}")
+    axis.axvline(PAPER_DEPTH, color="grey", linestyle=":", linewidth=1)
+    axis.set(xlabel="mean share of the layers run", ylabel=label, title=what)
+    axis.legend(fontsize="small")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

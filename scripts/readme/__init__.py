@@ -1,0 +1,1 @@
+"""Tables of the documents, made from scripts/results."""

@@ -1,0 +1,156 @@
+"""The README's and docs' tables about time and memory, from the results of the scripts that measured them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def where(machine: dict[str, Any]) -> str:
+    """What a table was measured on."""
+    versions = machine.get("versions", {"jax": machine.get("jax")})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("jax", "torch"))
+    return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
+
+
+def decode_table() -> str:
+    """Time against depth, from bench_decode.py."""
+    report = json.loads((RESULTS / "decode.json").read_text())
+    layers = report["model"]["layers"]
+    lines = [
+        f"{where(report['machine'])}; {report['model']['dtype']}, prompt of {report['method']['prompt']} tokens, "
+        f"{report['method']['steps']} new ones, medians of {report['method']['rounds']} alternating rounds.",
+    ]
+    for batch in report["batches"]:
+        lines += ["", f"| batch {batch['batch']} | ms per step | tokens/s | time / full depth | skip efficiency |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for row in batch["variants"]:
+            forced = f"every token leaves after {row.get('layers')} of {layers} layers"
+            forced += ", cache recomputed" if row.get("kv_strategy") == "recompute" else ""
+            name = forced if "layers" in row else _NAMES[row["name"]]
+            efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""
+            lines.append(
+                f"| {name} | {row['ms_per_step']:.1f} | {row['tokens_per_second']:.1f} | "
+                f"{row['ratio_to_full']:.2f} | {efficiency} |"
+            )
+    prompts = report["prompts"]
+    times = {name: f"{row['ms']:.0f} ms" for name, row in prompts["variants"].items()}
+    beside = f", transformers in {times['transformers']}" if "transformers" in times else ""
+    return "\n".join([*lines, "", f"A prompt of {prompts['tokens']} tokens is read in {times['full']}{beside}."])
+
+
+_NAMES = {
+    "full": "full depth",
+    "full, routers on": "full depth, routers scored but no exits",
+    "head only": "embedding, output head and argmax alone",
+    "transformers": "transformers `generate` (PyTorch eager)",
+    "weights read once": "as many bytes as the weights have, read by all cores",
+}
+
+
+def start_table() -> str:
+    """Starts of the command line, from bench_start.py."""
+    report = json.loads((RESULTS / "start.json").read_text())
+    lines = [
+        f"{where(report['machine'])}; `tide-jax generate`, seconds to the first words and peak MiB; later "
+        f"starts are medians of {report['method']['warm']}.",
+        "",
+        "| mode | first start | later | ratio | peak, first start | later | 1.25 x weights + 500 |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["modes"]:
+        cold, later = row["first"], row["later"]
+        lines.append(
+            f"| {row['name']} | {cold['first']:.1f} | {later['first']:.1f} | {later['first'] / cold['first']:.2f} | "
+            f"{cold['peak']:.0f} | {later['peak']:.0f} | {row['bound']:.0f} |"
+        )
+    names = [name for name in report["compile"][0] if name != "layers"]
+    lines += ["", f"| a generation, compiled: seconds | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+    for row in report["compile"]:
+        lines.append(f"| {row['layers']} layers | " + " | ".join(f"{row[name]:.1f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def prefill_table() -> str:
+    """Prompts whose tokens may exit, from bench_prefill.py."""
+    report = json.loads((RESULTS / "prefill.json").read_text())
+    method, compiled = report["method"], report["compile_seconds"]
+    fewer = {row["threshold"]: row for row in report["passes"] if row["way"] == "survivors"}
+    lines = [
+        f"{where(report['machine'])}; {method['prompts']} prompts of {method['tokens']} tokens, batch 1, at least "
+        f"{method['min_layers']} layers; full depth takes {1e3 * report['full_seconds']:.0f} ms. Medians of "
+        f"{method['rounds']} rounds; compiled in {compiled['full']:.0f} s without exits, {compiled['survivors']:.0f} s "
+        "with.",
+        "",
+        "| threshold | depth | time / full depth | the same where layers run all tokens | same next token |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in report["passes"]:
+        if row["way"] != "survivors":
+            few = fewer[row["threshold"]]
+            lines.append(
+                f"| {row['threshold']:.2f} | {few['depth']:.3f} | {few['time_over_full']:.2f} | "
+                f"{row['time_over_full']:.2f} | {few['same_next_token']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def long_table() -> str:
+    """Time per token along one long generation, from bench_long.py."""
+    report = json.loads((RESULTS / "long.json").read_text())
+    lines = [
+        f"{where(report['machine'])}; one generation of {report['method']['tokens']} tokens at full depth, batch 1; "
+        f"compilations after the first step: {report['compilations_after_first_step']}.",
+        "",
+        "| tokens so far | ms per token | over the first | bytes of the cache / of the weights |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in report["windows"]:
+        begin, end = row["tokens"]
+        lines.append(
+            f"| {begin} to {end} | {row['ms_per_token']:.1f} | {row['ratio_to_first']:.2f} | "
+            f"{row['cache_bytes_over_weight_bytes']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_aot_table() -> str:
+    """Decode steps compiled for a GPU, from gpu_aot.py."""
+    return _aot_table("gpu_aot", {"kernels": "kernels", "graphs": "CUDA graphs", "loops": "loops"})
+
+
+def tpu_aot_table() -> str:
+    """Decode steps compiled for a TPU, from tpu_aot.py."""
+    return _aot_table("tpu_aot", {})
+
+
+def _aot_table(name: str, counts: dict[str, str]) -> str:
+    """`counts`: headings of more columns, by what the report calls them."""
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    model = report["model"]
+    columns = ("decode step", "large arrays written", "floats made of integers", *counts.values(), "memory besides")
+    lines = [
+        f"jax {report['jax']} for {report['device']}; {model['layers']} layers of {model['hidden_size']}, "
+        f"{model['dtype']}, a checkpoint every {report['interval']} layers, {report['slots']} slots a row.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|---|{'---:|' * (len(columns) - 1)}",
+    ]
+    for case in report["cases"]:
+        copied = (_mebibytes(case[key]) for key in ("large_results", "float_copies"))
+        cells = (
+            case["name"],
+            *copied,
+            *(str(case[key]) for key in counts),
+            f"{case['temporary_bytes'] / 2**20:.1f} MiB",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mebibytes(results: list[list[Any]]) -> str:
+    written = sum(size * count for _, _, size, count in results) / 2**20
+    return f"{written:.0f} MiB" if written else "none"

@@ -1,0 +1,476 @@
+"""scripts/verify_gpu.py on a processor: what its report holds, and what the README's GPU table makes of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gpu_decode  # pyright: ignore[reportMissingImports]
+import gpu_model  # pyright: ignore[reportMissingImports]
+import gpu_op_table  # pyright: ignore[reportMissingImports]
+import gpu_prefill  # pyright: ignore[reportMissingImports]
+import gpu_report  # pyright: ignore[reportMissingImports]
+import gpu_smollm2  # pyright: ignore[reportMissingImports]
+import gpu_targets  # pyright: ignore[reportMissingImports]
+import gpu_timing  # pyright: ignore[reportMissingImports]
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plot_gpu  # pyright: ignore[reportMissingImports]
+import pytest
+import verify_gpu  # pyright: ignore[reportMissingImports]
+
+from pallas_kernels import selection
+from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, api, exit_step, reference
+from scripts.gpu.kernel_hash import kernel_hash  # pyright: ignore[reportMissingImports]
+from scripts.gpu.table import gpu_table  # pyright: ignore[reportMissingImports]
+from tide_jax import decode_step
+from tide_jax.exits.early_exit import run_depth
+from tide_jax.testing import random_routers, tiny_config, tiny_decoder
+
+ROOT = Path(__file__).resolve().parents[2]
+Report = dict[str, Any]
+steered = functools.cache(gpu_report._steered)
+
+
+def broken(implementation: str, *arguments: Any) -> Any:
+    if implementation == "pallas_interpret":
+        raise ValueError("does not lower\nand more")
+    return gpu_op_table._step(implementation, *arguments)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a whole tiny run, in which an operation fails before others."""
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    fails = gpu_op_table.OPS[0]._replace(name="broken", call=broken, only=lambda shape: shape.rows == 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_report, "OPS", (fails, *gpu_op_table.OPS))
+        patch.setattr(gpu_report, "_steered", steered)
+        assert verify_gpu.main(["--tiny", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> Report:
+    return json.loads(out.read_text())
+
+
+def test_report_says_what_it_was_made_with(report: Report) -> None:
+    assert report["complete"]
+    assert report["platform"] == "cpu"
+    assert report["tiny"]
+    assert report["kernels_sha256"] == kernel_hash()
+    assert report["machine"]["versions"]["jax"] == jax.__version__
+    assert report["machine"]["date"]
+    assert report["roof"]["gb_s"] > 0
+    assert report["roof"]["launch_us"] is not None
+
+
+def test_every_case_has_a_row_that_is_measured_and_right(report: Report) -> None:
+    for op, shapes in (("exit_step", 4), ("exit_project", 4), ("exit_project, affine head", 4)):
+        for name in ("reference", "pallas_interpret"):
+            rows = [r for r in report["ops"] if (r["op"], r["implementation"]) == (op, name) and "us" in r]
+            assert len({(r["dtype"], r["D"], r["N"]) for r in rows}) == shapes
+            assert all(r["compiled"] and r["floor_us"] > 0 and r["us_least"] <= r["us"] <= r["us_most"] for r in rows)
+            compared = [r for r in rows if "right" in r]
+            assert len(compared) == (shapes if name == "pallas_interpret" else 2), "plain JAX: with itself elsewhere"
+            assert all(r["right"] and r["max_error"] <= r["tolerance"] and r["flips"] == 0 for r in compared)
+
+
+def test_what_fails_is_a_row_with_its_reason_and_the_rest_goes_on(report: Report) -> None:
+    rows = [r for r in report["ops"] if r["op"] == "broken" and r["implementation"] == "pallas_interpret"]
+    assert [(r["compiled"], r["error"]) for r in rows] == [(False, "ValueError: does not lower")] * 2
+    assert sum("us" in r for r in report["ops"] if r["op"] == "broken") == 2
+    refused = [r for r in report["ops"] if r["implementation"] == "triton"]
+    assert all("runs on a GPU, this process computes on a cpu" in r["refused"] for r in refused)
+    found = {t["what"]: t for t in report["targets"]}
+    assert found["exit_step, all kernels and shapes"]["met"]
+    assert found["exit_step, all kernels and shapes"]["found"].endswith("pallas_triton, triton")
+
+
+def test_decoding_goes_as_deep_as_it_is_told_and_the_chain_draws_the_same_tokens(report: Report) -> None:
+    rows = report["decode"]["rows"]
+    assert {row["batch"] for row in rows} == {1, 2}
+    assert not [row for row in rows if "error" in row or "not_run" in row]
+    assert all(row["as_forced"] for row in rows if row["variant"] != "head only")
+    assert [row["mean_depth"] for row in rows if row["variant"] == "forced 2"] == pytest.approx([2 / 3] * 2)
+    drawn = {(row["batch"], row["variant"]): row["drawn"] for row in rows}
+    for batch in (1, 2):
+        chains = [name for b, name in drawn if b == batch and name.startswith("cond chain, ")]
+        assert len(chains) == 3
+        for name in chains:
+            own = name.removeprefix("cond chain, ")
+            assert drawn[batch, name] == drawn[batch, "routers on, no exits" if own == "no exits" else own]
+        assert drawn[batch, "full depth"] == drawn[batch, "routers on, no exits"]
+    assert all("share_of_floor" in row for row in rows if row["variant"] == "full depth")
+    assert all("skip_efficiency" in row for row in rows if row["variant"].startswith("forced"))
+    assert all("overhead" in row for row in rows if row["variant"] == "routers on, no exits")
+
+
+def test_prompts_are_run_with_every_mix(report: Report) -> None:
+    rows = report["prefill"]
+    assert [row["variant"] for row in rows][:2] == ["full depth", "no exits"]
+    assert sum(row["variant"].startswith("the paper's mix: ") for row in rows) == 1
+    assert all(row["as_forced"] and row["ms"] > 0 for row in rows)
+    measures = {g["measure"] for g in report["gains"]}
+    assert measures == {"prefill latency, 16 tokens", "throughput, batch 1", "throughput, batch 2"}
+
+
+def test_a_model_that_is_not_there_is_a_line(report: Report) -> None:
+    assert report["smollm2"] == {"skipped": "no converted model: pass --model DIR, as tide-jax convert writes it"}
+
+
+def test_parts_can_be_run_again_and_what_time_does_not_suffice_for_is_noted(out: Path, report: Report) -> None:
+    again = ["--tiny", "--out", str(out), "--only", "ops", "--ops", "exit_project", "--minutes", "1e-9"]
+    assert verify_gpu.main(again) == 0
+    found = json.loads(out.read_text())
+    assert found["decode"] == report["decode"]
+    rows = {
+        op: [r for r in found["ops"] if r["op"] == op and "refused" not in r] for op in ("exit_step", "exit_project")
+    }
+    assert rows["exit_step"] == [r for r in report["ops"] if r["op"] == "exit_step" and "refused" not in r]
+    assert {r["not_run"] for r in rows["exit_project"]} == {"not run: no time was left"}
+    found["kernels_sha256"] = "of other sources"
+    out.write_text(json.dumps(found))
+    assert verify_gpu.main(again) == 0
+    assert json.loads(out.read_text())["decode"] is None, "other kernels' results are not kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no GPU here; --tiny runs tiny shapes"),
+        (["--tiny", "--ops", "magic"], "no operation magic; there are exit_step"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_a_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify_gpu.main([*arguments, "--out", str(tmp_path / "gpu.json")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# Measuring.
+
+
+def test_loops_run_as_often_as_they_say_and_leave_their_arguments_alone() -> None:
+    x = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
+    counted = jax.jit(gpu_timing.looped(lambda x, count: count + 1, 5, in_place=1))
+    assert counted(x, jnp.int32(2)) == 7
+    np.testing.assert_array_equal(jax.jit(gpu_timing.looped(lambda x: 2 * x, 5))(x), 2 * x)
+    for dtype in (jnp.bfloat16, jnp.int32):
+        np.testing.assert_array_equal(gpu_timing.touched(x, (x.astype(dtype), x[0] > 0)), x)
+
+
+@pytest.mark.parametrize("in_place", [None, 1])
+def test_what_a_looped_call_reads_is_made_anew_each_time(in_place: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(x: jax.Array, out: jax.Array) -> jax.Array:
+        seen.append(x)
+        return out + 1
+
+    seen = list[jax.Array]()
+    monkeypatch.setattr(gpu_timing.lax, "fori_loop", lambda first, end, body, start: body(1, body(0, start)))
+    gpu_timing.looped(call, 2, in_place)(jnp.ones((2, 2)), jnp.zeros((2, 2)))
+    assert seen[-1] is not seen[-2], "what stays the same a compiler takes out of a loop"
+
+
+def test_the_last_part_that_runs_may_use_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(gpu_timing.time, "monotonic", lambda: now[0])
+    both, one = gpu_timing.Budget(1, ["ops", "decode"]), gpu_timing.Budget(1, ["ops"])
+    now[0] = 50.0
+    assert both.over("ops")
+    assert not both.over("decode")
+    assert not one.over("ops")
+    now[0] = 61.0
+    assert both.over("decode")
+
+
+def decided(scores: list[float], exits: list[bool]) -> ExitStep:
+    left = jnp.asarray(exits)
+    layers = jnp.full((len(exits),), 11, jnp.int32)
+    return ExitStep(jnp.asarray(scores, jnp.float32), left, ~left, layers, jnp.any(left), jnp.any(~left))
+
+
+def test_flips_count_away_from_the_threshold_only() -> None:
+    wanted = decided([0.2, 0.5, 0.9], [False, False, True])
+    compare = gpu_op_table._step_difference
+    near = compare(decided([0.2, 0.500001, 0.9], [False, True, True]), wanted, ())
+    assert near.flips == 0
+    assert 0 < near.error < 1e-5
+    assert compare(decided([0.2, 0.5, 0.9], [True, False, True]), wanted, ()).flips == 2, "exits and active"
+    assert compare(wanted._replace(any_exits=jnp.asarray(False)), wanted, ()).flips == 1
+    assert compare(decided([float("nan"), 0.5, 0.9], [False, False, True]), wanted, ()).error == float("inf")
+
+
+def test_rows_that_stay_have_to_stay() -> None:
+    shape = gpu_op_table.Shape(4, 8, "float32")
+    op = next(op for op in gpu_op_table.OPS if op.name == "exit_project")
+    given = op.make(shape, np.random.default_rng(0))
+    wanted = op.call("reference", *given)
+    assert op.compare(wanted, wanted, given) == (0.0, 0)
+    assert op.compare(wanted.at[1, 2].add(0.001), wanted, given).flips == 1
+    assert op.compare(wanted.at[0, 2].add(0.1), wanted, given).error > op.tolerance("float32")
+
+
+def test_every_operation_has_its_row() -> None:
+    assert {op.choices.operation for op in gpu_op_table.OPS} == set(gpu_targets.OPERATIONS)
+    folders = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/api.py")}
+    on_gpu = {name for name in folders if importlib.import_module(f"pallas_kernels.{name}").IMPLEMENTATIONS.on_gpu}
+    assert on_gpu == set(gpu_targets.OPERATIONS)
+
+
+# The model whose tokens say how deep they go.
+
+
+def test_tokens_leave_where_their_ids_say() -> None:
+    made = steered(True)
+    wanted = np.random.default_rng(0).choice(made.depths, (3, 40))
+    wanted[:, 0] = made.layers  # position 0 never leaves
+    ids = jnp.asarray(made.ids(wanted))
+    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), ids.shape)
+    routers, gate = made.exits.routers, made.exits.gate
+    out = run_depth(made.model, ids, positions, None, routers=routers, gate=gate)
+    np.testing.assert_array_equal(np.asarray(out.exit_layers) + 1, wanted)
+
+
+def test_the_chain_of_conditionals_is_the_step_when_rows_part() -> None:
+    made = steered(True)
+    cache = gpu_decode.filled_cache(made, 3, 5, 2)
+    ids, positions = jnp.asarray(made.ids([1, 2, 3])), jnp.full((3,), 5, jnp.int32)
+    running = jnp.asarray([True, True, False])
+    for active in (jnp.ones((3,), bool), running):
+        given = made.model, cache, ids, positions, active, made.exits
+        wanted, found = jax.jit(decode_step)(*given), jax.jit(gpu_decode.cond_chain_step)(*given)
+        np.testing.assert_array_equal(found.exit_layers, wanted.exit_layers)
+        assert found.layers_executed == wanted.layers_executed == (3 if active.all() else 2)
+        np.testing.assert_allclose(found.logits[active], wanted.logits[active], atol=1e-4)
+        if active.all():  # what is written for rows that do not run is never read
+            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), found.cache, wanted.cache)
+
+
+def test_mixes_come_to_the_depth_that_is_asked_for() -> None:
+    model = SimpleNamespace(config=SimpleNamespace(num_layers=32))
+    exits = SimpleNamespace(routers=SimpleNamespace(checkpoints=range(3, 31, 4)))
+    made = gpu_model.Steered(model, exits)
+    for wanted, chosen in zip((0.93, 0.93, 0.93, 0.92, 0.9), gpu_decode.mixes(made, 50).values(), strict=True):
+        assert chosen.mean() / 32 == pytest.approx(wanted)
+    prompts = gpu_prefill.mixes(made, 512, np.random.default_rng(0))
+    assert all(chosen[0] == chosen[-1] == 32 for chosen in prompts.values())
+    mixed = [chosen.mean() / 32 for name, chosen in prompts.items() if name[0].isdigit()]
+    assert mixed == pytest.approx([0.93, 0.93, 0.93, 0.92, 0.9], abs=2e-3)
+    (paper,) = (chosen for name, chosen in prompts.items() if "paper" in name)
+    assert np.sum(paper < 32) == 25
+    assert paper.min() == 12
+
+
+def test_implementations_are_compared_token_by_token() -> None:
+    model = tiny_decoder(tiny_config(num_layers=2))
+    routers, budget = random_routers(model.config, interval=1), gpu_timing.Budget(5, ["smollm2"])
+    rows = gpu_smollm2.compare(model, routers, [[3, 4, 5], [6, 7]], 0.5, 6, budget, ["propagate"])
+    assert [row["implementation"] for row in rows] == list(IMPLEMENTATIONS.names)
+    for row in rows:
+        if row["implementation"] in ("reference", "pallas_interpret"):
+            assert row["same_tokens"]
+            assert row["same_exits"]
+            assert 0 < row["tokens_that_leave"] < 1
+        else:
+            assert "runs on a GPU" in row["error"]
+
+
+# Hashes, the README, and what counts as proven.
+
+
+def test_the_hash_is_of_names_and_bytes_of_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "pallas_kernels" / "op"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text("one")
+    first = kernel_hash(tmp_path)
+    (folder / "proven.json").write_text("{}")
+    assert kernel_hash(tmp_path) == first
+    (folder / "a.py").write_text("two")
+    second = kernel_hash(tmp_path)
+    (folder / "a.py").rename(folder / "b.py")
+    assert len({first, second, kernel_hash(tmp_path)}) == 3
+
+
+def on_gpu(**changes: Any) -> Report:
+    """A report as a GPU might make it."""
+
+    def op(**fields: Any) -> Report:
+        given = {"op": "exit_step", "implementation": "pallas_triton", "dtype": "bfloat16", "D": 4096, "N": 1}
+        measured = {"us": 3.0, "floor_us": 1.0, "within_target": True, "speedup": 2.0}
+        return given | measured | {"max_error": 1e-7, "flips": 0, "right": True} | fields
+
+    def step(batch: int, variant: str, ms: float, **fields: Any) -> Report:
+        return {"batch": batch, "variant": variant, "ms_per_step": ms, "tokens_per_second": 1e3 / ms} | fields
+
+    def mix(batch: int, gain: float) -> Report:
+        return step(batch, "mean 0.930: 7 of 50 steps leave after 16", 5.0, gain=gain, mean_depth=0.93)
+
+    full = {"gain": 0.0, "floor_ms": 4.5, "share_of_floor": 0.9}
+    rows = [
+        step(1, "full depth", 5.0, **full),
+        step(1, "routers on, no exits", 5.03, gain=-0.006, overhead=0.006),
+        step(1, "forced 16", 2.7, gain=0.85, skip_efficiency=0.96, mean_depth=0.5),
+        mix(1, 0.067),
+        mix(8, 0.07),
+    ]
+    latency = {"tokens": 512, "variant": "286 of 512 tokens leave after 28", "latency_gain": 0.08, "mean_depth": 0.93}
+    paper = {"tokens": 512, "variant": "the paper's mix: 25", "latency_gain": 0.025, "mean_depth": 0.97}
+    machine = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-01", "python": "3.12", "versions": {"jax": "0.11.2"}}
+    return {
+        "platform": "gpu",
+        "tiny": False,
+        "kernels_sha256": "0123456789abcdef",
+        "machine": machine,
+        "roof": {"gb_s": 3000.0, "data_sheet_gb_s": 3352, "launch_us": 2.0},
+        "ops": [op(), op(N=16, speedup=0.9), op(implementation="reference", speedup=None)],
+        "decode": {"rows": rows},
+        "prefill": [latency, paper],
+        "smollm2": {"rows": []},
+    } | changes
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """What, and the columns behind it."""
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {line[0].removeprefix("| "): [line[2], line[3].removesuffix(" |").strip()] for line in lines[1:]}
+
+
+def write(path: Path, report: Report) -> Path:
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_without_a_gpus_results_every_row_is_not_yet_run(tmp_path: Path, report: Report) -> None:
+    missing = gpu_table(tmp_path / "none.json")
+    assert {tuple(row) for row in cells(missing).values()} == {("not yet run on a GPU", "")}
+    assert gpu_table(write(tmp_path / "cpu.json", report)) == missing, "a processor's results are no GPU's"
+    assert gpu_table(write(tmp_path / "tiny.json", on_gpu(tiny=True))) == missing
+    assert gpu_table(write(tmp_path / "other.json", on_gpu(platform="tpu"))) == missing
+
+
+def test_the_table_says_what_was_measured_and_whether_it_suffices(tmp_path: Path) -> None:
+    table = gpu_table(write(tmp_path / "gpu.json", on_gpu()), current="0123456789abcdef")
+    found = cells(table)
+    assert "stale" not in table
+    assert "NVIDIA H100 80GB HBM3, 2026-01-01" in table
+    assert found["exit step, N = 1, D = 4096"][1] == "yes"
+    assert found["exit step, N = 16, D = 4096"][1] == "no", "slower than jitted JAX"
+    assert found["exit step, N = 256, D = 4096"] == ["not yet run on a GPU", ""]
+    assert found["decode, full depth, batch 1"] == ["90%: 200.0 tokens/s, 5.00 ms (floor 4.50)", "yes"]
+    assert found["routers on, no exits, batch 1"] == ["+0.6%", "yes"]
+    assert found["routers on, no exits, batch 8"] == ["not yet run on a GPU", ""]
+    assert found["skip efficiency, batch 1"] == ["0.96 (16 layers)", "yes"]
+    assert found["prefill latency, mean depth 0.93"][1] == "yes"
+    assert found["throughput, batch 1, mean depth 0.93"][1] == "yes"
+    assert found["throughput, batch 8, mean depth 0.93"][1] == "no"
+    assert found["throughput, batch 8, mean depth 0.93"][0].endswith("the paper's figure: not reached")
+    assert found["prefill latency, mean depth 0.93"][0].endswith("the paper's figure: at mean depth 0.93")
+    assert found["prefill, the paper's mix"] == ["512 tokens: +2.5% of at most 3.0%", ""]
+
+
+def test_a_model_that_could_not_be_made_leaves_its_rows_open() -> None:
+    failed = {"error": "RESOURCE_EXHAUSTED: out of memory"}
+    found = {t["what"]: t["found"] for t in gpu_targets.evaluate(on_gpu(decode=failed, prefill=[failed]))}
+    assert found["prefill, the paper's mix"] is None
+    assert found["decode, full depth, batch 1"] is None
+
+
+def test_results_of_other_kernels_are_stale(tmp_path: Path) -> None:
+    table = gpu_table(write(tmp_path / "gpu.json", on_gpu()), current="ffff")
+    assert "**stale**" in table
+    assert cells(table)["routers on, no exits, batch 1"][0] == "+0.6% (stale)"
+    assert cells(table)["routers on, no exits, batch 8"][0] == "not yet run on a GPU"
+
+
+@pytest.mark.parametrize("changes", [{"share_of_floor": 0.79}, {"overhead": 0.011}, {"skip_efficiency": 0.94}])
+def test_targets_are_missed_by_a_little(changes: Report, tmp_path: Path) -> None:
+    report = on_gpu()
+    for row in report["decode"]["rows"]:
+        row |= {key: value for key, value in changes.items() if key in row}
+    met = [target["met"] for target in gpu_targets.evaluate(report)]
+    assert met.count(False) == [t["met"] for t in gpu_targets.evaluate(on_gpu())].count(False) + 1
+
+
+def proving(**changes: Any) -> Report:
+    """A report in which the first kernel of each operation was right everywhere, with `changes` in one row."""
+    rows = []
+    for op in gpu_op_table.OPS:
+        rows.append({"op": op.name, "implementation": "reference", "right": True})
+        rows += [{"op": op.name, "implementation": "pallas_triton", "right": True, "speedup": 1.5}] * 2
+        rows.append({"op": op.name, "implementation": "triton", "refused": "not here"})
+    rows[1] = rows[1] | changes
+    return {"ops": rows}
+
+
+def test_kernels_are_proven_where_all_of_their_rows_are_right() -> None:
+    every = {op.choices.operation: ["pallas_triton"] for op in gpu_op_table.OPS}
+    others = {name: kernels for name, kernels in every.items() if name != "exit_step"}
+    assert gpu_report.proven(proving()) == every
+    assert gpu_report.proven(proving(right=False)) == others
+    slow = proving()
+    slow["ops"][1:3] = [row | {"speedup": 0.9} for row in slow["ops"][1:3]]
+    assert gpu_report.proven(slow) == others
+    fitting = proving()
+    fitting["ops"].append({"op": "exit_step", "implementation": "pallas_triton", "D": 8, "refused": "too narrow"})
+    assert gpu_report.proven(fitting) == every, "what a kernel does not take is not held against it"
+
+    partly = proving()
+    del partly["ops"][2]["right"]
+    assert gpu_report.proven(partly) == others, "a row that was not run"
+    partly["ops"] = [row for row in proving()["ops"] if row["op"] != "exit_project, affine head"]
+    del every["exit_project"]
+    assert gpu_report.proven(partly) == every
+
+
+def test_what_is_proven_is_written_for_these_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PROVEN", tmp_path / "proven.json")
+    gpu_report.prove(on_gpu(**proving()), print)
+    written = json.loads((tmp_path / "proven.json").read_text())
+    assert written["kernels_sha256"] == "0123456789abcdef"
+    assert written["operations"] == gpu_report.proven(proving())
+    with pytest.raises(gpu_report.Refused, match="takes a GPU"):
+        gpu_report.prove(on_gpu(**proving(), platform="cpu"), print)
+
+
+def test_the_picture_needs_a_gpus_results(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = list[Any]()
+    monkeypatch.setattr(plot_gpu, "draw", lambda report, path: drawn.append(path))
+    for made, code in ((report, 1), (on_gpu(), 0)):
+        source = write(tmp_path / "gpu.json", made)
+        monkeypatch.setattr(sys, "argv", ["plot_gpu.py", str(source), str(tmp_path / "gain.svg")])
+        assert plot_gpu.main() == code
+    assert drawn == [tmp_path / "gain.svg"]
+
+
+def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def chosen() -> str:
+        exit_step(*given, layer=1, min_layers=least, eps=1e-5)
+        return names[-1]
+
+    names = list[str]()
+    *given, least = gpu_op_table.OPS[0].make(gpu_op_table.Shape(2, 8, "float32"), np.random.default_rng(0))
+    monkeypatch.setattr(api, "_function", lambda name: names.append(name) or reference.exit_step)
+    monkeypatch.setattr(selection, "_import_error", lambda module: None)
+    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["triton"]})
+    assert chosen() == "reference", "on a processor"
+    assert not caplog.records, "and that is nothing to warn of"
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    assert chosen() == "triton"
+    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_project": ["triton"]})
+    assert chosen() == "reference"
+
+
+def test_proven_kernels_are_these_very_ones() -> None:
+    proven = json.loads((ROOT / "pallas_kernels" / "proven.json").read_text())
+    assert not proven["operations"] or proven["kernels_sha256"] == kernel_hash(), "run verify_gpu.py --prove again"
+    assert selection._proven_kernels() == proven["operations"]
