@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tide_jax.generation.generate import decode_step, generate_tokens, prefill
     from tide_jax.generation.outputs import GenerateOutput, ScoreOutput
     from tide_jax.generation.stats import DraftStats, DriftReport, ExitStats
-    from tide_jax.lossless.draft_control import DraftControl, PassCosts
-    from tide_jax.lossless.pass_costs import measure_pass_costs
+    from tide_jax.lossless.control import DraftControl, PassCosts
+    from tide_jax.lossless.costs import measure_pass_costs
     from tide_jax.lossless.speculate import generate_lossless
     from tide_jax.model.architecture import DecoderConfig
     from tide_jax.model.cache import KVCache, init_cache
@@ -37,7 +37,7 @@ _HOMES = {
     "CalibrationConfig": "config",
     "Decoder": "model.decoder",
     "DecoderConfig": "model.architecture",
-    "DraftControl": "lossless.draft_control",
+    "DraftControl": "lossless.control",
     "DraftStats": "generation.stats",
     "DriftMonitor": "drift.monitor",
     "DriftReport": "generation.stats",
@@ -46,7 +46,7 @@ _HOMES = {
     "GenerateOutput": "generation.outputs",
     "GuaranteeError": "risk.statistics",
     "KVCache": "model.cache",
-    "PassCosts": "lossless.draft_control",
+    "PassCosts": "lossless.control",
     "RiskGuarantee": "config",
     "Routers": "exits.router",
     "ScoreOutput": "generation.outputs",
@@ -61,7 +61,7 @@ _HOMES = {
     "load": "model.files.checkpoint",
     "load_tokenizer": "model.files.checkpoint",
     "make_mesh": "model.sharding",
-    "measure_pass_costs": "lossless.pass_costs",
+    "measure_pass_costs": "lossless.costs",
     "prefill": "generation.generate",
     "shard": "model.sharding",
 }

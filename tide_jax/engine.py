@@ -282,19 +282,18 @@ class TIDE:
             raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
-        if mode == "full" or self._weights is None:
+        if mode in ("full", "lossless") or self._weights is None:
             return None
         thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
         gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
-        if mode == "lossless":  # drafts wait for their deep layers, which verify them
-            return Exits(self._weights, gate, False, "recompute")
         strategy = self.config.kv_strategy
         deferred = strategy == "propagate" and decoded_rows is not None and is_faster(self.model, decoded_rows)
         return Exits(self._weights, gate, self.config.prefill_exits, strategy, deferred)
 
     def _runner(self, mode: Mode | None) -> Runner:
-        shared = self.model, self._programs, self._implementation
-        return LosslessRunner(*shared, self._drafting) if mode == "lossless" else PlainRunner(*shared)
+        if mode == "lossless":
+            return LosslessRunner(self.model, self._programs, self._drafting)
+        return PlainRunner(self.model, self._programs, self._implementation)
 
     def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
         if not isinstance(monitor, DriftMonitor | None):

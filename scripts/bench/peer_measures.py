@@ -169,7 +169,7 @@ def _drafts(taken: Sequence[Sample]) -> dict[str, Any]:
     if not known:
         return {}
     total = {name: sum(drafts[name] for drafts in known) for name in known[0]}
-    accepted = total["ngram_accepted"] + total["exit_accepted"]
+    accepted = total["accepted"]
     return {"drafts": total, "accepted_per_pass": accepted / total["passes"]}
 
 

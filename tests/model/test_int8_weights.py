@@ -54,7 +54,7 @@ SWEEP = {
     )
     for name, config in ({name: CONFIGS[name] for name in FEW} | MORE).items()
 }
-FREE = PassCosts(*(np.asarray(a, np.float32) for a in ([1] * 3, [0] * 3, 0)))  # every draft is worth a try
+FREE = PassCosts(np.ones(3, np.float32), np.zeros(3, np.float32))  # every draft is worth a try
 FLOAT32 = jnp.dtype(jnp.float32)
 
 

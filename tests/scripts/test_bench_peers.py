@@ -45,8 +45,8 @@ def test_medians_of_made_up_runs() -> None:
         {
             "full": [sample(0, 1.5, [1, 2, 3]), sample(1, 2.5, [4, 5, 6])],  # 2 and 1 tokens/s after the first
             "lossless": [
-                sample(0, 1.0, [1, 2, 3], passes=2, ngram_accepted=1, exit_accepted=0),  # 4 tokens/s
-                sample(1, 1.0, [4, 5, 7], passes=2, ngram_accepted=1, exit_accepted=1),
+                sample(0, 1.0, [1, 2, 3], passes=2, accepted=1),  # 4 tokens/s
+                sample(1, 1.0, [4, 5, 7], passes=2, accepted=2),
             ],
             "eager": [],
         }

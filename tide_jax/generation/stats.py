@@ -57,23 +57,17 @@ class DraftStats:
     """What drafts came to in ``mode="lossless"``; drafts are counted over all rows.
 
     Attributes:
-      passes: passes over some or all layers, prefill included.
-      ngram_drafted, ngram_accepted: drafts copied from the rows' own text.
-      exit_drafted, exit_accepted: drafts of tokens that left early.
+      passes: passes of the full model, prefill included.
+      drafted, accepted: drafts that were verified, and those that held.
     """
 
     passes: int
-    ngram_drafted: int
-    ngram_accepted: int
-    exit_drafted: int
-    exit_accepted: int
+    drafted: int
+    accepted: int
 
     def summary(self) -> str:
         """A line for people."""
-        return (
-            f"lossless: {self.passes} passes; drafts accepted: {self.ngram_accepted} of {self.ngram_drafted} from the "
-            f"text, {self.exit_accepted} of {self.exit_drafted} from exits"
-        )
+        return f"lossless: {self.passes} passes; {self.accepted} of {self.drafted} drafts accepted"
 
 
 @dataclasses.dataclass(frozen=True)

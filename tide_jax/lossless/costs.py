@@ -1,4 +1,4 @@
-"""What passes over one, two or several tokens cost on this machine, for `tide_jax.lossless.draft_control`."""
+"""What passes over one, two or several tokens cost on this machine, for `tide_jax.lossless.control`."""
 
 from __future__ import annotations
 
@@ -11,33 +11,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from tide_jax.checks import whole_number
-from tide_jax.exits.recompute import pass_widths
-from tide_jax.exits.router import Routers
-from tide_jax.lossless.draft_control import PassCosts
-from tide_jax.model.cache import QUEUE_LENGTH
+from tide_jax.lossless.control import PassCosts
+from tide_jax.lossless.speculate import MOST_SLOTS
+from tide_jax.lossless.verify import pass_widths
 from tide_jax.model.decoder import Decoder
 
 _MOST_LAYERS = 8  # enough that their weights don't stay in a CPU's caches
 _REPEATS = 8
 
 
-def measure_pass_costs(
-    model: Decoder, routers: Routers | None = None, *, batch: int = 1, queue_length: int = QUEUE_LENGTH
-) -> PassCosts:
+def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST_SLOTS) -> PassCosts:
     """Times layers and the output head at every width a pass can have; seconds to a few, compilations included.
 
     Attention over earlier tokens is left out: it hardly depends on the width.
 
     Args:
-      routers: for the price of an exit, taken from the bytes that it reads.
       batch: rows.
-      queue_length: slots of the widest pass.
+      most_slots: slots of the widest pass.
 
     Raises:
-      TideError: a batch or queue of none.
+      TideError: a batch or pass of none.
     """
     batch = whole_number("batch", batch, 1)
-    widths = pass_widths(whole_number("queue_length", queue_length, 1))
+    widths = pass_widths(whole_number("most_slots", most_slots, 1))
     count = min(_MOST_LAYERS, len(model.layers))
     chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
     programs: dict[Any, Callable[..., Any]] = {}
@@ -56,9 +52,7 @@ def measure_pass_costs(
         # What else the machine does only adds, now to one width, now to another: medians were apart by half.
         return jnp.asarray([min(times[w][1:]) for w in widths], jnp.float32)
 
-    layer = least(layer_times)
-    share = _exit_bytes(routers) / max(_bytes(model.layers[0]), 1)
-    return PassCosts(layer, least(head_times), layer[0] * share)
+    return PassCosts(least(layer_times), least(head_times))
 
 
 def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,15 +75,3 @@ def _seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _exit_bytes(routers: Routers | None) -> float:
-    """Bytes that letting one token go reads: its exit head and the candidates' rows, on average over checkpoints."""
-    if routers is None or not routers.checkpoints:
-        return 0.0
-    heads = 0 if routers.heads is None else _bytes(routers.heads) / len(routers.checkpoints)
-    return heads + (0 if routers.candidates is None else _bytes(routers.candidates.rows))
