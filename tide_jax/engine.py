@@ -19,7 +19,8 @@ from tide_jax.config import ExitConfig, Mode
 from tide_jax.drift.monitor import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.errors import TideError
 from tide_jax.exits.deferred_fill import is_faster
-from tide_jax.exits.early_exit import DepthOutput, ExitGate
+from tide_jax.exits.depth import DepthOutput
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.router import Routers
 from tide_jax.generation.batch import (
     Rows,

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from convert.conversion import convert
 from convert.parity.reference import NEW_TOKENS, WHOLE_ROWS, Batch, Reference, random_batch
 from convert.verify import TOLERANCE
-from tide_jax.exits.early_exit import ExitGate, run_depth
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.router import Routers
 from tide_jax.model.cache import KVCache, init_cache
 from tide_jax.model.decoder import Decoder

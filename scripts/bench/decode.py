@@ -42,7 +42,7 @@ from scripts.bench.memory_floor import reader
 from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
 from tide_jax.exits.deferred_fill import is_faster
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits, Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import constant_routers

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import tide_jax
 from scripts.reporting import machine, save
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.texts import load_texts
 

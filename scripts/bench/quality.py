@@ -48,7 +48,7 @@ from scripts.bench.quality_generation import Generator
 from scripts.bench.quality_measures import Reference, Row, at_target, next_threshold, summarise
 from scripts.reporting import machine
 from tide_jax.config import KVStrategy, tilted_thresholds
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits
 from tide_jax.texts import load_texts
 

@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import tide_jax
-from tide_jax.exits.early_exit import run_depth
+from tide_jax.exits.depth import run_depth
 from tide_jax.generation.generate import Exits, Generated, Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.model.decoder import Decoder

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tide_jax.calibration.collect import Sample
-from tide_jax.exits.early_exit import run_depth
+from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import Batch
 from tide_jax.exits.router import Routers
 from tide_jax.generation.generate import Exits, run_exits

@@ -28,7 +28,7 @@ from scripts.gpu.compiled_program import LargeResult, float_copies, large_result
 from scripts.reporting import save
 from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
 from tide_jax.calibration.estimate import eight_billion
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
 from tide_jax.model.rounding import Weights, as_int8

@@ -25,8 +25,8 @@ from scripts.gpu.ops import OUT_OF_TIME, Roof, Row
 from scripts.gpu.timing import Budget, Spread, seconds
 from scripts.reporting import reason
 from tide_jax.config import layer_groups
-from tide_jax.exits.gate import Gating, TokenState, leave
-from tide_jax.exits.group_loop import GroupRows
+from tide_jax.exits.gate import Gating, TokenState, finish_group
+from tide_jax.exits.walk import GroupRows
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import Exits, StepOutput
 from tide_jax.model.attention.span import KeyValue
@@ -96,10 +96,10 @@ def cond_chain_step(
             y, new = model.layers[i](state.x, contexts, cache.layer(i))
             state = state._replace(x=y if alone else jnp.where(going, y, state.x))
             found.append(new)
-        return leave(model, groups, g, state, gating), rows.stack(found)
+        return finish_group(model, groups, g, state, gating), rows.stack(found, positions.shape[1])
 
     def fill(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
-        return state, rows.stack([model.layers[i].project_kv(state.x, contexts) for i in groups[g]])
+        return state, rows.stack([model.layers[i].project_kv(state.x, contexts) for i in groups[g]], positions.shape[1])
 
     state = TokenState.start(model.embed_tokens(tokens[:, None], positions), positions)
     found, executed = [], jnp.int32(0)

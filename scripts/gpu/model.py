@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from tide_jax.calibration.estimate import eight_billion
 from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.router import Router, Routers
 from tide_jax.generation.generate import Exits
 from tide_jax.model.decoder import Decoder, stored_parameters

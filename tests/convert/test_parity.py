@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-import tide_jax.exits.early_exit
 from convert.parity import measure as parity
 from convert.parity.measure import measure_parity
 from convert.parity.tiny import save_tiny
 from tide_jax.errors import TideError
+from tide_jax.exits.walk import Walk
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.layers import KeyValue
@@ -60,15 +60,15 @@ def test_a_cache_that_forgets(checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_skipped_layers_that_leave_nothing_behind(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def propagate(walk: Any, group: int, contexts: Any) -> Callable[[Any], Any]:
+    def projection(walk: Any, group: int, *arguments: Any) -> Callable[[Any], Any]:
         def fill(state: Any) -> Any:
-            state, rows = real(walk, group, contexts)(state)
+            state, rows = real(walk, group, *arguments)(state)
             return state, KeyValue(jnp.zeros_like(rows.keys), rows.values)
 
         return fill
 
-    real = tide_jax.exits.early_exit.MaskedWalk._propagate
-    monkeypatch.setattr(tide_jax.exits.early_exit.MaskedWalk, "_propagate", propagate)
+    real = Walk._projection
+    monkeypatch.setattr(Walk, "_projection", projection)
     assert wrong_paths(checkpoint) == {"mixed_exit"}
 
 

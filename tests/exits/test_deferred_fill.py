@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, t
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
 from tide_jax.config import AttentionType, RopeConfig
 from tide_jax.exits.deferred_fill import MOST_ROWS, is_faster
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation import generate
 from tide_jax.generation.generate import Exits, StepOutput
 from tide_jax.model.cache import QUEUE_LENGTH

@@ -13,7 +13,7 @@ from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits
 from tide_jax.model.cache import QUEUE_LENGTH
 from tide_jax.testing import constant_routers, random_routers, tiny_config

@@ -15,7 +15,8 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, init_cache
 from tide_jax.exits import cache_fill, survivors
-from tide_jax.exits.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.exits.depth import DepthOutput, run_depth
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.router import Routers
 from tide_jax.exits.survivors import survivor_sizes
 from tide_jax.generation import generate

@@ -15,7 +15,7 @@ from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefill
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.batch import pad_left
 from tide_jax.generation.generate import Exits, Prompt, Request, begin
 from tide_jax.generation.programs import Programs

@@ -16,7 +16,8 @@ from tiny_models import tiny_config, tiny_model
 
 from pallas_kernels import gpu, selection
 from pallas_kernels.exit_step import exit_step, mosaic_gpu
-from tide_jax.exits.early_exit import ExitGate, run_depth
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.gate import ExitGate
 from tide_jax.testing import random_routers
 
 DTYPES = [jnp.bfloat16, jnp.float16]

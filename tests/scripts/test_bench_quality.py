@@ -12,7 +12,7 @@ import quality_measures  # pyright: ignore[reportMissingImports]
 from tiny_models import random_prompts, tiny_model
 
 from tide_jax import TIDE, ExitConfig
-from tide_jax.exits.early_exit import ExitGate
+from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits
 from tide_jax.testing import random_routers, tiny_config
 

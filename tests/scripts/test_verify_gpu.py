@@ -30,7 +30,7 @@ from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, api, exit_step, 
 from scripts.gpu.kernel_hash import kernel_hash  # pyright: ignore[reportMissingImports]
 from scripts.gpu.table import gpu_table  # pyright: ignore[reportMissingImports]
 from tide_jax import decode_step
-from tide_jax.exits.early_exit import run_depth
+from tide_jax.exits.depth import run_depth
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.exits.early_exit import ExitGate, run_depth
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.router import Routers
 from tide_jax.model.decoder import Decoder
 

@@ -1,7 +1,6 @@
-"""The exit decision: which tokens leave at a checkpoint, and with what answer.
+"""The exit decision: which tokens exit after a group, and with what answer. `tide_jax.exits.walk` asks here.
 
-Deciding per token with a learned router follows TIDE (2026). Whoever runs the layers (`tide_jax.exits.early_exit`,
-`tide_jax.exits.survivors`, `tide_jax.exits.recompute`, `tide_jax.exits.deferred_fill`) asks here after each group.
+Deciding per token with a learned router follows TIDE (2026).
 """
 
 from __future__ import annotations
@@ -31,21 +30,26 @@ class ExitGate(NamedTuple):
 
 
 class TokenState(NamedTuple):
-    """Per-token part of a walk over the layers.
+    """The tokens of a walk over the layers. T of them decide; with a queue, S - T slots before them wait for layers.
 
     Attributes:
-      x: residual stream; "propagate" freezes it at the exit state once a token has left.
-      states: final-normed exit states, zero until a token has left.
+      x: residual stream of the slots; "propagate" freezes it at the exit state once a token has exited.
+      states: final-normed exit states, zero until a token has exited.
       code: what translators read of the exit state; None without translators.
-      active: tokens that have not left.
+      active: tokens that have not exited.
       exit_layers: index of the last layer each token ran; -1 before the first.
     """
 
-    x: Float[Array, "B T D"]
+    x: Float[Array, "B S D"]
     states: Float[Array, "B T D"]
     code: Float[Array, "B T R"] | None
     active: Bool[Array, "B T"]
     exit_layers: Int[Array, "B T"]
+
+    @property
+    def newest(self) -> Float[Array, "B T D"]:
+        """Residual stream of the tokens that decide."""
+        return self.x[:, self.x.shape[1] - self.active.shape[1] :]
 
     @classmethod
     def start(cls, x: Float[Array, "B T D"], positions: Int[Array, "B T"], code_size: int | None = None) -> TokenState:
@@ -68,13 +72,13 @@ class Gating(NamedTuple):
     implementation: str | None
 
     def decide(self, model: Decoder, checkpoint: int, state: TokenState) -> TokenState:
-        """Takes note that the active tokens have run the checkpoint's layer, freezes those that leave and projects
-        their output states."""
-        shape = state.active.shape
+        """Notes that the active tokens have run the checkpoint's layer, freezes those that exit and projects their
+        output states."""
+        shape, x = state.active.shape, state.newest
         router = self.routers.routers[checkpoint]
         looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
         step = exit_step(
-            state.x.reshape(-1, state.x.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
             router.down,
             router.down_bias,
             router.up,
@@ -89,9 +93,9 @@ class Gating(NamedTuple):
         passed, first = step.exits.reshape(shape), step.scores.reshape(shape)
         state = state._replace(exit_layers=step.exit_layers.reshape(shape))
 
-        def let_go(state: TokenState) -> TokenState:
+        def exit_some(state: TokenState) -> TokenState:
             answers = second_look(
-                model, self.routers, checkpoint, state.x, first, passed=passed, implementation=self.implementation
+                model, self.routers, checkpoint, x, first, passed=passed, implementation=self.implementation
             )
             exits = passed & (answers.scores > threshold)
             leaving = exits[:, :, None]
@@ -99,10 +103,10 @@ class Gating(NamedTuple):
             state = state._replace(active=state.active & ~exits)
             if state.code is None or self.routers.translators is None:
                 return state
-            code = self.routers.translators.code(checkpoint, state.x, eps=model.config.norm_eps)
+            code = self.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
-        return lax.cond(step.any_exits, let_go, lambda state: state, state)
+        return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
     def translated(
         self,
@@ -112,7 +116,7 @@ class Gating(NamedTuple):
         code: Float[Array, "B T R"] | None,
         exit_layers: Int[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """What a layer reads of tokens that have left, of whom `TokenState` tells these three."""
+        """Input of `layer` for tokens that already exited: their exit state, translated."""
         translators = self.routers.translators
         if translators is None or code is None:
             return x
@@ -120,18 +124,18 @@ class Gating(NamedTuple):
         return translators.translate(layer, x, code, number, eps=model.config.norm_eps)
 
 
-def leave(
+def finish_group(
     model: Decoder, groups: tuple[range, ...], group: int, state: TokenState, gating: Gating | None
 ) -> TokenState:
-    """Takes note that the active tokens have run a group, and lets those leave that need no more: after the last group
-    all of them, with the final norm."""
+    """Notes that the active tokens have run a group, and lets those exit that need no more: after the last group all of
+    them, with the final norm."""
     if group < len(groups) - 1 and gating is not None:
         return gating.decide(model, group, state)
     ran = jnp.int32(groups[group].stop - 1)
     state = state._replace(exit_layers=jnp.where(state.active, ran, state.exit_layers))
     if group < len(groups) - 1:
         return state
-    out = model.final_norm(state.x)
+    out = model.final_norm(state.newest)
     if gating is not None:
         out = jnp.where(state.active[:, :, None], out, state.states)
     return state._replace(states=out, active=jnp.zeros_like(state.active))

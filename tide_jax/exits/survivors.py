@@ -1,7 +1,7 @@
 """Deep layers on the tokens that are left, where many tokens run at once.
 
 While any token of a prompt goes on, the next group of layers has to run, and the masked loop
-(`tide_jax.exits.early_exit`) runs it for all tokens, those that have left included. Here the tokens that go on are
+(`tide_jax.exits.walk`) runs it for all tokens, those that have left included. Here the tokens that go on are
 brought together, in each row by itself, and queries, attention outputs and feed-forward blocks are computed for as many
 as the smallest of a few static sizes holds. Keys and values are still those of every token, at its own position: a
 token that has left is seen as its exit state, translated to the layer (`tide_jax.exits.translators`), so what a layer
@@ -11,6 +11,7 @@ the first, before which nobody leaves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.compact import IMPLEMENTATIONS, Partition, gather_rows, partition, scatter_rows
 from tide_jax.exits.cache_fill import fill_rows
-from tide_jax.exits.gate import Gating, TokenState, leave
-from tide_jax.exits.group_loop import Branch, GroupRows, Loop
+from tide_jax.exits.gate import Gating, TokenState, finish_group
+from tide_jax.exits.walk import Branch, GroupRows, Loop, Walk, run_groups
 from tide_jax.model.attention.grouped import AttentionContext
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
@@ -42,6 +43,15 @@ def survivor_sizes(tokens: int) -> tuple[int, ...]:
     return tuple(tokens * quarters // 4 for quarters in QUARTERS) if tokens >= LEAST_TOKENS else ()
 
 
+def run_survivors(walk: Walk, loop: Loop, more: Callable[[Loop], Array]) -> Loop:
+    """`Walk.run`, each group for as few tokens as hold those that are left."""
+    assert walk.gating is not None
+    contexts = walk.model.contexts(walk.positions, walk.cache)
+    fewer = Survivors(walk.model, walk.groups, walk.cache, walk.gating, walk.positions, contexts)
+    branches = [walk.branch(g, walk.positions.shape[1], contexts) for g in range(len(walk.groups))]
+    return run_groups(more, branches + fewer.branches(), loop, choose=fewer.choose)
+
+
 class Survivors(NamedTuple):
     """A walk over the layer groups with branches for fewer tokens.
 
@@ -58,11 +68,11 @@ class Survivors(NamedTuple):
     positions: Int[Array, "B T"]
     contexts: tuple[AttentionContext, ...]
 
-    def branches(self) -> list[Branch[TokenState]]:
+    def branches(self) -> list[Branch]:
         """Every group but the first, for each size; they follow the groups' own branches."""
         return [self._branch(g, size) for size in self._sizes for g in range(1, len(self.groups))]
 
-    def choose(self, loop: Loop[TokenState]) -> Int[Array, ""]:
+    def choose(self, loop: Loop) -> Int[Array, ""]:
         """The number of the branch that runs the next group for no more tokens than it has to."""
         most, count = jnp.max(jnp.sum(loop.state.active, axis=1, dtype=jnp.int32)), len(self.groups)
         smaller = sum((most <= size).astype(jnp.int32) for size in self._sizes)
@@ -73,7 +83,7 @@ class Survivors(NamedTuple):
     def _sizes(self) -> tuple[int, ...]:
         return survivor_sizes(self.positions.shape[1])
 
-    def _branch(self, g: int, size: int) -> Branch[TokenState]:
+    def _branch(self, g: int, size: int) -> Branch:
         """Runs group `g` for the active tokens, `size` of each row, then decides who of them leaves."""
 
         def run(state: TokenState) -> tuple[TokenState, KeyValue]:
@@ -86,8 +96,8 @@ class Survivors(NamedTuple):
                 cached = None if self.cache is None else self.cache.layer(i)
                 few = few._replace(x=self.model.layers[i].run_on(few.x, new[-1], asking, cached))
             gating = self.gating._replace(may_exit=_picked(self.gating.may_exit, rows, size))
-            few = leave(self.model, self.groups, g, few, gating)
-            return self._returned(state, few, rows), GroupRows(self.groups).stack(new)
+            few = finish_group(self.model, self.groups, g, few, gating)
+            return self._returned(state, few, rows), GroupRows(self.groups).stack(new, self.positions.shape[1])
 
         return run
 

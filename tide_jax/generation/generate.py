@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tide_jax.config import KVStrategy
 from tide_jax.errors import TideError
 from tide_jax.exits.deferred_fill import deferred_step
-from tide_jax.exits.early_exit import DepthOutput, ExitGate, run_depth
+from tide_jax.exits.depth import DepthOutput, run_depth
+from tide_jax.exits.gate import ExitGate
 from tide_jax.exits.recompute import recompute_step
 from tide_jax.exits.router import Routers
 from tide_jax.generation.finite import finite_rows
@@ -189,7 +190,7 @@ def run_exits(
     survivors: bool = False,
     implementation: str | None = None,
 ) -> DepthOutput:
-    """`tide_jax.exits.early_exit.run_depth` with routers and dials as one argument; None runs every layer."""
+    """`tide_jax.exits.depth.run_depth` with routers and dials as one argument; None runs every layer."""
     if exits is None:
         return run_depth(model, tokens, positions, cache, implementation=implementation)
     return run_depth(

@@ -29,7 +29,7 @@ _CREDIT_AT_FIRST, _MOST_CREDIT = 1.5, 8.0
 
 
 class PassCosts(NamedTuple):
-    """Seconds of a pass, by its slots a row: one, two, or the most (`tide_jax.lossless.verify.pass_widths`).
+    """Seconds of a pass, by its slots a row: one, two, or the most (`tide_jax.exits.queue.pass_widths`).
 
     Attributes:
       layer: of one layer.

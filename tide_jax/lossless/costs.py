@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tide_jax.checks import whole_number
+from tide_jax.exits.queue import pass_widths
 from tide_jax.lossless.control import PassCosts
 from tide_jax.lossless.speculate import MOST_SLOTS
-from tide_jax.lossless.verify import pass_widths
 from tide_jax.model.decoder import Decoder
 
 _MOST_LAYERS = 8  # enough that their weights don't stay in a CPU's caches

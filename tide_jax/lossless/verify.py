@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from tide_jax.exits.early_exit import run_depth
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.queue import pass_number, pass_widths
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import Request
 from tide_jax.generation.logit_rules import RowText, rule_on
@@ -69,23 +70,6 @@ class Verified(NamedTuple):
     ends: Int[Array, " B"]
     corrected: Bool[Array, " B"]
     cache: KVCache
-
-
-def pass_widths(most: int) -> tuple[int, ...]:
-    """Slots in the passes that are compiled: mostly there is one, and two rows are cheaper than eight.
-
-    >>> pass_widths(8), pass_widths(1)
-    ((1, 2, 8), (1,))
-    """
-    return tuple(sorted({1, min(2, most), most}))
-
-
-def pass_number(needed: Int[Array, "..."], most: int) -> Int[Array, "..."]:
-    """Index into `pass_widths` of the least width that holds so many slots."""
-    number = jnp.zeros_like(needed)
-    for width in pass_widths(most)[:-1]:
-        number += (needed > width).astype(number.dtype)
-    return number
 
 
 def answer(

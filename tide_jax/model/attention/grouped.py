@@ -1,7 +1,7 @@
 """Attention over cached and new tokens, and what its layers share within a forward pass.
 
 Layers read the cache and return the new key and value rows; whoever runs the layers writes the cache once (see
-`tide_jax.exits.early_exit`).
+`tide_jax.exits.depth`).
 """
 
 from __future__ import annotations
