@@ -13,7 +13,7 @@ _HOMES = {
     "export": "exporting",
     "open_config": "conversion",
     "open_model": "conversion",
-    "open_tokenizer": "reader",
+    "open_tokenizer": "sources.open",
 }
 
 __all__ = ["ConversionReport", "ExportReport", "convert", "export", "open_config", "open_model", "open_tokenizer"]

@@ -365,7 +365,7 @@ import tempfile
 from pathlib import Path
 import jax
 import numpy as np
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests/calibration", "tests/support"]
 from test_collect import CONFIG, Killed, config, dying, gather, work_folder
 
 work_folder._SECONDS = 0.0

@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch")
 TYPES = [model_type for model_type in FAMILIES if not model_type.endswith("_vl_text")]  # models of their own
 _WORDS = re.compile(r"\w+")
 _CODE = Path(__file__).parents[2] / "convert"
-_READERS = [_CODE / "rope.py", *_CODE.glob("families/*.py")]
+_READERS = [_CODE / "configuration" / "rope.py", *_CODE.glob("families/*.py")]
 READ_HERE = {word for path in _READERS for word in _WORDS.findall(path.read_text(encoding="utf-8"))}
 """Every word in the code that reads configurations: a key that is none of them cannot be obeyed."""
 KNOWN = {name for kind in FAMILIES for name in vars(CONFIG_MAPPING[kind]()) if name in READ_HERE}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bench_peers  # pyright: ignore[reportMissingImports]
-import peer_divergence  # pyright: ignore[reportMissingImports]
-import peer_measures as measures  # pyright: ignore[reportMissingImports]
-import peer_prompts  # pyright: ignore[reportMissingImports]
 import pytest
 
+from scripts.bench import peer_divergence, peer_prompts
+from scripts.bench import peer_measures as measures
+from scripts.bench import peers as bench_peers
 from tide_jax.testing import ByteTokenizer
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import quality_generation  # pyright: ignore[reportMissingImports]
-import quality_measures  # pyright: ignore[reportMissingImports]
 from tiny_models import random_prompts, tiny_model
 
+from scripts.bench import quality_generation, quality_measures
 from tide_jax import TIDE, ExitConfig
 from tide_jax.exits.gate import ExitGate
 from tide_jax.generation.generate import Exits

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scripts.gpu.compiled_program import (  # pyright: ignore[reportMissingImports]
+from scripts.gpu.compiled_program import (
     LargeResult,
     float_copies,
     large_results,

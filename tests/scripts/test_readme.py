@@ -20,7 +20,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_tables_are_what_the_results_say() -> None:
     check = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "readme_tables.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "scripts.readme.tables", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert check.returncode == 0, check.stderr
 

@@ -10,25 +10,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_decode  # pyright: ignore[reportMissingImports]
-import gpu_model  # pyright: ignore[reportMissingImports]
-import gpu_op_table  # pyright: ignore[reportMissingImports]
-import gpu_prefill  # pyright: ignore[reportMissingImports]
-import gpu_report  # pyright: ignore[reportMissingImports]
-import gpu_smollm2  # pyright: ignore[reportMissingImports]
-import gpu_targets  # pyright: ignore[reportMissingImports]
-import gpu_timing  # pyright: ignore[reportMissingImports]
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plot_gpu  # pyright: ignore[reportMissingImports]
 import pytest
-import verify_gpu  # pyright: ignore[reportMissingImports]
 
 from pallas_kernels import selection
 from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, api, exit_step, reference
-from scripts.gpu.kernel_hash import kernel_hash  # pyright: ignore[reportMissingImports]
-from scripts.gpu.table import gpu_table  # pyright: ignore[reportMissingImports]
+from scripts import verify_gpu
+from scripts.gpu import decode as gpu_decode
+from scripts.gpu import model as gpu_model
+from scripts.gpu import op_table as gpu_op_table
+from scripts.gpu import prefill as gpu_prefill
+from scripts.gpu import report as gpu_report
+from scripts.gpu import smollm2 as gpu_smollm2
+from scripts.gpu import targets as gpu_targets
+from scripts.gpu import timing as gpu_timing
+from scripts.gpu.kernel_hash import kernel_hash
+from scripts.gpu.table import gpu_table
+from scripts.plots import gpu as plot_gpu
 from tide_jax import decode_step
 from tide_jax.exits.depth import run_depth
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
