@@ -67,3 +67,25 @@ def llama_cpp_table() -> str:
         cells = [f"{prompt['times'][name]['ms']:.0f}" for name in _PARTS]
         lines.append(f"| {model['name']}, prompt of {prompt['tokens']}, ms | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def summary_table() -> str:
+    """What the README shows: the same rows, an engine a line."""
+    path = RESULTS / "llama_cpp.json"
+    if not path.exists():
+        return _NOT_MEASURED
+    report = json.loads(path.read_text())
+    batches = [part["batch"] for part in report["models"][0]["decoding"]]
+    header = [f"tokens/s, batch {batch}" for batch in batches] + ["prompt of 512 tokens, ms"]
+    lines = [
+        f"{where(report['machine'])}; one process, medians of alternating rounds, greedy.",
+        "",
+        f"| | {' | '.join(header)} |",
+        f"|---|{'---:|' * len(header)}",
+    ]
+    for model in report["models"]:
+        for name in _PARTS:
+            cells = [f"{1e3 * part['batch'] / part['times'][name]['ms']:.0f}" for part in model["decoding"]]
+            cells.append(f"{model['prompt']['times'][name]['ms']:.0f}")
+            lines.append(f"| {model['name']}: {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu.table import gpu_table
-from scripts.readme.products import llama_cpp_table, products_table
+from scripts.readme.products import llama_cpp_table, products_table, summary_table
 from scripts.readme.reliability import reliability_table
 from scripts.readme.speed import (
     RESULTS,
@@ -301,6 +301,7 @@ TABLES = {
     "long": long_table,
     "prefill": prefill_table,
     "start": start_table,
+    "summary": summary_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
     "tpu_aot": tpu_aot_table,
@@ -311,7 +312,7 @@ TABLES = {
     "quality_frontier": quality_frontier,
     "reliability": reliability_table,
 }
-_PAGES = ("families", "choosing_quality", "kernels", "reliability")
+_PAGES = ("families", "choosing_quality", "kernels", "reliability", "results")
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 
 

@@ -30,7 +30,7 @@ from scripts.reporting import machine, save
 
 FAILURES = ("refused at length", "raw", "nan", "memory", "crash", "time-out")
 OUTCOMES = ("refused", "accepted", *FAILURES)
-WORKER = "scripts.reliability.fuzz_worker"
+WORKER = ("-m", "scripts.reliability.fuzz_worker")
 _FRESH_AFTER = 400  # cases of one process: what it holds (modules, programs) grows
 _START_SECONDS = 300.0
 
@@ -71,7 +71,7 @@ class Worker:
     def _start(self) -> None:
         self.stop()
         self._answers, theirs = os.pipe()
-        command = [sys.executable, "-m", WORKER, *self._arguments]
+        command = [sys.executable, *WORKER, *self._arguments]
         self._process = subprocess.Popen(
             [*command, "--answers", str(theirs)],
             stdin=subprocess.PIPE,

@@ -123,7 +123,7 @@ def test_a_worker_that_dies_is_a_crash(tmp_path: Path, monkeypatch: pytest.Monke
         "    elif line == '1\\n': os.kill(os.getpid(), 9)\n"
         "    else: time.sleep(60)\n"
     )
-    monkeypatch.setattr(fuzz_files, "WORKER", program)
+    monkeypatch.setattr(fuzz_files, "WORKER", (str(program),))
     worker = fuzz_files.Worker(tmp_path, tmp_path, 10, 0.5)
     found = [worker.run(seed)["outcome"] for seed in (0, 1, 0, 2, 0)]
     worker.stop()
