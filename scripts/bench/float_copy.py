@@ -1,7 +1,6 @@
 """transformers' form of a source: its float32 weights in a folder of safetensors, as tide_jax reads its own.
 
-Taking weights out of a GGUF file costs transformers memory and time that belong to no generation, and a step with them
-takes it twice as long as with the same weights from safetensors: no comparison may rest on that.
+Taking weights out of a GGUF file costs transformers memory and time that belong to no generation.
 """
 
 from __future__ import annotations
