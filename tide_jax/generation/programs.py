@@ -141,7 +141,5 @@ def give_back_memory() -> None:
     Memory in use is not touched. The call takes milliseconds, after seconds of compiling. Other C libraries lack the
     function, and mostly don't need it.
     """
-    with contextlib.suppress(
-        OSError, AttributeError, TypeError
-    ):  # TypeError: Windows can't open the main program as a library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: CDLL(None) fails on Windows
         ctypes.CDLL(None).malloc_trim(0)
