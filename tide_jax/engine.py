@@ -325,6 +325,7 @@ class TIDE:
         key: PRNGKeyArray | None = None,
         **asked: Any,
     ) -> Call:
+        # Check the prompts and resolve the generation settings.
         config = self.model.config
         rows = to_rows(input_ids, attention_mask, config)
         choice = choose(config.generation, **asked)
@@ -348,6 +349,7 @@ class TIDE:
             max_new_tokens=jnp.int32(new),
             rules=make_rules(choice.settings, config.vocab_size),
         )
+        # Pad rows and columns to bucket sizes.
         width = bucket(int(rows.lengths.max()))
         lengths = pad_rows(rows.lengths, batch, 0)
         prompt = Prompt(jnp.asarray(pad_left(rows.rows, width, batch=batch)), jnp.asarray(lengths))

@@ -94,6 +94,7 @@ class Auditor(NamedTuple):
         """Argmaxes after each token of each sequence, and seconds of running; `exits=None` runs every layer."""
         batch = 1 << (len(sequences) - 1).bit_length()  # few compiled shapes
         width = bucket(max(len(s.tokens) for s in sequences))
+        # Right-padded rows; the prompt of each sequence may not exit.
         tokens, positions = np.zeros((batch, width), np.int32), np.full((batch, width), -1, np.int32)
         may_exit = np.zeros((batch, width), bool)
         for row, sequence in enumerate(sequences):
@@ -113,8 +114,8 @@ class DriftMonitor:
     >>> print(out.stats.drift.summary())                                        # doctest: +SKIP
 
     The choice of audited sequences depends only on the seed and their number, not on their content or batching. An
-    audit costs about a prefill of its sequence, or two if tokens were sampled or had a repetition penalty, since the
-    exits' argmaxes are then unknown. The expected cost for each sequence is `rate` times that.
+    audit costs about a prefill of its sequence, or two if tokens were sampled or changed by a repetition penalty or
+    rules, since the exits' argmaxes are then unknown. The expected cost for each sequence is `rate` times that.
 
     Args:
       rate: share of finished sequences to audit.
@@ -217,6 +218,7 @@ class DriftMonitor:
         low, high = self._sequence.interval()
         if self._status == "exceeded":
             return
+        # The promise is broken if either the test or the interval says so.
         if not self._test.exceeded and low <= self._test.risk:
             self._status = "ok" if high <= self._test.risk else "unknown"
             return

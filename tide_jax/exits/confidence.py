@@ -105,6 +105,7 @@ def features(
     in logits, and the log of the softmax normaliser.
     """
     logits = model.logits(states, candidates)
+    # The largest logit, and the largest of the others.
     best = jnp.max(logits, axis=-1)
     at = likeliest(logits)
     others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None, :] == at[:, :, None], -jnp.inf, logits)

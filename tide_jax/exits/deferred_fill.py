@@ -35,7 +35,8 @@ MOST_ROWS = 8
 def is_faster(model: Decoder, rows: int) -> bool:
     """Whether the engine defers the projection for a batch of `rows` rows.
 
-    It does on a CPU (other platforms were not measured), where the result is the same as without deferring.
+    It does for up to `MOST_ROWS` rows on a CPU (other platforms were not measured), without a mesh, and unless rotary
+    frequencies depend on the length, since deferring would then change the result.
     """
     on_cpu = all(device.platform == "cpu" for device in model.embed.kernel[...].devices())
     return rows <= MOST_ROWS and on_cpu and mesh_of(model) is None and not model.config.length_changes_rope
@@ -132,7 +133,7 @@ class _Deferred(NamedTuple):
         done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
         ran = jnp.where(done, cache.length + gone.astype(jnp.int32), pending.ran)
         cache = queue.filled(self.walk.rows.by_layer(rows), done)._replace(pending=pending._replace(ran=ran))
-        # The new slot is not in the cache yet: its rows join those of the loop.
+        # The new slot is appended only at the end of the step: its rows join those of the loop.
         own = (done & gone)[:, None, None, None, None, None]
         keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
         values = jnp.where(own, rows.values[:, :, :, :, -1:], loop.rows.values)

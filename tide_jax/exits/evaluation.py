@@ -47,10 +47,12 @@ def measure_exits(
     Returns:
       For each threshold: exit rate, mean depth, agreement, and the share of tokens that exit at each layer.
     """
+    # The full model's argmaxes, once for all thresholds.
     reference = [_argmax_full(model, batch) for batch in batches]
     counted = np.concatenate([np.asarray(batch.counted).reshape(-1) for batch in batches])
     wanted = np.concatenate([np.asarray(r).reshape(-1) for r in reference])[counted]
     results, bare = [], routers.without_metadata()
+    # One pass with exits for each threshold.
     for done, threshold in enumerate(thresholds, 1):
         gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
         outputs = [_argmax_with_exits(model, bare, batch, gate) for batch in batches]

@@ -113,7 +113,7 @@ class Gating(NamedTuple):
             code = self.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
-        # Most exit points let no token pass, and skip stage 2.
+        # Skip stage 2 if no token passed.
         return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
     def translated(

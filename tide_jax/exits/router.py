@@ -123,7 +123,7 @@ class RouterMetadata:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routers:
-    """Trained routers and exit heads of one model: a pytree.
+    """Trained routers, exit heads and translators of one model: a pytree.
 
     Attributes:
       routers: one for each exit point.

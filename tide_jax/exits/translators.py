@@ -23,7 +23,7 @@ class LayerTranslators(NamedTuple):
 
     Attributes:
       shift: added to every token, in units of the exit state's root mean square.
-      up: maps the code (see `Translators.code`) to the layer's input.
+      up: maps the code (see `Translators.code`) to what is added, in the same units.
     """
 
     shift: Float[Array, "C' D"]

@@ -89,6 +89,7 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
 
 
 def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    # A list of rows may have rows of different lengths, so ids and mask are read row by row.
     if isinstance(input_ids, (list, tuple)) and any(map(_is_row, input_ids)):
         ids = [_integers(row, 1) for row in input_ids]
         mask = [np.ones(len(row), bool) for row in ids] if attention_mask is None else _mask_rows(attention_mask)

@@ -45,6 +45,7 @@ def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **a
         raise TideError(
             f"generate has no argument {', '.join(unknown)}; settings of generation are {', '.join(SETTINGS)}"
         )
+    # Settings of the call: `generation_config`, overridden by the arguments.
     config = _config_values(generation_config)
     given = GenerationSettings(**{name: arguments.get(name) for name in SETTINGS})
     named = NOTHING_SAID
@@ -53,6 +54,7 @@ def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **a
         named.warn("generation_config")
     asked = {name: config.get(name) if arguments.get(name) is None else arguments.get(name) for name in _ASKED}
     own = named.updated(given)
+    # The checkpoint's settings fill in the rest.
     settings = checkpoint.updated(own)
     new_tokens = NEW_TOKENS if asked["max_new_tokens"] is None else asked["max_new_tokens"]
     sampling = _sampling(settings, own, _samples(asked["do_sample"], arguments.get("temperature"), own))

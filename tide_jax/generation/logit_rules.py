@@ -83,6 +83,7 @@ def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | No
       TideError: a token outside the vocabulary is forced, or every token is suppressed.
     """
     _check_choice(settings, vocab_size)
+    # Bad words of one token are a mask; longer ones have to be compared with the row's text.
     words = settings.bad_words_ids or ()
     single = [word[0] for word in words if len(word) == 1]
     several = [word for word in words if len(word) > 1]

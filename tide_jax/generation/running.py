@@ -102,6 +102,7 @@ def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num
     if call.count != 1:
         raise TideError(f"a streamer takes one prompt at a time, got {call.count}; use TIDE.stream for a batch")
     streamer.put(np.stack(call.rows.rows))
+    # Time the loop; compilation that happens inside is subtracted below.
     compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
     for step in runner.steps(call):
         streamer.put(step.tokens)

@@ -52,7 +52,7 @@ def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST
             head_times[width].append(_seconds(lambda x=x: head(x)))
 
     def least(times: dict[int, list[float]]) -> jax.Array:
-        # The minimum: other load on the machine only adds time, unevenly; medians differed by half between runs.
+        # The minimum: other load on the machine only adds time, unevenly; medians differed by half.
         return jnp.asarray([min(times[w][1:]) for w in widths], jnp.float32)
 
     return PassCosts(least(layer_times), least(head_times))

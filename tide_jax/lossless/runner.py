@@ -32,9 +32,11 @@ class LosslessRunner:
         out, seconds, compiled = self._programs.run(
             generate_lossless, (self._model,), arguments, capacity=call.capacity
         )
+        # The acceptance rates stay on the device, for the next call; the rest is fetched, without the padding rows.
         control, out = out.control, fetch(out._replace(control=None))
         check_finite(out.finite[:rows], self._model.dtype)
         self._known.learn(batch, control)
+        # Every token ran all layers.
         longest, last = int(np.max(out.lengths[:rows])), self._model.config.num_layers - 1
         made = np.arange(longest)[None] < out.lengths[:rows, None]
         return output(

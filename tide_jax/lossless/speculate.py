@@ -203,6 +203,7 @@ def generate_lossless(
         lambda s: advance_lossless(model, s, request, costs, most_slots=most_slots),
         state,
     )
+    # Cut the new tokens out of the rows.
     width, lengths = prompt.tokens.shape[1], state.ends - state.width
     made = jnp.arange(capacity, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.where(made, state.tokens[:, width : width + capacity], request.pad)

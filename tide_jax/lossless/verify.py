@@ -111,7 +111,7 @@ def answer(
 def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verified:
     """Accepts drafts that match the full model's tokens and rolls the cache back past the first mismatch.
 
-    A row with a mismatch gets the full model's token instead.
+    Behind its accepted drafts, each running row gets one token of the full model.
 
     Args:
       rows: the rows, drafts included.

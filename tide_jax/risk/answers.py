@@ -154,5 +154,6 @@ def _read(
         taken = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), taken - jax.nn.logsumexp(logits, axis=-1)
 
+    # The target of each token is the text's next token.
     argmax, log_probs = lax.map(answer, (out.states, jnp.roll(batch.tokens, -1, axis=1)))
     return argmax, log_probs, out.exit_layers

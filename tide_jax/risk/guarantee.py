@@ -220,6 +220,7 @@ def _test(
 
     def p_values() -> Iterator[float]:
         for number, threshold in enumerate(grid, 1):
+            # Loss and depth of every text at this threshold.
             step = stage(f"testing threshold {number} of at most {len(grid)}")
             losses, depths, tokens = np.zeros(len(samples)), np.zeros(len(samples)), np.zeros(len(samples), int)
             for i, answers in reader.answers(threshold, step):

@@ -182,6 +182,7 @@ def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitC
     stored = routers.exit_config
     default = min(ExitConfig.min_layers, model.config.num_layers)
     base = ExitConfig(min_layers=default) if stored is None else stored
+    # Overriding a setting drops the promise (`ExitConfig.__post_init__`); another precision does, too.
     config = dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})
     measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), model.precision
     if config.guarantee is not None and measured != dtype:

@@ -122,6 +122,7 @@ def score(
         batch = pack(group, rows, settings.max_length)
         out = jax.device_get(_score(model, routers.without_metadata(), batch))
         counted = np.asarray(batch.counted)
+        # Keep the counted tokens; those of one text share a weight of one text.
         scores.append(out[0][:, counted])
         right.append(out[1][:, counted])
         each = 1 / (len(samples) * np.maximum(counted.sum(axis=1), 1))
