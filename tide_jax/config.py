@@ -243,6 +243,9 @@ class CalibrationConfig:
       label: a token counts as exitable where the exit's argmax equals the full model's ("agreement"), or where the
         exit state's cosine with the last state exceeds `convergence_threshold` ("cosine", the TIDE paper's).
       reservoir_bytes: memory for sampled hidden states; text that does not fit is sampled uniformly.
+      validation_fraction: share of the text that is held out for validation and the report.
+      learning_rate, weight_decay, max_epochs: AdamW settings of router training.
+      patience: router training stops after this many epochs without improvement on validation text.
       exit_threshold, min_layers: exit settings that the report includes.
       seed: determines all randomness.
     """

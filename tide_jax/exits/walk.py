@@ -170,9 +170,7 @@ class Walk(NamedTuple):
             # Run the layers. An exited token keeps its exit state, so that its rows equal those of state propagation
             # even while other tokens run the layer.
             rows, active = [], state.active[:, :, None]
-            everyone = (
-                self.gating is None or self.runs_on or active.size == 1
-            )  # a single token that runs a group is active
+            everyone = self.gating is None or self.runs_on or active.size == 1  # a lone token is active
             for i in self.groups[g]:
                 reads = x if everyone else jnp.where(active, x, self.exit_input(i, state))
                 y, new = self.model.layers[i](reads, seen, None if self.cache is None else self.cache.layer(i))

@@ -29,7 +29,7 @@ class Scored(NamedTuple):
     Attributes:
       scores: exit scores.
       right: whether exiting there gives the full model's argmax.
-      weights: weights that count each text equally, however long; they sum to 1.
+      weights: one over the counted tokens of the token's text, so that all texts count equally; they sum to 1.
     """
 
     scores: Float[np.ndarray, "C N"]
