@@ -1,6 +1,6 @@
-"""Configuration of the exits: when tokens leave, how routers are trained, which layers are skipped together.
+"""Configuration of exits: exit settings, calibration settings, guarantees, and the layer groups between exit points.
 
-The decoder's own configuration is `tide_jax.model.architecture.DecoderConfig`; its classes can be imported from here
+The decoder's own configuration, `tide_jax.model.architecture.DecoderConfig`, and its parts can be imported from here,
 too.
 """
 
@@ -35,23 +35,23 @@ Mode = Literal["exit", "lossless", "full"]
 
 @dataclasses.dataclass(frozen=True)
 class RiskGuarantee:
-    """What was promised for a setting of the exits, and what was measured for it.
+    """A promise about exit settings, with the measurements behind it.
 
     With probability 1 - `delta` over the draw of the texts, the mean loss of a new text of the same kind is at most
-    `risk`, for the model and routers it was measured with.
+    `risk`, for the model and routers of the measurement.
 
     Attributes:
-      risk: promised mean loss of a text: a share of tokens ("disagreement"), nats ("nll"), or the callable's own.
+      risk: promised mean loss of a text: a share of tokens ("disagreement"), nats ("nll"), or the callable's own unit.
       delta: probability that the promise fails.
       loss: "disagreement", "nll" or the callable's name.
-      sequences, tokens: texts tested on, and their counted tokens.
-      p_value: of the hypothesis that the risk is exceeded; at most `delta`.
-      observed: mean loss of those texts, in the unit of `risk`.
+      sequences, tokens: number of test texts, and of their counted tokens.
+      p_value: p-value of the hypothesis that the risk is exceeded; at most `delta`.
+      observed: mean loss of the test texts, in the unit of `risk`.
       depth: mean share of the layers that counted tokens ran.
       max_length: tokens read of each text.
       bound: increase of a text's mean loss at which "nll" is clipped, in nats; 1.0 for other losses.
-      exit_threshold, threshold_tilt, min_layers, kv_strategy, prefill_exits: the `ExitConfig` it holds for, and no
-        other.
+      exit_threshold, threshold_tilt, min_layers, kv_strategy, prefill_exits: the `ExitConfig` fields that the promise
+        is valid for; it is void for any others.
 
     Raises:
       TideError: a value outside its range.
@@ -74,7 +74,7 @@ class RiskGuarantee:
     threshold_tilt: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.exit_threshold, list):  # as JSON has it
+        if isinstance(self.exit_threshold, list):  # from JSON
             object.__setattr__(self, "exit_threshold", tuple(self.exit_threshold))
         if not 0.0 < real_number("bound", self.bound) < math.inf:
             raise TideError(f"bound={self.bound!r} must be a number of nats above 0")
@@ -102,12 +102,12 @@ class RiskGuarantee:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields of `ExitConfig` that it holds for."""
+        """The fields of `ExitConfig` that the promise is valid for."""
         names = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy", "prefill_exits")
         return {name: getattr(self, name) for name in names}
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line to print."""
         bound, observed = f"{self.risk:.4g}", f"{self.observed:.4g}"
         what = f"a mean loss ({self.loss}) of at most {bound}"
         if self.loss == "disagreement":
@@ -130,7 +130,7 @@ class RiskGuarantee:
         """Inverse of `to_dict`.
 
         Raises:
-          TideError: unknown or missing fields, values they can't have, or a p-value above delta.
+          TideError: unknown or missing fields, invalid values, or a p-value above delta.
         """
         try:
             found = cls(**values)
@@ -145,25 +145,24 @@ class RiskGuarantee:
 
 @dataclasses.dataclass(frozen=True)
 class ExitConfig:
-    """When a token may leave the decoder early. Changing any field but `kv_strategy` and `prefill_exits` never
-    recompiles.
+    """Exit settings of the engine; only `kv_strategy` and `prefill_exits` recompile when they change.
 
     Attributes:
-      exit_threshold: a token exits at the first checkpoint whose score exceeds it, in [0, 1]; one number, or one for
-        each checkpoint. The score is the router's, or that of the second look at tokens which the router lets pass; the
-        others have none and stay.
-      min_layers: layers every token runs, at the least.
-      kv_strategy: how the cache of skipped layers is filled: "propagate" projects keys and values from the exit
-        state with the token's true position (CALM, Schuster et al. 2022, section 3.3); "recompute" keeps exit states
-        and runs the skipped layers for all of them at once when a later token needs these layers, or many wait: keys
-        and values are then the full model's, and an exit costs nothing but its own answer.
-      prefill_exits: let prompt tokens exit too, and run deep layers only on the prompt tokens that are left
+      exit_threshold: a token exits at the first exit point where its score exceeds the threshold, in [0, 1]; one
+        number, or one for each exit point. The score is the router's. With a second look it is the second look's score
+        for tokens that pass the router's screen; the others stay.
+      min_layers: layers that every token runs at least.
+      kv_strategy: how the cache of skipped layers is filled. "propagate" projects keys and values from the exit state,
+        at the token's true position (CALM, Schuster et al. 2022, section 3.3). "recompute" keeps exit states and runs
+        the skipped layers for all of them at once when a later token needs these layers, or many wait. Keys and values
+        are then the full model's, so an exit affects nothing but its own answer.
+      prefill_exits: lets prompt tokens exit, too, and runs deep layers only for the prompt tokens that have not exited
         (`tide_jax.exits.survivors`). By default the prompt runs at full depth.
-      guarantee: what `tide_jax.guarantee` certified for these very settings; with any others it is dropped.
-      threshold_tilt: how much more sure a deep checkpoint has to be than a shallow one, in [0, 1]; needs one number as
-        `exit_threshold`. At 0 that holds for all; at 1 what may go wrong at a checkpoint is in proportion to the
-        layers that leaving there saves, and `exit_threshold` is what holds halfway through the model (see
-        `tilted_thresholds`).
+      guarantee: the promise that `tide_jax.guarantee` certified for exactly these settings; dropped for any others.
+      threshold_tilt: how much higher the threshold of a deep exit point is than that of a shallow one, in [0, 1];
+        requires a single number as `exit_threshold`. At 0 all thresholds are `exit_threshold`. At 1 the allowed
+        probability of error is in proportion to the layers that exiting there saves, and `exit_threshold` applies
+        halfway through the model (see `tilted_thresholds`).
     """
 
     exit_threshold: float | tuple[float, ...] = 0.85
@@ -188,12 +187,12 @@ class ExitConfig:
         check_choice("kv_strategy", self.kv_strategy, KVStrategy)
         if not isinstance(self.guarantee, RiskGuarantee | None):
             raise TideError(f"guarantee={self.guarantee!r} must be a RiskGuarantee or None")
-        # Here rather than wherever fields are changed: no `dataclasses.replace` can carry a promise to other settings.
+        # `dataclasses.replace` runs this, too, so it can't carry a promise over to other settings.
         if self.guarantee is not None and any(getattr(self, n) != v for n, v in self.guarantee.settings.items()):
             object.__setattr__(self, "guarantee", None)
 
     def thresholds(self, checkpoints: tuple[int, ...], num_layers: int) -> tuple[float, ...]:
-        """What a token's score is compared with at each checkpoint."""
+        """Exit threshold at each exit point."""
         if isinstance(self.exit_threshold, tuple):
             return self.exit_threshold
         return tilted_thresholds(self.exit_threshold, self.threshold_tilt, checkpoints, num_layers)
@@ -207,7 +206,7 @@ class ExitConfig:
         """Inverse of `to_dict`.
 
         Raises:
-          TideError: unknown fields, or values they can't have.
+          TideError: unknown fields, or invalid values.
         """
         if not isinstance(values, dict):
             raise TideError(f"exit settings {values!r} are no table of fields; calibrate again")
@@ -224,27 +223,31 @@ class ExitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationConfig:
-    """How routers and exit heads are fitted to a frozen model.
+    """Settings of calibration: how routers, exit heads and translators are fitted to a frozen model.
 
     Attributes:
-      checkpoint_interval: a router sits after every this many layers, never after the last.
-      calibration_samples: texts to read at the most.
+      checkpoint_interval: layers between routers; there is never one after the last layer.
+      calibration_samples: most texts to read.
       max_length: tokens read of each text.
       batch_size: texts in a forward pass.
       router_bottleneck_dim: hidden width of the router's MLP.
-      exit_strategy: "identity" reads the exit state as it is; "affine" maps it with a fitted affine head first.
+      exit_strategy: "identity" passes the exit state to the final norm unchanged; "affine" maps it with a fitted affine
+        head first.
       exit_head_rank: rank of the affine heads' correction to the identity; None is full rank.
-      exit_head_steps: gradient steps that tune affine heads on the full model's predictions after the closed form
+      exit_head_steps: gradient steps that tune affine heads on the full model's predictions after the closed-form fit
         (tuned lens); 0 for none.
-      confidence_candidates: frequent tokens over which a second look at tokens that routers let pass takes logits;
-        0 leaves the decision to the routers.
-      translator_rank: rank of the maps from exit states to what skipped layers would have read, from which their keys
-        and values are projected; 0 for shifts only, None for the exit state as it is.
+      confidence_candidates: number of frequent tokens whose logits the second look computes; 0 lets the routers decide
+        alone.
+      translator_rank: rank of the maps from exit states to the inputs of skipped layers, from which keys and values are
+        projected; 0 for shifts only, None projects from the exit state unchanged.
       label: a token counts as exitable where the exit's argmax equals the full model's ("agreement"), or where the
         exit state's cosine with the last state exceeds `convergence_threshold` ("cosine", the TIDE paper's).
-      reservoir_bytes: memory for sampled hidden states; more text than fits is sampled uniformly.
-      exit_threshold, min_layers: dial for which the report states expected exits.
-      seed: everything random follows from it.
+      reservoir_bytes: memory for sampled hidden states; text that does not fit is sampled uniformly.
+      validation_fraction: share of the text that is held out for validation and the report.
+      learning_rate, weight_decay, max_epochs: AdamW settings of router training.
+      patience: router training stops after this many epochs without improvement on validation text.
+      exit_threshold, min_layers: exit settings that the report includes.
+      seed: determines all randomness.
     """
 
     checkpoint_interval: int = 4
@@ -290,11 +293,12 @@ class CalibrationConfig:
 def tilted_thresholds(
     threshold: float, tilt: float, checkpoints: tuple[int, ...], num_layers: int
 ) -> tuple[float, ...]:
-    """A threshold for each checkpoint from one dial.
+    """Thresholds of all exit points from one threshold and a tilt.
 
-    A score estimates the probability that leaving is right. To lose least agreement for the layers saved, a token
-    should leave where ``1 - score`` is under a price for each layer that it would skip: the Lagrangian of that trade,
-    leaving aside that a later checkpoint may be surer. `threshold`, which holds halfway through the model, sets it.
+    A score estimates the probability that exiting is right. To lose the least agreement for the layers saved, a token
+    should exit where ``1 - score`` is below a price times the layers it would skip. This is the Lagrangian of that
+    trade-off, ignoring that a later exit point may have a higher score. `threshold` sets the price: it is the threshold
+    halfway through the model. `tilt` interpolates between one threshold for all (0) and this rule (1).
 
     >>> tilted_thresholds(0.8, 0.0, (1, 3, 5), 8)
     (0.8, 0.8, 0.8)
@@ -308,7 +312,7 @@ def tilted_thresholds(
 
 
 def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:
-    """0-based layers that carry a router: every `interval`-th, never the last (nothing is left to skip there).
+    """Exit points: every `interval`-th layer, 0-based, but never the last, after which there is nothing to skip.
 
     >>> checkpoint_layers(8, 4)
     (3,)
@@ -319,7 +323,7 @@ def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:
 
 
 def layer_groups(num_layers: int, checkpoints: tuple[int, ...]) -> tuple[range, ...]:
-    """The layers between two checkpoints, in order: the units that can be skipped.
+    """Layer groups: the layers between two exit points, in order, which are skipped together.
 
     >>> layer_groups(6, (1, 3))
     (range(0, 2), range(2, 4), range(4, 6))

@@ -1,4 +1,4 @@
-"""TIDE: a model, its routers and an exit configuration, ready to generate and to score."""
+"""TIDE: the engine that generates and scores text with a model, its routers and an exit configuration."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ class TIDE:
 
     Args:
       model: the decoder, frozen.
-      routers: trained routers; without them every call runs full depth.
-      config: thresholds, minimum depth and cache policy.
+      routers: trained routers; without them every call runs at full depth.
+      config: thresholds, minimum depth and cache strategy.
       implementation: of the kernels around an exit, see `pallas_kernels`; None chooses by platform.
-      mesh: devices to run on, from `tide_jax.make_mesh`: the model, routers and cache are split over "model", rows over
-        "data" where their number divides. None runs where the model lies, on a mesh if it was loaded onto one. With
-        several processes (`jax.distributed`) all of them make the same calls, and all get the results.
-      max_programs: compiled programs to keep, for all engines that `with_config` makes of this one; of more, the one
-        not used for the longest time is dropped, and compiled again when it is needed. Lengths, batch sizes and numbers
-        of stop ids are rounded up, so that calls share programs: a batch of up to 16 rows runs as it is, a larger one
-        in steps of an eighth of an octave.
+      mesh: devices to run on, from `tide_jax.make_mesh`. The model, routers and cache are split over the axis "model",
+        rows over "data" if their number is divisible. None runs where the model lies, on a mesh if it was loaded onto
+        one. With several processes (`jax.distributed`), all of them must make the same calls, and all get the results.
+      max_programs: compiled programs to keep, shared by all engines that `with_config` makes of this one. Beyond that,
+        the least recently used program is dropped, and compiled again when needed. Lengths, batch sizes and numbers of
+        stop ids are rounded up so that calls share programs: a batch of up to 16 rows runs as it is, a larger one is
+        rounded up in eight steps for each power of two.
 
     Raises:
-      TideError: the routers belong to a model of another depth or width, `min_layers` exceeds the depth, or there is
-        not one threshold for each checkpoint, or the implementation can't run here, or `mesh` has no axes "data" and
-        "model".
+      TideError: the routers belong to a model of another depth or width; `min_layers` exceeds the depth; the number of
+        thresholds is not that of the exit points; the implementation can't run here; or `mesh` lacks the axes "data"
+        and "model".
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class TIDE:
         self._check()
 
     def with_config(self, **changes: Any) -> TIDE:
-        """The same engine with other `ExitConfig` fields; compiled programs are shared, and nothing recompiles but for
-        another `kv_strategy` or `prefill_exits`.
+        """A copy of the engine with other `ExitConfig` fields, sharing compiled programs.
 
-        A `guarantee` stays only where the settings it was certified for do.
+        Only a new `kv_strategy` or `prefill_exits` recompiles. A `guarantee` is kept only if the settings it was
+        certified for stay the same.
 
         Raises:
-          TideError: no such field, or a value it can't have.
+          TideError: unknown field, or an invalid value.
         """
         known = [field.name for field in dataclasses.fields(ExitConfig)]
         if unknown := sorted(set(changes) - set(known)):
@@ -139,34 +139,34 @@ class TIDE:
     ) -> GenerateOutput:
         """Continues prompts.
 
-        What is not given comes from `generation_config`, then from the checkpoint's generation_config.json: rules
-        always, dials of sampling where sampling is asked for. Without `do_sample` or a temperature decoding is greedy,
-        whatever the checkpoint's `do_sample` says.
+        Arguments not given come from `generation_config`, then from the checkpoint's generation_config.json: rules
+        always, sampling settings only when sampling. Without `do_sample` or a temperature, decoding is greedy, whatever
+        the checkpoint's `do_sample` says.
 
         Args:
           input_ids: int array [B, T] or [T], or a list of unequal lists.
           attention_mask: [B, T], 0 where `input_ids` is padding (on either side).
-          max_new_tokens: tokens to produce at the most, default 128; clipped, with a warning logged, where the context
-            ends.
-          mode: "exit" (default when there are routers), "full", or "lossless": the tokens of "full", from drafts that
-            the full model verifies wherever that is faster (`tide_jax.lossless.speculate`). Its first call at a batch
-            size measures what passes cost, in seconds.
-          temperature, top_k, top_p, min_p: of sampling, see `tide_jax.generation.sampling`. A temperature above 0 asks
-            for sampling, 0 is greedy.
+          max_new_tokens: most tokens to generate, default 128; clipped at the end of the context, with a warning
+            logged.
+          mode: "exit" (default with routers), "full" (default without), or "lossless". "lossless" generates the tokens
+            of "full", but verifies drafts where that is faster (`tide_jax.lossless.speculate`). Its first call at a
+            batch size spends some seconds measuring the costs of passes.
+          temperature, top_k, top_p, min_p: sampling settings, see `tide_jax.generation.sampling`. A temperature above 0
+            turns sampling on, 0 is greedy.
           repetition_penalty: see `tide_jax.generation.sampling`; 1 for none.
           eos_token_id: an id, a list of ids, or a list of ids for each row; default: the model's. ``[]`` for none.
-          pad_token_id: written after a row's end; default: the model's, else 0.
-          key: randomness, required for sampling.
+          pad_token_id: id written after a row's end; default: the model's, else 0.
+          key: random key, required for sampling.
           streamer: an object with ``put(array)`` and ``end()``, such as transformers' TextStreamer; one row only.
           monitor: audits a share of the finished rows; see `tide_jax.DriftMonitor`. Ignored without exits.
-          do_sample: True samples, with temperature 1 where nothing else is said; False is greedy.
-          generation_config: settings under transformers' names, its `GenerationConfig` or a dictionary.
+          do_sample: True samples, at temperature 1 unless another is set; False is greedy.
+          generation_config: settings under transformers' names: its `GenerationConfig` or a dictionary.
           rules: the other fields of `tide_jax.model.generation_settings.GenerationSettings`: `no_repeat_ngram_size`,
             `bad_words_ids`, `min_length`, `min_new_tokens`, `forced_bos_token_id`, `forced_eos_token_id`,
-            `suppress_tokens`, `begin_suppress_tokens`. 0, -1 or ``[]`` turns off what the checkpoint asks for.
+            `suppress_tokens`, `begin_suppress_tokens`. 0, -1 or ``[]`` turns off a rule of the checkpoint.
 
         Raises:
-          TideError: bad input, in one line.
+          TideError: invalid input; the message is one line.
         """
         call = self._call(
             input_ids,
@@ -185,7 +185,7 @@ class TIDE:
             generation_config=generation_config,
             **rules,
         )
-        # As scoring has them, so that every batch size is audited by one program.
+        # Audits run as scoring does, so one compiled program serves every batch size.
         watched = None if monitor is None or mode == "lossless" else self._exits(mode)
         self._watch(monitor, watched)
         if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
@@ -195,6 +195,7 @@ class TIDE:
             out = runner.whole(call)
         else:
             out = stream_to(streamer, runner, call, self._programs, self.model.config.num_layers)
+        # Hand the finished rows to the monitor, which runs some of them again at full depth.
         if monitor is None:
             return out
         prompts, prompt_exits = call.rows.rows, self.config.prefill_exits
@@ -202,8 +203,10 @@ class TIDE:
         return out._replace(stats=self._audited(out.stats, monitor, watched, finished))
 
     def stream(self, input_ids: Any, **arguments: Any) -> Iterator[StreamStep]:
-        """Yields each step's tokens as soon as they are made; arguments as in `generate`, but for `streamer`
-        and `monitor`, which needs a finished row."""
+        """Yields the tokens of each step as soon as they are generated.
+
+        Arguments are those of `generate` without `streamer`, and without `monitor`, which needs finished rows.
+        """
         call = self._call(input_ids, **arguments)
         return self._runner(arguments.get("mode")).steps(call)
 
@@ -216,18 +219,19 @@ class TIDE:
         prompt_lengths: Any = 0,
         monitor: DriftMonitor | None = None,
     ) -> ScoreOutput:
-        """Scores every token of every row in one pass: the definition that decoding follows.
+        """Scores all tokens of all rows in one pass, with the same exit decisions as decoding.
 
         Args:
           input_ids, attention_mask: as in `generate`.
-          mode: "exit" (default when there are routers) or "full"; "lossless" scores as "full" does.
-          prompt_lengths: leading tokens of each row, int or [B], that run at full depth, as a prompt does in
+          mode: "exit" (default with routers) or "full"; "lossless" scores like "full".
+          prompt_lengths: number of leading tokens of each row, int or [B], that run at full depth, like a prompt in
             `generate`. The token at position 0 always does.
           monitor: as in `generate`.
 
         Raises:
-          TideError: bad input, in one line.
+          TideError: invalid input; the message is one line.
         """
+        # Pad rows and columns to bucket sizes.
         rows = to_rows(input_ids, attention_mask, self.model.config)
         batch, width = rows.mask.shape
         positions = pad_rows(positions_of(rows.mask, bucket(width)), self._rows(batch), -1)
@@ -246,6 +250,7 @@ class TIDE:
         (out, logits, finite), seconds, compiled = self._programs.run(
             _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self._implementation
         )
+        # Check the result, and cut the padding off.
         exit_layers, finite = fetch((out.exit_layers, finite))
         check_finite(finite[:batch], self.model.dtype)
         exit_layers = exit_layers[:batch, :width]
@@ -320,6 +325,7 @@ class TIDE:
         key: PRNGKeyArray | None = None,
         **asked: Any,
     ) -> Call:
+        # Check the prompts and resolve the generation settings.
         config = self.model.config
         rows = to_rows(input_ids, attention_mask, config)
         choice = choose(config.generation, **asked)
@@ -333,7 +339,7 @@ class TIDE:
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
         batch = self._rows(len(rows.rows))
         exits = self._exits(mode, batch)
-        # Last: it may log a warning, and an error should come alone.
+        # After all other checks: this may log a warning, which should not precede an error.
         new = self._fit_context(rows, choice.max_new_tokens)
         request = Request(
             sampling=sampling,
@@ -343,6 +349,7 @@ class TIDE:
             max_new_tokens=jnp.int32(new),
             rules=make_rules(choice.settings, config.vocab_size),
         )
+        # Pad rows and columns to bucket sizes.
         width = bucket(int(rows.lengths.max()))
         lengths = pad_rows(rows.lengths, batch, 0)
         prompt = Prompt(jnp.asarray(pad_left(rows.rows, width, batch=batch)), jnp.asarray(lengths))
@@ -352,14 +359,14 @@ class TIDE:
         return tree if self._mesh is None else shard(tree, self._mesh)
 
     def _rows(self, count: int) -> int:
-        """Rows of the compiled programs that run `count` of them."""
+        """Batch size of the compiled programs for `count` rows."""
         return row_bucket(count, 1 if self._mesh is None else self._mesh.shape[DATA])
 
     def _fit_context(self, rows: Rows, max_new_tokens: int) -> int:
-        """New tokens of the row that has room for the most; each ends where its own context does."""
+        """Clips `max_new_tokens` to the row with most room in the context; each row ends at its own limit."""
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, low=1)
         context = self.model.config.context_length
-        # The last new token is never run through the model, so it needs no position.
+        # The last new token never runs through the model, so it needs no position.
         room = context + 1 - rows.lengths.astype(np.int64)
         if clipped := int(np.sum(room < max_new_tokens)):
             logger.warning(
@@ -373,7 +380,7 @@ class TIDE:
 
 
 def _check_key(key: Any) -> None:
-    """Raises TideError for what is no key of JAX's, new style or old."""
+    """Raises TideError unless `key` is None or a single JAX key, of the new style or the old."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     new = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     if key is not None and not new and not (dtype == np.uint32 and shape in ((2,), (4,))):

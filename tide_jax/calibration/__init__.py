@@ -1,1 +1,1 @@
-"""Training of routers, translators and exit heads, the model frozen."""
+"""Training of routers, exit heads and translators on a frozen model."""

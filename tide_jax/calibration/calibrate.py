@@ -1,4 +1,4 @@
-"""Calibration: from a frozen model and text to trained routers, with what they do on held-out text."""
+"""Calibration: trains routers on a frozen model and text, and measures them on held-out text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tide_jax.exits.router import Candidates, RouterMetadata, Routers, model_ide
 from tide_jax.model.decoder import Decoder
 
 SWEEP = (0.7, 0.8, 0.9, 0.95, 0.99)
-"""Thresholds the report states expected exits for."""
+"""Thresholds that the report includes."""
 
 
 def calibrate(
@@ -40,45 +40,47 @@ def calibrate(
     work_dir: str | Path | None = None,
     mesh: Mesh | None = None,
 ) -> Routers:
-    """Trains routers (and exit heads) on a frozen model.
+    """Trains routers, exit heads and translators on a frozen model.
 
-    One pass over the text keeps a bounded, uniform sample of hidden states. On one part of it affine heads are fitted
-    in closed form and tuned on the full model's predictions, and translators fitted for the cache of skipped layers;
-    on another routers and their second look (`tide_jax.exits.confidence`) are trained by binary cross-entropy; a third
-    chooses the ridge strength and when to stop, and the report is measured on its texts. Position 0 is left out. The
-    recipe is TIDE's (2026); the default label is whether the exit's argmax is the full model's, since on real models
-    states hardly ever come within the paper's cosine of the last one before the last layer.
+    One pass over the text keeps a bounded, uniform sample of hidden states, split by text into three parts. On the
+    first, affine heads are fitted in closed form and tuned on the full model's predictions, and translators are fitted
+    for the cache of skipped layers. On the second, routers and their second look (`tide_jax.exits.confidence`) are
+    trained by binary cross-entropy. The third chooses the ridge strength and when to stop, and the report is measured
+    on its texts. Position 0 is left out. The recipe is TIDE's (2026). The default label is whether the exit's argmax
+    equals the full model's, since on real models states rarely come within the paper's cosine of the last state before
+    the last layer.
 
     Args:
       model: the decoder; not changed.
       tokenizer: called on each text, ``tokenizer(text)["input_ids"]``; unused for texts given as token ids.
       texts: strings, sequences of token ids, or `tide_jax.calibration.collect.Sample`s; `tide_jax.texts` makes them
         from files, data sets and the model itself.
-      config: how; default `CalibrationConfig()`.
+      config: calibration settings; default `CalibrationConfig()`.
       source: a name for the data, recorded in the metadata.
-      progress: called with (stage, done, total); for the reading pass also when it starts, with what an interrupted
-        run has done of it.
-      work_dir: an empty or missing folder in an existing one. The reading pass keeps what it has there, and when run
-        again with the same model, texts in the same order, and configuration, goes on where it was (the texts are
-        tokenised again and compared); what is fitted afterwards may differ. Up to `reservoir_bytes` stay in the
-        folder, so that other fits need not read again: delete it when the routers are good. None keeps all in memory.
-      mesh: devices that share the reading pass: rows of a batch are split over the axis "data", so its size should
-        be a multiple of the devices (`batch_size` counts texts over all of them). Every device holds the whole model,
-        unless the mesh has an axis "model", too (`tide_jax.make_mesh`): then each holds its part.
-        The same tokens are kept whatever the mesh; their states may differ in the last float16 bit.
+      progress: called with (stage, done, total). For the reading pass it is also called at the start, with the part
+        that an interrupted run has done.
+      work_dir: a folder for the state of the reading pass, empty or missing, in an existing folder. A run with the same
+        model, texts in the same order, and configuration resumes the pass there. It tokenises and compares the texts
+        again; what is fitted after the pass may differ. Up to `reservoir_bytes` stay in the folder, so that other fits
+        need not read again: delete it when the routers are good. None keeps everything in memory.
+      mesh: devices that share the reading pass. Rows of a batch are split over the axis "data", so `batch_size`, which
+        counts texts over all devices, should be a multiple of its size. Every device holds the whole model, unless the
+        mesh also has an axis "model" (`tide_jax.make_mesh`): then each holds its part. The same tokens are kept on
+        every mesh; their states may differ in the last float16 bit.
 
     Returns:
-      Routers; `.report` holds what was measured, by checkpoint and by threshold.
+      Routers; `.report` holds the measurements by exit point and by threshold.
 
     Raises:
-      TideError: the model has too few layers for a checkpoint, or there is too little text; `work_dir`
-        belongs to another model, text or configuration, is damaged or can't be written; `mesh` has no axis "data".
+      TideError: the model has too few layers for an exit point; there is too little text; `work_dir` belongs to another
+        model, text or configuration, is damaged or can't be written; or `mesh` has no axis "data".
     """
     instance_of("model", model, Decoder)
     instance_of("config", config, CalibrationConfig, or_none=True)
     if work_dir is not None:
         path_like("work_dir", work_dir)
     depth = model.config.num_layers
+    # Resolve the configuration against the model.
     config = config or CalibrationConfig(min_layers=min(CalibrationConfig.min_layers, depth))
     if config.min_layers > depth:
         raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
@@ -90,6 +92,7 @@ def calibrate(
             f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
             f"{model.config.num_layers} layers; lower it"
         )
+    # Read the text, train, and measure.
     samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
     collected = collect(model, samples, checkpoints, config, progress, work_dir=work_dir, mesh=mesh)
     routers, labels, held_out = _fit(model, collected, checkpoints, config, progress)
@@ -104,7 +107,7 @@ def calibrate(
 
 
 def check_ranks(config: CalibrationConfig, width: int) -> None:
-    """Raises TideError for a rank that the model's width can't have; a default one is taken for as much as fits."""
+    """Raises TideError for a rank above the model's width; a default rank is allowed, and means the width."""
     for name in ("exit_head_rank", "translator_rank"):
         rank = getattr(config, name)
         if rank is not None and rank > width and rank != getattr(CalibrationConfig, name):
@@ -118,7 +121,8 @@ def _fit(
     config: CalibrationConfig,
     progress: Progress | None,
 ) -> tuple[Routers, Bool[np.ndarray, "C N"], Bool[np.ndarray, "C M"]]:
-    """Everything that is trained, and the labels of the routers' and the validation tokens."""
+    """Trains everything; returns routers and the labels of the routers' and the validation tokens."""
+    # Exit heads and translators, on their own texts.
     splits, heads, translators = collected.splits, None, None
     if config.exit_strategy == "affine":
         heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress)
@@ -129,6 +133,7 @@ def _fit(
             model, collected.fitting, checkpoints, config.translator_rank, config.reservoir_bytes, progress
         )
     routers = Routers((), heads, checkpoints, translators)
+    # Routers. A part of their tokens is held back for the second look.
     labels = label_tokens(model, routers, splits.routers, config, progress)
     held_out = label_tokens(model, routers, splits.validation, config, progress)
     looked = int(len(splits.routers) * HELD_BACK) if config.confidence_candidates else 0
@@ -136,6 +141,7 @@ def _fit(
     states = splits.routers.states
     trained = train_routers(states[:, own], labels[:, own], splits.validation.states, held_out, config, progress)
     routers = dataclasses.replace(routers, routers=trained)
+    # The second look, on the tokens held back.
     if looked:
         ids = frequent(splits.routers.targets, model.config.vocab_size, config.confidence_candidates)
         routers = dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)))
@@ -157,7 +163,7 @@ def _report(
     config: CalibrationConfig,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """What the routers do on the validation split: by checkpoint, and by threshold with the engine itself."""
+    """Measurements on the validation split: by exit point from its states, by threshold with the engine's own pass."""
     depth, checkpoints = model.config.num_layers, routers.checkpoints
     states = collected.splits.validation.states
     scores = final_scores(model, routers, states)
@@ -192,9 +198,15 @@ def expected_exits(
     threshold: float,
     min_layers: int,
 ) -> dict[str, Any]:
-    """Exits at a threshold if every token's past ran at full depth: share that leaves, mean depth, and the share of
-    tokens whose label holds where they left (full depth always holds). What exits do to the cache of later tokens is
-    left out here; `tide_jax.exits.evaluation.measure_exits` has it in."""
+    """Expected exits at a threshold if all earlier tokens ran at full depth.
+
+    This ignores the effect of exits on the cache of later tokens; `tide_jax.exits.evaluation.measure_exits` includes
+    it.
+
+    Returns:
+      Share of tokens that exit, mean depth, the share of tokens with a true label at their exit (full depth counts as
+      true), and the share of tokens that exit at each layer.
+    """
     allowed = np.asarray([layer + 1 >= min_layers for layer in checkpoints])
     leaves = (scores > threshold) & allowed[:, None]
     exits = leaves.any(axis=0)
@@ -211,7 +223,7 @@ def expected_exits(
 
 
 def auc(scores: Float[np.ndarray, " N"], labels: Bool[np.ndarray, " N"]) -> float | None:
-    """Area under the ROC curve, ties counted half; None when all labels are equal.
+    """Area under the ROC curve, ties counted half; None if all labels are equal.
 
     >>> auc(np.asarray([0.1, 0.4, 0.8]), np.asarray([False, True, True]))
     1.0

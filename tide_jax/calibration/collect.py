@@ -1,8 +1,8 @@
-"""One pass of a frozen model over text: hidden states at the checkpoints, into bounded reservoirs.
+"""The reading pass: runs a frozen model over text and samples hidden states at the exit points into reservoirs.
 
-Everything but the states is settled before the pass starts: which texts run together, which tokens are kept and where
-(`tide_jax.calibration.reading_plan`). So logits are computed and states leave the device for kept tokens alone, the
-next batch runs while the last one is stored, and an interrupted pass can go on at any batch.
+A plan decides before the pass which texts run together, and which tokens are kept and where
+(`tide_jax.calibration.reading_plan`). So logits are computed and states copied from the device only for kept tokens,
+the next batch runs while the last one is stored, and an interrupted pass can resume at any batch.
 """
 
 from __future__ import annotations
@@ -38,21 +38,25 @@ from tide_jax.model.sharding import mesh_context
 __all__ = ["Collected", "Progress", "Sample", "Splits", "collect", "tokenise"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, how much is done and how much there is (0 when unknown)."""
+"""Called with a stage's name, the amount done, and the total amount (0 if unknown)."""
 
 MIN_TOKENS = 64
-"""Fewer usable tokens than this in any split is no sample to train on."""
+"""Fewest usable tokens of each split."""
 
 HELD_OUT_TEXTS = (16, 24)
-"""Validation texts kept whole: at least and at most; between, one for every twelve texts read. Each is run once for
-every threshold of the report, which would otherwise take longer than everything else."""
+"""Least and most validation texts kept whole; in between, one for every twelve texts read.
+
+Each runs once for every threshold of the report. Without a limit that would take longer than all other stages."""
 
 _CHUNK = 256  # tokens whose logits are in memory at once
 
 
 class Splits(NamedTuple):
-    """Disjoint samples, split by text. Heads and routers learn from different texts: a head agrees too often on the
-    text it was fitted to, and a router trained there would trust it too much."""
+    """Disjoint samples of hidden states, split by text.
+
+    Heads and routers learn from different texts: a head agrees too often with the full model on the text it was fitted
+    to, so a router trained there would exit too often.
+    """
 
     heads: Reservoir
     routers: Reservoir
@@ -60,14 +64,14 @@ class Splits(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """What one pass over the text leaves.
+    """Result of the reading pass.
 
     Attributes:
       splits: sampled hidden states.
-      held_out: batches of validation texts, for measuring with the engine; bounded in number.
-      fitting: batches of the heads' texts (the routers' where there are no heads to fit), for what is fitted on whole
-        texts; bounded in number.
-      counts: texts and tokens read.
+      held_out: batches of validation texts, for measuring with the engine's own pass; bounded in number.
+      fitting: batches of the heads' texts (the routers', if no heads are fitted), for fits that read whole texts;
+        bounded in number.
+      counts: number of texts and tokens read.
     """
 
     splits: Splits
@@ -77,13 +81,13 @@ class Collected(NamedTuple):
 
 
 FITTING_TEXTS = 96
-"""Texts kept whole for fits that read them again."""
+"""Most texts kept whole for fits that read them again."""
 
 
 def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vocab_size: int) -> Iterator[Sample]:
-    """Up to `calibration_samples` texts as token ids, cut at `max_length`; those under two tokens are passed over.
+    """Tokenises up to `calibration_samples` texts, cut at `max_length`; skips texts without a token to learn from.
 
-    A text is a string, a `Sample`, or a sequence of token ids (the last two need no tokenizer).
+    A text is a string, a `Sample`, or a sequence of token ids; the last two need no tokenizer.
 
     Raises:
       TideError: a text is none of these, or holds a token id outside the vocabulary.
@@ -128,26 +132,36 @@ def collect(
     work_dir: str | Path | None = None,
     mesh: Mesh | None = None,
 ) -> Collected:
-    """Reads tokenised texts: all of them into memory as token ids first (8 bytes a token), then through the model.
+    """Runs tokenised texts through the model and samples hidden states.
+
+    All token ids are read into memory first (8 bytes a token).
 
     Args:
+      model: the decoder.
+      samples: tokenised texts.
+      checkpoints: layers of the exit points.
+      config: calibration settings.
+      progress: called with (stage, done, total).
       work_dir: see `tide_jax.calibrate`.
       mesh: see `tide_jax.calibrate`.
 
     Raises:
-      TideError: no text, or too little of it; a mesh without an axis "data"; a folder that holds something else.
+      TideError: no text, or too little; a mesh without an axis "data"; a `work_dir` with other content.
     """
     placement = Placement.of(mesh)
     texts = [Sample(np.asarray(ids, np.int32), start) for ids, start in samples]
-    # A larger batch would be padding. One of no texts is an error below.
+    # A batch larger than all texts would only be padding. No text at all is an error below.
     config = dataclasses.replace(config, batch_size=min(config.batch_size, max(1, len(texts))))
+    # Split the texts, and check that every split has enough tokens.
     counts = {"texts": len(texts), "tokens": sum(len(ids) - start for ids, start in texts)}
     owners, seen = assign(texts, _shares(config))
     _check_enough(seen, counts, config)
+    # Plan the pass, and run what the folder does not have yet.
     folder = None if work_dir is None else WorkFolder(work_dir, _identity(model, texts, checkpoints, config))
     splits = _reservoirs(model, len(checkpoints), seen, config, folder)
     plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
     _read(placement, model, plan, splits, checkpoints, folder, progress)
+    # Draw the texts that are kept whole.
     rng, fitted = np.random.default_rng(config.seed), _HEADS if seen[_HEADS] else _ROUTERS
     counted = (_VALIDATION, np.clip(len(texts) // 12, *HELD_OUT_TEXTS)), (fitted, FITTING_TEXTS)
     drawn = (np.sort(rng.permutation(np.flatnonzero(owners == owner))[:most]) for owner, most in counted)
@@ -170,7 +184,7 @@ def _batch(texts: list[Sample], config: CalibrationConfig) -> Batch:
 def _identity(
     model: Decoder, texts: list[Sample], checkpoints: tuple[int, ...], config: CalibrationConfig
 ) -> dict[str, Any]:
-    """Everything the outcome of a reading pass depends on."""
+    """Everything that determines the result of a reading pass; the work folder stores it."""
     names = ("max_length", "batch_size", "reservoir_bytes", "seed")
     return {
         "model": f"{fingerprint(model)} in {model.precision}",
@@ -224,7 +238,7 @@ def _read(
     folder: WorkFolder | None,
     progress: Progress | None,
 ) -> None:
-    """Runs the batches of a plan that its folder does not have yet. One batch is stored while the next one runs."""
+    """Runs the batches of a plan that the folder does not have yet; one batch is stored while the next runs."""
     waiting = list[tuple[int, _States]]()
     stored = functools.partial(_checksum, plan, splits)
     first = 0 if folder is None else folder.done(len(plan.batches), stored)
@@ -232,6 +246,7 @@ def _read(
     texts = sum(len(batch) for batch in plan.batches[:first])
     if progress is not None:
         progress("reading text", texts, total)
+    # Storing a batch blocks on the device, so the next batch is started before the last one is stored.
     placed = placement.model(model)
 
     def finish(number: int, out: _States) -> None:
@@ -256,7 +271,7 @@ def _read(
 
 
 def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits, dtype: Any) -> None:
-    """Puts the kept tokens of a batch where they belong. Raises TideError where the model, in `dtype`, overflowed."""
+    """Stores the kept tokens of a batch in their reservoirs. Raises TideError if a last state is not finite."""
     states, last, targets = map(np.asarray, out)
     places, owners, slots = plan.kept(number, _CHUNK)
     check_finite(np.isfinite(last[places]), dtype)
@@ -267,7 +282,7 @@ def _store(plan: ReadingPlan, number: int, out: _States, splits: Splits, dtype: 
 
 
 def _checksum(plan: ReadingPlan, splits: Splits, number: int) -> int:
-    """CRC-32 of what the reservoirs hold of a batch. No slot belongs to two batches."""
+    """CRC-32 of a batch's tokens in the reservoirs; no slot belongs to two batches."""
     _, owners, slots = plan.kept(number, _CHUNK)
     checksum = 0
     for i, split in enumerate(splits):
@@ -276,7 +291,7 @@ def _checksum(plan: ReadingPlan, splits: Splits, number: int) -> int:
 
 
 class _States(NamedTuple):
-    """Normed states of picked tokens at the checkpoints and after the last layer, and the model's argmax."""
+    """Normed states of picked tokens at the exit points and after the last layer, and the full model's argmax."""
 
     states: Float16[Array, "C N D"]
     last: Float16[Array, "N D"]
@@ -291,7 +306,15 @@ def _states(
     *,
     checkpoints: tuple[int, ...],
 ) -> _States:
-    """States of the `picked` tokens: places within each of S equal parts of the batch, in K chunks of N."""
+    """States of picked tokens.
+
+    Args:
+      model: the decoder.
+      tokens: token ids.
+      positions: position of each token, -1 for padding.
+      picked: places of the picked tokens within each of S equal parts of the batch, in K chunks of N.
+      checkpoints: layers of the exit points.
+    """
     shards, chunks, count = picked.shape
 
     def pick(x: Float[Array, "B T D"]) -> Float[Array, "S M D"]:
@@ -302,6 +325,7 @@ def _states(
     states = [_normed(model, pick(residuals[layer])) for layer in checkpoints]
     last = pick(residuals[-1])
     rows = model.final_norm(last).reshape(shards, chunks, count, last.shape[-1]).swapaxes(0, 1)
+    # One chunk's logits at a time.
     targets = lax.map(lambda chunk: jnp.argmax(model.logits(chunk), axis=-1).astype(jnp.int32), rows)
     return _States(jnp.stack(states), _normed(model, last), targets.swapaxes(0, 1).reshape(-1))
 

@@ -1,4 +1,4 @@
-"""Training the second look: a small network a checkpoint, on tokens that the routers have not learned from."""
+"""Trains the second look: one small network for each exit point, on tokens that no router was trained on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tide_jax.exits.router import SCREEN_LEVELS, Confidence, Routers
 from tide_jax.model.decoder import Decoder
 
 HELD_BACK = 0.3
-"""Share of the routers' tokens for the second look: a router is too sure of those it has seen."""
+"""Share of the routers' tokens held back for the second look: a router is overconfident on its training tokens."""
 
 _HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
-_LOST = 0.02  # of the tokens that a look would put above a level, this share may be screened out
+_LOST = 0.02  # share of the tokens with a second-look score above a level that its screen may reject
 
 
 def train_confidence(
@@ -31,12 +31,15 @@ def train_confidence(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[Confidence, ...]:
-    """One network for each checkpoint, by binary cross-entropy.
+    """Trains the second look's network of each exit point by binary cross-entropy.
 
     Args:
-      routers: with routers, heads and candidates.
+      model: the decoder.
+      routers: trained routers and heads, with candidates.
       states: RMS-normed states of tokens that neither heads nor routers were trained on.
-      labels: whether leaving there is right.
+      labels: whether exiting there is right.
+      seed: seed of the initial weights.
+      progress: called with (stage, done, total).
     """
     looks = []
     for c in range(len(states)):
@@ -49,7 +52,7 @@ def train_confidence(
 
 
 def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "C N"]:
-    """What thresholds are compared with, for RMS-normed states."""
+    """Scores that exit thresholds apply to, for RMS-normed states."""
     bare = routers.without_metadata()
 
     def scores(checkpoint: int) -> np.ndarray:
@@ -82,7 +85,8 @@ _features = jax.jit(_compute, static_argnames="checkpoint")
 
 
 def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:
-    """The network on standardised features, the standardisation folded into its first layer afterwards."""
+    """Trains a network on standardised features, then folds the standardisation into its first layer."""
+    # Standardise the features; the network starts at the log odds of the labels.
     mean, scale = jnp.mean(found, axis=0), jnp.maximum(jnp.std(found, axis=0), 1e-3)
     rate = float(np.clip(labels.mean(), 1e-4, 1 - 1e-4))
     width = found.shape[1]
@@ -94,6 +98,7 @@ def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array)
         up_bias=jnp.float32(np.log(rate / (1 - rate))),
     )
     look = _descend(look, (found - mean[None, :]) / scale[None, :], jnp.asarray(labels, jnp.float32))
+    # Fold the standardisation into the first layer.
     down = look.down / scale[:, None]
     return look._replace(down=down, down_bias=look.down_bias - jnp.dot(mean, down, precision="highest"))
 
@@ -114,8 +119,11 @@ def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array,
 
 
 def _screens(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, " levels"]:
-    """For each level the router score that all but a few of the tokens above it exceed, but never more than the level:
-    what the router itself takes for so likely is always looked at. 1 where no token is above the lowest level."""
+    """Screen of each level: the router score that all but `_LOST` of the tokens with a final score above it exceed.
+
+    A screen never exceeds its level, so tokens whose router score exceeds the level always get a second look. All
+    screens are 1 if no token's final score exceeds the lowest level.
+    """
     final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (look.logit(found), found[:, 0]))
     if not (final > SCREEN_LEVELS[0]).any():
         return jnp.ones((len(SCREEN_LEVELS),), jnp.float32)

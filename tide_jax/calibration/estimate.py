@@ -1,4 +1,4 @@
-"""How long calibration should take on an accelerator, from counts of tokens, operations and bytes."""
+"""Estimates the time of calibration on an accelerator from counts of tokens, operations and bytes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tide_jax.calibration.tuned_heads import BATCH, VOCABULARY
 from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers
 from tide_jax.model.decoder import abstract_parameters
 
-_RIDGES = 5  # strengths of an affine head's fit that are tried
+_RIDGES = 5  # ridge strengths tried for an affine head
 
 
 class Accelerator(NamedTuple):
-    """What an estimate assumes of a machine.
+    """Assumed speed of a machine.
 
     Attributes:
-      name: of the device.
-      peak_flops: bfloat16 matrix products a second, dense, as its maker states them.
-      utilisation: share of that which a forward pass reaches.
-      float32_flops: the same for the fits' float32 products, without tensor cores.
-      float32_utilisation: share of that which they reach.
-      transfer_bytes: bytes a second between host and device that are reached.
+      name: name of the device.
+      peak_flops: dense bfloat16 operations a second of matrix products, from the data sheet.
+      utilisation: share of `peak_flops` that a forward pass reaches.
+      float32_flops: float32 operations a second of the fits' products, without tensor cores, from the data sheet.
+      float32_utilisation: share of `float32_flops` that the fits reach.
+      transfer_bytes: bytes a second between host and device, as reached in practice.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Accelerator(NamedTuple):
 
 
 H100 = Accelerator("H100 SXM", 989e12, 0.35, 67e12, 0.5, 25e9)
-"""NVIDIA's H100 on PCIe 5; peaks of the data sheet, the shares of them are assumed."""
+"""NVIDIA's H100 on PCIe 5: peaks from the data sheet, assumed utilisation."""
 
 
 def eight_billion() -> DecoderConfig:
-    """The shape of an 8 billion parameter model of today (that of Llama 3.1).
+    """Configuration of a typical model with 8 billion parameters (the shape of Llama 3.1).
 
     >>> f"{sum(operations(eight_billion(), width=0)) / 1e9:.2f} GFLOP a token"
     '15.01 GFLOP a token'
@@ -63,9 +63,9 @@ def eight_billion() -> DecoderConfig:
 
 
 def operations(config: DecoderConfig, *, width: int) -> tuple[float, float]:
-    """Floating-point operations of a token in a row of `width` tokens: of the layers, and of the output head.
+    """Floating-point operations for one token in a row of `width` tokens: of the layers, and of the output head.
 
-    Two for every weight of a matrix that the token meets, and four for every pair of tokens and channel of a query.
+    Counts two for each matrix weight that the token uses, and four for each pair of token and query channel.
     """
     body, table = 0.0, config.vocab_size * config.head_size
     for path, shape in abstract_parameters(config).items():
@@ -86,12 +86,18 @@ def estimate_calibration(
     padding: float = 1.1,
     accelerator: Accelerator = H100,
 ) -> dict[str, Any]:
-    """Seconds of each stage of `tide_jax.calibrate`, and what they rest on. Compilation and loading are left out.
+    """Estimates the seconds of each stage of `tide_jax.calibrate`, without compilation and loading.
 
     Args:
-      texts: texts read.
-      tokens: tokens of all texts together.
-      padding: tokens run, padding included, over tokens read.
+      model: configuration of the model.
+      config: calibration settings; default `CalibrationConfig()`.
+      texts: number of texts read.
+      tokens: total tokens of all texts.
+      padding: tokens run, padding included, divided by tokens read.
+      accelerator: assumed speed of the machine.
+
+    Returns:
+      The stages with their operations, bytes and seconds, the total seconds, and the assumptions.
 
     >>> found = estimate_calibration(eight_billion())
     >>> 5 < found["seconds"] < 60, found["stages"][0]["stage"]
@@ -101,6 +107,7 @@ def estimate_calibration(
     10
     """
     config = config or CalibrationConfig()
+    # Sizes: exit points, sampled tokens of each split, operations for a token.
     size, machine = model.hidden_size, accelerator
     count = len(checkpoint_layers(model.num_layers, config.checkpoint_interval))
     kept = min(tokens, config.reservoir_bytes // Reservoir.bytes_per_token(count, size))
@@ -123,7 +130,7 @@ def estimate_calibration(
         ),
         (
             "tuning exit heads",
-            # The full model's and the head's predictions, and twice the latter again for the gradient.
+            # Predictions of the full model and of the head, and twice those of the head for the gradient.
             count * config.exit_head_steps * BATCH * (8 * size * VOCABULARY + 6 * size**2) if affine else 0.0,
             0.0,
             count * config.exit_head_steps * BATCH * 4 * size if affine else 0.0,
@@ -169,7 +176,7 @@ def estimate_calibration(
 
 
 def _translators(model: DecoderConfig, config: CalibrationConfig) -> tuple[float, float, float]:
-    """Pairs of checkpoint and later layer, operations of their eigenproblems, bytes of the sampled states."""
+    """Number of pairs of exit point and later layer, operations of the eigenproblems, bytes of the sampled states."""
     if config.translator_rank is None:
         return 0.0, 0.0, 0.0
     checkpoints, size = checkpoint_layers(model.num_layers, config.checkpoint_interval), model.hidden_size

@@ -1,4 +1,4 @@
-"""Fitting affine exit heads in closed form, and labelling where an exit would have been right."""
+"""Fits affine exit heads in closed form, and labels at which exit points a token's exit would be right."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from tide_jax.exits.router import ExitHead, Routers
 from tide_jax.exits.router_file import round_half
 from tide_jax.model.decoder import Decoder
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean squared input channel
-_ROWS = 4096  # tokens in float32 at once
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean squared input channel
+_ROWS = 4096  # tokens converted to float32 at once
 _CHUNK = 256  # tokens whose logits are in memory at once
 
 
 def fit_heads(
     fit: Reservoir, held_out: Reservoir, rank: int | None, progress: Progress | None = None
 ) -> tuple[ExitHead, ...]:
-    """Ridge regressions from each checkpoint's normed state to the last layer's, the strength chosen on held-out text.
+    """Fits ridge regressions from the normed state at each exit point to that of the last layer.
+
+    The ridge strength is chosen on held-out text.
 
     Args:
-      rank: of the correction to the identity; None is full.
+      fit: states to fit on.
+      held_out: states that choose the strength.
+      rank: rank of the correction to the identity; None is full rank.
+      progress: called with (stage, done, total).
 
     Returns:
-      One head for each checkpoint, rounded to float16 values so that saving them changes nothing.
+      One head for each exit point, rounded to float16 values so that saving them changes nothing.
     """
     heads = []
     for c in range(len(fit.states)):
@@ -41,13 +46,16 @@ def fit_heads(
 
 
 def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
+    # Centre: the regression target is the last state minus the exit state.
     mean_x = jnp.asarray(fit.states[c].mean(axis=0, dtype=np.float64), jnp.float32)
     mean_y = jnp.asarray(fit.last.mean(axis=0, dtype=np.float64), jnp.float32) - mean_x
     gram, cross = _moments(fit, c, mean_x, mean_y)
+    # Solve for every strength, and take the best on held-out tokens.
     kernels = [_solve(gram, cross, jnp.float32(ridge)) for ridge in _RIDGES]
     kernel = min(kernels, key=lambda k: _held_out_error(k, held_out, c, mean_x, mean_y))
     factors = (kernel,) if rank is None or rank >= kernel.shape[0] else _reduce_rank(kernel, gram, rank)
     factors = tuple(jnp.asarray(round_half(np.asarray(f))) for f in factors)
+    # The bias makes up for the means, as mapped by the rounded factors.
     mapped = mean_x
     for factor in factors:
         mapped = jnp.dot(mapped, factor, precision="highest")
@@ -55,7 +63,7 @@ def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> 
 
 
 def _pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[tuple[Array, Array]]:
-    """Centred inputs and residual targets, float32, a chunk at a time: a whole reservoir in float32 would double it."""
+    """Yields centred inputs and residual targets in float32, in chunks, since all at once would double the memory."""
     for start in range(0, len(sample), _ROWS):
         rows = slice(start, start + _ROWS)
         x, last = (jnp.asarray(a, jnp.float32) for a in (sample.states[c, rows], sample.last[rows]))
@@ -91,7 +99,7 @@ def _squared_error(kernel: Array, x: Array, y: Array) -> Array:
 
 
 def _reduce_rank(kernel: Array, gram: Array, rank: int) -> tuple[Array, Array]:
-    """Reduced-rank regression (Izenman 1975): the best rank-r map in the metric of the inputs."""
+    """Reduced-rank regression (Izenman 1975): the best map of this rank for inputs of covariance `gram`."""
     predictions = jnp.dot(jnp.dot(kernel.T, gram, precision="highest"), kernel, precision="highest")
     _, vectors = jnp.linalg.eigh(predictions)
     top = vectors[:, -rank:]
@@ -101,8 +109,12 @@ def _reduce_rank(kernel: Array, gram: Array, rank: int) -> tuple[Array, Array]:
 def label_tokens(
     model: Decoder, routers: Routers, sample: Reservoir, config: CalibrationConfig, progress: Progress | None = None
 ) -> Bool[np.ndarray, "C N"]:
-    """Where leaving at each checkpoint counts as right: same argmax as the full model, or (label "cosine", the TIDE
-    paper's) a state that has all but stopped turning."""
+    """Labels whether exiting is right, for each exit point and token.
+
+    With label "agreement" it is right if the exit's argmax equals the full model's. With label "cosine" (the TIDE
+    paper's) it is right if the state's cosine with the last state exceeds `convergence_threshold`.
+    """
+    # Labels of one exit point at a time.
     labels = np.zeros(sample.states.shape[:2], bool)
     for c in range(len(labels)):
         labels[c] = (
@@ -116,14 +128,16 @@ def label_tokens(
 
 
 def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
-    """The token each state would produce if it left at this checkpoint, int32 [N]."""
+    """Argmax token of each state if it exits at this exit point, int32 [N]."""
     bare = routers.without_metadata()
     return in_chunks(lambda chunk: _argmax(model, bare, chunk, checkpoint=checkpoint), states)
 
 
 def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
-    """A function of rows, applied to chunks of one size, the last one padded: one compilation, and bounded memory for
-    their logits."""
+    """Applies a function to chunks of rows of one size, the last one padded.
+
+    This takes one compilation, and bounds the memory of logits.
+    """
     parts = []
     for start in range(0, len(states), _CHUNK):
         chunk = states[start : start + _CHUNK]

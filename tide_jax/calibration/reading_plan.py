@@ -1,4 +1,4 @@
-"""What a pass over text will do, settled before it starts from the texts, the configuration and the seed."""
+"""Plan of a reading pass, made before it starts; it depends only on the texts, the configuration and the seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tide_jax.config import CalibrationConfig
 
 
 class Sample(NamedTuple):
-    """A text as token ids; tokens before `start` are read but not learned from (a prompt the model did not write)."""
+    """A text as token ids; tokens before `start` are context only (such as a prompt the model did not write)."""
 
     ids: Sequence[int] | Int[np.ndarray, " T"]
     start: int = 0
@@ -24,8 +24,10 @@ class Sample(NamedTuple):
 def assign(
     texts: Sequence[Sample], shares: Sequence[float]
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " splits"]]:
-    """The split of each text, and each split's tokens. From the shortest text on, every one goes to the split furthest
-    behind its share of the tokens: shares hold for few texts as for many, and texts of all lengths are in all splits.
+    """Assigns each text to a split; returns the split of each text and the tokens of each split.
+
+    In order of length, each text goes to the split that is furthest behind its share of the tokens. So the shares are
+    met even with few texts, and every split gets texts of all lengths.
     """
     seen, wanted, owners = np.zeros(len(shares), np.int64), np.asarray(shares), np.zeros(len(texts), np.int8)
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
@@ -35,7 +37,7 @@ def assign(
 
 
 def digest(texts: Sequence[Sample]) -> str:
-    """16 hexadecimal digits that tell lists of texts apart."""
+    """Digest of a list of texts, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for ids, start in texts:
         found.update(np.asarray([len(ids), start], np.int32).tobytes() + np.asarray(ids, np.int32).tobytes())
@@ -45,7 +47,11 @@ def digest(texts: Sequence[Sample]) -> str:
 def padded(
     texts: Sequence[Sample], rows: int, max_length: int, *, widths: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Tokens, positions (-1 for padding) and which tokens are learned from, in a batch of one of few widths."""
+    """Pads texts to a batch in one of at most `widths` widths.
+
+    Returns:
+      Tokens, positions (-1 for padding), and a mask of the tokens from `start` on.
+    """
     width = _width(max(len(text.ids) for text in texts), max_length, widths)
     tokens = np.zeros((rows, width), np.int32)
     positions = np.full((rows, width), -1, np.int32)
@@ -58,7 +64,7 @@ def padded(
 
 
 def _width(length: int, max_length: int, widths: int) -> int:
-    """The least of at most `widths` steps to `max_length` that holds `length`; steps are even, and multiples of 8."""
+    """Smallest width that holds `length`: `max_length` in at most `widths` equal steps, each a multiple of 8."""
     step = _aligned(-(-max_length // widths))
     return min(-(-length // step) * step, max_length)
 
@@ -69,14 +75,18 @@ def _aligned(count: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ReadingPlan:
-    """Batches of texts, and where each of their tokens goes.
+    """Batches of texts, and the reservoir slots of their tokens.
 
     Attributes:
-      texts: all of them.
-      owners: the split each belongs to.
-      slots: for each text, the slot in its split's reservoir of every token it is learned from, -1 for none.
-      batches: numbers of the texts that run together; texts of which nothing is kept are in none.
-      room: for each width, the most tokens kept of any part of a batch.
+      texts: all texts.
+      owners: the split of each text.
+      slots: for each text, the slot in its split's reservoir of each token from `start` on; -1 for tokens not kept.
+      batches: indices of the texts that run together; texts without kept tokens are in no batch.
+      room: for each width, the most kept tokens in a part of a batch.
+      rows: rows of a batch, a multiple of `shards`.
+      max_length: most tokens of a text.
+      widths: most widths of a batch.
+      shards: equal parts that a batch is split into.
     """
 
     texts: Sequence[Sample]
@@ -100,12 +110,17 @@ class ReadingPlan:
         widths: int,
         shards: int,
     ) -> ReadingPlan:
-        """Offers every text's tokens to its split's reservoir, and sorts what is kept into batches of like length.
+        """Draws the tokens to keep from each split, and groups their texts into batches of similar length.
 
         Args:
-          widths: how many widths batches may have.
-          shards: equal parts a batch is split into; its rows are filled up to a multiple.
+          texts: all texts.
+          owners: the split of each text.
+          splits: the reservoir of each split.
+          config: calibration settings.
+          widths: most widths of a batch.
+          shards: equal parts that a batch is split into; its rows are padded to a multiple.
         """
+        # Offer the tokens of each split to its reservoir.
         learned = np.asarray([len(ids) - start for ids, start in texts])
         slots: list[np.ndarray] = [np.zeros(0)] * len(texts)
         for split, reservoir in enumerate(splits):
@@ -113,13 +128,15 @@ class ReadingPlan:
             offered = reservoir.offer(int(learned[mine].sum())).astype(np.int32)
             for text, end in zip(mine, np.cumsum(learned[mine]), strict=True):
                 slots[text] = offered[end - learned[text] : end]
+        # Sort the texts that have kept tokens by length, and cut them into batches.
         lengths = np.asarray([len(text.ids) for text in texts])
         kept = np.asarray([(part >= 0).sum() for part in slots])
         order = np.flatnonzero(kept)
         order = order[np.argsort(lengths[order], kind="stable")]
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-        # Long and short ones mixed: the time left can be told from the time taken.
+        # Shuffle the batches, so that the time of the first ones predicts the time of the rest.
         batches = [batches[i] for i in np.random.default_rng(config.seed).permutation(len(batches))]
+        # Parts are padded to the most kept tokens of any part of their width: one compilation for each width.
         rows, room = -(-config.batch_size // shards), dict[int, int]()
         for batch in batches:
             width = _width(lengths[batch].max(), config.max_length, widths)
@@ -130,8 +147,12 @@ class ReadingPlan:
     def inputs(
         self, number: int, chunk: int
     ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Int[np.ndarray, "S K N"]]:
-        """Tokens and positions of a batch, and the places of kept tokens in each of its parts, in chunks of at most
-        `chunk`; what a part has fewer than others is filled up with its first place."""
+        """Input arrays of a batch.
+
+        Returns:
+          Tokens, positions, and the places of kept tokens within each part of the batch, in chunks of at most `chunk`.
+          Parts with fewer kept tokens are padded with place 0.
+        """
         texts = [self.texts[i] for i in self.batches[number]]
         tokens, positions, _ = padded(texts, self.rows, self.max_length, widths=self.widths)
         chunks, size = self._chunks(tokens.shape[1], chunk)
@@ -145,7 +166,7 @@ class ReadingPlan:
     def kept(
         self, number: int, chunk: int
     ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """Of every kept token: its place among those that `inputs` picks, its split and its slot."""
+        """For each kept token of a batch: its index among the tokens that `inputs` picks, its split, and its slot."""
         batch = self.batches[number]
         width = _width(max(len(self.texts[i].ids) for i in batch), self.max_length, self.widths)
         chunks, size = self._chunks(width, chunk)
@@ -156,7 +177,7 @@ class ReadingPlan:
         return part * (chunks * size) + within, owners, np.concatenate(slots)
 
     def _places(self, number: int, width: int) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-        """Part of the batch and place in it of every kept token, row by row."""
+        """For each kept token, row by row: its part of the batch and its place within the part."""
         rows = self.rows // self.shards
         found = []
         for row, i in enumerate(self.batches[number]):
@@ -166,6 +187,6 @@ class ReadingPlan:
         return part, place
 
     def _chunks(self, width: int, chunk: int) -> tuple[int, int]:
-        """Chunks for the kept tokens of a part, and the size of one: equal, and as few as can be."""
+        """Number and size of the chunks for the kept tokens of a part: as few as possible, of equal size."""
         chunks = -(-self.room[width] // chunk)
         return chunks, min(_aligned(-(-self.room[width] // chunks)), chunk)

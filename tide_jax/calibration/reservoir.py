@@ -10,24 +10,24 @@ import numpy as np
 from jaxtyping import Float16, Int
 
 Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]
-"""Makes the array of a name, shape and dtype; what it holds at first does not matter."""
+"""Allocates an array from a name, shape and dtype; its initial content does not matter."""
 
 
 class Reservoir:
-    """Reservoir sampling (Vitter 1985, algorithm R) of tokens with their states at every checkpoint.
+    """Reservoir sampling (Vitter 1985, algorithm R) of tokens with their states at every exit point.
 
-    Which tokens are kept, and where, depends on their number and the seed alone: `offer` decides it before any state
-    is known, `put` stores the states once they are, in any order and as often as wanted.
+    The choice of kept tokens and their slots depends only on the number of tokens and the seed. `offer` makes it before
+    any state is known; `put` stores the states later, in any order, and repeatedly if needed.
 
-    States are kept RMS-normed in float16: that is what routers and exit heads read, and its range is small, which the
-    raw residual stream's is not.
+    States are stored RMS-normed in float16. Routers and exit heads read normed states, and their range fits float16,
+    unlike that of the raw residual stream.
 
     Args:
-      capacity: tokens kept at the most.
-      checkpoints: number of checkpoints C.
+      capacity: most tokens kept.
+      checkpoints: number of exit points C.
       size: hidden size D.
-      seed: which tokens are kept follows from it.
-      allocate: makes the three arrays; by default in memory.
+      seed: determines which tokens are kept.
+      allocate: allocates the three arrays; by default in memory.
     """
 
     def __init__(
@@ -42,12 +42,16 @@ class Reservoir:
 
     @staticmethod
     def bytes_per_token(checkpoints: int, size: int) -> int:
-        """Memory one kept token takes."""
+        """Bytes of memory for each kept token."""
         return 2 * size * (checkpoints + 1) + 4
 
     def offer(self, count: int) -> Int[np.ndarray, " N"]:
-        """Offers `count` more tokens; returns the slot that each is to fill, -1 for those not kept. No slot is named
-        twice, but one of an earlier offer may be."""
+        """Offers `count` more tokens; returns the slot of each, -1 for tokens that are not kept.
+
+        No slot is returned twice by one call, but a slot of an earlier call may be returned again.
+        """
+        # Algorithm R: the first tokens fill the slots in order. A later token i draws from 0..i, and replaces the token
+        # in that slot, if there is such a slot.
         index, capacity = self.seen + np.arange(count), len(self._targets)
         drawn = np.where(index < capacity, index, (self._rng.random(count) * (index + 1)).astype(np.int64))
         kept = np.flatnonzero(drawn < capacity)
@@ -66,13 +70,13 @@ class Reservoir:
         last: Float16[np.ndarray, "N D"],
         targets: Int[np.ndarray, " N"],
     ) -> None:
-        """Stores tokens in slots: states at the checkpoints, at the last layer, and the full model's argmax."""
+        """Stores tokens in slots: states at the exit points and after the last layer, and the full model's argmax."""
         self._states[:, slots] = states
         self._last[slots] = last
         self._targets[slots] = targets
 
     def checksum(self, slots: Int[np.ndarray, " N"], start: int = 0) -> int:
-        """CRC-32 of what the slots hold, going on from `start`."""
+        """CRC-32 of the content of the slots, continued from `start`."""
         for array in (self._states.swapaxes(0, 1), self._last, self._targets):
             start = zlib.crc32(np.ascontiguousarray(array[slots]), start)
         return start
@@ -83,7 +87,7 @@ class Reservoir:
         last: Float16[np.ndarray, "N D"],
         targets: Int[np.ndarray, " N"],
     ) -> None:
-        """Offers tokens whose states are known, and stores those that are kept."""
+        """Offers tokens together with their states, and stores those that are kept."""
         slots = self.offer(len(targets))
         kept = np.flatnonzero(slots >= 0)
         self.put(slots[kept], states[:, kept], last[kept], targets[kept])
@@ -93,15 +97,15 @@ class Reservoir:
 
     @property
     def states(self) -> Float16[np.ndarray, "C N D"]:
-        """States at every checkpoint of the kept tokens."""
+        """States of the kept tokens at every exit point."""
         return self._states[:, : len(self)]
 
     @property
     def last(self) -> Float16[np.ndarray, "N D"]:
-        """States after the last layer."""
+        """States of the kept tokens after the last layer."""
         return self._last[: len(self)]
 
     @property
     def targets(self) -> Int[np.ndarray, " N"]:
-        """The full model's argmax."""
+        """The full model's argmax after each kept token."""
         return self._targets[: len(self)]

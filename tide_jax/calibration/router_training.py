@@ -1,4 +1,4 @@
-"""Training routers: binary cross-entropy on frozen states, early stopping for each checkpoint by itself."""
+"""Trains routers by binary cross-entropy on sampled states; each router keeps its own best epoch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ def train_routers(
     config: CalibrationConfig,
     progress: Progress | None = None,
 ) -> tuple[Router, ...]:
-    """Trains every checkpoint's router at once with AdamW; each keeps its best epoch on the validation split.
+    """Trains the routers of all exit points at once with AdamW; each keeps its best epoch on the validation split.
 
     Args:
-      states: RMS-normed states, float16.
-      labels: whether leaving there is right.
+      states: RMS-normed training states, float16.
+      labels: whether exiting there is right.
+      validation_states: RMS-normed validation states, float16.
+      validation_labels: labels of the validation states.
+      config: calibration settings.
+      progress: called with (stage, done, total).
 
     Returns:
-      Routers whose down-projections are rounded to 8 bits a column, as they are stored.
+      Routers with down-projections rounded to 8 bits in each column, the precision they are stored in.
     """
     count, tokens, size = states.shape
     parameters = _initial(count, size, labels, config)
@@ -43,6 +47,7 @@ def train_routers(
     schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
     optimiser = optax.adamw(schedule, weight_decay=config.weight_decay)
     state = optimiser.init(parameters)
+    # The initial routers count as epoch 0, so training never makes a router worse on validation.
     best = jax.tree.map(np.asarray, parameters)
     best_loss, waited = _losses(parameters, validation_states, validation_labels), 0
     rng = np.random.default_rng(config.seed)
@@ -50,6 +55,7 @@ def train_routers(
     for epoch in range(config.max_epochs):
         for rows in _minibatches(tokens, rng):
             parameters, state = step(parameters, state, jnp.asarray(states[:, rows]), jnp.asarray(labels[:, rows]))
+        # Keep the routers that improved; stop after `patience` epochs in which none did.
         loss = _losses(parameters, validation_states, validation_labels)
         better = loss < best_loss
         best = jax.tree.map(lambda new, old, b=better: _select(b, np.asarray(new), old), parameters, best)
@@ -62,13 +68,13 @@ def train_routers(
 
 
 def router_probabilities(router: Router, states: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
-    """Scores of RMS-normed states, in chunks."""
+    """Router scores of RMS-normed states, computed in chunks."""
     chunks = [states[i : i + _SCORE_CHUNK] for i in range(0, len(states), _SCORE_CHUNK)]
     return np.concatenate([np.asarray(jax.nn.sigmoid(_logits(router, jnp.asarray(chunk)))) for chunk in chunks])
 
 
 def _initial(count: int, size: int, labels: np.ndarray, config: CalibrationConfig) -> Router:
-    """Stacked over checkpoints; biases start at the log odds of the labels, so training starts calibrated."""
+    """Initial routers, stacked over exit points; output biases start at the log odds of the labels."""
     key, hidden = jax.random.key(config.seed), config.router_bottleneck_dim
     rate = np.clip(labels.mean(axis=1), 1e-4, 1 - 1e-4)
     return Router(
@@ -88,7 +94,7 @@ def _logits(router: Router, states: Float[Array, "N D"]) -> Float[Array, " N"]:
 def _training_step(optimiser: optax.GradientTransformation) -> Callable[..., tuple[Router, optax.OptState]]:
     def loss(parameters: Router, states: Array, labels: Array) -> Array:
         logits = jax.vmap(_logits)(parameters, states)
-        # Summed over checkpoints: they share no parameters, so each sees its own loss alone.
+        # Sum over exit points: they share no parameters, so each gradient comes from its own loss.
         return jnp.sum(jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32)), axis=1))
 
     @jax.jit

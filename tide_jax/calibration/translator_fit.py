@@ -1,4 +1,4 @@
-"""Fitting translators in closed form: reduced-rank regression from exit states to the inputs of later layers."""
+"""Fits translators in closed form: reduced-rank regression from exit states to the inputs of later layers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tide_jax.exits.translators import LayerTranslators, Translators
 from tide_jax.model.decoder import Decoder
 
 TOKENS = 8192
-"""Tokens a fit uses at the most; memory may allow fewer."""
+"""Most tokens that a fit uses; memory may allow fewer."""
 
-_RIDGE = 3e-3  # of the mean squared input channel
+_RIDGE = 3e-3  # relative to the mean squared input channel
 
 
 class LayerInputs(NamedTuple):
-    """Inputs of the layers behind the first checkpoint, for N tokens.
+    """Inputs of the layers behind the first exit point, for N tokens.
 
     Attributes:
       states: scaled to a root mean square of 1, one entry for each layer from `first` on.
-      scales: the root mean squares.
+      scales: the root mean squares before scaling.
       first: index of the first of those layers.
     """
 
@@ -45,20 +45,24 @@ def fit_translators(
     max_bytes: int,
     progress: Progress | None = None,
 ) -> Translators:
-    """Reads up to `TOKENS` tokens of `batches` once more and regresses later layers' inputs on the exit states.
+    """Runs up to `TOKENS` tokens of `batches` and regresses the inputs of later layers on the exit states.
 
-    For one checkpoint, the maps to all later layers are one reduced-rank regression (Izenman 1975) with targets
-    weighted to equal size: `down` spans the directions of the exit state that predict most of them, whitened, so that
-    each layer's `up` is its covariance with the code.
+    For one exit point, the maps to all later layers form one reduced-rank regression (Izenman 1975), with targets
+    weighted to equal variance. `down` spans the directions of the exit state that predict the targets best. It is
+    whitened, so each layer's `up` is the covariance of the code with that layer's target.
 
     Args:
-      batches: text the routers are not trained on.
-      rank: 0 fits the shifts only.
-      max_bytes: memory for the sampled states, as far as it holds `MIN_TOKENS`.
+      model: the decoder.
+      batches: text that the routers are not trained on.
+      checkpoints: layers of the exit points.
+      rank: rank of the maps; 0 fits the shifts only.
+      max_bytes: memory for the sampled states; at least `MIN_TOKENS` tokens are used in any case.
+      progress: called with (stage, done, total).
 
     Returns:
       Translators rounded to float16 values, so that saving them changes nothing.
     """
+    # Sample the inputs of all later layers, then fit the maps from one exit point at a time.
     inputs = _layer_inputs(model, batches, checkpoints[0] + 1, max_bytes)
     depth, down = model.config.num_layers, list[Array]()
     shifts: list[list[np.ndarray]] = [[] for _ in range(depth)]
@@ -71,6 +75,7 @@ def fit_translators(
             ups[layer].append(up)
         if progress is not None:
             progress("fitting translators", number + 1, len(checkpoints))
+    # Group the maps by the layer they lead to, as `Translators` stores them.
     entries = [
         LayerTranslators(jnp.asarray(np.stack(shifts[i])), jnp.asarray(np.stack(ups[i]))) if shifts[i] else None
         for i in range(depth)
@@ -105,14 +110,17 @@ def _run(model: Decoder, batch: Batch, *, first: int) -> tuple[Float16[Array, "L
 def _fit(
     inputs: LayerInputs, checkpoint: int, depth: int, rank: int
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-    """A checkpoint's `down`, and (shift, up) of every layer behind the next one, which reads the exit state itself."""
+    """`down` of one exit point, and (shift, up) of each later layer but the next, which reads the exit state itself."""
+    # The exit state is the input of the next layer.
     x = jnp.asarray(inputs.states[checkpoint + 1 - inputs.first], jnp.float32)
     mean_x = jnp.mean(x, axis=0)
     gram = _gram(x, mean_x)
+    # Find the directions that all later layers share.
     layers = range(checkpoint + 2, depth)
     crosses = {layer: _cross(x, mean_x, _target(inputs, checkpoint, layer, x)) for layer in layers}
     down = _directions(gram, list(crosses.values()), rank)
     down = jnp.asarray(round_half(np.asarray(down)))
+    # With a whitened code, `up` is a covariance; the shift makes up for the means.
     fitted = dict[int, tuple[np.ndarray, np.ndarray]]()
     for layer, (cross, mean_y, _) in crosses.items():
         up = round_half(np.asarray(jnp.dot(down.T, cross, precision="highest")))
@@ -122,7 +130,7 @@ def _fit(
 
 
 def _target(inputs: LayerInputs, checkpoint: int, layer: int, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    """What the layers between have added, in units of the exit state's root mean square."""
+    """Sum of what the layers in between added, in units of the exit state's root mean square."""
     source, i = checkpoint + 1 - inputs.first, layer - inputs.first
     ratio = jnp.asarray(inputs.scales[i] / inputs.scales[source], jnp.float32)
     return jnp.asarray(inputs.states[i], jnp.float32) * ratio[:, None] - x
@@ -138,7 +146,7 @@ def _gram(x: Float[Array, "N D"], mean: Float[Array, " D"]) -> Float[Array, "D D
 
 @jax.jit
 def _cross(x: Float[Array, "N D"], mean: Float[Array, " D"], y: Float[Array, "N D"]) -> tuple[Array, Array, Array]:
-    """Covariance of x and y, the mean of y, and the mean squared length of y about it."""
+    """Covariance of x and y, the mean of y, and the total variance of y."""
     mean_y = jnp.mean(y, axis=0)
     centred = y - mean_y[None, :]
     cross = jnp.dot((x - mean[None, :]).T, centred, precision="highest") / x.shape[0]
@@ -146,7 +154,7 @@ def _cross(x: Float[Array, "N D"], mean: Float[Array, " D"], y: Float[Array, "N 
 
 
 def _directions(gram: Array, crosses: list[tuple[Array, Array, Array]], rank: int) -> Float[Array, "D R"]:
-    """The most predictive directions, whitened: ``down^T gram down = I``."""
+    """The `rank` most predictive directions, whitened: ``down^T gram down = I``."""
     if not crosses or rank == 0:
         return jnp.zeros((gram.shape[0], 0 if rank == 0 else min(rank, gram.shape[0])), jnp.float32)
     explained = jnp.zeros_like(gram)

@@ -1,8 +1,8 @@
-"""Tuning affine exit heads on the full model's predictions (tuned lens, Belrose et al. 2023, arXiv:2303.08112).
+"""Tunes affine exit heads on the full model's predictions (tuned lens, Belrose et al. 2023, arXiv:2303.08112).
 
-The closed form puts the exit state near the last one; what counts is the answer. So the heads go on from there by
-gradient descent on the KL divergence of their predictions from the full model's. Both are taken over the tokens that
-the model answers with in the sample, a small part of the vocabulary and nearly all of its probability.
+The closed-form fit brings the exit state near the last state, but the prediction is what counts. So gradient descent
+continues from there, on the KL divergence of the heads' predictions from the full model's. Both distributions are over
+the tokens that the full model predicts in the sample: a small part of the vocabulary with nearly all its probability.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tide_jax.exits.router_file import round_half
 from tide_jax.model.decoder import Decoder, HeadRows
 
 BATCH = 512
-_HELD_OUT = 2048  # tokens that decide whether tuning helped
+_HELD_OUT = 2048  # held-out tokens that decide whether tuning helped
 VOCABULARY = 4096
-_RATE = 0.024  # of Adam, divided by the root of the hidden size: a step moves predictions alike at any width
+_RATE = 0.024  # Adam's, divided by the root of the hidden size: a step changes predictions equally at any width
 
 _Step = Callable[..., tuple[ExitHead, optax.OptState]]
 
@@ -39,11 +39,12 @@ def tune_heads(
     config: CalibrationConfig,
     progress: Progress | None = None,
 ) -> tuple[ExitHead, ...]:
-    """Tunes each head for `exit_head_steps` steps; a head that got no better on held-out tokens stays as it was.
+    """Tunes each head for `exit_head_steps` steps; a head that does not improve on held-out tokens stays unchanged.
 
     Returns:
       Heads rounded to float16 values, so that saving them changes nothing.
     """
+    # Predictions are restricted to the most frequent tokens.
     rows = model.head_rows(frequent(fit.targets, model.config.vocab_size, VOCABULARY))
     size, steps = model.config.hidden_size, config.exit_head_steps
     optimiser = optax.adam(optax.cosine_decay_schedule(_RATE / float(np.sqrt(size)), steps))
@@ -53,6 +54,7 @@ def tune_heads(
         for _ in range(steps):
             chosen = np.sort(rng.integers(0, len(fit), min(BATCH, len(fit))))
             head, state = step(model, rows, head, state, jnp.asarray(fit.states[c, chosen]), fit.last[chosen])
+        # Compare rounded heads, as they will be saved.
         head = jax.tree.map(lambda a: jnp.asarray(round_half(np.asarray(a))), head)
         before, after = (_divergence_of(model, rows, each, held_out, c) for each in (best, head))
         tuned.append(head if after < before else best)
@@ -62,7 +64,7 @@ def tune_heads(
 
 
 def frequent(targets: np.ndarray, vocab_size: int, count: int) -> Array:
-    """Up to `count` of the most frequent targets, two at least, int32."""
+    """Up to `count` of the most frequent targets, at least two, int32."""
     frequency = np.bincount(targets, minlength=vocab_size)
     order = np.argsort(-frequency, kind="stable")
     return jnp.asarray(order[: max(2, min(count, np.count_nonzero(frequency)))], jnp.int32)
@@ -71,7 +73,7 @@ def frequent(targets: np.ndarray, vocab_size: int, count: int) -> Array:
 def _divergence(
     model: Decoder, rows: HeadRows, head: ExitHead, states: Float[Array, "N D"], last: Float[Array, "N D"]
 ) -> Float[Array, ""]:
-    """Mean KL divergence of the exit's predictions from the full model's."""
+    """Mean KL divergence of the exit's predictions from the full model's, over the tokens of `rows`."""
     eps = model.config.norm_eps
     full = model.logits(model.final_norm(last.astype(model.dtype)[None]), rows)
     out = model.logits(model.final_norm(head(states.astype(model.dtype)[None], eps=eps)), rows)

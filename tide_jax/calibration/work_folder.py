@@ -1,4 +1,4 @@
-"""A folder in which a long pass keeps its arrays and how far it came, so that a killed run can go on."""
+"""Work folder: stores the arrays and the progress of a long pass, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tide_jax.errors import TideError
 
 JOURNAL, _UNFINISHED = "journal.json", "journal.json.new"
 _FORMAT = 2
-_SECONDS = 10.0  # between journal entries: what is done again after a kill, at the most
+_SECONDS = 10.0  # between journal entries: a kill loses at most this much work
 
 
 class WorkFolder:
     """Memory maps and a journal of finished batches.
 
-    The journal names what the pass depends on. A batch counts as finished only after its rows are on disk; storing
-    one again writes the same values to the same places, so it does not matter when the run is killed. The journal keeps
-    a checksum of every finished batch, and a run that goes on compares it with what the maps hold. Maps get their room
-    on the disk before anything is written into them: writing to a map when the disk is full would end the process.
+    The journal records the identity of the pass: everything its result depends on. A batch counts as finished only
+    after its rows are on disk. Storing a batch again writes the same values to the same places, so a run may be killed
+    at any time. The journal keeps a checksum of every finished batch, and a resumed run checks the maps against them.
+    Disk space for a map is allocated before writing to it: writing to a map on a full disk would kill the process.
 
     Args:
-      path: an empty or missing folder, or one of an earlier run. Its parent must exist.
-      identity: what the outcome depends on, JSON-ready, by the names an error is to use.
+      path: an empty or missing folder, or the folder of an earlier run. Its parent must exist.
+      identity: everything the result depends on, JSON-ready; error messages use its names.
 
     Raises:
-      TideError: the folder holds the work of another identity or something else, is damaged, or can't be written.
+      TideError: the folder belongs to another identity, holds other files, is damaged, or can't be written.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
@@ -40,6 +40,7 @@ class WorkFolder:
         self._identity = identity
         self._arrays: list[np.memmap] = []
         self._written = time.monotonic()
+        # A folder without a journal must be empty; a journal must match the identity.
         try:
             self._path.mkdir(exist_ok=True)
             found = {entry.name for entry in self._path.iterdir()} - {_UNFINISHED}
@@ -55,7 +56,7 @@ class WorkFolder:
             self._write()
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """A memory map of this name: the earlier run's, or a fresh one where nothing is done yet."""
+        """Memory map of this name: the earlier run's, or a new one if no batch is finished."""
         file = self._path / f"{name}.npy"
         if 0 in shape:
             return np.empty(shape, dtype)
@@ -70,13 +71,14 @@ class WorkFolder:
         return found.view(np.ndarray)
 
     def done(self, total: int, checksum: Callable[[int], int]) -> int:
-        """Batches, of `total`, that need not be run again.
+        """Number of finished batches, of `total`, that need not run again.
 
         Args:
-          checksum: of what the arrays hold of a batch.
+          total: number of batches of the pass.
+          checksum: computes the checksum of a batch's content in the arrays.
 
         Raises:
-          TideError: that is not what was stored.
+          TideError: a checksum differs from the journal's.
         """
         if self._done > total:
             raise self._damaged(JOURNAL)
@@ -89,13 +91,14 @@ class WorkFolder:
         return self._done
 
     def finished(self, checksum: int, total: int) -> None:
-        """Notes that the next of `total` batches is stored, and its checksum: now and then, and at the end.
+        """Records that the next of `total` batches is stored; the journal is written every few seconds, and at the end.
 
         Raises:
-          TideError: it can't be written.
+          TideError: the folder can't be written.
         """
         self._checksums.append(checksum)
         if len(self._checksums) == total or time.monotonic() - self._written >= _SECONDS:
+            # Rows first, then the journal that says they are on disk.
             try:
                 for array in self._arrays:
                     array.flush()
@@ -106,7 +109,7 @@ class WorkFolder:
 
     def _open(self, file: Path) -> np.memmap:
         try:
-            np.lib.format.open_memmap(file, mode="r")  # unlike "r+", this does not lengthen a file that was cut off
+            np.lib.format.open_memmap(file, mode="r")  # unlike "r+", this does not extend a truncated file
             return np.lib.format.open_memmap(file, mode="r+")
         except (OSError, ValueError) as error:
             raise self._damaged(file.name) from error
@@ -117,6 +120,7 @@ class WorkFolder:
             made = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         except OSError as error:
             raise self._unwritable(error) from error
+        # Without room on the disk, no half-made file stays behind.
         try:
             self._reserve(file)
         except TideError:
@@ -125,7 +129,7 @@ class WorkFolder:
         return made
 
     def _reserve(self, file: Path) -> None:
-        """Has the file system set aside all blocks of a file; what is written already stays."""
+        """Allocates all disk blocks of a file; its content stays."""
         try:
             with file.open("r+b") as opened:
                 size = os.fstat(opened.fileno()).st_size
@@ -148,7 +152,7 @@ class WorkFolder:
         )
 
     def _read(self) -> list[int]:
-        """Checksums of the batches that an earlier run finished."""
+        """Reads the checksums of finished batches from the journal, and checks its identity."""
         try:
             found = json.loads((self._path / JOURNAL).read_text(encoding="utf-8"))
             identity, checksums, known = found["identity"], found["checksums"], found["format"] == _FORMAT

@@ -1,1 +1,1 @@
-"""How far exits drift from the full model while they serve."""
+"""Drift: monitors the agreement of exits with the full model in production."""

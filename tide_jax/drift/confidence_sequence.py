@@ -1,8 +1,9 @@
-"""Statements about a mean that stay valid however often, and whenever, one looks; in numpy.
+"""Confidence interval and test for a mean that stay valid at any time, however often they are read; in numpy.
 
-An interval for a fixed sample size, watched while the sample grows, sooner or later misses the mean. These bet against
-a hypothesis instead: a gambler who can't expect to win if it is true multiplies his capital by 1/alpha, at any time
-ever, with probability at most alpha (Ville's inequality). Waudby-Smith and Ramdas 2020, arXiv:2010.09686.
+An interval for a fixed sample size, read repeatedly while the sample grows, eventually misses the mean. These methods
+bet against a hypothesis instead. If it is true, a gambler's capital does not grow on average, so the probability that
+it ever reaches 1/alpha times the start is at most alpha (Ville's inequality). Waudby-Smith and Ramdas 2020,
+arXiv:2010.09686.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import numpy as np
 
 from tide_jax.checks import open_share, share
 
-_STAKE = 0.9  # share of the capital that one observation may lose
-_PRIOR_MEAN, _PRIOR_VARIANCE = 0.05, 0.01  # of the first bets; wrong ones cost width, never validity
-_GRID = np.linspace(0.0, 1.0, 2001)[1:-1] ** 2  # candidate means, denser where losses are: 0.0001 apart at 0.02
+_STAKE = 0.9  # largest share of the capital that one observation may lose
+_PRIOR_MEAN, _PRIOR_VARIANCE = 0.05, 0.01  # for the first bets; a bad prior widens the interval, but keeps it valid
+_GRID = np.linspace(0.0, 1.0, 2001)[1:-1] ** 2  # candidate means, denser near 0, where losses are: 0.0001 apart at 0.02
 
 
 class ConfidenceSequence:
-    """Time-uniform confidence interval for the mean of values in [0, 1]: the hedged betting interval with predictable
-    plug-in bets (arXiv:2010.09686, section 4). A candidate mean is outside once betting that the mean is higher, or
-    lower, has multiplied the capital by 2/delta; both capitals are monotone in the candidate, so a grid rounds outward
-    and loses nothing but its step.
+    """Time-uniform confidence interval for the mean of values in [0, 1].
 
-    For values whose mean, given those before, is always the same; see `RiskTest` for one that may change.
+    It is the hedged betting interval with predictable plug-in bets (arXiv:2010.09686, section 4). A candidate mean is
+    excluded once betting that the mean is higher, or that it is lower, has multiplied the capital by 2/delta. Both
+    capitals are monotone in the candidate, so a grid of candidates rounds outward, by at most one step.
+
+    The values must have the same conditional mean given those before; see `RiskTest` for a mean that may change.
 
     Args:
-      delta: probability that the interval ever, at any number of values, leaves the mean out.
+      delta: probability that the interval ever, at any number of values, excludes the mean.
     """
 
     def __init__(self, delta: float) -> None:
@@ -37,22 +39,22 @@ class ConfidenceSequence:
 
     @property
     def count(self) -> int:
-        """Values seen."""
+        """Number of values seen."""
         return self._count
 
     @property
     def mean(self) -> float | None:
-        """Of the values seen; None before the first."""
+        """Mean of the values seen; None before the first."""
         return self._sum / self._count if self._count else None
 
     def update(self, value: float) -> None:
-        """Takes the next value, in [0, 1].
+        """Adds the next value, in [0, 1].
 
         Raises:
-          TideError: it is outside.
+          TideError: the value is outside [0, 1].
         """
         value = share("value", value)
-        bet = self._bet()  # from earlier values alone: that is what makes the capital a fair game's
+        bet = self._bet()  # depends on earlier values alone; otherwise the bet would not be fair
         self._log_higher += np.log1p(np.minimum(bet, _STAKE / _GRID) * (value - _GRID))
         self._log_lower += np.log1p(np.minimum(bet, _STAKE / (1.0 - _GRID)) * (_GRID - value))
         self._count += 1
@@ -71,16 +73,16 @@ class ConfidenceSequence:
 
 
 class RiskTest:
-    """Tests, value by value, that the mean of values in [0, 1] has been at most `risk` all along.
+    """Sequential test that the mean of values in [0, 1] has always been at most `risk`.
 
-    The null hypothesis is about every value's mean given those before, so a mean that moves below `risk` never makes
-    the test wrong, and one that rises late is found: gamblers enter at every time t with capital 1/(t (t + 1)), which
-    sums to 1, and play as one (an e-detector's mixture of start times; Shin, Ramdas and Rinaldo 2022,
-    arXiv:2203.03532), at six stakes. `exceeded` is True once their capital has reached 1/delta.
+    The null hypothesis bounds the mean of every value given those before. So a mean that varies below `risk` keeps the
+    test valid, and a late rise is detected: at each time t a new gambler enters with capital 1/(t (t + 1)), which sums
+    to 1, and all capitals are pooled (an e-detector's mixture of start times; Shin, Ramdas and Rinaldo 2022,
+    arXiv:2203.03532), over six stakes. `exceeded` is True once the pooled capital has reached 1/delta.
 
     Args:
-      risk: in (0, 1).
-      delta: probability that the test ever calls a kept risk exceeded.
+      risk: bound on the mean, in (0, 1).
+      delta: probability that the test ever reports a risk as exceeded that is not.
     """
 
     _STAKES = _STAKE * 2.0 ** -np.arange(6)
@@ -92,10 +94,10 @@ class RiskTest:
         self._count = 0
 
     def update(self, value: float) -> None:
-        """Takes the next value, in [0, 1].
+        """Adds the next value, in [0, 1].
 
         Raises:
-          TideError: it is outside.
+          TideError: the value is outside [0, 1].
         """
         value = share("value", value)
         self._count += 1

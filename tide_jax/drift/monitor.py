@@ -1,8 +1,8 @@
-"""Drift: do exits still agree with the full model on what an engine is run on today?
+"""Drift monitor: measures whether exits still agree with the full model on an engine's current input.
 
-A share of the finished sequences is run again at full depth, teacher-forced, and argmaxes are compared on the same
-prefix: the very loss that `tide_jax.guarantee` promises. Whole sequences, since a single token run deeper inside a
-generation would read the cache that earlier exits left, and since tokens of one text are not independent.
+A share of the finished sequences runs again at full depth, teacher-forced, and argmaxes are compared on the same
+prefix. This is the loss that `tide_jax.guarantee` promises. Audits use whole sequences for two reasons: a single token
+run deeper during generation would read cache rows written by earlier exits, and tokens of one text are not independent.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
-    """A sequence that has been run with exits.
+    """A sequence that ran with exits.
 
     Attributes:
-      tokens: those run, int32 [T].
-      prompt: leading tokens that ran at full depth.
+      tokens: the tokens that ran, int32 [T].
+      prompt: number of leading tokens that ran at full depth.
       start: first token whose argmax counts.
-      chosen: gives the argmaxes with exits after tokens `start` and on, int32 [T - start]; None: another pass has to
-        find them.
+      chosen: returns the argmaxes with exits after token `start` and each later one, int32 [T - start]; None if another
+        pass has to compute them.
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -50,11 +50,21 @@ class Finished(NamedTuple):
 def generated(
     prompts: Sequence[np.ndarray], tokens: np.ndarray, lengths: np.ndarray, *, prompt_exits: bool, greedy: bool
 ) -> list[Finished]:
-    """Sequences of a generation; those new tokens count that an exit may have chosen. `greedy`: they are argmaxes."""
+    """Finished sequences of a generation.
+
+    Counted are the new tokens that an exit may have chosen.
+
+    Args:
+      prompts: prompt tokens of each row.
+      tokens: new tokens of each row.
+      lengths: number of new tokens of each row.
+      prompt_exits: whether prompt tokens may exit.
+      greedy: whether the new tokens are argmaxes.
+    """
 
     def finished(prompt: np.ndarray, new: np.ndarray) -> Finished:
         start = max(1, len(prompt) - 1) if prompt_exits else len(prompt)
-        run = np.concatenate([prompt, new[:-1]])  # the last new token is not run
+        run = np.concatenate([prompt, new[:-1]])  # the last new token does not run
         chosen = (lambda: new[start - len(prompt) + 1 :]) if greedy else None
         return Finished(run, 0 if prompt_exits else len(prompt), start, chosen)
 
@@ -62,7 +72,7 @@ def generated(
 
 
 def scored(rows: Rows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[Finished]:
-    """Sequences of a scoring call; every token that was allowed to leave counts."""
+    """Finished sequences of a scoring call; every token that was allowed to exit counts."""
 
     def finished(row: int, prompt: int) -> Finished:
         start = max(1, prompt)
@@ -74,16 +84,17 @@ def scored(rows: Rows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> li
 
 
 class Auditor(NamedTuple):
-    """What runs a sequence again."""
+    """Runs sequences again, with or without exits."""
 
     model: Decoder
     programs: Programs
     implementation: str | None
 
     def argmaxes(self, sequences: Sequence[Finished], exits: Exits | None) -> tuple[list[np.ndarray], float]:
-        """Argmax after each token of each sequence, and seconds of running; `exits` None runs every layer."""
+        """Argmaxes after each token of each sequence, and seconds of running; `exits=None` runs every layer."""
         batch = 1 << (len(sequences) - 1).bit_length()  # few compiled shapes
         width = bucket(max(len(s.tokens) for s in sequences))
+        # Right-padded rows; the prompt of each sequence may not exit.
         tokens, positions = np.zeros((batch, width), np.int32), np.full((batch, width), -1, np.int32)
         may_exit = np.zeros((batch, width), bool)
         for row, sequence in enumerate(sequences):
@@ -96,22 +107,23 @@ class Auditor(NamedTuple):
 
 
 class DriftMonitor:
-    """Watches the agreement of exits with the full model. You own it: pass it to every call that is to be watched.
+    """Monitors the agreement of exits with the full model; pass one monitor to every call to watch.
 
     >>> monitor = DriftMonitor(rate=0.05, risk=0.02)
     >>> out = engine.generate(ids, monitor=monitor)                             # doctest: +SKIP
     >>> print(out.stats.drift.summary())                                        # doctest: +SKIP
 
-    Which sequences are audited follows from the seed and their number alone, not from what they hold or how they are
-    batched. An audit costs about a prefill of its sequence (twice that where tokens were drawn at random or with a
-    repetition penalty: the exits' argmaxes have to be found, too). The expected cost of watching is `rate` of it.
+    The choice of audited sequences depends only on the seed and their number, not on their content or batching. An
+    audit costs about a prefill of its sequence, or two if tokens were sampled or changed by a repetition penalty or
+    rules, since the exits' argmaxes are then unknown. The expected cost for each sequence is `rate` times that.
 
     Args:
       rate: share of finished sequences to audit.
-      seed: which ones.
-      risk: promised expected share of tokens that differ; None takes it from the engine's ``config.guarantee``, and
-        promises nothing where there is none.
-      delta: probability that the interval ever leaves the truth out, and that a kept promise is ever called exceeded.
+      seed: determines which sequences are audited.
+      risk: promised expected share of tokens that differ. None takes it from the engine's ``config.guarantee``; without
+        one there is no promise.
+      delta: probability that the interval ever excludes the truth, and that a promise that holds is ever reported as
+        exceeded.
 
     Raises:
       TideError: a value outside its range.
@@ -125,7 +137,7 @@ class DriftMonitor:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything seen: after new routers, other exit settings, or text known to be of another kind."""
+        """Forgets all observations; use it after changing routers, exit settings, or the kind of text."""
         self._random = np.random.default_rng(self.seed)
         self._sequence = ConfidenceSequence(self.delta)
         self._test: RiskTest | None = None
@@ -135,10 +147,10 @@ class DriftMonitor:
         self._status: Status = "unknown"
 
     def watch(self, config: ExitConfig) -> None:
-        """Called before a run with exits: takes the promise from the first engine's settings.
+        """Prepares for a run with exits; the first call takes the promise from the engine's settings.
 
         Raises:
-          TideError: other settings than before, or a promise about another loss than disagreement.
+          TideError: the settings differ from the first call's, or the promise is about a loss other than disagreement.
         """
         if self._settings is not None:
             if config != self._settings:
@@ -154,18 +166,20 @@ class DriftMonitor:
                     "pass DriftMonitor(risk=...), the share of tokens that may differ"
                 )
             risk = guarantee.risk
-        # Half of delta, as the interval's lower end has half: together they call a kept promise exceeded with delta.
+        # The test gets half of delta, as does the interval's lower end: together they report a promise that holds as
+        # exceeded with probability at most delta.
         self._test = None if risk is None else RiskTest(risk, self.delta / 2)
         self._settings = config
 
     def audit(self, sequences: Sequence[Finished], exits: Exits, auditor: Auditor) -> None:
-        """Runs a share of the sequences again and takes note; those in which no argmax counts are passed over."""
+        """Runs a share of the sequences again and records their agreement; skips those without counted tokens."""
         sequences = [s for s in sequences if s.start < len(s.tokens)]
         self._sequences += len(sequences)
         drawn = self._random.random(len(sequences)) < self.rate
         picked = [s for s, audited in zip(sequences, drawn, strict=True) if audited]
         if not picked:
             return
+        # Full-depth argmaxes for all picked sequences; argmaxes with exits only where the call does not know them.
         wanted, seconds = auditor.argmaxes(picked, None)
         again, more = (
             auditor.argmaxes(unknown, exits) if (unknown := [s for s in picked if not s.chosen]) else ([], 0.0)
@@ -177,7 +191,7 @@ class DriftMonitor:
             self._note(full[sequence.start :] != chosen)
 
     def report(self) -> DriftReport:
-        """What is known so far."""
+        """Report of all audits so far."""
         low, high = self._sequence.interval()
         mean = self._sequence.mean
         return DriftReport(
@@ -194,7 +208,7 @@ class DriftMonitor:
         )
 
     def _note(self, differs: np.ndarray) -> None:
-        """Takes one sequence's comparisons."""
+        """Records the comparisons of one sequence and updates the status."""
         value = float(differs.mean())
         self._sequence.update(value)
         self._tokens += differs.size
@@ -204,6 +218,7 @@ class DriftMonitor:
         low, high = self._sequence.interval()
         if self._status == "exceeded":
             return
+        # The promise is broken if either the test or the interval says so.
         if not self._test.exceeded and low <= self._test.risk:
             self._status = "ok" if high <= self._test.risk else "unknown"
             return
@@ -224,6 +239,6 @@ def _argmaxes(
     *,
     implementation: str | None,
 ) -> Int[Array, "B T"]:
-    """Argmax after each token."""
+    """Argmax after each token of a batch."""
     out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
     return argmax_by_row(model, out.states)

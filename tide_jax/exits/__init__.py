@@ -1,1 +1,1 @@
-"""Per-token exits: who decides that a token leaves, and what layers then run."""
+"""Early exits: the exit decision, the loop over layer groups, and the KV cache of skipped layers."""

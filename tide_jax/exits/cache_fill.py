@@ -1,4 +1,4 @@
-"""Keys and values of tokens that do not run a layer, from what it would have read."""
+"""Keys and values of skipped layers, projected from an estimate of the layer's input."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ def fill_rows(
     *,
     implementation: str | None = None,
 ) -> KeyValue:
-    """The rows that a layer would store for tokens, without running it: `DecoderLayer.project_kv`, through the kernel.
+    """Keys and values that `layer` would cache for tokens, without running the layer.
+
+    The result is that of `DecoderLayer.project_kv`, computed by the `kv_fill` kernel where it applies.
 
     Args:
-      x: what the layer would read.
-      contexts: with the tokens' true positions.
-      fill: tokens that are wanted; what the rows of others hold does not matter.
-      implementation: of the cache fill, see `pallas_kernels`. On a mesh, and for layers that the kernel does not
-        cover, rows are projected in plain JAX; of the latter a warning in the log tells where a kernel was named.
+      layer: the skipped layer.
+      x: the layer's input.
+      contexts: attention contexts with the tokens' true positions.
+      fill: tokens whose rows are needed; rows of other tokens are undefined.
+      implementation: of the cache fill, see `pallas_kernels`. On a mesh, and for layers the kernel doesn't support,
+        rows are projected in plain JAX. For unsupported layers this logs a warning if an implementation was named.
     """
     attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
     wanted = IMPLEMENTATIONS.own(implementation)
-    # The layer's own products are made for the CPU, and on a mesh split over its devices.
+    # `project_kv` is fast on a CPU, and on a mesh it splits its products over the devices.
     if IMPLEMENTATIONS.plain(wanted) or on_mesh():
         return layer.project_kv(x, contexts)
     if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
@@ -67,7 +70,7 @@ def fill_rows(
 
 
 def unsupported(layer: DecoderLayer) -> str | None:
-    """Why `pallas_kernels.kv_fill` does not describe what a layer stores; None where it does."""
+    """Why the `kv_fill` kernel can't project the rows of a layer; None if it can."""
     attention = layer.attention
     if not isinstance(attention, Attention) or type(attention).placed_kv is not Attention.placed_kv:
         return f"{type(attention).__name__} stores other rows than keys and values of its heads"

@@ -1,10 +1,11 @@
-"""The second look: how sure the model would be of its answer if a token left now.
+"""The second look: how likely it is that a token's exit gives the full model's answer.
 
-A router sees the hidden state alone. What best tells whether an exit is right is the answer itself: the largest logit
-against the others (CALM, Schuster et al. 2022, arXiv:2207.07061, section 3.5). Over the whole vocabulary that costs as
-much as several layers, over a few thousand frequent tokens little. So the router screens, and for the tokens it lets
-pass the exit head runs, logits of the candidates are taken, and a small network decides from three figures of theirs
-and the router's score. The head's output is the exit's own: tokens that leave pay for it once.
+A router sees only the hidden state. A better signal is the exit's own prediction: its largest logit compared with the
+others (CALM, Schuster et al. 2022, arXiv:2207.07061, section 3.5). Over the whole vocabulary that costs as much as
+several layers, over a few hundred frequent tokens (the candidates) little. So the decision has two stages. The router
+screens all tokens. For those that pass, the exit head runs, the logits of the candidates are computed, and a small
+network scores three features of these logits together with the router's score. The exit head's output is also the
+exit's answer, so a token that exits pays for it once.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from tide_jax.model.sharding import on_mesh
 
 
 class ExitAnswers(NamedTuple):
-    """What tokens would answer if they left at a checkpoint.
+    """Scores and output states of tokens at one exit point.
 
     Attributes:
-      scores: probability that leaving is right, as the threshold sees it, float32; 0 for those screened out.
-      states: final-normed states, what the output head reads.
+      scores: probability that exiting here is right, float32; the threshold applies to it. 0 for tokens that the
+        router screened out.
+      states: final-normed exit states, the input of the output head.
     """
 
     scores: Float[Array, "B T"]
@@ -45,10 +47,11 @@ def second_look(
     passed: Bool[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> ExitAnswers:
-    """Exit states and final scores of tokens with state `x` and router score `first`.
+    """Final scores and exit states of tokens with residual stream `x` and router score `first`.
 
     Args:
-      passed: tokens that the router let pass; what the answers are for the others does not matter. All when omitted.
+      checkpoint: index of the exit point.
+      passed: tokens that passed the router's screen; results of the others are undefined. Default: all.
       implementation: of the exit projection, see `pallas_kernels`.
     """
     passed = jnp.ones(first.shape, bool) if passed is None else passed
@@ -68,8 +71,8 @@ def _exit_states(
     passed: Bool[Array, "B T"],
     implementation: str | None,
 ) -> Float[Array, "B T D"]:
-    """Final-normed exit states of the tokens that passed."""
-    if on_mesh():  # the modules say how a head's channels are put together again before the norm
+    """Final-normed exit states of tokens that passed the screen."""
+    if on_mesh():  # the modules gather the exit head's channels before the norm; the kernel doesn't
         return model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
     config, norm, rows = model.config, model.final_norm, x.reshape(-1, x.shape[-1])
     learned = (getattr(norm, name, None) for name in ("scale", "bias"))
@@ -88,7 +91,7 @@ def _exit_states(
 
 
 def exit_scores(model: Decoder, routers: Routers, checkpoint: int, x: Float[Array, "N D"]) -> ExitAnswers:
-    """Final scores ``[1, N]`` and exit states ``[1, N, D]`` of rows, router included."""
+    """Final scores ``[1, N]`` and exit states ``[1, N, D]`` of tokens, running router and second look."""
     first = router_scores(x, *routers.routers[checkpoint], eps=model.config.norm_eps)
     return second_look(model, routers, checkpoint, x[None], first[None])
 
@@ -96,9 +99,13 @@ def exit_scores(model: Decoder, routers: Routers, checkpoint: int, x: Float[Arra
 def features(
     model: Decoder, candidates: HeadRows, states: Float[Array, "B T D"], first: Float[Array, "B T"]
 ) -> Float[Array, "B T 4"]:
-    """The router's log odds, the log probability of the best candidate, its lead over the second, and the log of the
-    normaliser."""
+    """Input of the second look's network.
+
+    The four features: the router's log odds, the log probability of the best candidate, its lead over the second best
+    in logits, and the log of the softmax normaliser.
+    """
     logits = model.logits(states, candidates)
+    # The largest logit, and the largest of the others.
     best = jnp.max(logits, axis=-1)
     at = likeliest(logits)
     others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None, :] == at[:, :, None], -jnp.inf, logits)

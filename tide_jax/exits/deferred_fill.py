@@ -1,12 +1,12 @@
-"""``kv_strategy="propagate"``, one token at a time: rows of skipped layers are projected for several tokens at once.
+"""Decode step of ``kv_strategy="propagate"`` that projects the cache rows of skipped layers for several tokens at once.
 
-Projecting a token's keys and values for a layer that it skips (`tide_jax.exits.cache_fill`) reads that layer's key and
-value weights: of a small model one part in sixteen of all that the layer would have read, so that a skipped layer is
-less than free. Nobody asks for these rows until a later token runs the layer. So the exit states of the newest tokens
-are kept in the queue (`tide_jax.exits.queue`), and a group's missing rows are projected in one product when a token is
-about to run it, or when the queue is full. They are the rows that projecting at once gives, to rounding.
+Projecting keys and values for a skipped layer (`tide_jax.exits.cache_fill`) reads the layer's key and value weights. In
+a small model those are one sixteenth of all the layer's weights, so a skipped layer is not free. Nothing reads these
+rows until a later token runs the layer. So the exit states of the newest tokens stay in the queue
+(`tide_jax.exits.queue`), and one product projects all missing rows of a group: when a token is about to run the group,
+or when the queue is full. The rows equal those of immediate projection, to rounding.
 
-Only the projection is put off. Layers of tokens that have exited are never run, as `tide_jax.exits.recompute` does.
+Only the projection is deferred. The skipped layers never run, unlike in `tide_jax.exits.recompute`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.model.sharding import mesh_of
 
 MOST_ROWS = 8
-"""Rows up to which projecting together was measured to be faster on a CPU; of more, many are in one product anyway."""
+"""Largest batch for which deferring was measured to be faster on a CPU. Larger batches fill a product anyway."""
 
 
 def is_faster(model: Decoder, rows: int) -> bool:
-    """Whether the engine decodes so many rows in this way: on a CPU (others have not been measured), and where it gives
-    the same."""
+    """Whether the engine defers the projection for a batch of `rows` rows.
+
+    It does for up to `MOST_ROWS` rows on a CPU (other platforms were not measured), without a mesh, and unless rotary
+    frequencies depend on the length, since deferring would then change the result.
+    """
     on_cpu = all(device.platform == "cpu" for device in model.embed.kernel[...].devices())
     return rows <= MOST_ROWS and on_cpu and mesh_of(model) is None and not model.config.length_changes_rope
 
@@ -49,18 +52,19 @@ def deferred_step(
     *,
     implementation: str | None = None,
 ) -> tuple[DepthOutput, KVCache]:
-    """Runs the newest token of each row as deep as it needs, and fills in what the layers it runs have missed.
+    """Decodes one token of each row with exits, projecting missing cache rows of a group before the group runs.
 
     Args:
       tokens: token ids.
-      positions: position of each token in its row, -1 where there is none.
-      cache: earlier tokens, with `pending` for the routers' groups and translators.
+      positions: position of each token in its row, -1 for rows without a token.
+      cache: earlier tokens, with `pending` made for these routers and translators.
       routers: routers, exit heads and translators.
       gate: thresholds.
       implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Returns:
-      What the pass gave for the newest token (`new` is zero where it waits), and the cache with the token appended.
+      The step's output for the newest token (its rows in `new` are zero for groups where it waits), and the cache with
+      the token appended.
     """
     groups = layer_groups(model.config.num_layers, routers.checkpoints)
     queue, code_size = Queue.start(cache, groups, positions), pending_of(cache).code_size
@@ -70,24 +74,26 @@ def deferred_step(
 
 
 class _Deferred(NamedTuple):
-    """A walk down to where the last token exits, with stops to project rows that are missing.
+    """One decode step: a walk that stops to project missing rows.
 
     Attributes:
-      walk: of the newest tokens.
-      window: positions of the newest Q slots, the tokens' own included.
+      walk: walk of the newest tokens.
+      window: positions of the newest Q slots, the new tokens included.
     """
 
     walk: Walk
     window: Int[Array, "B Q"]
 
     def run(self, newest: TokenState) -> tuple[DepthOutput, KVCache]:
-        """Groups are run and rows are filled in by turns; where nothing is missing, the first turn is the last."""
+        """Alternates between running groups and filling rows; one turn is enough if no row is missing."""
         start = self.walk.start(newest), self.walk.cache
         loop, cache = lax.while_loop(lambda c: self._unfinished(*c), lambda c: self._turn(*c), start)
+        # Append the newest token. Its rows are computed where a group ran, projected after a fill, zero where it waits.
         done = jnp.arange(len(self.walk.groups), dtype=jnp.int32) < loop.group
         before, new = pending_of(cache), self.walk.rows.by_layer(loop.rows)
         executed = jnp.max(loop.state.exit_layers, initial=-1) + 1
         cache = cache._replace(pending=None).append(new, self.window[:, -1:])
+        # Push the token's exit state onto the queue, for groups that still have to project its rows.
         slots = self._slots(loop.state, before)
         assert slots.code is not None
         dtype, ran = before.states.dtype, jnp.where(done, cache.length, before.ran)
@@ -96,32 +102,38 @@ class _Deferred(NamedTuple):
         return out, cache._replace(pending=pending)
 
     def _unfinished(self, loop: Loop, cache: KVCache) -> Bool[Array, ""]:
-        """Whether a group is to be run, or a step later the queue would not hold what waits."""
+        """Whether a token still needs a group, or the queue has to be emptied before the next step."""
         left = loop.group < len(self.walk.groups)
         return left & (self._queue(cache).full | jnp.any(loop.state.active))
 
     def _turn(self, loop: Loop, cache: KVCache) -> tuple[Loop, KVCache]:
-        """Runs groups until a row is missing, and fills in all that are."""
+        """Runs groups up to the first one with missing rows, then fills all missing rows."""
         ran = pending_of(cache).ran
 
         def ready(s: Loop) -> Bool[Array, ""]:
             return (s.group < len(self.walk.groups)) & jnp.any(s.state.active) & (ran[s.group] == cache.length)
 
         loop = self.walk._replace(cache=cache).run(loop, ready)
-        # A loop of one turn or none, which writes the cache where it is.
+        # An `if` as a loop of at most one turn: a while loop updates the cache in place, without a copy.
         fill = self._unfinished(loop, cache), loop, cache
         return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), *self._filled(*c[1:])), fill)[1:]
 
     def _filled(self, loop: Loop, cache: KVCache) -> tuple[Loop, KVCache]:
-        """Projects what waits for the groups that are left; of the newest tokens only once they have exited, too."""
+        """Projects the waiting rows of the groups that are left.
+
+        The newest tokens are included only once all of them have exited.
+        """
         queue, pending, count = self._queue(cache), pending_of(cache), len(self.walk.groups)
         slots = self._slots(loop.state, pending)
+        # Project the exit states of the whole queue for every group from `loop.group` on.
         start = self.walk.start(slots)._replace(group=loop.group)
         places, there = self.walk.model.contexts(self.window, None), self.window >= 0
         rows = self.walk.fill(start, places, lambda g: queue.waits(g) & there).rows
+        # Write the rows of earlier tokens; `ran` counts the new slot too if its token has exited.
         done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
         ran = jnp.where(done, cache.length + gone.astype(jnp.int32), pending.ran)
         cache = queue.filled(self.walk.rows.by_layer(rows), done)._replace(pending=pending._replace(ran=ran))
+        # The new slot is appended only at the end of the step: its rows join those of the loop.
         own = (done & gone)[:, None, None, None, None, None]
         keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
         values = jnp.where(own, rows.values[:, :, :, :, -1:], loop.rows.values)
@@ -131,7 +143,7 @@ class _Deferred(NamedTuple):
         return Queue(cache, self.walk.groups, self.window)
 
     def _slots(self, newest: TokenState, pending: Pending) -> TokenState:
-        """The queue's tokens as they exited, the newest of each row included."""
+        """Exit states of the queue's tokens, with the newest token of each row at the end."""
         assert pending.left is not None
         assert newest.code is not None
         return newest._replace(
@@ -142,5 +154,5 @@ class _Deferred(NamedTuple):
 
 
 def _pushed(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:
-    """The window one slot on."""
+    """The window moved one slot on: drops the oldest entry, appends the newest."""
     return jnp.concatenate([window[:, 1:].astype(newest.dtype), newest], axis=1)

@@ -1,8 +1,8 @@
-"""Runs tokens with exits, any number at once: scoring, prompts, and decoding with ``kv_strategy="propagate"``.
+"""Forward pass with exits over any number of tokens: scoring, prefill, and decoding with ``kv_strategy="propagate"``.
 
-With "propagate" the cache of skipped layers is projected from the exit state at the end of the step. With "recompute"
-every token's keys and values are those of the full model, so over several tokens at once every layer runs, and exits
-choose the answer alone; decoding one token at a time is `tide_jax.exits.recompute`.
+With "propagate", the cache rows of skipped layers are projected from exit states at the end of the pass. With
+"recompute", every token's keys and values are the full model's, so a pass over several tokens runs every layer, and
+exits only select the answer. Decoding one token at a time with "recompute" is `tide_jax.exits.recompute`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tide_jax.model.decoder import Decoder
 
 
 class DepthOutput(NamedTuple):
-    """What a pass with exits returns.
+    """Output of a pass with exits.
 
     Attributes:
-      states: final-normed states [B, T, D], what the output head reads.
+      states: final-normed states [B, T, D], the input of the output head.
       exit_layers: index of the last layer each token ran for its answer, int32 [B, T]; -1 for tokens that were not
         active.
       new: key and value rows of every layer, ``[L, B, KV, T, channels]``.
-      layers_executed: layers the loop ran, int32 scalar: the depth of the deepest token, or all with "recompute".
+      layers_executed: layers the loop ran, int32 scalar: the depth of the deepest token; all layers with "recompute".
     """
 
     states: Float[Array, "B T D"]
@@ -52,41 +52,42 @@ def run_depth(
     survivors: bool = False,
     implementation: str | None = None,
 ) -> DepthOutput:
-    """Runs each token as deep as it needs.
+    """Forward pass that runs each token up to its exit.
 
     Args:
       tokens: token ids.
-      positions: position of each token in its row, -1 for padding, which is not run.
-      cache: earlier tokens, or None when there are none.
-      routers: routers and exit heads; None runs every layer (the same loop with exits off).
+      positions: position of each token in its row, -1 for padding, which does not run.
+      cache: earlier tokens, or None if there are none.
+      routers: routers and exit heads; None runs every layer, in the same loop with exits off.
       gate: thresholds, required with `routers`.
-      may_exit: tokens allowed to leave early. The token at position 0 never is: it serves as attention sink
+      may_exit: tokens that may exit early. The token at position 0 never may: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
-      kv_strategy: "propagate" skips layers and projects their rows; "recompute" runs them all, for the rows.
-      survivors: whether layers run only for the tokens that are left, where many run (`tide_jax.exits.survivors`): the
-        same to rounding, and more to compile. Without effect on short rows, without routers, and with "recompute".
+      kv_strategy: "propagate" skips layers and projects their cache rows; "recompute" runs all layers for exact rows.
+      survivors: whether deep layers run only for the tokens that have not exited (`tide_jax.exits.survivors`). Same
+        result to rounding, longer compilation. No effect on short rows, without routers, or with "recompute".
       implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Raises:
-      TideError: no such `kv_strategy`.
+      TideError: unknown `kv_strategy`.
     """
     check_choice("kv_strategy", kv_strategy, KVStrategy)
     exact = kv_strategy == "recompute"
     translators = None if routers is None or gate is None or exact else routers.translators
     code_size = None if translators is None else translators.rank
+    # Embed the tokens; those at position 0 never exit.
     state = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
     gating = None if routers is None or gate is None else Gating(routers, gate, may_exit, implementation)
     groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
     walk, count = Walk(model, groups, gating, cache, positions, runs_on=exact), len(groups)
     skips = gating is not None and not exact
-    # Run groups until nobody is left; rows of the full model take all of them.
+    # Run groups until every token has exited; with "recompute", run all groups for exact cache rows.
     if skips and survivors:
         loop = run_survivors(walk, walk.start(state), anyone_active(count))
     else:
         loop = walk.run(walk.start(state), (lambda s: s.group < count) if exact else anyone_active(count))
     executed = walk.rows.layers_before(loop.group)
-    # Fill the cache rows of the groups that were not.
+    # Fill the cache rows of the groups that did not run.
     if skips:
         loop = walk.fill(loop, model.contexts(positions, cache), positions >= 0)
     return DepthOutput(loop.state.states, loop.state.exit_layers, walk.rows.by_layer(loop.rows), executed)

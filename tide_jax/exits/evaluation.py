@@ -1,5 +1,7 @@
-"""What exits do to a model's answers, measured with the engine's own definition under ``kv_strategy="propagate"``:
-skipped layers' keys and values come from exit states, and later tokens read them."""
+"""Agreement of exits with the full model on whole texts, measured with ``kv_strategy="propagate"``.
+
+The pass is the engine's own: keys and values of skipped layers come from exit states, and later tokens read them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Batch(NamedTuple):
     Attributes:
       tokens: token ids.
       positions: position of each token, -1 for padding.
-      counted: tokens to measure on; the others run at full depth.
+      counted: tokens to measure; the others run at full depth.
     """
 
     tokens: Int[Array, "B T"]
@@ -43,12 +45,14 @@ def measure_exits(
     """Runs texts with exits at each threshold and compares every argmax with the full model's on the same prefix.
 
     Returns:
-      For each threshold: exit rate, mean depth, agreement, and the share of tokens leaving at each layer.
+      For each threshold: exit rate, mean depth, agreement, and the share of tokens that exit at each layer.
     """
+    # The full model's argmaxes, once for all thresholds.
     reference = [_argmax_full(model, batch) for batch in batches]
     counted = np.concatenate([np.asarray(batch.counted).reshape(-1) for batch in batches])
     wanted = np.concatenate([np.asarray(r).reshape(-1) for r in reference])[counted]
     results, bare = [], routers.without_metadata()
+    # One pass with exits for each threshold.
     for done, threshold in enumerate(thresholds, 1):
         gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
         outputs = [_argmax_with_exits(model, bare, batch, gate) for batch in batches]
@@ -83,5 +87,5 @@ def _argmax_with_exits(model: Decoder, routers: Routers, batch: Batch, gate: Exi
 
 
 def argmax_by_row(model: Decoder, states: Float[Array, "B T D"]) -> Int[Array, "B T"]:
-    """The likeliest token after each final-normed state; one row's logits in memory at a time."""
+    """Most likely token after each final-normed state; only one row's logits are in memory at a time."""
     return lax.map(lambda row: jnp.argmax(model.logits(row[None])[0], axis=-1).astype(jnp.int32), states)

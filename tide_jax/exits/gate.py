@@ -1,6 +1,6 @@
-"""The exit decision: which tokens exit after a group, and with what answer. `tide_jax.exits.walk` asks here.
+"""The exit decision: which tokens exit after a group, and with what output state. `tide_jax.exits.walk` calls it.
 
-Deciding per token with a learned router follows TIDE (2026).
+The per-token decision by a learned router follows TIDE (2026).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tide_jax.model.decoder import Decoder
 
 
 class ExitGate(NamedTuple):
-    """The dials of the exit decision, as traced values: turning them never recompiles.
+    """Settings of the exit decision, as traced values: changing them never recompiles.
 
     Attributes:
-      thresholds: float32 [C], one for each checkpoint.
-      min_layers: int32 scalar, layers every token runs.
+      thresholds: float32 [C], one for each exit point.
+      min_layers: int32 scalar, layers that every token runs at least.
     """
 
     thresholds: Float[Array, " C"]
@@ -30,14 +30,16 @@ class ExitGate(NamedTuple):
 
 
 class TokenState(NamedTuple):
-    """The tokens of a walk over the layers. T of them decide; with a queue, S - T slots before them wait for layers.
+    """State of the S slots in a walk over the layers.
+
+    The last T slots are the new tokens, which may exit. With a queue, the S - T slots before them wait for layers.
 
     Attributes:
-      x: residual stream of the slots; "propagate" freezes it at the exit state once a token has exited.
-      states: final-normed exit states, zero until a token has exited.
-      code: what translators read of the exit state; None without translators.
+      x: residual stream of the slots. "propagate" freezes it at the exit state once a token exits.
+      states: final-normed exit states, zero until the token exits.
+      code: exit state projected by `Translators.code`, the input of the translators; None without translators.
       active: tokens that have not exited.
-      exit_layers: index of the last layer each token ran; -1 before the first.
+      exit_layers: index of the last layer each token ran; -1 before the first layer.
     """
 
     x: Float[Array, "B S D"]
@@ -48,7 +50,7 @@ class TokenState(NamedTuple):
 
     @property
     def newest(self) -> Float[Array, "B T D"]:
-        """Residual stream of the tokens that decide."""
+        """Residual stream of the new tokens."""
         return self.x[:, self.x.shape[1] - self.active.shape[1] :]
 
     @classmethod
@@ -64,7 +66,7 @@ class TokenState(NamedTuple):
 
 
 class Gating(NamedTuple):
-    """Everything the exit decision needs."""
+    """Inputs of the exit decision: routers, thresholds and the tokens that may exit."""
 
     routers: Routers
     gate: ExitGate
@@ -72,8 +74,12 @@ class Gating(NamedTuple):
     implementation: str | None
 
     def decide(self, model: Decoder, checkpoint: int, state: TokenState) -> TokenState:
-        """Notes that the active tokens have run the checkpoint's layer, freezes those that exit and projects their
-        output states."""
+        """Lets tokens exit at an exit point: records the layer they ran and computes their output states.
+
+        Args:
+          checkpoint: index of the exit point, which all active tokens have just run.
+        """
+        # Stage 1: score the active tokens with the router. With a second look, its screen is the threshold.
         shape, x = state.active.shape, state.newest
         router = self.routers.routers[checkpoint]
         looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
@@ -94,6 +100,7 @@ class Gating(NamedTuple):
         state = state._replace(exit_layers=step.exit_layers.reshape(shape))
 
         def exit_some(state: TokenState) -> TokenState:
+            # Stage 2: score the tokens that passed; those above the threshold keep their output state and stop.
             answers = second_look(
                 model, self.routers, checkpoint, x, first, passed=passed, implementation=self.implementation
             )
@@ -106,6 +113,7 @@ class Gating(NamedTuple):
             code = self.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
             return state._replace(code=jnp.where(leaving, code, state.code))
 
+        # Skip stage 2 if no token passed.
         return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
     def translated(
@@ -127,8 +135,7 @@ class Gating(NamedTuple):
 def finish_group(
     model: Decoder, groups: tuple[range, ...], group: int, state: TokenState, gating: Gating | None
 ) -> TokenState:
-    """Notes that the active tokens have run a group, and lets those exit that need no more: after the last group all of
-    them, with the final norm."""
+    """Ends a group for the active tokens: the exit decision after it, or the final norm after the last group."""
     if group < len(groups) - 1 and gating is not None:
         return gating.decide(model, group, state)
     ran = jnp.int32(groups[group].stop - 1)

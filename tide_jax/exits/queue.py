@@ -1,11 +1,11 @@
 """The newest Q cache slots, and which layer groups still have to process them.
 
-A token that exits leaves its deep layers undone. Its exit state is all that they need, so it is kept here until a later
-token runs these layers, or until the queue is full. "recompute" then runs them (`tide_jax.exits.recompute`), a deferred
-"propagate" projects their cache rows (`tide_jax.exits.deferred_fill`).
+A token that exits skips its deep layers. They need only its exit state, so the queue keeps that until a later token
+runs these layers, or until the queue is full. Then "recompute" runs the layers (`tide_jax.exits.recompute`), and
+deferred "propagate" projects their cache rows (`tide_jax.exits.deferred_fill`).
 
-A group always processes all tokens that wait for it. So what waits for a group is what came after its last run: the
-newest slots, none missing.
+A group always processes all slots that wait for it. So the slots waiting for a group are exactly those written after
+its last run: a contiguous range at the end of the cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tide_jax.model.cache import KVCache, Pending, newest_positions
 
 
 class Queue(NamedTuple):
-    """The newest Q slots during a step, its own token among them.
+    """The newest Q cache slots during a decode step, the step's own token included.
 
     Attributes:
-      cache: before the step, with `pending`.
-      groups: the layer groups that `pending` counts.
-      positions: of the Q slots, -1 where empty.
+      cache: the cache before the step, with `pending`.
+      groups: the layer groups of `pending.ran`.
+      positions: positions of the Q slots, -1 for empty slots.
     """
 
     cache: KVCache
@@ -35,50 +35,51 @@ class Queue(NamedTuple):
 
     @classmethod
     def start(cls, cache: KVCache, groups: tuple[range, ...], positions: Int[Array, "B 1"]) -> Queue:
-        """The queue with one token more in each row, at the given positions."""
+        """The queue after adding one token to each row, at the given positions."""
         earlier = newest_positions(cache, pending_of(cache).queue_length - 1)
         return cls(cache, groups, jnp.concatenate([earlier, positions], axis=1))
 
     @property
     def pending(self) -> Pending:
-        """The cache's."""
+        """Pending tokens of the cache."""
         return pending_of(self.cache)
 
     @property
     def length(self) -> Int[Array, ""]:
-        """Slots written after the step."""
+        """Cache slots in use after the step."""
         return self.cache.length + 1
 
     @property
     def first(self) -> Int[Array, ""]:
-        """The slot that the queue begins with."""
+        """Index of the queue's first slot in the cache."""
         return self.length - self.positions.shape[1]
 
     @property
     def full(self) -> Bool[Array, ""]:
-        """Whether a step later the queue would not hold what waits for the last group."""
+        """Whether the last group has to process its waiting slots in this step: the next step would drop one."""
         return self.length - self.pending.ran[-1] >= self.positions.shape[1]
 
     def waiting(self, group: Int[Array, ""]) -> Int[Array, ""]:
-        """How many slots wait for a group, the step's own included."""
+        """Number of slots that wait for a group, the step's own included."""
         return self.length - self.pending.ran[group]
 
     def waits(self, g: int) -> Bool[Array, "1 Q"]:
-        """Which slots wait for group `g`, the step's own included."""
+        """Slots that wait for group `g`, the step's own included."""
         return self._after(self.pending.ran[g][None])
 
     def complete(self, g: int) -> KVCache:
-        """The cache with nothing in the slots that group `g` has not processed."""
+        """The cache with the slots that group `g` has not processed marked empty."""
         slots = jnp.arange(self.cache.capacity, dtype=jnp.int32)[None]
         return self.cache._replace(positions=jnp.where(slots < self.pending.ran[g], self.cache.positions, -1))
 
     def filled(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
-        """The cache with the rows that groups have computed for slots that waited for them.
+        """Writes key and value rows of waiting slots into the cache.
 
         Args:
           new: ``[L, B, KV, Q, channels]``, rows of the queue's slots.
-          done: groups whose rows there are.
+          done: groups whose rows `new` holds.
         """
+        # Only slots that waited for a group of `done` get new rows; all others keep theirs.
         by_group = self._after(self.pending.ran) & done[:, None]
         fresh = [by_group[g][None, None, :, None] for g, group in enumerate(self.groups) for _ in group]
         zero = jnp.int32(0)
@@ -94,7 +95,12 @@ class Queue(NamedTuple):
         return self.cache._replace(keys=write(self.cache.keys, new.keys), values=write(self.cache.values, new.values))
 
     def written(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> KVCache:
-        """`filled`, and the step's tokens appended; `states`: of the slots, each after the last group that ran it."""
+        """Writes rows like `filled` and appends the step's tokens.
+
+        Args:
+          new, done: as in `filled`.
+          states: residual stream of the queue's slots, each after the last group that ran it.
+        """
         zero, pending = jnp.int32(0), self.pending
         return self.filled(new, done)._replace(
             positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.first)),
@@ -105,18 +111,18 @@ class Queue(NamedTuple):
         )
 
     def _after(self, ran: Int[Array, " n"]) -> Bool[Array, "n Q"]:
-        """Slots of the queue that came after so many."""
+        """For each count in `ran`, the queue's slots at or beyond that many cache slots."""
         return (self.first + jnp.arange(self.positions.shape[1], dtype=jnp.int32))[None] >= ran[:, None]
 
 
 def pending_of(cache: KVCache) -> Pending:
-    """What waits in a cache that has a queue."""
+    """Pending tokens of a cache that has a queue."""
     assert cache.pending is not None
     return cache.pending
 
 
 def pass_widths(most: int) -> tuple[int, ...]:
-    """Slots in the passes that are compiled: mostly there is one, and two rows are cheaper than eight.
+    """Numbers of slots that passes are compiled for: 1 is the usual case, and 2 cost less than `most`.
 
     >>> pass_widths(8), pass_widths(1)
     ((1, 2, 8), (1,))
@@ -125,7 +131,7 @@ def pass_widths(most: int) -> tuple[int, ...]:
 
 
 def pass_number(needed: Int[Array, "..."], most: int) -> Int[Array, "..."]:
-    """Index into `pass_widths` of the least width that holds so many slots."""
+    """Index into `pass_widths` of the smallest width that holds `needed` slots."""
     number = jnp.zeros_like(needed)
     for width in pass_widths(most)[:-1]:
         number += (needed > width).astype(number.dtype)

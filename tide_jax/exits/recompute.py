@@ -1,11 +1,10 @@
-"""``kv_strategy="recompute"``: tokens that have exited wait, and their deep layers run together with a later token's.
+"""Decode step of ``kv_strategy="recompute"``: skipped layers run later, together with a later token.
 
-A token that exits is kept in the queue (`tide_jax.exits.queue`). When a later token runs on past the same exit point,
-or the queue is full, the group runs every token that waits for it in one pass over its weights. Keys and values are
-then those of the full model, and exits cost nothing but their own answers; what it costs instead is that deep passes
-have several rows.
+The queue (`tide_jax.exits.queue`) keeps the states of exited tokens. When a later token runs past the same exit point,
+or the queue is full, the group runs all tokens that wait for it in one pass over its weights. Keys and values are then
+the full model's, so an exit affects nothing but its own answer. The price: deep passes process several tokens.
 
-Making up for missing deep keys and values in a later token's pass is EE-LLM's KV recomputation (Chen et al. 2023,
+Computing missing deep keys and values in a later token's pass is EE-LLM's KV recomputation (Chen et al. 2023,
 arXiv:2312.04916).
 """
 
@@ -34,29 +33,31 @@ def recompute_step(
     *,
     implementation: str | None = None,
 ) -> tuple[DepthOutput, KVCache]:
-    """Runs the newest token of each row as deep as it needs, and with it what waits for the layers it runs.
+    """Decodes one token of each row with exits; groups that run also process the tokens waiting for them.
 
-    Rows share the queue: a group that any row needs runs the waiting tokens of all rows, and their newest ones, too.
+    Rows share the queue: a group that any row needs runs the waiting and the newest tokens of all rows.
 
     Args:
       tokens: token ids.
-      positions: position of each token in its row, -1 where there is none.
-      cache: earlier tokens, with `pending` for the routers' groups.
+      positions: position of each token in its row, -1 for rows without a token.
+      cache: earlier tokens, with `pending` made for these routers.
       routers: routers and exit heads.
       gate: thresholds.
       implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Returns:
-      What the pass gave for the newest token, `new` with the rows of the newest Q slots (zeros where a layer did not
-      run them), and the cache with the tokens appended.
+      The step's output for the newest token, and the cache with the tokens appended. `new` has the rows of the newest Q
+      slots, zeros where a layer did not run them.
     """
     groups = layer_groups(model.config.num_layers, routers.checkpoints)
     queue, count = Queue.start(cache, groups, positions), len(groups)
-    # The queue one slot on: its oldest token has run all layers, or the queue would have been full.
+    # Move the queue one slot on. The token that drops out has run all layers: a full queue is emptied in the step
+    # before.
     newest = model.embed_tokens(tokens, positions)
     x = jnp.concatenate([queue.pending.states[:, 1:].astype(newest.dtype), newest], axis=1)
     state = TokenState.start(newest, positions)._replace(x=x)
     gating = Gating(routers, gate, positions >= 1, implementation)
+    # Run groups while a token is active; a full queue runs all of them.
     walk = Walk(model, groups, gating, cache, queue.positions, runs_on=True, queue=queue)
     loop = walk.run(walk.start(state), lambda s: (s.group < count) & (queue.full | jnp.any(s.state.active)))
     new, done = walk.rows.by_layer(loop.rows), jnp.arange(count, dtype=jnp.int32) < loop.group

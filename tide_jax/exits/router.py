@@ -1,4 +1,4 @@
-"""Routers and exit heads: what is trained, after the model, to let tokens leave early."""
+"""Routers, exit heads and translators: the weights that calibration trains beside the frozen model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tide_jax.model.sharding import mesh_of, shard, whole_channels
 
 
 class Router(NamedTuple):
-    """A checkpoint's router: ``sigmoid(up . silu(down^T rmsnorm(x) + down_bias) + up_bias)``, float32."""
+    """Router of one exit point: ``sigmoid(up . silu(down^T rmsnorm(x) + down_bias) + up_bias)``, float32."""
 
     down: Float[Array, "D H"]
     down_bias: Float[Array, " H"]
@@ -34,17 +34,17 @@ class Router(NamedTuple):
 
 
 FEATURES = 4
-"""Figures that a second look sees of a token, see `tide_jax.exits.confidence.features`."""
+"""Input features of the second look for each token, see `tide_jax.exits.confidence.features`."""
 
 SCREEN_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
-"""Thresholds for which a second look has a screen of its own: what has to pass it to be looked at."""
+"""Exit thresholds for which a second look stores a screen: the router score that a token must exceed to be scored."""
 
 
 class Candidates(NamedTuple):
-    """Frequent tokens whose logits tell how sure an exit is.
+    """Frequent tokens whose logits the second look computes.
 
     Attributes:
-      ids: the tokens.
+      ids: token ids.
       rows: their rows of the model's output projection.
     """
 
@@ -53,12 +53,12 @@ class Candidates(NamedTuple):
 
 
 class Confidence(NamedTuple):
-    """A checkpoint's second look, a network over the features of `tide_jax.exits.confidence`, float32.
+    """Second look of one exit point: a network over the features of `tide_jax.exits.confidence`, float32.
 
     Attributes:
-      screens: tokens with a router score up to this are not looked at, for a threshold of at least each of
-        `SCREEN_LEVELS`; ascending.
-      down, down_bias, up, up_bias: ``up . silu(down^T features + down_bias) + up_bias`` is the log odds that leaving
+      screens: for each of `SCREEN_LEVELS`, ascending: with an exit threshold of at least that level, tokens whose
+        router score does not exceed the screen are not looked at.
+      down, down_bias, up, up_bias: ``up . silu(down^T features + down_bias) + up_bias`` is the log odds that exiting
         is right.
     """
 
@@ -69,13 +69,16 @@ class Confidence(NamedTuple):
     up_bias: Float[Array, ""]
 
     def screen(self, threshold: Float[Array, ""]) -> Float[Array, ""]:
-        """The router score up to which no look could end above the threshold, but for a few: looking costs as much as
-        part of a layer. Nothing ends above 1."""
+        """Router score that a token must exceed to get a second look at this exit threshold.
+
+        Below it hardly any token would end above the threshold, and a look costs part of a layer. No score exceeds 1,
+        so a threshold of 1 screens out everything.
+        """
         level = jnp.sum(threshold >= jnp.asarray(SCREEN_LEVELS, jnp.float32), dtype=jnp.int32) - 1
         return jnp.where(threshold >= 1, jnp.float32(1), self.screens[jnp.maximum(level, 0)])
 
     def logit(self, features: Float[Array, "... F"]) -> Float[Array, "..."]:
-        """Log odds that leaving is right."""
+        """Log odds that exiting is right."""
         lead = (1,) * (features.ndim - 1)
         hidden = jnp.dot(features, self.down, precision="highest") + self.down_bias.reshape(*lead, -1)
         return jnp.dot(jax.nn.silu(hidden), self.up, precision="highest") + self.up_bias
@@ -92,7 +95,7 @@ class ExitHead(NamedTuple):
     bias: Float[Array, " D"]
 
     def __call__(self, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
-        """The state to hand to the final norm, in x's dtype."""
+        """Input of the final norm, in x's dtype."""
         rows = rms_normalise(x.reshape(-1, x.shape[-1]), eps)
         mapped = rows.astype(x.dtype)
         for factor in self.factors:
@@ -103,34 +106,34 @@ class ExitHead(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RouterMetadata:
-    """Where routers come from: facts about the model, the fit and the data, as sorted JSON (hashable)."""
+    """Origin of the routers: facts about the model, the fit and the data, as sorted JSON (hashable)."""
 
     text: str = "{}"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RouterMetadata:
-        """Wraps JSON-ready values."""
+        """Stores JSON-ready values."""
         return cls(json.dumps(values, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """The values."""
+        """The stored values."""
         return json.loads(self.text)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routers:
-    """Trained routers and exit heads of one model: a pytree.
+    """Trained routers, exit heads and translators of one model: a pytree.
 
     Attributes:
-      routers: one for each checkpoint.
-      heads: one for each checkpoint with `exit_strategy` "affine"; None with "identity".
-      checkpoints: 0-based layers after which a router sits, ascending.
-      translators: from exit states to the inputs of skipped layers, for their keys and values; None uses exit states
-        as they are.
-      candidates, confidence: the second look at tokens that routers let pass, one network for each checkpoint; None
-        leaves the decision to the routers.
-      metadata: where they come from; `report` is read from it.
+      routers: one for each exit point.
+      heads: one for each exit point with `exit_strategy` "affine"; None with "identity".
+      checkpoints: the exit points: 0-based layers after which a router sits, ascending.
+      translators: maps from exit states to the inputs of skipped layers, for projecting keys and values; None uses
+        exit states unchanged.
+      candidates, confidence: the second look at tokens that pass the router, one network for each exit point; None
+        lets the routers decide alone.
+      metadata: origin of the routers; `report` is read from it.
     """
 
     routers: tuple[Router, ...]
@@ -143,13 +146,16 @@ class Routers:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What calibration measured on held-out text (empty for routers made by hand)."""
+        """Calibration's measurements on held-out text; empty for routers made by hand."""
         return self.metadata.to_dict().get("report") or {}
 
     @property
     def exit_config(self) -> ExitConfig | None:
-        """Exit settings that `tide_jax.guarantee` chose for these routers and that were stored with them, promise
-        included; None without. Raises TideError where they can't be read."""
+        """Exit settings that `tide_jax.guarantee` chose for these routers, promise included; None if none are stored.
+
+        Raises:
+          TideError: the stored settings can't be read.
+        """
         found = self.metadata.to_dict().get("exit_config")
         return None if found is None else ExitConfig.from_dict(found)
 
@@ -159,23 +165,24 @@ class Routers:
         return "identity" if self.heads is None else "affine"
 
     def exit_state(self, checkpoint: int, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
-        """What the final norm reads for tokens leaving at the `checkpoint`-th checkpoint."""
+        """Input of the final norm for tokens that exit at exit point number `checkpoint`."""
         return x if self.heads is None else self.heads[checkpoint](x, eps=eps)
 
     def scores(self, checkpoint: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
-        """Router scores of rows, float32."""
+        """Router scores of N tokens, float32."""
         return router_scores(x, *self.routers[checkpoint], eps=eps)
 
     def without_metadata(self) -> Routers:
-        """The same weights without their history: two fits of one shape then share compiled programs."""
+        """The same weights without metadata, so that fits of one shape share compiled programs."""
         return dataclasses.replace(self, metadata=RouterMetadata())
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, in one step: a kill leaves the earlier file or the new one.
+        """Writes one safetensors file atomically: a kill leaves either the earlier file or the new one.
 
         Raises:
           TideError: the file can't be written, or a weight is NaN or infinite.
         """
+        # One tensor for each field, named after its exit point's layer.
         path_like("path", path)
         metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
         arrays = self._large_arrays() | {
@@ -191,19 +198,20 @@ class Routers:
 
     @classmethod
     def load(cls, path: str | Path, *, model: Decoder, checkpoint_interval: int | None = None) -> Routers:
-        """Reads routers written by `save`, onto `model`'s mesh if it has one, and checks that they belong to it.
+        """Reads routers written by `save`, checks that they belong to `model`, and puts them on its mesh, if any.
 
         Args:
-          checkpoint_interval: the interval the caller counts on; None accepts the file's.
+          checkpoint_interval: the interval that the caller expects; None accepts the file's.
 
         Raises:
-          TideError: the file is missing or damaged, belongs to another model (both are named), has another checkpoint
-            interval, or holds exit settings or a promise that can't be.
+          TideError: the file is missing or damaged, belongs to another model (the message names both), has another
+            checkpoint interval, or holds impossible exit settings or an impossible promise.
         """
         path_like("path", path)
         instance_of("model", model, Decoder)
         if checkpoint_interval is not None:
             whole_number("checkpoint_interval", checkpoint_interval, 1)
+        # Check the metadata first: model, field types and interval.
         path = Path(path)
         tensors, metadata = router_file.read(path)
         _check_model(path, metadata, model)
@@ -214,6 +222,7 @@ class Routers:
                 f"{path} has a router every {_shown(interval)} layers, expected every {checkpoint_interval}; "
                 "calibrate again with that checkpoint_interval or drop it"
             )
+        # Read the tensors, each checked against the shape that the model and the exit points imply.
         reader = _Reader(path, tensors, model.config.hidden_size)
         checkpoints = _checkpoints(path, metadata, model.config.num_layers)
         _check_exits(path, metadata, len(checkpoints))
@@ -229,7 +238,7 @@ class Routers:
         return jax.tree.map(jnp.asarray, found) if mesh is None else shard(found, mesh)
 
     def _large_arrays(self) -> dict[str, np.ndarray]:
-        """Exit heads and translators."""
+        """Tensors of exit heads and translators."""
         arrays = dict[str, np.ndarray]()
         if self.heads is not None:
             arrays |= {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
@@ -244,7 +253,7 @@ class Routers:
 
 
 def model_identity(model: Decoder) -> dict[str, Any]:
-    """What ties routers to a model."""
+    """Fingerprint and description of a model; routers store them to recognise their model."""
     config = model.config
     return {
         "fingerprint": fingerprint(model),
@@ -286,14 +295,14 @@ _KINDS = {dict: "table of fields", str: "text"}
 
 
 def _check_types(path: Path, metadata: dict[str, Any]) -> None:
-    """Raises TideError where the metadata that the package reads is of another type."""
+    """Raises TideError if a metadata field that the package reads has the wrong type."""
     for name, kind in _METADATA.items():
         if not isinstance(metadata.get(name), kind | None):
             raise TideError(f"{path} is damaged: its {name} is no {_KINDS[kind]}; calibrate again")
 
 
 def _check_exits(path: Path, metadata: dict[str, Any], count: int) -> None:
-    """Raises TideError where the stored exit settings or their promise can't be, for so many checkpoints."""
+    """Raises TideError if the stored exit settings or their promise are impossible for `count` exit points."""
     if (settings := metadata.get("exit_config")) is None:
         return
     try:
@@ -305,7 +314,7 @@ def _check_exits(path: Path, metadata: dict[str, Any], count: int) -> None:
 
 
 class _Reader(NamedTuple):
-    """Tensors of a router file, checked on the way out."""
+    """Reads the tensors of a router file and checks their shapes and values."""
 
     path: Path
     tensors: dict[str, np.ndarray]
@@ -358,7 +367,7 @@ class _Reader(NamedTuple):
     def _tensor(self, name: str, shape: tuple[int | None, ...]) -> Any:
         tensor = self.tensors.get(name)
         fits = tensor is not None and len(tensor.shape) == len(shape)
-        least = 0 if name.startswith("translators.") else 1  # of a width that the file chooses
+        least = 0 if name.startswith("translators.") else 1  # smallest size of an axis that `shape` leaves open
         if (
             tensor is None
             or not fits

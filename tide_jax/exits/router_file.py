@@ -1,8 +1,8 @@
-"""Routers on disk: one safetensors file, whose digest covers every byte, so that no part is there without the others.
+"""Routers on disk: one safetensors file with a SHA-256 digest over every byte, so that partial files are detected.
 
-Down-projections, all but a thousandth of a router, are stored as int8 with one scale per column when that is exact;
+Down-projections are 99.9% of a router. They are stored as int8 with one scale for each column if that is exact;
 `round_columns` rounds trained weights so that it is. A router file for 32 layers of width 4096 with the default
-settings (a checkpoint every 4 layers, bottleneck 128) is 3.7 MB.
+settings (an exit point every 4 layers, bottleneck 128) is 3.7 MB.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _NAMES = {np.dtype(np.int8): "I8", np.dtype(np.float16): "F16", np.dtype(np.floa
 
 
 def round_columns(weights: Float[np.ndarray, "D H"]) -> Float[np.ndarray, "D H"]:
-    """Rounds each column to 8 bits, float32 out. Rounding again changes nothing: the scale has 8 significant bits, and
-    the largest entry is made exactly 127 scales, so that the scale can be read off the result."""
+    """Rounds each column to 8 bits, float32 out.
+
+    Rounding again changes nothing: the scale has 8 significant bits, and the column's largest entry becomes exactly 127
+    scales, so the scale can be recovered from the result.
+    """
     weights = np.asarray(weights, np.float32)
     peak = np.abs(weights).max(axis=0)
     scale = _scale(peak)
@@ -51,14 +54,15 @@ def _scale(peak: np.ndarray) -> np.ndarray:
 
 
 def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
-    """The content of a file, the same bytes for the same arguments: a safetensors header with sorted keys, metadata and
-    a digest of all that the file holds, then the tensors.
+    """Content of a router file; equal arguments give equal bytes.
 
-    Tensors whose values int8 columns (two axes) or float16 hold exactly are stored so; the rest as float32.
+    The file is a safetensors header with sorted keys, metadata and a digest of the whole file, followed by the tensors.
+    A tensor is stored as int8 columns (two axes) or float16 if that is exact, otherwise as float32.
     """
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         stored |= _compact(name, np.asarray(tensor, np.float32))
+    # Write the header with zeros for the digest, which is filled in last.
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -68,7 +72,8 @@ def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
         }
     }
     begin, body = 0, []
-    for name in sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name)):  # so that all are aligned
+    # Widest dtype first, so that every tensor is aligned.
+    for name in sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name)):
         body.append(stored[name].tobytes())
         end = begin + len(body[-1])
         described = {"dtype": _NAMES[stored[name].dtype], "shape": stored[name].shape, "data_offsets": [begin, end]}
@@ -80,7 +85,7 @@ def encode(tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
 
 
 def check_destination(path: Path) -> None:
-    """Raises TideError where a rename would put a file in the place of something else: a folder, a device, a pipe."""
+    """Raises TideError if a rename would replace something that is not a file: a folder, a device, a pipe."""
     if path.is_dir():
         raise TideError(f"can't write {path}: it is a directory, expected a file")
     if path.exists() and not path.is_file():
@@ -88,12 +93,12 @@ def check_destination(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames it: a kill or a full disk leaves what was there.
+    """Writes a file under a temporary name, then renames it: a kill or a full disk leaves the earlier file.
 
     Raises:
       TideError: the file can't be written.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))  # replace a link's target, not the link
     check_destination(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,13 +113,14 @@ def write(path: Path, content: bytes) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors (float32) and metadata of a file made by `write`.
+    """Reads tensors (float32) and metadata of a router file.
 
     Raises:
-      TideError: the file is missing, damaged, of another kind or of another version.
+      TideError: the file is missing, damaged, holds no routers or has another format version.
     """
     if not os.path.isfile(path):
         raise TideError(f"no router file at {path}; make one with 'tide-jax calibrate'")
+    # Read the header first: a large file of another kind is not read whole.
     try:
         with path.open("rb") as file:
             start = _read_header(file)
@@ -141,7 +147,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _read_header(file: BinaryIO) -> bytes:
-    """The first bytes of a file, up to its tensors. Raises ValueError."""
+    """Bytes of a file up to its tensors. Raises ValueError if the header is incomplete or too long."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > _LONGEST_HEADER:
@@ -150,7 +156,7 @@ def _read_header(file: BinaryIO) -> bytes:
 
 
 def _is_intact(content: bytes, digest: Any) -> bool:
-    """Whether a file's digest is that of all its bytes, with zeros for the digest."""
+    """Whether `digest` matches the file's content, hashed with zeros in place of the digest."""
     field = _digest_field(str(digest))
     if content.count(field) != 1:
         return False
@@ -158,7 +164,7 @@ def _is_intact(content: bytes, digest: Any) -> bool:
 
 
 def _digest_field(digest: str) -> bytes:
-    """Where a header has the digest; metadata can't hold the same bytes, its quotes are escaped."""
+    """Bytes of the header's digest field; metadata can't contain them, since its quotes are escaped."""
     return f'"sha256":"{digest}"'.encode()
 
 
@@ -187,7 +193,7 @@ def _compact(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _expand(name: str, stored: dict[str, np.ndarray]) -> np.ndarray:
-    """A tensor as it was before `_compact`. Raises ValueError where none is stored so."""
+    """Inverse of `_compact` for one tensor. Raises ValueError for a dtype or scale that `_compact` never writes."""
     tensor, scale = stored[name], stored.get(name + _SCALE)
     if tensor.dtype not in _NAMES:
         raise ValueError(f"tensor {name} is of {tensor.dtype}")

@@ -1,12 +1,11 @@
-"""Deep layers on the tokens that are left, where many tokens run at once.
+"""Runs deep layers only for the tokens that have not exited, in passes over many tokens.
 
-While any token of a prompt goes on, the next group of layers has to run, and the masked loop
-(`tide_jax.exits.walk`) runs it for all tokens, those that have left included. Here the tokens that go on are
-brought together, in each row by itself, and queries, attention outputs and feed-forward blocks are computed for as many
-as the smallest of a few static sizes holds. Keys and values are still those of every token, at its own position: a
-token that has left is seen as its exit state, translated to the layer (`tide_jax.exits.translators`), so what a layer
-computes for a token is what the masked loop computes, to rounding. Each size is a branch of its own for every group but
-the first, before which nobody leaves.
+The masked loop (`tide_jax.exits.walk`) runs a group for all tokens as long as one token needs it. Here the active
+tokens of each row are gathered into a smaller array, of the smallest static size that holds them. Queries, attention
+outputs and feed-forward blocks are computed for these alone. Keys and values are still those of every token, at its own
+position: an exited token's come from its exit state, translated to the layer (`tide_jax.exits.translators`). So the
+result equals the masked loop's, to rounding. Every size adds a branch for each group but the first, in which all tokens
+are active.
 """
 
 from __future__ import annotations
@@ -28,14 +27,15 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.model.sharding import on_mesh
 
 LEAST_TOKENS = 128
-"""Tokens from which on it is worth compiling a group for fewer of them: a pass over few tokens reads the weights, and
-takes as long for half as many."""
+"""Fewest tokens of a row for which smaller sizes are compiled.
+
+A pass over fewer tokens is bound by reading the weights, and takes as long for half as many."""
 QUARTERS = (3, 2, 1)
-"""Sizes below all tokens, in quarters."""
+"""Compiled sizes below the full row, in quarters of it."""
 
 
 def survivor_sizes(tokens: int) -> tuple[int, ...]:
-    """Tokens of a row that groups are compiled for, besides all of them, the largest first; none for short rows.
+    """Sizes that groups are compiled for besides the full row, largest first; none for short rows.
 
     >>> survivor_sizes(512), survivor_sizes(96)
     ((384, 256, 128), ())
@@ -44,7 +44,7 @@ def survivor_sizes(tokens: int) -> tuple[int, ...]:
 
 
 def run_survivors(walk: Walk, loop: Loop, more: Callable[[Loop], Array]) -> Loop:
-    """`Walk.run`, each group for as few tokens as hold those that are left."""
+    """Like `Walk.run`, but each group runs in the smallest size that holds the active tokens."""
     assert walk.gating is not None
     contexts = walk.model.contexts(walk.positions, walk.cache)
     fewer = Survivors(walk.model, walk.groups, walk.cache, walk.gating, walk.positions, contexts)
@@ -53,12 +53,12 @@ def run_survivors(walk: Walk, loop: Loop, more: Callable[[Loop], Array]) -> Loop
 
 
 class Survivors(NamedTuple):
-    """A walk over the layer groups with branches for fewer tokens.
+    """Branches of a walk that run a group for fewer tokens than the row has.
 
     Attributes:
-      model, groups, cache, gating: of the walk.
-      positions: of all new tokens, -1 for padding.
-      contexts: with all new tokens asking.
+      model, groups, cache, gating: as in `Walk`.
+      positions: positions of all new tokens, -1 for padding.
+      contexts: attention contexts with all new tokens as queries.
     """
 
     model: Decoder
@@ -69,11 +69,11 @@ class Survivors(NamedTuple):
     contexts: tuple[AttentionContext, ...]
 
     def branches(self) -> list[Branch]:
-        """Every group but the first, for each size; they follow the groups' own branches."""
+        """One branch for each size and each group but the first; they follow the branches of full size."""
         return [self._branch(g, size) for size in self._sizes for g in range(1, len(self.groups))]
 
     def choose(self, loop: Loop) -> Int[Array, ""]:
-        """The number of the branch that runs the next group for no more tokens than it has to."""
+        """Index of the branch that runs the next group in the smallest size that holds the active tokens."""
         most, count = jnp.max(jnp.sum(loop.state.active, axis=1, dtype=jnp.int32)), len(self.groups)
         smaller = sum((most <= size).astype(jnp.int32) for size in self._sizes)
         compacted = count + (smaller - 1) * (count - 1) + loop.group - 1
@@ -84,17 +84,20 @@ class Survivors(NamedTuple):
         return survivor_sizes(self.positions.shape[1])
 
     def _branch(self, g: int, size: int) -> Branch:
-        """Runs group `g` for the active tokens, `size` of each row, then decides who of them leaves."""
+        """Branch that runs group `g` for up to `size` active tokens of each row, then makes the exit decision."""
 
         def run(state: TokenState) -> tuple[TokenState, KeyValue]:
+            # Gather the active tokens of each row.
             rows = partition(state.active)
             few = _taken(state, rows, size)._replace(x=self._gathered(state.x, rows, size))
             places = jnp.where(few.active, _picked(self.positions, rows, size), -1)
+            # Run the layers: queries of the active tokens, keys and values of all tokens.
             asking, new = self.model.contexts(self.positions, self.cache, places), []
             for i in self.groups[g]:
                 new.append(self._stored(i, state, few.x, rows))
                 cached = None if self.cache is None else self.cache.layer(i)
                 few = few._replace(x=self.model.layers[i].run_on(few.x, new[-1], asking, cached))
+            # Decide for the active tokens, then scatter their state back.
             gating = self.gating._replace(may_exit=_picked(self.gating.may_exit, rows, size))
             few = finish_group(self.model, self.groups, g, few, gating)
             return self._returned(state, few, rows), GroupRows(self.groups).stack(new, self.positions.shape[1])
@@ -102,14 +105,14 @@ class Survivors(NamedTuple):
         return run
 
     def _stored(self, layer: int, state: TokenState, x: Float[Array, "B M D"], rows: Partition) -> KeyValue:
-        """A layer's key and value rows of all tokens, from the active ones' `x` and the others' exit states."""
+        """A layer's key and value rows for all tokens: from `x` if active, from the exit state if exited."""
         left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
         reads = self._scattered(x, rows, left)
         real, implementation = self.positions >= 0, self.gating.implementation
         return fill_rows(self.model.layers[layer], reads, self.contexts, real, implementation=implementation)
 
     def _returned(self, state: TokenState, few: TokenState, rows: Partition) -> TokenState:
-        """All tokens' state, with what became of the active ones."""
+        """State of all tokens, updated with the new state of the active ones."""
         code = few.code
         return TokenState(
             x=self._scattered(few.x, rows, state.x),
@@ -125,17 +128,17 @@ class Survivors(NamedTuple):
     def _scattered(
         self, x: Float[Array, "B M D"], rows: Partition, out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        # A translator of rank 0 reads nothing: there are no rows to move.
+        # Codes of rank-0 translators have no channels: nothing to move.
         return out if x.size == 0 else scatter_rows(x, rows, out, implementation=self._moving)
 
     @property
     def _moving(self) -> str | None:
-        """Of the compaction: a kernel does not know how a mesh splits its arrays."""
+        """Implementation of the gather and scatter; on a mesh plain JAX, since kernels can't handle split arrays."""
         return "reference" if on_mesh() else IMPLEMENTATIONS.own(self.gating.implementation)
 
 
 def _taken(state: TokenState, rows: Partition, size: int) -> TokenState:
-    """The active tokens' state, but for the residual stream. None of them has an answer or a code yet."""
+    """State of the active tokens, with zeros for the residual stream, and for output states and codes (none yet)."""
 
     def none_yet(a: Float[Array, "B T D"]) -> Float[Array, "B M D"]:
         return jnp.zeros((a.shape[0], size, a.shape[2]), a.dtype)
@@ -150,7 +153,7 @@ def _taken(state: TokenState, rows: Partition, size: int) -> TokenState:
 
 
 def _picked(a: Shaped[Array, "B T"], rows: Partition, size: int) -> Shaped[Array, "B M"]:
-    """One number of each active token, 0 past them."""
+    """Gathers one number for each active token, 0 behind them."""
     return gather_rows(a[:, :, None], rows, size, implementation="reference")[:, :, 0]
 
 

@@ -1,10 +1,10 @@
-"""What a skipped layer would have read: translators from a token's exit state to the input of each later layer.
+"""Translators: low-rank maps from a token's exit state to the input of each skipped layer.
 
-Propagating a cache row projects the keys and values of a skipped layer from the exit state itself (CALM, Schuster et
-al. 2022, arXiv:2207.07061, section 3.3), as if the layers between had added nothing. They do add something, and much of
-it is the same for every token or linear in the state. A translator adds that part: ``x + s (shift + (n @ down) @ up)``
+State propagation projects the keys and values of a skipped layer from the exit state itself (CALM, Schuster et al.
+2022, arXiv:2207.07061, section 3.3), as if the layers in between added nothing. They do add something, and much of it
+is the same for every token or linear in the state. A translator adds that part: ``x + s (shift + (n @ down) @ up)``
 with ``s`` the root mean square of x and ``n = x / s``. It is an affine translator as in the tuned lens (Belrose et al.
-2023, arXiv:2303.08112), of low rank and between layers. One `down` serves all layers behind a checkpoint.
+2023, arXiv:2303.08112), but low-rank and between layers. All layers behind an exit point share one `down`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tide_jax.model.ops import einsum
 
 
 class LayerTranslators(NamedTuple):
-    """Translators into one layer's input from each of the C' checkpoints that end before the layer in front of it.
+    """Translators to one layer's input, from each of the C' exit points at least two layers before it.
 
     Attributes:
       shift: added to every token, in units of the exit state's root mean square.
-      up: what each direction that `Translators.down` reads adds.
+      up: maps the code (see `Translators.code`) to what is added, in the same units.
     """
 
     shift: Float[Array, "C' D"]
@@ -34,9 +34,9 @@ class Translators(NamedTuple):
     """Translators of a model: a pytree.
 
     Attributes:
-      down: one map ``[D, R]`` for each checkpoint; R may be 0.
-      layers: one entry for each layer behind a checkpoint's next layer, None for the layers before (the layer right
-        after a checkpoint reads the exit state itself).
+      down: one map ``[D, R]`` for each exit point; R may be 0.
+      layers: one entry for each layer of the model; None for layers without an exit point at least two layers before
+        them (the layer right after an exit point reads the exit state itself).
     """
 
     down: tuple[Float[Array, "D R"], ...]
@@ -44,11 +44,11 @@ class Translators(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Directions read of an exit state."""
+        """Rank R: channels of a code."""
         return self.down[0].shape[1]
 
     def code(self, checkpoint: int, x: Float[Array, "B T D"], *, eps: float) -> Float[Array, "B T R"]:
-        """What later layers' translators read of exit states at the `checkpoint`-th checkpoint, in x's dtype."""
+        """Low-rank code of exit states at exit point number `checkpoint`, in x's dtype; all later layers read it."""
         normed = (x.astype(jnp.float32) * lax.rsqrt(_mean_square(x) + eps)).astype(x.dtype)
         return einsum("btd,dr->btr", normed, self.down[checkpoint].astype(x.dtype))
 
@@ -61,9 +61,9 @@ class Translators(NamedTuple):
         *,
         eps: float,
     ) -> Float[Array, "B T D"]:
-        """The input of layer `layer` for tokens that left at checkpoint number `checkpoint` with state `x`.
+        """Estimated input of `layer` for tokens that exited at exit point number `checkpoint` with state `x`.
 
-        Tokens that left right before the layer, and those with a number the layer has no translator for, keep x.
+        Tokens that exited right before the layer, or at a number without a translator for it, keep x.
         """
         entry = self.layers[layer]
         if entry is None:
@@ -79,9 +79,10 @@ class Translators(NamedTuple):
         if self.rank == 0:
             return shift
         up = entry.up.astype(code.dtype)
-        if checkpoint.size <= up.shape[0]:  # few tokens read the matrices they need, many are one product
+        if checkpoint.size <= up.shape[0]:  # for few tokens, read only the matrices they need
             chosen = jnp.take(up, checkpoint, axis=0, mode="clip")
             return shift + einsum("btr,btrd->btd", code, chosen).astype(jnp.float32)
+        # For many tokens, one product: put each code into the block of its exit point, zeros elsewhere.
         mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0], dtype=jnp.int32)[None, None, :, None]
         spread = jnp.where(mine, code[:, :, None, :], jnp.zeros((), code.dtype))
         spread = spread.reshape(*checkpoint.shape, -1)

@@ -1,29 +1,28 @@
-"""The walk over layer groups: the loop that runs each token as deep as it needs.
+"""The walk over layer groups: a while loop that runs each token up to its exit.
 
-A group is the layers between two exit points. One step of a model, of however many tokens, is this walk:
+A group is the layers between two exit points. A forward pass, over any number of tokens, is one walk:
 
     while a group is left, and a token still needs it:
         take the slots that run the group
-        run its layers; tokens that have exited keep their exit state, or run on
+        run its layers; exited tokens keep their exit state, or run on
         let the router score the newest tokens: those above the threshold exit
-    fill the cache rows of the groups that nobody ran: now, later, or never
+    fill the cache rows of the groups that did not run: now, later, or never
 
-What differs between strategies is in `Walk`'s fields:
+The fields of `Walk` hold the differences between strategies:
 
-    strategy                 slots              that run a group         exited tokens
+    strategy                 slots              slots running a group    exited tokens
     scoring, prompts         the new tokens     all                      keep their exit state
     "propagate"              one token a row    all                      keep their exit state
     "recompute"              the newest Q       the newest and waiting   run on, together with a later token
     every row of all layers  the new tokens     all                      run on at once
 
-Two rules make a group that is not run free (measured, docs/architecture.md):
+Two rules make a skipped group cost nothing (measured, docs/architecture.md):
 
-* each group is a branch of a `lax.switch` over weights of its own: a dynamic slice out of stacked weights would copy
-  them at every step;
-* the cache is only read inside the loop. Layers return their new key and value rows, and the caller writes the cache
-  once.
+* Each group is a branch of a `lax.switch` with its own weights. A dynamic slice of stacked weights would copy them at
+  every step.
+* The loop only reads the cache. Layers return their new key and value rows, and the caller writes the cache once.
 
-Deciding per token with a learned router follows TIDE (2026).
+The per-token decision by a learned router follows TIDE (2026).
 """
 
 from __future__ import annotations
@@ -46,15 +45,15 @@ from tide_jax.model.decoder import Decoder
 
 Contexts = tuple[AttentionContext, ...]
 Branch = Callable[[TokenState], tuple[TokenState, KeyValue]]
-"""What running a group does: the new state, and the group's key and value rows as `GroupRows.stack` gives them."""
+"""Runs one group: returns the new state and the group's key and value rows in the layout of `GroupRows.stack`."""
 
 
 class Loop(NamedTuple):
-    """State of the loop.
+    """Carry of the while loop.
 
     Attributes:
-      group: the next group, int32 scalar.
-      state: the step's tokens.
+      group: index of the next group, int32 scalar.
+      state: state of the tokens.
       rows: key and value rows so far, ``[groups, longest group, B, KV, S, channels]``.
     """
 
@@ -64,7 +63,7 @@ class Loop(NamedTuple):
 
 
 class GroupRows(NamedTuple):
-    """Key and value rows by group, padded to the longest: all branches of a switch return the same shape."""
+    """Layout of key and value rows by group, padded to the longest group: all switch branches return one shape."""
 
     groups: tuple[range, ...]
 
@@ -75,7 +74,7 @@ class GroupRows(NamedTuple):
         return KeyValue(jnp.zeros((*shape, key_channels), x.dtype), jnp.zeros((*shape, value_channels), x.dtype))
 
     def stack(self, rows: Sequence[KeyValue], slots: int) -> KeyValue:
-        """The rows of one group's layers as one array: those of the last of so many slots."""
+        """Stacks the rows of one group's layers, padded in front to `slots` slots."""
 
         def stack(arrays: list[Array]) -> Array:
             return _behind_zeros(jnp.stack(arrays + [jnp.zeros_like(arrays[0])] * (self._longest - len(arrays))), slots)
@@ -93,7 +92,7 @@ class GroupRows(NamedTuple):
         return KeyValue(flatten(rows.keys), flatten(rows.values))
 
     def layers_before(self, group: Int[Array, ""]) -> Int[Array, ""]:
-        """Layers in the groups before one."""
+        """Number of layers in the groups before `group`."""
         return jnp.asarray([0, *(g.stop for g in self.groups)], jnp.int32)[group]
 
     @property
@@ -102,16 +101,16 @@ class GroupRows(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """One step's walk.
+    """One forward pass over the layer groups.
 
     Attributes:
-      model: whose layers run.
+      model: the decoder.
       groups: the layers of each group.
-      gating: who may exit; None: nobody.
-      cache: earlier tokens, None where there are none.
-      positions: of the step's S slots, -1 where there is no token.
-      runs_on: exited tokens run on, for their keys and values.
-      queue: where tokens before the newest wait for layers; None where all slots are new tokens.
+      gating: routers and thresholds; None turns exits off.
+      cache: earlier tokens, None if there are none.
+      positions: positions of the S slots, -1 for slots without a token.
+      runs_on: whether exited tokens run the remaining layers, for their keys and values.
+      queue: the queue of tokens that wait for layers; None if all slots are new tokens.
     """
 
     model: Decoder
@@ -124,20 +123,21 @@ class Walk(NamedTuple):
 
     @property
     def rows(self) -> GroupRows:
-        """The layout of the walk's key and value rows."""
+        """Layout of the walk's key and value rows."""
         return GroupRows(self.groups)
 
     def start(self, state: TokenState) -> Loop:
-        """Before the first group."""
+        """The loop's carry before the first group."""
         return Loop(jnp.int32(0), state, self.rows.empty(self.model.config, state.x))
 
     def run(self, loop: Loop, more: Callable[[Loop], Bool[Array, ""]]) -> Loop:
-        """Runs group after group while `more` holds."""
+        """Runs group after group while `more` returns True."""
         widths, count = self._widths, len(self.groups)
         newest = self.positions if self.queue is None else self.positions[:, -1:]
         contexts = self.model.contexts(newest, self.cache)
         branches = [self.branch(g, width, contexts) for width in widths for g in range(count)]
 
+        # With a queue, there is a branch for each group and width: take the smallest that holds the waiting slots.
         def number(s: Loop) -> Int[Array, ""]:
             if self.queue is None:
                 return s.group
@@ -147,27 +147,27 @@ class Walk(NamedTuple):
 
     @property
     def _widths(self) -> tuple[int, ...]:
-        """Slots that a group is compiled for."""
+        """Numbers of slots that a group is compiled for."""
         slots = self.positions.shape[1]
         return (slots,) if self.queue is None else pass_widths(slots)
 
     def branch(self, g: int, width: int, contexts: Contexts) -> Branch:
-        """Runs group `g` over the newest `width` slots, then decides who exits.
+        """Branch that runs group `g` over the newest `width` slots, then makes the exit decision.
 
         Args:
-          contexts: with the newest tokens asking.
+          contexts: attention contexts with the newest tokens as queries.
         """
 
         def run(state: TokenState) -> tuple[TokenState, KeyValue]:
-            # Take the slots. Of a queue's, only those run that wait for the group, and see what it has run before.
+            # Take the slots. Of a queue, only those run that wait for the group; they attend to slots it has processed.
             before, waits, seen = state.x[:, -width:], None, contexts
             x = before
             if self.queue is not None and width > 1:
                 waits = self.queue.waits(g)[:, -width:]
                 seen = self.model.contexts(jnp.where(waits, self.positions[:, -width:], -1), self.queue.complete(g))
-                # Slots that do not wait are masked, but what is no number would not be.
+                # Slots that do not wait are masked, but a mask does not stop NaN: set them to zero.
                 x = jnp.where(waits[:, :, None], before, jnp.zeros_like(before))
-            # Run the layers. An exited token keeps its exit state, so that its rows are those of state propagation
+            # Run the layers. An exited token keeps its exit state, so that its rows equal those of state propagation
             # even while other tokens run the layer.
             rows, active = [], state.active[:, :, None]
             everyone = self.gating is None or self.runs_on or active.size == 1  # a lone token is active
@@ -176,7 +176,7 @@ class Walk(NamedTuple):
                 y, new = self.model.layers[i](reads, seen, None if self.cache is None else self.cache.layer(i))
                 x = y if everyone else jnp.where(active, y, x)
                 rows.append(new)
-            # Put them back, and decide.
+            # Write the slots back, then make the exit decision.
             x = x if waits is None else jnp.where(waits[:, :, None], x, before)
             ahead = state.x.shape[1] - width
             state = state._replace(x=jnp.concatenate([state.x[:, :ahead], x], axis=1) if ahead else x)
@@ -186,12 +186,13 @@ class Walk(NamedTuple):
         return run
 
     def fill(self, loop: Loop, contexts: Contexts, wanted: Bool[Array, "B S"] | Callable[[int], Array]) -> Loop:
-        """Projects the rows of the groups that are left from the exit states: CALM's state propagation (Schuster et al.
-        2022, arXiv:2207.07061, section 3.3), from the exit state as translated to each layer.
+        """Projects key and value rows of the remaining groups from the exit states, translated to each layer.
+
+        This is CALM's state propagation (Schuster et al. 2022, arXiv:2207.07061, section 3.3).
 
         Args:
-          contexts: with the true positions of the slots.
-          wanted: slots whose rows are wanted, or a function of the group that says so.
+          contexts: attention contexts with the slots' true positions.
+          wanted: slots whose rows are needed, or a function from the group to these slots.
         """
         count = len(self.groups)
         of = wanted if callable(wanted) else lambda _: wanted
@@ -210,7 +211,7 @@ class Walk(NamedTuple):
         return project
 
     def exit_input(self, layer: int, state: TokenState) -> Float[Array, "B S D"]:
-        """Input of a layer for tokens that have exited: their exit state, translated to the layer."""
+        """Input of `layer` for tokens that already exited: their exit state, translated."""
         if self.gating is None:
             return state.x
         return self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
@@ -223,11 +224,13 @@ def run_groups(
     *,
     choose: Callable[[Loop], Int[Array, ""]] = lambda s: s.group,
 ) -> Loop:
-    """Runs group after group while `more` holds.
+    """While loop over layer groups, shared by all decoding strategies.
 
     Args:
-      branches: what `choose` chooses from, by number.
-      choose: the branch that runs ``loop.group``; by default there is one for each group.
+      more: whether to run another group.
+      branches: the branches of the switch.
+      loop: the carry to start from.
+      choose: index of the branch that runs ``loop.group``; by default there is one branch for each group.
     """
 
     def body(s: Loop) -> Loop:
@@ -241,7 +244,7 @@ def run_groups(
 
 
 def _behind_zeros(a: Float[Array, "l B KV W c"], slots: int) -> Float[Array, "l B KV S c"]:
-    """Rows as those of the last of so many slots. A CPU writes zeros and a slice faster than it pads."""
+    """Pads rows with zeros in front to `slots` slots; on a CPU, updating a slice of zeros is faster than `jnp.pad`."""
     if a.shape[3] == slots:
         return a
     empty = jnp.zeros((*a.shape[:3], slots, a.shape[4]), a.dtype)
@@ -249,5 +252,5 @@ def _behind_zeros(a: Float[Array, "l B KV W c"], slots: int) -> Float[Array, "l 
 
 
 def anyone_active(count: int) -> Callable[[Loop], Any]:
-    """For `Walk.run`: as long as one of `count` groups is left and a token is active."""
+    """Loop condition for `Walk.run`: one of `count` groups is left, and a token is active."""
     return lambda s: (s.group < count) & jnp.any(s.state.active)

@@ -1,1 +1,1 @@
-"""From prompts to new tokens: requests, sampling, compiled programs, results."""
+"""Text generation: requests, sampling, compiled programs, results."""

@@ -1,4 +1,4 @@
-"""From what a user passes to the padded, bucketed arrays that compiled programs take."""
+"""Checks user input and turns it into the padded, bucketed arrays that compiled programs take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tide_jax.errors import TideError, shortened
 
 
 def bucket(length: int, smallest: int = 16) -> int:
-    """Smallest of 16, 24, 32, 48, 64, 96, 128... that holds `length`: compiled shapes stay few, padding under half.
+    """Smallest of 16, 24, 32, 48, 64, 96, 128... that holds `length`: few compiled shapes, less than half padding.
 
     >>> [bucket(n) for n in (1, 17, 25, 33, 100)]
     [16, 24, 32, 48, 128]
@@ -26,8 +26,14 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def row_bucket(rows: int, groups: int = 1) -> int:
-    """Rows of the batch that runs `rows` of them: as many up to 16, then the next of eight steps an octave, so that at
-    most a ninth of the rows is empty. `groups`: of devices that share the rows, where their number divides.
+    """Batch size of the compiled program that runs `rows` rows.
+
+    Up to 16 rows it is `rows`; above, the next of eight steps in each power of two, so that at most one ninth of the
+    batch is empty.
+
+    Args:
+      rows: rows of the request.
+      groups: device groups that share the rows; the result divides by it if `rows` does.
 
     >>> [row_bucket(n) for n in (1, 7, 16, 17, 33, 100, 1000)]
     [1, 7, 16, 18, 36, 104, 1024]
@@ -39,7 +45,7 @@ def row_bucket(rows: int, groups: int = 1) -> int:
 
 
 class Rows(NamedTuple):
-    """Token ids as a list of rows, and where they stood in the user's array.
+    """Prompts as a list of token id arrays, with their places in the user's array.
 
     Attributes:
       rows: the real tokens of each row.
@@ -51,16 +57,16 @@ class Rows(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Real tokens in each row, int32 [B]."""
+        """Number of real tokens in each row, int32 [B]."""
         return np.asarray([len(row) for row in self.rows], np.int32)
 
 
 def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
-    """Checks prompts given as an int array [T] or [B, T] (with an optional mask) or as a list of unequal lists.
+    """Checks prompts: an int array [T] or [B, T], or a list of lists of any lengths, with an optional mask.
 
     Raises:
-      TideError: no rows, an empty row, a token id out of range, a row longer than the context, a mask of the wrong
-        shape, or something that is not integers.
+      TideError: no rows, an empty row, a token id outside the vocabulary, a row longer than the context, a mask of
+        the wrong shape, or values that are not integers.
     """
     rows, mask = _from_array(input_ids, attention_mask)
     if not rows:
@@ -83,6 +89,7 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
 
 
 def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    # A list of rows may have rows of different lengths, so ids and mask are read row by row.
     if isinstance(input_ids, (list, tuple)) and any(map(_is_row, input_ids)):
         ids = [_integers(row, 1) for row in input_ids]
         mask = [np.ones(len(row), bool) for row in ids] if attention_mask is None else _mask_rows(attention_mask)
@@ -104,7 +111,7 @@ def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], 
 
 
 def _mask_rows(mask: Any) -> list[np.ndarray]:
-    """An attention mask row by row: rows may have different lengths, as those of a list of prompts."""
+    """Attention mask as a list of rows, which may have different lengths like a list of prompts."""
     nested = isinstance(mask, (list, tuple)) and any(map(_is_row, mask))
     rows = [_zeros_and_ones(row) for row in mask] if nested else list(np.atleast_2d(_zeros_and_ones(mask)))
     if any(row.ndim != 1 for row in rows):
@@ -113,7 +120,7 @@ def _mask_rows(mask: Any) -> list[np.ndarray]:
 
 
 def _zeros_and_ones(values: Any) -> np.ndarray:
-    """An attention mask as truth values. Raises TideError where it holds anything but 0 and 1."""
+    """Attention mask as booleans. Raises TideError if it holds values other than 0 and 1."""
     mask = _array("attention_mask", values)
     if mask.dtype == bool:
         return mask
@@ -127,7 +134,7 @@ def _zeros_and_ones(values: Any) -> np.ndarray:
 
 
 def _is_row(values: Any) -> bool:
-    """Whether an entry of a list is a row (a list, or an array of anyone's) rather than a token id."""
+    """Whether a list entry is a row (a list, or an array of any library) and not a token id."""
     return isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0
 
 
@@ -136,7 +143,7 @@ def _array(name: str, values: Any) -> np.ndarray:
         raise TideError(f"{name} is a masked array; pass its data, and what is masked as attention_mask")
     try:
         return np.asarray(values)
-    except Exception as error:  # an array of anyone's may raise anything: of a device, of a gradient
+    except Exception as error:  # arrays of other libraries may raise anything: on a device, with a gradient
         raise TideError(f"{name} holds rows of unequal length or no numbers; pass an int array [B, T]") from error
 
 
@@ -156,7 +163,7 @@ def _integers(values: Any, ndim: int) -> np.ndarray:
 
 
 def pad_left(rows: Sequence[np.ndarray], width: int, pad: int = 0, *, batch: int = 0) -> Int[np.ndarray, "B P"]:
-    """Rows aligned at their last token, int32 [B, width]; at least `batch` of them, the last ones without tokens."""
+    """Left-padded rows, int32 [B, width]; empty rows at the end fill up to `batch` rows."""
     out = np.full((max(len(rows), batch), width), pad, np.int32)
     for b, row in enumerate(rows):
         out[b, width - len(row) :] = row
@@ -164,13 +171,13 @@ def pad_left(rows: Sequence[np.ndarray], width: int, pad: int = 0, *, batch: int
 
 
 def positions_of(mask: np.ndarray, width: int) -> Int[np.ndarray, "B W"]:
-    """Position of each real token in its row, -1 elsewhere; columns are added up to `width`."""
+    """Position of each real token in its row, -1 for padding; padded on the right to `width` columns."""
     mask = np.pad(mask, ((0, 0), (0, width - mask.shape[1])))
     return np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype(np.int32)
 
 
 def prompt_column(lengths: Any, batch: int) -> Int[np.ndarray, "B 1"]:
-    """Prompt lengths, one for all rows or one for each, as int32 [B, 1]."""
+    """Prompt lengths as int32 [B, 1], from one length for all rows or one for each row."""
     listed = _listed(lengths)
     each = listed if isinstance(listed, list) else [listed] * batch
     if len(each) != batch:
@@ -179,13 +186,17 @@ def prompt_column(lengths: Any, batch: int) -> Int[np.ndarray, "B 1"]:
 
 
 def pad_rows(array: np.ndarray, batch: int, fill: int) -> np.ndarray:
-    """The array with rows of `fill` behind its own, `batch` in all."""
+    """The array with rows of `fill` appended, up to `batch` rows."""
     return np.pad(array, ((0, batch - len(array)),) + ((0, 0),) * (array.ndim - 1), constant_values=fill)
 
 
 def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
-    """End-of-sequence ids as int32 [B, E], padded with -1 to a power of two: from None, an id, ids for all rows, or
-    ids for each row."""
+    """End-of-sequence ids as int32 [B, E], padded with -1 to a power of two.
+
+    Args:
+      eos: None, an id, a list of ids for all rows, or a list of ids for each row.
+      batch: number of rows.
+    """
     eos = [] if eos is None else _listed(eos)
     rows = [_listed(ids) for ids in eos] if isinstance(eos, list) else [eos]
     nested = {isinstance(row, list) for row in rows}
@@ -196,12 +207,12 @@ def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
     if len(rows) != batch:
         raise TideError(f"eos_token_id lists ids for {len(rows)} rows, expected {batch}")
     lists = [[whole_number("eos_token_id", i) for i in ids] for ids in rows]
-    width = 1 << (max(1, *(len(ids) for ids in lists)) - 1).bit_length()  # compiled shapes stay few
+    width = 1 << (max(1, *(len(ids) for ids in lists)) - 1).bit_length()  # few compiled shapes
     return np.asarray([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)
 
 
 def _listed(values: Any) -> Any:
-    """A list in place of an array or another collection; anything else as it is."""
+    """Arrays and collections as a list; other values unchanged."""
     if hasattr(values, "tolist"):
         return values.tolist()
     return list(values) if isinstance(values, (tuple, set, frozenset, range)) else values

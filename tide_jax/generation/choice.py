@@ -1,4 +1,4 @@
-"""How one call chooses its tokens: its arguments, then a generation_config that it was given, then the checkpoint's."""
+"""Generation settings of one call: its arguments, else its generation_config, else the checkpoint's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _ASKED = ("do_sample", "eos_token_id", "max_new_tokens", "pad_token_id")
 
 
 class Choice(NamedTuple):
-    """What a generation does.
+    """Resolved settings of one generation.
 
     Attributes:
-      settings: of the call and, where it says nothing, of the checkpoint.
-      sampling: the dials that follow from them.
-      eos_token_id, pad_token_id: as the call gave them; None for the model's.
-      max_new_tokens: tokens to produce at the most.
+      settings: settings of the call, with the checkpoint's for those it leaves out.
+      sampling: the resulting sampling settings.
+      eos_token_id, pad_token_id: as given by the call; None for the model's.
+      max_new_tokens: most tokens to generate.
     """
 
     settings: GenerationSettings
@@ -31,20 +31,21 @@ class Choice(NamedTuple):
 
 
 def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **arguments: Any) -> Choice:
-    """Lays arguments over the settings of `generation_config`, and both over the checkpoint's.
+    """Resolves settings: arguments override `generation_config`, which overrides the checkpoint's settings.
 
     Args:
-      checkpoint: settings of the model.
+      checkpoint: settings from the checkpoint's generation_config.json.
       generation_config: transformers' `GenerationConfig` or a dictionary of its fields.
-      arguments: of `TIDE.generate`; None for what was not given.
+      arguments: arguments of `TIDE.generate`; None for those not given.
 
     Raises:
-      TideError: an argument or a field of another type, out of its range or not known.
+      TideError: an argument or a field is unknown, has the wrong type or is outside its range.
     """
     if unknown := sorted(set(arguments) - {*SETTINGS, *_ASKED}):
         raise TideError(
             f"generate has no argument {', '.join(unknown)}; settings of generation are {', '.join(SETTINGS)}"
         )
+    # Settings of the call: `generation_config`, overridden by the arguments.
     config = _config_values(generation_config)
     given = GenerationSettings(**{name: arguments.get(name) for name in SETTINGS})
     named = NOTHING_SAID
@@ -53,6 +54,7 @@ def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **a
         named.warn("generation_config")
     asked = {name: config.get(name) if arguments.get(name) is None else arguments.get(name) for name in _ASKED}
     own = named.updated(given)
+    # The checkpoint's settings fill in the rest.
     settings = checkpoint.updated(own)
     new_tokens = NEW_TOKENS if asked["max_new_tokens"] is None else asked["max_new_tokens"]
     sampling = _sampling(settings, own, _samples(asked["do_sample"], arguments.get("temperature"), own))
@@ -65,14 +67,14 @@ def _samples(do_sample: Any, temperature: Any, own: GenerationSettings) -> bool:
         raise TideError(f"do_sample={do_sample!r} must be True or False")
     if do_sample and own.temperature == 0:
         raise TideError("do_sample=True samples and temperature=0 is greedy; leave one of them out")
-    # A temperature in a generation_config without do_sample asks for nothing: that is transformers' reading, too.
+    # Only a temperature argument implies sampling. In a generation_config it needs do_sample, as in transformers.
     return bool(own.temperature) and temperature is not None if do_sample is None else do_sample
 
 
 def _sampling(settings: GenerationSettings, own: GenerationSettings, samples: bool) -> Sampling:
     penalty = 1.0 if settings.repetition_penalty is None else settings.repetition_penalty
     if not samples:
-        dials = {"top_k": own.top_k, "top_p": own.top_p, "min_p": own.min_p}  # they change nothing, but are checked
+        dials = {"top_k": own.top_k, "top_p": own.top_p, "min_p": own.min_p}  # unused by greedy decoding, but checked
         temperature = 0.0
     else:
         dials = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}

@@ -1,7 +1,7 @@
-"""Whether a model's answers are numbers: looked at on the device, refused on the host.
+"""Detects NaN and infinity in a model's outputs: computed on the device, raised as an error on the host.
 
-Keys and values carry what is not finite to every later token that reads them, so whoever looks at a row's last token
-has seen its prompt.
+Keys and values carry NaN and infinity to every later token that reads them, so checking the last token of a row covers
+its whole prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DAMAGED = "its weights or its configuration are damaged, convert or download it
 
 
 def finite_rows(x: Float[Array, "B ..."], counted: Bool[Array, "B T"] | None = None) -> Bool[Array, " B"]:
-    """Rows without NaN or infinity; of [B, T, D], only tokens that are `counted`."""
+    """Rows without NaN or infinity; with `counted`, `x` is [B, T, D] and only counted tokens are checked."""
     finite = jnp.isfinite(x)
     if counted is not None:
         finite |= ~counted[:, :, None]
@@ -27,7 +27,7 @@ def finite_rows(x: Float[Array, "B ..."], counted: Bool[Array, "B T"] | None = N
 
 
 def check_finite(finite: Any, dtype: Any) -> None:
-    """Raises TideError, with what to do, unless everything is true in `finite`, which tells of a model in `dtype`."""
+    """Raises TideError with advice unless all of `finite` is True; `dtype` is the model's."""
     if not np.all(finite):
         name = np.dtype(dtype).name
         advice = _OTHERS if name == "float16" else _DAMAGED

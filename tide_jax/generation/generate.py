@@ -1,8 +1,8 @@
 """Generation as pure functions: prefill, one decode step, and a whole generation inside one jit.
 
-Everything takes and returns pytrees. Shapes are static (callers bucket them, see `tide_jax.generation.batch`);
-thresholds, sampling dials, end-of-sequence ids and the number of new tokens are traced, so turning them never
-recompiles. Donate the cache when you jit `decode_step` yourself: ``jax.jit(decode_step, donate_argnames="cache")``.
+All functions take and return pytrees. Shapes are static (callers bucket them, see `tide_jax.generation.batch`).
+Thresholds, sampling settings, end-of-sequence ids and the number of new tokens are traced, so changing them never
+recompiles. If you jit `decode_step` yourself, donate the cache: ``jax.jit(decode_step, donate_argnames="cache")``.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from tide_jax.model.cache import KVCache, init_cache
 from tide_jax.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
-"""Prompt tokens run at once."""
+"""Prompt tokens in one pass of prefill."""
 
 
 class StepOutput(NamedTuple):
     """Result of `prefill` or `decode_step`.
 
     Attributes:
-      logits: of the next token, float32 [B, V].
-      cache: with the step's tokens appended.
+      logits: logits of the next token, float32 [B, V].
+      cache: the cache with the step's tokens appended.
       exit_layers: index of the last layer each row's token ran, int32 [B]; -1 for inactive rows.
       layers_executed: layers the device ran, int32 scalar: the depth of the deepest row.
-      finite: rows whose logits hold no NaN or infinity, bool [B]; True for inactive rows. A decode step looks at the
-        head's input, which is a fraction of the size.
+      finite: rows without NaN or infinity in their logits, bool [B]; True for inactive rows. A decode step checks the
+        output head's input instead, which is much smaller.
     """
 
     logits: Float[Array, "B V"]
@@ -52,8 +52,10 @@ class StepOutput(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Left-padded prompts: row b's tokens are ``tokens[b, P - lengths[b]:]``. A row of length 0 fills up a batch: it
-    has ended from the start."""
+    """Left-padded prompts: row b is ``tokens[b, P - lengths[b]:]``.
+
+    A row of length 0 is batch padding; it counts as ended from the start.
+    """
 
     tokens: Int[Array, "B P"]
     lengths: Int[Array, " B"]
@@ -66,7 +68,7 @@ class Prompt(NamedTuple):
         return jnp.maximum(slots - (jnp.int32(width) - self.lengths)[:, None], -1)
 
     def seen(self, vocab_size: int) -> Bool[Array, "B V"]:
-        """The tokens in each row."""
+        """Which tokens of the vocabulary occur in each row."""
         batch = self.tokens.shape[0]
         return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], self.tokens].max(self.positions >= 0)
 
@@ -74,16 +76,16 @@ class Prompt(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """Routers with their dials: a pytree, whose `prompt`, `kv_strategy` and `deferred` are static.
+    """Routers with their settings: a pytree; `prompt`, `kv_strategy` and `deferred` are static.
 
     Attributes:
-      routers: what scores tokens.
-      gate: thresholds and least depth.
-      prompt: whether prompt tokens may exit, too. Where they may not, no router is compiled into the prompt's pass.
+      routers: routers, exit heads and translators.
+      gate: thresholds and minimum depth.
+      prompt: whether prompt tokens may exit. If not, prefill is compiled without routers.
       kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
-      deferred: with "propagate", whether that waits until several tokens' rows are projected at once, which is faster
-        where `tide_jax.exits.deferred_fill.is_faster`. Rows are the same to rounding, but where rotary frequencies
-        depend on the length so far.
+      deferred: with "propagate", whether cache rows are projected later, for several tokens at once. That is faster
+        where `tide_jax.exits.deferred_fill.is_faster`. Rows are the same to rounding, unless rotary frequencies depend
+        on the length so far.
     """
 
     routers: Routers
@@ -94,27 +96,27 @@ class Exits:
 
     @property
     def pending_groups(self) -> int:
-        """What `init_cache` is to be told."""
+        """Argument `pending_groups` of `init_cache`."""
         return len(self.routers.checkpoints) + 1 if self.deferred or self.kv_strategy == "recompute" else 0
 
     @property
     def code_size(self) -> int | None:
-        """What `init_cache` is to be told; None also where nothing is deferred."""
+        """Argument `code_size` of `init_cache`; None unless projection is deferred."""
         if self.kv_strategy == "recompute" or not self.deferred:
             return None
         return 0 if self.routers.translators is None else self.routers.translators.rank
 
 
 class Request(NamedTuple):
-    """The traced dials of one generation.
+    """Traced settings of one generation.
 
     Attributes:
-      sampling: how tokens are drawn.
-      key: randomness; unused when greedy.
+      sampling: sampling settings.
+      key: random key; unused by greedy decoding.
       eos: end-of-sequence ids of each row, int32 [B, E], padded with -1.
       pad: id written after a row has ended, int32 scalar.
       max_new_tokens: int32 scalar, at most the static capacity.
-      rules: tokens that are forbidden or forced; None for none.
+      rules: rules that forbid or force tokens; None for none.
     """
 
     sampling: Sampling
@@ -126,7 +128,7 @@ class Request(NamedTuple):
 
     @property
     def reads_rows(self) -> bool:
-        """Whether a rule has to read the rows' tokens."""
+        """Whether a rule needs the tokens of the rows."""
         return self.rules is not None and self.rules.sequences is not None
 
 
@@ -134,16 +136,16 @@ class GenerationState(NamedTuple):
     """State of a running generation.
 
     Attributes:
-      step: tokens produced so far, int32 scalar.
+      step: tokens generated so far, int32 scalar.
       last: the newest token of each row, int32 [B].
-      positions: its position in the row, int32 [B].
+      positions: position of the newest token in its row, int32 [B].
       done: rows that have ended, bool [B].
-      finite: rows whose logits were numbers so far, bool [B].
-      seen: tokens in each row, bool [B, V].
-      exit_layers: of the newest token, int32 [B]; -1 for rows that had ended.
-      layers_executed: by the step that made it, int32 scalar.
-      cache: everything before the newest token.
-      text: the rows so far, aligned at their newest tokens; None where no rule reads them.
+      finite: rows whose logits were finite so far, bool [B].
+      seen: tokens that occur in each row, bool [B, V].
+      exit_layers: index of the last layer run for the newest token, int32 [B]; -1 for rows that had ended before.
+      layers_executed: layers that the newest step ran, int32 scalar.
+      cache: all tokens before the newest.
+      text: the rows so far, right-aligned; None if no rule reads them.
     """
 
     step: Int[Array, ""]
@@ -163,12 +165,12 @@ class Generated(NamedTuple):
 
     Attributes:
       tokens: int32 [B, N].
-      lengths: tokens produced in each row, its end-of-sequence token included, int32 [B].
+      lengths: tokens generated in each row, its end-of-sequence token included, int32 [B].
       exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
       layers_executed: layers the device ran for each step, int32 [N].
-      steps: int32 scalar.
-      finite: rows whose logits were numbers throughout, bool [B]; tokens mean nothing where one is False, and
-        generation ends early.
+      steps: number of steps, int32 scalar.
+      finite: rows whose logits were finite throughout, bool [B]. Generation stops when one is False, and that row's
+        tokens are meaningless.
     """
 
     tokens: Int[Array, "B N"]
@@ -190,7 +192,7 @@ def run_exits(
     survivors: bool = False,
     implementation: str | None = None,
 ) -> DepthOutput:
-    """`tide_jax.exits.depth.run_depth` with routers and dials as one argument; None runs every layer."""
+    """Calls `tide_jax.exits.depth.run_depth` with the fields of `exits`; None runs every layer."""
     if exits is None:
         return run_depth(model, tokens, positions, cache, implementation=implementation)
     return run_depth(
@@ -210,13 +212,13 @@ def run_exits(
 def prefill(
     model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
 ) -> StepOutput:
-    """Runs the prompts into an empty cache; the output belongs to the last prompt token of each row.
+    """Runs the prompts and fills an empty cache; the output is that of the last prompt token of each row.
 
-    Prompts of more than `PREFILL_CHUNK` tokens run in chunks of so many, which bounds the memory of attention scores.
+    Prompts longer than `PREFILL_CHUNK` tokens run in chunks of that size, which bounds the memory of attention scores.
     """
     positions, width = prompt.positions, prompt.tokens.shape[1]
     exits = exits if exits is not None and exits.prompt else None
-    # Frequencies that depend on the length so far would be those of each chunk, not those of the prompt.
+    # Rotary frequencies that depend on the length need the whole prompt in one chunk.
     chunk = width if model.config.length_changes_rope else min(width, PREFILL_CHUNK)
 
     def run(start: Int[Array, ""] | int, size: int, earlier: KVCache | None) -> StepOutput:
@@ -226,15 +228,16 @@ def prefill(
         tokens, places = cut(prompt.tokens), cut(positions)
         out = run_exits(model, tokens, places, earlier, exits, survivors=True, implementation=implementation)
         grown = (cache if earlier is None else earlier).append(out.new, places)
-        finite = jnp.ones(prompt.lengths.shape, bool)  # found below, of the last states alone
+        finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
 
     def more(i: Int[Array, ""], step: StepOutput) -> StepOutput:
         after = run(first + i * chunk, chunk, step.cache)
         return after._replace(layers_executed=jnp.maximum(step.layers_executed, after.layers_executed))
 
+    # The first chunk takes the remainder, so that all others have one size and share a loop body.
     first = width % chunk or chunk
-    step = run(0, first, None)  # its logits are states yet: only the last are put through the head
+    step = run(0, first, None)  # its `logits` are still states: only the last ones go through the output head
     if first < width:
         step = lax.fori_loop(0, (width - first) // chunk, more, step)
     logits = model.logits(step.logits[:, None])[:, 0]
@@ -251,16 +254,19 @@ def decode_step(
     *,
     implementation: str | None = None,
 ) -> StepOutput:
-    """Runs one token of each row; rows that are not active neither hold the others back nor enter the cache.
+    """Decodes one token of each active row; inactive rows add no depth and do not enter the cache.
 
     Args:
-      tokens: int32.
+      model: the decoder.
+      cache: earlier tokens.
+      tokens: the newest token of each row, int32.
       positions: position of each token in its row.
       active: rows to run.
-      exits: routers and dials; None runs every layer.
+      exits: routers and thresholds; None runs every layer.
+      implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Raises:
-      TideError: a cache that was made for other exits: tokens wait in it in another way, or not at all.
+      TideError: the cache was made for other exits: its queue does not fit, is missing, or is not needed.
     """
     positions = jnp.where(active, positions, -1)[:, None]
     _check_cache(cache, exits)
@@ -277,7 +283,7 @@ def decode_step(
 
 
 def _waiting(exits: Exits | None) -> tuple[int, int | None]:
-    """`pending_groups` and `code_size` of the cache that these exits need."""
+    """`pending_groups` and `code_size` that `init_cache` needs for these exits."""
     return (0, None) if exits is None else (exits.pending_groups, exits.code_size)
 
 
@@ -302,7 +308,7 @@ def begin(
     capacity: int,
     implementation: str | None = None,
 ) -> GenerationState:
-    """Prefills and draws the first token. `capacity`: new tokens the cache has room for."""
+    """Runs the prompts and draws the first token; `capacity` is the cache's room for new tokens."""
     batch, width = prompt.tokens.shape
     groups, code_size = _waiting(exits)
     cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups, code_size=code_size)
@@ -330,7 +336,7 @@ def advance(
     *,
     implementation: str | None = None,
 ) -> GenerationState:
-    """Runs the newest tokens and draws the next ones. Donate `state`."""
+    """Runs one decode step and draws the next tokens. Donate `state`."""
     step = decode_step(
         model, state.cache, state.last, state.positions, ~state.done, exits, implementation=implementation
     )
@@ -346,13 +352,15 @@ def generate_tokens(
     capacity: int,
     implementation: str | None = None,
 ) -> Generated:
-    """A whole generation: prefill, then a `lax.while_loop` of decode steps until every row has ended.
+    """Generates tokens: prefill, then a `lax.while_loop` of decode steps until every row has ended.
 
     Args:
+      model: the decoder.
       prompt: left-padded prompts.
-      request: sampling dials, end-of-sequence ids, number of new tokens.
-      exits: routers and dials; None runs every layer.
+      request: sampling settings, end-of-sequence ids, number of new tokens.
+      exits: routers and thresholds; None runs every layer.
       capacity: static upper bound of `request.max_new_tokens`.
+      implementation: of the kernels around an exit, see `pallas_kernels`.
     """
     batch = prompt.tokens.shape[0]
     state = begin(model, prompt, request, exits, capacity=capacity, implementation=implementation)
@@ -379,8 +387,11 @@ def generate_tokens(
 
 
 def _accept(state: GenerationState, step: StepOutput, request: Request, context: int) -> GenerationState:
-    """Draws the next token of every row that has not ended. A row whose tokens fill the `context` ends with it: the
-    newest one is not run, so its position may be the first outside."""
+    """Draws the next token of every row that has not ended.
+
+    A row ends when its tokens fill the `context`. Its newest token does not run, so that token's position may be the
+    first one outside.
+    """
     rule = rule_on(request.rules, request.max_new_tokens, lambda: _row_text(state, request))
     drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen, rule)
     last = jnp.where(state.done, request.pad, drawn)
@@ -401,7 +412,7 @@ def _accept(state: GenerationState, step: StepOutput, request: Request, context:
 
 
 def _row_text(state: GenerationState, request: Request) -> RowText:
-    """The rows as rules read them, before the next token."""
+    """Input of the logit rules for drawing the next token."""
     batch = state.last.shape[0]
     return RowText(
         made=jnp.broadcast_to(state.step, (batch,)),

@@ -1,8 +1,8 @@
 """Rules that forbid or force tokens, as pure functions on logits: minimum lengths, bad words, repeated n-grams.
 
-They apply in transformers' order, after the repetition penalty and before the filters of sampling. Their values are
-traced: only which of the two groups is in use, and the bucketed size of the list of bad words, are compiled in. A
-generation without rules has None in their place, and compiles to the same program as if there were none.
+They apply in transformers' order, after the repetition penalty and before the sampling filters. Their values are
+traced. Compiled in are only whether there are `SequenceRules`, and the bucketed size of the list of bad words. A
+generation without rules passes None, and its program contains no code for them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NO_TOKEN = -1
 
 
 class SequenceRules(NamedTuple):
-    """Rules that have to read the row's tokens.
+    """Rules that depend on the row's tokens.
 
     Attributes:
-      ngram_size: n-grams of so many tokens occur once; 0 for no such rule. int32 scalar.
-      words: sequences not to be completed, at least two tokens each, padded with -1 in front. int32 [W, L].
+      ngram_size: n-grams of this size may occur only once in a row; 0 turns the rule off. int32 scalar.
+      words: forbidden sequences of at least two tokens each, padded with -1 in front. int32 [W, L].
     """
 
     ngram_size: Int[Array, ""]
@@ -35,15 +35,15 @@ class SequenceRules(NamedTuple):
 
 
 class LogitRules(NamedTuple):
-    """Which tokens can't be chosen, and which have to be.
+    """Forbidden and forced tokens.
 
     Attributes:
-      min_length, min_new_tokens: tokens of a row, with and without its prompt, before which it can't end; int32.
-      forced_first: the first new token after a prompt of one token; -1 for none. int32 scalar.
-      forced_last: the tokens one of which is the last that there is room for; none where all are False. bool [V].
-      bad: tokens that are bad words by themselves; those that end the row are not. bool [V].
-      suppressed, suppressed_first: never chosen, and not as the first new token. bool [V].
-      sequences: None where no rule has to read the rows.
+      min_length, min_new_tokens: least tokens of a row, with and without its prompt, before it may end; int32 scalars.
+      forced_first: forced first new token after a prompt of one token; -1 for none. int32 scalar.
+      forced_last: tokens of which one is forced at the last step of `max_new_tokens`; all False for none. bool [V].
+      bad: bad words of a single token; end-of-sequence tokens are exempt. bool [V].
+      suppressed, suppressed_first: tokens forbidden always, and as first new token. bool [V].
+      sequences: rules that depend on the row's tokens; None if there are none.
     """
 
     min_length: Int[Array, ""]
@@ -57,14 +57,14 @@ class LogitRules(NamedTuple):
 
 
 class RowText(NamedTuple):
-    """Rows that each get one more token.
+    """The rows' text before the next token, as input of the rules.
 
     Attributes:
       made: new tokens of each row so far, int32 [N].
-      length: its tokens, prompt included, int32 [N].
-      eos: its end-of-sequence ids, padded with -1, int32 [N, E].
-      tokens: the newest tokens of row n stand before column ``ends[n]``. int32 [N, S]; None where no rule reads them.
-      ends: int32 [N].
+      length: tokens of each row so far, prompt included, int32 [N].
+      eos: end-of-sequence ids of each row, padded with -1, int32 [N, E].
+      tokens: the text of row n ends before column ``ends[n]``. int32 [N, S]; None if no rule reads it.
+      ends: int32 [N]; None if no rule reads it.
     """
 
     made: Int[Array, " N"]
@@ -75,17 +75,20 @@ class RowText(NamedTuple):
 
 
 def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | None:
-    """The rules of some settings; None where they have none. Ids outside the vocabulary can't be chosen anyway.
+    """Builds the rules from generation settings; None if the settings have no rules.
+
+    Forbidden ids outside the vocabulary are ignored.
 
     Raises:
       TideError: a token outside the vocabulary is forced, or every token is suppressed.
     """
     _check_choice(settings, vocab_size)
+    # Bad words of one token are a mask; longer ones have to be compared with the row's text.
     words = settings.bad_words_ids or ()
     single = [word[0] for word in words if len(word) == 1]
     several = [word for word in words if len(word) > 1]
     ngram_size = settings.no_repeat_ngram_size or 0
-    # transformers lets `min_new_tokens` overrule `min_length`, 0 included.
+    # As in transformers, `min_new_tokens` overrides `min_length`, even with 0.
     min_length = (settings.min_length or 0) if settings.min_new_tokens is None else 0
     forced_first = _NO_TOKEN if settings.forced_bos_token_id is None else settings.forced_bos_token_id
 
@@ -110,7 +113,7 @@ def make_rules(settings: GenerationSettings, vocab_size: int) -> LogitRules | No
 
 
 def _check_choice(settings: GenerationSettings, vocab_size: int) -> None:
-    """Finds rules that leave no token: where all logits are minus infinity, the largest one is token 0's."""
+    """Raises TideError for rules that leave no token: if all logits are minus infinity, argmax returns token 0."""
     first = settings.forced_bos_token_id
     forced = {
         "forced_bos_token_id": () if first is None else (first,),
@@ -126,7 +129,7 @@ def _check_choice(settings: GenerationSettings, vocab_size: int) -> None:
 
 
 def _table(words: Sequence[Sequence[int]], vocab_size: int) -> Array:
-    """Words aligned at their last token. Rows that are left over forbid a token that does not exist."""
+    """Right-aligned words; unused rows of the table forbid a token that does not exist."""
     longest = max((len(word) for word in words), default=2)
     table = np.full((bucket(len(words), 8), bucket(longest, 4)), _NO_TOKEN, np.int32)
     table[:, -1] = vocab_size
@@ -138,14 +141,15 @@ def _table(words: Sequence[Sequence[int]], vocab_size: int) -> Array:
 def rule_on(
     rules: LogitRules | None, max_new_tokens: Int[Array, ""], text: Callable[[], RowText]
 ) -> Callable[[Float[Array, "N V"]], Float[Array, "N V"]] | None:
-    """What the rules do to logits; None without rules. `text` is called where there are some."""
+    """The rules as a function of logits; None without rules. Only with rules is `text` called."""
     return None if rules is None else lambda logits: apply_rules(logits, rules, text(), max_new_tokens)
 
 
 def apply_rules(
     logits: Float[Array, "N V"], rules: LogitRules, text: RowText, max_new_tokens: Int[Array, ""]
 ) -> Float[Array, "N V"]:
-    """Logits with minus infinity where a token can't be chosen, in transformers' order of the rules."""
+    """Sets the logits of forbidden tokens to minus infinity, applying rules in transformers' order."""
+    # Bad words, repeated n-grams, and ends of rows that are too short.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     ends = _marked(text.eos, logits.shape[-1])
     banned = rules.bad[None] & ~ends
@@ -155,12 +159,12 @@ def apply_rules(
     early = (text.length < rules.min_length) | (text.made < rules.min_new_tokens)
     banned = banned | (early[:, None] & ends)
     logits = jnp.where(banned, -jnp.inf, logits)
-    # What is forced is allowed whatever stands above; what is suppressed stays so though it be forced.
+    # A forced token overrides the rules above; a suppressed token stays forbidden even if forced.
     after_one = (rules.forced_first >= 0) & (text.length == 1)
     logits = _forced(logits, after_one, vocabulary == rules.forced_first)
     last = jnp.any(rules.forced_last) & (text.made == max_new_tokens - 1)
     logits = _forced(logits, last, rules.forced_last[None])
-    # Behind a forced first token, the first one that is chosen is the second.
+    # If the first new token is forced, `suppressed_first` applies to the second.
     begin = jnp.where((rules.forced_first >= 0) & (text.length - text.made == 1), jnp.int32(1), jnp.int32(0))
     suppressed = rules.suppressed[None] | ((text.made == begin)[:, None] & rules.suppressed_first[None])
     return jnp.where(suppressed, -jnp.inf, logits)
@@ -171,20 +175,20 @@ def _forced(logits: Float[Array, "N V"], rows: Bool[Array, " N"], chosen: Bool[A
 
 
 def _marked(ids: Int[Array, "N E"], vocab_size: int) -> Bool[Array, "N V"]:
-    """Where the ids are; -1 is nowhere."""
+    """One-hot mask of each row's ids; -1 sets nothing."""
     rows = jnp.arange(ids.shape[0])[:, None]
     outside = jnp.int32(vocab_size)
     return jnp.zeros((ids.shape[0], vocab_size), bool).at[rows, jnp.where(ids < 0, outside, ids)].set(True, mode="drop")
 
 
 def _repeated(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
-    """Tokens that would complete an n-gram which the row holds already."""
+    """Tokens that would complete an n-gram that already occurs in the row."""
     assert text.tokens is not None
     assert text.ends is not None
     tokens, ends = text.tokens, text.ends[:, None]
     places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     first = ends - text.length[:, None]
-    # A token counts where the n - 1 before it are in the row and are the row's newest ones.
+    # Candidates: places with n - 1 tokens of the row before them. Keep those whose n - 1 tokens are the newest ones.
     counts = (size > 0) & (places < ends) & (places - (size - 1) >= first)
 
     def compare(back: Array, same: Array) -> Array:
@@ -198,9 +202,10 @@ def _repeated(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Arra
 
 
 def _completed(words: Int[Array, "W L"], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
-    """The last tokens of words whose other tokens are the row's newest ones."""
+    """Tokens that would complete a forbidden word: its other tokens are the row's newest ones."""
     assert text.tokens is not None
     assert text.ends is not None
+    # The row's newest tokens, with a token that matches nothing before the row's start.
     back = jnp.arange(words.shape[1] - 1, 0, -1, dtype=jnp.int32)[None]
     newest = jnp.take_along_axis(text.tokens, jnp.maximum(text.ends[:, None] - back, 0), axis=1, mode="clip")
     newest = jnp.where(back <= text.length[:, None], newest, jnp.int32(-2))

@@ -1,4 +1,4 @@
-"""What a `TIDE` engine returns."""
+"""Return types of the `TIDE` engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tide_jax.generation.stats import DraftStats, ExitStats
 
 
 class GenerateOutput(NamedTuple):
-    """Result of `TIDE.generate`, numpy arrays; N is the longest row's number of new tokens.
+    """Result of `TIDE.generate`, as numpy arrays; N is the longest row's number of new tokens.
 
     Attributes:
       tokens: new tokens, int32 [B, N], padded after a row's end.
@@ -30,7 +30,7 @@ class ScoreOutput(NamedTuple):
     """Result of scoring a batch.
 
     Attributes:
-      logits: of the token after each token, float32 [B, T, V]; meaningless at padding.
+      logits: logits for the token after each token, float32 [B, T, V]; meaningless at padding.
       exit_layers: index of the last layer each token ran, int32 [B, T], -1 at padding.
       stats: layers run, wall clock, drift.
     """
@@ -45,9 +45,9 @@ class StreamStep(NamedTuple):
 
     Attributes:
       tokens: the new token of each row.
-      exit_layers: index of the last layer it ran; -1 for rows that had ended.
+      exit_layers: index of the last layer each token ran; -1 for rows that had ended.
       layers_executed: layers the device ran since the last step.
-      drafts: what drafts have come to so far; None but with ``mode="lossless"``.
+      drafts: draft counters so far, with ``mode="lossless"``; otherwise None.
     """
 
     tokens: Int[np.ndarray, " B"]

@@ -1,4 +1,4 @@
-"""Compilation ahead of time, so that compiling never counts as running, for one device or a mesh."""
+"""Ahead-of-time compilation for one device or a mesh; compile time and run time are measured separately."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from tide_jax.errors import out_of_memory
 from tide_jax.model.sharding import mesh_context, replicate
 
 MOST_PROGRAMS = 32
-"""Programs that an engine keeps: of the kinds of call one makes, at several lengths and batch sizes. Each takes some
-megabytes, hundreds for a deep model."""
+"""Compiled programs that an engine keeps: enough for several kinds of call, lengths and batch sizes.
+
+Each takes some megabytes, hundreds for a deep model."""
 
 
 class Programs:
-    """Compiled programs of one engine by function and argument shapes, and by places on a mesh.
+    """Cache of compiled programs, keyed by function, argument shapes and placement on a mesh.
 
     Args:
-      mesh: where they run; None for JAX's default device. Arguments that are not on it yet go to all of its devices.
-      most: programs to keep; of more, the one that was not used for the longest time is dropped.
+      mesh: devices to run on; None for JAX's default device. Arguments not on the mesh are copied to all its devices.
+      most: programs to keep; beyond that, the least recently used one is dropped.
     """
 
     def __init__(self, mesh: Mesh | None = None, *, most: int = MOST_PROGRAMS) -> None:
         self._mesh = mesh
         self._most = whole_number("max_programs", most, 1)
-        self._compiled: dict[Any, Callable[..., Any]] = {}  # in the order of their last use
+        self._compiled: dict[Any, Callable[..., Any]] = {}  # least recently used first
         self.compile_time = 0.0
 
     def __len__(self) -> int:
@@ -42,14 +43,18 @@ class Programs:
     def run(
         self, function: Callable[..., Any], fixed: tuple, arguments: tuple, *, donate: int | None = None, **static: Any
     ) -> tuple[Any, float, float]:
-        """Result, seconds of running, seconds of compiling.
+        """Compiles the function if needed and runs it.
 
         Args:
-          fixed: leading arguments that are the same at every call (the model): left out of the shape key.
-          arguments: the others.
-          donate: index of an argument whose buffers the program may overwrite. On a mesh the result is laid out as it
-            is, to be passed in next.
+          function: the function to run.
+          fixed: leading arguments that are the same at every call (the model); not part of the key.
+          arguments: the other arguments.
+          donate: index of an argument whose buffers the program may overwrite. On a mesh the result gets the layout of
+            this argument, so that it can be passed in at the next call.
           static: compile-time keyword arguments.
+
+        Returns:
+          The result, seconds of running and seconds of compiling.
 
         Raises:
           TideError: the device has too little memory.
@@ -68,6 +73,7 @@ class Programs:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype, self._split(leaf)) for leaf in leaves)
         key = (function, shapes, structure, tuple(sorted(static.items())))
+        # Look up the program, and put it at the end: the dictionary is in order of last use.
         start = time.perf_counter()
         compiled = 0.0
         program = self._compiled.pop(key, None)
@@ -83,6 +89,7 @@ class Programs:
     def _compile(
         self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
     ) -> Callable[..., Any]:
+        # Drop old programs first: one too many may exhaust the process's memory mappings.
         while self._compiled and (len(self._compiled) >= self._most or short_of_mappings()):
             del self._compiled[next(iter(self._compiled))]
         options: dict[str, Any] = {"static_argnames": tuple(static)}
@@ -94,7 +101,7 @@ class Programs:
         return program
 
     def _split(self, leaf: Any) -> Any:
-        """How an argument is split over the mesh; None where it is not."""
+        """Sharding of an argument that is split over the mesh; None if it is not split."""
         return None if self._mesh is None or leaf.sharding.is_fully_replicated else leaf.sharding
 
     def _layout(self, donated: Any) -> dict[str, Any]:
@@ -102,9 +109,9 @@ class Programs:
 
 
 def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under a name that dies with the compilation.
+    """A copy of the function object that lives only as long as its compiled program.
 
-    JAX keeps what it has compiled for as long as the function lives, a dropped program too.
+    JAX keeps compiled programs for as long as the function object lives, even programs dropped here.
     """
 
     @functools.wraps(function)
@@ -115,10 +122,10 @@ def _own(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def short_of_mappings() -> bool:
-    """Whether this process has half of the memory mappings that Linux allows it (``vm.max_map_count``, often 65,530).
+    """Whether this process uses over half of the memory mappings Linux allows (``vm.max_map_count``, often 65,530).
 
-    XLA's CPU programs take three for each of their kernels, more than a thousand for a model of 30 layers. One more
-    than allowed ends the process. Other systems have no such limit.
+    XLA's CPU programs take three mappings for each kernel, more than a thousand for a model of 30 layers. Exceeding the
+    limit kills the process. Other systems have no such limit.
     """
     try:
         allowed = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
@@ -129,10 +136,10 @@ def short_of_mappings() -> bool:
 
 
 def give_back_memory() -> None:
-    """Hands what a compilation has freed back to the system: glibc keeps it, up to hundreds of megabytes a program.
+    """Returns memory freed by a compilation to the system; glibc keeps it, up to hundreds of megabytes a program.
 
-    Nothing that is in use is touched. It takes milliseconds, after seconds of compiling. Other C libraries have no such
-    function, and mostly no need of it.
+    Memory in use is not touched. The call takes milliseconds, after seconds of compiling. Other C libraries lack the
+    function, and mostly don't need it.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no main program's library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: CDLL(None) fails on Windows
         ctypes.CDLL(None).malloc_trim(0)

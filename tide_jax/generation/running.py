@@ -1,4 +1,4 @@
-"""Running checked requests: compiled programs, whole or step by step, and what they report."""
+"""Runs checked requests in compiled programs, whole or step by step, and builds their results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from tide_jax.model.sharding import fetch
 
 
 class Call(NamedTuple):
-    """A checked request, ready for the pure functions. `prompt` may have rows behind those of `rows`: they have no
-    tokens, and nothing is reported of them."""
+    """A checked request, ready for the pure functions.
+
+    `prompt` may have more rows than `rows`: empty rows that pad the batch and do not appear in the result.
+    """
 
     rows: Rows
     prompt: Prompt
@@ -32,14 +34,14 @@ class Call(NamedTuple):
 
     @property
     def takes_argmax(self) -> bool:
-        """Whether every new token is the likeliest one: nothing is drawn, penalised, forbidden or forced."""
+        """Whether every new token is the plain argmax: greedy, without repetition penalty and rules."""
         sampling = self.request.sampling
         plain = float(sampling.temperature) == 0 and float(sampling.repetition_penalty) == 1
         return plain and self.request.rules is None
 
     @property
     def count(self) -> int:
-        """Rows that were asked for."""
+        """Number of requested rows."""
         return len(self.rows.rows)
 
 
@@ -47,16 +49,16 @@ class Runner(Protocol):
     """One way to run a call."""
 
     def whole(self, call: Call) -> GenerateOutput:
-        """Runs a generation in one compiled program."""
+        """Runs the whole generation in one compiled program."""
         ...
 
     def steps(self, call: Call) -> Iterator[StreamStep]:
-        """Runs it step by step."""
+        """Runs the generation step by step."""
         ...
 
 
 class PlainRunner:
-    """One token of each row a step: ``mode="exit"`` and ``mode="full"``."""
+    """Runner for ``mode="exit"`` and ``mode="full"``: one token of each row in each step."""
 
     def __init__(self, model: Decoder, programs: Programs, implementation: str | None) -> None:
         self._model, self._programs = model, programs
@@ -96,10 +98,11 @@ class PlainRunner:
 
 
 def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:
-    """Runs a call of one row step by step and puts its tokens into a streamer as they are made."""
+    """Runs a call of one row step by step, and passes each token to the streamer."""
     if call.count != 1:
         raise TideError(f"a streamer takes one prompt at a time, got {call.count}; use TIDE.stream for a batch")
     streamer.put(np.stack(call.rows.rows))
+    # Time the loop; compilation that happens inside is subtracted below.
     compiled_before, start, steps = programs.compile_time, time.perf_counter(), []
     for step in runner.steps(call):
         streamer.put(step.tokens)
@@ -121,7 +124,7 @@ def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num
 def output(
     tokens: np.ndarray, exit_layers: np.ndarray, *, drafts: DraftStats | None = None, **figures: Any
 ) -> GenerateOutput:
-    """A generation with its statistics; `figures` as `ExitStats.from_exit_layers` takes them."""
+    """Result of a generation with its statistics; `figures` are arguments of `ExitStats.from_exit_layers`."""
     stats = ExitStats.from_exit_layers(exit_layers, **figures)
     lengths = np.sum(exit_layers >= 0, axis=1).astype(np.int32)
     return GenerateOutput(tokens, lengths, exit_layers, dataclasses.replace(stats, drafts=drafts))

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: pure functions whose dials are traced values.
+"""Choosing the next token from logits: pure functions with traced settings.
 
 Filters apply in transformers' order: repetition penalty, rules (`tide_jax.generation.logit_rules`), temperature, top-k,
 top-p, min-p.
@@ -20,13 +20,14 @@ from tide_jax.model.ops import likeliest
 
 
 class Sampling(NamedTuple):
-    """Sampling dials, float32 or int32 scalars.
+    """Sampling settings, float32 or int32 scalars.
 
     Attributes:
       temperature: 0 is greedy.
-      top_k: keep the k likeliest tokens, 0 keeps all.
-      top_p: keep the smallest set whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751), 1 keeps all.
-      min_p: keep tokens at least this share as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set whose probability reaches p (Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all.
+      min_p: keep tokens with at least this fraction of the most likely token's probability (Nguyen et al. 2024,
+        arXiv:2407.01082).
       repetition_penalty: divides positive and multiplies negative logits of tokens already in the row
         (Keskar et al. 2019, arXiv:1909.05858); 1 is none.
     """
@@ -45,7 +46,7 @@ def make_sampling(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Sampling:
-    """Checks the dials and makes them arrays. Raises TideError for a value out of its range."""
+    """Checks the settings and turns them into arrays. Raises TideError for a value outside its range."""
     return Sampling(
         temperature=jnp.float32(sampling_dial("temperature", temperature)),
         top_k=jnp.int32(whole_number("top_k", top_k)),
@@ -65,21 +66,23 @@ def sample(
     seen: Bool[Array, "B V"],
     rule: Rule | None = None,
 ) -> Int[Array, " B"]:
-    """One token for each row, int32.
+    """Draws one token for each row, int32.
 
-    Each row draws from a key of its own, so its tokens do not depend on the rows beside it.
+    Each row has its own random key, so its tokens do not depend on the other rows.
 
     Args:
+      key: random key of the step.
       logits: float32.
+      sampling: sampling settings.
       seen: tokens already in the row, for the repetition penalty.
-      rule: what else changes logits, see `tide_jax.generation.logit_rules.rule_on`.
+      rule: further change of the logits, see `tide_jax.generation.logit_rules.rule_on`.
     """
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)
     return sample_rows(lambda: row_keys(key, rows), logits, sampling, seen, rule)
 
 
 def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
-    """The keys that rows of a batch draw from."""
+    """Random keys for rows of a batch."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
@@ -90,7 +93,7 @@ def sample_rows(
     seen: Bool[Array, "B V"],
     rule: Rule | None = None,
 ) -> Int[Array, " B"]:
-    """`sample` with a key for each row, made when they are needed: greedy decoding needs none."""
+    """Like `sample`, with a key for each row; `keys` is called only for sampling, greedy decoding needs none."""
     logits = penalise(logits, sampling.repetition_penalty, seen)
     logits = logits if rule is None else rule(logits)
 
@@ -101,7 +104,7 @@ def sample_rows(
 
 
 def penalise(logits: Float[Array, "B V"], penalty: Float[Array, ""], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """Makes tokens in `seen` less likely by `penalty` (1 changes nothing)."""
+    """Applies the repetition penalty to tokens in `seen`; 1 changes nothing."""
 
     def apply() -> Array:
         return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -110,7 +113,7 @@ def penalise(logits: Float[Array, "B V"], penalty: Float[Array, ""], seen: Bool[
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits at the given temperature, minus infinity where top-k, top-p or min-p leave a token out."""
+    """Divides logits by the temperature and sets those that top-k, top-p or min-p exclude to minus infinity."""
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     logits = lax.cond(sampling.top_k > 0, lambda: _top_k(logits, sampling.top_k), lambda: logits)
     logits = lax.cond(sampling.top_p < 1.0, lambda: _top_p(logits, sampling.top_p), lambda: logits)
@@ -119,14 +122,14 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 
 def _top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
-    """Keeps what is at least the k-th largest logit."""
+    """Keeps logits not below the k-th largest."""
     keys, count = _ordered(logits), jnp.minimum(k, logits.shape[-1])
     cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= count, logits.shape[0])
     return jnp.where(keys >= cut[:, None], logits, -jnp.inf)
 
 
 def _top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """Keeps the tokens before which less than p of the probability lies."""
+    """Keeps the most likely tokens until their total probability reaches p, ties included."""
     keys, probabilities = _ordered(logits), jax.nn.softmax(logits, axis=-1)
     above = _largest(
         lambda t: jnp.sum(jnp.where(keys >= t[:, None], probabilities, 0.0), axis=-1) >= p, logits.shape[0]
@@ -135,19 +138,20 @@ def _top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B 
 
 
 def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
-    """int32 keys that sort as the floats do."""
+    """int32 keys with the same order as the floats."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _largest(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], batch: int) -> Int[Array, " B"]:
-    """The largest int32 for which a condition holds that stops holding as its argument grows, by bisection.
+    """Largest int32 for which a condition holds, by bisection; above it the condition must not hold.
 
-    Thirty-two passes over the vocabulary: on a CPU a sort costs several times as much.
+    This takes 32 passes over the vocabulary. On a CPU, sorting costs several times as much.
     """
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds  # holds at low, not at high
+        low, high = bounds  # condition holds at low, fails at high
+        # The mean without overflow.
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
         good = holds(middle)
         return jnp.where(good, middle, low), jnp.where(good, high, middle)

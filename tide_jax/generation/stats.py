@@ -1,4 +1,4 @@
-"""What a run cost: layers run, where tokens left, wall clock; and how far exits have drifted from the full model."""
+"""Statistics of a run: layers run, exits by layer, wall clock, accepted drafts, and drift from the full model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class DriftReport:
     """Agreement of exits with the full model so far, over audited sequences.
 
     Attributes:
-      sequences: finished sequences in which a token could leave early.
-      audited: those run again at full depth.
+      sequences: finished sequences in which a token could exit early.
+      audited: sequences run again at full depth.
       tokens: tokens compared.
       agreement: share of a sequence's tokens with the full model's argmax, mean over sequences; None before the first.
-      lower, upper: confidence interval of the expected agreement, valid at any time however often it is read, for
-        sequences of one kind.
-      confidence: of the interval; `status` says "exceeded" of a promise that is kept with at most the rest.
+      lower, upper: confidence interval of the expected agreement, for sequences of one kind. It is valid at any time,
+        however often it is read.
+      confidence: confidence level of the interval. One minus it bounds the probability that `status` becomes "exceeded"
+        for a promise that holds.
       risk: promised expected share of tokens that differ; None without a promise.
-      status: "ok" when the whole interval keeps the promise; "exceeded", for good, once it broke: the whole interval
-        fell short, or a stretch of sequences did; "unknown" otherwise.
-      wall_time: seconds spent on audits, compilation left out; not part of `ExitStats.wall_time`.
+      status: "ok" if the whole interval satisfies the promise. "exceeded", permanently, once the whole interval or a
+        run of sequences violates it. "unknown" otherwise.
+      wall_time: seconds spent on audits, without compilation; not part of `ExitStats.wall_time`.
     """
 
     sequences: int
@@ -41,7 +42,7 @@ class DriftReport:
     wall_time: float
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line to print."""
         counted = f"{self.audited} of {self.sequences} sequences audited"
         if self.agreement is None:
             return f"agreement with the full model: not known yet, {counted}"
@@ -54,11 +55,11 @@ class DriftReport:
 
 @dataclasses.dataclass(frozen=True)
 class DraftStats:
-    """What drafts came to in ``mode="lossless"``; drafts are counted over all rows.
+    """Draft counters of ``mode="lossless"``, summed over all rows.
 
     Attributes:
       passes: passes of the full model, prefill included.
-      drafted, accepted: drafts that were verified, and those that held.
+      drafted, accepted: drafts verified, and drafts accepted.
     """
 
     passes: int
@@ -66,7 +67,7 @@ class DraftStats:
     accepted: int
 
     def summary(self) -> str:
-        """A line for people."""
+        """One line to print."""
         return f"lossless: {self.passes} passes; {self.accepted} of {self.drafted} drafts accepted"
 
 
@@ -76,18 +77,18 @@ class ExitStats:
 
     Attributes:
       num_layers: layers of the model.
-      tokens: tokens counted (generated tokens, or scored ones).
-      layers_run: layers those tokens ran, summed.
-      exits_per_layer: tokens whose last layer was this one, for each layer.
+      tokens: tokens counted: generated tokens, or scored ones.
+      layers_run: layers that these tokens ran, summed over tokens.
+      exits_per_layer: for each layer, the tokens whose last layer it was.
       layers_executed: layers the device ran, summed over steps. With one row it equals `layers_run`; with more, a step
-        costs the depth of its deepest row. With ``kv_strategy="recompute"``, layers that ran for waiting tokens alone
-        are in it. With ``mode="lossless"`` a layer counts once for a pass, however many drafts it verifies.
+        costs the depth of its deepest row. With ``kv_strategy="recompute"``, it includes layers that ran only for
+        waiting tokens. With ``mode="lossless"``, a layer counts once for each pass, however many drafts it verifies.
       steps: forward passes that produced tokens.
-      wall_time: seconds, compilation left out.
-      compile_time: seconds spent compiling for this call (and, with ``mode="lossless"``, measuring what passes cost),
-        0.0 when the program was already there.
-      drift: what the call's `DriftMonitor` knows, this call included; None without one.
-      drafts: what drafts came to; None but with ``mode="lossless"``.
+      wall_time: seconds, without compilation.
+      compile_time: seconds spent compiling for this call (and, with ``mode="lossless"``, measuring the costs of
+        passes); 0.0 if the program was already compiled.
+      drift: report of the call's `DriftMonitor`, this call included; None without a monitor.
+      drafts: draft counters with ``mode="lossless"``; otherwise None.
     """
 
     num_layers: int
@@ -112,7 +113,7 @@ class ExitStats:
         wall_time: float,
         compile_time: float = 0.0,
     ) -> ExitStats:
-        """Counts exit layers; entries of -1 are no tokens."""
+        """Builds the statistics from exit layers; entries of -1 are not tokens."""
         flat = np.asarray(exit_layers).reshape(-1)
         flat = flat[flat >= 0]
         return cls(
@@ -156,7 +157,7 @@ class ExitStats:
         }
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A few lines to print."""
         exits = ", ".join(f"layer {i}: {n}" for i, n in enumerate(self.exits_per_layer) if n)
         executed = self.layers_executed / self.steps if self.steps else 0.0
         lines = [

@@ -1,1 +1,1 @@
-"""Drafts and their verification by the full model."""
+"""Lossless decoding: drafts from the text, verified by the full model."""

@@ -1,4 +1,4 @@
-"""What passes over one, two or several tokens cost on this machine, for `tide_jax.lossless.control`."""
+"""Measures the time of passes over one, two or several tokens on this machine, for `tide_jax.lossless.control`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ _REPEATS = 8
 
 
 def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST_SLOTS) -> PassCosts:
-    """Times layers and the output head at every width a pass can have; seconds to a few, compilations included.
+    """Times layers and the output head at each width of a pass; takes a few seconds, compilation included.
 
-    Attention over earlier tokens is left out: it hardly depends on the width.
+    Attention over earlier tokens is not measured: its time hardly depends on the width.
 
     Args:
-      batch: rows.
+      model: the decoder.
+      batch: rows of the batch.
       most_slots: slots of the widest pass.
 
     Raises:
-      TideError: a batch or pass of none.
+      TideError: `batch` or `most_slots` is below 1.
     """
     batch = whole_number("batch", batch, 1)
     widths = pass_widths(whole_number("most_slots", most_slots, 1))
+    # Compile one program for each kind of layer; time layers spread over the depth.
     count = min(_MOST_LAYERS, len(model.layers))
     chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
     programs: dict[Any, Callable[..., Any]] = {}
@@ -41,7 +43,8 @@ def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST
     head = _flat(programs, model, lambda model, x: jnp.argmax(model.logits(model.final_norm(x)), axis=-1))
     layer_times: dict[int, list[float]] = {w: [] for w in widths}
     head_times: dict[int, list[float]] = {w: [] for w in widths}
-    for _ in range(_REPEATS + 1):  # the first compiles
+    # Alternate between widths, so that a slow moment of the machine doesn't hit one width alone.
+    for _ in range(_REPEATS + 1):  # the first round compiles
         for width in widths:
             x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
             contexts = model.contexts(jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width)), None)
@@ -49,15 +52,17 @@ def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST
             head_times[width].append(_seconds(lambda x=x: head(x)))
 
     def least(times: dict[int, list[float]]) -> jax.Array:
-        # What else the machine does only adds, now to one width, now to another: medians were apart by half.
+        # The minimum: other load on the machine only adds time, unevenly; medians differed by half.
         return jnp.asarray([min(times[w][1:]) for w in widths], jnp.float32)
 
     return PassCosts(least(layer_times), least(head_times))
 
 
 def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a module and more arguments, compiled once for modules of one structure; calling it does not
-    walk through the module, which takes longer than a small layer."""
+    """Compiles `function(module, *args)` once for modules of one structure, and binds this module's leaves.
+
+    Flattening the module at each call would take longer than running a small layer.
+    """
     leaves, structure = jax.tree.flatten(module)
     if structure not in programs:
         programs[structure] = jax.jit(lambda leaves, *args: function(jax.tree.unflatten(structure, leaves), *args))

@@ -1,4 +1,4 @@
-"""Runs checked requests with drafts and their verification, and keeps what it has measured and learned."""
+"""Runs checked requests with ``mode="lossless"``, and keeps measured costs and learned acceptance rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tide_jax.model.sharding import agreed, fetch, mesh_context, mesh_of
 
 
 class LosslessRunner:
-    """Drafts and verification: ``mode="lossless"``. Keeps what it has measured and learned, by batch size."""
+    """Runner for ``mode="lossless"``; costs and acceptance rates are shared between calls of one batch size."""
 
     def __init__(self, model: Decoder, programs: Programs, known: Drafting) -> None:
         self._model, self._programs, self._known = model, programs, known
@@ -32,9 +32,11 @@ class LosslessRunner:
         out, seconds, compiled = self._programs.run(
             generate_lossless, (self._model,), arguments, capacity=call.capacity
         )
+        # The acceptance rates stay on the device, for the next call; the rest is fetched, without the padding rows.
         control, out = out.control, fetch(out._replace(control=None))
         check_finite(out.finite[:rows], self._model.dtype)
         self._known.learn(batch, control)
+        # Every token ran all layers.
         longest, last = int(np.max(out.lengths[:rows])), self._model.config.num_layers - 1
         made = np.arange(longest)[None] < out.lengths[:rows, None]
         return output(
@@ -51,7 +53,7 @@ class LosslessRunner:
     def steps(self, call: Call) -> Iterator[StreamStep]:
         batch, width = call.prompt.tokens.shape
         costs, measuring = self._known.costs(self._model, batch)
-        self._programs.compile_time += measuring  # not running, either
+        self._programs.compile_time += measuring  # count it as compiling, not as running
         arguments = (call.prompt, call.request, self._known.control(batch))
         state, _, _ = self._programs.run(begin_lossless, (self._model,), arguments, capacity=call.capacity)
         sent, last, executed = 0, self._model.config.num_layers - 1, 0
@@ -61,7 +63,7 @@ class LosslessRunner:
             )
             done, finite, ends, tokens = (array[: call.count] for array in (done, finite, ends, tokens))
             check_finite(finite, self._model.dtype)
-            # A step has a token of every row that goes on so far, so rows wait for the slowest of them.
+            # A pass gives rows different numbers of tokens. Yield a column once every running row has a token for it.
             ready = int(ends.max() if done.all() else ends[~done].min())
             for n in range(sent, ready):
                 there = n < ends
@@ -78,14 +80,14 @@ class LosslessRunner:
 
 
 class Drafting:
-    """What an engine knows of drafts: costs of passes, measured once, and what generations have learned."""
+    """Drafting knowledge of an engine by batch size: costs of passes, measured once, and learned acceptance rates."""
 
     def __init__(self) -> None:
         self._costs: dict[int, PassCosts] = {}
         self._control: dict[int, DraftControl] = {}
 
     def costs(self, model: Decoder, batch: int) -> tuple[PassCosts, float]:
-        """The costs at a batch size, and the seconds that it took to measure them now."""
+        """Costs of passes at a batch size, and the seconds spent measuring them in this call."""
         start = time.perf_counter()
         if batch not in self._costs:
             with mesh_context(mesh_of(model)):
@@ -93,11 +95,11 @@ class Drafting:
         return self._costs[batch], time.perf_counter() - start
 
     def control(self, batch: int) -> DraftControl:
-        """What has been learned at a batch size."""
+        """Acceptance rates learned at a batch size."""
         return self._control.get(batch) or DraftControl.start()
 
     def learn(self, batch: int, control: DraftControl) -> None:
-        """Keeps what a generation has learned."""
+        """Stores the acceptance rates after a generation."""
         self._control[batch] = control
 
 

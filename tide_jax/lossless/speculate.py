@@ -1,13 +1,14 @@
-"""``mode="lossless"``: the text drafts, the full model verifies several drafts in one pass; its tokens are its own.
+"""The decoding loop of ``mode="lossless"``: the text gives drafts, the full model verifies several in one pass.
 
     while a row has not ended:
-        guess what follows the newest token of each row     tide_jax.lossless.drafts
-        choose how many guesses are worth a pass, or none   tide_jax.lossless.control
-        run the full model over the token and its drafts    tide_jax.lossless.verify
-        keep the drafts that hold, and the answer behind them
-        note how the drafts fared
+        draft the tokens that follow the newest one of each row      tide_jax.lossless.drafts
+        choose how many drafts are worth verifying, or none          tide_jax.lossless.control
+        run the full model over the newest token and its drafts      tide_jax.lossless.verify
+        keep the accepted drafts, and the model's token behind them
+        update the acceptance rates
 
-A pass over several tokens reads the weights once, so drafts that hold are nearly free.
+A pass over several tokens reads the weights once, so accepted drafts cost almost nothing. Every token is the full
+model's own.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from tide_jax.model.cache import KVCache, init_cache
 from tide_jax.model.decoder import Decoder
 
 MOST_SLOTS = MOST_DRAFTS + 1
-"""Tokens of a row that one pass verifies at the most, the newest included."""
+"""Most tokens of a row in one pass, the newest included."""
 
 
 class DraftCounts(NamedTuple):
-    """What a lossless generation did, int32 scalars; drafts are counted over all rows.
+    """Counters of a lossless generation, int32 scalars; drafts are counted over all rows.
 
     Attributes:
       passes: passes of the full model, prefill included.
-      drafted, accepted: drafts verified, and those that held.
+      drafted, accepted: drafts verified, and drafts accepted.
     """
 
     passes: Int[Array, ""]
@@ -50,15 +51,15 @@ class LosslessState(NamedTuple):
     """State of a running lossless generation.
 
     Attributes:
-      tokens: rows of prompt and new tokens; row b's are ``tokens[b, starts[b]:ends[b]]``, guesses behind them.
+      tokens: prompt and new tokens; row b is ``tokens[b, starts[b]:ends[b]]``, with drafts behind it.
       width: column of the first new token, int32 scalar.
-      starts, ends: int32 [B].
+      starts, ends: first column of each row, and the column behind its newest token, int32 [B].
       done: rows that have ended.
-      finite: rows whose logits were numbers so far.
-      seen: tokens of each row, for the repetition penalty.
+      finite: rows whose logits were finite so far.
+      seen: tokens that occur in each row, for the repetition penalty.
       cache: keys and values of all tokens but the newest.
-      control: what is known of drafts.
-      counts: what was done so far.
+      control: learned acceptance rates.
+      counts: counters so far.
     """
 
     tokens: Int[Array, "B S"]
@@ -77,10 +78,10 @@ class LosslessGenerated(NamedTuple):
     """A finished lossless generation of static capacity N.
 
     Attributes:
-      tokens: int32 [B, N]; entries past a row's length are padding.
-      lengths: tokens of each row, its end-of-sequence token included, int32 [B].
+      tokens: new tokens, int32 [B, N]; entries past a row's length are padding.
+      lengths: new tokens of each row, its end-of-sequence token included, int32 [B].
       counts: passes and drafts.
-      control: what was learned, for the next generation.
+      control: learned acceptance rates, for the next generation.
       finite: as in `tide_jax.generation.generate.Generated`.
     """
 
@@ -100,14 +101,15 @@ def begin_lossless(
     capacity: int,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """Prefills and draws the first token; arguments as in `generate_lossless`."""
+    """Runs the prompt and draws the first token; arguments as in `generate_lossless`."""
     batch, width = prompt.tokens.shape
-    # Rows share slots, and a row whose drafts fail leaves some empty where others' hold.
-    # A pass writes all its slots, those behind the newest token, too.
+    # Rows share slots: a row with rejected drafts leaves slots empty that other rows use. So a batch gets twice the
+    # slots. A pass writes all its slots, including those behind the newest token.
     slots = capacity * min(batch, 2) + 2 * most_slots
     step = prefill(model, prompt, init_cache(model.config, batch, width + slots, model.dtype))
     seen = prompt.seen(model.config.vocab_size)
     starts, ends = jnp.int32(width) - prompt.lengths, jnp.full((batch,), width, jnp.int32)
+    # Draw the first token, and make room behind it for new tokens and drafts.
     rows = Rows(prompt.tokens, starts, ends, jnp.int32(width), seen)
     rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(rows, ends[:, None], request))
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
@@ -136,15 +138,17 @@ def advance_lossless(
     *,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """One pass: a token more of each row, and the drafts that hold. Donate `state`."""
+    """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`."""
+    # Draft, run the full model over the drafts, and keep those it confirms.
     new = _lay_out(model, state, request, costs, most_slots)
     rows = Rows(new.row_tokens, state.starts, state.ends + new.drafted, state.width, state.seen)
     answers = answer(model, rows, new.tokens, new.positions, new.count, state.cache, request)
     found = verify_drafts(rows, answers, new.positions, state.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
     accepted = jnp.where(found.corrected, gained - 1, gained)
-    # Where nothing was drafted, the answer tells whether the first draft would have held.
+    # Without drafts, the model's token shows whether the first draft would have been accepted.
     guess, first = (jnp.take_along_axis(t, state.ends[:, None], axis=1)[:, 0] for t in (new.row_tokens, found.tokens))
+    # Report the outcome to the control.
     running = jnp.maximum(jnp.sum(~state.done, dtype=jnp.int32), 1).astype(jnp.float32)
     seconds = step_seconds(costs, model.config.num_layers)
     done = Round(
@@ -181,15 +185,16 @@ def generate_lossless(
     capacity: int,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessGenerated:
-    """A whole generation whose tokens are those of full depth.
+    """Generates the same tokens as full depth, verifying several drafts in a pass.
 
     Args:
+      model: the decoder.
       prompt: left-padded prompts.
-      request: sampling dials, end-of-sequence ids, number of new tokens.
-      costs: what passes cost (`tide_jax.measure_pass_costs`).
-      control: what earlier generations have learned; None for nothing.
+      request: sampling settings, end-of-sequence ids, number of new tokens.
+      costs: measured seconds of a pass (`tide_jax.measure_pass_costs`).
+      control: acceptance rates learned by earlier generations; None starts from the prior.
       capacity: static upper bound of `request.max_new_tokens`.
-      most_slots: tokens of a row that one pass verifies at the most, the newest included.
+      most_slots: most tokens of a row in one pass, the newest included.
     """
     control = DraftControl.start() if control is None else control
     state = begin_lossless(model, prompt, request, control, capacity=capacity, most_slots=most_slots)
@@ -198,6 +203,7 @@ def generate_lossless(
         lambda s: advance_lossless(model, s, request, costs, most_slots=most_slots),
         state,
     )
+    # Cut the new tokens out of the rows.
     width, lengths = prompt.tokens.shape[1], state.ends - state.width
     made = jnp.arange(capacity, dtype=jnp.int32)[None] < lengths[:, None]
     tokens = jnp.where(made, state.tokens[:, width : width + capacity], request.pad)
@@ -205,14 +211,14 @@ def generate_lossless(
 
 
 class _NewSlots(NamedTuple):
-    """The slots of one pass: the newest token of each row, and its drafts.
+    """Input of one pass: the newest token of each row, and its drafts.
 
     Attributes:
-      row_tokens: `LosslessState.tokens` with the guesses behind each row's end.
-      tokens, positions: of the slots; -1 where a row has none.
-      count: leading slots that some row has.
-      drafted: drafts of each row.
-      matched: length of each row's match, drafted from or not; 0 where there is nothing to draft.
+      row_tokens: `LosslessState.tokens` with the drafts written behind each row's end.
+      tokens, positions: token ids and positions of the slots; position -1 if a row does not use the slot.
+      count: leading slots that at least one row uses.
+      drafted: drafts of each row in this pass.
+      matched: length of each row's match, whether its drafts are verified or not; 0 if there is nothing to draft.
     """
 
     row_tokens: Int[Array, "B S"]
@@ -224,16 +230,16 @@ class _NewSlots(NamedTuple):
 
 
 def _lay_out(model: Decoder, state: LosslessState, request: Request, costs: PassCosts, most_slots: int) -> _NewSlots:
-    """Guesses, chooses how many of the guesses to verify, and lays out the pass."""
+    """Drafts, chooses how many drafts to verify, and lays out the slots of the pass."""
     limit, running = _limit(model, state.width, state.starts, request), ~state.done
     found = text_drafts(state.tokens, state.starts, state.ends, most_slots - 1)
     chosen = choose_drafts(state.control, costs, model.config.num_layers, found.matched, running, most=most_slots - 1)
-    # Drafts that fail leave slots empty: a pass of one token for each row has to fit to the end.
+    # Rejected drafts waste slots. Draft only if enough slots remain to finish all rows with one token a pass.
     needed = jnp.max(jnp.where(state.done, 0, limit - state.ends))
     spare = jnp.int32(state.cache.capacity) - state.cache.length - needed - (most_slots - 1)
     usable = jnp.where(running, _usable(found, state.ends, limit, request), 0)
     drafted = jnp.minimum(usable, jnp.where(spare >= chosen, chosen, 0))
-    # Lay the newest token and its drafts side by side.
+    # Each row's slots: its newest token, then its drafts.
     slots = jnp.arange(most_slots, dtype=jnp.int32)[None]
     columns, index = state.ends[:, None] + slots, jnp.arange(state.ends.shape[0])[:, None]
     row_tokens = state.tokens.at[index, columns[:, :-1]].set(found.tokens, mode="drop")
@@ -249,13 +255,15 @@ def _lay_out(model: Decoder, state: LosslessState, request: Request, costs: Pass
 
 
 def _limit(model: Decoder, width: Int[Array, ""], starts: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
-    """End of each row's room: for as many new tokens as asked for, or where the context ends. The last token is not
-    run, and needs no position."""
+    """Column at which each row ends at the latest: after `max_new_tokens`, or at the end of the context.
+
+    The last token does not run, so it needs no position.
+    """
     return jnp.minimum(width + request.max_new_tokens, starts + 1 + jnp.int32(min(model.config.context_length, 2**30)))
 
 
 def _usable(found: Drafts, ends: Int[Array, " B"], limit: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
-    """Drafts before an end-of-sequence token and before the last token, which needs no draft behind it."""
+    """Number of drafts worth verifying: those before an end-of-sequence draft, and before the row's last token."""
     ends_row = jnp.any(found.tokens[:, :, None] == request.eos[:, None, :], axis=2)
     before_end = jnp.sum(jnp.cumsum(ends_row, axis=1) == 0, axis=1, dtype=jnp.int32)
     return jnp.where(found.matched > 0, jnp.clip(limit - ends - 1, 0, before_end), 0)
@@ -269,7 +277,7 @@ def _ended(tokens: Int[Array, "B S"], ends: Int[Array, " B"], request: Request) 
 def _with_new(
     state: LosslessState, tokens: Int[Array, "B S"], ends: Int[Array, " B"], most_slots: int
 ) -> Bool[Array, "B V"]:
-    """`state.seen` with the tokens up to the given ends."""
+    """`state.seen` with the new tokens, up to `ends`."""
     index = jnp.arange(ends.shape[0])[:, None]
     columns = state.ends[:, None] + jnp.arange(most_slots, dtype=jnp.int32)[None]
     fresh = jnp.take_along_axis(tokens, columns, axis=1, mode="clip")

@@ -1,9 +1,9 @@
-"""One pass of the full model over the newest token of each row and its drafts, and which of the drafts hold.
+"""Runs the full model over the newest token of each row and its drafts, and accepts the drafts that match its tokens.
 
-The answer at every slot is drawn with the key that full depth draws it with, and a draft holds if it is that answer. So
-greedy or not, tokens are those of ``mode="full"`` with the same key, up to rounding, and need no rule of rejection:
-speculative decoding (Leviathan et al. 2023, arXiv:2211.17192) with drafter and verifier coupled by common random
-numbers (Daliri et al. 2024, arXiv:2408.07978).
+The full model's token at each slot is drawn with the same random key as at full depth, and a draft is accepted if it is
+that token. So the tokens equal those of ``mode="full"`` with the same key, up to rounding, greedy or not, and no
+rejection sampling is needed. This is speculative decoding (Leviathan et al. 2023, arXiv:2211.17192) with drafter and
+verifier coupled by common random numbers (Daliri et al. 2024, arXiv:2408.07978).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from tide_jax.model.decoder import Decoder
 
 
 class Rows(NamedTuple):
-    """Rows of tokens, drafts included.
+    """Rows of a batch, drafts included.
 
     Attributes:
-      tokens: row b's are ``tokens[b, starts[b]:ends[b]]``.
+      tokens: row b is ``tokens[b, starts[b]:ends[b]]``.
       starts, ends: int32 [B].
       width: column of the first new token, int32 scalar.
-      seen: the tokens of each row before its drafts.
+      seen: tokens that occur in each row before its drafts.
     """
 
     tokens: Int[Array, "B S"]
@@ -44,11 +44,11 @@ class Rows(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the full model says at the slots of one pass.
+    """Output of the full model at the slots of one pass.
 
     Attributes:
-      tokens: drawn at each slot.
-      finite: rows whose answers come from numbers.
+      tokens: next token drawn at each slot.
+      finite: rows whose states are finite.
       new: key and value rows of every layer, ``[L, B, KV, Q, channels]``.
     """
 
@@ -58,12 +58,12 @@ class Answers(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Rows with nothing but tokens of the full model.
+    """Rows after verification: every token is the full model's.
 
     Attributes:
       tokens, ends: as in `Rows`.
-      corrected: rows whose last token is the full model's answer rather than a draft.
-      cache: with the slots whose inputs hold.
+      corrected: rows whose last token comes from the full model and is not a draft.
+      cache: the cache with the slots of accepted inputs.
     """
 
     tokens: Int[Array, "B S"]
@@ -81,12 +81,16 @@ def answer(
     cache: KVCache,
     request: Request,
 ) -> Answers:
-    """Runs the full model over the new slots, as few of them as a compiled width allows.
+    """Runs the full model over the slots of a pass, in the smallest compiled width, and draws a token at each.
 
     Args:
+      model: the decoder.
+      rows: the rows, drafts included.
       inputs: tokens of the slots.
-      positions: their positions in the rows, -1 where a row has none.
-      count: leading slots that some row has.
+      positions: positions of these tokens in their rows, -1 if a row does not use the slot.
+      count: leading slots that at least one row uses.
+      cache: the tokens before the slots.
+      request: sampling settings, key and rules.
     """
     most = inputs.shape[1]
 
@@ -105,21 +109,25 @@ def answer(
 
 
 def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verified:
-    """Keeps the drafts that match the full model's tokens, and its answer behind them.
+    """Accepts drafts that match the full model's tokens and rolls the cache back past the first mismatch.
+
+    Behind its accepted drafts, each running row gets one token of the full model.
 
     Args:
-      rows: with the drafts.
-      positions: of the pass's slots, -1 where a row has none.
-      cache: before the pass.
+      rows: the rows, drafts included.
+      answers: the full model's output at the slots.
+      positions: positions of the slots, -1 if a row does not use the slot.
+      cache: the cache before the pass.
     """
-    # A slot's answer is right if the row has that very token there; what is behind the first that is not falls.
+    # Compare each slot's token with the draft behind it. The last slot has none, which counts as a mismatch.
     ran, slots = positions >= 0, jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
     columns = jnp.where(ran, positions + 1 + rows.starts[:, None], 0)
     drafts = jnp.take_along_axis(rows.tokens, columns, axis=1)
     wrong = ran & ((columns >= rows.ends[:, None]) | (answers.tokens != drafts))
     corrected, at = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1).astype(jnp.int32)[:, None]
+    # At the first mismatch, take the full model's token; later drafts are dropped.
     column, correct = (jnp.take_along_axis(a, at, axis=1)[:, 0] for a in (columns, answers.tokens))
-    # The cache keeps the slots whose inputs hold. Rows share slots: one that keeps fewer leaves some empty.
+    # The cache keeps the slots of accepted inputs. Rows share slots: a row that keeps fewer leaves some empty.
     kept = ran & (~corrected[:, None] | (slots <= at))
     used = jnp.max(jnp.where(kept, slots + 1, 0))
     grown = cache.append(answers.new, jnp.where(kept, positions, -1))
@@ -140,15 +148,20 @@ def draw(
     seen: Bool[Array, "B T V"],
     request: Request,
 ) -> Int[Array, "B T"]:
-    """Draws the tokens of the given columns of their rows, with the keys that full depth draws them with.
+    """Draws the tokens for the given columns, with the same random keys as full depth.
 
     Args:
-      states: final-normed states before them, [B, T, D].
-      seen: tokens before each, for the repetition penalty.
+      model: the decoder.
+      states: final-normed states of the tokens before these columns, [B, T, D].
+      rows: the rows, drafts included.
+      columns: columns of `rows.tokens` to draw.
+      seen: tokens that occur before each column, for the repetition penalty.
+      request: sampling settings, key and rules.
     """
     logits, index = model.logits(states), columns - rows.width
     batch, size, vocabulary = logits.shape
 
+    # As in plain decoding: fold the index of the new token into the key, then the row.
     def keys() -> Array:
         by_index = jax.vmap(jax.vmap(lambda n: jax.random.fold_in(request.key, n)))(index)
         return jax.vmap(lambda row, keys: jax.vmap(lambda k: row_keys(k, row[None])[0])(keys))(
@@ -161,7 +174,7 @@ def draw(
 
 
 def row_text(rows: Rows, columns: Int[Array, "B T"], request: Request) -> RowText:
-    """The rows as rules read them, one for each column: what stands before it, drafts included."""
+    """Input of the logit rules, one entry for each column: the row's tokens before it, drafts included."""
     size = columns.shape[1]
     return RowText(
         made=(columns - rows.width).reshape(-1),
@@ -173,7 +186,7 @@ def row_text(rows: Rows, columns: Int[Array, "B T"], request: Request) -> RowTex
 
 
 def _seen(rows: Rows, inputs: Int[Array, "B W"], ran: Bool[Array, "B W"], request: Request) -> Bool[Array, "B W V"]:
-    """Tokens in the row before each answer, its drafts included."""
+    """Tokens that occur in the row before each drawn token, drafts included."""
     shape = (*inputs.shape, rows.seen.shape[-1])
 
     def with_drafts() -> Array:
@@ -185,5 +198,5 @@ def _seen(rows: Rows, inputs: Int[Array, "B W"], ran: Bool[Array, "B W"], reques
 
 
 def _padded(rows: Array, most: int) -> Array:
-    """Key or value rows behind which there is nothing, up to `most` slots."""
+    """Key or value rows padded with zeros at the end to `most` slots."""
     return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, most - rows.shape[3]), (0, 0)))

@@ -1,1 +1,1 @@
-"""Settings of exits with a promised risk."""
+"""Guarantees: exit settings whose risk is bounded with a stated confidence."""

@@ -1,5 +1,7 @@
-"""What a model answers after each token of whole texts, at full depth and with exits: the engine's own pass, in which
-later tokens read the keys and values that exits leave behind."""
+"""Predictions of a model after each token of whole texts, at full depth and with exits.
+
+The pass is the engine's own: later tokens read the keys and values that exited tokens wrote to the cache.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,12 @@ _WIDTHS = 4
 
 
 class TextAnswers(NamedTuple):
-    """A text of T tokens with the answers after each of them.
+    """A text of T tokens with the predictions after each token.
 
     Attributes:
       tokens: token ids, int32.
-      counted: tokens that losses are over: neither position 0 nor, for a `Sample`, those before its `start`.
-      full_argmax, exit_argmax: the likeliest next token at full depth and with exits, int32.
+      counted: tokens that losses cover: all but position 0 and, for a `Sample`, those before its `start`.
+      full_argmax, exit_argmax: the most likely next token at full depth and with exits, int32.
       full_log_probs, exit_log_probs: log probability of the text's own next token, float32; 0 after the last token.
       exit_layers: index of the last layer each token ran, int32.
       num_layers: layers of the model.
@@ -52,7 +54,7 @@ class TextAnswers(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Answers after each token of a batch [B, T], as in `TextAnswers`."""
+    """Predictions after each token of a batch [B, T], as in `TextAnswers`."""
 
     argmax: np.ndarray
     log_probs: np.ndarray
@@ -60,15 +62,16 @@ class Read(NamedTuple):
 
 
 class TextReader:
-    """Reads the same texts at full depth, once, and with any exits.
+    """Runs the same texts once at full depth, and then with any thresholds.
 
-    Memory is a batch's activations, one text's logits, and eight bytes a token for the answers at full depth.
+    Memory: the activations of a batch, the logits of one text, and eight bytes a token for predictions at full depth.
 
     Args:
-      engine: model, routers, `min_layers`, `kv_strategy` and `prefill_exits`.
+      engine: provides model, routers, `min_layers`, `kv_strategy` and `prefill_exits`.
       samples: texts of at most `max_length` tokens.
+      max_length: most tokens of a text.
       batch_size: texts in a forward pass.
-      progress: called with texts read at full depth and all texts.
+      progress: called with the number of texts read at full depth, and the number of all texts.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class TextReader:
     ) -> None:
         self._engine, self._samples = engine, samples
         batch_size = min(batch_size, max(1, len(samples)))
-        # Texts of one length together: little of a batch is padding.
+        # Batches of similar length need little padding.
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
         self._groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self._shape = batch_size, max_length
@@ -91,11 +94,11 @@ class TextReader:
     def answers(
         self, threshold: float | tuple[float, ...], progress: Callable[[int, int], None] | None = None
     ) -> Iterator[tuple[int, TextAnswers]]:
-        """Index of a sample and its answers, for each, shorter ones first.
+        """Yields the index and the predictions of each sample, shorter ones first.
 
         Args:
-          threshold: as `ExitConfig.exit_threshold`.
-          progress: called with texts read and all texts.
+          threshold: as in `ExitConfig.exit_threshold`.
+          progress: called with the number of texts read, and the number of all texts.
         """
         exits = self._engine.with_config(exit_threshold=threshold)._exits("exit")
         for group, full, read in zip(self._groups, self._full, self._read(exits, progress), strict=True):
@@ -103,7 +106,7 @@ class TextReader:
                 yield number, self._text(self._samples[number], row, full, read)
 
     def batches(self) -> Iterator[Batch]:
-        """The texts as arrays, shorter ones first."""
+        """Yields the texts as arrays, shorter ones first."""
         for group in self._groups:
             yield pack([self._samples[number] for number in group], *self._shape)
 
@@ -133,7 +136,7 @@ class TextReader:
 
 
 def pack(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
-    """A full batch of one of few widths, each a compilation."""
+    """Pads texts to a full batch, in one of a few widths, since each width is a compilation."""
     return Batch(*map(jnp.asarray, padded(samples, batch_size, max_length, widths=_WIDTHS)))
 
 
@@ -145,11 +148,12 @@ def _read(
     out = run_exits(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit, implementation=implementation)
 
     def answer(row: tuple[Array, Array]) -> tuple[Array, Array]:
-        """One text's logits in memory at a time."""
+        """Argmax and log probabilities of one text, so that only its logits are in memory."""
         states, following = row
         logits = model.logits(states[None])[0]
         taken = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), taken - jax.nn.logsumexp(logits, axis=-1)
 
+    # The target of each token is the text's next token.
     argmax, log_probs = lax.map(answer, (out.states, jnp.roll(batch.tokens, -1, axis=1)))
     return argmax, log_probs, out.exit_layers

@@ -1,7 +1,7 @@
-"""Thresholds with a guarantee: `guarantee` finds the boldest exits whose risk is held with a stated confidence.
+"""Thresholds with a guarantee: `guarantee` finds the lowest threshold whose risk is bounded with a stated confidence.
 
-Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052), used for early exits by CALM (Schuster et al. 2022,
-arXiv:2207.07061). Examples are whole texts: tokens of one text are not independent.
+The method is Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052), used for early exits by CALM (Schuster et
+al. 2022, arXiv:2207.07061). Examples are whole texts, because tokens of one text are not independent.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Threshold = float | tuple[float, ...]
 Loss = Literal["disagreement", "nll"] | Callable[[TextAnswers], float]
 
 THRESHOLDS = tuple(round(1 - 0.002 * 1.25**k, 4) for k in range(26))
-"""Shared thresholds tested by default, from 0.998 to 0.4706: each a quarter farther from 1 than the one before."""
+"""Default thresholds to test, one for all exit points: 0.998 to 0.4706, each 25% farther from 1 than the last."""
 
 PATH_SHARE = 0.25
-"""Share of the texts that chooses the path of `per_checkpoint=True`; the others test along it."""
+"""Share of the texts that choose the thresholds to test with `per_checkpoint=True`; the others test them."""
 
 
 def guarantee(
@@ -49,45 +49,49 @@ def guarantee(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ExitConfig:
-    """Finds the boldest threshold whose mean loss on new texts is at most `risk`, with probability 1 - `delta`.
+    """Finds the lowest threshold whose mean loss on new texts is at most `risk`, with probability 1 - `delta`.
 
-    Thresholds are tested from the safest to the boldest, each on all texts, until the first whose Hoeffding-Bentkus
-    p-value exceeds `delta`; the one before is returned. One pass over the texts at full depth and one for each
-    threshold tested. The promise is about texts like these: independent draws of the same kind, none of which routers
-    were calibrated on, each read from its start as here. Overlapping or repeated texts, or several windows of one
-    document, void it: pass one a document. It is an average over texts, not a bound for each of them, and over the
-    tokens of given texts, not over what the model writes with exits once it has gone another way.
+    Thresholds are tested from the safest (highest) to the boldest (lowest), each on all texts, until the
+    Hoeffding-Bentkus p-value of one exceeds `delta`. The one before is returned. This takes one pass over the texts at
+    full depth, and one for each threshold tested.
+
+    The promise covers texts like the given ones: independent draws of one kind, read from their start as here. No
+    router may have been calibrated on any of them. Overlapping or repeated texts, or several windows of one document,
+    void it: pass one window for each document. The promise is an average over texts, not a bound for each. It covers
+    the tokens of given texts, not what the model generates after an exit has changed the text.
 
     Args:
-      engine: model, routers, and the `threshold_tilt`, `min_layers`, `kv_strategy` and `prefill_exits` to hold it for.
-      texts: strings, sequences of token ids, or `tide_jax.calibration.collect.Sample`s, whose tokens before `start` run
-        at full depth as a prompt does (unless `prefill_exits`) and are not counted. Position 0 never is. Texts with
-        nothing to count are passed over. `risk_control.smallest_sample` says how many are needed at the least.
+      engine: model, routers, and the `threshold_tilt`, `min_layers`, `kv_strategy` and `prefill_exits` of the promise.
+      texts: strings, sequences of token ids, or `tide_jax.calibration.collect.Sample`s. A sample's tokens before
+        `start` run at full depth like a prompt (unless `prefill_exits`) and are not counted. Position 0 is never
+        counted. Texts with nothing to count are skipped. `tide_jax.risk.statistics.smallest_sample` gives the least
+        number needed.
       risk: mean loss of a text to promise: a share of tokens, or nats for "nll".
       delta: probability, over the draw of the texts, that the promise fails.
-      loss: of one text.
-        "disagreement": the share of its tokens where the likeliest next token with exits is not the full model's.
-        "nll": how much the mean negative log-likelihood of its next tokens rises over the full model's, clipped to
+      loss: loss of one text.
+        "disagreement": the share of its tokens where the most likely next token with exits is not the full model's.
+        "nll": the increase of the mean negative log-likelihood of its next tokens over the full model's, clipped to
         0..`bound`.
         Otherwise a function of a `tide_jax.risk.answers.TextAnswers` that returns a number in [0, 1].
       tokenizer: for strings.
-      per_checkpoint: a threshold for each checkpoint, of an engine without `threshold_tilt`. A quarter of the texts,
-        drawn by `seed`, chooses the vectors to test and their order; only the others are tested on.
-      thresholds: what to test instead of `THRESHOLDS`, safest first; numbers, or one for each checkpoint. They must
-        have been chosen without a look at these texts.
+      per_checkpoint: finds a threshold for each exit point; the engine must have no `threshold_tilt`. A quarter of the
+        texts, drawn by `seed`, chooses the threshold vectors to test and their order; only the others test them.
+      thresholds: thresholds to test instead of `THRESHOLDS`, safest first; numbers, or one for each exit point. They
+        must have been chosen without looking at these texts.
       bound: where "nll" is clipped, in nats.
       max_length: tokens read of each text.
       batch_size: texts in a forward pass.
-      seed: of the split of `per_checkpoint`.
+      seed: draws the texts that choose with `per_checkpoint`.
       progress: called with (stage, done, total).
 
     Returns:
-      The engine's configuration with the threshold found; `.guarantee` says what was promised and measured.
+      The engine's configuration with the threshold found; `.guarantee` holds the promise and the measurements.
 
     Raises:
       GuaranteeError: too few texts for `risk` and `delta`, or not even the safest threshold passed.
-      TideError: bad input, in one line.
+      TideError: invalid input; the message is one line.
     """
+    # Check the arguments before reading any text.
     task = _task(engine, risk, delta, loss, bound)
     seed = whole_number("seed", seed, 0, 2**63 - 1)
     settings = CalibrationConfig(
@@ -100,9 +104,11 @@ def guarantee(
     if per_checkpoint and engine.config.threshold_tilt:
         raise TideError("per_checkpoint=True chooses its own thresholds; pass an engine with threshold_tilt=0")
     grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
+    # Tokenise, and check that there are enough texts to test on.
     samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
     pilot = pilot_texts(len(samples)) if per_checkpoint else 0
     _check_enough(task, len(samples) - pilot, pilot)
+    # Choose threshold vectors on some texts and test them on the others: the order must not depend on test data.
     if per_checkpoint:
         order = np.random.default_rng(seed).permutation(len(samples))
         grid = threshold_path(engine, [samples[i] for i in order[:pilot]], settings, progress)
@@ -112,12 +118,12 @@ def guarantee(
 
 
 def pilot_texts(count: int) -> int:
-    """How many of so many texts choose thresholds with `per_checkpoint`; the others test them."""
+    """Number of texts, of `count`, that choose thresholds with `per_checkpoint`; the others test them."""
     return max(1, int(PATH_SHARE * count))
 
 
 class _Task(NamedTuple):
-    """What is to be promised; `loss` maps a text's answers into [0, 1], `unit` times which is what the user sees."""
+    """The promise to test; `loss` maps a text to [0, 1], and `unit` times that is the loss in the user's unit."""
 
     risk: float
     delta: float
@@ -126,7 +132,7 @@ class _Task(NamedTuple):
     unit: float
 
     def counts(self, sample: Sample) -> bool:
-        """Whether there is anything in a text to measure: after its last token no next one is known."""
+        """Whether a text has a token to measure; "nll" can't use the last one, whose next token is unknown."""
         return len(sample.ids) > max(1, sample.start) + (self.name == "nll")
 
 
@@ -171,7 +177,7 @@ def _own_loss(loss: Callable[[TextAnswers], float], name: str, answers: TextAnsw
 
 
 def _checked(engine: TIDE, thresholds: Sequence[float | Sequence[float]]) -> list[Threshold]:
-    """The grid as `ExitConfig` has it, so that a bad entry is found before hours of measuring."""
+    """Thresholds as `ExitConfig` stores them; checked now, so that an invalid one fails before hours of measuring."""
     if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
         raise TideError(f"thresholds={thresholds!r} must be a sequence of thresholds, safest first")
     checked = [engine.with_config(exit_threshold=threshold).config.exit_threshold for threshold in thresholds]
@@ -198,7 +204,7 @@ def _test(
     settings: CalibrationConfig,
     progress: Progress | None,
 ) -> RiskGuarantee:
-    """Tests thresholds in order and returns what is promised for the last that passes."""
+    """Tests thresholds in order and returns the guarantee of the last one that passes."""
 
     def stage(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else functools.partial(progress, name)
@@ -214,6 +220,7 @@ def _test(
 
     def p_values() -> Iterator[float]:
         for number, threshold in enumerate(grid, 1):
+            # Loss and depth of every text at this threshold.
             step = stage(f"testing threshold {number} of at most {len(grid)}")
             losses, depths, tokens = np.zeros(len(samples)), np.zeros(len(samples)), np.zeros(len(samples), int)
             for i, answers in reader.answers(threshold, step):
@@ -229,7 +236,7 @@ def _test(
                     tokens=int(tokens.sum()),
                     p_value=hb_p_value(mean, len(samples), task.risk / task.unit),
                     observed=mean * task.unit,
-                    depth=min(1.0, float(np.average(depths, weights=tokens))),  # whose rounding may exceed 1
+                    depth=min(1.0, float(np.average(depths, weights=tokens))),  # rounding may exceed 1
                     max_length=settings.max_length,
                     bound=task.unit,
                     exit_threshold=threshold,
@@ -241,6 +248,7 @@ def _test(
             )
             yield tested[-1].p_value
 
+    # The test takes p-values one at a time, so thresholds after the first failure are never measured.
     passed = fixed_sequence_test(p_values(), task.delta)
     if not passed:
         raise GuaranteeError(_none_qualifies(tested[0]))

@@ -1,4 +1,4 @@
-"""Calibration with a promise: texts set aside before routers see any, and a threshold certified on them afterwards."""
+"""Calibration with a promise: sets texts aside before training, and certifies a threshold on them afterwards."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from tide_jax.risk.statistics import GuaranteeError, smallest_sample
 Loss = Literal["disagreement", "nll"]
 
 ROOM = 2
-"""Texts set aside by default, over the fewest that could do: those allow no error at all."""
+"""Texts set aside by default, as a multiple of the fewest possible, which would allow no error at all."""
 
 SHARE = 0.2
-"""Share of all texts that is set aside by default where that is more."""
+"""Share of all texts set aside by default, if that is more than `ROOM` gives."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """What is to be promised, and on how many texts it is to be tested.
+    """A promise to certify after calibration, and the number of texts to test it on.
 
     Attributes:
       risk, delta, loss, per_checkpoint: as in `tide_jax.guarantee`.
-      kv_strategy, threshold_tilt: what the promise is for, see `tide_jax.ExitConfig`.
-      guarantee_texts: how many to set aside; None: `ROOM` times the fewest that could do or `SHARE` of all, whichever
-        is more, but no more than half of them where fewer could do.
+      kv_strategy, threshold_tilt: exit settings of the promise, see `tide_jax.ExitConfig`.
+      guarantee_texts: texts to set aside. None takes `ROOM` times the fewest possible or `SHARE` of all texts, the
+        larger of the two, but at most half of all, unless the fewest possible is more than half.
 
     Raises:
       TideError: a value outside its range.
@@ -67,17 +67,17 @@ class Promise:
 
     @property
     def least(self) -> int:
-        """Texts below which no threshold could qualify, those that choose thresholds for each checkpoint included."""
+        """Fewest texts with which a threshold can qualify, including those that choose it with `per_checkpoint`."""
         tested = count = smallest_sample(self.risk, self.delta)
         while self.per_checkpoint and count - pilot_texts(count) < tested:
             count += 1
         return count
 
     def count(self, total: int) -> int:
-        """Texts to set aside of so many.
+        """Number of texts to set aside, of `total`.
 
         Raises:
-          GuaranteeError: that would leave none for the routers.
+          GuaranteeError: no texts would remain for the routers.
         """
         least = self.least
         count = self.guarantee_texts or min(max(ROOM * least, round(SHARE * total)), max(least, total // 2))
@@ -90,19 +90,23 @@ class Promise:
 
 
 def set_aside(samples: Iterable[Sample], promise: Promise, *, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
-    """Splits texts: those that routers may learn from, and those that a promise is tested on.
+    """Splits texts into those for training and those for testing the promise.
 
-    The latter are drawn at random, so that they stand for the whole source whatever its order. A text that occurs again
-    is left out: routers would know it, and the same text twice is one observation.
+    Test texts are drawn at random, so that they represent the whole source in any order. Repetitions of a text are
+    dropped: routers could have learned it, and the same text twice is one observation.
 
     Args:
-      samples: of `tide_jax.calibration.collect.tokenise`.
-      promise: says how many.
-      seed: of the draw.
+      samples: from `tide_jax.calibration.collect.tokenise`.
+      promise: determines the number of test texts.
+      seed: seed of the draw.
+
+    Returns:
+      Training texts and test texts.
 
     Raises:
       GuaranteeError: too few texts.
     """
+    # Only texts with something to measure can be drawn; all others are for training.
     texts = list({np.asarray(sample.ids, np.int32).tobytes(): sample for sample in samples}.values())
     usable = [i for i, sample in enumerate(texts) if len(sample.ids) > max(1, sample.start) + 1]
     count = promise.count(len(usable))
@@ -121,15 +125,22 @@ def with_guarantee(
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Routers:
-    """The same routers with what can be promised for them in their metadata: `Routers.exit_config` has it, and is None
-    where no threshold qualifies (`metadata` then says why under "no_guarantee").
+    """Certifies a threshold and returns the routers with the guarantee in their metadata.
+
+    `Routers.exit_config` then returns it. If no threshold qualifies, `Routers.exit_config` is None, and the metadata
+    holds the reason under "no_guarantee".
 
     Args:
-      texts: as in `tide_jax.guarantee`; none that the routers were calibrated on.
-      config: its `min_layers`, `max_length`, `batch_size` and `seed` are taken.
+      model: the model that the routers belong to.
+      routers: trained routers.
+      texts: as in `tide_jax.guarantee`; the routers must not have been calibrated on any of them.
+      promise: the promise to certify.
+      config: provides `min_layers`, `max_length`, `batch_size` and `seed`.
+      tokenizer: for strings.
+      progress: called with (stage, done, total).
 
     Raises:
-      TideError: bad input, in one line.
+      TideError: invalid input; the message is one line.
     """
     dials = {"kv_strategy": promise.kv_strategy, "threshold_tilt": promise.threshold_tilt}
     engine = TIDE(model, routers, ExitConfig(min_layers=config.min_layers, **dials))
@@ -155,20 +166,23 @@ def with_guarantee(
 
 
 def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitConfig, str]:
-    """Exit settings for a run, and a line that says what is promised for them.
+    """Exit settings for a run, and one line that states their promise.
 
-    What was stored with the routers holds where nothing else is asked for; a promise is dropped with any other setting,
-    and in another precision than it was measured in.
+    Settings stored with the routers apply unless `asked` overrides them. The promise is dropped if any setting differs,
+    or if the model's precision is not that of the measurement.
 
     Args:
-      asked: fields of `ExitConfig`; None asks for nothing.
+      model: the model of the run.
+      routers: routers, with or without stored exit settings.
+      asked: fields of `ExitConfig`; None keeps the stored value.
 
     Raises:
-      TideError: a setting outside its range, or stored ones that can't be read.
+      TideError: a setting outside its range, or unreadable stored settings.
     """
     stored = routers.exit_config
     default = min(ExitConfig.min_layers, model.config.num_layers)
     base = ExitConfig(min_layers=default) if stored is None else stored
+    # Overriding a setting drops the promise (`ExitConfig.__post_init__`); another precision does, too.
     config = dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})
     measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), model.precision
     if config.guarantee is not None and measured != dtype:
@@ -181,5 +195,5 @@ def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitC
 
 
 def refusal(routers: Routers) -> str | None:
-    """Why no threshold could be promised for these routers; None where one was, or none was asked for."""
+    """Why no threshold qualified for a promise; None if one did, or if no promise was requested."""
     return routers.metadata.to_dict().get("no_guarantee")

@@ -1,8 +1,9 @@
-"""Choosing a setting whose risk is held with a stated confidence: the statistics, in numpy.
+"""Statistics for choosing a setting whose risk is bounded with a stated confidence, in numpy.
 
-Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052): every setting is a null hypothesis
-"its risk exceeds the promised one", with a p-value from losses on held-out examples; settings are tested in an order
-fixed beforehand until the first that can't be rejected. Nothing is assumed about how risk moves along that order.
+Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei 2021, arXiv:2110.01052): each setting has the null
+hypothesis "its risk exceeds the promised one", with a p-value from losses on held-out examples. Settings are tested in
+an order fixed beforehand, up to the first hypothesis that can't be rejected. The risk need not be monotone along that
+order.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from tide_jax.errors import TideError
 
 
 class GuaranteeError(TideError):
-    """No setting can be promised: too few texts, or none passed the test."""
+    """No setting qualifies for the promise: there are too few texts, or none passed the test."""
 
 
 def hb_p_value(mean_loss: float, count: int, risk: float) -> float:
     """Hoeffding-Bentkus p-value of "the expected loss exceeds `risk`" (arXiv:2110.01052, proposition 2).
 
     Args:
-      mean_loss: of `count` independent examples, each loss in [0, 1].
-      risk: in (0, 1).
+      mean_loss: mean loss of the examples, each loss in [0, 1].
+      count: number of independent examples.
+      risk: the bound under test, in (0, 1).
 
     >>> round(hb_p_value(0.0, 149, 0.02), 4)
     0.0493
@@ -39,7 +41,7 @@ def hb_p_value(mean_loss: float, count: int, risk: float) -> float:
 
 
 def _binomial_cdf(successes: int, count: int, rate: float) -> float:
-    """P(Binomial(count, rate) <= successes), summed in logarithms: the terms under- and overflow by themselves."""
+    """P(Binomial(count, rate) <= successes), computed in logarithms because single terms under- and overflow."""
     if successes >= count:
         return 1.0
     k = np.arange(1, successes + 1, dtype=np.float64)
@@ -50,7 +52,7 @@ def _binomial_cdf(successes: int, count: int, rate: float) -> float:
 
 
 def smallest_sample(risk: float, delta: float) -> int:
-    """Examples below which not even losses of zero throughout would give a p-value of `delta`.
+    """Fewest examples whose p-value can reach `delta`: with fewer, not even zero losses do.
 
     >>> smallest_sample(0.02, 0.05)
     149
@@ -66,11 +68,11 @@ def smallest_sample(risk: float, delta: float) -> int:
 
 
 def fixed_sequence_test(p_values: Iterable[float], delta: float) -> int:
-    """How many hypotheses, from the first on, are rejected before the first that is not.
+    """Number of hypotheses rejected in order, before the first that is not.
 
-    The probability that any of them is true is at most `delta`, however many there are: no correction is needed, since
-    a false rejection requires rejecting the first true hypothesis of the order. The order must not depend on the data
-    the p-values come from. They are taken one at a time, and none after the first above `delta`.
+    The probability that any rejected hypothesis is true is at most `delta`, for any number of hypotheses. No correction
+    is needed, since a false rejection requires rejecting the first true hypothesis of the order. The order must not
+    depend on the data behind the p-values. P-values are taken one at a time, and none after the first above `delta`.
     """
     delta, rejected = open_share("delta", delta), 0
     for p_value in p_values:

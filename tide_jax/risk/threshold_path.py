@@ -1,4 +1,4 @@
-"""A path of threshold vectors, one number for each checkpoint, from safe to bold: what `guarantee` tests along."""
+"""Threshold vectors, one number for each exit point, in the order in which `guarantee` tests them: safest first."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.risk.answers import pack
 
 _LEVELS = np.minimum(0.001 * 1.4 ** np.arange(22), 1.0)
-"""Shares of tokens: candidate thresholds let so many pass, and points of the path have so much disagreement."""
+"""Shares of tokens: candidate thresholds let these shares exit, and the path has a vector for each as disagreement."""
 
 
 class Scored(NamedTuple):
-    """Tokens whose past ran at full depth: C checkpoints, N tokens.
+    """Scores of N tokens at C exit points, with all earlier tokens at full depth.
 
     Attributes:
-      scores: of each checkpoint's router.
-      right: whether leaving there gives the full model's argmax.
-      weights: one over the tokens of a token's text, so that texts count alike; they sum to 1.
+      scores: exit scores.
+      right: whether exiting there gives the full model's argmax.
+      weights: one over the counted tokens of the token's text, so that all texts count equally; they sum to 1.
     """
 
     scores: Float[np.ndarray, "C N"]
@@ -40,9 +40,9 @@ class Scored(NamedTuple):
 def threshold_path(
     engine: TIDE, samples: Sequence[Sample], settings: CalibrationConfig, progress: Progress | None = None
 ) -> list[tuple[float, ...]]:
-    """Vectors to test, safest first, by what each would cost and save if exits left the cache alone.
+    """Threshold vectors to test, safest first, chosen by disagreement and depth as if exits left the cache unchanged.
 
-    One pass at full depth. The vectors need not be good for a guarantee to hold, only be chosen on other texts.
+    This takes one pass at full depth. A guarantee holds for any vectors, as long as they are chosen on other texts.
     """
     routers = engine.routers
     assert routers is not None
@@ -53,15 +53,17 @@ def threshold_path(
 
 
 def greedy_path(scored: Scored, shares: Sequence[float], allowed: Sequence[bool]) -> list[tuple[float, ...]]:
-    """Lowers one checkpoint's threshold at a time, that which saves most depth for each new disagreement, as long as
-    disagreement stays within a level; then the level rises.
+    """Lowers thresholds greedily, one step at one exit point at a time, within rising levels of disagreement.
+
+    Each step lowers the threshold that saves the most depth for each new disagreement.
 
     Args:
-      shares: share of the layers run by a token that leaves at a checkpoint.
-      allowed: checkpoints at which tokens may leave; the others keep a threshold of 1.
+      scored: scores and agreement of the tokens.
+      shares: for each exit point, the share of the layers run by a token that exits there.
+      allowed: exit points at which tokens may exit; the others keep a threshold of 1.
 
     Returns:
-      The first vector on the way, then the last within each level, where it saves more than the one before.
+      The first vector on the way, then the last one within each level if it saves more depth than the one before.
     """
     candidates = [_candidates(row) if ok else [1.0] for row, ok in zip(scored.scores, allowed, strict=True)]
     units, at = np.eye(len(candidates), dtype=int), np.zeros(len(candidates), int)
@@ -73,12 +75,13 @@ def greedy_path(scored: Scored, shares: Sequence[float], allowed: Sequence[bool]
     for level in _LEVELS:
         last = depth
         while True:
+            # Cost of lowering each threshold by one candidate, without those that exceed the level.
             steps = [at + unit for c, unit in enumerate(units) if at[c] + 1 < len(candidates[c])]
             costs = [(step, *_cost(scored, vector(step), shares)) for step in steps]
             costs = [cost for cost in costs if cost[2] <= level]
             if not costs:
                 break
-            # Half a token more than counted: a step that has cost nothing yet is not free.
+            # Take the step with the best ratio. Half a token is added to each cost, so that no step counts as free.
             floor = 0.5 / scored.weights.size
             at, depth, wrong = max(costs, key=lambda c: (depth - c[1]) / (max(c[2] - wrong, 0.0) + floor))
             if depth < 1.0 and not path:
@@ -89,14 +92,14 @@ def greedy_path(scored: Scored, shares: Sequence[float], allowed: Sequence[bool]
 
 
 def _candidates(scores: np.ndarray) -> list[float]:
-    """Descending thresholds, from 1 (nobody leaves): those just below the score that a share of tokens reaches."""
+    """Candidate thresholds, descending from 1 (no exits): each just below the score that a share of tokens reaches."""
     reached = np.quantile(scores, 1 - _LEVELS, method="higher").astype(np.float32)
     below = np.maximum(np.nextafter(reached, np.float32(-1)), np.float32(0))
     return sorted({1.0, *map(float, below)}, reverse=True)
 
 
 def _cost(scored: Scored, thresholds: tuple[float, ...], shares: Sequence[float]) -> tuple[float, float]:
-    """Mean depth and disagreement."""
+    """Mean depth and disagreement at these thresholds."""
     leaves = scored.scores > np.asarray(thresholds, np.float32)[:, None]
     exits, first = leaves.any(axis=0), leaves.argmax(axis=0)
     depth = np.where(exits, np.asarray(shares)[first], 1.0)
@@ -111,7 +114,7 @@ def score(
     settings: CalibrationConfig,
     progress: Progress | None = None,
 ) -> Scored:
-    """Scores and right answers of the texts' counted tokens at every checkpoint."""
+    """Scores and agreement of the texts' counted tokens at every exit point."""
     scores, right, weights = [], [], []
     rows = min(settings.batch_size, len(samples))
     for start in range(0, len(samples), settings.batch_size):
@@ -119,6 +122,7 @@ def score(
         batch = pack(group, rows, settings.max_length)
         out = jax.device_get(_score(model, routers.without_metadata(), batch))
         counted = np.asarray(batch.counted)
+        # Keep the counted tokens; those of one text share a weight of one text.
         scores.append(out[0][:, counted])
         right.append(out[1][:, counted])
         each = 1 / (len(samples) * np.maximum(counted.sum(axis=1), 1))
@@ -130,7 +134,7 @@ def score(
 
 @jax.jit
 def _score(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array]:
-    """Scores and agreement with the full model [C, B, T]."""
+    """Scores and agreement with the full model, each [C, B, T], in one pass at full depth."""
     contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
     scores, answers = [], []
 
