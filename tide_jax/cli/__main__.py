@@ -3,4 +3,5 @@
 from tide_jax.cli.main import main
 
 if __name__ == "__main__":
+    """``python -m tide_jax.cli``: the command line without an installed script."""
     raise SystemExit(main())
