@@ -119,7 +119,7 @@ def _import_error(module: str) -> str | None:
 
 @functools.cache
 def _proven_kernels() -> dict[str, list[str]]:
-    """Implementations with correct results on a GPU, by operation, as scripts/gpu/report.py recorded them."""
+    """Implementations with correct results on a GPU, by operation, as recorded by scripts/verify_gpu.py."""
     text = (importlib.resources.files("pallas_kernels") / "proven.json").read_text(encoding="utf-8")
     return json.loads(text)["operations"]
 

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
     @property
     def padded_hidden(self) -> int:
-        """Hidden units per block: Triton needs powers of two for blocks, and at least 16 columns for matrix products."""
+        """Hidden units per block: Triton needs powers of two for blocks, and 16 columns or more for matrix products."""
         return max(16, power_of_two(self.hidden))
 
     @property
