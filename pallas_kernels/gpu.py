@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
 
     Attributes:
       architecture: CUDA compute capability, such as "9.0".
-      multiprocessors: number of programs that at least run in parallel.
+      multiprocessors: at least this many programs run in parallel.
     """
 
     architecture: str

@@ -44,7 +44,7 @@ class Choices(NamedTuple):
     proven: bool | None = None
 
     def refusal(self, name: str | None) -> str | None:
-        """Reason why `name` can't run in this process with any arguments; None if it can."""
+        """Reason why `name` can't run in this process, whatever its arguments; None if it can."""
         if name is None:
             return None
         if not isinstance(name, str):
@@ -62,11 +62,11 @@ class Choices(NamedTuple):
         return None if missing is None else f"{self.operation}: {name!r} can't be imported: {missing}"
 
     def own(self, name: str | None) -> str | None:
-        """`name`, when it was given for several operations; None if this operation has no such implementation."""
+        """`name`, which was given for several operations, or None if this operation has no such implementation."""
         return name if name in self.names else None
 
     def plain(self, name: str | None) -> bool:
-        """Whether `name` means plain JAX in this process, for all arguments."""
+        """Whether `name` means plain JAX in this process, whatever the arguments."""
         return name == "reference" or (name is None and not self._automatic())
 
     def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:

@@ -1,7 +1,7 @@
-"""Frozen dataclasses read from JSON: what is wrong with the values, and the instance where nothing is.
+"""Reads frozen dataclasses from JSON: lists the problems of values, and builds instances from correct ones.
 
-The classes carry their ranges in their annotations (see `tide_jax.ranges`) and `__pydantic_config__`; pydantic checks
-them. It is imported when something is checked, as that takes a fraction of a second.
+The classes have ranges in their annotations (see `tide_jax.ranges`) and a `__pydantic_config__`; pydantic checks them.
+pydantic is only imported for a check, because the import takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ from tide_jax.checks import INT32_MAX
 from tide_jax.errors import shortened
 
 if TYPE_CHECKING:
-    """Reads frozen dataclasses from JSON: lists the problems of values, and builds instances from correct ones.
-
-    The classes have ranges in their annotations (see `tide_jax.ranges`) and a `__pydantic_config__`; pydantic checks
-    them. pydantic is only imported for a check, because the import takes a fraction of a second.
-    """
     import pydantic
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
-"""Temporary files and folders that later runs can tell from leftovers.
+"""Temporary files and folders that later runs can distinguish from leftovers.
 
-A run holds a lock on what it is writing. The lock ends with the process, however that ends, and it holds between
-containers that share a disk, whose process ids mean nothing to each other. Where a file system has no locks, the host
-and the process id in the name have to do.
+A run holds a lock on what it is writing. The lock ends with the process, however the process ends. It also works
+between containers that share a disk, where process ids are meaningless. If a file system has no locks, the host and
+process id in the name are used instead.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
-    """Temporary files and folders that later runs can distinguish from leftovers.
-
-    A run holds a lock on what it is writing. The lock ends with the process, however the process ends. It also works
-    between containers that share a disk, where process ids are meaningless. If a file system has no locks, the host and
-    process id in the name are used instead.
-    """
     import fcntl
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
@@ -113,8 +107,10 @@ def _lock(handle: int, *, wait: bool = False) -> bool | None:
 
 def _is_leftover(path: Path, match: re.Match[str]) -> bool:
     if match["locked"] is None:
+        # Without a lock, only a process on this host can be checked.
         return match["host"] in (None, _host()) and not _alive(int(match["pid"]))
     try:
+        # If the lock can be taken, the process that held it has ended.
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False

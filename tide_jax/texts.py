@@ -156,7 +156,7 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
                 raise TideError(f"{path} line {number} is not JSON ({error})") from error
             yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
 

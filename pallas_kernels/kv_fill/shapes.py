@@ -8,7 +8,7 @@ from pallas_kernels.exit_step.shapes import DTYPES, MAX_ELEMENTS, power_of_two
 from pallas_kernels.kv_fill.reference import KVRows, Projection, Rotary
 
 MAX_ROW = 1 << 14
-"""Most numbers in a token's keys, heads and channels rounded up to powers of two, that fit in a program's registers."""
+"""Most key numbers per token, heads and channels rounded up to powers of two, that one program's registers hold."""
 
 
 def misfit(x: Float[Array, "B T D"], projection: Projection, rotary: Rotary | None, out: KVRows) -> str | None:

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
     Attributes:
       lanes: float32 numbers in a vector.
       sums: vectors of partial sums for a row and an output.
-      tiles: sorted by falling rows; the last has one row.
+      tiles: sorted by descending rows; the last has one row.
       pause: the instruction with which a waiting thread yields the core's resources; empty if there is none.
     """
 

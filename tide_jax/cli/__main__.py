@@ -3,5 +3,4 @@
 from tide_jax.cli.main import main
 
 if __name__ == "__main__":
-    """``python -m tide_jax.cli``: the command line without an installed script."""
     raise SystemExit(main())

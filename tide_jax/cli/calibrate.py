@@ -1,4 +1,4 @@
-"""``tide-jax calibrate``."""
+"""The command ``tide-jax calibrate``, which trains routers for a model."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     import tide_jax
     from tide_jax.risk.promise import refusal, with_guarantee
 
+    # Check everything that can fail early before the model is loaded.
     config, promise, mesh = _config(args), _promise(args), _mesh(args.devices)
     _check_writable(args.output)
     tokenizer = tide_jax.load_tokenizer(args.source)

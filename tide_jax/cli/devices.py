@@ -1,4 +1,4 @@
-"""Options of commands that run on several devices, and on several machines."""
+"""Options of commands that run on several devices or machines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from tide_jax.errors import TideError
 
 if TYPE_CHECKING:
-    """Options of commands that run on several devices or machines."""
     from jax.sharding import Mesh
 
 _WHERE = ("coordinator", "processes", "process_id")

@@ -1,4 +1,4 @@
-"""``tide-jax generate``."""
+"""The command ``tide-jax generate``, which continues prompts."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     import tide_jax
     from tide_jax.tokenizer.chat import prompt_ids
 
+    # Check everything that can fail early before the model is loaded.
     monitor, mesh = _checked(args), open_mesh(args)
     if args.as_program:
         keep_programs()

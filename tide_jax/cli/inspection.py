@@ -81,8 +81,7 @@ def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
 def translator_bytes(config: DecoderConfig, checkpoints: tuple[int, ...], rank: int) -> int:
     """Tensor bytes that translators add to the affine heads' file.
 
-    There is one map out of every checkpoint; and for each layer, one map from each checkpoint that ends before the
-    layer in front of it.
+    Each checkpoint has one map out of it; each layer has one map from each checkpoint at least two layers before it.
     """
     maps = sum(c + 1 < layer for c in checkpoints for layer in range(config.num_layers))
     return config.hidden_size * (len(checkpoints) * rank + maps * (rank + 1)) * _FLOAT16

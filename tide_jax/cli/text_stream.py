@@ -44,6 +44,7 @@ class TextStream:
         self._tokens += (int(token) for token in np.asarray(tokens).ravel())
         settled = self._settled()
         text = self._decode(self._start, settled)
+        # Incomplete characters, and spaces that the clean-up may still change, wait for later tokens.
         ready = text.rstrip(_BROKEN)
         ready = ready[: len(ready) - self._held] if self._held else ready
         if ready.startswith(self._shown) and ready != self._shown:

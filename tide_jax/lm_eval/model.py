@@ -1,6 +1,6 @@
 """The model "tide" of lm-evaluation-harness (Gao et al. 2021): any of its tasks, with and without exits.
 
-Importing this module registers the model; ``tide-jax eval`` does so and then is lm-eval's own command line.
+Importing this module registers the model; ``tide-jax eval`` imports it and then runs lm-eval's own command line.
 
 >>> import lm_eval, tide_jax.lm_eval.model                                                    # doctest: +SKIP
 >>> arguments = {"pretrained": "smollm2", "routers": "routers.safetensors", "threshold": 0.9}  # doctest: +SKIP
@@ -52,8 +52,8 @@ class TideLM(TemplateLM):
       threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
         the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
         of a continuation's first token.
-      mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates its
-        tokens.
+      mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
+        same tokens.
       dtype, weights: number formats of the model, see `tide_jax.load`.
       batch_size: rows per forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
@@ -190,6 +190,7 @@ class TideLM(TemplateLM):
         try:
             return self._templated(chat_history, add_generation_prompt)
         except TemplateError as error:
+            # Some templates refuse system messages; try again without them.
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise TideError(f"the chat template refuses the conversation ({error})") from error

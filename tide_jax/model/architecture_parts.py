@@ -56,7 +56,7 @@ class RopeConfig:
       attention_factor: multiplies cos and sin, for "yarn" and "longrope".
       low_freq_factor, high_freq_factor: band edges of "llama3".
       beta_slow, beta_fast, truncate: ramp of "yarn".
-      turning: number of leading frequencies that rotate in "proportional"; the others are 0.
+      turning: number of leading frequencies that rotate in "proportional"; the other frequencies are 0.
       short_factor, long_factor: per-frequency divisors of "longrope", ``rotary_dim // 2`` each.
       interleaved: pairs neighbouring channels (GPT-J) instead of the first half with the second half (GPT-NeoX).
       reverse: rotates in the opposite direction.

@@ -64,6 +64,7 @@ class Samples:
         """
         places = self._places[path]
         fixed = [(axis, index) for axis, index in enumerate(slot) if isinstance(index, int)]
+        # The piece contains a sample if the slot's fixed indices match; the other axes index into the piece.
         inside = np.ones(_SAMPLES, np.bool_)
         for axis, index in fixed:
             inside &= places[axis] == index

@@ -97,6 +97,7 @@ class DecoderLayer(nnx.Module):
     def _after_attention(self, x: Array, normed: Array, attended: Array) -> Float[Array, "B T D"]:
         """The new residual stream, from the attention's output."""
         middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
+        # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
         return whole_channels(_weighted(out, self.output_scale))

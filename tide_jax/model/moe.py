@@ -230,6 +230,7 @@ def choose_experts(
     if moe.score == "sparsemixer":
         return _sparsemixer(logits, moe.experts_per_token, moe.sparsemixer_threshold)
     scores = jax.nn.softmax(logits, axis=-1) if moe.score == "softmax" else jax.nn.sigmoid(logits)
+    # A correction changes which experts are chosen, but not their weights.
     choice = scores
     if correction is not None:
         choice = (logits if moe.correction == "logit" else scores) + correction[None, :]
@@ -245,6 +246,7 @@ def choose_experts(
 def _only_best_groups(moe: MoEConfig, choice: Float[Array, "N E"]) -> Float[Array, "N E"]:
     """Sets the scores of experts outside the best groups to minus infinity."""
     grouped = choice.reshape(choice.shape[0], moe.groups, -1)
+    # A group scores as its best expert, or as the sum of its best two.
     best, _ = lax.top_k(grouped, 1 if moe.group_score == "max" else min(2, grouped.shape[-1]))
     _, kept = lax.top_k(jnp.sum(best, axis=-1), moe.groups_kept)
     eligible = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=jnp.bool_), axis=1)
@@ -259,9 +261,11 @@ def _sparsemixer(
     for _ in range(count):
         best = jnp.argmax(left, axis=-1)[:, None]
         peak = jnp.take_along_axis(left, best, axis=-1)
+        # Only near ties, by relative distance from the best logit, share the softmax.
         far = (peak - logits) / jnp.maximum(jnp.abs(logits), peak) > threshold
         shares = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
         weights.append(jnp.take_along_axis(shares, best, axis=-1))
         chosen.append(best)
+        # The next round excludes this expert.
         left = jnp.where(jax.nn.one_hot(best[:, 0], logits.shape[-1], dtype=jnp.bool_), -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)

@@ -87,6 +87,8 @@ def _yarn(rope: RopeConfig) -> np.ndarray:
     def correction(rotations: float) -> float:
         return dim * math.log(rope.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
+    # Keep frequencies with more than beta_fast turns in the original context, interpolate those with fewer than
+    # beta_slow, and blend in between.
     low, high = correction(rope.beta_fast), correction(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)

@@ -84,6 +84,7 @@ def round_weights(
         step = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)
         step, least = np.where(step > 0, step, np.float32(1)), np.float32(-_MOST)
         if own is not None:
+            # Keep an output's own scale if all its multiples fit into 8 bits.
             known = np.expand_dims(own[... if 0 in axes else part], axes)
             lowest, highest = (np.expand_dims(limit(axis=axes), axes) for limit in (block.min, block.max))
             # Floats that were multiplied by a scale and are now divided by it have a relative error of 2**-24 each

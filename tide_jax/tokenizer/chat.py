@@ -148,6 +148,7 @@ class ChatTemplate:
     ) -> str:
         passed = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if continue_final_message:
+            # Mark the end of the last message, to cut the prompt there.
             passed = [*passed[:-1], passed[-1] | {"content": f"{passed[-1]['content']}{_HERE} "}]
         for message in passed:
             if isinstance(message.get("content"), str):

@@ -1,7 +1,7 @@
-"""Tokenizers on disk. Where there is a tokenizer.json, it alone says how text becomes token ids.
+"""Loads tokenizers from disk. If there is a tokenizer.json, it alone determines how text becomes token ids.
 
-transformers rebuilds normaliser and pre-tokenizer from the class that tokenizer_config.json or the model type names;
-what it then makes of a text is not what the file says.
+transformers would rebuild the normaliser and pre-tokenizer from the class that tokenizer_config.json or the model type
+names, and then tokenise differently from the file.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ from tide_jax.errors import TideError
 from tide_jax.tokenizer.chat_files import add_chat_templates
 
 if TYPE_CHECKING:
-    """Loads tokenizers from disk. If there is a tokenizer.json, it alone determines how text becomes token ids.
-
-    transformers would rebuild the normaliser and pre-tokenizer from the class that tokenizer_config.json or the model
-    type names, and then tokenise differently from the file.
-    """
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.processors import PostProcessor
 

@@ -1,11 +1,11 @@
-"""Renders one Jinja chat template, as a script in a process of its own, for `tide_jax.tokenizer.template_process`.
+"""Renders one Jinja chat template, as a script in its own process, for `tide_jax.tokenizer.template_process`.
 
-A chat template is a program that somebody else wrote. Jinja's sandbox keeps it from files and from Python, but not
-from running for ever or filling the memory, in one expression where no counter of steps looks. The operating system
-bounds both for a process. This script imports Jinja alone: a start takes a tenth of a second.
+A chat template is a program by someone else. Jinja's sandbox denies it files and Python's internals, but it does not
+stop a single expression from running forever or filling the memory. The operating system limits both for a process.
+This script imports only Jinja, so it starts in a tenth of a second.
 
-Standard input holds a JSON value a line: first {"path", "template", "seconds", "bytes", "characters"}, then a mapping
-of variables for each text to render. Each mapping is answered by a line: {"text"}, {"error"} or {"bound"}.
+Standard input has one JSON value per line: first {"path", "template", "seconds", "bytes", "characters"}, then a mapping
+of variables for each text to render. The script answers each mapping with a line: {"text"}, {"error"} or {"bound"}.
 """
 
 from __future__ import annotations
@@ -155,14 +155,4 @@ def _bound_time(seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    """Renders one Jinja chat template, as a script in its own process, for `tide_jax.tokenizer.template_process`.
-
-    A chat template is a program by someone else. Jinja's sandbox denies it files and Python's internals, but it does
-    not stop a single expression from running forever or filling the memory. The operating system limits both for a
-    process. This script imports only Jinja, so it starts in a tenth of a second.
-
-    Standard input has one JSON value per line: first {"path", "template", "seconds", "bytes", "characters"}, then a
-    mapping of variables for each text to render. The script answers each mapping with a line: {"text"}, {"error"} or
-    {"bound"}.
-    """
     main()

@@ -176,6 +176,7 @@ def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span
 
     def blockwise() -> Part:
         shapes = jax.eval_shape(block, jnp.int32(0))
+        # An empty part: merging with it changes nothing.
         nothing = Part(*(jnp.full(a.shape, fill, a.dtype) for a, fill in zip(shapes, (_MASKED, 0.0, 0.0), strict=True)))
 
         def more(carry: tuple[Int[Array, ""], Part]) -> tuple[Int[Array, ""], Part]:
