@@ -1,1 +1,1 @@
-"""GPU kernels of tide_jax, one folder per operation, each behind one entry point with `implementation=`."""
+"""GPU kernels of tide_jax: one folder per operation, each with one entry point that takes `implementation=`."""

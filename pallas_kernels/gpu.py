@@ -1,4 +1,4 @@
-"""Facts about the GPU that kernels are shaped for, found at run time."""
+"""Properties of the GPU at run time, from which kernels choose their shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
 
     Attributes:
       architecture: CUDA compute capability, such as "9.0".
-      multiprocessors: programs that run side by side, at the least.
+      multiprocessors: at least this many programs run in parallel.
     """
 
     architecture: str
@@ -20,11 +20,11 @@ class Gpu(NamedTuple):
 
 
 DEFAULT = Gpu("9.0", 132)
-"""An H100, assumed where a program is made for a GPU that is not there."""
+"""An H100; assumed when a program is built for a GPU without one present."""
 
 
 def current() -> Gpu:
-    """The first local GPU; `DEFAULT` without one."""
+    """The first local GPU, or `DEFAULT` if there is none."""
     try:
         device = jax.local_devices(backend="gpu")[0]
     except RuntimeError:  # no such backend

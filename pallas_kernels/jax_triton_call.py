@@ -1,4 +1,4 @@
-"""Calling a Triton kernel through jax_triton, whichever release there is."""
+"""Calls a Triton kernel through any release of jax_triton."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run(
     constants: Mapping[str, Any],
 ) -> Sequence[Array]:
     """Runs a kernel whose parameters are the inputs, the outputs, and the compile-time constants by name."""
-    # Here, and not above: some releases can't be imported without a GPU, and importing changes TRITON_CACHE_DIR.
+    # Imported here because some releases can't be imported without a GPU, and importing changes TRITON_CACHE_DIR.
     import jax_triton
 
-    # 0.4 renamed the argument and warns of the old name.
+    # 0.4 renamed the argument and warns about the old name.
     out = {"out_type" if hasattr(jax_triton, "TensorDescriptor") else "out_shape": tuple(outputs)}
     return jax_triton.triton_call(*inputs, kernel=kernel, grid=grid, num_warps=warps, num_stages=2, **out, **constants)

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the one that was named, or the best there is on this platform."""
+"""Chooses the implementation of an operation: the named one, or the best one on this platform."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MODULES = {
     "mosaic_gpu": "jax.experimental.pallas.mosaic_gpu",
     "llvm": "llvmlite.binding",
 }
-"""What an implementation imports that may be missing."""
+"""The optional import that each implementation needs."""
 
 
 class Unfit(ValueError):
-    """The implementation that was named can't run here, or not with these arguments."""
+    """The named implementation can't run here, or not with these arguments."""
 
 
 class Choices(NamedTuple):
@@ -33,9 +33,9 @@ class Choices(NamedTuple):
     Attributes:
       operation: its name, for messages.
       names: all implementations.
-      on_gpu: those that run on a GPU alone; None tries them there in this order, and the reference is what is left.
-      proven: whether a GPU has found all of `on_gpu` right; by default what ``proven.json`` says of each. Others are
-        never what None takes.
+      on_gpu: those that run only on a GPU. None tries them there in this order, then the reference.
+      proven: whether all of `on_gpu` gave correct results on a GPU; if None, ``proven.json`` says so for each. Unproven
+        implementations are never chosen for None.
     """
 
     operation: str
@@ -44,7 +44,7 @@ class Choices(NamedTuple):
     proven: bool | None = None
 
     def refusal(self, name: str | None) -> str | None:
-        """Why `name` can't run in this process, whatever its arguments; None where it can."""
+        """Reason why `name` can't run in this process, whatever its arguments; None if it can."""
         if name is None:
             return None
         if not isinstance(name, str):
@@ -62,22 +62,22 @@ class Choices(NamedTuple):
         return None if missing is None else f"{self.operation}: {name!r} can't be imported: {missing}"
 
     def own(self, name: str | None) -> str | None:
-        """`name`, given for several operations: None where this one has no implementation of that name."""
+        """`name`, which was given for several operations, or None if this operation has no such implementation."""
         return name if name in self.names else None
 
     def plain(self, name: str | None) -> bool:
-        """Whether `name` is plain JAX in this process, whatever the arguments."""
+        """Whether `name` means plain JAX in this process, whatever the arguments."""
         return name == "reference" or (name is None and not self._automatic())
 
     def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
         """The implementation to run.
 
         Args:
-          name: the caller's; None chooses by platform.
-          misfit: why the kernel of a name can't take the arguments; None where it can.
+          name: the caller's choice; None chooses by platform.
+          misfit: for a name, the reason why its kernel can't take the arguments; None if it can.
 
         Raises:
-          Unfit: `name` can't run here, with the reason.
+          Unfit: `name` can't run here; the message has the reason.
         """
         if name is not None:
             reason = self.refusal(name) or (misfit(name) if name != "reference" else None)
@@ -92,7 +92,7 @@ class Choices(NamedTuple):
         return "reference"
 
     def _automatic(self) -> tuple[str, ...]:
-        """What None tries in this process: on a GPU, those of `on_gpu` that one has found right."""
+        """Implementations that None tries in this process: on a GPU, the proven ones of `on_gpu`; elsewhere none."""
         if platform() != "gpu":
             return ()
         if self.proven is None:
@@ -101,7 +101,7 @@ class Choices(NamedTuple):
 
 
 def platform() -> str:
-    """Where computations go that are not placed by hand: "cpu", "gpu" or "tpu"."""
+    """Default platform of computations: "cpu", "gpu" or "tpu"."""
     device = jax.config.jax_default_device
     if device is None:
         return jax.default_backend()
@@ -112,14 +112,14 @@ def platform() -> str:
 def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # jax_triton raises what its parts raise where there is no CUDA
+    except Exception as error:  # without CUDA, jax_triton raises whatever its parts raise
         return f"{type(error).__name__}: {error}"
     return None
 
 
 @functools.cache
 def _proven_kernels() -> dict[str, list[str]]:
-    """Implementations that a GPU has found right, by operation: what scripts/verify_gpu.py wrote."""
+    """Implementations with correct results on a GPU, by operation, as recorded by scripts/verify_gpu.py."""
     text = (importlib.resources.files("pallas_kernels") / "proven.json").read_text(encoding="utf-8")
     return json.loads(text)["operations"]
 

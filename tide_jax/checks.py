@@ -1,4 +1,4 @@
-"""Checks of what a user passes: numbers, Python's, numpy's or JAX's, and text."""
+"""Checks of a user's arguments: text, paths, and numbers of Python, numpy or JAX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INT32_MAX = 2**31 - 1
 
 
 def whole_number(name: str, value: Any, low: int = 0, high: int = INT32_MAX) -> int:
-    """`value` as an int. Raises TideError, naming it `name`, unless it is a whole number of `low` to `high`."""
+    """`value` as an int. Raises TideError, with `name` in its message, unless it is an integer in [low, high]."""
     plain = _plain(value)
     if not isinstance(plain, int) or isinstance(plain, bool) or not low <= plain <= high:
         raise TideError(f"{name}={_shown(value)} must be a whole number from {low} to {high}")
@@ -20,7 +20,7 @@ def whole_number(name: str, value: Any, low: int = 0, high: int = INT32_MAX) -> 
 
 
 def real_number(name: str, value: Any) -> float:
-    """`value` as a float. Raises TideError, naming it `name`, unless it is a number."""
+    """`value` as a float. Raises TideError, with `name` in its message, unless it is a number."""
     plain = _plain(value)
     if not isinstance(plain, numbers.Real) or isinstance(plain, bool):
         raise TideError(f"{name}={_shown(value)} must be a number")
@@ -31,7 +31,7 @@ def real_number(name: str, value: Any) -> float:
 
 
 def share(name: str, value: Any) -> float:
-    """`value` as a float. Raises TideError, naming it `name`, unless it is a number in [0, 1]."""
+    """`value` as a float. Raises TideError, with `name` in its message, unless it is a number in [0, 1]."""
     number = real_number(name, value)
     if not 0.0 <= number <= 1.0:
         raise TideError(f"{name}={_shown(value)} is outside [0, 1]")
@@ -39,7 +39,7 @@ def share(name: str, value: Any) -> float:
 
 
 def open_share(name: str, value: Any) -> float:
-    """`value` as a float. Raises TideError, naming it `name`, unless it lies between 0 and 1, ends excluded."""
+    """`value` as a float. Raises TideError, with `name` in its message, unless it is between 0 and 1, both excluded."""
     number = real_number(name, value)
     if not 0.0 < number < 1.0:
         raise TideError(f"{name}={_shown(value)} must lie between 0 and 1")
@@ -47,19 +47,19 @@ def open_share(name: str, value: Any) -> float:
 
 
 def instance_of(name: str, value: Any, kind: type, *, or_none: bool = False) -> None:
-    """Raises TideError, naming it `name`, for what is not an instance of a class (or None, where that is allowed)."""
+    """Raises TideError, with `name` in its message, unless `value` is an instance of `kind`, or an allowed None."""
     if not isinstance(value, kind) and not (or_none and value is None):
         raise TideError(f"{name}={_shown(value)} must be a {kind.__name__}{' or None' if or_none else ''}")
 
 
 def path_like(name: str, value: Any) -> None:
-    """Raises TideError, naming it `name`, for what is no path."""
+    """Raises TideError, with `name` in its message, unless `value` is a path."""
     if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
         raise TideError(f"{name}={_shown(value)} must be a path: a string that is not empty, or a pathlib.Path")
 
 
 def _plain(value: Any) -> Any:
-    """Python's own number in place of a numpy scalar or an array without axes."""
+    """The Python number in a numpy scalar or an array without axes; other values unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
@@ -69,10 +69,10 @@ def _shown(value: Any) -> str:
 
 
 def unicode_text(what: str, text: str) -> str:
-    """`text` if a tokenizer can read it.
+    """Returns `text` if a tokenizer can read it.
 
     Raises:
-      TideError: it holds half of a surrogate pair, as a command line does for a byte that is no UTF-8.
+      TideError: it contains half of a surrogate pair, which a command line contains for bytes that are not UTF-8.
     """
     try:
         text.encode()

@@ -1,4 +1,4 @@
-"""Exceptions a user's mistake can raise."""
+"""Exceptions for a user's mistakes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Sequence
 _MOST = 3
 _WIDTH = 80
 _LONGEST = 300
-_PATHS_WITHIN = 2000  # beyond that a message is cut anyway
-_LEADING = re.compile(r"/(?:[^/\s]+/)+(?=[^/\s])")  # the folders before a path's last name
+_PATHS_WITHIN = 2000  # longer messages are cut anyway
+_LEADING = re.compile(r"/(?:[^/\s]+/)+(?=[^/\s])")  # the folders before the last name of a path
 
 
 class TideError(ValueError):
-    """Bad input: one line saying what was wrong, what was expected and what to do.
+    """Bad input: one line that says what was wrong, what was expected and what to do.
 
-    The command line prints it without a traceback and exits with status 2. A message of more than 300 characters loses
-    first what leads to the files that it names, then its middle: the start says what was wrong, the end what to do.
+    The command line prints it without a traceback and exits with status 2. A message of more than 300 characters first
+    loses the folders of the files that it names, then its middle, because the start says what was wrong and the end
+    what to do.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -30,7 +31,7 @@ class TideError(ValueError):
 
 
 def listed(problems: Sequence[str], most: int = _MOST, width: int = _WIDTH) -> str:
-    """The first `most` problems and how many more there are, on one line; each is cut to `width` characters."""
+    """The first `most` problems, each cut to `width` characters, and the number of further ones, on one line."""
     more = len(problems) - most
     shown = "; ".join(shortened(problem, width) for problem in problems[:most])
     return f"{shown}; and {more} more" if more > 0 else shown
@@ -38,13 +39,13 @@ def listed(problems: Sequence[str], most: int = _MOST, width: int = _WIDTH) -> s
 
 def shortened(text: object, width: int = _WIDTH) -> str:
     """`text` on one line of at most `width` characters."""
-    # Only the start can be shown, so only the start is looked at: a message may hold a whole file.
+    # A message may contain a whole file, so only the start, which can be shown, is processed.
     line = " ".join(str(text)[: 20 * width].split())
     return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def out_of_memory(error: BaseException) -> TideError | None:
-    """What to tell of an error where memory ran out, Python's or a device's; None for other errors."""
+    """The error to report if memory ran out, Python's or a device's; None for other errors."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:1000]:
         return None
     found = shortened(error) or "no more to allocate"
@@ -55,6 +56,6 @@ def out_of_memory(error: BaseException) -> TideError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, on one line; its class where it says nothing."""
+    """The first line of an exception's message, or its class if the message is empty."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__

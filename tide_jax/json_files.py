@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, with errors a user can act on."""
+"""Reads JSON files of a checkpoint, with errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ AGAIN = "download or copy it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises TideError where the file is missing or is not one."""
+    """A JSON object from a file. Raises TideError if the file is missing or holds anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {AGAIN}") from None
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise TideError(f"{path} cannot be read as JSON ({first_line(error)}): {AGAIN}") from error
     if not isinstance(values, dict):
         raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")

@@ -1,7 +1,7 @@
-"""Ranges of an architecture's numbers, as types: `Layers` is an int of 1 to `MOST_LAYERS`, and so on.
+"""Ranges of an architecture's numbers, as types: `Layers` is an int from 1 to `MOST_LAYERS`, and so on.
 
-To Python they are plain int and float. `pydantic` reads the ranges; see `tide_jax.architecture_check`. Upper bounds are
-far above what anyone has published, and low enough for a damaged file to be refused before it is given memory.
+To Python they are plain int and float; `pydantic` checks the ranges, see `tide_jax.records`. Upper bounds are far above
+every published model, and low enough to refuse a damaged file before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ChannelsOrZero = Annotated[int, Interval(ge=0, le=MOST_CHANNELS)]
 Experts = Annotated[int, Interval(ge=1, le=MOST_EXPERTS)]
 PositionCount = Annotated[int, Interval(ge=1, le=MOST_POSITIONS)]
 PositionsOrZero = Annotated[int, Interval(ge=0, le=MOST_POSITIONS)]
-Positive = Annotated[float, Interval(ge=1e-30, le=1e30)]  # float32 holds it, and its inverse
+Positive = Annotated[float, Interval(ge=1e-30, le=1e30)]  # float32 represents it and its inverse
 NotNegative = Annotated[float, Interval(ge=0, le=1e30)]
 Number = Annotated[float, Interval(ge=-1e30, le=1e30)]
 Theta = Annotated[float, Interval(ge=1, le=1e15)]

@@ -1,7 +1,7 @@
-"""Frozen dataclasses read from JSON: what is wrong with the values, and the instance where nothing is.
+"""Reads frozen dataclasses from JSON: lists the problems of values, and builds instances from correct ones.
 
-The classes carry their ranges in their annotations (see `tide_jax.ranges`) and `__pydantic_config__`; pydantic checks
-them. It is imported when something is checked, as that takes a fraction of a second.
+The classes have ranges in their annotations (see `tide_jax.ranges`) and a `__pydantic_config__`; pydantic checks them.
+pydantic is only imported for a check, because the import takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate_instances": "always"}
-"""How records are checked: nothing is converted, nothing unknown is passed over, numbers are finite."""
+"""Rules of the checks: no type conversion, no unknown fields, only finite numbers."""
 _SHORTER = {
     "Value error, ": "",
     "Input should": "should",
@@ -31,25 +31,25 @@ _SHORTER = {
     "less than or equal to": "at most",
     "be a valid": "be a",
 }
-"""How pydantic's messages are said in an error that has room for few words."""
+"""Shorter forms of pydantic's messages, for errors with little room."""
 
 
 def json_problems(kind: type, values: Any) -> list[str]:
-    """What keeps values read from JSON from being a `kind`: missing fields, or else what is wrong with those there."""
+    """Reasons why values from JSON do not form a `kind`: missing fields, or if none is missing, the wrong ones."""
     missing = [f"{name} is missing" for name in _missing(kind, values, "")]
     return missing or _problems(kind, lambda schema: schema.validate_json(json.dumps(values)))
 
 
 def instance_problems(value: Any) -> list[str]:
-    """What is wrong with the fields of an instance."""
+    """Problems of an instance's fields."""
     return _problems(type(value), lambda schema: schema.validate_python(value))
 
 
 def from_json(kind: type[T], values: dict[str, Any]) -> T:
-    """The instance of `kind` with these values, which have no `json_problems`.
+    """The instance of `kind` with these values, which must have no `json_problems`.
 
-    Whole numbers in the place of others stay as they are, and with them whatever is a digest of the values; but for
-    those that are no int32, which JAX would not take.
+    Whole numbers in float fields stay int, so digests of the values do not change; except those beyond int32, which
+    become float because JAX rejects them as int.
     """
     return _build(kind, values)
 
@@ -65,10 +65,10 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
 
 
 def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
-    """One line: the place, the value there, and what was expected."""
+    """One line with the place, the value there, and what was expected."""
     for long, short in _SHORTER.items():
         message = message.replace(long, short)
-    if not place:  # fields that contradict each other, which the message names
+    if not place:  # fields contradict each other, and the message names them
         return message
     return f"{'.'.join(map(str, place))}={shortened(repr(value), 20)} {message}"
 
@@ -84,7 +84,7 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def _missing(kind: Any, value: Any, place: str) -> Iterator[str]:
-    """Fields that are not there, at any depth; what is there may be of any type."""
+    """Missing fields at any depth; values that are present may have any type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         yield from _missing(get_args(kind)[0], value, place) if value is not None else ()
     elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -101,7 +101,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """A value as the annotated type: nested dataclasses and tuples."""
+    """Converts a value to its annotated type, with nested dataclasses and tuples."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return None if value is None else _build(get_args(kind)[0], value)
     if typing.get_origin(kind) is tuple:

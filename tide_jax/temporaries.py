@@ -1,8 +1,8 @@
-"""Temporary files and folders that later runs can tell from leftovers.
+"""Temporary files and folders that later runs can distinguish from leftovers.
 
-A run holds a lock on what it is writing. The lock ends with the process, however that ends, and it holds between
-containers that share a disk, whose process ids mean nothing to each other. Where a file system has no locks, the host
-and the process id in the name have to do.
+A run holds a lock on what it is writing. The lock ends with the process, however the process ends. It also works
+between containers that share a disk, where process ids are meaningless. If a file system has no locks, the host and
+process id in the name are used instead.
 """
 
 from __future__ import annotations
@@ -27,41 +27,43 @@ _NAME = re.compile(rf"\.(?P<of>.+)\.(?P<pid>\d+)-[0-9a-f]+(@(?P<host>[^@]*?))?(?
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """An empty folder in `parent`, to be renamed; removed at the end if it is still there. Leftovers of the same name
-    are removed first. Raises OSError where it can't be made."""
+    """An empty folder in `parent`, to be renamed; removed at the end if it still exists.
+
+    Leftovers with the same name are removed first. Raises OSError if the folder can't be made.
+    """
     with _temporary(parent, name, Path.mkdir) as (folder, _):
         yield folder
 
 
 @contextlib.contextmanager
 def temporary_file(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
-    """As `temporary_folder`, a file: its path, and a handle that is open for writing."""
+    """Same as `temporary_folder` for a file: its path, and a handle open for writing."""
     with _temporary(parent, name, lambda path: path.touch(exist_ok=False)) as found:
         yield found
 
 
 def discard(path: Path, name: str) -> None:
-    """Removes a file or folder; should the process be killed meanwhile, the rest is a leftover called `name`."""
+    """Removes a file or folder; if the process is killed meanwhile, the rest is a leftover called `name`."""
     leftover = path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_LOCKED}{_SUFFIX}")
     os.rename(path, leftover)
     _remove(leftover)
 
 
 def remove_leftovers(parent: Path, name: str) -> None:
-    """Removes what killed runs left of the temporaries called `name`; those of live runs stay."""
+    """Removes temporaries called `name` that killed runs left behind; those of live runs stay."""
     for path in parent.glob(f".*{_SUFFIX}"):
         if (match := _NAME.fullmatch(path.name)) and match["of"] == name and _is_leftover(path, match):
             _remove(path)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is a temporary."""
+    """Whether this is the name of a temporary file or folder."""
     return _NAME.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits until no other process is in this block for the same folder, where the file system has locks."""
+    """Waits until no other process is in this block for the same folder, if the file system has locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         _lock(handle, wait=True)
@@ -74,6 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _temporary(parent: Path, name: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, int]]:
     remove_leftovers(parent, name)
     plain = f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    # The name first has host and process id, and is changed once the lock is held.
     made, handle = parent / f"{plain}@{_host()}{_SUFFIX}", -1
     try:
         make(made)
@@ -86,26 +89,28 @@ def _temporary(parent: Path, name: str, make: Callable[[Path], None]) -> Iterato
     finally:
         _remove(made)
         if handle >= 0:
-            os.close(handle)  # which ends the lock
+            os.close(handle)  # releases the lock
 
 
 def _lock(handle: int, *, wait: bool = False) -> bool | None:
-    """Whether the process has the lock now: False where another one has it, None where there are no locks."""
+    """Whether the process now has the lock: False if another process has it, None if there are no locks."""
     if fcntl is None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # such as NFS has it for folders
+    except OSError:  # for example for folders on NFS
         return None
     return True
 
 
 def _is_leftover(path: Path, match: re.Match[str]) -> bool:
     if match["locked"] is None:
+        # Without a lock, only a process on this host can be checked.
         return match["host"] in (None, _host()) and not _alive(int(match["pid"]))
     try:
+        # If the lock can be taken, the process that held it has ended.
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False
@@ -124,7 +129,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # another user's
+    except OSError:  # another user's process
         pass
     return True
 

@@ -1,4 +1,4 @@
-"""Tiny models, routers and a tokenizer for tests: ours, and those of projects built on tide_jax."""
+"""Tiny models, routers and a tokenizer, for tests of tide_jax and of projects built on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tide_jax.model.decoder import Decoder
 
 
 def tiny_config(**changes: Any) -> DecoderConfig:
-    """A Llama-like configuration of 6 layers with uneven heads and an odd vocabulary; `changes` replace fields."""
+    """A Llama-like configuration of 6 layers with 6 query heads, 2 key-value heads and an odd vocabulary size.
+
+    `changes` replace fields.
+    """
     num_layers = changes.get("num_layers", 6)
     fields: dict[str, Any] = {
         "model_type": "tiny",
@@ -49,8 +52,10 @@ def random_routers(
     model: Decoder | None = None,
     seed: int = 0,
 ) -> Routers:
-    """Untrained routers whose scores spread over (0, 1), so that rows leave at different checkpoints; a second look
-    comes with `model`."""
+    """Untrained routers with scores spread over (0, 1), so that rows exit at different exit points.
+
+    With `model`, they also have candidates and confidence for a second look at exiting tokens.
+    """
     d, checkpoints = config.hidden_size, checkpoint_layers(config.num_layers, interval)
 
     def normal(*path: int, shape: tuple[int, ...], scale: float) -> jax.Array:
@@ -71,7 +76,7 @@ def random_routers(
         return ExitHead((normal(c, 3, shape=(d, d), scale=d**-0.5),), normal(c, 4, shape=(d,), scale=0.1))
 
     def confidence(c: int) -> Confidence:
-        down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's opinion
+        down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's score
         usual = jnp.asarray([0.0, -4.0, 0.4, 4.5], jnp.float32)  # the features of an undecided answer
         bias = -jnp.dot(usual, down, precision="highest")
         screens = jnp.linspace(0.3, 0.44, len(SCREEN_LEVELS), dtype=jnp.float32)
@@ -100,8 +105,10 @@ def random_routers(
 
 
 def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True, bottleneck: int = 1) -> Routers:
-    """Routers that score every token 1.0 (or 0.0): with `min_layers` they force a depth. A `bottleneck` of the real
-    size makes them cost what real ones cost."""
+    """Routers that score every token 1.0 (or 0.0); with `min_layers` they force a depth.
+
+    With a realistic `bottleneck`, they cost as much as real routers.
+    """
     d, bias = config.hidden_size, jnp.float32(200.0 if exits else -200.0)
     zeros = jnp.zeros((bottleneck,), jnp.float32)
     router = Router(jnp.zeros((d, bottleneck), jnp.float32), zeros, zeros, bias)
@@ -110,7 +117,7 @@ def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True
 
 
 class ByteTokenizer:
-    """Bytes as tokens, after three special ones: enough of a tokenizer's interface for calibration and tests."""
+    """A tokenizer of bytes after three special tokens, with enough of the interface for calibration and tests."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
     chat_template = None
@@ -121,7 +128,7 @@ class ByteTokenizer:
         return [self.bos_token_id] * add_special_tokens + [b + 3 for b in text.encode()]
 
     def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are no UTF-8 become replacement characters."""
+        """The text of token ids; invalid UTF-8 becomes replacement characters."""
         return bytes(int(i) - 3 for i in ids if int(i) >= 3).decode(errors="replace")
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""Where calibration text comes from: a file, a hub data set, or the model itself."""
+"""Sources of calibration text: a file, a hub data set, or the model itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tide_jax.tokenizer.chat import ChatTemplate
 logger = logging.getLogger(__name__)
 
 _FIELDS = ("text", "content", "question", "prompt", "document", "sentence")
-_PARQUET_ROWS = 256  # decoded at once
+_PARQUET_ROWS = 256  # rows decoded at once
 _QUESTIONS = (
     "Explain {} to a curious child.",
     "Write a short story about {}.",
@@ -44,16 +44,16 @@ _OPENERS = ("The", "In", "It is", "One of the", "When", "A", "This", "After", "T
 
 
 def load_texts(source: str | os.PathLike[str], *, field: str | None = None) -> Iterator[str]:
-    """Texts of a local file (.txt: a text a line; .jsonl; .parquet) or a hub data set, one at a time.
+    """Texts from a local file (.txt: one per line; .jsonl; .parquet) or a hub data set, one at a time.
 
     Args:
       source: a path, or ``hub:NAME[:CONFIG[:SPLIT]]`` (split "train" by default, streamed).
-      field: column or key holding the text; by default the first of the usual ones that is there.
+      field: column or key with the text; by default the first of the usual names that is present.
 
     Raises:
-      TideError: the file is missing, empty or not what its name says, or the data set can't be had.
+      TideError: the file is missing, empty or not in the format of its suffix, or the data set can't be loaded.
     """
-    path_like("text", source)  # what the command line calls it
+    path_like("text", source)  # "text" is the command line's name for it
     source = os.fspath(source)
     texts = _hub(source[4:], field) if source.startswith("hub:") else _file(Path(source).expanduser(), field)
     try:
@@ -76,16 +76,18 @@ def model_texts(
     chat_template: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Sample]:
-    """Text the model writes itself, as samples: answers to everyday questions if it has a chat template, otherwise
-    continuations of common openings. That is what it will run on when it generates; prompts are marked as read only.
+    """Text that the model writes itself, as samples; this matches what it will run on when it generates.
+
+    If the tokenizer has a chat template, the texts are answers to everyday questions, otherwise continuations of common
+    openings. Prompts are marked as input only.
 
     Args:
-      count: texts to write.
-      max_length: tokens of each, prompt included.
-      batch_size: texts written at once.
+      count: number of texts.
+      max_length: tokens per text, prompt included.
+      batch_size: texts generated at once.
       temperature, min_p: sampling; variety needs a temperature above 0.
-      seed: all randomness follows from it.
-      chat_template: name of the template to ask questions in, of several; default: "default".
+      seed: determines all randomness.
+      chat_template: name of the template for the questions if there are several; default: "default".
 
     Raises:
       TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.tokenizer.chat`.
@@ -96,7 +98,7 @@ def model_texts(
     for start in range(0, count, batch_size):
         batch = prompts[start : start + batch_size]
         wanted = len(batch)
-        batch += batch[:1] * (batch_size - wanted)  # one compiled shape for every batch
+        batch += batch[:1] * (batch_size - wanted)  # pads the last batch, so that all have one compiled shape
         room = max_length - max(len(p) for p in batch)
         if room < 1:
             raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
@@ -104,7 +106,7 @@ def model_texts(
             batch,
             max_new_tokens=room,
             temperature=temperature,
-            top_k=0,  # variety, whatever the checkpoint's own dials
+            top_k=0,  # for variety, override the checkpoint's own dials
             top_p=1.0,
             min_p=min_p,
             key=jax.random.fold_in(key, start),
@@ -117,7 +119,7 @@ def model_texts(
 
 
 def own_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | None = None) -> Iterator[list[int]]:
-    """Token ids of the prompts that `model_texts` has a model answer or continue, without end."""
+    """Endless token ids of prompts that `model_texts` lets a model answer or continue."""
     rng = np.random.default_rng(seed)
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
         template = ChatTemplate(tokenizer, chat_template)
@@ -154,7 +156,7 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
+            except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
                 raise TideError(f"{path} line {number} is not JSON ({error})") from error
             yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
 

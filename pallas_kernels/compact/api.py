@@ -1,4 +1,4 @@
-"""Entry points of the compaction: pick an implementation, or raise with the reason it can't run."""
+"""Entry points of the compaction: each picks an implementation, or raises with the reason it can't run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pallas_kernels.selection import Choices
 IMPLEMENTATIONS = Choices(
     "compact", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
 )
-"""Plain JAX; Pallas kernels, and the same run by XLA anywhere, for tests; their twins in Triton's own language."""
+"""Plain JAX; Pallas kernels; the same kernels run by XLA anywhere, for tests; kernels in Triton's own language."""
 
 
 def partition(active: Bool[Array, "B N"]) -> Partition:
-    """Where the active rows are, and where each row goes: a stable partition of each batch entry.
+    """Stable partition of each batch entry into active rows and others.
 
-    Left to XLA everywhere: it reads N bytes and writes 8 N once for each checkpoint, where gathering and scattering
-    move D numbers a row, and beyond one block a kernel would need a second one for the blocks' offsets.
+    XLA computes it on every platform. It reads N bytes and writes 8 N once per exit point, while gathering and
+    scattering move D numbers per row. For more than one block, a kernel would also need a second kernel for the blocks'
+    offsets.
     """
     return reference.partition(active)
 
@@ -30,21 +31,21 @@ def partition(active: Bool[Array, "B N"]) -> Partition:
 def gather_rows(
     x: Shaped[Array, "B N D"], rows: Partition, size: int, *, implementation: str | None = None
 ) -> Shaped[Array, "B M D"]:
-    """Brings the active rows of each batch entry together.
+    """Gathers the active rows of each batch entry.
 
     Args:
-      x: any dtype; kernels take float32, float16 and bfloat16. Rows that are not active may hold anything.
+      x: any dtype; kernels take float32, float16 and bfloat16. Inactive rows may hold anything.
       rows: from `partition`.
-      size: M, rows to return, 1 to N; a batch entry with more active rows loses those past it.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
-        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
-        the reference, with a warning in the log.
+      size: M, number of rows to return, 1 to N. A batch entry with more active rows loses the rest.
+      implementation: a name from `IMPLEMENTATIONS`. None chooses the reference, except on a GPU with proven kernels
+        (`Choices.proven`): there it chooses the first one that can be imported and takes these shapes, or else the
+        reference, with a warning in the log.
 
     Returns:
       The active rows in their order, then zeros, in x's dtype.
 
     Raises:
-      ValueError: `size` is out of range, or the implementation that was named can't run here, with the reason.
+      ValueError: `size` is out of range, or the named implementation can't run here; the message has the reason.
     """
     _check(size, x.shape[1])
     return _function("gather_rows", IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, size)))(x, rows, size)
@@ -57,19 +58,19 @@ def scatter_rows(
     *,
     implementation: str | None = None,
 ) -> Shaped[Array, "B N D"]:
-    """Puts rows that `gather_rows` brought together back in their places.
+    """Scatters rows from `gather_rows` back to their places.
 
     Args:
-      compacted: rows in the order of `gather_rows`; those past the active ones may hold anything.
+      compacted: rows in the order of `gather_rows`; rows after the active ones may hold anything.
       rows: from `partition`.
-      out: takes the active rows; its other rows stay as they are. Donate it where its old values are not needed.
+      out: receives the active rows; its other rows stay unchanged. Donate it if its old values are not needed.
       implementation: as in `gather_rows`.
 
     Returns:
-      Rows of out's dtype.
+      Rows in out's dtype.
 
     Raises:
-      ValueError: there are more compacted rows than places, or the implementation that was named can't run here.
+      ValueError: there are more compacted rows than places, or the named implementation can't run here.
     """
     _check(compacted.shape[1], out.shape[1])
     name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(out, compacted.shape[1], compacted))
@@ -82,7 +83,7 @@ def _check(size: int, rows: int) -> None:
 
 
 def _function(operation: str, name: str) -> Callable[..., Shaped[Array, "B M D"]]:
-    """Imports what an implementation needs, and only that."""
+    """Imports only the module that the implementation needs."""
     if name == "reference":
         return getattr(reference, operation)
     if name == "triton":

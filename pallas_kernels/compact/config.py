@@ -1,4 +1,4 @@
-"""How rows are cut into programs. Not measured on a GPU yet."""
+"""Block sizes of the compaction kernels. Not measured on a GPU yet."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _WIDEST = 4096
 
 
 def block(columns: int) -> int:
-    """Channels that one program copies, a power of two."""
+    """Number of channels that one program copies, a power of two."""
     return min(_WIDEST, power_of_two(columns))
 
 
 def warps(columns: int) -> int:
-    """Warps of a program that copies so many channels: 8 for each thread, 16 bytes of 16-bit floats."""
+    """Warps of a program that copies this many channels: 8 channels per thread, 16 bytes of 16-bit floats."""
     return max(1, min(8, columns // 256))

@@ -1,7 +1,7 @@
 """Gathering and scattering of rows as Pallas kernels for the Triton backend.
 
-One program copies one row, or a part of a wide one. Rows that are not active are neither read nor, in the buffer that
-rows are scattered into, touched: the output takes the buffer's place.
+One program copies one row, or a part of a wide row. Inactive rows are not read. When scattering, the output aliases the
+buffer, so inactive rows are not written either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pallas_kernels.compact.reference import Partition
 def gather_rows(
     x: Float[Array, "B N D"], rows: Partition, size: int, *, interpret: bool = False
 ) -> Float[Array, "B M D"]:
-    """The reference's result; `interpret` runs the kernel's operations with XLA, on any platform."""
+    """Same result as the reference; `interpret` runs the kernel's operations with XLA, on any platform."""
     batch, count, columns = x.shape
     plan = _Plan(count, size, columns, block(columns))
     out = jax.ShapeDtypeStruct((batch * size * columns,), x.dtype)
@@ -33,7 +33,7 @@ def gather_rows(
 def scatter_rows(
     compacted: Float[Array, "B M D"], rows: Partition, out: Float[Array, "B N D"], *, interpret: bool = False
 ) -> Float[Array, "B N D"]:
-    """The reference's result; `interpret` runs the kernel's operations with XLA, on any platform."""
+    """Same result as the reference; `interpret` runs the kernel's operations with XLA, on any platform."""
     batch, count, columns = out.shape
     plan = _Plan(count, compacted.shape[1], columns, block(columns))
     inputs = out.reshape(-1), compacted.reshape(-1), rows.order.reshape(-1), rows.kept
@@ -42,7 +42,7 @@ def scatter_rows(
 
 
 class _Plan(NamedTuple):
-    """A call's static part: `size` of `rows` rows are moved, `block` of `columns` channels by a program."""
+    """Static part of a call: moves `size` of `rows` rows; each program moves `block` of `columns` channels."""
 
     rows: int
     size: int
@@ -59,7 +59,7 @@ class _Plan(NamedTuple):
         interpret: bool,
         aliases: dict[int, int] | None = None,
     ) -> Array:
-        """Runs a kernel with a program for each row that is moved, batch entry and part of a row."""
+        """Runs a kernel with one program for each row to move, batch entry and part of a row."""
         return pl.pallas_call(
             functools.partial(kernel, self),
             grid=(self.size, batch, -(-self.columns // self.block)),
@@ -71,11 +71,11 @@ class _Plan(NamedTuple):
         )(*inputs)
 
     def part(self, row: Array, first: Array) -> Any:
-        """Channels of a row of a flat array. Flat, so that a power of two may reach past a row's end."""
+        """Slice of a row in a flat array. In a flat array, a power-of-two block may extend past the end of a row."""
         return pl.ds(row * self.columns + first, self.block)
 
     def inside(self, first: Array) -> Bool[Array, " block"]:
-        """Which channels from `first` are there."""
+        """Mask of the block's channels that exist, counted from `first`."""
         return first + jnp.arange(self.block, dtype=jnp.int32) < self.columns
 
 
@@ -91,6 +91,7 @@ def _gather(plan: _Plan, x_ref: Any, order_ref: Any, kept_ref: Any, out_ref: Any
 def _scatter(plan: _Plan, _: Any, compacted_ref: Any, order_ref: Any, kept_ref: Any, out_ref: Any) -> None:
     number, entry, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * plan.block
 
+    # Only active rows are written; all others keep the buffer's values.
     @pl.when(number < kept_ref[entry])
     def _move() -> None:
         target = entry * plan.rows + order_ref[entry * plan.rows + number]

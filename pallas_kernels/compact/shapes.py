@@ -1,4 +1,4 @@
-"""Sizes that the kernels of the compaction can take."""
+"""Sizes that the compaction kernels support."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_ROWS = 1 << 16
 
 
 def misfit(whole: Float[Array, "B N D"], size: int, *others: Float[Array, "..."]) -> str | None:
-    """Why the kernels can't move `size` of these rows, or arrays like `others`; None where they can."""
+    """Reason why the kernels can't move `size` of these rows, or arrays like `others`; None if they can."""
     batch, rows, columns = whole.shape
     if not 0 < size <= rows or batch == 0 or columns == 0:
         return f"compact: kernels move 1 to {rows} of {rows} rows, not {size}, and at least one channel"

@@ -15,7 +15,7 @@ from pallas_kernels.compact.reference import Partition
 
 
 def gather_rows(x: Float[Array, "B N D"], rows: Partition, size: int) -> Float[Array, "B M D"]:
-    """The reference's result."""
+    """Same result as the reference."""
     batch, count, columns = x.shape
     out = jax.ShapeDtypeStruct((batch, size, columns), x.dtype)
     return _run(_gather, (x, rows.order, rows.kept), out, size, {"N": count, "M": size})
@@ -24,10 +24,10 @@ def gather_rows(x: Float[Array, "B N D"], rows: Partition, size: int) -> Float[A
 def scatter_rows(
     compacted: Float[Array, "B M D"], rows: Partition, out: Float[Array, "B N D"]
 ) -> Float[Array, "B N D"]:
-    """The reference's result.
+    """Same result as the reference.
 
-    Rows that stay are copied: an output that takes an input's place is called differently in each release of
-    jax_triton.
+    Inactive rows are copied, because each release of jax_triton has a different interface for outputs that alias
+    inputs.
     """
     sizes = {"N": out.shape[1], "M": compacted.shape[1]}
     inputs = compacted, rows.place, rows.kept, out
@@ -64,7 +64,7 @@ def _scatter(
     at, inside = (entry * N + number) * D + columns, columns < D
     went = tl.load(place + entry * N + number)
     moved = went < tl.minimum(tl.load(count + entry), M)
-    # Both loads are masked by which of them is wanted: a row that moves costs no reading of the buffer.
+    # The masks allow only the load that is needed: a row that moves does not read the buffer.
     new = tl.load(compacted + (entry * M + went) * D + columns, mask=columns < tl.where(moved, D, 0), other=0.0)
     old = tl.load(out + at, mask=columns < tl.where(moved, 0, D), other=0.0)
     tl.store(found + at, tl.where(moved, new.to(found.dtype.element_ty), old), mask=inside)

@@ -1,4 +1,4 @@
-"""The answer of rows that leave: exit head and final norm, written into the buffer of output states."""
+"""Exit head and final norm of exiting rows, written into the buffer of output states."""
 
 from pallas_kernels.exit_project.api import IMPLEMENTATIONS, exit_project
 from pallas_kernels.exit_project.reference import AffineHead, FinalNorm

@@ -15,7 +15,7 @@ from pallas_kernels.selection import Choices
 IMPLEMENTATIONS = Choices(
     "exit_project", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
 )
-"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language."""
+"""Plain JAX; a Pallas kernel; the same kernel run by XLA anywhere, for tests; a kernel in Triton's own language."""
 
 
 def exit_project(
@@ -30,33 +30,33 @@ def exit_project(
     unit_offset: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
-    """Writes the final-normed exit states of the rows that exit into `out`; the other rows stay as they are.
+    """Writes the exit states of exiting rows into `out`, after the final norm; other rows stay unchanged.
 
     Args:
       x: hidden states, any float dtype; the kernel takes float32, float16 and bfloat16.
       head: affine exit head; None for the identity.
       final_norm: parameters of the norm before the output head, any float dtype.
       exits: rows to write.
-      out: the buffer; donate it where its old values are not needed.
-      eps: added to mean squares (or the variance) before the root.
-      norm: kind of the final norm; "none" where the model has none.
+      out: the buffer; donate it if its old values are not needed.
+      eps: added to the mean square (or the variance) before the root.
+      norm: kind of the final norm; "none" if the model has none.
       unit_offset: whether the gain is ``1 + scale``.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
-        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
-        the reference, with a warning in the log.
+      implementation: a name from `IMPLEMENTATIONS`. None chooses the reference, except on a GPU with proven kernels
+        (`Choices.proven`): there it chooses the first one that can be imported and takes these shapes, or else the
+        reference, with a warning in the log.
 
     Returns:
-      Rows of out's dtype.
+      Rows in out's dtype.
 
     Raises:
-      ValueError: the implementation that was named can't run here, with the reason.
+      ValueError: the named implementation can't run here; the message has the reason.
     """
     name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, out))
     return _function(name)(x, head, final_norm, exits, out, eps=eps, norm=norm, unit_offset=unit_offset)
 
 
 def _function(name: str) -> Callable[..., Float[Array, "N D"]]:
-    """Imports what an implementation needs, and only that."""
+    """Imports only the module that the implementation needs."""
     if name == "reference":
         return reference.exit_project
     if name == "triton":

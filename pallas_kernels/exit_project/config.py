@@ -1,8 +1,8 @@
-"""How the exit projection is cut into programs: one for each row, the whole row in registers."""
+"""Programs of the exit projection: one for each row, with the whole row in registers."""
 
 from __future__ import annotations
 
 
 def warps(columns: int) -> int:
-    """Warps of a program with so many channels: some 32 numbers for each thread. Not measured on a GPU yet."""
+    """Warps of a program with this many channels: about 32 numbers per thread. Not measured on a GPU yet."""
     return max(1, min(16, columns // 1024))

@@ -1,8 +1,8 @@
 """Exit projection as a Pallas kernel for the Triton backend.
 
-A head's large products stay with XLA, which has the better matrix kernels and reads the same weights for one row as for
-many. All that is row by row happens here, once and in registers: the rows that exit are read once and written once, the
-others are not touched, since the output takes the buffer's place.
+XLA computes a head's large products: it has the better matrix kernels, and it reads the same weights for one row as for
+many. The kernel computes all row-wise operations in registers. It reads and writes each exiting row once. The output
+aliases the buffer, so other rows are not touched.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def exit_project(
     unit_offset: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
-    """The reference's result within rounding; `interpret` runs the kernel's operations with XLA, on any platform."""
+    """Same result as the reference within rounding; `interpret` runs the kernel with XLA, on any platform."""
     size = x.shape[1]
     block = power_of_two(size)
     plan = _Plan(size, block, eps, norm, unit_offset)
@@ -52,7 +52,7 @@ def exit_project(
 
 
 class _Plan(NamedTuple):
-    """A call's static part; `block` is `size` up to a power of two."""
+    """Static part of a call; `block` is `size`, rounded up to a power of two."""
 
     size: int
     block: int
@@ -61,7 +61,7 @@ class _Plan(NamedTuple):
     unit_offset: bool
 
     def row(self, ref: Any, start: Array) -> Float[Array, " block"]:
-        """A row of a flat array, in float32. Flat, so that a power of two may reach past a row's end."""
+        """A row of a flat array, in float32. In a flat array, a power-of-two block may extend past the end of a row."""
         return plt.load(ref.at[pl.ds(start, self.block)], mask=self.inside(), other=0.0).astype(jnp.float32)
 
     def parameter(self, ref: Any) -> Float[Array, " block"]:
@@ -70,11 +70,11 @@ class _Plan(NamedTuple):
         return plt.load(ref.at[at], mask=self.inside(), other=0.0).astype(jnp.float32)
 
     def inside(self) -> Bool[Array, " block"]:
-        """The channels that are there."""
+        """Mask of the block's channels that exist."""
         return jnp.arange(self.block, dtype=jnp.int32) < self.size
 
     def scaled(self, y: Float[Array, " block"]) -> Float[Array, " block"]:
-        """RMSNorm without a gain; the channels that are not there are zero."""
+        """RMSNorm without a gain; channels past the end must be zero."""
         return y * lax.rsqrt(jnp.sum(y * y) / self.size + self.eps)
 
 
@@ -94,6 +94,7 @@ def _kernel(
         y = plan.row(x_ref, start)
         if head is not None:
             y = plan.scaled(y) + plan.row(head.mapped, start) + plan.parameter(head.bias)
+            # Round to the model's dtype between head and norm, as the reference does.
             y = y.astype(x_ref.dtype).astype(jnp.float32)
         y = _final(plan, y, final_norm).astype(out_ref.dtype)
         plt.store(out_ref.at[pl.ds(start, plan.block)], y, mask=plan.inside())

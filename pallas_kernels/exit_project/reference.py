@@ -1,4 +1,4 @@
-"""Plain-JAX exit projection: the definition every other implementation is tested against."""
+"""Plain-JAX exit projection: the definition that all other implementations are tested against."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class AffineHead(NamedTuple):
     """An affine exit head: ``n + n @ factors[0] (@ factors[1]) + bias`` with ``n = rmsnorm(x)``.
 
     Attributes:
-      factors: one map ``[D, D]``, or a low-rank pair ``[D, R], [R, D]``.
-      bias: float of any dtype.
+      factors: one matrix ``[D, D]``, or a low-rank pair ``[D, R], [R, D]``.
+      bias: any float dtype.
     """
 
     factors: tuple[Float[Array, "..."], ...]
@@ -26,14 +26,14 @@ class AffineHead(NamedTuple):
 
 
 class FinalNorm(NamedTuple):
-    """Learned parameters of the norm before the output head; None where it has none."""
+    """Learned parameters of the norm before the output head; None for those that the norm lacks."""
 
     scale: Float[Array, " D"] | None = None
     bias: Float[Array, " D"] | None = None
 
 
 def mapped_rows(x: Float[Array, "N D"], head: AffineHead, eps: float) -> Float[Array, "N D"]:
-    """What a head adds to the normalised rows, bias aside, in x's dtype: float32 rows are multiplied without TF32."""
+    """The head's product with the normalised rows, without bias, in x's dtype; float32 products do not use TF32."""
     mapped = rms_normalise(x, eps).astype(x.dtype)
     for factor in head.factors:
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -52,7 +52,7 @@ def exit_project(
     norm: FinalNormKind = "rms",
     unit_offset: bool = False,
 ) -> Float[Array, "N D"]:
-    """`out` with the rows that exit replaced by their final-normed exit states."""
+    """`out` with exiting rows replaced by their exit states after the final norm."""
     if head is not None:
         rows = rms_normalise(x, eps) + mapped_rows(x, head, eps).astype(jnp.float32)
         x = (rows + head.bias.astype(jnp.float32)[None, :]).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Sizes that the kernel of the exit projection can take."""
+"""Sizes that the exit projection kernel supports."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from jaxtyping import Array, Float
 from pallas_kernels.exit_step.shapes import DTYPES
 
 MAX_SIZE = 1 << 14
-"""Channels up to which a row stays in the registers of one program."""
+"""Largest number of channels for which one program's registers hold a row."""
 
 
 def misfit(x: Float[Array, "N D"], out: Float[Array, "N D"]) -> str | None:
-    """Why the kernel can't take these rows; None where it can."""
+    """Reason why the kernel can't take these rows; None if it can."""
     if x.shape[0] == 0:
         return "exit_project: no rows"
     if x.dtype not in DTYPES or out.dtype not in DTYPES:

@@ -24,14 +24,14 @@ def exit_project(
     norm: FinalNormKind = "rms",
     unit_offset: bool = False,
 ) -> Float[Array, "N D"]:
-    """The reference's result within rounding.
+    """Same result as the reference within rounding.
 
-    Rows that stay are copied: an output that takes an input's place is called differently in each release of
-    jax_triton.
+    Rows that do not exit are copied, because each release of jax_triton has a different interface for outputs that
+    alias inputs.
     """
     rows, size = x.shape
     block = power_of_two(size)
-    # A parameter that is missing needs a pointer all the same; nothing is read there.
+    # A missing parameter still needs a pointer; the kernel never reads it.
     mapped, bias = (x, x) if head is None else (mapped_rows(x, head, eps), head.bias)
     learned = tuple(x if parameter is None else parameter for parameter in final_norm)
     constants = {"D": size, "BLOCK": block, "SIZE": float(size), "EPS": eps, "HEAD": head is not None, "NORM": norm}

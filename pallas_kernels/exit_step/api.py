@@ -18,8 +18,7 @@ IMPLEMENTATIONS = Choices(
     ("reference", "pallas_triton", "pallas_interpret", "triton", "mosaic_gpu"),
     ("pallas_triton", "triton", "mosaic_gpu"),
 )
-"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language; a
-kernel of other make for Hopper."""
+"""Plain JAX; a Pallas kernel; the same kernel run by XLA, for tests; one in Triton's own language; one for Hopper."""
 
 
 def exit_step(
@@ -37,23 +36,23 @@ def exit_step(
     norm: NormKind = "rms",
     implementation: str | None = None,
 ) -> ExitStep:
-    """Scores rows with a router and decides which leave after this layer.
+    """Scores rows with a router and decides which of them exit after this layer.
 
     Args:
       x: hidden states, any float dtype; kernels take float32, float16 and bfloat16.
       down, down_bias, up, up_bias: the router's weights, any float dtype.
-      threshold: a row exits when its score exceeds it, float32 scalar.
-      rows: which rows are active and may exit, and how far each has run.
-      layer: 0-based index of the layer that active rows have just run.
-      min_layers: layers that every row runs, int32 scalar.
+      threshold: a row exits if its score is above this, float32 scalar.
+      rows: which rows are active, which may exit, and the last layer that each ran.
+      layer: index, from 0, of the layer that active rows have just run.
+      min_layers: number of layers that every row runs, int32 scalar.
       eps: added to the mean square (or variance) before the root.
-      norm: "rms" or "layer", without gain and bias: those fold into `down` and `down_bias`.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
-        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
-        the reference, with a warning in the log.
+      norm: "rms" or "layer", without gain and bias: those are folded into `down` and `down_bias`.
+      implementation: a name from `IMPLEMENTATIONS`. None chooses the reference, except on a GPU with proven kernels
+        (`Choices.proven`): there it chooses the first one that can be imported and takes these shapes, or else the
+        reference, with a warning in the log.
 
     Raises:
-      ValueError: the implementation that was named can't run here, with the reason.
+      ValueError: the named implementation can't run here; the message has the reason.
     """
     name = IMPLEMENTATIONS.choose(implementation, functools.partial(_misfit, Problem.of(x, down, norm)))
     return _function(name)(
@@ -66,7 +65,7 @@ def _misfit(problem: Problem, name: str) -> str | None:
 
 
 def _function(name: str) -> Callable[..., ExitStep]:
-    """Imports what an implementation needs, and only that."""
+    """Imports only the module that the implementation needs."""
     if name == "reference":
         return reference.exit_step
     if name == "mosaic_gpu":

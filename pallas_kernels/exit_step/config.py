@@ -1,4 +1,4 @@
-"""How the exit step is cut into programs."""
+"""Block sizes and grids of the exit step's programs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class Blocks(NamedTuple):
     """The grid and its programs.
 
     Attributes:
-      rows: rows of a program.
-      columns: channels that it multiplies at once.
-      splits: programs that share a block of rows, each with channels of its own; 1 decides in the same program.
-      warps: warps of a program.
+      rows: rows per program.
+      columns: channels that a program multiplies at once.
+      splits: number of programs that share a block of rows, each with its own channels; with 1, the same program also
+        decides.
+      warps: warps per program.
     """
 
     rows: int
@@ -25,37 +26,40 @@ class Blocks(NamedTuple):
 
 
 MEASURED: dict[tuple[str, str, str, int, int], Blocks] = {}
-"""What a GPU was measured to run fastest, by architecture, dtype, norm, channels and blocks of 16 rows (a power of
-two). Empty: no GPU has been measured."""
+"""The fastest blocks measured on a GPU; empty, because no GPU has been measured.
+
+Keys: architecture, dtype, norm, channels, and number of blocks of 16 rows (a power of two).
+"""
 
 
 _PARTS = 1 << 14
-"""Numbers that the program adding up a row's parts can hold."""
+"""Numbers that fit into the program that sums a row's parts."""
 
 
 def choose_blocks(problem: Problem, gpu: Gpu) -> Blocks:
-    """The measured blocks where there are some, else a guess."""
+    """The measured blocks, or a guess if there are none."""
     tiles = -(-problem.rows // 16)
     key = (gpu.architecture, problem.dtype.name, problem.norm, problem.size, power_of_two(tiles))
     return MEASURED.get(key) or _guess(problem, gpu)
 
 
 def _guess(problem: Problem, gpu: Gpu) -> Blocks:
-    """Enough programs to keep every multiprocessor busy, and blocks no larger than that and the registers allow.
+    """Enough programs to keep every multiprocessor busy, with the largest blocks that this and the registers allow.
 
-    Few rows leave most multiprocessors idle, so their channels are split. Many rows use taller blocks, since every
-    program reads the whole router.
+    With few rows most multiprocessors would be idle, so the channels are split. With many rows the blocks are taller,
+    because every program reads the whole router.
     """
     tall, columns, warps = _tallest(problem)
     if problem.rows < tall * gpu.multiprocessors:
         tall, warps = 16, 4
     row_blocks, tiles = -(-problem.rows // tall), -(-problem.size // columns)
+    # As many splits as there are idle multiprocessors, up to the limit of the summing program, in equal shares.
     wanted = max(1, min(tiles, gpu.multiprocessors // row_blocks, _PARTS // problem.padded_hidden))
     return Blocks(tall, columns, splits=-(-tiles // -(-tiles // wanted)), warps=warps)
 
 
 def _tallest(problem: Problem) -> tuple[int, int, int]:
-    """Rows, columns and warps that the compiler finds registers for, on compute capability 8.0 and 9.0."""
+    """Rows, columns and warps for which the compiler has enough registers, on compute capability 8.0 and 9.0."""
     wide = problem.padded_hidden > 128
     if problem.weight_parts == 0:
         return (16 if wide else 32), 32, 4

@@ -1,8 +1,8 @@
-"""Exit step with a Mosaic GPU kernel, for Hopper: asynchronous copies into shared memory and its matrix instruction.
+"""Exit step with a Mosaic GPU kernel for Hopper, which uses asynchronous copies to shared memory and WGMMA.
 
-The kernel is the down-projection, which reads each state once: products with the router and sums of squares, of 64 rows
-over some of the channels. What is left, a few numbers a row, is XLA's. Weights are cut into 16-bit parts as in the
-Triton kernels (`Problem.weight_parts`). Made for many rows: fewer than 64 are filled up with zeros.
+The kernel computes the down-projection and reads each state once: for 64 rows and some of the channels, it sums squares
+and products with the router. XLA computes the rest, a few numbers per row. Weights are split into 16-bit parts as in
+the Triton kernels (`Problem.weight_parts`). The kernel is meant for many rows; fewer than 64 are padded with zeros.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pallas_kernels.exit_step.shapes import MOSAIC_COLUMNS as COLUMNS
 from pallas_kernels.exit_step.shapes import Problem
 
 ROWS = 64
-"""Rows of a program, as the matrix instruction takes them."""
+"""Rows per program, as the matrix instruction requires."""
 MAX_SPLITS = 16
-"""Programs that share rows: each writes sums of its own, 64 rows of them even for one row."""
+"""Most programs that share rows; each writes its own sums, 64 rows of them even for one row."""
 
 
 def exit_step(
@@ -44,19 +44,22 @@ def exit_step(
     interpret: Any = None,
     splits: int | None = None,
 ) -> ExitStep:
-    """The reference's result, scores within rounding.
+    """Same result as the reference; scores agree within rounding.
 
     Args:
-      interpret: JAX's parameters of its interpreter of such kernels, to run on any platform.
-      splits: programs that share rows, a divisor of the blocks of 64 channels; chosen for the GPU when omitted.
+      interpret: parameters of JAX's interpreter for Mosaic GPU kernels, to run on any platform.
+      splits: number of programs that share rows, a divisor of the number of 64-channel blocks; chosen for the GPU if
+        omitted.
     """
     problem = Problem.of(x, down, norm)
+    # Pad rows to blocks of 64 and the router's columns to the kernel's width.
     missing, narrow = -problem.rows % ROWS, problem.mosaic_hidden - problem.hidden
     plan = _Plan(problem, splits or _splits(problem, (problem.rows + missing) // ROWS))
     x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
     weights = down.astype(jnp.float32)
     weights = jnp.pad(weights, ((0, 0), (0, narrow))) if narrow else weights
     squares, products = _launch(plan, interpret, x, weights)
+    # Sum the splits, then apply the norm's factor and the rest of the router.
     factor = lax.rsqrt(jnp.sum(squares, axis=0) / problem.size + eps)[: problem.rows, None]
     hidden = jnp.sum(products, axis=0)[: problem.rows, : problem.hidden] * factor
     hidden = jax.nn.silu(hidden + down_bias.astype(jnp.float32)[None, :])
@@ -65,19 +68,19 @@ def exit_step(
 
 
 class _Plan(NamedTuple):
-    """A call's static part."""
+    """Static part of a call."""
 
     problem: Problem
     splits: int
 
     @property
     def tiles(self) -> int:
-        """Blocks of channels that a program multiplies."""
+        """Number of channel blocks that a program multiplies."""
         return self.problem.size // (COLUMNS * self.splits)
 
 
 def _splits(problem: Problem, row_blocks: int) -> int:
-    """Programs enough to keep the GPU busy, each with as many channels as the others."""
+    """Enough programs to keep the GPU busy, all with the same number of channels."""
     tiles = problem.size // COLUMNS
     wanted = max(1, min(MAX_SPLITS, gpu.current().multiprocessors // row_blocks))
     return max(n for n in range(1, wanted + 1) if tiles % n == 0)
@@ -108,7 +111,7 @@ def _launch(
 
 
 def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory as the matrix instruction reads it: tiles of 8 rows by 128 bytes, swizzled."""
+    """Shared memory in the layout of the matrix instruction: tiles of 8 rows by 128 bytes, swizzled."""
     tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
@@ -136,12 +139,12 @@ def _kernel(
         plgpu.copy_gmem_to_smem(weights_ref.at[columns, :], weight_tiles.at[slot], arrived.at[slot])
 
     def multiply(tile: Array | int, sums: Any) -> Float[Array, " R"]:
-        """Adds a tile's products to `sums`; its sums of squares."""
+        """Adds a tile's products to `sums`; returns the tile's sums of squares."""
         slot = lax.rem(tile, 2) if not isinstance(tile, int) else tile % 2
         plgpu.barrier_wait(arrived.at[slot])
         wide = x_tiles[slot].astype(jnp.float32)
         _cut(plan, weight_tiles[slot], part_tiles.at[slot])
-        # All warps have now read what arrived before, and multiplied it: its memory is free.
+        # All warps have now read and multiplied the previous tile, so its memory is free.
         plgpu.commit_smem()
 
         @pl.when(tile + 1 < plan.tiles)
@@ -167,7 +170,7 @@ def _kernel(
 
 
 def _cut(plan: _Plan, weights: Float[Array, "C K"], parts: Any) -> None:
-    """Writes float32 weights as 16-bit parts, highest first."""
+    """Writes float32 weights as 16-bit parts, highest part first."""
     for part in range(plan.problem.weight_parts):
         bits = lax.bitcast_convert_type(weights, jnp.int32) & jnp.int32(plan.problem.part_mask)
         high = lax.bitcast_convert_type(bits, jnp.float32)

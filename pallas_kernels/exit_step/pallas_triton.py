@@ -1,4 +1,4 @@
-"""Exit step as Pallas kernels for the Triton backend; `pallas_kernels.exit_step.plan` says what each computes."""
+"""Exit step as Pallas kernels for the Triton backend; `pallas_kernels.exit_step.plan` describes each kernel."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def exit_step(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> ExitStep:
-    """The reference's result, scores within rounding.
+    """Same result as the reference; scores agree within rounding.
 
     Args:
-      interpret: run the kernel's operations with XLA, on any platform.
-      blocks: how to cut the work; chosen for the GPU when omitted.
+      interpret: runs the kernel's operations with XLA, on any platform.
+      blocks: block sizes; chosen for the GPU if omitted.
     """
     plan = Plan.of(x, down, eps, norm, blocks)
     launch = functools.partial(_launch, plan, interpret)
@@ -81,7 +81,7 @@ def _finish(plan: Plan, squares_ref: Any, hidden_ref: Any, *decision: Any) -> No
 def _project(
     plan: Plan, start: Array, tile: Array | int, x_ref: Any, mean_ref: Any, down_ref: Any
 ) -> tuple[Float[Array, " R"], Float[Array, "R K"]]:
-    """Sums of squares, and products with the router, of the rows from `start` over this program's channels."""
+    """Sums of squares, and products with the router, for the rows from `start` over this program's channels."""
     count, width = plan.blocks.rows, plan.blocks.columns
     rows, there = pl.ds(start, count), _below(start, count, plan.problem.rows)
     mean = plt.load(mean_ref.at[rows], mask=there, other=0.0)[:, None] if plan.problem.norm == "layer" else None
@@ -103,9 +103,9 @@ def _project(
 
 
 def _product(plan: Plan, x: Float[Array, "R C"], weights: Float[Array, "C K"]) -> Float[Array, "R K"]:
-    """``x @ weights`` to float32's accuracy: without TF32, or in 16-bit parts on the tensor cores.
+    """``x @ weights`` to float32's accuracy: in float32 without TF32, or in 16-bit parts on the tensor cores.
 
-    Parts are cut off by masking bits, since compilers may drop a conversion there and back.
+    Parts are split off by masking bits, because compilers may remove a conversion to 16 bits and back.
     """
     if plan.problem.weight_parts == 0:
         return jnp.dot(x, weights, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -137,9 +137,10 @@ def _decide(
     active_out: Any,
     exit_layers_out: Any,
 ) -> None:
-    """Scores of the rows from `start`, and what follows from them."""
+    """Scores of the rows from `start`, and the decisions that follow from them."""
     count = squares.shape[0]
     rows, there = pl.ds(start, count), _below(start, count, plan.problem.rows)
+    # The norm is one factor per row, so it can follow the projection.
     factor = lax.rsqrt(squares / plan.problem.size + plan.eps)
     hidden = hidden * factor[:, None] + bias_ref[...].astype(jnp.float32)[None, :]
     hidden = hidden * _sigmoid(hidden)
@@ -154,7 +155,7 @@ def _decide(
 
 
 def _below(start: Array | int, count: int, limit: int) -> Bool[Array, " count"]:
-    """Which of `count` indices from `start` are below the limit."""
+    """Mask of the `count` indices from `start` that are below the limit."""
     return start + jnp.arange(count, dtype=jnp.int32) < limit
 
 

@@ -1,10 +1,10 @@
-"""What the kernels of the exit step have in common, whatever language they are written in.
+"""The common part of the exit step's kernels, in whatever language they are written.
 
-The norm's factor is one number a row, so it is applied after the down-projection: each state is read once, while its
-squares and its products with the router are summed. With few rows, programs share the channels of a row block
-("parts") and a second kernel adds the parts up ("finish"); with many, each program has all channels and decides itself
-("whole"). LayerNorm's mean comes first, from XLA, and costs one more reading of x: to subtract it after the projection
-would cancel digits.
+The norm is one factor per row, so it is applied after the down-projection. So each state is read once, while its
+squares and its products with the router are summed. With few rows, several programs share the channels of a block of
+rows ("parts"), and a second kernel sums the parts ("finish"). With many rows, each program has all channels and decides
+itself ("whole"). XLA computes LayerNorm's mean first, which costs one more read of x; subtracting the mean after the
+projection would lose digits to cancellation.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Stage(NamedTuple):
     """One kernel call.
 
     Attributes:
-      name: of the kernel.
+      name: the kernel's name.
       grid: number of programs along each axis.
-      outputs: what it writes.
-      warps: warps of a program.
+      outputs: shapes and dtypes of its outputs.
+      warps: warps per program.
     """
 
     name: Literal["whole", "parts", "finish"]
@@ -43,11 +43,11 @@ Launch = Callable[[Stage, Sequence[Array]], Sequence[Array]]
 
 
 class Plan(NamedTuple):
-    """A call's static part.
+    """Static part of a call.
 
     Attributes:
-      problem: its sizes.
-      blocks: how they are cut.
+      problem: the call's sizes.
+      blocks: the block sizes.
       eps: added to the mean square before the root.
     """
 
@@ -59,18 +59,18 @@ class Plan(NamedTuple):
     def of(
         cls, x: Float[Array, "N D"], down: Float[Array, "D H"], eps: float, norm: NormKind, blocks: Blocks | None
     ) -> Plan:
-        """The plan of a call, with the blocks that suit this process's GPU unless they are given."""
+        """The plan of a call; chooses blocks for this process's GPU unless they are given."""
         problem = Problem.of(x, down, norm)
         return cls(problem, blocks or choose_blocks(problem, gpu.current()), eps)
 
     @property
     def tiles(self) -> int:
-        """Blocks of channels that a program multiplies."""
+        """Number of channel blocks that a program multiplies."""
         return -(-self.problem.size // (self.blocks.columns * self.blocks.splits))
 
     @property
     def padded_splits(self) -> int:
-        """Leading axis of the parts; nothing is written beyond `Blocks.splits`."""
+        """Leading axis of the parts, a power of two; entries from `Blocks.splits` on are never written."""
         return power_of_two(self.blocks.splits)
 
     def run(
@@ -86,9 +86,12 @@ class Plan(NamedTuple):
         layer: int,
         min_layers: Int[Array, ""],
     ) -> ExitStep:
-        """The exit step from kernels that take, in this order, x, its mean (of one element with "rms"), the padded
-        `down` or the two parts, then the padded `down_bias` and `up`, `up_bias`, `threshold`, `layer` and `min_layers`
-        (one element each), and the fields of `rows`."""
+        """Computes the exit step with the kernels that `launch` runs.
+
+        The inputs of a kernel, in this order: x, its mean (one element with "rms") and the padded `down`, or instead of
+        these three the two parts; then the padded `down_bias` and `up`, `up_bias`, `threshold`, `layer` and
+        `min_layers` (one element each), and the fields of `rows`.
+        """
         mean = jnp.mean(x.astype(jnp.float32), axis=1) if self.problem.norm == "layer" else jnp.zeros((1,), jnp.float32)
         inputs: Sequence[Array] = x, mean, self._padded(down)
         numbers = (a.astype(jnp.float32).reshape(1) for a in (up_bias, threshold))
@@ -100,7 +103,7 @@ class Plan(NamedTuple):
         return ExitStep(scores, exits, active, exit_layers, jnp.any(exits), jnp.any(active))
 
     def _padded(self, weights: Float[Array, "... H"]) -> Float[Array, "... K"]:
-        """Router weights with hidden units that add nothing, up to a power of two; usually none are missing."""
+        """Router weights with zero hidden units, up to a power of two; usually none are needed."""
         missing = self.problem.padded_hidden - self.problem.hidden
         return jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(0, missing)]) if missing else weights
 
@@ -112,7 +115,10 @@ class Plan(NamedTuple):
         return Stage("parts", (self._row_blocks, self.blocks.splits), outputs, self.blocks.warps)
 
     def _decision(self) -> Stage:
-        """The fields of `ExitStep` but the last two. Parts are added up by a program for each row, in one load."""
+        """All fields of `ExitStep` except the last two.
+
+        Parts are summed by one program per row, which loads all of them at once.
+        """
         shape, dtypes = (self.problem.rows,), (jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)
         outputs = tuple(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes)
         if self.blocks.splits > 1:

@@ -1,4 +1,4 @@
-"""Plain-JAX exit step: the definition every other implementation is tested against."""
+"""Plain-JAX exit step: the definition that all other implementations are tested against."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ NormKind = Literal["rms", "layer"]
 
 
 class ExitRows(NamedTuple):
-    """What is known of rows before an exit step.
+    """State of the rows before an exit step.
 
     Attributes:
-      active: rows that have not left.
-      may_exit: rows that are allowed to leave early.
-      exit_layers: 0-based index of the last layer each row ran, int32.
+      active: rows that have not exited.
+      may_exit: rows that are allowed to exit early.
+      exit_layers: index, from 0, of the last layer that each row ran, int32.
     """
 
     active: Bool[Array, " N"]
@@ -31,9 +31,9 @@ class ExitStep(NamedTuple):
 
     Attributes:
       scores: router scores in [0, 1], float32.
-      exits: rows that leave now.
-      active: rows that stay.
-      exit_layers: the last layer each row ran, int32: this one for all that were active.
+      exits: rows that exit now.
+      active: rows that continue.
+      exit_layers: the last layer that each row ran, int32; this layer for all rows that were active.
       any_exits, any_active: whether there are such rows.
     """
 
@@ -46,7 +46,7 @@ class ExitStep(NamedTuple):
 
 
 def rms_normalise(x: Float[Array, "N D"], eps: float) -> Float[Array, "N D"]:
-    """RMSNorm without a gain, in float32 (a gain would fold into the next matrix)."""
+    """RMSNorm without a gain, in float32 (the gain is folded into the next matrix)."""
     x = x.astype(jnp.float32)
     return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
@@ -90,7 +90,7 @@ def exit_step(
     eps: float,
     norm: NormKind = "rms",
 ) -> ExitStep:
-    """Active rows that may leave, have run `min_layers` layers and score above the threshold exit."""
+    """Active rows exit if they may, have run `min_layers` layers and score above the threshold."""
     scores = router_scores(x, down, down_bias, up, up_bias, eps=eps, norm=norm)
     return decide(scores, threshold, rows, layer=layer, min_layers=min_layers)
 
@@ -98,7 +98,7 @@ def exit_step(
 def decide(
     scores: Float[Array, " N"], threshold: Float[Array, ""], rows: ExitRows, *, layer: int, min_layers: Int[Array, ""]
 ) -> ExitStep:
-    """What follows from the scores."""
+    """The exit decisions that follow from the scores."""
     candidates = rows.active & rows.may_exit & (jnp.int32(layer + 1) >= min_layers)
     exits = candidates & (scores > threshold)
     active = rows.active & ~exits

@@ -1,4 +1,4 @@
-"""Sizes that the kernels of the exit step can take."""
+"""Sizes that the exit step's kernels support."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pallas_kernels.exit_step.reference import NormKind
 
 DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 MAX_ELEMENTS = (1 << 31) - 1
-"""What 32-bit offsets reach."""
+"""Largest array that 32-bit offsets can address."""
 MAX_HIDDEN = 256
-"""Router width up to which a program's sums stay in registers."""
+"""Largest router width for which a program's sums stay in registers."""
 MOSAIC_COLUMNS = 64
-"""Channels that the Mosaic kernel multiplies at once: a row of them is what one asynchronous copy brings."""
+"""Channels that the Mosaic kernel multiplies at once; one asynchronous copy fetches a row of them."""
 _MOSAIC_HIDDEN = 128
 _PARTS = {"bfloat16": 3, "float16": 2}
 
 
 class Problem(NamedTuple):
-    """Static facts of a call: x is ``[rows, size]`` of `dtype`, the router `hidden` wide behind a norm."""
+    """Static properties of a call: x is ``[rows, size]`` of `dtype`; the router has a norm and `hidden` units."""
 
     rows: int
     size: int
@@ -31,27 +31,30 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Array, "N D"], down: Float[Array, "D H"], norm: NormKind) -> Problem:
-        """The problem of a call's arguments."""
+        """The problem for a call's arguments."""
         return cls(x.shape[0], x.shape[1], down.shape[1], jnp.dtype(x.dtype), norm)
 
     @property
     def padded_hidden(self) -> int:
-        """Columns of a block of hidden units: Triton's blocks are powers of two, its matrix products at least 16."""
+        """Hidden units per block: Triton needs powers of two for blocks, and 16 columns or more for matrix products."""
         return max(16, power_of_two(self.hidden))
 
     @property
     def weight_parts(self) -> int:
-        """16-bit parts that float32 router weights are cut into for products with 16-bit states, which are then exact:
-        three of bfloat16's 8 bits, two of float16's 11. 0 multiplies in float32, as states less their mean need it."""
+        """Number of 16-bit parts into which float32 router weights are split; 0 multiplies in float32.
+
+        Products of parts with 16-bit states are exact: three parts of bfloat16's 8 bits, or two of float16's 11.
+        LayerNorm needs float32, because states minus their mean are float32.
+        """
         return 0 if self.norm == "layer" else _PARTS.get(self.dtype.name, 0)
 
     @property
     def part_mask(self) -> int:
-        """The bits of a float32 number that its first part keeps."""
+        """Mask of the bits of a float32 number that its first part keeps."""
         return -1 << (16 if self.dtype == jnp.bfloat16 else 13)
 
     def misfit(self) -> str | None:
-        """Why no kernel can take the problem; None where they can."""
+        """Reason why no kernel can take the problem; None if they can."""
         if self.rows == 0:
             return "exit_step: no rows"
         if self.dtype not in DTYPES:
@@ -62,11 +65,11 @@ class Problem(NamedTuple):
 
     @property
     def mosaic_hidden(self) -> int:
-        """Columns of a block of hidden units in the Mosaic kernel."""
+        """Hidden units per block in the Mosaic kernel."""
         return max(64, self.padded_hidden)
 
     def mosaic_misfit(self, architecture: str) -> str | None:
-        """Why the Mosaic kernel can't take the problem on a GPU of this compute capability; None where it can."""
+        """Reason why the Mosaic kernel can't take the problem on a GPU of this compute capability; None if it can."""
         if architecture != "9.0":
             return f"exit_step: 'mosaic_gpu' is for compute capability 9.0 (H100, H200), this GPU has {architecture}"
         if self.norm == "layer":
@@ -81,5 +84,5 @@ class Problem(NamedTuple):
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below a positive `number`."""
+    """The smallest power of two that is at least the positive `number`."""
     return 1 << (number - 1).bit_length()

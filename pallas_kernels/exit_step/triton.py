@@ -1,5 +1,7 @@
-"""Exit step in Triton's own language, called through jax_triton; `pallas_kernels.exit_step.plan` says what each kernel
-computes. Importing this needs triton."""
+"""Exit step in Triton's own language, called through jax_triton. Importing this needs triton.
+
+`pallas_kernels.exit_step.plan` describes each kernel.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,10 @@ def exit_step(
     norm: NormKind = "rms",
     blocks: Blocks | None = None,
 ) -> ExitStep:
-    """The reference's result, scores within rounding.
+    """Same result as the reference; scores agree within rounding.
 
     Args:
-      blocks: how to cut the work; chosen for the GPU when omitted.
+      blocks: block sizes; chosen for the GPU if omitted.
     """
     plan = Plan.of(x, down, eps, norm, blocks)
     launch = functools.partial(_launch, plan)

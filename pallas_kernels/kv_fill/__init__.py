@@ -1,4 +1,4 @@
-"""Keys and values that a layer stores for tokens it does not run."""
+"""Computes the keys and values that a layer would store for tokens that skip it."""
 
 from pallas_kernels.kv_fill.api import IMPLEMENTATIONS, kv_fill
 from pallas_kernels.kv_fill.reference import InputNorm, KVRows, Projection, Rotary, Settings

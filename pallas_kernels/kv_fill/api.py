@@ -15,7 +15,7 @@ from pallas_kernels.selection import Choices
 IMPLEMENTATIONS = Choices(
     "kv_fill", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
 )
-"""Plain JAX; a Pallas kernel, and the same run by XLA on any platform, for tests; its twin in Triton's own language."""
+"""Plain JAX; a Pallas kernel; the same kernel run by XLA anywhere, for tests; a kernel in Triton's own language."""
 
 
 def kv_fill(
@@ -29,35 +29,36 @@ def kv_fill(
     settings: Settings,
     implementation: str | None = None,
 ) -> KVRows:
-    """Projects what a layer would have read of tokens to the keys and values it would have stored.
+    """Projects a layer's inputs to the keys and values that the layer would have stored.
 
-    This is state propagation (CALM, Schuster et al. 2022, arXiv:2207.07061, section 3.3) for grouped-query attention
-    with an optional key norm (before the rotation) and full or partial rotary embedding.
+    This is state propagation (CALM, Schuster et al. 2022, arXiv:2207.07061, section 3.3). It supports grouped-query
+    attention with an optional key norm (before the rotation) and full or partial rotary embedding.
 
     Args:
-      x: what the layer reads, any float dtype; the kernel takes float32, float16 and bfloat16.
-      norm: parameters of the norm in front of the projection, any float dtype.
-      projection: the layer's weights, of x's dtype.
-      rotary: tables of the tokens' true positions; None without rotary embedding.
-      fill: tokens whose rows are written.
-      out: takes their rows; the others stay as they are. Donate it where its old values are not needed.
-      settings: the layer's static facts.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference and, once a GPU has found the
-        kernels right (`Choices.proven`), on a GPU the first that can be imported and takes these shapes; without one,
-        the reference, with a warning in the log.
+      x: the layer's inputs, any float dtype; the kernel takes float32, float16 and bfloat16.
+      norm: parameters of the norm before the projection, any float dtype.
+      projection: the layer's weights, in x's dtype.
+      rotary: tables for the tokens' true positions; None without rotary embedding.
+      fill: tokens whose keys and values are written.
+      out: receives their keys and values; those of other tokens stay unchanged. Donate it if its old values are not
+        needed.
+      settings: the layer's static settings.
+      implementation: a name from `IMPLEMENTATIONS`. None chooses the reference, except on a GPU with proven kernels
+        (`Choices.proven`): there it chooses the first one that can be imported and takes these shapes, or else the
+        reference, with a warning in the log.
 
     Returns:
-      Rows of out's dtypes.
+      Keys and values in out's dtypes.
 
     Raises:
-      ValueError: the implementation that was named can't run here, with the reason.
+      ValueError: the named implementation can't run here; the message has the reason.
     """
     name = IMPLEMENTATIONS.choose(implementation, lambda _: misfit(x, projection, rotary, out))
     return _function(name)(x, norm, projection, rotary, fill, out, settings=settings)
 
 
 def _function(name: str) -> Callable[..., KVRows]:
-    """Imports what an implementation needs, and only that."""
+    """Imports only the module that the implementation needs."""
     if name == "reference":
         return reference.kv_fill
     if name == "triton":

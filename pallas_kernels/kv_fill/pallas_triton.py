@@ -1,8 +1,8 @@
 """Cache fill as a Pallas kernel for the Triton backend.
 
-Norm and product stay with XLA, which has the better matrix kernels and reads the same weights for one token as for
-many. Everything after the product happens here, once and in registers: bias, key norm, rotation, and the way from
-tokens to heads. Tokens that are not filled are not touched, since the outputs take the buffers' places.
+XLA computes the norm and the product: it has the better matrix kernels, and it reads the same weights for one token as
+for many. The kernel does everything after the product in registers: bias, key norm, rotation, and the transposition
+from tokens to heads. The outputs alias the buffers, so tokens that are not filled are not touched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def kv_fill(
     settings: Settings,
     interpret: bool = False,
 ) -> KVRows:
-    """The reference's result within rounding; `interpret` runs the kernel's operations with XLA, on any platform."""
+    """Same result as the reference within rounding; `interpret` runs the kernel with XLA, on any platform."""
     heads, _, channels, _ = projection.kernel.shape
     half = 0 if rotary is None else rotary.cos.shape[-1]
     plan = _Plan(x.shape[1], heads, channels, half, settings)
@@ -53,14 +53,14 @@ def kv_fill(
 
 
 class _Channels(NamedTuple):
-    """Some channels of every head, `at` in a head; those past `count` are not there."""
+    """Some channels of every head: `at` are their indices in a head, `there` masks heads and channels that exist."""
 
     at: Int[Array, " C"]
     there: Bool[Array, "H C"]
 
 
 class _Plan(NamedTuple):
-    """A call's static part: `tokens` in a row, `heads` of `channels`, of which twice `half` rotate."""
+    """Static part of a call: `tokens` per row and `heads` of `channels`, of which the first ``2 * half`` rotate."""
 
     tokens: int
     heads: int
@@ -70,11 +70,11 @@ class _Plan(NamedTuple):
 
     @property
     def height(self) -> int:
-        """Rows of a block: the heads up to a power of two."""
+        """Rows of a block: the number of heads, rounded up to a power of two."""
         return power_of_two(self.heads)
 
     def heads_at(self) -> Int[Array, "H 1"]:
-        """The block's heads."""
+        """Indices of the block's heads."""
         return jnp.arange(self.height, dtype=jnp.int32)[:, None]
 
     def some(self, start: int, count: int, step: int = 1) -> _Channels:
@@ -84,7 +84,7 @@ class _Plan(NamedTuple):
         return _Channels(start + numbers * step, there)
 
     def parts(self) -> list[_Channels]:
-        """A key's channels: the two that turn into each other, and the rest."""
+        """A key's channels: the two parts that rotate into each other, and the rest."""
         step = 2 if self.settings.interleaved else 1
         second = 1 if self.settings.interleaved else self.half
         parts = [self.some(start, self.half, step) for start in (0, second) if self.half]
@@ -107,7 +107,7 @@ def _kernel(
     token = pl.program_id(0)
 
     def read(which: int, part: _Channels) -> Float[Array, "H C"]:
-        """Biased keys (0) or values (1) as the model rounds them, in float32."""
+        """Keys (0) or values (1) plus bias, rounded as the model rounds them, in float32."""
         within = (plan.heads_at() * 2 + which) * plan.channels + part.at[None, :]
         y = _load(projected_ref, token * (plan.heads * 2 * plan.channels) + within, part.there)
         if bias_ref is None:

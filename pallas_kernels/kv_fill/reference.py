@@ -1,4 +1,4 @@
-"""Keys and values of tokens that skip a layer, in plain JAX: what every other implementation is tested against."""
+"""Plain-JAX cache fill: the definition that all other implementations are tested against."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ InputNormKind = Literal["rms", "layer", "none"]
 
 
 class InputNorm(NamedTuple):
-    """Learned parameters of the norm in front of the projection; None where it has none."""
+    """Learned parameters of the norm before the projection; None for those that the norm lacks."""
 
     scale: Float[Array, " D"] | None = None
     bias: Float[Array, " D"] | None = None
 
 
 class Projection(NamedTuple):
-    """From normed states to keys (index 0) and values (index 1) of KV heads.
+    """Projection from normed states to keys (index 0) and values (index 1) of KV heads.
 
     Attributes:
-      kernel: a row for each output.
-      bias: None where there is none.
-      key_norm: gain of an RMSNorm over the channels of each key; None where there is none.
+      kernel: one row per output.
+      bias: None if there is none.
+      key_norm: gain of an RMSNorm over the channels of each key; None if there is none.
     """
 
     kernel: Float[Array, "KV 2 hd D"]
@@ -35,28 +35,28 @@ class Projection(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotary tables of the tokens' positions, float32; the leading 2 R channels of a key are rotated."""
+    """Rotary tables for the tokens' positions, float32; the first 2 R channels of a key are rotated."""
 
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
 
 
 class KVRows(NamedTuple):
-    """One layer's keys, rotated, and values, heads before tokens as the cache keeps them."""
+    """One layer's rotated keys and values, heads before tokens as in the cache."""
 
     keys: Float[Array, "B KV T hd"]
     values: Float[Array, "B KV T hd"]
 
 
 class Settings(NamedTuple):
-    """What is static of a layer.
+    """Static settings of a layer.
 
     Attributes:
       eps: added to the mean square (or variance) of a state before the root.
-      norm: kind of the norm in front of the projection.
+      norm: kind of the norm before the projection.
       unit_offset: whether its gain is ``1 + scale``.
-      key_eps, key_unit_offset: the same of the key norm.
-      interleaved: whether rotary channels pair with their neighbours, not the first half with the second.
+      key_eps, key_unit_offset: the same for the key norm.
+      interleaved: whether rotary channels pair with their neighbours, instead of the first half with the second.
     """
 
     eps: float
@@ -70,7 +70,7 @@ class Settings(NamedTuple):
 def projected(
     x: Float[Array, "B T D"], norm: InputNorm, projection: Projection, settings: Settings
 ) -> Float[Array, "B T KV 2 hd"]:
-    """Normed states times the kernel, bias aside, in x's dtype: float32 states are multiplied without TF32."""
+    """Normed states times the kernel, without bias, in x's dtype; float32 products do not use TF32."""
     if settings.norm != "none":
         y = normalise(x, settings.norm, settings.eps)
         if norm.scale is not None:
@@ -91,7 +91,7 @@ def kv_fill(
     *,
     settings: Settings,
 ) -> KVRows:
-    """`out` with the rows of the tokens to fill replaced by the layer's keys and values of `x`."""
+    """`out` with the keys and values of the tokens in `fill` replaced by the layer's projections of `x`."""
     both = projected(x, norm, projection, settings)
     if projection.bias is not None:
         both = both + projection.bias[None, None].astype(both.dtype)

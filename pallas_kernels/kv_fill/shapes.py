@@ -1,4 +1,4 @@
-"""Sizes that the kernel of the cache fill can take."""
+"""Sizes that the cache fill kernel supports."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pallas_kernels.exit_step.shapes import DTYPES, MAX_ELEMENTS, power_of_two
 from pallas_kernels.kv_fill.reference import KVRows, Projection, Rotary
 
 MAX_ROW = 1 << 14
-"""Numbers of a token's keys, heads and channels up to powers of two: as many as one program's registers hold."""
+"""Most key numbers per token, heads and channels rounded up to powers of two, that one program's registers hold."""
 
 
 def misfit(x: Float[Array, "B T D"], projection: Projection, rotary: Rotary | None, out: KVRows) -> str | None:
-    """Why the kernel can't take these arguments; None where it can."""
+    """Reason why the kernel can't take these arguments; None if it can."""
     heads, parts, channels, _ = projection.kernel.shape
     tokens = x.shape[0] * x.shape[1]
     if parts != 2 or out.keys.shape != (x.shape[0], heads, x.shape[1], channels) or out.values.shape != out.keys.shape:

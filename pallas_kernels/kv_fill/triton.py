@@ -23,17 +23,17 @@ def kv_fill(
     *,
     settings: Settings,
 ) -> KVRows:
-    """The reference's result within rounding.
+    """Same result as the reference within rounding.
 
-    Rows of tokens that are not filled are copied: an output that takes an input's place is called differently in each
-    release of jax_triton.
+    Tokens that are not filled are copied, because each release of jax_triton has a different interface for outputs that
+    alias inputs.
     """
     heads, _, channels, _ = projection.kernel.shape
     half = 0 if rotary is None else rotary.cos.shape[-1]
     rest, height = channels - 2 * half, power_of_two(heads)
     step, second = (2, 1) if settings.interleaved else (1, half)
     both = projected(x, norm, projection, settings)
-    # A parameter that is missing needs a pointer all the same; nothing is read there.
+    # A missing parameter still needs a pointer; the kernel never reads it.
     tables = (both, both) if rotary is None else (rotary.cos, rotary.sin)
     learned = tuple(both if a is None else a for a in (projection.bias, projection.key_norm))
     constants = {"T": x.shape[1], "KV": heads, "H": height, "HD": channels, "BLOCK": power_of_two(channels)}
@@ -94,7 +94,7 @@ def _kernel(
 
 @triton.jit
 def _read(source, bias, at, there, BIAS: tl.constexpr):
-    """Biased keys or values as the model rounds them, in float32."""
+    """Keys or values plus bias, rounded as the model rounds them, in float32."""
     y = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
     if BIAS:
         y += tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
@@ -104,6 +104,6 @@ def _read(source, bias, at, there, BIAS: tl.constexpr):
 
 @triton.jit
 def _scaled(y, factor, gain, at, there, OFFSET: tl.constexpr, like):
-    """Normed, with the gain, and rounded as the model does."""
+    """Applies the key norm and its gain, and rounds as the model does."""
     y = y * factor * (OFFSET + tl.load(gain + at, mask=there, other=0.0).to(tl.float32))
     return y.to(like.dtype.element_ty).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Products of a few rows with stored weights: what a decode step spends its time on."""
+"""Products of a few rows with stored weights, where a decode step spends its time."""
 
 from pallas_kernels.weight_product.api import (
     IMPLEMENTATIONS,

@@ -16,11 +16,11 @@ from pallas_kernels.weight_product import reference
 from pallas_kernels.weight_product.reference import Product
 
 logger = logging.getLogger(__name__)
-_OFF = jax.make_user_context(default_value=False)  # programs traced inside and outside are kept apart
+_OFF = jax.make_user_context(default_value=False)  # part of jit's cache key: programs traced with and without it differ
 IMPLEMENTATIONS = Choices("weight_product", ("reference", "llvm"), ())
-"""Plain JAX; a kernel for CPUs that LLVM compiles for the machine at hand."""
+"""Plain JAX; a CPU kernel that LLVM compiles for the current machine."""
 MOST_ROWS = 16
-"""Rows that the kernel for CPUs takes: XLA's product of matrices is faster from there on."""
+"""Most rows that the CPU kernel takes; for more, XLA's matrix product is faster."""
 
 
 def weight_product(
@@ -30,20 +30,19 @@ def weight_product(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R N"]:
-    """Multiplies a few rows by weights in the order in which checkpoints store them, an output a row.
+    """Multiplies a few rows by weights in the order of checkpoints, one row per output.
 
     Args:
-      x: the rows. The kernel for CPUs takes float32, and at most `MOST_ROWS`.
-      weights: of x's dtype, or 8-bit integers.
-      scale: float32 factor of each output; 8-bit weights need it.
-      implementation: a name from `IMPLEMENTATIONS`; None takes the reference.
+      x: the rows. The CPU kernel takes float32 and at most `MOST_ROWS`.
+      weights: in x's dtype, or 8-bit integers.
+      scale: float32 factor of each output; required for 8-bit weights.
+      implementation: a name from `IMPLEMENTATIONS`; None chooses the reference.
 
     Returns:
-      ``out[r, n] = scale[n] * sum_k x[r, k] weights[n, k]``. With "llvm" a row has the same bits whatever rows stand
-      beside it.
+      ``out[r, n] = scale[n] * sum_k x[r, k] weights[n, k]``. With "llvm", a row's bits do not depend on the other rows.
 
     Raises:
-      ValueError: the implementation that was named can't run here, or the arguments do not fit, with the reason.
+      ValueError: the named implementation can't run here, or the arguments do not fit; the message has the reason.
     """
     return weight_products(x, ((weights, scale),), implementation=implementation)[0]
 
@@ -51,8 +50,10 @@ def weight_product(
 def weight_products(
     x: Float[Array, "R K"], products: Sequence[Product], *, implementation: str | None = None
 ) -> tuple[Float[Array, "R N"], ...]:
-    """Several products of the same rows, such as queries, keys and values: one call on a CPU, where a call costs
-    microseconds. Each product is a pair of weights and scale; see `weight_product`."""
+    """Several products of the same rows, such as queries, keys and values, in one call.
+
+    On a CPU each call costs microseconds. Each product is a pair of weights and scale; see `weight_product`.
+    """
     for weights, scale in products:
         if (weights.dtype == jnp.int8) != (scale is not None):
             raise ValueError(
@@ -67,7 +68,7 @@ def weight_products(
 
 
 def pays(x: Float[Array, "R K"], products: Sequence[Product]) -> bool:
-    """Whether "llvm" takes these arguments here. Where it is the machine that stands in the way, a log line says so."""
+    """Whether "llvm" can run these arguments here; logs the reason once if the machine prevents it."""
     if platform() != "cpu" or _unlike(x, products) is not None or _OFF.value:
         return False
     reason = IMPLEMENTATIONS.refusal("llvm") or _unavailable()
@@ -77,19 +78,19 @@ def pays(x: Float[Array, "R K"], products: Sequence[Product]) -> bool:
 
 
 def turned_off() -> contextlib.AbstractContextManager[None]:
-    """Inside, `pays` is False: for programs that are compared with XLA's own products."""
+    """Context in which `pays` is False, for programs that are compared with XLA's own products."""
     return _OFF(True)
 
 
 def misfit(x: Float[Array, "R K"], products: Sequence[Product]) -> str | None:
-    """Why the kernel for CPUs can't run these arguments here; None where it can."""
+    """Reason why the CPU kernel can't run these arguments here; None if it can."""
     if platform() != "cpu":
         return f"weight_product: 'llvm' runs on a CPU, this process computes on a {platform()}"
     return _unlike(x, products) or _unavailable()
 
 
 def _unlike(x: Float[Array, "R K"], products: Sequence[Product]) -> str | None:
-    """What about the arguments the kernel for CPUs does not take."""
+    """Reason why the CPU kernel does not take the arguments, on any machine; None if it does."""
     for weights, _ in products:
         if x.dtype != jnp.float32 or weights.dtype not in (jnp.float32, jnp.int8):
             return f"weight_product: 'llvm' multiplies float32 by float32 or int8, got {x.dtype} and {weights.dtype}"

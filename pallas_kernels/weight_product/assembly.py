@@ -1,8 +1,8 @@
-"""The product's kernel in LLVM's intermediate representation, written out for one kind of CPU.
+"""The product's kernel in LLVM's intermediate representation, generated for one kind of CPU.
 
-A tile multiplies some rows of x by some rows of weights. It keeps one or two vectors of partial sums for each pair:
-with two, lane l of the first adds the products ``l, l + 2 lanes, l + 4 lanes...``, the second those between. The order
-of additions does not depend on the tile, so a row has the same bits whatever rows stand beside it.
+A tile multiplies some rows of x by some rows of weights. It keeps one or two vectors of partial sums for each pair.
+With two, lane l of the first vector adds the products ``l, l + 2 lanes, l + 4 lanes...``, and the second vector adds
+those in between. The order of additions does not depend on the tile, so a row's bits do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import NamedTuple
 from pallas_kernels.weight_product.handler import handler
 
 WEIGHTS = {"f32": ("float", 4), "s8": ("i8", 1)}
-"""LLVM's type and the bytes of a stored weight."""
+"""LLVM type and number of bytes of a stored weight."""
 
 
 class Tile(NamedTuple):
-    """Rows of x, and outputs (rows of weights), that a tile takes at once."""
+    """Rows of x and outputs (rows of weights) that a tile processes at once."""
 
     rows: int
     outputs: int
 
 
 class Shape(NamedTuple):
-    """What a CPU's registers hold.
+    """Tile sizes that fit into a CPU's registers.
 
     Attributes:
       lanes: float32 numbers in a vector.
       sums: vectors of partial sums for a row and an output.
-      tiles: by falling rows; the last has one.
-      pause: the instruction by which a waiting thread makes room, empty where there is none.
+      tiles: sorted by descending rows; the last has one row.
+      pause: the instruction with which a waiting thread yields the core's resources; empty if there is none.
     """
 
     lanes: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 
 def module(shape: Shape) -> str:
-    """The whole program as text."""
+    """The text of the whole program."""
     singles = {Tile(tile.rows, 1) for tile in shape.tiles}
     tiles = [_tile(shape, tile, weights) for weights in WEIGHTS for tile in sorted({*shape.tiles, *singles})]
     pieces = [_piece(weights, shape.tiles) for weights in WEIGHTS]
@@ -60,7 +60,10 @@ declare i32 @sched_yield()
 
 
 def _tile(shape: Shape, tile: Tile, weights: str) -> str:
-    """Outputs `first` to `last`, a multiple of the tile's: ``out[r, n] = scale[n] * sum_k x[r, k] w[n, k]``."""
+    """Code for outputs `first` to `last`, a multiple of the tile's outputs.
+
+    It computes ``out[r, n] = scale[n] * sum_k x[r, k] w[n, k]``.
+    """
     lanes, halves = shape.lanes, range(shape.sums)
     vector, (stored, _) = f"<{lanes} x float>", WEIGHTS[weights]
     step = shape.sums * lanes
@@ -88,7 +91,7 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
         f"  %following = getelementptr {stored}, ptr %w, i64 %offset.following",
         "  %some = icmp ugt i64 %end, 0",
         "  br i1 %some, label %inner, label %rest",
-        # Whole steps.
+        # Main loop over whole steps of the depth.
         "inner:",
         "  %k = phi i64 [ 0, %output ], [ %k.next, %inner ]",
     ]
@@ -101,7 +104,7 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
         f"  %k.next = add i64 %k, {step}",
         "  %more = icmp ult i64 %k.next, %end",
         "  br i1 %more, label %inner, label %rest",
-        # What is left of the depth: vectors whose other lanes are zero.
+        # The rest of the depth, in masked vectors whose other lanes are zero.
         "rest:",
     ]
     lines += [f"  %u{s} = phi {vector} [ zeroinitializer, %output ], [ %t{s}, %inner ]" for s in sums]
@@ -153,14 +156,14 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
 
 
 LINE = 64
-"""Bytes that a core fetches at once."""
+"""Bytes in a cache line."""
 
 
 def _prefetch(tile: Tile, weights: str, step: int) -> list[str]:
-    """Asks for the next tile's weights, in the order in which they lie in memory.
+    """Prefetches the next tile's weights, in memory order.
 
-    Several rows read side by side are more streams than the hardware follows: without this two rows at once are read at
-    half the speed of one.
+    Reading several rows in parallel makes more streams than the hardware prefetcher follows. Without this, two rows are
+    read at half the speed of one.
     """
     stored, size = WEIGHTS[weights]
     if tile.outputs == 1:
@@ -179,7 +182,7 @@ def _prefetch(tile: Tile, weights: str, step: int) -> list[str]:
 def _multiply_add(
     lanes: int, tile: Tile, weights: str, k: str, mask: str | None, prefix: str, half: int, old: str, new: str
 ) -> list[str]:
-    """Adds the products of one vector of the depth to every pair's partial sums."""
+    """Code that adds the products of one vector along the depth to every pair's partial sums."""
     lines = []
     vector = f"<{lanes} x float>"
     for b in range(tile.outputs):
@@ -195,7 +198,7 @@ def _multiply_add(
 
 
 def _weights(lanes: int, weights: str, name: str, row: str, k: str, mask: str | None) -> list[str]:
-    """Loads a vector of weights as float32."""
+    """Code that loads a vector of weights as float32."""
     stored, _ = WEIGHTS[weights]
     loaded = name if weights == "f32" else f"{name}.i8"
     lines = [
@@ -211,7 +214,7 @@ def _weights(lanes: int, weights: str, name: str, row: str, k: str, mask: str | 
 
 
 def _row(lanes: int, r: int, name: str, k: str, mask: str | None) -> list[str]:
-    """Loads a vector of row `r` of x."""
+    """Code that loads a vector of row `r` of x."""
     return [
         f"  {name}.r = mul i64 %depth, {r}",
         f"  {name}.k = add i64 {name}.r, {k}",
@@ -232,7 +235,7 @@ def _load(lanes: int, name: str, pointer: str, kind: str, mask: str | None) -> s
 
 
 def _tree(lanes: int, cell: str, source: str) -> list[str]:
-    """Adds a vector's lanes: halves onto halves, always in this order."""
+    """Code that adds a vector's lanes: one half to the other, always in this order."""
     lines = []
     while lanes > 1:
         half = lanes // 2
@@ -249,9 +252,9 @@ def _tree(lanes: int, cell: str, source: str) -> list[str]:
 
 
 def _piece(weights: str, tiles: tuple[Tile, ...]) -> str:
-    """Outputs `first` to `last` of any number of rows: blocks of the most rows that fit, one after the other.
+    """Code for outputs `first` to `last` of any number of rows, in blocks of the most rows that fit.
 
-    The weights of a piece stay in the cache of the core, so that a second block of rows reads them from there.
+    The weights of a piece stay in the core's cache, from which a second block of rows reads them.
     """
     lines = [
         f"define internal void @piece_{weights}(ptr %x, ptr %w, ptr %scale, ptr %out, i64 %rows, i64 %depth, "

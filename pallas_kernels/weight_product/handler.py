@@ -1,22 +1,23 @@
 """The XLA handler around the product's tiles, in LLVM's intermediate representation.
 
 XLA calls it through its typed foreign function interface (xla/ffi/api/c_api.h, version 0). The offsets below are those
-of that header's structures on a 64-bit machine; a test compares them with the header that jaxlib brings.
+of that header's structures on a 64-bit machine; a test compares them with the header in jaxlib.
 
-Threads are XLA's own: the handler asks its thread pool to help and works itself until no piece is left. It waits only
-for pieces that another thread has begun, so it ends whatever the pool does. The last thread frees what they share.
+The threads are XLA's own. The handler asks XLA's thread pool for help and works itself until no piece is left. It waits
+only for pieces that another thread has begun, so it ends whatever the pool does. The last thread frees the shared
+memory.
 """
 
 from __future__ import annotations
 
 PIECE_BYTES = 48 * 1024
-"""Bytes of weights that a thread takes at once."""
+"""Bytes of weights that a thread processes at once."""
 MOST_THREADS = 64
-"""Threads that one call shares its work among."""
+"""Most threads that share one call's work."""
 PIECE_OUTPUTS = 12
-"""A piece has a multiple of so many outputs: tiles of 2, 3 and 4 fit."""
+"""The outputs of a piece are a multiple of this, so that tiles of 2, 3 and 4 fit."""
 ALONE_BYTES = 96 * 1024
-"""Products that read no more than this stay on one thread: another would come too late."""
+"""Products that read at most this many bytes run on one thread: a second one would start too late."""
 
 # xla/ffi/api/c_api.h: XLA_FFI_CallFrame, XLA_FFI_Args, XLA_FFI_Rets
 FRAME = {"extension": 8, "api": 16, "context": 24, "arguments": 72, "results_count": 96, "results": 112}
@@ -28,12 +29,12 @@ S8 = 2  # XLA_FFI_DataType_S8
 
 
 def handler(pause: str) -> str:
-    """The handler's text. `pause`: see `assembly.Shape`."""
+    """The handler's text; for `pause` see `assembly.Shape`."""
     return "\n".join([_WORK, _SHARE, _METADATA, _BODY.replace("{pause}", pause)])
 
 
 def _field(name: str, base: str, offset: int, kind: str = "ptr") -> str:
-    """Loads one field of a structure."""
+    """Code that loads one field of a structure."""
     return f"  %{name}.at = getelementptr i8, ptr {base}, i64 {offset}\n  %{name} = load {kind}, ptr %{name}.at"
 
 
@@ -56,7 +57,7 @@ _PRODUCT_BYTES, _SHARED_BYTES, _RANGE_BYTES = 64, 72, 64
 
 
 def _at(name: str, prefix: str = "") -> str:
-    """The address of what threads share."""
+    """Code for the address of a field that threads share."""
     return f"  %{prefix}{name}.at = getelementptr %work, ptr %work, i32 0, i32 {list(_SHARED).index(name)}"
 
 
@@ -65,7 +66,10 @@ def _loaded(*names: str) -> str:
 
 
 def _stored() -> str:
-    """Fills in what the threads share: no piece is begun, and one thread holds it. Products and ranges are apart."""
+    """Code that initialises the shared fields: no piece is begun, and one thread holds the memory.
+
+    Products and ranges are written elsewhere.
+    """
     values = {"arrived": "0", "finished": "0", "holders": "1"}
     return "\n".join(
         f"{_at(name, 'work.')}\n  store {kind} {values.get(name, f'%{name}')}, ptr %work.{name}.at"
@@ -75,7 +79,7 @@ def _stored() -> str:
 
 
 def _of_product(name: str, prefix: str = "") -> str:
-    """The address of a field of product number ``%product``."""
+    """Code for the address of a field of product number ``%product``."""
     return (
         f"  %{prefix}{name}.at = getelementptr %work, ptr %work, i32 0, i32 {list(_SHARED).index('products')}, "
         f"i64 %product, i32 {list(_PRODUCT).index(name)}"

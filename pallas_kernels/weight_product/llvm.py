@@ -1,4 +1,4 @@
-"""The product on a CPU: compiled for the machine at hand by LLVM (llvmlite), and called by XLA."""
+"""The product on a CPU: LLVM (llvmlite) compiles it for the current machine, and XLA calls it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PAUSE = {"x86_64": "call void @llvm.x86.sse2.pause()", "aarch64": "call void @l
 
 @jax.custom_jvp
 def weight_products(x: Float[Array, "R K"], products: Sequence[Product]) -> tuple[Float[Array, "R N"], ...]:
-    """See `pallas_kernels.weight_product.weight_products`. A program for another platform has the reference in it."""
+    """See `pallas_kernels.weight_product.weight_products`; programs for other platforms contain the reference."""
     none = jnp.zeros((1,), jnp.float32)
     operands = [(weights, none if scale is None else scale) for weights, scale in products]
 
@@ -51,19 +51,19 @@ def weight_products(x: Float[Array, "R K"], products: Sequence[Product]) -> tupl
 def _derivative(
     primals: tuple[Array, Sequence[Product]], tangents: tuple[Array, Any]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Weights are frozen wherever this is differentiated: the derivative is by x alone."""
+    """Derivative with respect to x only: weights are frozen wherever this is differentiated."""
     x, products = primals
     return weight_products(x, products), tuple(reference.weight_product(tangents[0], *product) for product in products)
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why the kernel can't run in this process, found out by running it once; None where it can."""
+    """Reason why the kernel can't run in this process, found by running it once; None if it can."""
     try:
         _register(_compiled().address)
-        with ThreadPoolExecutor(max_workers=1) as elsewhere:  # the caller may be tracing, a new thread is not
+        with ThreadPoolExecutor(max_workers=1) as elsewhere:  # a new thread, because the caller may be tracing
             right = elsewhere.submit(_runs_right).result()
-    except Exception as error:  # whatever LLVM, the interface or XLA object to: XLA's own product is always there
+    except Exception as error:  # whatever LLVM, the interface or XLA raise: XLA's own product is always available
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None if right else "its results are wrong on this machine"
 
@@ -76,7 +76,7 @@ def _runs_right() -> bool:
 
 
 class _Compiled:
-    """Machine code, kept alive with the objects that own it."""
+    """Machine code, kept alive together with the objects that own it."""
 
     def __init__(self, engine: Any, owners: tuple[Any, ...]) -> None:
         self.address = engine.get_function_address("weight_product")
@@ -96,6 +96,7 @@ def _compiled() -> _Compiled:
     engine = llvm.create_mcjit_compiler(parsed, machine)
     if (kept := _cache_file(f"{llvm.llvm_version_info} {cpu} {features.flatten()} {text}")) is not None:
         engine.set_object_cache(*_on_disk(kept))
+    # Optimise only if no object file is cached.
     if kept is None or not kept.is_file():
         parsed.verify()
         passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
@@ -105,7 +106,7 @@ def _compiled() -> _Compiled:
 
 
 def _shape(features: dict[str, bool], architecture: str) -> Shape:
-    """What fits into the registers: 32 of 512 bits, 16 of 256, or 16 to 32 of 128."""
+    """Tile sizes for the vector registers: 32 of 512 bits, 16 of 256, or 16 to 32 of 128."""
     pause = _PAUSE.get(architecture, "")
     if features.get("avx512f"):
         return Shape(16, 1, (Tile(8, 3), Tile(4, 4), Tile(2, 1), Tile(1, 1)), pause)
@@ -113,7 +114,7 @@ def _shape(features: dict[str, bool], architecture: str) -> Shape:
 
 
 def _cache_file(key: str) -> Path | None:
-    """Where the machine code is kept: beside XLA's compiled programs, where the user has those kept."""
+    """File for the machine code, next to XLA's compilation cache; None if the user has no such cache."""
     directory = jax.config.jax_compilation_cache_dir
     if directory is None:
         return None
@@ -121,7 +122,7 @@ def _cache_file(key: str) -> Path | None:
 
 
 def _on_disk(path: Path) -> tuple[Any, Any]:
-    """Hooks that LLVM calls to store and to fetch an object file. A file that can't be written is not missed."""
+    """Hooks with which LLVM stores and fetches an object file; a failed write is only logged."""
 
     def store(_: Any, code: bytes) -> None:
         partial = path.with_suffix(f".{id(code):x}.partial")

@@ -1,4 +1,4 @@
-"""``tide-jax calibrate``."""
+"""The command ``tide-jax calibrate``, which trains routers for a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tide_jax.risk.promise import Promise
 
 NOTHING_PROMISED = 1
-"""Exit code where routers were written, and no threshold qualified for the promise that was asked for."""
+"""Exit code if routers were written but no threshold qualified for the requested promise."""
 
 
 def add_command(subparsers: Any) -> None:
@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     import tide_jax
     from tide_jax.risk.promise import refusal, with_guarantee
 
+    # Check everything that can fail early before the model is loaded.
     config, promise, mesh = _config(args), _promise(args), _mesh(args.devices)
     _check_writable(args.output)
     tokenizer = tide_jax.load_tokenizer(args.source)
@@ -112,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
         options = {"source": args.text, "progress": progress, "work_dir": args.work_dir, "mesh": mesh}
         routers = tide_jax.calibrate(model, tokenizer, texts, config, **options)
         routers.save(args.output)
-        if promise is not None:  # for what the file holds, which is there already should this be interrupted
+        if promise is not None:  # tests the routers as stored; an interrupt here keeps the file written above
             routers = tide_jax.Routers.load(args.output, model=model)
             routers = with_guarantee(model, routers, aside, promise, config, progress=progress)
             routers.save(args.output)
@@ -137,7 +138,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     model = load_config(args.source)
     check_ranks(config, model.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.context_length))
-    if args.min_layers is None:  # the default is not to be above a shallow model's depth; a wish is taken at its word
+    if args.min_layers is None:  # only the default is capped to a shallow model's depth
         config = dataclasses.replace(config, min_layers=min(config.min_layers, model.num_layers))
     return config
 
@@ -168,8 +169,10 @@ _Read = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample
 
 
 def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None) -> _Read:
-    """A function of the model and a progress callback that gives the texts for routers and those set aside. Whether
-    there are enough, and can be asked for, is found out here, before a model is loaded."""
+    """A function of the model and a progress callback; it returns the texts for routers and those set aside.
+
+    Checks before any model is loaded that there are enough texts, and that the chat template can ask for them.
+    """
     from tide_jax.calibration.collect import tokenise
     from tide_jax.model.files.checkpoint import load_config
     from tide_jax.risk.promise import set_aside
@@ -185,7 +188,9 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
         split = set_aside(samples, promise, seed=config.seed)
         return lambda model, progress: split
     if promise is not None:
+        # Only a check: raises if there are too few texts for the promise.
         promise.count(config.calibration_samples)
+    # Only a check: raises if the chat template cannot ask a question.
     next(own_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
 
     def write(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
@@ -215,7 +220,7 @@ def _summary(args: argparse.Namespace, routers: Routers, num_layers: int, size: 
 
 
 def calibration_summary(routers: Routers, num_layers: int) -> str:
-    """The report of a calibration as text tables."""
+    """A calibration's report as text tables."""
     report = routers.report
     counts = report["counts"]
     lines = [
@@ -239,7 +244,7 @@ def calibration_summary(routers: Routers, num_layers: int) -> str:
 
 
 def _check_writable(path: Path) -> None:
-    """Finds out before the work, not after it."""
+    """Checks that the output can be written, before the work instead of after it."""
     check_destination(path)
     try:
         with temporary_file(path.parent, path.name):

@@ -1,4 +1,4 @@
-"""What every command line of the project does alike: one line and an exit code for whatever goes wrong."""
+"""The common behaviour of all commands of the project: any failure gives one line and an exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, leave_interrupted
 from tide_jax.cli.standard_streams import drop, prepare_streams, say
 from tide_jax.errors import TideError, out_of_memory
 
-BAD_INPUT, BROKEN_PIPE = 2, 141  # the latter as of a program that the signal ends
+BAD_INPUT, BROKEN_PIPE = 2, 141  # 141 as for a program that SIGPIPE ends
 _FLAGS = {
     "calibration_samples": "samples",
     "exit_threshold": "threshold",
@@ -27,11 +27,11 @@ _FLAGS = {
     "router_bottleneck_dim": "bottleneck",
 }
 _PLACES = ("source", "destination")
-"""Arguments that have a place, not a flag."""
+"""Positional arguments, which have no flag."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; its subparsers are of this class too."""
+    """An argument parser that reports errors in one line; its subparsers have the same class."""
 
     def error(self, message: str) -> NoReturn:
         """Raises TideError."""
@@ -39,13 +39,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Sequence[str] | None) -> int:
-    """Parses the arguments, which carry ``run(args) -> exit code``, and runs; returns the exit code.
+    """Parses the arguments, calls their ``run(args)`` and returns its exit code.
 
-    The arguments may also carry ``modules``, names of slow modules that `run` needs: they are imported while Ctrl-C
-    still ends the process at once. Commands find in ``args.as_program`` whether the process is theirs, and with it
-    JAX's configuration.
+    A parser may also set ``modules``, the names of slow modules that `run` needs. They are imported first, while Ctrl-C
+    still ends the process at once. ``args.as_program`` tells commands whether they own the process, and with it JAX's
+    configuration.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # otherwise it reports a missing torch on standard error
     args = argparse.Namespace(as_program=arguments is None)
     try:
         return _run(make_parser, arguments, args)
@@ -86,7 +86,7 @@ def _run(
 def model_command(
     subparsers: Any, name: str, summary: str, examples: str, run: Callable[..., int], *, modules: Sequence[str]
 ) -> Any:
-    """Adds a command about a model, with ``--json``; returns its parser. `modules`: see `execute`."""
+    """Adds a command for a model, with ``--json``, and returns its parser; for `modules` see `execute`."""
     parser = subparsers.add_parser(
         name,
         help=summary,
@@ -105,23 +105,26 @@ def model_command(
 
 
 def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
-    """Prints a result: the facts with ``--json``, the text without."""
+    """Prints a result: with ``--json`` the facts, otherwise the text."""
     print(json.dumps(facts, indent=2) if args.json else text)
 
 
 def show_piece(text: str) -> None:
-    """Prints a part of a result at once, as it is."""
+    """Prints a part of a result immediately and unchanged."""
     print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
-    """Prints beside the result, to standard error."""
+    """Prints information about the result to standard error."""
     say(text)
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs on disk for the next run, in ``$XDG_CACHE_HOME/tide_jax`` (``~/.cache/tide_jax``), unless
-    the user has told JAX where to keep them (JAX_COMPILATION_CACHE_DIR)."""
+    """Caches compiled programs on disk for later runs.
+
+    The folder is ``$XDG_CACHE_HOME/tide_jax`` (``~/.cache/tide_jax``), unless the user set JAX's own
+    (JAX_COMPILATION_CACHE_DIR).
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is not None:
@@ -133,8 +136,11 @@ def keep_programs() -> None:
 
 
 def _replace_damaged_programs(folder: Path) -> None:
-    """Deletes what JAX warns of that it can't be read. JAX compiles then, but never writes over a file that is there:
-    without this each run would compile again, and warn."""
+    """Deletes cached programs that JAX warns it cannot read.
+
+    JAX compiles such a program but never overwrites an existing file. Without this, each run would compile and warn
+    again.
+    """
     show = warnings.showwarning
 
     def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
@@ -142,24 +148,26 @@ def _replace_damaged_programs(folder: Path) -> None:
         if found is None:
             show(message, *arguments, **options)
             return
-        for file in folder.glob(f"{found[1]}-*"):  # others of this name are only compiled once more
+        for file in folder.glob(f"{found[1]}-*"):  # other programs of this name are merely compiled again
             with contextlib.suppress(OSError):
                 file.unlink()
 
-    warnings.simplefilter("always", UserWarning)  # the second damaged program may have the same name
+    warnings.simplefilter("always", UserWarning)  # report repeats too: a second damaged program may have the same name
     warnings.showwarning = replace
 
 
 def seed(text: str) -> int:
-    """An argument that seeds a random generator: what JAX and numpy both take."""
+    """An argument that seeds a random generator, in the range that both JAX and numpy accept."""
     if not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
     return int(text)
 
 
 def _with_flags(message: str, args: argparse.Namespace) -> str:
-    """A library's message with the command's option in place of the parameter's name: ``min_layers=9`` becomes
-    ``--min-layers 9``."""
+    """Replaces parameter names in a library's message by the command's options.
+
+    ``min_layers=9`` becomes ``--min-layers 9``.
+    """
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
@@ -172,7 +180,7 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
 
 def _import_for_work(modules: Sequence[str]) -> None:
     for name in modules:
-        with contextlib.suppress(ImportError):  # the command says what is missing, and what to do
+        with contextlib.suppress(ImportError):  # the command itself reports what is missing and what to do
             importlib.import_module(name)
     if (interrupts := Interrupts.installed()) is not None:
         interrupts.begin_work()
@@ -184,7 +192,7 @@ def _end_work() -> None:
 
 
 def _was_interrupted() -> bool:
-    """Whether Ctrl-C was pressed: libraries make other exceptions of it."""
+    """Whether Ctrl-C was pressed; libraries may turn KeyboardInterrupt into other exceptions."""
     interrupts = Interrupts.installed()
     return interrupts is not None and interrupts.came
 

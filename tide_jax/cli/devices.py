@@ -1,4 +1,4 @@
-"""Options of commands that run on several devices, and on several machines."""
+"""Options of commands that run on several devices or machines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 _WHERE = ("coordinator", "processes", "process_id")
-"""Options that say where a process stands among others."""
+"""Options that place a process among the others."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def open_mesh(args: argparse.Namespace) -> Mesh | None:
-    """Joins the other processes, if there are any, and gives the mesh asked for.
+    """Joins the other processes, if there are any, and returns the requested mesh.
 
-    To be called before anything else touches a device.
+    Call this before anything else uses a device.
 
     Raises:
-      TideError: options that do not go together, no other process found, or a mesh that can't be had.
+      TideError: options that do not go together, no other process found, or a mesh that cannot be built.
     """
     given = [name for name in _WHERE if getattr(args, name) is not None]
     if given and not args.distributed:
@@ -59,13 +59,13 @@ def first_process() -> bool:
 
 
 class Silent:
-    """In place of a streamer, in processes that do not print."""
+    """Replaces the streamer in processes that do not print."""
 
     def put(self, tokens: Any) -> None:
-        """Takes tokens."""
+        """Ignores tokens."""
 
     def end(self) -> None:
-        """Nothing is left to print."""
+        """Does nothing."""
 
 
 def _join(args: argparse.Namespace) -> None:

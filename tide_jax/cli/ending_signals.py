@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP in the project's commands: they clean up as after Ctrl-C, and end with the signal's exit code."""
+"""SIGTERM and SIGHUP in the project's commands: clean up as for Ctrl-C, then exit with the signal's code."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 from tide_jax.cli.interrupts import leave
 
-_NAMES = ("SIGTERM", "SIGHUP")  # docker stop, kill, batch systems; a terminal that is closed
+_NAMES = ("SIGTERM", "SIGHUP")  # SIGTERM: docker stop, kill, batch systems; SIGHUP: a closed terminal
 
 
 class Ended(KeyboardInterrupt):
-    """The process was asked to end. Whatever cleans up after an interrupt cleans up after it."""
+    """A signal asked the process to end; a KeyboardInterrupt, so code that cleans up after one handles it."""
 
 
 def until_ended(run: Callable[[], int], *, as_program: bool) -> int:
-    """Runs a command; returns its exit code, or 128 and the signal's number where one ended it.
+    """Runs a command; returns its exit code, or 128 plus the number of the signal that ended it.
 
     Args:
-      as_program: the process is the command's: it ends here after a signal, without the interpreter's shutdown, which
-        would take XLA's client from under its compiler's threads.
+      as_program: the process belongs to the command. After a signal it ends here, without the interpreter's shutdown,
+        which would destroy XLA's client while its compiler's threads still use it.
     """
     came = list[int]()
     try:
         with _raising(came):
             return run()
-    except BaseException:  # libraries make other exceptions of it
+    except BaseException:  # libraries may turn it into other exceptions
         if not came:
             raise
     with contextlib.suppress(OSError):
@@ -43,9 +43,9 @@ def until_ended(run: Callable[[], int], *, as_program: bool) -> int:
 
 @contextlib.contextmanager
 def _raising(came: list[int]) -> Iterator[None]:
-    """Has signals raise `Ended` once, and end the process at once if they come again. Ignored ones (nohup) stay so."""
+    """Makes the first signal raise `Ended` and a second one end the process; ignored signals (nohup) stay ignored."""
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # others can't take signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         numbers = []
     numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 

@@ -1,4 +1,4 @@
-"""``tide-jax generate``."""
+"""The command ``tide-jax generate``, which continues prompts."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
     import tide_jax
     from tide_jax.tokenizer.chat import prompt_ids
 
+    # Check everything that can fail early before the model is loaded.
     monitor, mesh = _checked(args), open_mesh(args)
     if args.as_program:
         keep_programs()
@@ -130,7 +131,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _checked(args: argparse.Namespace) -> DriftMonitor | None:
-    """Finds out before the model is loaded."""
+    """Checks the options before the model is loaded; returns the drift monitor for `--audit`."""
     import tide_jax
 
     if not all(args.prompt):
@@ -155,7 +156,7 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
 
 
 def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited: bool) -> tuple[TIDE, str | None]:
-    """The engine, and what is promised for it; None where nothing exits."""
+    """The engine, and its promise as text; None if no token can exit."""
     import tide_jax
     from tide_jax.risk.promise import exit_settings
 
@@ -164,5 +165,5 @@ def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited:
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
     config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
     if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
-        config = dataclasses.replace(config, guarantee=None)  # a monitor watches nothing but disagreement
+        config = dataclasses.replace(config, guarantee=None)  # a monitor only watches disagreement
     return tide_jax.TIDE(model, routers, config, mesh=mesh), promise if args.mode in (None, "exit") else None

@@ -1,4 +1,4 @@
-"""What a model is, without loading its weights: for ``tide-jax inspect``."""
+"""Describes a model without loading its weights, for ``tide-jax inspect``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from tide_jax.model.rounding import kept_as_floats, tensor_bytes
 from tide_jax.risk.promise import refusal
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
-_LOOKED_UP = ("embed.", "positions.", "added.")  # a token reads a row of these tables
+_LOOKED_UP = ("embed.", "positions.", "added.")  # a token reads one row of each of these tables
 _EXPERT_HEADS = (".attention.q", ".attention.out")
 
 
 def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
     """Facts about a model as JSON-ready values: configuration, checkpoints, parameter and router bytes.
 
-    "bytes_read" are the weights that a token reads at full depth: of all layers, the chosen experts of each, and of the
-    head, by what they are kept as. "stored" says what a converted directory keeps; it is None for other sources.
+    "bytes_read" counts the weights that a token reads at full depth, in their stored format: those of all layers, of
+    each only the chosen experts, and those of the head. "stored" is the precision of a converted directory; None for
+    other sources.
 
     Raises:
-      TideError: nothing loadable is there, or `interval` or `bottleneck` is below 1.
+      TideError: the source cannot be loaded, or `interval` or `bottleneck` is below 1.
     """
     CalibrationConfig(checkpoint_interval=interval, router_bottleneck_dim=bottleneck)
     config = load_config(source)
@@ -55,7 +56,7 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
 
 
 def bytes_read(config: DecoderConfig) -> dict[str, int]:
-    """Bytes of weights that a token reads at full depth, by dtype, and with 8-bit weights by the dtype of the rest."""
+    """Bytes of weights that a token reads at full depth, by dtype, without and with 8-bit weights."""
     shapes, axes = abstract_stored(config), rounded_axes(config)
     read = {path: shape for path, shape in shapes.items() if not path.startswith(_LOOKED_UP)}
     if config.tie_embeddings:
@@ -67,7 +68,7 @@ def bytes_read(config: DecoderConfig) -> dict[str, int]:
 
 
 def _met(config: DecoderConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """What a token meets of a parameter: of stacked experts, those that it chooses."""
+    """Shape of the part of a parameter that a token reads: of stacked experts, only the chosen ones."""
     moe = config.moe if ".experts." in path else config.attention_experts if path.endswith(_EXPERT_HEADS) else None
     return shape if moe is None else (moe.experts_per_token, *shape[1:])
 
@@ -78,14 +79,16 @@ def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
 
 
 def translator_bytes(config: DecoderConfig, checkpoints: tuple[int, ...], rank: int) -> int:
-    """Tensor bytes that translators add to the affine heads' file: a map out of every checkpoint, and one into every
-    layer from each checkpoint that ends before the layer in front of it."""
+    """Tensor bytes that translators add to the affine heads' file.
+
+    Each checkpoint has one map out of it; each layer has one map from each checkpoint at least two layers before it.
+    """
     maps = sum(c + 1 < layer for c in checkpoints for layer in range(config.num_layers))
     return config.hidden_size * (len(checkpoints) * rank + maps * (rank + 1)) * _FLOAT16
 
 
 def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
-    """Facts about a router file, after checking that it belongs to the model. Raises TideError if it does not."""
+    """Facts about a router file. Raises TideError if it does not belong to the model."""
     path = Path(path)
     routers = Routers.load(path, model=load(source))
     metadata, exits = routers.metadata.to_dict(), routers.exit_config
@@ -104,7 +107,7 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
 
 
 def text_table(facts: dict[str, Any]) -> str:
-    """The facts as aligned lines for people."""
+    """The facts as aligned lines of text."""
     size, checkpoints = facts["bytes"], ", ".join(map(str, facts["checkpoints"])) or "none"
     heads = f"{facts['heads']} heads, {facts['kv_heads']} for keys and values"
     rows = {
@@ -132,7 +135,7 @@ def text_table(facts: dict[str, Any]) -> str:
 
 
 def _reads(facts: dict[str, Any]) -> str:
-    """The row about what a token reads: as stored, or else in float32, and what 8-bit weights would make of it."""
+    """The line about the bytes that a token reads: as stored, or in float32, and with 8-bit weights."""
     stored, sizes = facts["stored"] or "float32", facts["bytes_read"]
     now = f"{_megabytes(sizes[stored])} of weights a token at full depth, in {stored}"
     rounded = f"{stored} with int8 weights"

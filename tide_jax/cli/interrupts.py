@@ -1,7 +1,7 @@
-"""Ctrl-C in the project's commands: one line and exit code 130, whenever it comes.
+"""Ctrl-C in the project's commands: one line and exit code 130, at any time.
 
-Python's KeyboardInterrupt alone does not do: extension modules that are being imported turn it into ImportError, and
-what is raised in a destructor is printed and dropped.
+Python's KeyboardInterrupt alone is not enough. Extension modules turn it into ImportError while they are imported, and
+an exception raised in a destructor is printed and dropped.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import threading
 import time
 from typing import NoReturn
 
-INTERRUPTED = 130  # as of a program that the signal ends
+INTERRUPTED = 130  # as for a program that SIGINT ends
 
 
-_PATIENCE = 1.0  # seconds in which a second signal is taken for the first: keys bounce, shells repeat
+_PATIENCE = 1.0  # seconds in which a second signal counts as the first: keys bounce, shells repeat signals
 
 
 class Interrupts:
     """The handler of SIGINT in a process that runs one of the commands.
 
-    Until `begin_work` a signal ends the process at once: only modules are imported by then, and there is nothing to
-    clean up. From then on the first signal raises KeyboardInterrupt, again where that gets lost, and a later one ends
-    the process at once.
+    Before `begin_work`, a signal ends the process at once: only imports have run, and there is nothing to clean up.
+    After it, the first signal raises KeyboardInterrupt, again if the exception gets lost. A later signal ends the
+    process at once.
     """
 
     def __init__(self) -> None:
@@ -35,19 +35,19 @@ class Interrupts:
 
     @classmethod
     def install(cls) -> None:
-        """Takes the signal over, but where it is ignored, as under nohup."""
+        """Handles SIGINT, unless it is ignored, as under nohup."""
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, cls())
 
     @classmethod
     def installed(cls) -> Interrupts | None:
-        """The handler that `install` left, if it did."""
+        """The handler that `install` set, or None."""
         found = signal.getsignal(signal.SIGINT)
         return found if isinstance(found, cls) else None
 
     @property
     def came(self) -> bool:
-        """Whether there was a signal. Libraries may have made another exception of it."""
+        """Whether there was a signal; libraries may have turned its exception into another one."""
         return self._came is not None
 
     def __call__(self, number: int, frame: object) -> None:
@@ -60,7 +60,7 @@ class Interrupts:
             leave_interrupted()
 
     def begin_work(self) -> None:
-        """From now on there are files to clean up after an interrupt."""
+        """From now on, an interrupt must clean up files."""
         report = sys.unraisablehook
 
         def raise_again(what: sys.UnraisableHookArgs) -> None:
@@ -68,7 +68,7 @@ class Interrupts:
                 report(what)
                 return
             self._came = None
-            # Raised at once it would be raised in this function, and dropped again.
+            # Raising it now would raise it inside this hook, where it would be dropped again.
             again = threading.Timer(0.05, _thread.interrupt_main)
             again.daemon = True
             again.start()
@@ -77,7 +77,7 @@ class Interrupts:
         self._working = True
 
     def end_work(self) -> None:
-        """What a signal would interrupt from now on is the interpreter's shutdown."""
+        """From now on, a signal would only interrupt the interpreter's shutdown."""
         self._working = False
 
 
@@ -91,8 +91,8 @@ def leave_interrupted() -> NoReturn:
 def leave(code: int) -> NoReturn:
     """Ends the process without the interpreter's shutdown.
 
-    An interrupt stops waiting for XLA's compiler, but not its threads: they go on, and the shutdown takes XLA's client
-    from under them, which ends in SIGSEGV. There is no way to wait for them.
+    An interrupt ends the wait for XLA's compiler but not the compiler's threads. They continue, and the shutdown
+    destroys XLA's client while they use it, which ends in SIGSEGV. There is no way to wait for them.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
 """The command line: ``tide-jax convert | export | calibrate | eval | generate | inspect``.
 
-Each command is an argparse subparser whose arguments carry ``run(args) -> exit code``. Other packages add theirs
+Each command is an argparse subparser whose arguments carry ``run(args) -> exit code``. Other packages add commands
 through the entry point group "tide_jax.commands".
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tide_jax.cli.interrupts import Interrupts
 
-TYPE_CHECKING = False  # until `main` runs nothing is imported that takes time: Ctrl-C is not answered before
+TYPE_CHECKING = False  # no slow imports before `main`, which installs the handler of Ctrl-C
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence

@@ -11,11 +11,11 @@ from typing import Any
 def progress_bars(**options: Any) -> Iterator[Callable[[str, int, int], None]]:
     """A callback ``progress(stage, done, total)`` that draws a bar for each stage, by default only on a terminal.
 
-    Where the total is known, the bar tells the time left, from the rate since the stage's first report: what was done
-    by then (by an interrupted run, say) took no time of this one.
+    If the total is known, the bar shows the time left. The rate counts from the stage's first report, because earlier
+    work (of an interrupted run, for example) took no time in this run.
 
     Args:
-      options: tqdm's, such as ``unit="B"``, or ``disable=False`` for bars in any case.
+      options: tqdm's, such as ``unit="B"``, or ``disable=False`` to draw bars always.
     """
     from tqdm import tqdm
 

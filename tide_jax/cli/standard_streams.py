@@ -1,4 +1,4 @@
-"""Standard output and standard error of a program that somebody else started: closed, full, or of another encoding."""
+"""Standard output and error may be closed, full or of another encoding when someone else starts the program."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tide_jax.errors import TideError
 
 
 def prepare_streams() -> None:
-    """Makes the process's streams fit for text.
+    """Prepares the process's streams for text.
 
-    Characters that standard output's encoding lacks come out as question marks. A closed standard error swallows what
-    is written to it. The numbers of closed streams are taken, so that no file opened later gets a stream's number and
-    with it what libraries print.
+    Characters that standard output's encoding lacks are printed as question marks. A closed standard error discards its
+    output. The numbers of closed streams are occupied; otherwise a file opened later could get such a number, and then
+    receive what libraries print.
 
     Raises:
       TideError: standard output is closed.
@@ -23,7 +23,7 @@ def prepare_streams() -> None:
         pass
     os.close(number)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 open as long as the process lives
     if sys.stdout is None:
         raise TideError("standard output is closed: send it to a file, or to /dev/null if nobody reads it")
     if hasattr(sys.stdout, "reconfigure"):
@@ -31,15 +31,15 @@ def prepare_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Prints to standard error, if somebody can read it."""
+    """Prints to standard error, if it can be written."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # full, or its reader has gone: no reason to lose the result
+    except OSError:  # full or closed by its reader: no reason to lose the result
         drop(sys.stderr)
 
 
 def drop(stream: TextIO) -> None:
-    """Gives up what could not be written: the interpreter would try again as it ends, and complain."""
+    """Discards what could not be written; otherwise the interpreter would retry at exit and complain."""
     try:
         stream.flush()
     except OSError:

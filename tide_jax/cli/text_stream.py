@@ -1,4 +1,4 @@
-"""The text of tokens as they come: all that is written is what decoding all of them at once gives."""
+"""Streams the text of tokens as they arrive; the pieces add up to the text of all tokens decoded at once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BROKEN = "\ufffd"
-_CLEANED = 8  # characters at the end of a text that cleaning up spaces may still change
-_WINDOW, _KEPT = 64, 16  # tokens decoded at the most at each step, and how many of them when the window moves on
+_CLEANED = 8  # characters at the end of a text that the clean-up of spaces may still change
+_WINDOW, _KEPT = 64, 16  # most tokens decoded at each step, and tokens kept when the window moves
 
 
 class TextStream:
     """A streamer for `TIDE.generate` that writes text.
 
-    What is written in all is ``tokenizer.decode(tokens, skip_special_tokens=True)`` of the new tokens. Text waits while
-    later tokens may change it: characters whose bytes are not all there, and runs of byte tokens, which decode to
-    replacement characters as a whole if one byte is wrong.
+    In total it writes ``tokenizer.decode(tokens, skip_special_tokens=True)`` of the new tokens. It holds back text that
+    later tokens may change: characters whose bytes are incomplete, and runs of byte tokens, which decode to replacement
+    characters as a whole if one byte is wrong.
 
     Args:
       tokenizer: decodes token ids.
       write: called with each piece of text.
-      skip_prompt: the first tokens given are the prompt, which is not written.
+      skip_prompt: the first tokens are the prompt, which is not written.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any], *, skip_prompt: bool = True) -> None:
@@ -32,18 +32,19 @@ class TextStream:
         self._held = _CLEANED if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._tokens: list[int] = []
         self._start = 0  # the window's first token
-        self._shown = ""  # what of the window's text is written
+        self._shown = ""  # the part of the window's text that is already written
         self._pieces: list[str] = []
         self._kinds: dict[int, str] = {}
 
     def put(self, tokens: Any) -> None:
-        """Takes token ids, of any shape, and writes the text that they settle."""
+        """Takes token ids of any shape, and writes the text that can no longer change."""
         if self._prompt_comes:
             self._prompt_comes = False
             return
         self._tokens += (int(token) for token in np.asarray(tokens).ravel())
         settled = self._settled()
         text = self._decode(self._start, settled)
+        # Incomplete characters, and spaces that the clean-up may still change, wait for later tokens.
         ready = text.rstrip(_BROKEN)
         ready = ready[: len(ready) - self._held] if self._held else ready
         if ready.startswith(self._shown) and ready != self._shown:
@@ -66,7 +67,7 @@ class TextStream:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
 
     def _settled(self) -> int:
-        """The number of tokens before a run of byte tokens at the end, which the next byte may break."""
+        """Number of tokens before a run of byte tokens at the end, which the next byte may invalidate."""
         end = len(self._tokens)
         while end > self._start and self._kind(self._tokens[end - 1]) != "text":
             end -= 1
@@ -74,7 +75,10 @@ class TextStream:
         return end if any(self._kind(token) == "byte" for token in run) else len(self._tokens)
 
     def _kind(self, token: int) -> str:
-        """ "byte"; "nothing" for a token that is not decoded, such as a special one, and so ends no run; or "text"."""
+        """Kind of a token: "byte", "text", or "nothing".
+
+        "nothing" is a token without text, such as a special one; it does not end a run of bytes.
+        """
         if token not in self._kinds:
             spelling = getattr(self._tokenizer, "convert_ids_to_tokens", lambda _: None)(token)
             is_byte = isinstance(spelling, str) and _BYTE.fullmatch(spelling) is not None
@@ -83,9 +87,10 @@ class TextStream:
         return self._kinds[token]
 
     def _move_on(self, text: str, settled: int) -> None:
-        """Starts the window at a later token, from which the text that follows decodes alike."""
+        """Moves the window's start to a later token, if the text from there decodes the same."""
         start = settled - _KEPT
         rest, waiting = self._decode(start, settled), text[len(self._shown) :]
-        # A first token may decode otherwise, without its space; what counts is that this text is written already.
+        # A window's first token may decode differently, without its space. That is harmless if its text is already
+        # written.
         if text.endswith(rest) and rest.endswith(waiting) and len(rest) > len(waiting) + _CLEANED:
             self._start, self._shown = start, rest[: len(rest) - len(waiting)]

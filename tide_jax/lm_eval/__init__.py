@@ -1,1 +1,1 @@
-"""The engine as a model of lm-evaluation-harness."""
+"""Runs the engine as a model of lm-evaluation-harness."""

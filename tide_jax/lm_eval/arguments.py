@@ -1,4 +1,4 @@
-"""What the arguments of lm-eval's model "tide", and those of a task's generation, ask of an engine."""
+"""Translates the arguments of lm-eval's model "tide", and a task's generation arguments, for an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tide_jax.risk.promise import exit_settings
 
 logger = logging.getLogger(__name__)
 
-_TOP_K = 50  # transformers samples from so many tokens where nobody says otherwise, and so does lm-eval's model "hf"
+_TOP_K = 50  # transformers' default for sampling, and so that of lm-eval's model "hf"
 
 
 class Generation(NamedTuple):
@@ -25,7 +25,7 @@ class Generation(NamedTuple):
 
     Attributes:
       until: stop strings.
-      max_new_tokens: new tokens at the most.
+      max_new_tokens: most new tokens.
       settings: arguments of `TIDE.generate`.
     """
 
@@ -37,7 +37,7 @@ class Generation(NamedTuple):
 def open_engine(
     pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any = None, weights: Any = None
 ) -> TIDE:
-    """The engine to evaluate. Raises TideError for arguments that do not go together, or files that can't be loaded."""
+    """The engine to evaluate. Raises TideError if arguments do not go together or files can't be loaded."""
     if mode not in (None, "exit", "lossless", "full"):
         raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
     if isinstance(pretrained, TIDE):
@@ -45,7 +45,7 @@ def open_engine(
             raise TideError("an engine brings its routers, dtype and weights; pass them where the engine is made")
         engine = pretrained.with_config(**dials)
     else:
-        ExitConfig(**dials)  # before the model is loaded: bad dials should show at once
+        ExitConfig(**dials)  # before the model is loaded, so that bad dials fail at once
         if mode == "exit" and routers is None:
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
         if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
@@ -65,14 +65,14 @@ def open_engine(
 
 
 def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) -> Generation:
-    """A task's generation arguments, as lm-eval's model "hf" takes them.
+    """A task's generation arguments, interpreted as lm-eval's model "hf" does.
 
     Args:
-      arguments: what a request holds.
-      default: new tokens where they do not say.
+      arguments: the arguments of a request.
+      default: number of new tokens if the arguments give none.
 
     Raises:
-      TideError: an argument that is not known.
+      TideError: an argument is unknown.
     """
     given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
     until, new, sampled = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
@@ -93,5 +93,5 @@ def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) 
 
 
 def plain_number(value: Any) -> Any:
-    """A number out of the command line's strings; anything else as it is."""
+    """Converts a string of digits from the command line to a number; returns anything else unchanged."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value

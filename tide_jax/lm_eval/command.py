@@ -1,4 +1,4 @@
-"""``tide-jax eval``: lm-evaluation-harness's own command line, which then knows the model "tide"."""
+"""``tide-jax eval``: lm-evaluation-harness's own command line, with the model "tide" added."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _EXAMPLE = (
 
 
 def add_command(subparsers: Any) -> None:
-    """Registers `eval`; everything after it is lm-eval's."""
+    """Registers `eval`; all arguments after it belong to lm-eval."""
     parser = subparsers.add_parser(
         "eval",
         help="run tasks of lm-evaluation-harness, with or without exits",
         add_help=False,
-        prefix_chars="\0",  # no argument is an option of ours, --help included
+        prefix_chars="\0",  # no argument is our own option, not even --help
     )
     parser.add_argument("arguments", nargs="*")
     parser.set_defaults(run=_run, modules=("lm_eval.__main__", "tide_jax.lm_eval.model"))
 
 
 def _run(args: argparse.Namespace) -> int:
-    """lm-eval reads `sys.argv` and nothing else."""
+    """Runs lm-eval, which takes its arguments only from `sys.argv`."""
     try:
         from lm_eval.__main__ import cli_evaluate
 
@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     if arguments[0] == "run" and not any(a == "-M" or a.split("=")[0] == "--model" for a in arguments):
         arguments = [*arguments, "--model", "tide"]
     log, handler = logging.getLogger("tide_jax"), logging.StreamHandler()
-    log.setLevel(logging.INFO)  # the depth that tasks ran at, on standard error beside lm-eval's own log
+    log.setLevel(logging.INFO)  # logs the depth of each task to standard error, next to lm-eval's own log
     log.addHandler(handler)
     before, sys.argv = sys.argv, ["tide-jax eval", *arguments]
     try:

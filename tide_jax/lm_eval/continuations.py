@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations given their contexts, scored as decoding would make them, exits included."""
+"""Log-likelihoods of continuations given their contexts, scored as decoding would produce them, with exits."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
 
 class Continuation(NamedTuple):
-    """Token ids to condition on, at least one, and token ids to score."""
+    """Token ids of the context, at least one, and token ids to score."""
 
     context: Sequence[int]
     tokens: Sequence[int]
 
 
 class Score(NamedTuple):
-    """What a model makes of a continuation of n tokens.
+    """A model's score of a continuation of n tokens.
 
     Attributes:
       log_likelihood: natural logarithm of the probability of all its tokens.
-      greedy: whether each token is the likeliest one after those before it.
-      exit_layers: index of the last layer run to predict each token, int32 [n].
+      greedy: whether each token is the most likely one after those before it.
+      exit_layers: index of the last layer that ran to predict each token, int32 [n].
     """
 
     log_likelihood: float
@@ -44,19 +44,19 @@ class Score(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One forward pass's row: all but the last token of a text, whose last `scored` next tokens count."""
+    """A row of a forward pass: a text without its last token; the next tokens of its last `scored` tokens count."""
 
     tokens: tuple[int, ...]
     scored: int
 
     @property
     def prompt(self) -> int:
-        """Leading tokens that belong to the context."""
+        """Number of leading tokens that belong to the context."""
         return len(self.tokens) - self.scored + 1
 
 
 class _Ending(NamedTuple):
-    """A text's last token, and whose it is."""
+    """The last token of a text, and the index of its continuation."""
 
     place: int
     token: int
@@ -67,7 +67,7 @@ class _Batch(NamedTuple):
 
     Attributes:
       picks: columns whose next tokens are scored.
-      targets: those tokens; continuations that differ only in their last one are columns of one row.
+      targets: those next tokens. Continuations that differ only in their last token share a row, along axis K.
     """
 
     tokens: Int[Array, "B T"]
@@ -86,17 +86,18 @@ def score_continuations(
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Scores continuations teacher-forced, by the definition that `TIDE.generate` follows.
+    """Scores continuations teacher-forced, by the same definition as `TIDE.generate`.
 
-    The context runs at full depth unless the engine's `prefill_exits` is set, so a continuation's first token, which
-    the context's last one predicts, comes from full depth; the continuation's own tokens may exit. Texts that share
-    all but their last token share one row. Logits never leave the device.
+    The context runs at full depth unless the engine's `prefill_exits` is set. So full depth predicts a continuation's
+    first token, because the context's last token predicts it. The continuation's own tokens may exit. Texts that differ
+    only in their last token share one row. Logits never leave the device.
 
     Args:
-      mode: "exit" (default when there are routers) or "full".
-      batch_size: rows in a forward pass.
-      max_length: tokens the model may read, default the model's context; longer contexts lose their first tokens.
-      progress: called with rows done and rows in all.
+      mode: "exit" (default if there are routers) or "full".
+      batch_size: rows per forward pass.
+      max_length: tokens that the model may read, by default the model's context; longer contexts lose their first
+        tokens.
+      progress: called with the number of rows done and of all rows.
 
     Raises:
       TideError: a continuation is longer than `max_length`, a context is empty, or a token id is out of range.
@@ -104,6 +105,7 @@ def score_continuations(
     max_length = max_length or engine.model.config.context_length
     scores: list[Score] = [Score(0.0, True, np.zeros((0,), np.int32))] * len(continuations)
     rows = _rows(continuations, max_length)
+    # Longest first, so that rows of a batch have similar lengths.
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.tokens))
     exits = engine._exits(mode)
     for start in range(0, len(ordered), batch_size):
@@ -116,7 +118,7 @@ def score_continuations(
 
 
 def _rows(continuations: Sequence[Continuation], max_length: int) -> dict[_Row, list[_Ending]]:
-    """Rows to run, each with the endings that share it; continuations of no tokens need none."""
+    """Rows to run, each with the endings that share it; continuations without tokens need no row."""
     rows: dict[_Row, list[_Ending]] = {}
     for place, (context, tokens) in enumerate(continuations):
         if len(tokens) > max_length:
@@ -135,7 +137,7 @@ def _rows(continuations: Sequence[Continuation], max_length: int) -> dict[_Row, 
 def _run(
     engine: TIDE, exits: Exits | None, rows: list[_Row], endings: list[list[_Ending]], batch_size: int
 ) -> Iterator[tuple[int, Score]]:
-    """Place and score of each ending."""
+    """Index and score of each ending."""
     batch = _batch(engine, rows, endings, batch_size)
     (log_likelihoods, hits, layers), _, _ = engine._programs.run(
         _score, (engine.model,), (batch, exits), implementation=engine._implementation
@@ -149,7 +151,7 @@ def _run(
 
 
 def _batch(engine: TIDE, rows: list[_Row], endings: list[list[_Ending]], batch_size: int) -> _Batch:
-    """Padded arrays; every dimension is bucketed, so that few shapes are compiled."""
+    """Padded arrays; every dimension is rounded up to a bucket, so that few shapes are compiled."""
     checked = to_rows([list(row.tokens) for row in rows], None, engine.model.config)
     to_rows([[e.token for e in listed] for listed in endings], None, engine.model.config)
     height = min(batch_size, 1 << (len(rows) - 1).bit_length())
@@ -164,6 +166,8 @@ def _batch(engine: TIDE, rows: list[_Row], endings: list[list[_Ending]], batch_s
     for b, (row, listed) in enumerate(zip(rows, endings, strict=True)):
         if not engine.config.prefill_exits:
             may_exit[b, : row.prompt] = False
+        # The context's last token and the continuation's tokens predict the scored tokens. All but the last of these
+        # are the same for every ending.
         picks[b, : row.scored] = np.arange(row.prompt - 1, len(row.tokens))
         targets[b, : row.scored - 1] = np.asarray(row.tokens[row.prompt :], np.int32)[:, None]
         targets[b, row.scored - 1, : len(listed)] = [e.token for e in listed]
@@ -173,7 +177,7 @@ def _batch(engine: TIDE, rows: list[_Row], endings: list[list[_Ending]], batch_s
 def _score(
     model: Decoder, batch: _Batch, exits: Exits | None, *, implementation: str | None
 ) -> tuple[Float[Array, "B S K"], Bool[Array, "B S K"], Int[Array, "B S"]]:
-    """Log-likelihood of each target, whether it is the likeliest token, and the exit layer it was predicted from."""
+    """Log-likelihood of each target, whether it is the most likely token, and the exit layer that predicted it."""
     out = run_exits(
         model, batch.tokens, batch.positions, None, exits, may_exit=batch.may_exit, implementation=implementation
     )

@@ -1,4 +1,4 @@
-"""Layers run to predict each token, by task: what lm-eval's results say beside the scores."""
+"""Counts the layers that ran to predict each token, by task, for lm-eval's results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class DepthCounts:
-    """Counts of tokens by the last layer run to predict them.
+    """Counts of tokens by the last layer that ran to predict them.
 
     Args:
-      num_layers: of the model.
+      num_layers: number of layers in the model.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -29,7 +29,7 @@ class DepthCounts:
             counts += np.bincount(layers, minlength=len(counts))
 
     def to_dict(self) -> dict[str, Any]:
-        """Depth over all tasks and of each, JSON-ready."""
+        """Depth over all tasks and for each task, JSON-ready."""
         return {
             "num_layers": self._num_layers,
             **_depth(sum(self._counts.values(), self._none())),
@@ -37,7 +37,7 @@ class DepthCounts:
         }
 
     def log(self, tasks: Iterable[str | None], mode: str) -> None:
-        """Says how deep some tasks ran."""
+        """Logs how deep some tasks ran."""
         for task in sorted({task or "" for task in tasks}):
             depth = _depth(self._counts[task])
             logger.info(
@@ -54,7 +54,7 @@ class DepthCounts:
 
 
 def _depth(counts: np.ndarray) -> dict[str, Any]:
-    """Tokens by the last layer run to predict them, as JSON-ready numbers."""
+    """Depth statistics of token counts by last layer, JSON-ready."""
     tokens = int(counts.sum())
     layers = float((counts * np.arange(1, len(counts) + 1)).sum() / tokens) if tokens else 0.0
     exits = {str(layer): int(count) for layer, count in enumerate(counts) if count}

@@ -1,6 +1,6 @@
 """The model "tide" of lm-evaluation-harness (Gao et al. 2021): any of its tasks, with and without exits.
 
-Importing this module registers the model; ``tide-jax eval`` does so and then is lm-eval's own command line.
+Importing this module registers the model; ``tide-jax eval`` imports it and then runs lm-eval's own command line.
 
 >>> import lm_eval, tide_jax.lm_eval.model                                                    # doctest: +SKIP
 >>> arguments = {"pretrained": "smollm2", "routers": "routers.safetensors", "threshold": 0.9}  # doctest: +SKIP
@@ -42,31 +42,32 @@ logger = logging.getLogger(__name__)
 class TideLM(TemplateLM):
     """A decoder with its routers as a language model of lm-evaluation-harness.
 
-    Tokenisation, truncation, windows and settings of generation are those of its model "hf". Results carry the layers
-    run to predict each token, in all and by task, as ``results["config"]["exits"]``.
+    Tokenisation, truncation, windows and generation settings are those of lm-eval's model "hf". Results contain the
+    layers that ran to predict each token, in total and by task, as ``results["config"]["exits"]``.
 
     Args:
-      pretrained: anything `tide_jax.load` takes, or a `TIDE` engine, which then brings routers and dials.
-      tokenizer: anything `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
-      routers: file of `tide-jax calibrate`; without one every layer runs.
+      pretrained: anything that `tide_jax.load` takes, or a `TIDE` engine, which then provides routers and dials.
+      tokenizer: anything that `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
+      routers: file from `tide-jax calibrate`; without one, every layer runs.
       threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
-        the router file, if any. Only with `prefill_exits` may the context's tokens exit, and with them the prediction
-        of a continuation's first one.
-      mode: "exit" (default when there are routers), "full", or "lossless": scores as "full", generates its tokens.
-      dtype, weights: of the model, see `tide_jax.load`.
-      batch_size: rows in a forward pass.
+        the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
+        of a continuation's first token.
+      mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
+        same tokens.
+      dtype, weights: number formats of the model, see `tide_jax.load`.
+      batch_size: rows per forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
-      max_gen_toks: new tokens where a task does not say.
-      add_bos_token: whether texts start with the beginning-of-text token; None leaves it to the tokenizer.
-      prefix_token_id: what a text without context is conditioned on; default: the tokenizer's beginning-of-text, or
-        else its end-of-text token.
+      max_gen_toks: number of new tokens if a task gives none.
+      add_bos_token: whether texts start with the beginning-of-text token; None follows the tokenizer.
+      prefix_token_id: token that conditions a text without context; default: the tokenizer's beginning-of-text token,
+        or else its end-of-text token.
       enable_thinking: passed to the chat template.
-      seed: of sampling, where a task asks for it.
-      device, max_batch_size: lm-eval passes them whatever the model; JAX_PLATFORMS chooses the device, and batch sizes
-        are not searched for.
+      seed: for sampling, if a task samples.
+      device, max_batch_size: ignored; lm-eval passes them to every model. JAX_PLATFORMS chooses the device, and there
+        is no search for batch sizes.
 
     Raises:
-      TideError: an argument is unknown or can't have its value, or a file can't be loaded.
+      TideError: an argument is unknown or has an invalid value, or a file can't be loaded.
     """
 
     def __init__(
@@ -127,10 +128,10 @@ class TideLM(TemplateLM):
         self._template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._depth = DepthCounts(config.num_layers)
 
-    # --- what lm-eval asks for -----------------------------------------------------------------------------------
+    # --- lm-eval's interface -------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of each request's continuation given its context, and whether greedy decoding gives it."""
+        """Log-likelihood of each request's continuation given its context, and whether greedy decoding produces it."""
         scores = self._score([self._pair(*request.args) for request in requests], disable_tqdm)
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for request, score, answer in zip(requests, scores, answers, strict=True):
@@ -146,7 +147,7 @@ class TideLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each request's whole text, in windows as long as `max_length`."""
+        """Log-likelihood of each request's whole text, in windows of up to `max_length` tokens."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._score([window for each in windows for window in each], disable_tqdm))
         totals: list[float] = []
@@ -159,7 +160,7 @@ class TideLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each request's continuation as text, up to the first of its stop strings."""
+        """Each request's continuation as text, up to its first stop string."""
         order = Collator(
             list(enumerate(requests)),
             sort_fn=lambda pair: -len(self.tok_encode(pair[1].args[0])),
@@ -180,7 +181,7 @@ class TideLM(TemplateLM):
         """A conversation as a prompt, in the tokenizer's chat template.
 
         Raises:
-          TideError: the tokenizer has none, or it refuses the conversation.
+          TideError: the tokenizer has no chat template, or the template refuses the conversation.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise TideError("the tokenizer has no chat template; run without --apply_chat_template")
@@ -189,6 +190,7 @@ class TideLM(TemplateLM):
         try:
             return self._templated(chat_history, add_generation_prompt)
         except TemplateError as error:
+            # Some templates refuse system messages; try again without them.
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise TideError(f"the chat template refuses the conversation ({error})") from error
@@ -207,7 +209,7 @@ class TideLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Token that a text without context is conditioned on."""
+        """Token that conditions a text without context."""
         usual = (self._prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         found = next((token for token in usual if token is not None), None)
         if found is None:
@@ -215,7 +217,7 @@ class TideLM(TemplateLM):
         return found
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results: the exits' dials, and the layers run to predict each token."""
+        """Information that lm-eval stores with the results: the exit dials and the layers that ran for each token."""
         model, config = self.engine.model, self.engine.config
         dials = {
             "threshold": config.exit_threshold,
@@ -238,7 +240,7 @@ class TideLM(TemplateLM):
     # --- tokens --------------------------------------------------------------------------------------------------
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's special tokens, unless the text starts with one already."""
+        """Token ids; by default with the tokenizer's special tokens, unless the text already starts with one."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
             add_special_tokens = False
         return self._encode(string, add_special_tokens)
@@ -247,12 +249,12 @@ class TideLM(TemplateLM):
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         first = self.tokenizer.bos_token_id
         if add_special_tokens is None and self.add_bos_token and first is not None:
-            # Loaded with add_bos_token=True, a tokenizer of transformers puts this token first, whatever its own rule.
+            # With add_bos_token=True, transformers' tokenizers put this token first, whatever their own rule.
             return [first, *self.tokenizer.encode(string, add_special_tokens=False)]
         return list(self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special})))
 
     def _encode_prompt(self, string: str) -> list[int]:
-        """A prompt to continue: the model "hf" looks for the beginning-of-text token alone here."""
+        """Token ids of a prompt to continue; as in the model "hf", only a beginning-of-text token counts as a start."""
         starts = has_bos_prefix(string, getattr(self.tokenizer, "bos_token", None))
         return self._encode(string, False if starts else None)
 
@@ -296,7 +298,7 @@ class TideLM(TemplateLM):
             )
 
     def _generate(self, requests: list[Instance], number: int) -> list[str]:
-        """One batch; its requests have the same generation arguments."""
+        """Generates one batch, whose requests have the same generation arguments."""
         until, new, settings = generation_arguments(self.engine, requests[0].arguments[1], self.max_gen_toks)
         room = self.max_length - new
         if room < 1:
@@ -305,7 +307,9 @@ class TideLM(TemplateLM):
                 f"--gen_kwargs max_gen_toks={self.max_length // 2}"
             )
         end = self.eot_token_id
-        if end is not None:  # it stops a text, spelled out too, but is no end that `min_new_tokens` could put off
+        # The end-of-text token also ends a text when spelled out. `min_new_tokens` cannot delay it, unlike the model's
+        # end-of-sequence tokens.
+        if end is not None:
             until = [*until, self._decode([end], special=True)]
         rows = generate_until(
             self.engine,
@@ -325,7 +329,7 @@ class TideLM(TemplateLM):
 
 
 def _checked(context: str, continuation: str, pair: Continuation) -> Continuation:
-    """Raises TideError where there is no token to score, or none to condition on."""
+    """Raises TideError if there is no token to score, or no token of context."""
     if pair.tokens and pair.context:
         return pair
     lacking = "continuation" if pair.context else "context"

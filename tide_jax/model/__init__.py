@@ -1,1 +1,1 @@
-"""The decoder: what every family's configuration describes. It knows nothing of exits."""
+"""The decoder, described by each family's configuration; nothing here knows of exits."""

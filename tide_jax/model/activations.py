@@ -1,4 +1,4 @@
-"""Activation functions by the name Hugging Face configurations give them."""
+"""Activation functions, under the names that Hugging Face configurations use."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def gated(name: str, gate: Array, up: Array, limit: float | None = None) -> Arra
     """A gated activation (Shazeer 2020, arXiv:2002.05202): ``act(gate) * up``.
 
     Args:
-      name: of the activation; "swiglu_oai" is gpt-oss's ``gate * sigmoid(1.702 gate) * (up + 1)``.
-      limit: clamps the gate from above and `up` from both sides first.
+      name: the activation; "swiglu_oai" is gpt-oss's ``gate * sigmoid(1.702 gate) * (up + 1)``.
+      limit: first clamps the gate from above and `up` from both sides.
     """
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

@@ -1,7 +1,7 @@
-"""What a decoder is: its architecture as orthogonal flags.
+"""The architecture of a decoder, as orthogonal flags.
 
-Every class here and in `tide_jax.model.architecture_parts` is a frozen, hashable dataclass of plain Python values, so
-it can be a static argument of ``jax.jit`` and can be written to JSON. A model family is a point in the space of
+All classes here and in `tide_jax.model.architecture_parts` are frozen, hashable dataclasses of plain Python values. So
+they can be static arguments of ``jax.jit``, and they can be written to JSON. A model family is a point in the space of
 `DecoderConfig`'s flags; nothing in the model asks which family it is.
 """
 
@@ -63,50 +63,51 @@ class DecoderConfig:
     """Architecture of a decoder-only language model, as orthogonal flags.
 
     Attributes:
-      model_type: name of the family it was converted from; provenance only, the model never reads it.
-      extra_tokens: token ids beyond the vocabulary: they have an embedding, and no logit.
-      embedding_size: width of the embeddings where it differs from the layers'; projections join the two.
+      model_type: name of the family the model was converted from. Provenance only: the model never reads it.
+      extra_tokens: token ids beyond the vocabulary: they have an embedding but no logit.
+      embedding_size: width of the embeddings if it differs from the layers' width; projections join the two.
       attention_types: the distinct kinds of attention in the model.
-      attention_pattern: index into `attention_types` for each layer.
+      attention_pattern: for each layer, an index into `attention_types`.
       norm: "rms" (RMSNorm) or "layer" (LayerNorm).
-      layer_norm_eps: added to the mean square by the layers' norms where it is not `norm_eps`.
-      norm_scale, norm_bias: whether norms have learned ones.
+      layer_norm_eps: the layers' norms add this to the mean square instead of `norm_eps`.
+      norm_scale, norm_bias: whether norms have a learned scale and a learned bias.
       norm_unit_offset: norms multiply by ``1 + scale`` instead of ``scale``.
-      norm_placement: norms "pre" each sublayer, "post" it (before the residual add), both ("sandwich"), or after the
-        "residual" add.
-      first_norm: whether the first layer's attention reads its input through a norm, too.
-      final_norm: whether there is one before the head.
+      norm_placement: norms come before each sublayer ("pre"), after it but before the residual add ("post"), both
+        ("sandwich"), or after the residual add ("residual").
+      first_norm: whether the first layer normalises the input of its attention too.
+      final_norm: whether a norm precedes the head.
       embedding_norm: whether embeddings are normed before the first layer.
       positions_after_norm: learned and sinusoidal positions are added after that norm.
-      project_after_norm: embeddings of another width are projected last, with a bias: positions, added vectors and
-        `embedding_norm` have `embedding_size` too.
-      added_embeddings: learned vectors that are added to every token's embedding: a segment's, a task's.
-      parallel_residual: attention and MLP both read the layer's input and are added to it together.
-      shared_norm: with `parallel_residual`, they read it through one norm.
-      residual_scale: multiplies what a sublayer adds to the residual stream.
-      layer_scale: a learned number multiplies what a layer returns.
+      project_after_norm: if `embedding_size` is set, the projection to the layers' width comes last and has a bias.
+        Positions, added vectors and `embedding_norm` then have `embedding_size` too.
+      added_embeddings: number of learned vectors that are added to every token's embedding, such as a segment's or a
+        task's.
+      parallel_residual: attention and MLP both read the layer's input, and both outputs are added to it.
+      shared_norm: with `parallel_residual`, attention and MLP share one norm.
+      residual_scale: multiplies each sublayer's output before the residual add.
+      layer_scale: a learned number multiplies each layer's output.
       residual_weights: a learned vector multiplies the residual stream before a sublayer's output is added.
-      positions: "rope" and "none" leave embeddings alone; "learned" and "sinusoidal" add a vector for each position.
+      positions: "rope" and "none" add nothing to embeddings; "learned" and "sinusoidal" add a vector for each position.
       position_offset: added to a token's position before its vector is looked up or computed.
-      sinusoid_endpoint: the lowest of the sinusoids' frequencies is 1 / 10000 itself, as in fairseq, instead of the
-        last one above it.
+      sinusoid_endpoint: the sinusoids' lowest frequency is exactly 1 / 10000, as in fairseq. Otherwise the series stops
+        one step above it.
       learned_positions: rows of the learned position table when `positions` is "learned".
       latent: multi-head latent attention instead of plain heads of keys and values.
-      attention_experts: queries and output projections of the attention are experts; heads are as many as those of
-        keys and values times the experts of a token.
-      attention_gate: each "head" or each "channel" of the attention's output is multiplied by a function of a learned
-        projection of its input.
+      attention_experts: queries and output projections of the attention are experts. The number of heads is then the
+        number of key-value heads times the experts per token.
+      attention_gate: a gate multiplies each "head" or each "channel" of the attention's output. The gate is a function
+        of a learned projection of the attention's input.
       gate_activation: that function.
-      gate_bias: each head has a bias inside of it.
-      key_bias: keys have a bias where queries and values have.
-      value_dim: channels of a head's value where they are not its key's; values have a projection of their own then.
+      gate_bias: each head adds a bias before that function.
+      key_bias: keys have a bias if queries and values do.
+      value_dim: channels of a head's value if they differ from its key's; values then have their own projection.
       value_scale: multiplies values.
-      clip_qkv: queries, keys and values are clamped to plus or minus this.
+      clip_qkv: clamps queries, keys and values to plus or minus this.
       mlp_gated: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
-      activation_limit: clamps what enters a gated activation.
-      sub_norm: a norm before the attention's and the MLP's output projection (Wang et al. 2022, arXiv:2210.06423).
-      embedding_scale: multiplies token embeddings (rounded to the embedding's dtype first).
-      head_transform: what states go through before the output projection, None for nothing.
+      activation_limit: clamps the inputs of a gated activation.
+      sub_norm: a norm before the output projections of attention and MLP (Wang et al. 2022, arXiv:2210.06423).
+      embedding_scale: multiplies token embeddings; it is rounded to the embedding's dtype first.
+      head_transform: layers between the final norm and the output projection; None for none.
       logit_scale: multiplies logits, before the softcap.
       attention_softcap, logit_softcap: ``cap * tanh(x / cap)`` on attention scores and logits.
       eos_token_ids, pad_token_id, generation: from the checkpoint's generation configuration; defaults of `generate`.
@@ -202,7 +203,7 @@ class DecoderConfig:
             )
 
     def attention(self, layer: int) -> AttentionType:
-        """The attention type of one layer."""
+        """The attention type of a layer."""
         return self.attention_types[self.attention_pattern[layer]]
 
     def has_experts(self, layer: int) -> bool:
@@ -211,15 +212,16 @@ class DecoderConfig:
 
     @property
     def head_size(self) -> int:
-        """Width of what the output projection reads."""
+        """Input width of the output projection."""
         own = self.head_transform.size if self.head_transform is not None else None
         return own or self.embedding_size or self.hidden_size
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Heads, key channels and value channels a token takes in a layer's cache.
+        """Heads, key channels and value channels that one token occupies in a layer's cache.
 
-        Latent attention caches its latent vector and the shared rotated key as one head; its values are the former.
+        Latent attention caches its latent vector and the shared rotated key as the key of one head. Its values are the
+        latent vectors, so it stores no values.
         """
         if self.latent is not None:
             return 1, self.latent.kv_rank + self.latent.rope_dim, 0
@@ -229,18 +231,18 @@ class DecoderConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens the model can attend over: `max_positions`, stretched where dynamic rotary scaling allows more."""
+        """Tokens that the model can attend over: `max_positions`, or more with dynamic rotary scaling."""
         stretch = [t.rope.factor for t in self.attention_types if t.rope and t.rope.kind == "dynamic"]
         return int(self.max_positions * max(stretch, default=1.0))
 
     @property
     def length_changes_rope(self) -> bool:
-        """Whether rotary frequencies depend on how long the row is so far."""
+        """Whether rotary frequencies depend on the current length of the row."""
         ropes = (kind.rope for kind in self.attention_types)
         return any(rope is not None and rope.kind in ("dynamic", "longrope") for rope in ropes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values; `from_dict` reads them back."""
+        """The fields as JSON-ready values; `from_dict` reads them back."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -248,7 +250,7 @@ class DecoderConfig:
         """Inverse of `to_dict`.
 
         Raises:
-          TideError: a field is unknown or missing, of another type or outside its range, or fields contradict.
+          TideError: a field is unknown or missing, or has a wrong type or range, or fields contradict each other.
         """
         if problems := json_problems(cls, values):
             wrong = shortened(listed(problems), 160)
@@ -256,6 +258,6 @@ class DecoderConfig:
         return from_json(cls, values)
 
     def check(self) -> None:
-        """Checks every field's type and range. Raises TideError, naming the first that are wrong."""
+        """Checks the type and range of every field. Raises TideError, which names the first wrong ones."""
         if problems := instance_problems(self):
             raise TideError(shortened(listed(problems), 160))

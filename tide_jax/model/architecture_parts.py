@@ -1,6 +1,6 @@
-"""The parts of an architecture: rotary embedding, attention, experts, output head, each as flags.
+"""The parts of an architecture, each as flags: rotary embedding, attention, experts, output head.
 
-`tide_jax.model.architecture.DecoderConfig` puts them together.
+`tide_jax.model.architecture.DecoderConfig` combines them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UngatedActivation = Literal[PlainActivation, "xielu"]
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raises TideError, naming it `name`, for a value that is not among a Literal's."""
+    """Raises TideError, with `name` in its message, if the value is not one of a Literal's."""
     if not isinstance(value, str) or value not in get_args(choices):
         raise TideError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(choices))}")
 
@@ -49,18 +49,18 @@ class RopeConfig:
     Attributes:
       theta: base period.
       rotary_dim: leading channels of each head that are rotated; the rest pass through.
-      kind: how frequencies are stretched beyond the trained context.
-      factor: stretch factor of every kind but "default".
+      kind: method that stretches frequencies beyond the trained context.
+      factor: stretch factor; "default" ignores it.
       max_positions: trained context; "dynamic" stretches beyond it.
       original_max_positions: context before extension, for "llama3", "yarn" and "longrope".
       attention_factor: multiplies cos and sin, for "yarn" and "longrope".
       low_freq_factor, high_freq_factor: band edges of "llama3".
       beta_slow, beta_fast, truncate: ramp of "yarn".
-      turning: how many of the leading frequencies turn in "proportional"; the others stand still.
+      turning: number of leading frequencies that rotate in "proportional"; the other frequencies are 0.
       short_factor, long_factor: per-frequency divisors of "longrope", ``rotary_dim // 2`` each.
-      interleaved: neighbouring channels rotate together (GPT-J), instead of the first half with the second (GPT-NeoX).
-      reverse: rotate the other way round.
-      values: values are rotated too.
+      interleaved: pairs neighbouring channels (GPT-J) instead of the first half with the second half (GPT-NeoX).
+      reverse: rotates in the opposite direction.
+      values: rotates values too.
     """
 
     theta: Theta
@@ -92,11 +92,11 @@ class QKNorm:
     Attributes:
       kind: "rms" or "layer".
       eps: added to the mean square.
-      all_heads: one mean over all heads' channels instead of one for each head.
-      per_head: every head has a scale (and bias) of its own; always so with `all_heads`.
-      scale, bias: whether there is one.
-      unit_offset: multiply by ``1 + scale``.
-      after_rope: normalise after the rotation instead of before it.
+      all_heads: takes one mean over all heads' channels, instead of one for each head.
+      per_head: every head has its own scale (and bias); always true with `all_heads`.
+      scale, bias: whether the norm has one.
+      unit_offset: multiplies by ``1 + scale``.
+      after_rope: normalises after the rotation instead of before it.
     """
 
     kind: NormKind = "rms"
@@ -115,10 +115,10 @@ class QKNorm:
 class QueryScaling:
     """Queries grow with the logarithm of their position: times ``1 + beta * log(1 + (position + offset) // period)``.
 
-    Keeps attention sharp over long contexts (Nakanishi 2025, arXiv:2501.19399, is the idea).
+    This keeps attention sharp over long contexts; the idea is from Nakanishi 2025, arXiv:2501.19399.
 
     Attributes:
-      power: times ``(1 + (position + offset) / period) ** beta`` instead.
+      power: multiplies by ``(1 + (position + offset) / period) ** beta`` instead.
     """
 
     beta: float
@@ -131,26 +131,26 @@ class QueryScaling:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionType:
-    """What may differ between the attention of one layer and the next.
+    """Properties of attention that may differ between layers.
 
     Attributes:
       scale: multiplies query-key products.
-      window: tokens a query sees, itself included; None is all of them.
-      chunk: a query sees only tokens whose ``position // chunk`` is its own; None is all of them.
+      window: number of tokens that a query sees, itself included; None for all.
+      chunk: a query sees only tokens with the same ``position // chunk``; None for all.
       rope: rotary embedding, None for none.
       qk_norm: normalisation of queries and keys, None for none.
       alibi: slope of each head's linear bias (Press et al. 2022, arXiv:2108.12409), empty for none.
-      alibi_bfloat16: the bias is that of a key's position, rounded to bfloat16, and multiplied by `scale` too.
+      alibi_bfloat16: the bias depends on the key's position alone, is rounded to bfloat16 and is multiplied by `scale`.
       sinks: each head's softmax has a learned extra term without a value (Xiao et al. 2023, arXiv:2309.17453).
       query_scaling: growth of queries with their position, None for none.
-      num_heads: query heads, where their number differs from the configuration's.
-      out_bias: the output projection has a bias where the configuration gives it none.
-      differential: the second half of the heads is subtracted from the first, weighted by a learned number that
-        starts at this one (Ye et al. 2024, arXiv:2410.05258); None for ordinary attention.
-      head_dim, num_kv_heads: where they differ from the configuration's.
-      value_norm: values are divided by the root of their mean square, too.
-      keys_as_values: values are what keys are before their norm and rotation.
-      dynamic_mask: keys have scores of their own, learned from their values (Shi et al. 2025, arXiv:2508.02124).
+      num_heads: number of query heads if it differs from the configuration's.
+      out_bias: the output projection has a bias, even if the configuration gives it none.
+      differential: initial value of the learned weight with which the second half of the heads is subtracted from the
+        first (Ye et al. 2024, arXiv:2410.05258); None for ordinary attention.
+      head_dim, num_kv_heads: set if they differ from the configuration's.
+      value_norm: divides values by their root mean square.
+      keys_as_values: values are the keys before their norm and rotation.
+      dynamic_mask: each key has its own score, learned from its values (Shi et al. 2025, arXiv:2508.02124).
     """
 
     scale: Positive
@@ -176,10 +176,10 @@ class AttentionType:
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention: keys and values are kept as one low-rank vector (DeepSeek-V2, arXiv:2405.04434).
+    """Multi-head latent attention: keys and values share one low-rank vector (DeepSeek-V2, arXiv:2405.04434).
 
     Attributes:
-      kv_rank: width of the latent vector a token's keys and values are made from.
+      kv_rank: width of the latent vector from which a token's keys and values are computed.
       q_rank: width of the queries' low-rank bottleneck, None for none.
       nope_dim: channels of a head's query and key that are not rotated.
       rope_dim: rotated channels, shared by all heads' keys.
@@ -204,9 +204,9 @@ class HeadTransform:
     """Dense layer, activation and norm before the output projection (BERT, Devlin et al. 2019, arXiv:1810.04805).
 
     Attributes:
-      activation: after the dense layer.
-      size: its width, which the output projection then has; None is the embeddings'.
-      bias: whether the dense layer has one.
+      activation: applied after the dense layer.
+      size: width of the dense layer, and so of the output projection; None for the embeddings' width.
+      bias: whether the dense layer has a bias.
     """
 
     activation: str
@@ -221,29 +221,29 @@ class HeadTransform:
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts in place of a layer's MLP: each token goes through the best few of many.
+    """Mixture of experts in place of a layer's MLP: each token runs through the best few of many experts.
 
     Attributes:
-      num_experts, experts_per_token: how many there are, how many a token uses.
+      num_experts, experts_per_token: number of experts, and number that each token uses.
       intermediate_size: hidden width of an expert.
-      layers: the layers with experts; None is all of them.
-      score: how router logits become scores: "softmax" over all experts, "sigmoid" of each, or "sparsemixer"
-        (Liu et al. 2023, arXiv:2310.00811, section 3: each choice is scored against its near ties).
-      sparsemixer_threshold: relative distance from the best logit beyond which an expert is no near tie.
-      renormalise: divide the chosen scores by their sum.
+      layers: the layers with experts; None for all.
+      score: turns router logits into scores: "softmax" over all experts, "sigmoid" of each, or "sparsemixer" (Liu et
+        al. 2023, arXiv:2310.00811, section 3: each choice is scored against its near ties).
+      sparsemixer_threshold: largest relative distance from the best logit at which an expert is a near tie.
+      renormalise: divides the chosen scores by their sum.
       scale: multiplies the (renormalised) scores.
-      correction: a learned bias on each "score" (or router "logit") decides the choice but not the weights
-        (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
-      groups, groups_kept: experts lie in groups, and only those of the best groups are eligible (DeepSeek-V2, 2.1.2).
-      group_score: a group is as good as its best expert ("max") or its best two together ("top2").
-      router_bias, expert_bias: whether there are any.
+      correction: a learned bias on each "score" (or router "logit"). It decides which experts are chosen but does not
+        change their weights (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+      groups, groups_kept: experts lie in groups, and only experts of the best groups are eligible (DeepSeek-V2, 2.1.2).
+      group_score: a group scores as its best expert ("max") or as the sum of its best two ("top2").
+      router_bias, expert_bias: whether the router and the experts have biases.
       router_softcap: ``cap * tanh(x / cap)`` on router logits.
       scale_input: scores multiply an expert's input instead of its output.
-      shared_size: hidden width of an MLP every token goes through besides; 0 is none.
+      shared_size: hidden width of an additional MLP for every token; 0 for none.
       shared_scale: multiplies that MLP's output.
-      shared_gate: that MLP's output is multiplied by the sigmoid of a learned projection.
-      output_norm: the sum of routed and shared experts is normed, as `DecoderConfig.norm` says.
-      output_bias: a learned vector is added to the sum of routed experts.
+      shared_gate: the sigmoid of a learned projection multiplies that MLP's output.
+      output_norm: normalises the sum of routed and shared experts, with the norm that `DecoderConfig.norm` names.
+      output_bias: adds a learned vector to the sum of routed experts.
     """
 
     num_experts: Experts

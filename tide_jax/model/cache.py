@@ -1,4 +1,4 @@
-"""The key-value cache: a pytree that layers read and that is written once per forward pass."""
+"""The KV cache: a pytree that layers read and that each forward pass writes once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from tide_jax.model.attention.span import BLOCK, CachedRows, KeyValue
 from tide_jax.model.sharding import constrain_cache
 
 QUEUE_LENGTH = 8
-"""Tokens whose deep layers may wait, the newest included: one pass over the weights runs them all."""
+"""Tokens whose deep layers may wait, the newest included; one pass over the weights runs them all."""
 EVEN_SLOTS = 128
-"""Long caches have a multiple of so many slots: of others XLA makes padded copies on a GPU, at every step and layer."""
+"""Long caches have a multiple of this many slots.
+
+For other sizes, XLA on a GPU makes padded copies at every step and layer.
+"""
 
 
 class Left(NamedTuple):
-    """How the newest Q slots left: what their rows of skipped layers are projected with.
+    """Inputs for projecting the newest Q slots' keys and values in layers that they skipped.
 
     Attributes:
-      exit_layers: index of the last layer each ran, int32; -1 where there is no token.
-      code: what translators read of the exit states; R is 0 without translators.
+      exit_layers: index of the last layer that each slot ran, int32; -1 where there is no token.
+      code: exit states, projected to the translators' rank R; R is 0 without translators.
     """
 
     exit_layers: Int[Array, "B Q"]
@@ -32,16 +35,16 @@ class Left(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """Tokens that have left, and whose deep keys and values are still to be computed.
+    """Tokens that exited and whose deep keys and values are not computed yet.
 
-    A group of layers always sees to all tokens that wait for it, so what waits for a group is what came after its last
-    run: the newest slots, none missing.
+    A group of layers always processes all tokens that wait for it. So the tokens that wait for a group are those after
+    its last run: the newest slots, without gaps.
 
     Attributes:
       states: residual stream of the newest Q slots, each after the last group that ran it.
-      ran: slots that each group of layers has seen to, int32; never more than the group before.
-      left: where groups project the rows of tokens that have left (`tide_jax.exits.deferred_fill`); None where they run
-        them (``kv_strategy="recompute"``).
+      ran: number of slots that each group of layers has processed, int32; never more than the group before.
+      left: set if groups project the keys and values of exited tokens (`tide_jax.exits.deferred_fill`); None if groups
+        run these tokens (``kv_strategy="recompute"``).
     """
 
     states: Float[Array, "B Q D"]
@@ -50,28 +53,28 @@ class Pending(NamedTuple):
 
     @property
     def queue_length(self) -> int:
-        """Q, slots held."""
+        """Q, the number of slots held."""
         return self.states.shape[1]
 
     @property
     def code_size(self) -> int | None:
-        """What `init_cache` was told."""
+        """The `code_size` that `init_cache` was called with."""
         return None if self.left is None else self.left.code.shape[2]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, with the position each slot holds.
+    """Keys and values of every layer, and the position of the token in each slot.
 
-    Slots carry positions of their own, so a row may be padded anywhere: a slot is seen where its position is at
+    Because slots store positions, a row may have padding anywhere. A query sees a slot if the slot's position is at
     least 0 and not after the query's.
 
     Attributes:
-      keys, values: an array for each layer, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated. Latent
-        attention keeps everything in the keys (see `DecoderConfig.cache_shape`).
-      positions: ``[B, S]`` int32, the token position in each slot, -1 where empty.
-      length: slots written so far (the same for all rows), int32 scalar. With `pending`, the empty slots in front that
-        its window needs count as written, here and in `Pending.ran`.
-      pending: slots whose deep layers are yet to run; None where every slot is complete.
+      keys, values: one array per layer, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated. Latent
+        attention stores everything in the keys (see `DecoderConfig.cache_shape`).
+      positions: ``[B, S]`` int32, the position of the token in each slot, -1 where empty.
+      length: number of slots written so far (the same for all rows), int32 scalar. With `pending`, the empty slots at
+        the front, which its window needs, count as written, here and in `Pending.ran`.
+      pending: slots whose deep layers have yet to run; None if every slot is complete.
     """
 
     keys: tuple[Float[Array, "B KV S hk"], ...]
@@ -86,13 +89,13 @@ class KVCache(NamedTuple):
         return self.positions.shape[1]
 
     def layer(self, index: int) -> CachedRows:
-        """One layer's keys and values, left where they are."""
+        """One layer's keys and values, without a copy."""
         return CachedRows(self.keys[index], self.values[index], self.length)
 
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
         """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
 
-        The caller sees to it that ``length + T <= capacity``, and that nothing is pending.
+        The caller ensures that ``length + T <= capacity`` and that nothing is pending.
         """
         zero = jnp.int32(0)
         start = (zero, zero, self.length, zero)
@@ -114,7 +117,7 @@ class KVCache(NamedTuple):
 
 
 def newest_positions(cache: KVCache, count: int) -> Int[Array, "B count"]:
-    """Positions that the newest `count` slots hold."""
+    """Positions of the tokens in the newest `count` slots."""
     return lax.dynamic_slice_in_dim(cache.positions, cache.length - count, count, axis=1)
 
 
@@ -128,20 +131,21 @@ def init_cache(
     queue_length: int = QUEUE_LENGTH,
     code_size: int | None = None,
 ) -> KVCache:
-    """An empty cache of at least `capacity` slots for `batch` rows; on the mesh of ``jax.set_mesh`` where there is one.
+    """An empty cache of at least `capacity` slots for `batch` rows, on the mesh of ``jax.set_mesh`` if there is one.
 
     Args:
-      pending_groups: where tokens may wait for deep layers, the number of layer groups (checkpoints and one); 0
-        otherwise. `tide_jax.generation.generate.Exits` knows this and `code_size`.
-      queue_length: tokens that may wait, the newest included.
-      code_size: where rows of skipped layers are projected later (``Exits(deferred=True)``), the translators' rank, 0
-        without translators; None where tokens wait to be run (``kv_strategy="recompute"``).
+      pending_groups: number of layer groups (checkpoints plus one) if tokens may wait for deep layers, otherwise 0.
+        `tide_jax.generation.generate.Exits` has this value and `code_size`.
+      queue_length: number of tokens that may wait, the newest included.
+      code_size: if keys and values of skipped layers are projected later (``Exits(deferred=True)``), the rank of the
+        translators, or 0 without translators. None if tokens wait to be run (``kv_strategy="recompute"``).
 
     Raises:
-      TideError: a queue of no token.
+      TideError: `queue_length` is less than 1.
     """
     heads, key_channels, value_channels = config.cache_shape
-    # The newest slots are rewritten when their deep layers run: empty slots ahead of the first keep that window inside.
+    # The window of the newest slots is rewritten when their deep layers run. Empty slots before the first token keep
+    # the window inside the cache.
     ahead, pending = 0, None
     if pending_groups:
         queue_length = whole_number("queue_length", queue_length, 1)

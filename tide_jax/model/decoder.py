@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers, head, and the plain full-depth forward pass everything else is measured against."""
+"""The decoder: embedding, layers, head, and the plain full-depth forward pass, the reference for everything else."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from tide_jax.model.tables import Embedding, Head, HeadLayer, HeadRows
 
 
 class Decoder(nnx.Module):
-    """A decoder-only language model of the architecture `config` describes.
+    """A decoder-only language model with the architecture in `config`.
 
-    The module is a JAX pytree: pass it to jitted functions as it is.
+    The module is a JAX pytree; pass it to jitted functions directly.
 
     Args:
       config: the architecture, kept as `.config`.
-      dtype: dtype of all parameters and activations. Norms, softmax, rotary angles and logits are float32 inside.
+      dtype: dtype of all parameters and activations. Norms, softmax, rotary angles and logits are computed in float32.
       rngs: source of the random initial weights.
 
     Attributes:
-      float_fingerprint: of a model whose weights were rounded to 8 bits, the fingerprint of the one it was made from,
-        where that is known (`tide_jax.model.files.checkpoint.fingerprint`).
+      float_fingerprint: for a model whose weights were rounded to 8 bits, the fingerprint of the float model, if it is
+        known (`tide_jax.model.files.checkpoint.fingerprint`).
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -76,18 +76,18 @@ class Decoder(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """dtype of the activations, of the cache, and of the parameters that are no 8-bit integers."""
+        """dtype of the activations, of the cache, and of all parameters that are not 8-bit integers."""
         return self.embed.dtype
 
     @property
     def weights(self) -> Weights:
-        """What the matrices are kept as."""
+        """How the matrices are stored: "float" or "int8"."""
         table = self.embed if self.config.tie_embeddings else self.head
         return "float" if table.scale is None else "int8"
 
     @property
     def precision(self) -> str:
-        """The numbers that the model computes with: its dtype, and whether weights are integers."""
+        """The number format of the computation: the dtype, and whether weights are integers."""
         return precision(self.dtype, self.weights)
 
     def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: token ids.
-          positions: position of each token in its row, -1 for padding; 0, 1, 2... when omitted.
+          positions: position of each token in its row, -1 for padding; 0, 1, 2... if omitted.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     def run_layers(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Plain pass through every layer: the last layer's output and the new rows ``[L, B, KV, T, hd]``."""
+        """Plain pass through all layers: the last layer's output and the new keys and values ``[L, B, KV, T, hd]``."""
         outputs = list(self.layer_outputs(tokens, positions, cache))
         rows = [rows for _, rows in outputs]
         return outputs[-1][0], KeyValue(jnp.stack([r.keys for r in rows]), jnp.stack([r.values for r in rows]))
@@ -113,14 +113,14 @@ class Decoder(nnx.Module):
     def layer_outputs(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
     ) -> Iterator[tuple[Float[Array, "B T D"], KeyValue]]:
-        """The residual stream after each layer and the layer's new rows ``[B, KV, T, hd]``, in order."""
+        """The residual stream after each layer, and the layer's new keys and values ``[B, KV, T, hd]``, in order."""
         x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
         for i, layer in enumerate(self.layers):
             x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
             yield x, rows
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Token (and absolute position) embeddings: the residual stream before the first layer."""
+        """The residual stream before the first layer: embeddings of tokens and, if any, of absolute positions."""
         return whole_channels(self._embedded(tokens, positions))
 
     def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
         return self.project_in(x) if self.project_in is not None and config.project_after_norm else x
 
     def _add_positions(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Adds the learned or sinusoidal vector of each position, where the architecture has them."""
+        """Adds the learned or sinusoidal vector of each position, if the architecture has one."""
         index = jnp.maximum(positions, 0) + jnp.int32(self.config.position_offset)
         if self.positions is not None:
             return x + self.positions(index)
@@ -154,16 +154,16 @@ class Decoder(nnx.Module):
         """Masks and rotary tables of each attention type, computed once and shared by all layers.
 
         Args:
-          positions: of the new tokens.
+          positions: positions of the new tokens.
           cache: earlier tokens.
-          asking: positions of those new tokens that run; all of them when omitted.
+          asking: positions of the new tokens that run; all of them if omitted.
         """
         seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
         asks = positions if asking is None else asking
         return tuple(attention_context(kind, asks, seq_len, slots, positions) for kind in self.config.attention_types)
 
     def logits(self, x: Float[Array, "B T D"], rows: HeadRows | None = None) -> Float[Array, "B T V"]:
-        """Logits, float32, of final-normed states; of a part of the vocabulary only where `rows` are given."""
+        """Logits, float32, from states after the final norm; with `rows`, only for that part of the vocabulary."""
         if self.head_transform is not None:
             x = self.head_transform(x)
         elif self.project_out is not None:
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
         return out
 
     def head_rows(self, ids: Int[Array, " K"]) -> HeadRows:
-        """The output projection's rows of some tokens, for `logits`."""
+        """The output projection's rows for some token ids, for `logits`."""
         return jax.tree.map(lambda a: jnp.take(a, ids, axis=0, mode="clip"), self._head_rows())
 
     def _head_rows(self) -> HeadRows:
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
 
 
 class _Identity(nnx.Module):
-    """In place of a final norm where the architecture has none."""
+    """Stands in for the final norm in architectures without one."""
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x
@@ -208,7 +208,7 @@ def _sinusoid(index: Int[Array, "B T"], size: int, *, endpoint: bool) -> Float[A
 
 
 class _Kind(NamedTuple):
-    """What is known of a parameter without its numbers: shapes as known and as kept, and the axes named there."""
+    """Properties of a parameter besides its values: its known and stored shapes, and the axes with a role."""
 
     known: tuple[int, ...]
     kept: tuple[int, ...]
@@ -218,8 +218,10 @@ class _Kind(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _kinds(config: DecoderConfig) -> dict[str, _Kind]:
-    """Every parameter by its dotted path, without allocating any. Tracing the modules takes a quarter of a second for
-    30 layers, and one load asks several questions."""
+    """Properties of every parameter by its dotted path, without allocating any.
+
+    Cached, because tracing the modules takes a quarter of a second for 30 layers and one load calls this several times.
+    """
     leaves = nnx.to_flat_state(nnx.state(_abstract(config)))
     return {
         _dotted(path): _Kind(_known_shape(leaf), tuple(leaf.get_value().shape), _input_axes(leaf), axes_of(leaf))
@@ -233,27 +235,27 @@ def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def abstract_stored(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter as the model keeps it, by its dotted path."""
+    """Shape in which the model stores every parameter, by its dotted path."""
     return {path: kind.kept for path, kind in _kinds(config).items()}
 
 
 def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
-    """Of the parameters that a model keeps as ``outputs + inputs``: how many axes are inputs, by path."""
+    """Number of input axes, by path, of the parameters that the model stores as ``outputs + inputs``."""
     return {path: kind.inputs for path, kind in _kinds(config).items() if kind.inputs is not None}
 
 
 def rounded_axes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that may be 8-bit integers: the axes, as they are kept, that products sum over, by path."""
+    """Axes of the stored shape that products sum over, by path, for the parameters that may be 8-bit integers."""
     return {path: kind.summed for path, kind in _kinds(config).items() if kind.summed is not None}
 
 
 class StoredParameter(NamedTuple):
-    """A parameter as the model keeps it; the scales of 8-bit integers are one of their own.
+    """A parameter as the model stores it; the scales of 8-bit integers are a parameter of their own.
 
     Attributes:
       path: its dotted path.
-      value: the array itself, no copy.
-      input_axes: trailing axes of `value` that lead in the shape it is known by; 0 where both shapes are the same.
+      value: the array itself, not a copy.
+      input_axes: number of trailing axes of `value` that come first in its known shape; 0 if both shapes are the same.
     """
 
     path: str
@@ -262,15 +264,15 @@ class StoredParameter(NamedTuple):
 
 
 def stored_parameters(model: Decoder) -> list[StoredParameter]:
-    """Every parameter of a model, in the order of paths; nothing is copied."""
+    """Every parameter of a model, sorted by path, without copies."""
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     return [StoredParameter(p, leaves[p].get_value(), _input_axes(leaves[p]) or 0) for p in sorted(leaves)]
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
-    """Every parameter of a model by its dotted path; kernels as ``inputs + outputs``, a second copy of them.
+    """Every parameter of a model by its dotted path; kernels are copied to ``inputs + outputs``.
 
-    Of 8-bit integers, the float32 weights that they stand for.
+    8-bit integers are returned as the float32 weights that they represent.
     """
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     scales = {path: leaves.get(scale_path(path)) for path in leaves if axes_of(leaves[path]) is not None}
@@ -293,20 +295,21 @@ def from_parameters(
     weights: Weights = "float",
     own_scales: Callable[[str], np.ndarray | None] = lambda path: None,
 ) -> Decoder:
-    """Builds a model from ``(path, tensor)`` pairs, cast to `dtype` or rounded one at a time.
+    """Builds a model from ``(path, tensor)`` pairs; casts to `dtype` or rounds one tensor at a time.
 
-    A numpy array of `dtype` becomes part of the model as it is, where its memory allows: it must not be changed.
+    A numpy array of `dtype` becomes part of the model without a copy if its memory allows. Such an array must not be
+    changed afterwards.
 
     Args:
-      stored: the tensors have the shapes that the model keeps (`StoredParameter`), not those they are known by.
-      mesh: where to, see `tide_jax.load`.
-      weights: "int8" rounds what may be rounded (`rounded_axes`); tensors that are 8-bit integers already come with
-        their scales (`tide_jax.model.rounding.scale_path`) and as the model keeps them.
-      own_scales: those that the floats of a parameter were made with, as `round_weights` takes them.
+      stored: the tensors have the shapes that the model stores (`StoredParameter`), not their known shapes.
+      mesh: the devices to put the model on, see `tide_jax.load`.
+      weights: "int8" rounds every tensor that may be rounded (`rounded_axes`). Tensors that already are 8-bit integers
+        come with their scales (`tide_jax.model.rounding.scale_path`) and in the stored shape.
+      own_scales: by path, the scales from which a parameter's floats were made, as `round_weights` takes them.
 
     Raises:
-      TideError: a path is unknown, has the wrong shape or is missing; the first of them and their number in one
-        message.
+      TideError: paths are unknown or missing, or have a wrong shape; the message has the first of them and their
+        number.
     """
     graph, state = nnx.split(_abstract(config, dtype, weights))
     leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
@@ -321,6 +324,7 @@ def from_parameters(
         else:
             axes = None if stored else _input_axes(leaves[path])
             value = tensor if axes is None else stored_kernel(tensor, axes)
+            # The fingerprint is that of the floats, so sample them before they are rounded.
             if samples is not None and value.dtype != np.int8 and path in samples.paths:
                 samples.take(path, (), np.asarray(value))
             for name, part in _rounded(path, leaves[path], value, own_scales):
@@ -337,7 +341,7 @@ def from_parameters(
 def _rounded(
     path: str, leaf: nnx.Variable, value: np.ndarray | Array, own_scales: Callable[[str], np.ndarray | None]
 ) -> list[tuple[str, np.ndarray | Array]]:
-    """A tensor as the model keeps it, by path: itself, or its integers and their scales."""
+    """The stored form of a tensor by path: the tensor itself, or its integers and their scales."""
     if leaf.get_value().dtype != jnp.int8 or value.dtype == jnp.int8:
         return [(path, value)]
     integers, scale = round_weights(np.asarray(value), axes_of(leaf) or (), own_scales(path))
@@ -349,7 +353,7 @@ def _samples(config: DecoderConfig) -> Samples:
 
 
 class _OneKey(NamedTuple):
-    """In place of `nnx.Rngs` where no number is drawn: its counters take longer to trace than all of the modules."""
+    """Replaces `nnx.Rngs` where no number is drawn; the counters of `Rngs` take longer to trace than all modules."""
 
     key: PRNGKeyArray
 
@@ -358,7 +362,7 @@ class _OneKey(NamedTuple):
 
 
 def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32, weights: Weights = "float") -> Decoder:
-    """The model without its numbers."""
+    """The model's structure with shapes but no values."""
 
     def make() -> Decoder:
         model = Decoder(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey(jax.random.key(0))))
@@ -368,7 +372,7 @@ def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32, weights: We
 
 
 def _input_axes(leaf: nnx.Variable) -> int | None:
-    """Leading input axes of a `Dense` kernel; None for other parameters."""
+    """Number of input axes of a `Dense` kernel; None for other parameters."""
     return leaf.get_metadata().get("input_axes")
 
 
@@ -381,7 +385,7 @@ def _placed(path: str, tensor: np.ndarray | Array, dtype: jnp.dtype, mesh: Mesh 
     if mesh is None:
         same = isinstance(tensor, np.ndarray) and tensor.dtype == dtype
         return jax.device_put(tensor, may_alias=True) if same else jnp.asarray(tensor, dtype)
-    # Cast on the host where it is numpy's: no device has to hold all of it.
+    # A numpy array is cast on the host, so no device has to hold all of it.
     return place(path, tensor if tensor.dtype == dtype else tensor.astype(dtype), mesh)
 
 

@@ -13,10 +13,10 @@ from tide_jax.model.ops import Dense
 
 
 class MLP(nnx.Module):
-    """``down(act(gate x) * up x)`` where the architecture is gated, ``down(act(up x))`` where it is not.
+    """``down(act(gate x) * up x)`` in gated architectures, otherwise ``down(act(up x))``.
 
     Args:
-      size: hidden width; the configuration's `intermediate_size` when omitted.
+      size: hidden width; the configuration's `intermediate_size` if omitted.
     """
 
     def __init__(self, config: DecoderConfig, *, size: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

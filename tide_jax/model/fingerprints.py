@@ -1,8 +1,8 @@
-"""Names for models that are made of their numbers: what a router file is tied to.
+"""Fingerprints of models, computed from their weights; a router file is tied to one.
 
-A hash of the architecture and of a few values of every parameter, rounded to bfloat16, taken at even distances of the
-shape that the parameter is known by. The values can be collected while parameters are read or written, a piece at a
-time: so a model whose weights become 8-bit integers keeps the name of the floats that they were.
+A fingerprint is a hash of the architecture and of a few values of every parameter, rounded to bfloat16. The values lie
+at even distances in the parameter's known shape. They can be collected piece by piece while parameters are read or
+written. So a model whose weights become 8-bit integers keeps the fingerprint of the original floats.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from tide_jax.model.architecture import DecoderConfig
 
 _SAMPLES = 16
-_UNNAMED = ("model_type", "eos_token_ids", "pad_token_id", "generation")  # fields that change no state
+_UNNAMED = ("model_type", "eos_token_ids", "pad_token_id", "generation")  # fields that do not affect the computation
 
 
 def sampled_places(shape: tuple[int, ...], input_axes: int) -> tuple[np.ndarray, ...]:
-    """An index into a parameter as it is kept, ``shape`` with `input_axes` trailing axes that lead in its known one."""
+    """An index into a stored parameter of `shape`; its `input_axes` trailing axes come first in the known shape."""
     outputs = len(shape) - input_axes
     places = np.linspace(0, max(0, int(np.prod(shape)) - 1), _SAMPLES).astype(np.int64)
     index = np.unravel_index(places, shape[outputs:] + shape[:outputs])
@@ -30,7 +30,7 @@ def sampled_places(shape: tuple[int, ...], input_axes: int) -> tuple[np.ndarray,
 
 
 def digest(config: DecoderConfig, samples: Mapping[str, np.ndarray]) -> str:
-    """16 hexadecimal digits of an architecture and the sampled values of each parameter."""
+    """16 hexadecimal digits from an architecture and the sampled values of each parameter."""
     fields = dataclasses.asdict(config)
     for name in _UNNAMED:
         del fields[name]
@@ -41,11 +41,11 @@ def digest(config: DecoderConfig, samples: Mapping[str, np.ndarray]) -> str:
 
 
 class Samples:
-    """Sampled values of parameters that come a piece at a time.
+    """Collects sampled values from parameters that arrive in pieces.
 
     Args:
-      shapes: of every parameter as it is kept.
-      input_axes: trailing axes that lead in the known shape, where there are any.
+      shapes: stored shape of every parameter.
+      input_axes: for kernels, the number of trailing axes that come first in the known shape.
 
     Attributes:
       paths: the parameters.
@@ -58,9 +58,13 @@ class Samples:
         self._found = {path: np.zeros(_SAMPLES, np.bool_) for path in shapes}
 
     def take(self, path: str, slot: tuple[int | slice, ...], piece: np.ndarray) -> None:
-        """Looks at `piece`, which fills ``parameter[slot]``: whole numbers and whole axes."""
+        """Takes the samples that lie in `piece`, which fills ``parameter[slot]``.
+
+        `slot` consists of whole numbers and full slices.
+        """
         places = self._places[path]
         fixed = [(axis, index) for axis, index in enumerate(slot) if isinstance(index, int)]
+        # The piece contains a sample if the slot's fixed indices match; the other axes index into the piece.
         inside = np.ones(_SAMPLES, np.bool_)
         for axis, index in fixed:
             inside &= places[axis] == index
@@ -69,5 +73,5 @@ class Samples:
         self._found[path] |= inside
 
     def digest(self, config: DecoderConfig) -> str | None:
-        """The fingerprint; None where a sampled value was not seen."""
+        """The fingerprint; None if a sampled value is missing."""
         return digest(config, self._values) if all(found.all() for found in self._found.values()) else None

@@ -1,8 +1,8 @@
-"""How a checkpoint wants its tokens chosen: its generation_config.json, as far as `TIDE.generate` obeys it.
+"""A checkpoint's settings for choosing tokens: the part of generation_config.json that `TIDE.generate` follows.
 
-Two kinds of settings. Rules change every generation, greedy ones too: penalties, forbidden tokens, least lengths. Dials
-of sampling change nothing until somebody asks for sampling: greedy stays the default here, whatever the file's
-`do_sample` says. How many tokens to make is the call's own choice; `max_length` and `max_new_tokens` of a file are not
+There are two kinds of settings. Rules apply to every generation, even greedy: penalties, forbidden tokens, minimum
+lengths. Sampling dials apply only when the caller asks for sampling; greedy is the default here, whatever the file's
+`do_sample` says. The caller chooses how many tokens to generate; a file's `max_length` and `max_new_tokens` are not
 read.
 """
 
@@ -46,31 +46,32 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "watermarking_config": (),
 }
-"""Settings of transformers that change tokens and are not supported, with the values at which they change none."""
+"""Unsupported transformers settings that change tokens, with the values at which they have no effect."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """Settings of generation under transformers' names and with its meaning; None where nothing is said.
+    """Generation settings with transformers' names and meanings; None if not given.
 
-    A batch's rows do not see each other: lengths are those of a row's own tokens, without padding.
+    Rows of a batch are independent: lengths count a row's own tokens, without padding.
 
     Attributes:
-      temperature, top_k, top_p, min_p: of sampling, see `tide_jax.generation.sampling`. They apply where sampling is
-      asked for.
-      repetition_penalty: of tokens that are in the row already, prompt included.
-      no_repeat_ngram_size: n-grams of so many tokens occur once, prompt included; 0 for no such rule.
-      bad_words_ids: sequences of tokens that are not completed. One that is an end-of-sequence token alone is ignored.
-      min_length: tokens, prompt included, before which no end-of-sequence token is chosen; `min_new_tokens` goes first.
+      temperature, top_k, top_p, min_p: sampling dials, see `tide_jax.generation.sampling`. Only used when the caller
+        asks for sampling.
+      repetition_penalty: penalty on tokens that are already in the row, prompt included.
+      no_repeat_ngram_size: n-grams of this length occur only once, prompt included; 0 for no such rule.
+      bad_words_ids: token sequences that are never completed. A sequence of a single end-of-sequence token is ignored.
+      min_length: no end-of-sequence token is chosen before this many tokens, prompt included; `min_new_tokens`
+        overrides it.
       min_new_tokens: the same without the prompt.
       forced_bos_token_id: the first new token after a prompt of one token; -1 for none.
-      forced_eos_token_id: the last token that `max_new_tokens` leaves room for is one of these.
-      suppress_tokens: never chosen.
-      begin_suppress_tokens: not chosen as the first new token.
-      unsupported: settings that are not obeyed, as "name=value"; for the warning.
+      forced_eos_token_id: the last token within `max_new_tokens` is one of these.
+      suppress_tokens: tokens that are never chosen.
+      begin_suppress_tokens: tokens that are not chosen as the first new token.
+      unsupported: settings that are ignored, as "name=value", for the warning.
 
     Raises:
-      TideError: a value out of its range or of another type.
+      TideError: a value has a wrong type or is out of range.
     """
 
     temperature: float | None = None
@@ -96,26 +97,27 @@ class GenerationSettings:
                 object.__setattr__(self, name, check(name, value))
 
     def updated(self, over: GenerationSettings) -> GenerationSettings:
-        """These settings, and those of `over` where it says something."""
+        """These settings, overridden by those that `over` gives."""
         said = {name: value for name in _CHECKS if (value := getattr(over, name)) is not None}
         return dataclasses.replace(self, **said)
 
     def warn(self, where: str) -> None:
-        """Logs, in one line, what is not supported."""
+        """Logs the unsupported settings in one line."""
         if self.unsupported:
             logger.warning("%s: generation settings not supported and ignored: %s", where, ", ".join(self.unsupported))
 
 
 def settings_from(values: Mapping[str, Any], where: str) -> GenerationSettings:
-    """The settings in a generation_config.json or in a transformers `GenerationConfig`'s dictionary.
+    """The settings in a generation_config.json, or in the dictionary of a transformers `GenerationConfig`.
 
-    A sampling dial outside its range is left out like what is not supported: nothing uses it before it is asked for.
+    A sampling dial outside its range counts as unsupported instead of an error, because nothing uses it until the
+    caller asks for sampling.
 
     Args:
       where: names the source in errors.
 
     Raises:
-      TideError: a value of the wrong type, or a rule's value out of its range.
+      TideError: a value has the wrong type, or a rule's value is out of range.
     """
     found: dict[str, Any] = {}
     unsupported = [f"{name}={_shown(values[name])}" for name in _NEUTRAL if _matters(name, values.get(name))]
@@ -133,7 +135,7 @@ def settings_from(values: Mapping[str, Any], where: str) -> GenerationSettings:
 
 
 def sampling_dial(name: str, value: Any) -> float:
-    """A dial as a float. Raises TideError, naming it, for a value out of its range."""
+    """A dial as a float. Raises TideError, which names the dial, for a value out of range."""
     number = real_number(name, value)
     good, expected = {
         "temperature": (0 <= number < math.inf, "0 or more and finite"),
@@ -156,7 +158,7 @@ def _shown(value: Any) -> str:
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    """A list of token ids. Transformers' own -1 for "none" is dropped."""
+    """A list of token ids. Drops -1, transformers' value for "none"."""
     if not isinstance(value, (list, tuple)):
         value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)):
@@ -197,4 +199,4 @@ _CHECKS: dict[str, Any] = {
 }
 NOTHING_SAID = GenerationSettings()
 SETTINGS = tuple(_CHECKS)
-"""Names of the settings that are obeyed."""
+"""Names of the supported settings."""

@@ -1,7 +1,8 @@
-"""A decoder layer: attention and feed-forward around a residual stream.
+"""A decoder layer: attention and feed-forward block around a residual stream.
 
 The parts branch on configuration flags, never on a family. Kernels keep their natural axes (heads, head channels,
-experts) so that a converter can name the slice a source tensor fills and a sharding rule can name the axis it splits.
+experts). So a converter can name the slice that a source tensor fills, and a sharding rule can name the axis that it
+splits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tide_jax.model.sharding import whole_channels
 
 
 class DecoderLayer(nnx.Module):
-    """One decoder layer. Returns the new residual stream and the rows its cache gains."""
+    """One decoder layer; returns the new residual stream and the layer's new keys and values."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         if config.layer_norm_eps is not None:
@@ -57,7 +58,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Runs the layer on new tokens; returns the new residual stream and the new key and value rows."""
+        """Runs the layer on new tokens; returns the new residual stream and the new keys and values."""
         return _traced_once(self, x, contexts, cached)
 
     def _run(
@@ -74,12 +75,12 @@ class DecoderLayer(nnx.Module):
         contexts: tuple[AttentionContext, ...],
         cached: CachedRows | None,
     ) -> Float[Array, "B M D"]:
-        """Runs the layer on some of the new tokens, given the rows of all of them.
+        """Runs the layer on some of the new tokens, given the keys and values of all of them.
 
         Args:
-          x: the residual stream of these tokens.
-          new: key and value rows of all new tokens.
-          contexts: with these tokens asking and all new tokens seen.
+          x: the residual stream of the tokens that run.
+          new: keys and values of all new tokens.
+          contexts: masks and tables in which these tokens are the queries and all new tokens are keys.
         """
         return _some_traced_once(self, x, new, contexts, cached)
 
@@ -94,22 +95,24 @@ class DecoderLayer(nnx.Module):
         return self._after_attention(x, normed, self.attention.read(normed, new, contexts[self.attention_type], cached))
 
     def _after_attention(self, x: Array, normed: Array, attended: Array) -> Float[Array, "B T D"]:
-        """The new residual stream."""
+        """The new residual stream, from the attention's output."""
         middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
+        # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
         return whole_channels(_weighted(out, self.output_scale))
 
     def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
-        """The key and value rows this layer would store for `x`, without running it."""
+        """The keys and values that this layer would store for `x`, without running it."""
         return self.attention.project_kv(_apply(self.pre_attention_norm, x), contexts[self.attention_type])
 
     def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
-        """Adds a sublayer's output to the residual stream, with the norm that follows either of them."""
+        """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
         if not self.norm_after_add:
             update = _apply(norm, update)
         if self.residual_scale != 1.0:
-            update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)  # a rounded scale adds up
+            # In float32, because the error of a rounded scale would accumulate over layers.
+            update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)
         return _apply(norm, x + update) if self.norm_after_add else x + update
 
 
@@ -117,7 +120,7 @@ class DecoderLayer(nnx.Module):
 def _traced_once(
     layer: DecoderLayer, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
 ) -> tuple[Float[Array, "B T D"], KeyValue]:
-    """Layers of the same structure are traced and lowered once in a program; XLA inlines the calls."""
+    """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
     return layer._run(x, contexts, cached)
 
 

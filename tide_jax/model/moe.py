@@ -1,7 +1,7 @@
 """Mixture-of-experts feed-forward blocks (Mixtral, Jiang et al. 2024, arXiv:2401.04088, and its successors).
 
-A router scores the experts, a selection chooses a few for each token and weighs them, and every expert runs once over
-the tokens that chose it.
+A router scores the experts. A selection chooses and weights a few for each token. Every expert then runs once, over all
+tokens that chose it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ON_TPU = "md,...df->m...f"
 class Experts(nnx.Module):
     """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``.
 
-    Where the weights are 8-bit integers, their scales have the shapes of the biases.
+    With 8-bit weights, the scales have the shapes of the biases.
     """
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -41,7 +41,7 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """Each token goes through its best experts, weighted by the router, and through the shared ones."""
+    """Sums each token's best experts, weighted by the router, and the shared expert."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         assert config.moe is not None
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         return jnp.sum(mixed * weights[:, :, None], axis=1)
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
-        """Runs row i, sorted by expert, through expert ``expert[i]``."""
+        """Runs row i through expert ``expert[i]``; rows are sorted by expert."""
         experts = self.experts
         hidden = expert_matmul(rows, experts.gate_up[...], expert, _numbers(experts.gate_up_scale))
         if experts.gate_up_bias is not None:
@@ -106,7 +106,8 @@ def by_expert(
     chosen: Int[Array, "N K"],
     run: Callable[[Float[Array, "M D"], Int[Array, " M"]], Float[Array, "M F"]],
 ) -> Float[Array, "N K F"]:
-    """What the chosen experts make of the rows; `run` gets them sorted by expert, one contiguous run for each."""
+    """Outputs of the chosen experts; `run` gets the rows sorted by expert, one contiguous run for each."""
+    # Sort the rows by expert, run them, and restore the order.
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
     out = run(rows.reshape(-1, rows.shape[-1])[order], expert[order])
@@ -119,16 +120,16 @@ def expert_matmul(
     expert: Int[Array, " M"],
     scale: Float[Array, "E ..."] | None = None,
 ) -> Float[Array, "M ..."]:
-    """Row i, sorted by expert, times ``kernels[expert[i]]``.
+    """Row i times ``kernels[expert[i]]``; rows are sorted by expert.
 
     Args:
-      kernels: of the dtype of `rows`, or 8-bit integers.
+      kernels: in the dtype of `rows`, or 8-bit integers.
       scale: float32 factor of each output, for integers.
     """
-    if 2 * rows.shape[0] <= kernels.shape[0]:  # a step of decoding reads the experts it needs, not all
+    if 2 * rows.shape[0] <= kernels.shape[0]:  # a decode step reads only the experts it needs
         sums = lax.platform_dependent(rows, kernels, expert, tpu=_by_row, default=_gathered)
     else:
-        # XLA for a TPU would make floats of all experts for its ragged product.
+        # For its ragged product, XLA for a TPU would convert all experts to floats.
         blocks_on_tpu = {} if scale is None else {"tpu": _integers_by_blocks}
         sums = lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs, **blocks_on_tpu)
     return sums if scale is None else scaled(sums, scale[expert], rows.dtype)
@@ -144,7 +145,7 @@ def _gathered(
 def _by_row(
     rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
-    """For TPUs, where XLA copies the kernels of all experts to gather a few of them."""
+    """Variant of `_gathered` for TPUs, where XLA copies all experts' kernels to gather a few of them."""
     rounded = kernels.dtype == jnp.int8
     kernels = _as_on_tpu(kernels) if rounded else kernels
 
@@ -158,12 +159,12 @@ def _by_row(
 def _integers_by_blocks(
     rows: Float[Array, "M D"], kernels: Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
-    """For TPUs."""
+    """`_by_blocks` with integers, for TPUs."""
     return _by_blocks(rows, _as_on_tpu(kernels), expert, spec=_ON_TPU)
 
 
 def _as_on_tpu(kernels: Int8[Array, "E D ..."]) -> Int8[Array, "E ..."]:
-    """Integers in the order that a TPU keeps them in, inputs last but one: in another, XLA would copy them."""
+    """Integers in a TPU's own axis order, inputs second to last; for any other order, XLA would copy them."""
     return jnp.moveaxis(kernels, 1, -2)
 
 
@@ -184,20 +185,22 @@ def _by_blocks(
     expert: Int[Array, " M"],
     spec: str = "md,d...->m...",
 ) -> Float[Array, "M ..."]:
-    """Each expert fills whole blocks. For CPUs, where `lax.ragged_dot` multiplies every row with every expert.
+    """Pads each expert's rows to whole blocks; for CPUs, where `lax.ragged_dot` multiplies every row with every expert.
 
     Args:
-      spec: the product of one expert, for integers.
+      spec: einsum of one expert's product, for integers.
     """
     (count, width), experts = rows.shape, kernels.shape[0]
     size = -(-count // experts)
-    blocks = count // size + experts  # enough, however the rows are spread
+    blocks = count // size + experts  # enough for every distribution of rows
     sizes = jnp.bincount(expert, length=experts).astype(jnp.int32)
+    # Blocks that each expert fills, and how far its rows shift to begin at a whole block.
     filled = (sizes + jnp.int32(size - 1)) // jnp.int32(size)
     ends = jnp.cumsum(filled, dtype=jnp.int32)
     shift = (ends - filled) * jnp.int32(size) - (jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
     place = jnp.arange(count, dtype=jnp.int32) + shift[expert]
     padded = jnp.zeros((blocks * size, width), rows.dtype).at[place].set(rows)
+    # The expert of each block; blocks after the last are empty and may have any.
     owner = jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right")
     owner = jnp.minimum(owner, experts - 1)
 
@@ -210,7 +213,7 @@ def _by_blocks(
 
 
 def router_logits(router: Dense, tokens: Float[Array, "N D"]) -> Float[Array, "N E"]:
-    """In float32: rounded logits would choose other experts where scores are close."""
+    """Router logits, float32; rounded logits would choose other experts where scores are close."""
     logits = einsum("td,ed->te", tokens.astype(jnp.float32), router.weights(jnp.dtype(jnp.float32)))
     return logits if router.bias is None else logits + router.bias[...].astype(jnp.float32)[None, :]
 
@@ -221,12 +224,13 @@ def choose_experts(
     """The chosen experts of each token and their weights, float32.
 
     Args:
-      logits: of the router, float32.
-      correction: added to scores (or logits) for the choice alone.
+      logits: the router's logits, float32.
+      correction: added to scores (or logits) for the choice, but not for the weights.
     """
     if moe.score == "sparsemixer":
         return _sparsemixer(logits, moe.experts_per_token, moe.sparsemixer_threshold)
     scores = jax.nn.softmax(logits, axis=-1) if moe.score == "softmax" else jax.nn.sigmoid(logits)
+    # A correction changes which experts are chosen, but not their weights.
     choice = scores
     if correction is not None:
         choice = (logits if moe.correction == "logit" else scores) + correction[None, :]
@@ -240,8 +244,9 @@ def choose_experts(
 
 
 def _only_best_groups(moe: MoEConfig, choice: Float[Array, "N E"]) -> Float[Array, "N E"]:
-    """Puts experts outside the best groups out of reach."""
+    """Sets the scores of experts outside the best groups to minus infinity."""
     grouped = choice.reshape(choice.shape[0], moe.groups, -1)
+    # A group scores as its best expert, or as the sum of its best two.
     best, _ = lax.top_k(grouped, 1 if moe.group_score == "max" else min(2, grouped.shape[-1]))
     _, kept = lax.top_k(jnp.sum(best, axis=-1), moe.groups_kept)
     eligible = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=jnp.bool_), axis=1)
@@ -251,14 +256,16 @@ def _only_best_groups(moe: MoEConfig, choice: Float[Array, "N E"]) -> Float[Arra
 def _sparsemixer(
     logits: Float[Array, "N E"], count: int, threshold: float
 ) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
-    """One choice after the other; each weighs its softmax share among those not far below it."""
+    """Chooses experts one at a time; a weight is the expert's softmax share among the experts close to it."""
     weights, chosen, left = [], [], logits
     for _ in range(count):
         best = jnp.argmax(left, axis=-1)[:, None]
         peak = jnp.take_along_axis(left, best, axis=-1)
+        # Only near ties, by relative distance from the best logit, share the softmax.
         far = (peak - logits) / jnp.maximum(jnp.abs(logits), peak) > threshold
         shares = jax.nn.softmax(jnp.where(far, -jnp.inf, left), axis=-1)
         weights.append(jnp.take_along_axis(shares, best, axis=-1))
         chosen.append(best)
+        # The next round excludes this expert.
         left = jnp.where(jax.nn.one_hot(best[:, 0], logits.shape[-1], dtype=jnp.bool_), -jnp.inf, left)
     return jnp.concatenate(weights, axis=-1), jnp.concatenate(chosen, axis=-1).astype(jnp.int32)

@@ -15,7 +15,7 @@ class Norm(nnx.Module):
 
     Args:
       shape: shape of the learned scale and bias: the trailing axes of the input.
-      axes: how many trailing axes share one mean; all of `shape` when omitted.
+      axes: number of trailing axes that share one mean; all of `shape` if omitted.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Norm(nnx.Module):
 
 
 def _aligned(a: Array, ndim: int) -> Array:
-    """float32, with leading axes of size 1 up to `ndim`."""
+    """`a` in float32, with leading axes of size 1 up to `ndim` axes."""
     return a.astype(jnp.float32).reshape((1,) * (ndim - a.ndim) + a.shape)
 
 
 def block_norm(config: DecoderConfig, size: int | tuple[int, ...], *, dtype: jnp.dtype) -> Norm:
-    """A norm of the kind the architecture has around its sublayers."""
+    """A norm of the kind that the architecture uses around its sublayers."""
     return Norm(
         (size,) if isinstance(size, int) else size,
         kind=config.norm,
@@ -67,7 +67,7 @@ def block_norm(config: DecoderConfig, size: int | tuple[int, ...], *, dtype: jnp
 
 
 def head_norm(norm: QKNorm | None, heads: int, head_dim: int, *, dtype: jnp.dtype) -> Norm | None:
-    """The norm of queries or keys ``[..., heads, hd]``; None where the architecture has none."""
+    """The norm of queries or keys ``[..., heads, hd]``; None if the architecture has none."""
     if norm is None:
         return None
     own = norm.all_heads or norm.per_head

@@ -1,4 +1,4 @@
-"""Matrix products with the project's precision rule, and the Dense module built on them."""
+"""Matrix products under the project's precision rule, and the Dense module built on them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tide_jax.model.sharding import on_mesh
 
 T = TypeVar("T", Array, np.ndarray)
 _FEW_TOKENS = 32
-_INTEGERS_AT_ONCE = 2**18  # weights whose floats a CPU's own cache holds, for a few tokens
-_INTEGERS_OF_PROMPTS = 2**24  # for many, where a loop costs more than it saves: 64 MiB of floats
+_INTEGERS_AT_ONCE = 2**18  # for a few tokens: weights whose floats fit into a CPU's cache
+_INTEGERS_OF_PROMPTS = 2**24  # for many tokens, where a loop costs more than it saves: 64 MiB of floats
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """float32 means float32: without this, GPUs multiply float32 matrices in TF32 (10-bit mantissas)."""
+    """float32 products use float32; by default, GPUs would use TF32 (10-bit mantissas)."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -34,10 +34,11 @@ def einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[A
 
 
 def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum` of floats and 8-bit integers, the sums in float32: float16 ones could overflow before scaling.
+    """`jnp.einsum` of floats and 8-bit integers with float32 sums; float16 sums could overflow before scaling.
 
-    The barrier keeps XLA for a CPU from making floats of the integers before a loop that this is in. Accelerators
-    convert within the product, and a TPU would copy a kernel whose reshaping a barrier keeps apart from it.
+    The barrier stops XLA for CPUs from converting the integers to floats before an enclosing loop. Accelerators convert
+    inside the product. They get no barrier, because it would separate a kernel from its reshape, and a TPU would then
+    copy the kernel.
     """
     x, integers = lax.platform_dependent(x, integers, cpu=_kept_here, default=lambda *as_given: as_given)
     precision = matmul_precision(x.dtype)
@@ -58,17 +59,17 @@ def times_rows(
 ) -> Float[Array, "... F"]:
     """`x` times every row of a matrix, under the precision rule.
 
-    A few float32 tokens on a CPU go through `pallas_kernels.weight_product`, which reads weights at memory speed.
+    On a CPU, a few float32 tokens go through `pallas_kernels.weight_product`, which reads weights at memory speed.
 
     Args:
-      rows: a row for each output, of x's dtype or 8-bit integers.
+      rows: a row for each output, in x's dtype or 8-bit integers.
       scale: float32 factor of each row of integers.
     """
     return times_rows_of(x, [(rows, scale)])[0]
 
 
 def times_rows_of(x: Float[Array, "... D"], products: Sequence[weight_product.Product]) -> list[Float[Array, "... F"]]:
-    """`times_rows` of several matrices: one call of the kernel, where a call costs microseconds."""
+    """`times_rows` for several matrices, in one kernel call, because each call costs microseconds."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if not on_mesh() and weight_product.pays(flat, products):
         found = weight_product.weight_products(flat, products, implementation="llvm")
@@ -84,10 +85,10 @@ def _scaled_rows(
 
 
 def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
-    """Sums of the product with integers, float32, as XLA makes it.
+    """float32 sums of the product with integers, computed by XLA.
 
-    XLA's CPU backend makes floats of the integers in memory, and does so for all layers at the start of a program: that
-    would be the memory of the float model. So there a loop converts some rows at a time.
+    XLA's CPU backend converts the integers to floats in memory, for all layers at the start of a program. That would
+    take as much memory as the float model. So on a CPU a loop converts some rows at a time.
     """
     at_most = _INTEGERS_AT_ONCE if x.shape[0] <= _FEW_TOKENS else _INTEGERS_OF_PROMPTS
     outputs, size = rows.shape[0], max(1, at_most // rows.shape[1])
@@ -100,7 +101,7 @@ def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Arr
 
     def in_blocks(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
         def block(number: Int[Array, ""], sums: Float[Array, "T F"]) -> Float[Array, "T F"]:
-            # The last block begins earlier than the others end.
+            # The last block overlaps the one before, so that all have the same size.
             start = jnp.minimum(number.astype(jnp.int32) * jnp.int32(size), jnp.int32(outputs - size))
             part = at_once(x, lax.dynamic_slice_in_dim(rows, start, size))
             return lax.dynamic_update_slice_in_dim(sums, part, start, axis=1)
@@ -112,11 +113,12 @@ def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Arr
 
 
 def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
-    """The product as XLA makes it.
+    """The product with floats, computed by XLA.
 
-    XLA's CPU backend multiplies a token by a matrix on one thread, and two to eight by a wide one slowly, but shares
-    the members of a batch out among threads. So there the rows become a small batch of matrices: on two cores that is
-    15 to 45 % faster for one token, and up to 50 % for a few; from dozens on it gains nothing.
+    XLA's CPU backend multiplies one token by a matrix on one thread, and two to eight tokens by a wide matrix slowly,
+    but it distributes the members of a batch over threads. So on a CPU the rows become a small batch of matrices. On
+    two cores that is 15 to 45 % faster for one token and up to 50 % faster for a few; from dozens of tokens on it gains
+    nothing.
     """
     tokens = math.prod(x.shape[:-1])
     parts = 4 if tokens == 1 else 2 if tokens <= _FEW_TOKENS else 1
@@ -136,9 +138,9 @@ def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Ar
 
 
 def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:
-    """`jnp.argmax` over the last axis, int32: of equal ones the first, of NaN the first NaN.
+    """`jnp.argmax` over the last axis, int32: the first of equal maxima, or the first NaN if there is one.
 
-    XLA's CPU backend carries numbers and places along, one by one; two passes over numbers are eight times as fast.
+    XLA's CPU backend carries values and indices along one by one; two passes over the values are eight times as fast.
     """
     return lax.platform_dependent(
         logits, cpu=_first_of_largest, default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32)
@@ -160,15 +162,16 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype
 class Dense(nnx.Module):
     """Linear map from the trailing axes `inputs` to axes `outputs`.
 
-    The kernel is known by the shape ``inputs + outputs`` (`tide_jax.model.decoder.parameters`) and kept as ``outputs +
-    inputs``, a row for each output: so a CPU multiplies 4 to 16 tokens up to a quarter faster, and one as fast.
+    The kernel's known shape is ``inputs + outputs`` (`tide_jax.model.decoder.parameters`). It is stored as ``outputs +
+    inputs``, one row per output. With this order a CPU multiplies 4 to 16 tokens up to a quarter faster, and one token
+    equally fast.
 
     The kernel may be 8-bit integers (`tide_jax.model.rounding`); then `scale` holds a float32 factor for each of
     `outputs`.
 
     Args:
-      stacked: the first of two output axes counts maps that are split over devices along the second.
-      exact: the kernel stays float whatever the others are.
+      stacked: the first of two output axes counts separate maps; devices split each map along the second axis.
+      exact: the kernel stays float even if other kernels are rounded.
     """
 
     def __init__(
@@ -190,13 +193,14 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        # Folded with the axis that stacks them, an axis can't be split over devices: every step would move the weights.
+        # Flattening would merge the stacking axis with the axis that devices split, and every step would move the
+        # weights.
         if self.stacked and on_mesh():
             return self._biased(self._one_by_one(self._flat(x)))
         return together(x, [self])[0]
 
     def weights(self, dtype: jnp.dtype) -> Float[Array, "..."]:
-        """The kernel as floats, ``outputs + inputs``, for what does not multiply by it row by row."""
+        """The kernel as floats, ``outputs + inputs``, for callers that do not multiply by it row by row."""
         return as_floats(self.kernel, self.scale, dtype)
 
     def _flat(self, x: Float[Array, "..."]) -> Float[Array, "... D"]:
@@ -226,21 +230,21 @@ class Dense(nnx.Module):
 
 
 def together(x: Float[Array, "..."], maps: Sequence[Dense]) -> list[Float[Array, "..."]]:
-    """Several maps of the same input, such as queries and keys; none of them is stacked on a mesh."""
+    """Several maps of the same input, such as queries and keys; none of them may be stacked on a mesh."""
     products = times_rows_of(maps[0]._flat(x), [dense._product() for dense in maps])
     return [dense._shaped(y) for dense, y in zip(maps, products, strict=True)]
 
 
 def stored_order(ndim: int, inputs: int) -> tuple[int, ...]:
-    """Axes of a kernel known as ``inputs + outputs`` in the order that it is kept in, ``outputs + inputs``."""
+    """Permutation of axes from a kernel's known order ``inputs + outputs`` to its stored order ``outputs + inputs``."""
     return (*range(inputs, ndim), *range(inputs))
 
 
 def stored_kernel(kernel: T, inputs: int) -> T:
-    """``inputs + outputs`` -> ``outputs + inputs``, of an array (numpy's or JAX's) whose first axes are the inputs."""
+    """``inputs + outputs`` -> ``outputs + inputs``, for a numpy or JAX array whose first `inputs` axes are inputs."""
     return kernel.transpose(stored_order(kernel.ndim, inputs))
 
 
 def known_kernel(kernel: T, inputs: int) -> T:
-    """The way back."""
+    """Inverse of `stored_kernel`."""
     return stored_kernel(kernel, kernel.ndim - inputs)

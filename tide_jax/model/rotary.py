@@ -17,8 +17,8 @@ def rope_tables(
     """Cosines and sines for each position, float32, ``R = rotary_dim // 2``.
 
     Args:
-      positions: 0-based position of each token in its own row.
-      seq_len: tokens seen so far in the longest row; "dynamic" and "longrope" choose their frequencies by it.
+      positions: position of each token in its own row, counted from 0.
+      seq_len: tokens seen so far in the longest row; the frequencies of "dynamic" and "longrope" depend on it.
     """
     inverse = _inverse_frequencies(rope, seq_len)
     angles = positions.astype(jnp.float32)[:, :, None] * inverse[None, None, :]
@@ -31,7 +31,7 @@ def rotate(
 ) -> Float[Array, "B T N hd"]:
     """Rotates the leading ``2 R`` channels of each head, in float32.
 
-    The first half pairs with the second half, or each channel with its neighbour when `interleaved`.
+    Pairs the first half of the channels with the second half, or neighbours if `interleaved`.
     """
     rotary = x[..., : 2 * cos.shape[-1]].astype(jnp.float32)
     x1, x2 = (rotary[..., ::2], rotary[..., 1::2]) if interleaved else jnp.split(rotary, 2, axis=-1)
@@ -67,7 +67,7 @@ def _linear(rope: RopeConfig) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig) -> np.ndarray:
-    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, a smooth band between."""
+    """Llama 3.1: divides low frequencies by `factor`, keeps high ones, and blends smoothly in between."""
     inverse = _default(rope)
     wavelength = 2 * math.pi / inverse
     low = rope.original_max_positions / rope.low_freq_factor
@@ -81,12 +81,14 @@ def _llama3(rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig) -> np.ndarray:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): interpolate low frequencies, keep high ones."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071, section 3.2): interpolates low frequencies, keeps high ones."""
     dim = rope.rotary_dim
 
     def correction(rotations: float) -> float:
         return dim * math.log(rope.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
+    # Keep frequencies with more than beta_fast turns in the original context, interpolate those with fewer than
+    # beta_slow, and blend in between.
     low, high = correction(rope.beta_fast), correction(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -99,12 +101,12 @@ def _yarn(rope: RopeConfig) -> np.ndarray:
 
 
 def _longrope(rope: RopeConfig, factors: tuple[float, ...]) -> np.ndarray:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one searched divisor for each frequency."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): each frequency has its own divisor, found by search."""
     return np.float32(1.0) / (np.asarray(factors, np.float32) * np.float32(rope.theta) ** _exponents(rope))
 
 
 def _dynamic(rope: RopeConfig, seq_len: Int[Array, ""]) -> Float[Array, " R"]:
-    """Dynamic NTK scaling: the base grows with the sequence once it exceeds the trained context."""
+    """Dynamic NTK scaling: the base grows with the sequence length once it exceeds the trained context."""
     trained = jnp.float32(rope.max_positions)
     length = jnp.maximum(seq_len.astype(jnp.float32), trained)
     growth = jnp.float32(rope.factor) * length / trained - jnp.float32(rope.factor - 1)
@@ -114,7 +116,7 @@ def _dynamic(rope: RopeConfig, seq_len: Int[Array, ""]) -> Float[Array, " R"]:
 
 
 def _proportional(rope: RopeConfig) -> np.ndarray:
-    """Gemma 4's partial rotation: frequencies are spread over all channels, and the lowest stand still."""
+    """Gemma 4's partial rotation: spreads frequencies over all channels and sets the lowest to 0."""
     return np.where(np.arange(rope.rotary_dim // 2) < rope.turning, _linear(rope), np.float32(0))
 
 

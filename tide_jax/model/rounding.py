@@ -1,19 +1,21 @@
-"""Weights executed as 8-bit integers: what is rounded, and how.
+"""Rounds weights to 8-bit integers, and computes with them.
 
-A token at small batch costs the reading of the weights, and 8-bit weights are a quarter of float32's. So the matrices
-that every token meets are kept as integers with a float32 scale for each output: those of `Dense`, the experts, and the
-table of the output head. A product is ``scale * (x @ integers)``: activations, sums and the cache stay floats.
+At small batch, a token costs the time to read the weights, and 8-bit weights take a quarter of the bytes of float32. So
+the matrices that every token uses are stored as integers with a float32 scale for each output: those of `Dense`, the
+experts, and the table of the output head. A product is ``scale * (x @ integers)``; activations, sums and the cache stay
+floats.
 
-The rule is symmetric, by output: ``scale = max |w| / 127`` over the inputs, ``q = round(w / scale)``, halves to even. A
-row of zeros has scale 1, so that scales are positive. Floats that a checkpoint's 8-bit integers stand for, with a scale
-for each output, are rounded to these same integers, with that scale.
+Rounding is symmetric, per output: ``scale = max |w| / 127`` over the inputs, ``q = round(w / scale)``, halves to even.
+A row of zeros has scale 1, so all scales are positive. If a checkpoint's floats come from 8-bit integers with a scale
+for each output, rounding restores these integers and keeps their scale.
 
-What stays float is small, or read row by row, or decides: norms, biases, learned positions, an embedding that is only
-looked up (a token reads one row of it), and the routers of experts (rounded, they would choose others). An embedding
-that serves as head is rounded, since each token reads all of it; then a look-up gives ``row * scale``.
+Weights stay float if they are small, are read row by row, or make decisions: norms, biases, learned positions, an
+embedding that is only looked up (a token reads one row of it), and the routers of experts (after rounding they would
+choose other experts). An embedding that also serves as head is rounded, because each token reads all of it; a look-up
+then gives ``row * scale``.
 
-A module says which of its parameters may be rounded, by naming the axes that a product sums over (`axes_of`). So this
-file knows no family, and a parameter without that note stays float.
+A module marks a parameter as one that may be rounded by naming the axes that a product sums over (`axes_of`). So this
+file knows no family, and a parameter without the mark stays float.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ Weights = Literal["float", "int8"]
 WEIGHTS: tuple[Weights, ...] = ("float", "int8")
 M = TypeVar("M", bound=nnx.Module)
 _MOST = 127
-_BLOCK = 2**23  # numbers of a tensor that are worked on at once
+_BLOCK = 2**23  # numbers of a tensor that are processed at once
 
 
 def checked_weights(weights: Any) -> Weights | None:
-    """A caller's `weights`. Raises TideError unless it is None or one of `WEIGHTS`."""
+    """Validates the caller's `weights`. Raises TideError unless it is None or one of `WEIGHTS`."""
     if weights is None:
         return None
     if not isinstance(weights, str) or weights not in WEIGHTS:
@@ -49,12 +51,12 @@ def checked_weights(weights: Any) -> Weights | None:
 
 
 def precision(dtype: Any, weights: Weights) -> str:
-    """The numbers that a model computes with, for reports and for what was measured with them."""
+    """The number format of a model's computation, for reports and for keys of measurements."""
     return jnp.dtype(dtype).name if weights == "float" else f"{jnp.dtype(dtype).name} with int8 weights"
 
 
 def blocks(tensor: np.ndarray, axes: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of a tensor's first axis, each of a few million numbers; one of all where a product sums over the axis."""
+    """Slices of a tensor's first axis with a few million numbers each; one slice if a product sums over that axis."""
     rows = len(tensor) if 0 in axes else max(1, _BLOCK * len(tensor) // max(1, tensor.size))
     for start in range(0, len(tensor), max(1, rows)):
         yield slice(start, start + rows)
@@ -63,13 +65,13 @@ def blocks(tensor: np.ndarray, axes: tuple[int, ...]) -> Iterator[slice]:
 def round_weights(
     weights: Float[np.ndarray, "..."], axes: tuple[int, ...], own: Float[np.ndarray, "..."] | None = None
 ) -> tuple[Int8[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """Rounds one tensor; apart from the result, memory is needed for a few million numbers of it.
+    """Rounds one tensor; besides the result, it needs memory for a few million numbers.
 
     Args:
-      weights: finite.
-      axes: those that a product sums over.
-      own: float32 scales in the shape of the other axes, 0 where none is known: an output's numbers are whole multiples
-        of its own scale, which is kept where the multiples are 8-bit integers, -128 among them.
+      weights: finite floats.
+      axes: the axes that a product sums over.
+      own: float32 scales in the shape of the other axes, 0 where unknown. An output's numbers are whole multiples of
+        its own scale. The scale is kept if these multiples are 8-bit integers; -128 is allowed.
 
     Returns:
       The integers, and the float32 scales in the shape of the other axes.
@@ -78,13 +80,15 @@ def round_weights(
     scale = np.empty([size for axis, size in enumerate(weights.shape) if axis not in axes], np.float32)
     for part in blocks(weights, axes):
         block = weights[part].astype(np.float32)
-        # A number that no float32 scale is small enough for counts as zero.
+        # Numbers so small that their scale underflows float32 count as zero.
         step = np.max(np.abs(block), axis=axes, keepdims=True, initial=0.0) / np.float32(_MOST)
         step, least = np.where(step > 0, step, np.float32(1)), np.float32(-_MOST)
         if own is not None:
+            # Keep an output's own scale if all its multiples fit into 8 bits.
             known = np.expand_dims(own[... if 0 in axes else part], axes)
             lowest, highest = (np.expand_dims(limit(axis=axes), axes) for limit in (block.min, block.max))
-            # A product and a quotient of floats are off by a share of 2**-24 each: far less than half a step in 128.
+            # Floats that were multiplied by a scale and are now divided by it have a relative error of 2**-24 each
+            # time: far less than half a step in 128.
             kept = (
                 (known > 0) & (lowest > known * np.float32(-_MOST - 1.5)) & (highest < known * np.float32(_MOST + 0.5))
             )
@@ -96,12 +100,12 @@ def round_weights(
 
 
 def restored(integers: Int8[np.ndarray, "..."], scale: Float[np.ndarray, "..."], axes: tuple[int, ...]) -> np.ndarray:
-    """The float32 weights that integers stand for; `axes` as in `round_weights`."""
+    """The float32 weights that integers represent; `axes` as in `round_weights`."""
     return integers.astype(np.float32) * np.expand_dims(scale, axes)
 
 
 def as_floats(kernel: nnx.Param, scale: nnx.Param | None, dtype: Any) -> Float[Array, "..."]:
-    """The weights of a module as floats in `dtype`, inside or outside a program; a cast where none are rounded."""
+    """The weights of a module as floats in `dtype`, inside or outside a program; only a cast if they are floats."""
     if scale is None:
         return kernel[...].astype(dtype)
     lined_up = jnp.expand_dims(scale[...], axes_of(kernel) or ())
@@ -114,17 +118,17 @@ def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"], dtype: An
 
 
 def axes_of(parameter: nnx.Variable) -> tuple[int, ...] | None:
-    """The axes that a product sums over, of a parameter that may be rounded; None for others."""
+    """The axes that a product sums over, for a parameter that may be rounded; None for others."""
     return parameter.get_metadata().get("summed")
 
 
 def scale_path(path: str) -> str:
-    """Where the scales of a parameter lie: ``q.scale`` of ``q.kernel``, ``experts.down_scale`` of ``experts.down``."""
+    """Path of a parameter's scales: ``q.scale`` for ``q.kernel``, ``experts.down_scale`` for ``experts.down``."""
     return f"{path.removesuffix('.kernel')}.scale" if path.endswith(".kernel") else f"{path}_scale"
 
 
 def as_int8(model: M) -> M:
-    """A model's form with 8-bit weights: changes the model, whose numbers are lost. For `nnx.eval_shape`."""
+    """The form of a model with 8-bit weights, for `nnx.eval_shape`; modifies the model and discards its values."""
     for _, module in nnx.iter_modules(model):
         for name, leaf in list(vars(module).items()):
             if not isinstance(leaf, nnx.Param) or (axes := axes_of(leaf)) is None:
@@ -132,13 +136,13 @@ def as_int8(model: M) -> M:
             shape = leaf.get_value().shape
             outputs = [size for axis, size in enumerate(shape) if axis not in axes]
             leaf.set_value(jnp.zeros(shape, jnp.int8))
-            # The attribute was None, which Flax holds to be static until it is told otherwise.
+            # The attribute was None, which Flax treats as static unless it is marked as data.
             setattr(module, scale_path(f".{name}")[1:], nnx.data(nnx.Param(jnp.ones(outputs, jnp.float32))))
     return model
 
 
 def check_scales(path: str, scale: np.ndarray, where: str) -> np.ndarray:
-    """Scales as a file holds them. Raises TideError, which names the file's folder, unless all are positive."""
+    """Scales from a file. Raises TideError, which names the file's folder, unless all are positive and finite."""
     with np.errstate(invalid="ignore"):
         wrong = ~(np.isfinite(scale) & (scale > 0))
     if wrong.any():
@@ -151,7 +155,7 @@ def check_scales(path: str, scale: np.ndarray, where: str) -> np.ndarray:
 
 
 def kept_as_floats(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, Any]) -> list[str]:
-    """Parameters of two axes or more that have no 8-bit form, those of all layers under one name, in order."""
+    """Parameters with two or more axes that have no 8-bit form, sorted; layers share one name."""
     left = [path for path, shape in shapes.items() if len(shape) > 1 and path not in rounded]
     return sorted({re.sub(r"\blayers\.\d+\.", "layers.*.", path) for path in left})
 
@@ -160,9 +164,9 @@ def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], rounded: Mapping[str, tu
     """Bytes of tensors in their stored type.
 
     Args:
-      shapes: of the tensors, as they are kept.
-      rounded: the axes of those that are integers.
-      itemsize: bytes of a float.
+      shapes: stored shapes of the tensors.
+      rounded: for integer tensors, the axes that a product sums over.
+      itemsize: bytes per float.
     """
     total = 0
     for path, shape in shapes.items():

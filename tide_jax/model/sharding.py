@@ -1,9 +1,9 @@
-"""Models, routers and caches over a mesh of devices, by rules on logical axes.
+"""Places models, routers and caches on a mesh of devices, by rules on logical axes.
 
-A mesh has two axes: "data" splits rows, "model" splits the weights within a group of devices (tensor parallelism as in
+A mesh has two axes. "data" splits rows; "model" splits the weights within a group of devices (tensor parallelism as in
 Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053: one sum over the group after attention, one after the feed-forward
-block). `PARAMETERS` and `CACHE` name the axes of tensors, `RULES` says what becomes of each name, and XLA's partitioner
-derives the rest: the model's code is the same with and without a mesh.
+block). `PARAMETERS` and `CACHE` name the axes of tensors, `RULES` maps each name to a mesh axis, and XLA's partitioner
+derives the rest. The model's code is the same with and without a mesh.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ RULES: Mapping[str, str | None] = {
     "ffn": MODEL,
     "vocab": MODEL,
     "exit_rank": MODEL,
-    # Experts are split inside, by "ffn": a step that needs a few of them loads all devices alike and moves no weights.
+    # Each expert is split by "ffn", so a step that needs a few experts loads all devices equally and moves no weights.
     "experts": None,
 }
-"""Mesh axis of each logical axis. An axis that the mesh does not divide evenly stays whole, for that tensor."""
+"""Mesh axis of each logical axis; a tensor's axis stays whole if the mesh does not divide it evenly."""
 
 PARAMETERS: Mapping[str, Axes] = {
     "*.embed.kernel": ("vocab", None),
@@ -73,10 +73,12 @@ PARAMETERS: Mapping[str, Axes] = {
     "*.candidates.rows.kernel": ("vocab", None),
     "*.candidates.rows.bias": ("vocab",),
 }
-"""Logical axes of parameters, as they are kept, by dotted path, the first pattern that fits. All others lie on every
-device: norms, routers, low-rank bottlenecks, which are small, and translators: split, each layer that is skipped would
-need a sum over the group, which costs more than what they read. The scales of a kernel of 8-bit integers lie with its
-outputs."""
+"""Logical axes of stored parameters, by dotted path; the first matching pattern applies.
+
+All other parameters lie on every device: norms, routers and low-rank bottlenecks, because they are small, and
+translators, because each skipped layer would need a sum over the group, which costs more than reading them. The scales
+of a kernel of 8-bit integers are placed like its outputs.
+"""
 
 CACHE: Mapping[str, Axes] = {
     "*.keys.*": ("rows", "kv_heads", None, None),
@@ -86,18 +88,19 @@ CACHE: Mapping[str, Axes] = {
     "*.pending.left.exit_layers": ("rows", None),
     "*.pending.left.code": ("rows", None, None),
 }
-"""The same of a `tide_jax.KVCache`."""
+"""Logical axes of the arrays of a `tide_jax.KVCache`."""
 
 
 def make_mesh(shape: str | tuple[int, int]) -> Mesh:
     """A mesh for `load`, `shard` and `TIDE`.
 
     Args:
-      shape: ``"DATAxMODEL"`` or ``(data, model)``: rows are split over `data` groups of devices, the model over the
-        `model` devices of each. The first devices are taken, neighbours into a group.
+      shape: ``"DATAxMODEL"`` or ``(data, model)``: splits rows over `data` groups of devices, and the model over the
+        `model` devices of each group. Uses the first devices; neighbours form a group.
 
     Raises:
-      TideError: another format; more devices than JAX has; some, but not all devices of several processes.
+      TideError: the format is wrong; there are fewer devices; or the mesh covers only a part of the devices of several
+        processes.
     """
     data, model = _mesh_shape(shape)
     devices, needed = jax.devices(), data * model
@@ -109,9 +112,9 @@ def make_mesh(shape: str | tuple[int, int]) -> Mesh:
 
 
 def shard(tree: T, mesh: Mesh) -> T:
-    """A `Decoder`, `Routers` or any pytree of theirs with each tensor where the rules put it; shapes and dtypes stay.
+    """Moves each tensor of a `Decoder`, `Routers` or a pytree of them to its place; shapes and dtypes stay the same.
 
-    Tensors that lie there already are not copied.
+    Tensors that are already in place are not copied.
 
     Raises:
       TideError: `mesh` has no axes "data" and "model".
@@ -121,35 +124,35 @@ def shard(tree: T, mesh: Mesh) -> T:
 
 
 def checked_mesh(mesh: Any) -> Mesh:
-    """A caller's mesh with automatic axes. Raises TideError without axes "data" and "model"."""
+    """A caller's mesh with automatic axes. Raises TideError if it has no axes "data" and "model"."""
     if not isinstance(mesh, Mesh) or not {DATA, MODEL} <= set(mesh.axis_names):
         found = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
         raise TideError(f'mesh has {found}, expected axes "data" and "model": tide_jax.make_mesh("1x4")')
-    # jax.make_mesh's axes may be explicit, which asks for a sharding of every intermediate array.
+    # Axes of jax.make_mesh may be explicit, which would require a sharding for every intermediate array.
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def mesh_of(model: Any) -> Mesh | None:
-    """The mesh that `load` or `shard` put a model on; None for a model that lies on none."""
+    """The mesh on which `load` or `shard` put a model; None if it is on none."""
     sharding = getattr(next(iter(jax.tree.leaves(model)), None), "sharding", None)
     found = isinstance(sharding, NamedSharding) and {DATA, MODEL} <= set(sharding.mesh.axis_names)
     return sharding.mesh if found else None
 
 
 def place(path: str, tensor: Any, mesh: Mesh) -> Array:
-    """A parameter, numpy's or JAX's, on the mesh: each device gets its own part and no more."""
+    """Puts a numpy or JAX parameter on the mesh; each device receives only its own part."""
     return _put(tensor, NamedSharding(mesh, _spec(_parameter_axes(f".{path}", tensor.ndim), tensor.shape, mesh.shape)))
 
 
 def split_rows(tree: T, mesh: Mesh | None) -> T:
-    """Arrays whose leading axis is split over "data" where it can be; as they are without a mesh."""
+    """Splits the leading axis of arrays over "data" where possible; without a mesh returns them unchanged."""
     if mesh is None:
         return tree
     return jax.tree.map(lambda a: _put(a, NamedSharding(mesh, _spec(("rows",), a.shape, mesh.shape))), tree)
 
 
 def replicate(tree: T, mesh: Mesh | None) -> T:
-    """Puts what does not lie on the mesh yet on every device of it; as it is without a mesh."""
+    """Copies arrays that are not on the mesh yet to all its devices; without a mesh returns them unchanged."""
     if mesh is None:
         return tree
     devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
@@ -162,18 +165,18 @@ def replicate(tree: T, mesh: Mesh | None) -> T:
 
 
 def mesh_context(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """Where programs over a mesh are traced, for `on_mesh`; nothing without one."""
+    """The context in which programs for a mesh are traced, which `on_mesh` detects; a null context without a mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def on_mesh() -> bool:
-    """Whether what is traced runs on a mesh with axes "data" and "model", that of ``jax.set_mesh``."""
+    """Whether the current trace runs on a mesh with axes "data" and "model", set by ``jax.set_mesh``."""
     mesh = jax.sharding.get_abstract_mesh()
     return {DATA, MODEL} <= set(mesh.axis_names) and all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 def constrain_cache(cache: T) -> T:
-    """Inside jit: holds a cache to its rules on the mesh of ``jax.set_mesh``; as it is without one."""
+    """Inside jit: shards a cache by its rules on the mesh of ``jax.set_mesh``; returns it unchanged without one."""
     if not on_mesh():
         return cache
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -185,9 +188,9 @@ def constrain_cache(cache: T) -> T:
 
 
 def whole_channels(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Inside jit: a residual stream with all channels on each device of a group; as it is without a mesh.
+    """Inside jit: keeps all channels of a residual stream on each device of a group; no change without a mesh.
 
-    Split by channels, as exit heads give it, it would have to be put together again before each matrix.
+    Exit heads return it split by channels, and without this it would be gathered before each matrix product.
     """
     if not on_mesh():
         return x
@@ -195,7 +198,7 @@ def whole_channels(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
 
 
 def readable(tree: T) -> T:
-    """The tree with arrays that are spread over several processes as whole numpy arrays. All processes must call it."""
+    """The tree with arrays that span several processes as whole numpy arrays; all processes must call this."""
 
     def read(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -208,12 +211,12 @@ def readable(tree: T) -> T:
 
 
 def fetch(tree: T) -> T:
-    """The tree as numpy arrays, those spread over several processes included. All processes must call it."""
+    """The tree as numpy arrays, including those that span several processes; all processes must call this."""
     return jax.device_get(readable(tree))
 
 
 def agreed(tree: T) -> T:
-    """What the first process holds: programs over a mesh need equal values in every process."""
+    """The first process's values: programs on a mesh need equal values in every process."""
     if jax.process_count() == 1:
         return tree
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -230,12 +233,12 @@ def _mesh_shape(shape: Any) -> tuple[int, int]:
 
 
 def _dotted(path: Any) -> str:
-    """``layers.0.attention.q.kernel``: a parameter's path without the name of what an `nnx.Param` holds."""
+    """``layers.0.attention.q.kernel``: a parameter's path without the suffix that `nnx.Param` adds."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _parameter_axes(path: str, ndim: int) -> Axes:
-    """The axes of a parameter. Outputs lead in kernels, so that scales, one for each output, have the first of them."""
+    """The logical axes of a parameter; scales have the leading axes of their kernel, which are its outputs."""
     if path.endswith(".scale"):
         return _axes(f"{path.removesuffix('.scale')}.kernel", PARAMETERS)[:ndim]
     return _axes(path, PARAMETERS)
@@ -246,7 +249,7 @@ def _axes(path: str, table: Mapping[str, Axes]) -> Axes:
 
 
 def _spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Where the rules put a tensor; what has other axes than its name promises stays whole."""
+    """Partition of a tensor by the rules; a tensor with fewer axes than its pattern stays whole."""
     if len(axes) > len(shape):
         return PartitionSpec()
     names = [None if axis is None else RULES[axis] for axis in axes]
@@ -262,5 +265,5 @@ def _put(array: Any, sharding: NamedSharding) -> Array:
         data, spec = jax.random.key_data(array), PartitionSpec(*sharding.spec)
         data = _put(data, NamedSharding(sharding.mesh, spec))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
-    whole = np.asarray(array)  # every process has all of it, and gives its devices their parts
+    whole = np.asarray(array)  # every process has the whole array and gives its devices their parts
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

@@ -1,4 +1,4 @@
-"""What stands before and behind the layers: the table of embeddings, and the output head."""
+"""The parts before and after the layers: the embedding table and the output head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Embedding(nnx.Module):
     """A table of vectors, ``kernel [rows, D]``.
 
     Args:
-      head: it is the output projection, too, and may be 8-bit integers with a `scale` for each row.
+      head: the table is also the output projection, and may be 8-bit integers with a `scale` for each row.
     """
 
     def __init__(self, rows: int, size: int, *, head: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -43,13 +43,13 @@ class Embedding(nnx.Module):
 def _integer_rows(table: Int8[Array, "V D"], index: Int[Array, "B T"]) -> Int8[Array, "B T D"]:
     if index.size != 1:
         return jnp.take(table, index, axis=0, mode="clip")
-    # XLA for a TPU looks one row up by a slice, for which it copies the whole table; two rows it reads where they lie.
+    # To look up one row, XLA for a TPU takes a slice, for which it copies the whole table; it reads two rows in place.
     twice = jnp.concatenate([index, index], axis=-1)
     return jnp.take(table, twice, axis=0, mode="clip")[..., :1, :]
 
 
 class Head(nnx.Module):
-    """Output projection, ``kernel [V, E]``: one row per token, as CPUs and GPUs read it fastest at small batch."""
+    """Output projection, ``kernel [V, E]``: one row per token, which CPUs and GPUs read fastest at small batch."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.head_size)
@@ -60,7 +60,7 @@ class Head(nnx.Module):
 
 
 class HeadRows(NamedTuple):
-    """Rows of the output projection: what the logits of K tokens need."""
+    """Rows of the output projection, for the logits of K tokens."""
 
     kernel: Float[Array, "K E"] | Int8[Array, "K E"]
     bias: Float[Array, " K"] | None

@@ -1,1 +1,1 @@
-"""Tokenizers and chat templates, read from the files beside a checkpoint."""
+"""Reads tokenizers and chat templates from the files of a checkpoint."""

@@ -1,4 +1,4 @@
-"""Conversations as prompts: a tokenizer's chat template, rendered so that the user's words are in the prompt."""
+"""Turns conversations into prompts with a tokenizer's chat template, and checks that they contain the user's words."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tide_jax.tokenizer.template_process import TemplateFailure, TemplateProcess
 
 Message = Mapping[str, Any]
 _Content = Callable[[str], Any]
-_PROBE = "tideprobe qzjxv"  # words that no template has of its own
+_PROBE = "tideprobe qzjxv"  # words that no template contains
 _HERE = "CONTINUE-HERE-qzjxv"
 
 
 def prompt_ids(
     tokenizer: Any, texts: Iterable[str], *, chat_template: str | None = None, raw: bool = False
 ) -> list[list[int]]:
-    """Token ids of prompts, each as a user's message in the chat template where the tokenizer has one.
+    """Token ids of prompts; each is a user's message in the chat template, if the tokenizer has one.
 
     Args:
-      tokenizer: what `tide_jax.load_tokenizer` gives.
+      tokenizer: from `tide_jax.load_tokenizer`.
       texts: the prompts.
-      chat_template: name of a template, of several; default: "default".
-      raw: take the prompts as they are, without a template.
+      chat_template: name of the template if there are several; default: "default".
+      raw: uses the prompts unchanged, without a template.
 
     Raises:
       TideError: as `ChatTemplate`.
@@ -41,12 +41,12 @@ def prompt_ids(
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    Text is what transformers' `apply_chat_template` gives, with three differences. A template that reads a message as
-    a list of parts, as those of multimodal models do, gets a list. Whatever is wrong is a TideError, and so is a
-    prompt that lacks the user's words. And time and memory have bounds: a template renders in a process of its own.
+    It renders the same text as transformers' `apply_chat_template`, with three differences. A template that reads a
+    message as a list of parts, as those of multimodal models do, gets a list. Every error is a TideError, and so is a
+    prompt that lacks the user's words. Time and memory are limited, because a template renders in its own process.
 
     Attributes:
-      name: which of the tokenizer's templates it is.
+      name: the template's name.
       text: the template.
     """
 
@@ -54,8 +54,8 @@ class ChatTemplate:
         """Chooses a template.
 
         Args:
-          tokenizer: what `tide_jax.load_tokenizer` gives.
-          name: which template, where there are several; default: "default", or the only one.
+          tokenizer: from `tide_jax.load_tokenizer`.
+          name: the template's name if there are several; default: "default", or the only one.
 
         Raises:
           TideError: the tokenizer has no such template.
@@ -83,14 +83,14 @@ class ChatTemplate:
         """A conversation as text.
 
         Args:
-          messages: mappings with "role" and "content", which is text or a list of parts, as transformers takes them.
-          add_generation_prompt: end where the assistant's answer begins.
-          continue_final_message: end inside the last message, which the model is to continue.
-          variables: what else the template reads, JSON values.
+          messages: mappings with "role" and "content", as in transformers; the content is text or a list of parts.
+          add_generation_prompt: ends where the assistant's answer begins.
+          continue_final_message: ends inside the last message, which the model will continue.
+          variables: other variables of the template, JSON values.
 
         Raises:
           TideError: the template refuses the conversation, has an error, takes more than 5 seconds, 1 GiB or ten
-            million characters, or leaves a user's words out.
+            million characters, or leaves out a user's words.
         """
         _check(messages, continue_final_message)
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
@@ -103,6 +103,7 @@ class ChatTemplate:
             ) from failure
 
     def _prompt(self, messages: Sequence[Message], variables: Mapping[str, Any], continue_final_message: bool) -> str:
+        # Try the forms of content that the probe allows, and report the first failure.
         failures = []
         for content, without in self._contents:
             try:
@@ -117,10 +118,10 @@ class ChatTemplate:
 
     @functools.cached_property
     def _contents(self) -> list[tuple[_Content, str]]:
-        """How to pass messages so that the template shows their words, and a prompt without these, squeezed.
+        """Functions that convert a message's content for the template, each with a squeezed prompt without the message.
 
-        As text where that shows a probe's words, else as a list of parts. Both are left to try where neither does: the
-        template may refuse the probe alone.
+        A probe decides: text if the prompt then contains the probe's words, otherwise a list of parts. If neither
+        works, both are returned to be tried, because the template may refuse only the probe.
         """
         tried: list[tuple[_Content, str]] = []
         for content in (_as_text, _as_parts):
@@ -132,7 +133,7 @@ class ChatTemplate:
                 prompt = ""
             squeezed, probe = _squeezed(prompt), _squeezed(_PROBE)
             if content is _as_parts and (f"'text':'{probe}'" in squeezed or f'"text":"{probe}"' in squeezed):
-                break  # it writes the list itself, as it would a text
+                break  # the template printed the list itself, as if it were text
             tried.append((content, squeezed.replace(probe, "\0")))
             if probe in squeezed:
                 return tried[-1:]
@@ -147,6 +148,7 @@ class ChatTemplate:
     ) -> str:
         passed = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if continue_final_message:
+            # Mark the end of the last message, to cut the prompt there.
             passed = [*passed[:-1], passed[-1] | {"content": f"{passed[-1]['content']}{_HERE} "}]
         for message in passed:
             if isinstance(message.get("content"), str):
@@ -184,7 +186,7 @@ def _as_parts(text: str) -> list[dict[str, str]]:
 
 
 def _user_texts(messages: Sequence[Message]) -> list[str]:
-    """What users say, in a list of parts too."""
+    """Everything that users say, including text in lists of parts."""
     contents = [message.get("content") for message in messages if message.get("role") == "user"]
     texts: list[str] = [content for content in contents if isinstance(content, str)]
     for parts in contents:
@@ -194,14 +196,17 @@ def _user_texts(messages: Sequence[Message]) -> list[str]:
 
 
 def _check_words(prompt: str, messages: Sequence[Message], without: str) -> None:
-    """Raises TemplateFailure unless what users say is in the prompt."""
+    """Raises TemplateFailure unless the prompt contains everything that users say."""
     if lost := [text for text in _user_texts(messages) if not _shows(prompt, text, without)]:
         raise TemplateFailure(f"leaves out the user's words, expected {_clipped(repr(lost[0]), 40)} in the prompt")
 
 
 def _shows(prompt: str, text: str, without: str) -> bool:
-    """Whether a text is in a prompt, in a form that a template may give it: other space or case, quoted for JSON or
-    HTML. It has to be there once more than in the prompt `without` it, whose own words may be the same."""
+    """Whether a prompt contains a text in any form that a template may give it.
+
+    Forms are other white space or case, and quoting for JSON or HTML. The text must occur once more than in the prompt
+    `without` it, because the template's own words may be the same.
+    """
     prompt = _squeezed(prompt)
     return any(not form or prompt.count(form) > without.count(form) for form in map(_squeezed, _forms(text)))
 
@@ -220,7 +225,7 @@ def _squeezed(text: str) -> str:
 
 
 def _until_here(prompt: str) -> str:
-    """The prompt up to the mark; without the space before it where the template trims the message."""
+    """The prompt up to the mark, without the space before it if the template trims the message."""
     start = prompt.rfind(_HERE)
     if start < 0:
         raise TemplateFailure("leaves out the last message, which the model is to continue")

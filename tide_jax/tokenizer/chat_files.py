@@ -1,4 +1,4 @@
-"""Chat templates in a checkpoint's files."""
+"""Chat templates in the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
 
 DEFAULT = "default"
-# Later files count before earlier ones: the first two belong to a processor of images, the last to the tokenizer.
+# Later files override earlier ones: the first two belong to an image processor, the last to the tokenizer.
 _JSON = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
 _DEFAULT_FILE = "chat_template.jinja"
 _NAMED_FILES = "additional_chat_templates/*.jinja"
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
-    """All chat templates that a checkpoint's files hold, by name; "default" is the usual one.
+    """All chat templates in a checkpoint's files, by name; "default" is the usual one.
 
     Raises:
-      TideError: a file cannot be read, or what should be a template is not text.
+      TideError: a file cannot be read, or a template is not text.
     """
     found: dict[str, str] = {}
     for path in (directory / name for name in _JSON):
@@ -32,13 +32,13 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
 
 def remove_template_files(directory: Path) -> None:
-    """Removes the files that hold nothing but a chat template."""
+    """Removes the files that contain only a chat template."""
     for path in (directory / _DEFAULT_FILE, *directory.glob(_NAMED_FILES)):
         path.unlink(missing_ok=True)
 
 
 def add_chat_templates(tokenizer: Any, directory: Path) -> Any:
-    """The tokenizer, with all the chat templates in a checkpoint's files. Raises TideError as `chat_templates` does."""
+    """Sets all chat templates of a checkpoint's files on the tokenizer. Raises TideError as `chat_templates` does."""
     if found := chat_templates(directory):
         tokenizer.chat_template = found if set(found) != {DEFAULT} else found[DEFAULT]
     return tokenizer
@@ -48,7 +48,7 @@ def by_name(stored: Any, where: str) -> dict[str, str]:
     """Templates by name, from any form in which files store them: a text, an object or a list of objects.
 
     Raises:
-      TideError: it is none of these; the message names `where`.
+      TideError: the value has another form; the message names `where`.
     """
     if stored is None or stored == "":
         return {}

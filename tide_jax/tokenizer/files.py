@@ -1,7 +1,7 @@
-"""Tokenizers on disk. Where there is a tokenizer.json, it alone says how text becomes token ids.
+"""Loads tokenizers from disk. If there is a tokenizer.json, it alone determines how text becomes token ids.
 
-transformers rebuilds normaliser and pre-tokenizer from the class that tokenizer_config.json or the model type names;
-what it then makes of a text is not what the file says.
+transformers would rebuild the normaliser and pre-tokenizer from the class that tokenizer_config.json or the model type
+names, and then tokenise differently from the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _FILE = "tokenizer.json"
-_INPUTS = ["input_ids", "attention_mask"]  # a decoder has no use for token types, transformers' default
+_INPUTS = ["input_ids", "attention_mask"]  # no token types, which a decoder does not use
 _PASSED_ON = (
     "padding_side",
     "truncation_side",
@@ -32,37 +32,37 @@ _PASSED_ON = (
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
 )
-# Vocabularies in other formats, and the modules that transformers reads them with.
+# Vocabularies in other formats, and the modules that transformers needs to read them.
 _OTHER_VOCABULARIES: dict[str, tuple[str, ...]] = {
     "vocab.json": (),
     "vocab.txt": (),
     "tekken.json": (),
     "*.model": ("sentencepiece", "google.protobuf"),
 }
-_READ_BY_ANY = {"tekken.json", "tokenizer.model", "tiktoken.model"}  # whatever the class
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # some files of that kind are called tokenizer.model
+_READ_BY_ANY = {"tekken.json", "tokenizer.model", "tiktoken.model"}  # by every tokenizer class
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # some tiktoken files are called tokenizer.model
 _PACKAGES = {"google.protobuf": "protobuf"}
-_REASON = 100  # characters of a library's message
+_REASON = 100  # characters shown of a library's message
 
 
 def tokenizer_in(directory: Path) -> Any:
-    """The tokenizer whose files lie in a directory: a `PreTrainedTokenizerFast` where it has a tokenizer.json.
+    """The tokenizer in a directory: a `PreTrainedTokenizerFast` if the directory has a tokenizer.json.
 
-    Token ids are those of tokenizer.json. The special tokens and their roles, whether a text begins with BOS and ends
-    with EOS, the padding side and the chat template are those of tokenizer_config.json. No code in the directory runs.
+    Token ids are those of tokenizer.json. tokenizer_config.json determines the special tokens and their roles, whether
+    a text begins with BOS and ends with EOS, the padding side and the chat template. No code in the directory runs.
 
     Raises:
-      TideError: there is no tokenizer, its files are damaged, or they take a package that is not installed.
+      TideError: there is no tokenizer, its files are damaged, or they need a package that is not installed.
     """
     try:
         tokenizer = _from_file(directory) if (directory / _FILE).is_file() else _from_other_files(directory)
         return add_chat_templates(tokenizer, directory)
     except TideError:
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception, transformers whatever its parsers do
+    except Exception as error:  # `tokenizers` raises bare Exception, and transformers whatever its parsers raise
         raise _not_loadable(directory, error) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the Rust in `tokenizers`
+        if type(error).__name__ != "PanicException":  # from Rust code in `tokenizers`
             raise
         raise _not_loadable(directory, error) from error
 
@@ -93,9 +93,9 @@ def _from_file(directory: Path) -> Any:
 
 
 def _add_missing(backend: Tokenizer, settings: TokenizerSettings, directory: Path) -> None:
-    """Adds the tokens that tokenizer_config.json declares and tokenizer.json lacks, and makes roles special.
+    """Adds tokens that tokenizer_config.json declares and tokenizer.json lacks, and makes tokens with roles special.
 
-    A token of tokenizer.json goes on to match text as that file says.
+    Tokens in tokenizer.json still match text as that file says.
     """
     for index, token in settings.declared().items():
         if backend.token_to_id(token.content) is not None:
@@ -121,7 +121,7 @@ def _added(token: Token) -> AddedToken:
 
 
 def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
-    """Begins and ends texts as tokenizer_config.json asks, where tokenizer.json does otherwise."""
+    """Adds or removes BOS and EOS as tokenizer_config.json requires, if tokenizer.json does otherwise."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     before, after = _ends(tokenizer)
     first, last = before, after
@@ -134,10 +134,10 @@ def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
 
 
 def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The token ids that tokenizer.json puts before and after a text."""
+    """The token ids that tokenizer.json adds before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
-    if 0 not in added:  # the vocabulary has no such letter
+    if 0 not in added:  # the vocabulary lacks the letter "a"
         cut = len(ids) - (ids[-1:] == [tokenizer.eos_token_id])
         return ids[:cut], ids[cut:]
     first, last = added.index(0), len(added) - added[::-1].index(0)
@@ -165,7 +165,7 @@ def _post_processor(backend: Tokenizer, before: list[int], after: list[int]) -> 
 
 
 def _from_other_files(directory: Path) -> Any:
-    """What transformers makes of a vocabulary in another format; this imports torch where it is installed."""
+    """A tokenizer that transformers builds from a vocabulary in another format; imports torch if it is installed."""
     found = _other_vocabularies(directory)
     if found and all(found.values()):
         path, missing = next(iter(found.items()))
@@ -175,10 +175,10 @@ def _from_other_files(directory: Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    # Without this argument, transformers asks on the terminal whether to run the code in the directory.
+    # Without trust_remote_code=False, transformers asks on the terminal whether to run code from the directory.
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     names = set(tokenizer.vocab_files_names.values())
-    # transformers makes a tokenizer of nothing but special tokens where the class finds no file.
+    # If the class finds no file, transformers builds a tokenizer with only special tokens.
     if names and not any(path.name in names | _READ_BY_ANY for path in found):
         raise TideError(
             f"{directory} holds no tokenizer: {type(tokenizer).__name__} reads {', '.join(sorted(names))}; put its "
@@ -188,7 +188,7 @@ def _from_other_files(directory: Path) -> Any:
 
 
 def _other_vocabularies(directory: Path) -> dict[Path, list[str]]:
-    """Vocabulary files without a tokenizer.json, with the packages that reading each takes and are not installed."""
+    """Vocabulary files in other formats, each with the packages it needs that are not installed."""
     found = {}
     for pattern, needed in _OTHER_VOCABULARIES.items():
         for path in sorted(directory.glob(pattern)):
@@ -205,12 +205,12 @@ def _is_tiktoken(path: Path) -> bool:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is not there
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _not_loadable(directory: Path, error: BaseException) -> TideError:
-    """The message for a tokenizer that could not be made."""
+    """The error for a tokenizer that could not be built."""
     reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
     if (directory / _FILE).is_file():
         return TideError(f"{directory / _FILE} cannot be read as a tokenizer ({reason}): get the file again")

@@ -1,4 +1,4 @@
-"""What tokenizer_config.json says beside tokenizer.json: special tokens, beginning and end, padding side."""
+"""The settings in tokenizer_config.json that tokenizer.json lacks: special tokens, BOS and EOS, padding side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 class Token(BaseModel):
-    """A token and how it matches text, as in `tokenizers.AddedToken`; a plain string is a token, too."""
+    """A token and how it matches text, as in `tokenizers.AddedToken`; a plain string is also accepted."""
 
     model_config = ConfigDict(strict=True)
 
@@ -32,9 +32,9 @@ _Side = Literal["left", "right"]
 
 
 class TokenizerSettings(BaseModel):
-    """The fields of tokenizer_config.json that matter where a tokenizer.json says how text is cut.
+    """The fields of tokenizer_config.json that still matter if a tokenizer.json says how to tokenise.
 
-    The tokenizer's class, its normaliser's and pre-tokenizer's settings and the names of files are not among them.
+    Left out are the tokenizer's class, the settings of its normaliser and pre-tokenizer, and file names.
     """
 
     model_config = ConfigDict(strict=True)
@@ -61,7 +61,7 @@ class TokenizerSettings(BaseModel):
     chat_template: Any = None
 
     def named(self) -> dict[str, Token]:
-        """The special tokens that have a role, by transformers' names for it."""
+        """The special tokens with a role, by transformers' name of the role."""
         found = {name: getattr(self, name) for name in _NAMED}
         if isinstance(self.extra_special_tokens, dict):
             found |= self.extra_special_tokens
@@ -73,7 +73,7 @@ class TokenizerSettings(BaseModel):
         return (listed if isinstance(listed, list) else []) or self.additional_special_tokens or []
 
     def declared(self) -> dict[int, Token]:
-        """Tokens that were added to the vocabulary, by id."""
+        """Tokens added to the vocabulary, by id."""
         return {int(index): token for index, token in sorted((self.added_tokens_decoder or {}).items(), key=_index)}
 
 
@@ -81,10 +81,10 @@ def read_settings(directory: Path) -> TokenizerSettings:
     """The settings of a directory's tokenizer.
 
     Raises:
-      TideError: one of the files is no JSON object, or a field of it is of the wrong type.
+      TideError: a file is not a JSON object, or a field has the wrong type.
     """
     values = _object(directory / _CONFIG)
-    if values.get("added_tokens_decoder") is None:  # files of older versions, which the newer form replaces
+    if values.get("added_tokens_decoder") is None:  # files of older versions, only read if the newer field is missing
         values |= _object(directory / _SPECIAL_TOKENS)
         if added := _object(directory / _ADDED_TOKENS):
             values["added_tokens_decoder"] = {str(index): token for token, index in added.items()}

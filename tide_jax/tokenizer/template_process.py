@@ -1,4 +1,4 @@
-"""A chat template in a process of its own, which bounds the time, memory and text that it takes."""
+"""Renders a chat template in its own process, with limits on time, memory and text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_SECONDS = 5  # of the processor's time for one text; templates take milliseconds
-_WALL_SECONDS = 60.0  # where the system does not count processor time, or the machine is overloaded
+_SECONDS = 5  # CPU time for one text; templates take milliseconds
+_WALL_SECONDS = 60.0  # for systems that do not limit CPU time, and for overloaded machines
 _BYTES = 1 << 30
 _CHARACTERS = 10_000_000
 _BOUNDS = {
@@ -25,10 +25,10 @@ _BOUNDS = {
 
 
 class TemplateFailure(Exception):
-    """A template was not rendered. Its text completes the sentence "the template ...".
+    """A template could not be rendered; the message completes the sentence "the template ...".
 
     Attributes:
-      out_of_bounds: it took too much time or memory or wrote too much, and would again.
+      out_of_bounds: the template took too much time or memory or wrote too much, and would do so again.
     """
 
     def __init__(self, reason: str, *, out_of_bounds: bool = False) -> None:
@@ -37,7 +37,7 @@ class TemplateFailure(Exception):
 
 
 class TemplateProcess:
-    """Renders one template; its process starts at the first text and ends with this object. Threads may share it."""
+    """Renders one template; its process starts with the first text and ends with this object. Thread-safe."""
 
     def __init__(self, template: str) -> None:
         self._template = template
@@ -49,7 +49,7 @@ class TemplateProcess:
         """The template's text for these variables, which are JSON values.
 
         Raises:
-          TemplateFailure: the template has an error, raises one, or goes out of bounds.
+          TemplateFailure: the template has an error, raises one, or exceeds a limit.
         """
         try:
             request = json.dumps(variables).encode() + b"\n"
@@ -59,7 +59,7 @@ class TemplateProcess:
             process, greeting = self._started()
             try:
                 line, in_time = _asked(process, greeting + request)
-            except BaseException:  # an interrupted process still owes an answer, which would be taken for the next
+            except BaseException:  # stop the process: its late answer would be taken for the next one's
                 self._stop()
                 raise
             if not line.endswith(b"\n"):
@@ -74,12 +74,12 @@ class TemplateProcess:
         return answer["text"]
 
     def _started(self) -> tuple[subprocess.Popen[bytes], bytes]:
-        """The process, and what to send it before anything else: nothing where it has run before."""
+        """The process, and the bytes to send first: the settings for a new process, otherwise nothing."""
         if self._process is not None and self._stop.alive and self._process.poll() is None:
             return self._process, b""
         self._stop()
-        # -S and -s: the parent's search path is sent instead. -P: this package's modules are not to be found by their
-        # bare names.
+        # -S and -s skip site packages, because the parent sends its own search path. -P keeps the script's folder off
+        # the path, so this package's modules cannot be imported by their bare names.
         command = [sys.executable or "python3", "-P", "-S", "-s", str(_WORKER)]
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         try:
@@ -98,7 +98,7 @@ class TemplateProcess:
 
 
 def _asked(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bool]:
-    """The line that a process answers, empty where it ends, and whether it was within the wall clock's time."""
+    """The line that a process answers, empty if the process ends, and whether it met the wall clock limit."""
     late = threading.Event()
 
     def end() -> None:
@@ -117,7 +117,7 @@ def _asked(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, boo
 
 def _send(process: subprocess.Popen[bytes], line: bytes) -> None:
     stdin = cast(IO[bytes], process.stdin)
-    with contextlib.suppress(OSError):  # it has ended, which its missing answer will tell
+    with contextlib.suppress(OSError):  # the process has ended; the caller notices the missing answer
         stdin.write(line)
         stdin.flush()
 
@@ -135,7 +135,7 @@ def _ended(code: int, in_time: bool) -> TemplateFailure:
 
     if not in_time or code == -getattr(signal, "SIGXCPU", 0):
         return TemplateFailure(_BOUNDS["seconds"], out_of_bounds=True)
-    if code == -getattr(signal, "SIGKILL", 0):  # what the system does when the machine has no memory left
+    if code == -getattr(signal, "SIGKILL", 0):  # the system kills processes when the machine runs out of memory
         return TemplateFailure(_BOUNDS["bytes"], out_of_bounds=True)
     return TemplateFailure(f"ends the process that renders it (exit code {code})", out_of_bounds=True)
 

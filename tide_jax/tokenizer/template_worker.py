@@ -1,11 +1,11 @@
-"""Renders one Jinja chat template, as a script in a process of its own, for `tide_jax.tokenizer.template_process`.
+"""Renders one Jinja chat template, as a script in its own process, for `tide_jax.tokenizer.template_process`.
 
-A chat template is a program that somebody else wrote. Jinja's sandbox keeps it from files and from Python, but not
-from running for ever or filling the memory, in one expression where no counter of steps looks. The operating system
-bounds both for a process. This script imports Jinja alone: a start takes a tenth of a second.
+A chat template is a program by someone else. Jinja's sandbox denies it files and Python's internals, but it does not
+stop a single expression from running forever or filling the memory. The operating system limits both for a process.
+This script imports only Jinja, so it starts in a tenth of a second.
 
-Standard input holds a JSON value a line: first {"path", "template", "seconds", "bytes", "characters"}, then a mapping
-of variables for each text to render. Each mapping is answered by a line: {"text"}, {"error"} or {"bound"}.
+Standard input has one JSON value per line: first {"path", "template", "seconds", "bytes", "characters"}, then a mapping
+of variables for each text to render. The script answers each mapping with a line: {"text"}, {"error"} or {"bound"}.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Answers until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    """Answers requests until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C stops
     settings = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = settings["path"]
     _bound_memory(settings["bytes"])
@@ -58,14 +58,14 @@ class _Renderer:
 
 
 def _environment() -> Any:
-    """The environment in which transformers renders chat templates, so that they mean the same here."""
+    """An environment equal to that of transformers, so that templates mean the same."""
     from jinja2 import ext, nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(ext.Extension):
-        """``{% generation %}``: marks what an assistant said, for training; its text is written as it is."""
+        """``{% generation %}`` marks an assistant's text for training; here its text is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -95,7 +95,7 @@ def _environment() -> Any:
             raise SecurityError(f"a namespace cannot hold {name!r}: the name starts with an underscore")
 
     class PlainDict:
-        """Makes dictionaries, without the attributes that Python's class has."""
+        """Makes dictionaries, without the attributes of Python's class."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)
@@ -128,7 +128,7 @@ def _to_json(
 def _described(error: Exception) -> str:
     try:
         message = " ".join(str(error)[:1000].split())
-    except Exception:  # a message that the template made, and that has no text
+    except Exception:  # the template made the message, and it has no text
         message = ""
     line = getattr(error, "lineno", None)
     name = type(error).__name__ if line is None else f"{type(error).__name__} in line {line}"
@@ -145,7 +145,7 @@ def _bound_memory(most: int) -> None:
 
 
 def _bound_time(seconds: int) -> None:
-    """Lets the process have so much more processor time; the system ends it after that."""
+    """Allows the process this many more seconds of CPU time, after which the system ends it."""
     if sys.platform != "win32":
         import resource
 

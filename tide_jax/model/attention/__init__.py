@@ -1,1 +1,1 @@
-"""Attention, an implementation a file."""
+"""Attention, one implementation per file."""

@@ -1,4 +1,4 @@
-"""Differential attention: what two softmaxes have in common is noise, and their difference is not."""
+"""Differential attention: subtracting one softmax from another cancels the noise they share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tide_jax.model.norms import Norm
 
 
 class DifferentialAttention(Attention):
-    """Heads in two halves that read values of double width, the second half subtracted from the first.
+    """Attention with two halves of heads that read values of double width; subtracts the second half from the first.
 
-    The Differential Transformer (Ye et al. 2024, arXiv:2410.05258, section 2.1). A pair's difference is normed and
-    scaled by one minus the initial weight.
+    The Differential Transformer (Ye et al. 2024, arXiv:2410.05258, section 2.1). Each pair's difference is normed and
+    multiplied by one minus the initial weight.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -29,6 +29,7 @@ class DifferentialAttention(Attention):
     def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
         first, second = jnp.split(super()._mixed(q, spans), 2, axis=2)
         weights = self.weights[...].astype(jnp.float32)
+        # The paper's lambda: exp(q1 . k1) - exp(q2 . k2) + initial value.
         grown = jnp.exp(jnp.sum(weights[:, 0] * weights[:, 1], axis=-1))
         share = (grown[0] - grown[1] + self.initial).astype(q.dtype)
         difference = self.pair_norm(first - share * second)
@@ -39,6 +40,6 @@ class DifferentialAttention(Attention):
 
 
 def _paired(values: Float[Array, "B KV S hd"]) -> Float[Array, "B KV S 2hd"]:
-    """Both halves of the value heads side by side, once for each half of the query heads."""
+    """Concatenates both halves of the value heads channel-wise, once for each half of the query heads."""
     pairs = jnp.concatenate(jnp.split(values, 2, axis=1), axis=-1)
     return jnp.concatenate([pairs, pairs], axis=1)

@@ -1,4 +1,4 @@
-"""Attention whose keys are favoured by their values."""
+"""Attention that adds to each key's score a bias computed from its values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tide_jax.model.ops import Dense
 
 
 class DynamicMaskAttention(Attention):
-    """Each key has a score of its own, learned from its values, that is added to every query's.
+    """Attention in which each key has its own score, learned from its values, which is added to every query's score.
 
-    Dynamic mask attention (Shi et al. 2025, arXiv:2508.02124, section 3.2) within its window of kept keys, where it
-    masks none.
+    Dynamic mask attention (Shi et al. 2025, arXiv:2508.02124, section 3.2). As long as the keys fit its window of kept
+    keys, it masks none; only this case is implemented.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:

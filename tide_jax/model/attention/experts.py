@@ -15,10 +15,10 @@ from tide_jax.model.rotary import rotate
 
 
 class ExpertAttention(nnx.Module):
-    """Each token asks with the queries of its best experts, of which each has one for every head of keys and values.
+    """Attention in which each token queries with its best experts; an expert has one query per key-value head.
 
-    Parameters: ``q [E, D, KV, hd]``, ``out [E, KV, hd, D]``, and a bias of the sum ``out_bias [D]``; where the weights
-    are 8-bit integers also ``q_scale [E, KV, hd]``, ``out_scale [E, D]``.
+    Parameters: ``q [E, D, KV, hd]``, ``out [E, KV, hd, D]``, and ``out_bias [D]``, added to the experts' sum. With
+    8-bit weights also ``q_scale [E, KV, hd]`` and ``out_scale [E, D]``.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -41,14 +41,14 @@ class ExpertAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new cache entries."""
         new = self.project_kv(x, context)
         return self.read(x, new, context, cached), new
 
     def read(
         self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
     ) -> Float[Array, "B T D"]:
-        """As `Attention.read`."""
+        """Same as `Attention.read`."""
         (b, t, d), (experts, _, kv, hd), k = x.shape, self.q.shape, self.moe.experts_per_token
         tokens = x.reshape(-1, d)
         weights, chosen = choose_experts(self.moe, router_logits(self.router, tokens))
@@ -61,9 +61,11 @@ class ExpertAttention(nnx.Module):
             scale = None if self.out_scale is None else self.out_scale[...]
             return expert_matmul(rows, self.out[...].reshape(experts, kv * hd, d), expert, scale)
 
+        # Each token's K experts give K queries per key-value head; they form the query groups of that head.
         q = by_expert(jnp.broadcast_to(tokens[:, None], (b * t, k, d)), chosen, asked)
         q = _rotated(q.reshape(b, t, k * kv, hd), context).reshape(b, t, k, kv, hd).swapaxes(2, 3)
         mixed = attend(q, spans_of(new, cached, context), scale=self.scale).swapaxes(2, 3)
+        # Each expert projects its own heads; the router's weights sum the experts.
         parts = by_expert(mixed.reshape(b * t, k, kv * hd), chosen, told).astype(jnp.float32)
         out = jnp.sum(parts * weights[:, :, None], axis=1).astype(x.dtype) + self.out_bias[...][None, :]
         return out.reshape(b, t, d)

@@ -1,6 +1,6 @@
-"""Attention over cached and new tokens, and what its layers share within a forward pass.
+"""Attention over cached and new tokens, and the tables that layers share within a forward pass.
 
-Layers read the cache and return the new key and value rows; whoever runs the layers writes the cache once (see
+Layers read the cache and return the new keys and values. The caller that runs the layers writes the cache once (see
 `tide_jax.exits.depth`).
 """
 
@@ -22,13 +22,13 @@ from tide_jax.model.rotary import rope_tables, rotate
 
 
 class AttentionContext(NamedTuple):
-    """What every layer of one attention type shares within a forward pass.
+    """Tables that all layers of one attention type share within a forward pass.
 
     Attributes:
       cos, sin: rotary tables [B, T, R], or None without rotary embedding.
       query_scale: [B, T], multiplies queries, or None.
-      new: the new tokens' own keys.
-      cached: the cache's slots; None when there is no cache to read.
+      new: mask and bias for the new tokens' keys.
+      cached: mask and bias for the cache's slots; None without a cache.
     """
 
     cos: Float[Array, "B T R"] | None
@@ -51,10 +51,10 @@ def attention_context(
     """Masks, biases and rotary tables of one attention type.
 
     Args:
-      positions: position in its row of each token that asks, -1 for padding.
+      positions: position in its row of each query token, -1 for padding.
       seq_len: tokens seen so far in the longest row.
-      slots: position each cache slot holds, -1 where empty; None without a cache.
-      new: positions of all new tokens, where only some of them ask.
+      slots: position of the token in each cache slot, -1 for an empty slot; None without a cache.
+      new: positions of all new tokens, if only some of them are queries.
     """
     cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
     scale = None if kind.query_scaling is None else _query_scale(kind.query_scaling, positions)
@@ -68,7 +68,7 @@ def _query_scale(scaling: QueryScaling, positions: Int[Array, "B T"]) -> Float[A
 
 
 def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"]) -> Span:
-    """Real keys at or before the query, and inside its sliding window or chunk."""
+    """Mask and bias of keys: a query sees real keys up to its own position, inside its sliding window or chunk."""
     distance = query[:, :, None] - key[:, None, :]
     mask = (key[:, None, :] >= 0) & (distance >= 0)
     if kind.window is not None:
@@ -85,7 +85,7 @@ def _span(kind: AttentionType, query: Int[Array, "B T"], key: Int[Array, "B S"])
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), plain multi-head and multi-query included."""
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); multi-head and multi-query are special cases."""
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         d, h, kv, hd = config.hidden_size, kind.num_heads or config.num_heads, config.num_kv_heads, config.head_dim
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
     def placed_kv(
         self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
     ) -> KeyValue:
-        """`project_kv` of tokens whose keys and values are projected."""
+        """Keys (normed and rotated) and values from the raw output `kv` of their projection."""
         keys, values = kv[..., 0, :], kv[..., -1, :] if self.value is None else self.value(x)
         if self.value_bias is not None:
             values = values + self.value_bias[...][None, None]
@@ -135,7 +135,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new keys and values."""
         q, kv = together(x, [self.q, self.kv])
         new = self.placed_kv(x, kv, context)
         return self._attended(x, q, new, context, cached), new
@@ -143,7 +143,7 @@ class Attention(nnx.Module):
     def read(
         self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
     ) -> Float[Array, "B T D"]:
-        """Attends from tokens to `new` and `cached` rows; the context says which of them each token sees."""
+        """Attends from tokens to `new` and `cached` keys; the context says which of them each token sees."""
         return self._attended(x, self.q(x), new, context, cached)
 
     def _attended(
@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         context: AttentionContext,
         cached: CachedRows | None,
     ) -> Float[Array, "B T D"]:
-        """`read` with projected queries."""
+        """`read`, for queries that are already projected."""
         q = self._placed(q, self.q_norm, context)
         if context.query_scale is not None:
             q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
@@ -164,12 +164,12 @@ class Attention(nnx.Module):
         return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed))
 
     def _opened(self, gate: Float[Array, "B T H hg"]) -> Float[Array, "B T H hg"]:
-        """How far each head or channel is open."""
+        """The gate's factor for each head or channel."""
         gate = gate if self.gate_bias is None else gate + self.gate_bias[...][None, None]
         return jax.nn.sigmoid(gate) if self.gate_activation == "sigmoid" else jax.nn.softplus(gate)
 
     def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
-        """What each head brings together of the values."""
+        """Weighted sum of the values, for each head."""
         kv = self.kv.outputs[0]
         grouped = q.reshape(*q.shape[:2], kv, q.shape[2] // kv, q.shape[3])
         sinks = None if self.sinks is None else self.sinks[...]
@@ -177,7 +177,7 @@ class Attention(nnx.Module):
         return mixed.reshape(*q.shape[:3], -1)
 
     def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
-        """Stored rows as queries meet them; other kinds of attention change them here."""
+        """Hook for subclasses: transforms stored keys, values and masks before attention reads them."""
         return rows, span
 
     def _placed(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
@@ -197,6 +197,6 @@ class Attention(nnx.Module):
 
 
 def spans_of(new: KeyValue, cached: CachedRows | None, context: AttentionContext) -> Spans:
-    """The runs of keys a layer attends over."""
+    """The runs of keys that a layer attends to: the new ones, then the cached ones."""
     spans: Spans = [(new, context.new)]
     return spans if cached is None or context.cached is None else [*spans, (cached, context.cached)]

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
 
-Keys and values of all heads are linear in one latent vector a token, and that vector is what the cache keeps. The
-linear maps are applied to queries and outputs instead (section 2.1.2: they "absorb" into the projections), so that
-attention is multi-query attention over the latent vectors, and nothing is expanded for each cached token.
+Keys and values of all heads are linear functions of one latent vector per token, and the cache stores only that vector.
+The linear maps are applied to queries and outputs instead (section 2.1.2: the projections "absorb" them). So attention
+is multi-query attention over the latent vectors, and no cached token is expanded.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LatentAttention(nnx.Module):
         self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
-        """Latent vectors (normed) and shared keys (rotated) of new tokens, as the keys of one head."""
+        """Normed latent vectors and rotated shared keys of new tokens, as the keys of one head."""
         down = self.kv_down(x)
         vector = self.kv_norm(down[..., : self.latent.kv_rank]) * self.latent.kv_scale
         shared = self._rotated(down[..., None, self.latent.kv_rank :], context)
@@ -55,15 +55,16 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attends from new tokens to `cached` and to themselves; returns the output and the new rows."""
+        """Attends from new tokens to `cached` and to themselves; returns the output and the new cache entries."""
         new = self.project_kv(x, context)
         return self.read(x, new, context, cached), new
 
     def read(
         self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
     ) -> Float[Array, "B T D"]:
-        """As `Attention.read`."""
-        # Values are the leading channels of the keys. Mixing whole keys and cutting the result copies no cache.
+        """Same as `Attention.read`."""
+        # Values are the leading channels of the keys. Mixing whole keys and slicing the result avoids copying the
+        # cache.
         mixed = attend(
             self._queries(x, context)[:, :, None],
             spans_of(new, cached, context),
@@ -73,7 +74,7 @@ class LatentAttention(nnx.Module):
         return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up))
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
-        """Queries that meet latent vectors: ``(W_k^T q)`` beside the rotated part."""
+        """Queries in the space of latent vectors: ``W_k^T q``, concatenated with the rotated part."""
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down(x)) * self.latent.q_scale
         q = self.q(x)
@@ -87,7 +88,7 @@ class LatentAttention(nnx.Module):
 
 
 def _values(mixed: Float[Array, "B T H R"], up: Dense) -> Float[Array, "B T H V"]:
-    """What each head makes of its mix of latent vectors."""
+    """Each head's value projection, applied to its weighted sum of latent vectors."""
     spec = "bthr,hvr->bthv"
     if up.scale is None:
         return einsum(spec, mixed, up.weights(mixed.dtype))
@@ -95,12 +96,12 @@ def _values(mixed: Float[Array, "B T H R"], up: Dense) -> Float[Array, "B T H V"
 
 
 def _absorbed(q: Float[Array, "B T H N"], up: Dense) -> Float[Array, "B T H R"]:
-    """``W^T q`` of each head. It sums over the outputs of a map, so a scale of one of them belongs to the query."""
+    """``W^T q`` of each head. It sums over the outputs of the map, so the outputs' scales multiply the query."""
     spec = "bthn,hnr->bthr"
     if up.scale is None:
         return einsum(spec, q, up.weights(q.dtype))
     scale = up.scale[...][None, None]
-    largest = jnp.max(scale, axis=-1, keepdims=True)  # taken out, or the queries could leave the range of float16
+    largest = jnp.max(scale, axis=-1, keepdims=True)  # factored out to keep the queries within float16's range
     q = scaled(q.astype(jnp.float32), scale / largest, q.dtype)
     return scaled(integer_sums(spec, q, up.kernel[...]), largest, q.dtype)
 

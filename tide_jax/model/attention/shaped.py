@@ -1,4 +1,4 @@
-"""Attention whose heads have another number or width than those of other layers."""
+"""Attention for models whose layers differ in the number or width of their heads."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tide_jax.model.attention.span import KeyValue, Span
 
 
 class ShapedAttention(Attention):
-    """Keys and values are padded to the cache's shape when they are stored, and cut to their own when they are read.
+    """Pads keys and values to the cache's shape when it stores them, and slices them when it reads them.
 
-    The cache arrays of all layers have one shape, with room for the most and the widest heads of any layer.
+    The cache arrays of all layers have one shape, which fits the largest number and the largest width of heads.
     """
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
@@ -29,7 +29,7 @@ class ShapedAttention(Attention):
     def placed_kv(
         self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
     ) -> KeyValue:
-        """As `Attention.placed_kv`, padded with zeros."""
+        """Same as `Attention.placed_kv`, padded with zeros."""
         return KeyValue(*(jnp.pad(rows, self.padding) for rows in super().placed_kv(x, kv, context)))
 
     def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:

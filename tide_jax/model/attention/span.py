@@ -1,9 +1,11 @@
-"""One softmax over several runs of keys, the cache among them, which is read block by block where it stands.
+"""One softmax over several runs of keys, of which one is the cache, read in place in blocks.
 
-Each layer has arrays of its own in the cache: out of one array for all layers, XLA would copy a layer's part, on a GPU,
-at every step. On a CPU blocks up to the last filled slot are read one after the other and merged (online softmax:
-Milakov & Gimelshein 2018, arXiv:1805.02867), so a step costs what the tokens so far cost, whatever the cache has room
-for; once half of it is filled, it is read at once, which costs less than the blocks' copies.
+The cache has separate arrays for each layer. With one array for all layers, XLA on a GPU would copy a layer's part at
+every step.
+
+On a CPU, blocks up to the last filled slot are read one after the other and merged (online softmax: Milakov &
+Gimelshein 2018, arXiv:1805.02867). So the cost of a step depends on the tokens so far, not on the cache's capacity.
+Once the cache is more than half full, all of it is read at once, which costs less than copying the blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.model.ops import einsum
 
-_MASKED = -1e30  # finite: a padding query that sees nothing stays free of NaN
+_MASKED = -1e30  # finite, so that a padding query that sees no key gives no NaN
 BLOCK = 256
-"""Slots read at once. Caches of no more are read whole."""
-_FEW_QUERIES = 48  # of one key head; with 72 both orders cost a CPU the same, with 192 keys first costs a quarter more
+"""Slots that are read at once. Caches of at most this size are read whole."""
+_FEW_QUERIES = 48  # per key head; on a CPU both orders cost the same at 72, and keys first costs a quarter more at 192
 
 
 class KeyValue(NamedTuple):
@@ -35,8 +37,8 @@ class CachedRows(NamedTuple):
     """One layer's part of a cache.
 
     Attributes:
-      keys, values: the layer's.
-      filled: slots written so far, int32 scalar; none after them is seen.
+      keys, values: the layer's keys and values.
+      filled: number of slots written so far, int32 scalar; later slots are never read.
     """
 
     keys: Float[Array, "B KV S hk"]
@@ -44,7 +46,7 @@ class CachedRows(NamedTuple):
     filled: Int[Array, ""]
 
     def slots(self, start: Int[Array, ""] | int, size: int) -> KeyValue:
-        """Some of the slots."""
+        """Keys and values of `size` slots from `start` on."""
 
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, start, size, axis=2)
@@ -53,18 +55,18 @@ class CachedRows(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A run of keys as the new tokens' queries see it.
+    """Which keys of a run the new tokens' queries see, and with what bias.
 
     Attributes:
-      mask: [B, T, S], which keys each query sees.
-      bias: [B, H, T or 1, S] added to the scores, or None.
+      mask: [B, T, S], True where the query sees the key.
+      bias: [B, H, T or 1, S], added to the scores, or None.
     """
 
     mask: Bool[Array, "B T S"]
     bias: Float[Array, "B H #T S"] | None
 
     def slots(self, start: Int[Array, ""] | int, size: int) -> Span:
-        """The same for some of the keys."""
+        """Mask and bias of `size` keys from `start` on."""
 
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, start, size, axis=-1)
@@ -73,11 +75,11 @@ class Span(NamedTuple):
 
 
 Adapt = Callable[[KeyValue, Span], tuple[KeyValue, Span]]
-"""What a kind of attention makes of stored rows before it reads them."""
+"""Transforms stored keys and values, and their mask and bias, before attention reads them."""
 
 
 class Part(NamedTuple):
-    """Attention over some of the keys: the largest score, the sum of weights relative to it, and what they mix."""
+    """Attention over some of the keys: largest score, sum of the weights relative to it, and weighted sum of values."""
 
     peak: Float[Array, "B KV G T"]
     total: Float[Array, "B KV G T"]
@@ -96,11 +98,12 @@ def attend(
     """One softmax over several spans of keys, without concatenating them.
 
     Args:
-      sinks: a score for each head that takes weight and gives nothing.
-      adapt: applied to rows, and to what is seen of them, as they are read.
+      sinks: a score for each head that takes part in the softmax but has no value.
+      adapt: applied to keys, values, masks and biases as they are read.
     """
 
-    # Tokens behind heads here, a small array, or the product would have the scores turned round, a large one.
+    # Move tokens behind heads in the queries, which are small; otherwise the product would transpose the large
+    # scores.
     by_head = jnp.transpose(q, (0, 2, 3, 1, 4))
 
     def part(rows: KeyValue, span: Span) -> Part:
@@ -108,8 +111,10 @@ def attend(
 
     parts = [part(rows, s) if isinstance(rows, KeyValue) else _cached(part, rows, s) for rows, s in spans]
     if sinks is not None:
+        # A sink is one more key: it adds weight to the softmax's denominator and nothing to the sum.
         peak = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1), parts[0].peak.shape)
         parts.append(Part(peak, jnp.ones_like(peak), jnp.zeros_like(parts[0].mixed)))
+    # Merge the parts' softmaxes, then divide once.
     whole = parts[0]
     for other in parts[1:]:
         whole = _merged(whole, other)
@@ -130,10 +135,11 @@ def _part(q: Array, rows: KeyValue, span: Span, scale: float, softcap: float | N
 
 
 def _products(q: Float[Array, "B KV G T hk"], keys: Float[Array, "B KV S hk"]) -> Float[Array, "B KV G T S"]:
-    """Queries times keys. A CPU multiplies keys by few queries three times as fast as few queries by keys.
+    """Queries times keys, in the order that is fastest on the platform.
 
-    A GPU gets few queries with their tokens ahead of the heads, as they came: the other way XLA copies all cached keys,
-    turned round, for a single token.
+    With few queries, a CPU computes keys times queries three times as fast as queries times keys. A GPU gets few
+    queries with tokens before heads, as they came: in the other order, XLA transposes and copies all cached keys for a
+    single token.
     """
     if q.shape[2] * q.shape[3] > _FEW_QUERIES:
         return einsum("bkgtd,bksd->bkgts", q, keys)
@@ -165,11 +171,12 @@ def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span
         return at_once()
 
     def block(number: Int[Array, ""]) -> Part:
-        start = number * BLOCK  # in the first half of the slots, so that a whole block follows
+        start = number * BLOCK  # in the first half of the slots, so a whole block fits
         return part(rows.slots(start, BLOCK), span.slots(start, BLOCK))
 
     def blockwise() -> Part:
         shapes = jax.eval_shape(block, jnp.int32(0))
+        # An empty part: merging with it changes nothing.
         nothing = Part(*(jnp.full(a.shape, fill, a.dtype) for a, fill in zip(shapes, (_MASKED, 0.0, 0.0), strict=True)))
 
         def more(carry: tuple[Int[Array, ""], Part]) -> tuple[Int[Array, ""], Part]:
@@ -178,5 +185,5 @@ def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span
 
         return lax.while_loop(lambda c: c[0] * BLOCK < rows.filled, more, (jnp.int32(0), nothing))[1]
 
-    # An accelerator reads all slots in parallel, and a loop that ends by its data would wait for the host.
+    # An accelerator reads all slots in parallel, and a data-dependent loop would wait for the host.
     return lax.platform_dependent(cpu=lambda: lax.cond(rows.filled * 2 > size, at_once, blockwise), default=at_once)

@@ -1,1 +1,1 @@
-"""Converted directories and safetensors files, read into a decoder."""
+"""Reads converted directories and safetensors files into a decoder."""

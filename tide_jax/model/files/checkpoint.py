@@ -1,4 +1,4 @@
-"""Models on disk: loading converted directories, and anything an installed converter can open."""
+"""Loads models from converted directories, and from any source that the installed converter can open."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ from tide_jax.tokenizer.files import tokenizer_in
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
 WEIGHTS_KEY, FINGERPRINT_KEY = "weights", "fingerprint"
-"""In a converted config.json's own part: "int8" where matrices are 8-bit integers, and the name of what was rounded."""
+"""Keys in tide_jax's part of a converted config.json.
+
+"weights" is "int8" if the matrices are 8-bit integers; "fingerprint" is that of the model they were rounded from.
+"""
 RUNNING_DTYPE_KEY = "running_dtype"
-"""In a converted config.json's own part: the dtype to run in by default, where that is not the stored one."""
+"""Key in tide_jax's part of a converted config.json: the default dtype to run in, if it is not the stored one."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -44,23 +47,24 @@ def load(
     """Loads a model.
 
     Args:
-      source: a directory `convert` wrote, or whatever the installed converter opens: a Hugging Face directory, a hub
-        id ("org/name", or "org/name@revision"), a GGUF file. These are converted in memory. A directory's weight files
-        are mapped on a CPU: they may be replaced or removed while the model lives, but not written into.
-      dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types
-        are slower, and the checkpoint's own elsewhere: but bfloat16 for float16 checkpoints of families whose
-        activations are known to overflow float16 (Gemma 2 and 3, GLM 4).
-      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output, a tensor at a time
-        (`tide_jax.model.rounding`), which `dtype` then is not about. None keeps what the source holds: a directory
-        converted with ``weights="int8"`` holds integers, and only those; all else is "float".
-      mesh: devices to spread the model over, from `tide_jax.make_mesh`: each tensor is split as it is read, so that no
-        device ever holds more than its part, and the host one tensor.
+      source: a directory that `convert` wrote, or any source that the installed converter opens: a Hugging Face
+        directory, a hub id ("org/name", or "org/name@revision"), a GGUF file. All but the first are converted in
+        memory. On a CPU, the weight files of a directory are memory-mapped: while the model is in use they may be
+        replaced or removed, but not modified in place.
+      dtype: "float32", "bfloat16" or "float16", as a name or a dtype. None is float32 on a CPU, where smaller types are
+        slower, and the checkpoint's own dtype elsewhere. But float16 checkpoints of families whose activations are
+        known to overflow float16 (Gemma 2 and 3, GLM 4) load in bfloat16.
+      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output, one tensor at a time
+        (`tide_jax.model.rounding`); `dtype` then applies to all other parameters. None keeps the source's format:
+        integers for a directory that was converted with ``weights="int8"``, floats for all others.
+      mesh: devices to spread the model over, from `tide_jax.make_mesh`. Each tensor is split as it is read, so a device
+        never holds more than its part, and the host never more than one tensor.
       revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: nothing loadable is there, a file is damaged or replaced meanwhile, the dtype is not one of the three,
-        `weights` is another name or "float" for a directory that holds integers, `mesh` has no axes "data" and
-        "model", or `revision` is given for files on disk.
+      TideError: the source cannot be loaded, a file is damaged or replaced during loading, the dtype is not one of the
+        three, `weights` is an unknown name or "float" for a directory that holds integers, `mesh` has no axes "data"
+        and "model", or `revision` is given for files on disk.
     """
     path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
@@ -68,9 +72,11 @@ def load(
     if not _is_converted(source, revision):
         options = {"mesh": mesh, "revision": revision, "weights": weights}
         given = {name: value for name, value in options.items() if value is not None}
+        # Not a converted directory: the installed converter opens it.
         model = _opener("model")(source, dtype, **given)
         model.config.generation.warn(str(source))
         return model
+    # Remember the version, to notice if the directory is replaced while its files are read.
     version, directory = model_version(source), model_directory(source)
     settings = _settings(directory)
     config = _decoder(directory, settings)
@@ -85,10 +91,10 @@ def load(
 
 
 def load_config(source: str | Path, *, revision: str | None = None) -> DecoderConfig:
-    """The architecture of anything `load` takes; no weights are read.
+    """The architecture of any source that `load` takes; reads no weights.
 
     Raises:
-      TideError: nothing loadable is there, or `revision` is given for files on disk.
+      TideError: the source cannot be loaded, or `revision` is given for files on disk.
     """
     path_like("source", source)
     if not _is_converted(source, revision):
@@ -98,13 +104,13 @@ def load_config(source: str | Path, *, revision: str | None = None) -> DecoderCo
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of anything `load` takes, or of a folder that holds only a tokenizer.
+    """The tokenizer of any source that `load` takes, or of a folder that holds only a tokenizer.
 
-    It is a `transformers.PreTrainedTokenizerFast`, and its token ids are those of tokenizer.json. Of a hub id only the
-    tokenizer's files are downloaded. Code that a checkpoint brings is not run.
+    It is a `transformers.PreTrainedTokenizerFast` with the token ids of tokenizer.json. For a hub id, only the
+    tokenizer's files are downloaded. Code in the checkpoint is not run.
 
     Raises:
-      TideError: nothing loadable is there, it has no tokenizer, or `revision` is given for files on disk.
+      TideError: the source cannot be loaded, it has no tokenizer, or `revision` is given for files on disk.
     """
     path_like("source", source)
     if not _is_converted(source, revision):
@@ -113,7 +119,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
 
 
 def parse_dtype(dtype: Any) -> jnp.dtype:
-    """A parameter dtype from its name or a dtype-like. Raises TideError for any but the three supported."""
+    """A parameter dtype from its name or a dtype-like. Raises TideError unless it is one of the three supported."""
     try:
         parsed = jnp.dtype(dtype)
     except TypeError:
@@ -124,11 +130,11 @@ def parse_dtype(dtype: Any) -> jnp.dtype:
 
 
 def fingerprint(model: Decoder) -> str:
-    """16 hexadecimal digits that tell models apart, the same for a model loaded in float32 and in bfloat16.
+    """16 hexadecimal digits that identify a model, the same for loads in float32 and in bfloat16.
 
-    A hash of the architecture and of a few values of every parameter, rounded to bfloat16. A model loaded in float16
-    may have another one where its checkpoint is finer than float16. A model with 8-bit weights has that of the floats
-    they were rounded from, so that routers for either run on the other.
+    A hash of the architecture and of a few values of every parameter, rounded to bfloat16. A load in float16 may have
+    another fingerprint if the checkpoint is more precise than float16. A model with 8-bit weights has the fingerprint
+    of the floats they were rounded from, so routers trained for one run on the other.
     """
     if model.float_fingerprint is not None:
         return model.float_fingerprint
@@ -136,7 +142,11 @@ def fingerprint(model: Decoder) -> str:
 
 
 def stored_as(source: str | Path) -> str | None:
-    """What a converted directory holds, as `Decoder.precision`; None for other sources. Raises TideError as `load`."""
+    """Precision of a converted directory, as `Decoder.precision`; None for other sources.
+
+    Raises:
+      TideError: as `load`.
+    """
     if not is_converted(source):
         return None
     settings = _settings(model_directory(source))
@@ -150,7 +160,7 @@ def is_converted(source: str | Path) -> bool:
 
 
 def _is_converted(source: str | Path, revision: str | None) -> bool:
-    """`is_converted`. Raises TideError for a converted directory with a revision, which only a hub id has."""
+    """`is_converted`. Raises TideError for a converted directory with a revision: only hub ids have revisions."""
     converted = is_converted(source)
     if converted and revision is not None:
         raise TideError(f"{source} is a directory on disk: revision={revision!r} is of hub ids, leave it out")
@@ -193,7 +203,7 @@ def _default_dtype() -> jnp.dtype | None:
 
 
 def _opener(name: str) -> Callable[..., Any]:
-    """What the installed converter registered under `name`; this package does not import it."""
+    """The function that the installed converter registered under `name`; this package does not import the converter."""
     found = entry_points(group="tide_jax.sources", name=name)
     if not found:
         raise TideError("only converted models can be loaded: no converter is installed, run `pip install tide_jax`")
@@ -201,9 +211,9 @@ def _opener(name: str) -> Callable[..., Any]:
 
 
 def _sample(parameter: StoredParameter) -> np.ndarray:
-    """Evenly spaced elements of the shape it is known by; read where they are stored."""
+    """Evenly spaced elements of a parameter's known shape, read from where they are stored."""
     kernel = parameter.value
     stored = sampled_places(kernel.shape, parameter.input_axes)
     in_host_memory = kernel.is_fully_addressable and all(device.platform == "cpu" for device in kernel.devices())
-    # On a CPU the array is a view for numpy, and hundreds of gathers would each be dispatched.
+    # On a CPU numpy reads the array in place, which avoids dispatching hundreds of gathers.
     return np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))

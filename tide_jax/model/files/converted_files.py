@@ -1,4 +1,4 @@
-"""The weight files of a converted directory, floats or 8-bit integers, as a model."""
+"""Builds a model from the weight files of a converted directory, floats or 8-bit integers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class ConvertedFiles:
     """The tensors of a converted directory.
 
     Args:
-      directory: where the files lie.
+      directory: the folder of the files.
       config: the architecture.
-      stored: dtype of the floats in them.
-      held: what the matrices are.
+      stored: dtype of the floats in the files.
+      held: format of the matrices in the files.
 
     Raises:
-      TideError: a file is missing or damaged, or a tensor is of another type than `held` says.
+      TideError: a file is missing or damaged, or a tensor's type does not match `held`.
     """
 
     def __init__(self, directory: Path, config: DecoderConfig, stored: jnp.dtype, held: Weights) -> None:
@@ -41,15 +41,16 @@ class ConvertedFiles:
         check_types(directory, self._tensors.infos, self._axes)
 
     def model(self, dtype: jnp.dtype, weights: Weights | None, mesh: Mesh | None) -> Decoder:
-        """The model, a tensor at a time.
+        """The model, built one tensor at a time.
 
         Args:
-          dtype: of the floats.
-          weights: what its matrices shall be; None keeps what is held.
-          mesh: where to, see `tide_jax.load`.
+          dtype: dtype of the floats.
+          weights: format of the model's matrices; None keeps that of the files.
+          mesh: the devices to put the model on, see `tide_jax.load`.
 
         Raises:
-          TideError: floats are asked of integers; a tensor is missing, of a wrong shape or holds what it must not.
+          TideError: floats are requested but the files hold integers; or a tensor is missing, has a wrong shape or
+            holds invalid values.
         """
         if weights == "float" and self._held == "int8":
             raise TideError(
@@ -69,10 +70,9 @@ class ConvertedFiles:
             raise TideError(f"{self._directory}: {error}; convert the checkpoint again") from error
 
     def _as_stored(self, dtype: jnp.dtype, mesh: Mesh | None) -> Iterator[tuple[str, np.ndarray]]:
-        """Floats in `dtype`, integers and their scales as they are.
+        """Floats cast to `dtype`; integers and their scales unchanged.
 
-        A device that keeps its data in the host's memory can work on a mapped file; others are given a tensor at a
-        time.
+        A device that uses the host's memory computes on mapped files. Other devices receive one tensor at a time.
         """
         in_place = mesh is None and jax.default_backend() == "cpu"
         for name in self._tensors.infos:
@@ -86,7 +86,7 @@ class ConvertedFiles:
                 yield name, checked_cast(read(name), dtype, name)
 
     def _for_rounding(self, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
-        """What is rounded as it is stored, the rest in `dtype`; all of it finite."""
+        """Tensors that will be rounded in their stored dtype, the others in `dtype`; all finite."""
         axes = rounded_axes(self._config)
         for name in self._tensors.infos:
             tensor = self._tensors.read(name)
@@ -94,7 +94,7 @@ class ConvertedFiles:
 
 
 def check_types(directory: Path, infos: Mapping[str, TensorInfo], axes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises TideError unless the parameters in `axes` are integers and their scales float32."""
+    """Raises TideError unless the parameters in `axes` are 8-bit integers and their scales float32."""
     expected = dict.fromkeys(axes, "I8") | {scale_path(path): "F32" for path in axes}
     if wrong := [name for name in infos if expected.get(name, infos[name].dtype) != infos[name].dtype]:
         name = wrong[0]
@@ -105,6 +105,6 @@ def check_types(directory: Path, infos: Mapping[str, TensorInfo], axes: Mapping[
 
 
 def log_kept(config: DecoderConfig) -> None:
-    """Says which matrices stay floats where the others are rounded."""
+    """Logs which matrices stay floats when the others are rounded."""
     left = kept_as_floats(abstract_parameters(config), rounded_axes(config))
     logger.info("weights='int8' leaves as floats, beside norms and biases: %s", ", ".join(left) or "nothing")

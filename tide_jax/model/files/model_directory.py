@@ -1,4 +1,4 @@
-"""Where the files of a model's directory are, when its replacement was cut short."""
+"""Finds the files of a model's directory, even after an interrupted replacement."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import os
 from pathlib import Path, PurePosixPath
 
 COMMITTED = ".tide_jax.committed"
-"""Folder of a complete model in the directory that it is about to fill. While it is there, it is the model: making it,
-by one rename, is the moment at which a new model takes the place of an old one (`convert.output.replacement`)."""
+"""Name of a folder inside a model's directory that holds a complete new model.
+
+While it exists, it is the model. One rename creates it, and at that moment the new model replaces the old one
+(`convert.output.replacement`).
+"""
 
 
 def model_directory(source: str | Path) -> Path:
-    """The folder whose files are the model in directory `source`: that one, but for moments."""
+    """The folder with the model's files: `source` itself, or its committed folder during a replacement."""
     directory = Path(source).expanduser()
     committed = directory / COMMITTED
     return committed if os.path.isdir(committed) else directory
 
 
 def model_version(source: str | Path) -> tuple[int, ...] | None:
-    """Tells whether a directory's model was replaced between two calls; None where it has no config.json."""
+    """A value that changes when a directory's model is replaced; None if it has no config.json."""
     try:
         found = os.stat(model_directory(source) / "config.json")
     except OSError:
@@ -27,6 +30,6 @@ def model_version(source: str | Path) -> tuple[int, ...] | None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative file name that another file gives stays in that file's folder."""
+    """Whether a relative file name found in another file stays inside that file's folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,9 +1,8 @@
-"""Reading safetensors files, one tensor at a time, with errors a user can act on.
+"""Reads safetensors files one tensor at a time, with errors that a user can act on.
 
-The format (https://huggingface.co/docs/safetensors): a little-endian 64-bit header length, a JSON header giving each
-tensor's dtype, shape and byte range, then the raw data. A conversion, which promises to hold one tensor at a time, has
-it read with plain file reads, since mapped pages count as resident memory; a model that runs on what lies in the file
-has it mapped.
+The format (https://huggingface.co/docs/safetensors): a little-endian 64-bit header length, a JSON header with each
+tensor's dtype, shape and byte range, then the raw data. Conversion promises to hold one tensor at a time, so it uses
+plain file reads, because mapped pages count as resident memory. A model that runs directly on a file's data maps it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,8 @@ STORED_DTYPES = DTYPES | {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
-# Bits of a number in every dtype the format has: a header is checked whatever is read of its tensors.
+# Bits per number of every dtype in the format. All entries of a header are checked, even for tensors that are never
+# read.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -52,9 +52,9 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-# The safetensors package refuses longer headers, too. More than 64 axes are more than numpy has.
+# The safetensors package refuses longer headers too. numpy has at most 64 axes.
 _HEADER_BYTES, _AXES = 100_000_000, 64
-_LARGEST = 1e12  # weights of trained models stay far below; a flipped bit of an exponent makes 1e19 and more
+_LARGEST = 1e12  # trained weights are far smaller; a flipped exponent bit gives 1e19 or more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +72,13 @@ class _Location:
 
 
 class ShardedTensors:
-    """The tensors of a directory with one safetensors file, or an index and its shards.
+    """The tensors of a directory with one safetensors file, or with an index and its shards.
 
-    Only headers are read at first; `read` fetches one tensor.
+    Construction reads only the headers; `read` fetches one tensor.
 
     Args:
-      directory: where they lie.
-      single: name of the one file; the index is called the same with ".index.json".
+      directory: the folder of the files.
+      single: name of the single file; the index has the same name plus ".index.json".
 
     Attributes:
       infos: shape and dtype name of every tensor.
@@ -98,13 +98,13 @@ class ShardedTensors:
                 self.infos[name] = info
                 self._locations[name] = _Location(file, offset)
         if absent := sorted(set(indexed) - set(self.infos)):
-            # One that the model needs is reported when it is looked for, and others do no harm.
+            # Only a warning: if the model needs the tensor, a later step reports it, and otherwise it does no harm.
             logger.warning(
                 "%s%s lists tensors that its shards do not hold: %s", directory / single, _INDEX_SUFFIX, listed(absent)
             )
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """One tensor, or the part of it at an index into its leading axes; freshly allocated, a float dtype.
+        """One float tensor, or the part of it at an index into its leading axes, in newly allocated memory.
 
         Raises:
           TideError: the tensor is not float32, float16 or bfloat16, or its file can no longer be read.
@@ -113,15 +113,15 @@ class ShardedTensors:
         return self.read_stored(name, index)
 
     def map(self, name: str) -> np.ndarray:
-        """One tensor where it lies in its file, read-only; pages are read when they are touched.
+        """One tensor, memory-mapped from its file, read-only; pages are read on first access.
 
         Raises:
-          TideError: as `read`.
+          TideError: same as `read`.
         """
         return self._mapped(name, self._float_dtype(name))
 
     def map_stored(self, name: str) -> np.ndarray:
-        """As `map`, of any dtype in `STORED_DTYPES`."""
+        """Same as `map`, for any dtype in `STORED_DTYPES`."""
         return self._mapped(name, self._stored_dtype(name))
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
@@ -146,9 +146,10 @@ class ShardedTensors:
         return STORED_DTYPES[found]
 
     def read_stored(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """As `read`, of any dtype in `STORED_DTYPES`: packed integers, 8-bit floats."""
+        """Same as `read`, for any dtype in `STORED_DTYPES`, such as packed integers and 8-bit floats."""
         info, location, dtype = self.infos[name], self._locations[name], self._stored_dtype(name)
         shape, skipped = info.shape, 0
+        # Row-major offset of the part, in units of its size.
         for i in index:
             skipped, shape = skipped * shape[0] + i, shape[1:]
         size = math.prod(shape)
@@ -160,7 +161,7 @@ class ShardedTensors:
 
 
 def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a checkpoint, and the index's tensor-to-shard map (empty without an index)."""
+    """The safetensors files of a checkpoint, and the index's map from tensor to shard (empty without an index)."""
     if (file := directory / single).is_file():
         return [file], {}
     index = directory / (single + _INDEX_SUFFIX)
@@ -189,7 +190,7 @@ def _no_weights(directory: Path, single: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of a header; its bytes are counted from the header's end."""
+    """One tensor of a header; byte offsets count from the end of the header."""
 
     name: str
     info: TensorInfo
@@ -200,8 +201,8 @@ class _Entry:
 def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
     """Name, info and absolute byte offset of each tensor in a file, checked against the file's size.
 
-    As the safetensors package does, it holds the header to account for every byte: a wrong shape, dtype or offset
-    shows, and no tensor is made of another's bytes.
+    Like the safetensors package, this checks that the tensors cover every byte exactly once. So wrong shapes, dtypes
+    and offsets are found, and no tensor contains another one's bytes.
     """
     size = file.stat().st_size
     if size < 8:
@@ -224,7 +225,7 @@ def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a key that comes twice."""
+    """A JSON object. Raises ValueError for a repeated key."""
     values = dict(pairs)
     if len(values) != len(pairs):
         ((twice, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
@@ -233,11 +234,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(header: dict[str, Any]) -> list[_Entry]:
-    """The tensors of a header, in its order. Raises what `_read_header` reports."""
+    """The tensors of a header, in its order. Raises the errors that `_read_header` reports."""
     notes = header.get("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("__metadata__ is not an object of strings")
     entries = [_entry(name, values) for name, values in header.items() if name != "__metadata__"]
+    # In the order of offsets, each tensor must begin where the one before ends.
     end, before = 0, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != end:
@@ -248,7 +250,7 @@ def _entries(header: dict[str, Any]) -> list[_Entry]:
 
 
 def _entry(name: str, values: dict[str, Any]) -> _Entry:
-    """A tensor of a header, checked on its own. Raises what `_read_header` reports."""
+    """One tensor of a header, checked by itself. Raises the errors that `_read_header` reports."""
     shape, dtype, (begin, end) = values["shape"], values["dtype"], values["data_offsets"]
     numbers = [*shape, begin, end]
     if len(shape) > _AXES or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
@@ -262,7 +264,7 @@ def _entry(name: str, values: dict[str, Any]) -> _Entry:
 
 
 def _shown(value: Any) -> str:
-    """A value out of a file as a short piece of one line."""
+    """A value from a file, shortened and printable, for an error message."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return shortened(text, 45)
 
@@ -275,7 +277,7 @@ def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     """`array` in `dtype`.
 
     Raises:
-      TideError: tensor `source` holds NaN, infinity or numbers that no training leaves, or overflows `dtype`.
+      TideError: tensor `source` holds NaN, infinity or numbers too large for trained weights, or it overflows `dtype`.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype, copy=False)
@@ -290,11 +292,11 @@ def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
 
 
 def _magnitude(array: np.ndarray) -> float:
-    """The largest magnitude of floats; infinity where one is no number. Nothing of the array's size is allocated."""
+    """The largest magnitude of an array of floats, infinity if one is NaN; allocates nothing of the array's size."""
     if not array.size:
         return 0.0
-    # The bits of floats are in the order of their magnitudes, below those of infinity and NaN: the largest of the
-    # positive ones as signed integers, of the negative ones as unsigned integers.
+    # As integers, the bits of floats have the order of their magnitudes, with infinity and NaN above all others. So the
+    # signed maximum finds the largest positive number, and the unsigned maximum the largest negative one.
     size = array.dtype.itemsize
     signed, unsigned = array.view(f"i{size}"), array.view(f"u{size}")
     sign = 1 << (8 * size - 1)
