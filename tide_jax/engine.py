@@ -65,6 +65,10 @@ class TIDE:
         stop ids are rounded up so that calls share programs: a batch of up to 16 rows runs as it is, a larger one is
         rounded up in eight steps for each power of two.
 
+    Attributes:
+      model, routers, config, implementation: as given, the model on the mesh.
+      programs: the compiled programs.
+
     Raises:
       TideError: the routers belong to a model of another depth or width; `min_layers` exceeds the depth; the number of
         thresholds is not that of the exit points; the implementation can't run here; or `mesh` lacks the axes "data"
@@ -88,9 +92,9 @@ class TIDE:
         self.model = self._on_mesh(model)
         self.routers = routers
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
-        self._implementation = implementation
+        self.implementation = implementation
         self._weights = self._on_mesh(routers.without_metadata()) if routers is not None else None
-        self._programs = Programs(self._mesh, most=max_programs)
+        self.programs = Programs(self._mesh, most=max_programs)
         self._drafting = Drafting()
         self._check()
 
@@ -110,10 +114,10 @@ class TIDE:
             self.model,
             self.routers,
             dataclasses.replace(self.config, **changes),
-            implementation=self._implementation,
+            implementation=self.implementation,
             mesh=self._mesh,
         )
-        other._programs, other._drafting = self._programs, self._drafting
+        other.programs, other._drafting = self.programs, self._drafting
         return other
 
     def generate(
@@ -186,7 +190,7 @@ class TIDE:
             **rules,
         )
         # Audits run as scoring does, so one compiled program serves every batch size.
-        watched = None if monitor is None or mode == "lossless" else self._exits(mode)
+        watched = None if monitor is None or mode == "lossless" else self.exits(mode)
         self._watch(monitor, watched)
         if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
             raise TideError(f"streamer is {type(streamer).__name__}, expected an object with put(array) and end()")
@@ -194,7 +198,7 @@ class TIDE:
         if streamer is None:
             out = runner.whole(call)
         else:
-            out = stream_to(streamer, runner, call, self._programs, self.model.config.num_layers)
+            out = stream_to(streamer, runner, call, self.programs, self.model.config.num_layers)
         # Hand the finished rows to the monitor, which runs some of them again at full depth.
         if monitor is None:
             return out
@@ -239,7 +243,7 @@ class TIDE:
         tokens[positions >= 0] = np.concatenate(rows.rows)
         prompt, exits = (
             prompt_column(prompt_lengths, batch),
-            self._exits("full" if isinstance(mode, str) and mode == "lossless" else mode),
+            self.exits("full" if isinstance(mode, str) and mode == "lossless" else mode),
         )
         self._watch(monitor, exits)
         inputs = (
@@ -247,8 +251,8 @@ class TIDE:
             jnp.asarray(positions),
             jnp.asarray(positions >= pad_rows(prompt, len(positions), 0)),
         )
-        (out, logits, finite), seconds, compiled = self._programs.run(
-            _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self._implementation
+        (out, logits, finite), seconds, compiled = self.programs.run(
+            _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self.implementation
         )
         # Check the result, and cut the padding off.
         exit_layers, finite = fetch((out.exit_layers, finite))
@@ -267,7 +271,7 @@ class TIDE:
 
     def _check(self) -> None:
         config, layers = self.config, self.model.config.num_layers
-        if reason := IMPLEMENTATIONS.refusal(self._implementation):
+        if reason := IMPLEMENTATIONS.refusal(self.implementation):
             raise TideError(reason)
         if config.min_layers > layers:
             raise TideError(f"min_layers={config.min_layers} exceeds the model's {layers} layers; lower it")
@@ -283,7 +287,16 @@ class TIDE:
         if isinstance(config.exit_threshold, tuple) and len(config.exit_threshold) != count:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
-    def _exits(self, mode: Mode | None, decoded_rows: int | None = None) -> Exits | None:
+    def exits(self, mode: Mode | None, decoded_rows: int | None = None) -> Exits | None:
+        """Routers and settings as the pure functions take them; None for modes that run every layer.
+
+        Args:
+          mode: as in `generate`.
+          decoded_rows: rows that a decode step will run; decides whether cache rows are projected together.
+
+        Raises:
+          TideError: no such mode, or `mode="exit"` without routers.
+        """
         if not isinstance(mode, str | None) or mode not in (None, "exit", "lossless", "full"):
             raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
         if mode == "exit" and self._weights is None:
@@ -298,8 +311,8 @@ class TIDE:
 
     def _runner(self, mode: Mode | None) -> Runner:
         if mode == "lossless":
-            return LosslessRunner(self.model, self._programs, self._drafting)
-        return PlainRunner(self.model, self._programs, self._implementation)
+            return LosslessRunner(self.model, self.programs, self._drafting)
+        return PlainRunner(self.model, self.programs, self.implementation)
 
     def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
         if not isinstance(monitor, DriftMonitor | None):
@@ -313,7 +326,7 @@ class TIDE:
         if monitor is None:
             return stats
         if exits is not None:
-            monitor.audit(finished, exits, Auditor(self.model, self._programs, self._implementation))
+            monitor.audit(finished, exits, Auditor(self.model, self.programs, self.implementation))
         return dataclasses.replace(stats, drift=monitor.report())
 
     def _call(
@@ -338,7 +351,7 @@ class TIDE:
         pad = next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
         eos = eos_table(config.eos_token_ids if eos_token_id is None else eos_token_id, len(rows.rows))
         batch = self._rows(len(rows.rows))
-        exits = self._exits(mode, batch)
+        exits = self.exits(mode, batch)
         # After all other checks: this may log a warning, which should not precede an error.
         new = self._fit_context(rows, choice.max_new_tokens)
         request = Request(

@@ -56,9 +56,9 @@ def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:
         if number >= 2:  # prefill and the first step compile
             times.append(now - last)
         if number == 1:
-            known = engine._programs.compile_time
+            known = engine.programs.compile_time
         last = now
-    return times, int(engine._programs.compile_time != known)
+    return times, int(engine.programs.compile_time != known)
 
 
 def windows(model: tide_jax.Decoder, times: list[float], size: int) -> list[dict[str, Any]]:

@@ -169,13 +169,13 @@ def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any
     """What a device holds of the cache in the first three steps, and the program of a step."""
     call, options, held = engine._call(prompts, max_new_tokens=new), {"implementation": None}, []
     arguments = (call.prompt, call.request, call.exits)
-    state, _, _ = engine._programs.run(begin, (engine.model,), arguments, capacity=call.capacity, **options)
+    state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity, **options)
     for _ in range(3):
         held.append({shard_shape(a) for a in (*state.cache.keys, *state.cache.values)})
         arguments = (state, call.request, call.exits)
-        state, _, _ = engine._programs.run(advance, (engine.model,), arguments, donate=1, **options)
+        state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1, **options)
     # One program: a step's result goes into the next as it is.
-    (text,) = (program.as_text() for key, program in engine._programs._compiled.items() if key[0] is advance)
+    (text,) = (program.as_text() for key, program in engine.programs._compiled.items() if key[0] is advance)
     return held, text
 
 

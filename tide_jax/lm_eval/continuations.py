@@ -107,7 +107,7 @@ def score_continuations(
     rows = _rows(continuations, max_length)
     # Longest first, so that rows of a batch have similar lengths.
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.tokens))
-    exits = engine._exits(mode)
+    exits = engine.exits(mode)
     for start in range(0, len(ordered), batch_size):
         chosen = ordered[start : start + batch_size]
         for place, score in _run(engine, exits, chosen, [rows[row] for row in chosen], batch_size):
@@ -139,8 +139,8 @@ def _run(
 ) -> Iterator[tuple[int, Score]]:
     """Index and score of each ending."""
     batch = _batch(engine, rows, endings, batch_size)
-    (log_likelihoods, hits, layers), _, _ = engine._programs.run(
-        _score, (engine.model,), (batch, exits), implementation=engine._implementation
+    (log_likelihoods, hits, layers), _, _ = engine.programs.run(
+        _score, (engine.model,), (batch, exits), implementation=engine.implementation
     )
     log_likelihoods, hits, layers = np.asarray(log_likelihoods, np.float64), np.asarray(hits), np.asarray(layers)
     for b, (row, listed) in enumerate(zip(rows, endings, strict=True)):

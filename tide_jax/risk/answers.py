@@ -100,7 +100,7 @@ class TextReader:
           threshold: as in `ExitConfig.exit_threshold`.
           progress: called with the number of texts read, and the number of all texts.
         """
-        exits = self._engine.with_config(exit_threshold=threshold)._exits("exit")
+        exits = self._engine.with_config(exit_threshold=threshold).exits("exit")
         for group, full, read in zip(self._groups, self._full, self._read(exits, progress), strict=True):
             for row, number in enumerate(group):
                 yield number, self._text(self._samples[number], row, full, read)
@@ -111,7 +111,7 @@ class TextReader:
             yield pack([self._samples[number] for number in group], *self._shape)
 
     def _read(self, exits: Exits | None, progress: Callable[[int, int], None] | None) -> Iterator[Read]:
-        done, implementation = 0, self._engine._implementation
+        done, implementation = 0, self._engine.implementation
         for group, batch in zip(self._groups, self.batches(), strict=True):
             out = jax.device_get(_read(self._engine.model, batch, exits, implementation=implementation))
             check_finite(np.isfinite(out[1])[np.asarray(batch.positions) >= 0], self._engine.model.dtype)
