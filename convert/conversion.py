@@ -104,10 +104,8 @@ def convert(
     """Converts a checkpoint into a directory that `tide_jax.load` reads.
 
     The directory appears complete or not at all. If the process is killed while it replaces a directory, the old model
-    or
-    the new one is there, never a mixture. Memory use (beyond the interpreter's) stays below the largest source tensor
-    plus
-    1 GiB.
+    or the new one is there, never a mixture. Memory use (beyond the interpreter's) stays below the largest source
+    tensor plus 1 GiB.
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
@@ -117,14 +115,12 @@ def convert(
       trust_remote_code: run the Python code in the checkpoint, to probe a model type that neither the table of families
         nor transformers knows.
       dtype: "float32", "bfloat16" or "float16". None keeps the checkpoint's dtype; for a quantised checkpoint the dtype
-          of
-        its scales (float32 in GGUF).
+        of its scales (float32 in GGUF).
       weights: "int8" rounds the checkpoint's matrices to 8-bit integers with a scale for each output
         (`tide_jax.model.rounding`); `dtype` then applies to all other parameters. None and "float" round nothing.
       verify: compare logits with transformers' and record the difference; needs torch. For 8-bit weights the bounds are
         looser, and the record also has a divergence and a share of equal tokens. Because of the looser bounds, their
-        files
-        are also read again and compared with the source's numbers (`convert.verify_weights`).
+        files are also read again and compared with the source's numbers (`convert.verify_weights`).
       dry_run: check everything that names and shapes can show, and write nothing.
       overwrite: replace an earlier conversion at `destination`, but no other files there.
       max_shard_bytes: largest size of a weight file.
@@ -217,8 +213,7 @@ def open_model(
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       dtype: "float32", "bfloat16" or "float16". None keeps the checkpoint's dtype, but runs float16 checkpoints in
-          bfloat16
-        if the family is known to overflow float16.
+        bfloat16 if the family is known to overflow float16.
       weights: "int8" rounds the matrices, as in `convert`; None and "float" do not.
       adapter: a LoRA adapter to merge.
       trust_remote_code: as in `convert`.

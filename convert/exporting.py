@@ -199,8 +199,7 @@ def export(
     """Writes a converted model as a Hugging Face checkpoint that `from_pretrained` loads, with the same logits.
 
     8-bit weights are written as the floats they represent. The directory appears complete or not at all. Memory use
-    stays
-    near the largest tensor of the checkpoint.
+    stays near the largest tensor of the checkpoint.
 
     Args:
       converted_dir: a directory `convert` made, from any source.

@@ -42,7 +42,7 @@ class Verification:
       tokens: number of tokens compared.
       row_length: tokens of the longest row.
       typical: 8-bit weights only, else None: median over tokens of the largest logit difference, as a share of the
-          range.
+        range.
       divergence: 8-bit weights only, else None: mean KL divergence from transformers' predictions, in nats.
       agreement: 8-bit weights only, else None: share of tokens whose likeliest next token is transformers'.
     """
@@ -100,13 +100,11 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
       source: the source that was converted.
       model: the converted model, loaded in float32.
       stored: dtype of the stored weights. The reference's weights are rounded to it too, so that one tolerance fits
-          every
-        dtype.
+        every dtype.
 
     Raises:
       TideError: the logits differ by more than `TOLERANCE` of their range (for 8-bit weights by more than
-          `INT8_TOLERANCE`
-        or `INT8_DIVERGENCE`), or prove nothing: not finite, or the same for all tokens.
+        `INT8_TOLERANCE` or `INT8_DIVERGENCE`), or prove nothing: not finite, or the same for all tokens.
     """
     tokens, mask = _random_batch(model.config)
     together = any(kind.rope and kind.rope.kind in _BY_LENGTH for kind in model.config.attention_types)

@@ -31,8 +31,7 @@ def verify_weights(directory: Path, config: DecoderConfig, expected: Iterable[tu
       directory: the folder of 8-bit integers.
       config: the architecture.
       expected: every parameter, assembled from the source: float32 for those that are integers in the folder, the
-          folder's
-        dtype for the others.
+        folder's dtype for the others.
 
     Raises:
       TideError: an integer times its scale is more than `TOLERANCE` steps away from the source's number, or a float

@@ -2,8 +2,7 @@
 
 transformers 5 keeps rotary settings in `rope_parameters`. transformers 4 does not read that field: it reads
 `rope_theta`, `rope_scaling`, and a rotated share whose name differs between models. transformers 5 reads the older
-names
-too, so both sets of names must agree.
+names too, so both sets of names must agree.
 """
 
 from __future__ import annotations
