@@ -66,7 +66,7 @@ class ExportReport:
 
 
 class ConvertedSource:
-    """Presents a converted directory as the checkpoint it was made from; see `convert.sources.open.Source`.
+    """Presents a converted directory as the checkpoint it was made from; see `convert.sources.base.Source`.
 
     Attributes:
       description: the directory.

@@ -1,7 +1,7 @@
 """Keeps the scales of checkpoints that already hold 8-bit integers, arranged as the model stores its own scales.
 
 A source gives the step of each number in a tensor: the unit the number is a multiple of
-(`convert.sources.open.steps_of`). The array of steps passes through the weight map like the tensor itself. If all
+(`convert.sources.base.steps_of`). The array of steps passes through the weight map like the tensor itself. If all
 numbers of an output share one step, that step becomes the output's scale.
 """
 
