@@ -67,7 +67,7 @@ def load_tokenizer(metadata: Mapping[str, Any], max_length: int | None) -> PreTr
 
 
 def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the token ids of generation_config.json: those of `bos_token_id`, `eos_token_id`, `pad_token_id` in the file.
+    """Returns the values for generation_config.json in the file: `bos_token_id`, `eos_token_id` and `pad_token_id`.
 
     A model ends at every token at which llama.cpp ends: `eos_token_id` is one id or a list, the end of sequence first.
     """
