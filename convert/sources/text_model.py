@@ -109,7 +109,10 @@ def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 
 def _alone(name: str) -> str:
-    """Shortens ``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` to ``model.layers.0...``."""
+    """Returns the name that a tensor has in the text decoder alone.
+
+    ``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` become ``model.layers.0...``.
+    """
     found = _TEXT.search(name)
     if found is None or _HEAD.fullmatch(name):
         return name.removeprefix("language_model.")
