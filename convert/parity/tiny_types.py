@@ -208,4 +208,4 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 20, "layer_types": ["hybrid"] * 5},
 }
-"""Fields that a model type needs besides the common ones."""
+"""Fields that a model type needs in addition to the common ones."""

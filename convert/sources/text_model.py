@@ -1,4 +1,4 @@
-"""Presents the text decoder inside a multimodal checkpoint as a checkpoint of its own."""
+"""Presents the text decoder inside a multimodal checkpoint as a separate checkpoint."""
 
 from __future__ import annotations
 

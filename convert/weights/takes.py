@@ -1,8 +1,8 @@
 """Arrangements of source tensors: each selects the part that fills a slot of a parameter, as a view.
 
-torch's Linear weights are [out, in] and fuse axes; ours are [in..., out...] with separate axes for heads. An export
-writes a checkpoint back through these views. Where the parts are not contiguous enough for a view, a copy is allowed,
-but no arithmetic.
+torch's Linear weights are [out, in] and fuse axes; tide_jax's are [in..., out...] with separate axes for heads. An
+export writes a checkpoint back through these views. Where the parts are not contiguous enough for a view, a copy is
+allowed, but no arithmetic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The targets for a GPU and their evaluation from verify_gpu.py's report: one list, for the report and the documents."""
+"""Targets for a GPU and their evaluation from verify_gpu.py's report: one list, for report and documents."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _VERSIONED = ("transformers", "torch", "jax", "flax", "numpy")
 
 
 def measure(model_type: str) -> dict[str, Any]:
-    """Returns the results of one model type: status, largest difference, features of its architecture, and each case."""
+    """Returns the results of one model type: status, largest difference, architecture features, and each case."""
     from convert.families import REFUSED
     from convert.parity.tiny import text_type
     from convert.parity.tiny_variants import REFUSED_VARIANTS, VARIANTS

@@ -172,7 +172,7 @@ def _limit(megabytes: int) -> int:
 
 
 def _prepare(corpus: Path, programs: Path) -> Opener:
-    """Imports everything and caches compiled programs: most damaged models compile to the same programs as intact ones."""
+    """Imports everything and caches compiled programs: most damaged models need the same programs as intact ones."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(programs))
