@@ -103,7 +103,7 @@ class Reference:
         """Returns `NEW_TOKENS` greedy tokens after each row without padding.
 
         They come from `generate` if its text agrees with logits computed without a cache. It does not in families whose
-        `forward` starts positions at another number than `generate`.
+        `forward` starts positions at another number than `generate`; there, each token comes from a pass over the text.
         """
         prompt = self._ids(batch.tokens[:WHOLE_ROWS])
         text = self._model.generate(prompt, max_new_tokens=NEW_TOKENS)

@@ -70,12 +70,12 @@ def _common(layers: Sequence[LayerFound]) -> Flags:
     dense = [i for i in range(len(layers)) if i not in mixed]
     if not mixed:
         return _one(found, names)
-    # Layers with experts must agree with each other,
+    # Layers with experts must agree with each other.
     flags = _one([found[i] for i in mixed], [names[i] for i in mixed])
     moe = flags.pop("moe")
     flags.setdefault("intermediate_size", moe.intermediate_size)
     if dense:
-        # and layers without experts must agree with them in everything else.
+        # Layers without experts must agree with them in everything but the size and bias of the MLP.
         plain = _one([found[i] for i in dense], [names[i] for i in dense])
         flags = {**flags, "intermediate_size": plain["intermediate_size"], "mlp_bias": plain["mlp_bias"]}
         _one([plain, flags], [names[dense[0]], names[mixed[0]]])

@@ -67,8 +67,8 @@ def probe(source: Source, *, trust_remote_code: bool = False) -> Probed:
     """
     reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=True)
     try:
-        # Windows were shrunk to be visible in a short row: prove the result against the true windows.
         probed = _propose(source, record(reference))
+        # Windows were shrunk to be visible in a short row: prove the result against the true windows.
         if reference.windows:
             reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
         model = from_parameters(probed.config, _assembled(source, probed), dtype=jnp.dtype(jnp.float32))

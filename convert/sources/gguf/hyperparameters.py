@@ -116,7 +116,7 @@ class Hyperparameters:
         return TideError(f"{self.path}: {self.architecture}.{what}; use the model's Hugging Face checkpoint instead")
 
     def check_all_taken(self) -> None:
-        """Raises TideError if a value of the file was never taken, or the file has another number of layers than it says."""
+        """Raises TideError if a value of the file was never taken, or its number of layers is not the stated one."""
         if left := sorted(self._said.keys() - self._asked):
             keys = ", ".join(shown(key) for key in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             raise self.refuse(f"{keys}: not supported, expected only known settings")

@@ -238,8 +238,8 @@ def _dots1(hp: Hyperparameters) -> Values:
 def _llama4(hp: Hyperparameters) -> Values:
     """Llama 4. Settings missing from files are equal in all published models.
 
-    Chunks have 8192 tokens, and every fourth layer has none. The model with 128 experts does not norm queries and keys.
-    A window of 0 means that all layers see all tokens.
+    Chunks have 8192 tokens, and every fourth layer has no chunks and no rotary embedding. The model with 128 experts
+    does not norm queries and keys. A window of 0 means that all layers see all tokens.
     """
     hp.ignore("leading_dense_block_count")
     whole = hp.take("attention.sliding_window") == 0
