@@ -83,6 +83,7 @@ class ConversionReport:
     weights: Weights = "float"
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values."""
         return dataclasses.asdict(self)
 
 

@@ -62,6 +62,7 @@ class ExportReport:
     ignored: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values."""
         return dataclasses.asdict(self)
 
 
@@ -142,6 +143,7 @@ class ConvertedSource:
         return family_of(self).rules if probed is None else from_json(probed["weight_map"])
 
     def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
         copy_side_files(self._directory, directory)
 
     def load_tokenizer(self) -> Any:

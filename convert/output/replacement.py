@@ -69,6 +69,7 @@ def is_free(directory: Path) -> bool:
 
 
 def files_of(directory: Path) -> list[str]:
+    """Sorted names of the files in a directory and its folders."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 

@@ -44,13 +44,16 @@ class Layout:
     framework: str = "np"
 
     def dtype_of(self, name: str) -> np.dtype:
+        """dtype of one parameter."""
         return self.others.get(name, self.dtype)
 
     def nbytes(self, name: str) -> int:
+        """Bytes of one parameter."""
         return math.prod(self.shapes[name]) * self.dtype_of(name).itemsize
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all parameters."""
         return sum(map(self.nbytes, self.shapes))
 
 

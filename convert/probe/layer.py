@@ -64,6 +64,7 @@ def find_layer(trace: Trace, index: int, hints: Sequence[LayerFound]) -> LayerFo
 
 
 def diverged(where: str, what: str, error: float) -> NoReturn:
+    """Raises `Diverged`; `error` is the closest candidate's."""
     by = f"the closest candidate differs by {error:.1e} of the range" if np.isfinite(error) else "no candidate fits"
     raise Diverged(f"{where} diverges first: {what}, {by}")
 

@@ -65,6 +65,7 @@ class HuggingFaceSource:
         return self._shards.read_stored(name)
 
     def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
         copy_side_files(self.directory, directory)
 
     def load_tokenizer(self) -> Any:

@@ -70,9 +70,11 @@ class TextSource:
         return steps_of(self._whole, self._stored[name])
 
     def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
         self._whole.write_side_files(directory)
 
     def load_tokenizer(self) -> Any:
+        """Returns the checkpoint's tokenizer."""
         return self._whole.load_tokenizer()
 
 

@@ -26,6 +26,7 @@ def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | N
 
 
 def norm(name: str, path: str, take: Take = whole) -> Names:
+    """Names of a norm's weight and bias."""
     return {
         f"{name}.weight": (Target(f"{path}.scale", take),),
         f"{name}.bias": (Target(f"{path}.bias", take),),
@@ -33,6 +34,7 @@ def norm(name: str, path: str, take: Take = whole) -> Names:
 
 
 def mlp(name: str, path: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
+    """Names of an MLP with a gate."""
     return {
         **linear(f"{name}.{gate}", f"{path}.gate_up", slot="0"),
         **linear(f"{name}.{up}", f"{path}.gate_up", slot="1"),
@@ -41,6 +43,7 @@ def mlp(name: str, path: str, gate: str = "gate_proj", up: str = "up_proj", down
 
 
 def plain_mlp(up: str, down: str) -> Names:
+    """Names of an MLP without a gate."""
     return {**linear(up, "mlp.up"), **linear(down, "mlp.down")}
 
 

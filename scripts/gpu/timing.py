@@ -30,6 +30,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
+        """Median and extremes of some seconds."""
         found = sorted(values)
         return cls(statistics.median(found), found[0], found[-1])
 

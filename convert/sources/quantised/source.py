@@ -76,6 +76,7 @@ class QuantisedSource:
         return np.broadcast_to(weight.scales().astype(np.float32), weight.info.shape)
 
     def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
         self._stored.write_side_files(directory)
 
     def load_tokenizer(self) -> Any:
