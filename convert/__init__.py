@@ -1,6 +1,6 @@
-"""Conversion of Hugging Face and GGUF checkpoints to `tide_jax` models, with proof that the logits agree."""
+"""Converts Hugging Face and GGUF checkpoints to `tide_jax` models and proves that the logits agree."""
 
-TYPE_CHECKING = False  # as in tide_jax: public names are imported when they are first asked for
+TYPE_CHECKING = False  # as in tide_jax, a public name is imported at its first use
 if TYPE_CHECKING:
     from convert.conversion import ConversionReport, convert, open_config, open_model
     from convert.exporting import ExportReport, export

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all that takes time: Ctrl-C is not answered before
+if __name__ == "__main__":  # before slow imports: until this runs, Ctrl-C has no effect
     from tide_jax.cli.interrupts import Interrupts
 
     Interrupts.install()
@@ -136,7 +136,7 @@ def _run_export(args: argparse.Namespace) -> int:
 
 
 def _written(verb: str, report: Any) -> list[str]:
-    """What was written, and what was not."""
+    """Report lines: one for the files written, one for each reason why tensors were left out."""
     kind = report.dtype if getattr(report, "weights", "float") == "float" else f"{report.dtype} with int8 weights"
     shards = f"{len(report.shards)} file{'s' if len(report.shards) > 1 else ''}"
     summary = (

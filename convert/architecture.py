@@ -1,4 +1,4 @@
-"""From a source's config.json to its family and decoder configuration."""
+"""Finds the family and decoder configuration for a source's config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def family_of(source: Source) -> Family:
-    """The table entry of a source's model type. Raises TideError, with the reason, without one."""
+    """Returns the family of a source's model type. Raises TideError with the reason if there is none."""
     model_type = source.config.get("model_type")
     if model_type is None:
         raise TideError(f"{source.description}: config.json has no model_type, expected one such as 'llama'; add it")
@@ -41,12 +41,12 @@ def _unknown(model_type: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a source is, and how its tensors convert.
+    """Architecture of a source and the rules that convert its tensors.
 
     Attributes:
-      config: its architecture.
-      rules: its weight map.
-      probed: what probing found, JSON-ready, where the model type is in no table.
+      config: the decoder configuration.
+      rules: the weight map.
+      probed: JSON-ready result of probing, for model types in no table; else None.
       overflows_float16: as in `Family`.
     """
 
@@ -57,13 +57,13 @@ class Architecture:
 
 
 def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of a source: from the table of families, or else by probing (see `convert.probe.run`).
+    """Returns the architecture of a source, from the table of families or by probing (see `convert.probe.run`).
 
     Args:
-      trust_remote_code: run the Python code the checkpoint brings, to probe a model type transformers does not know.
+      trust_remote_code: run the Python code in the checkpoint, to probe a model type that transformers doesn't know.
 
     Raises:
-      TideError: the model type is refused, or cannot be probed, or asks for what is not implemented.
+      TideError: the model type is refused or can't be probed, or the model needs something that is not implemented.
     """
     model_type = source.config.get("model_type")
     if model_type is None or model_type in FAMILIES or model_type in REFUSED:
@@ -94,14 +94,14 @@ def _check_decoder(source: Source) -> None:
 
 
 def decoder_config(source: Source) -> DecoderConfig:
-    """The architecture of a source. Raises TideError where it is unknown or asks for what is not implemented."""
+    """Returns the decoder configuration. Raises TideError if the model type or one of its settings isn't supported."""
     family = family_of(source)
     hf = _transformers_config(source)
     try:
         config = family.config(hf)
     except TideError as error:
         raise TideError(f"{source.description}: {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # more heads than channels
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # too many heads, ...
         raise TideError(
             f"{source.description}: config.json's values do not fit together ({shortened(error)}); correct it"
         ) from error
@@ -114,7 +114,7 @@ def decoder_config(source: Source) -> DecoderConfig:
 
 
 def _with_token_ids(source: Source, settings: Mapping[str, Any], config: DecoderConfig) -> DecoderConfig:
-    """The configuration with what generation_config.json says."""
+    """Adds the token ids and generation settings of generation_config.json to the configuration."""
     names = ("eos_token_id", "pad_token_id")
     eos, pad = (_token_ids(source, settings.get(name), name, config.vocab_size) for name in names)
     generation = settings_from(source.generation_config, f"{source.description}: generation_config.json")
@@ -122,21 +122,21 @@ def _with_token_ids(source: Source, settings: Mapping[str, Any], config: Decoder
 
 
 def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tuple[int, ...]:
-    """Token ids inside the vocabulary; generation_config.json's word counts before config.json's."""
+    """Returns the token ids inside the vocabulary; generation_config.json overrides config.json."""
     value = source.generation_config.get(name)
     value = default if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         shown = shortened(repr(value))
         raise TideError(f"{source.description}: {name} is {shown}, expected a token id or a list of them; correct it")
-    # Published checkpoints write -1 or the vocabulary's size for "none"; the model can produce neither.
+    # Published checkpoints write -1 or the vocabulary size for "none". The model can produce neither.
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
         logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, vocab_size)
     return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
 def _transformers_config(source: Source) -> Any:
-    """The transformers class knows the defaults of its fields and their older names."""
+    """Reads config.json with its transformers class, which knows the default and older names of each field."""
     from transformers import CONFIG_MAPPING
 
     model_type = source.config["model_type"]
@@ -147,7 +147,7 @@ def _transformers_config(source: Source) -> Any:
         return read_settings(CONFIG_MAPPING[model_type], source.config)
     except TideError as error:
         raise TideError(f"{source.description}: {error}") from error
-    except Exception as error:  # its validators raise several unrelated classes
+    except Exception as error:  # the validators raise several unrelated classes
         raise TideError(
             f"{source.description}: config.json is not a valid {model_type} one: {shortened(error, 120)}; correct it"
         ) from error

@@ -1,4 +1,4 @@
-"""The conversion itself: plan, write, verify, and put the result in place in one step."""
+"""Converts a checkpoint: plans, writes and verifies the weights, then moves the result into place in one step."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ _VERSIONED = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did, or with `dry_run` would do.
+    """Result of a conversion, or the plan of one with `dry_run`.
 
     Attributes:
-      source, destination: from where to where.
+      source, destination: where the model came from and went to.
       model_type: the family.
-      dtype: dtype of the written parameters, of those that are no integers.
-      weights: what the matrices are written as, "float" or "int8".
+      dtype: dtype of the written parameters that are not integers.
+      weights: how the matrices are written, "float" or "int8".
       parameters: number of weights.
       bytes: size of the written weights.
-      shards: the files they lie in.
+      shards: names of the weight files.
       ignored: source tensors left out, with the reason.
-      probed: what probing found, where the model type is in no table (see `convert.probe.run`).
-      verification: difference of the logits from transformers', None if it was not measured.
+      probed: result of probing, for model types in no table (see `convert.probe.run`).
+      verification: difference between the logits and transformers', None if not measured.
       dry_run: nothing was written.
     """
 
@@ -83,7 +83,7 @@ class ConversionReport:
     weights: Weights = "float"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
+        """Returns JSON-ready values."""
         return dataclasses.asdict(self)
 
 
@@ -104,33 +104,33 @@ def convert(
 ) -> ConversionReport:
     """Converts a checkpoint into a directory that `tide_jax.load` reads.
 
-    The directory appears complete or not at all, and one that is replaced is the old model or the new one, whenever the
-    process is killed. Memory beyond the interpreter's stays below the largest source
+    The directory appears complete or not at all. If the process is killed while it replaces a directory, the old model
+    or the new one is there, never a mixture. Memory use (beyond the interpreter's) stays below the largest source
     tensor plus 1 GiB.
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
       destination: the directory to make.
       adapter: a LoRA adapter to merge into the checkpoint: PEFT's directory or a hub id.
-      revision: branch, tag or commit of the hub id `source_ref`; "org/name@revision" says the same, for adapters too.
-      trust_remote_code: run the Python code that the checkpoint brings, to find out what a model type computes that
-        neither the table of families nor transformers knows.
-      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, that of the scales for quantised ones
-        (float32 in GGUF).
-      weights: "int8" rounds the matrices to 8-bit integers with a scale for each output (`tide_jax.model.rounding`),
-        from the numbers of the checkpoint; `dtype` is that of all else. None and "float" do not.
-      verify: compare logits with transformers' and record the difference; needs torch. What 8-bit weights change is
-        bounded more loosely, and recorded as a divergence and a share of equal tokens, too. So their files are read
-        again and compared with the source's numbers (`convert.verify_weights`).
-      dry_run: check everything that can be checked from names and shapes, write nothing.
-      overwrite: replace an earlier conversion at `destination`, and none of the other files there.
-      max_shard_bytes: size of a weight file at the most.
+      revision: branch, tag or commit of the hub id `source_ref`. "org/name@revision" does the same, also for adapters.
+      trust_remote_code: run the Python code in the checkpoint, to probe a model type that neither the table of families
+        nor transformers knows.
+      dtype: "float32", "bfloat16" or "float16". None keeps the checkpoint's dtype; for a quantised checkpoint the dtype
+        of its scales (float32 in GGUF).
+      weights: "int8" rounds the checkpoint's matrices to 8-bit integers with a scale for each output
+        (`tide_jax.model.rounding`); `dtype` then applies to all other parameters. None and "float" round nothing.
+      verify: compare logits with transformers' and record the difference; needs torch. For 8-bit weights the bounds are
+        looser, and the record also has a divergence and a share of equal tokens. Because of the looser bounds, their
+        files are also read again and compared with the source's numbers (`convert.verify_weights`).
+      dry_run: check everything that names and shapes can show, and write nothing.
+      overwrite: replace an earlier conversion at `destination`, but no other files there.
+      max_shard_bytes: largest size of a weight file.
       progress: called with (bytes of weights written, bytes in all).
 
     Raises:
-      TideError: the source cannot be read, is not supported or does not fit its configuration, or the adapter does not
-        fit the source; a weight is NaN, infinite or overflows `dtype`; the destination is taken or cannot be written;
-        the logits differ, or 8-bit weights are further than rounding from the source's.
+      TideError: the source cannot be read, is not supported or does not fit its configuration; the adapter does not fit
+        the source; a weight is NaN, infinite or overflows `dtype`; the destination is taken or cannot be written; the
+        logits differ; or 8-bit weights differ from the source's by more than rounding.
     """
     path_like("source", source_ref)
     path_like("destination", destination)
@@ -142,7 +142,9 @@ def convert(
     def check() -> None:
         check_destination(destination, overwrite, is_converted, "a converted model")
 
+    # Check the destination before the slow work; `replacing` checks it again before the result moves there.
     check()
+    # Plan: map every source tensor to parameters, and lay these out in files.
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
     plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
@@ -169,6 +171,7 @@ def convert(
     )
     if dry_run:
         return report
+    # Write the small files first, so that a bad destination fails before the weights are written.
     with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
         settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": stored.name}
         if runs_in != stored:
@@ -179,8 +182,10 @@ def convert(
         _write_config(source, settings, partial)
         check_spared(partial, destination, RECORD_FILE)
         _write_weights(source, rounded or _FloatPlan(plan, config), layout, partial, progress)
+        # The fingerprint is known once all integers are written, so config.json is written again.
         if rounded is not None and (name := rounded.fingerprint()) is not None:
             _write_config(source, settings | {FINGERPRINT_KEY: name}, partial)
+        # Verify before `replacing` moves the folder into place: a failed check leaves no model behind.
         if verify:
             if rounded is not None:
                 verify_weights(partial, config, _assembled(source, plan, config, kept, stored))
@@ -204,14 +209,14 @@ def open_model(
     mesh: Mesh | None = None,
     revision: str | None = None,
 ) -> Decoder:
-    """Converts a checkpoint in memory, without writing anything.
+    """Converts a checkpoint in memory and writes nothing.
 
     Args:
       source_ref: a Hugging Face directory, a hub id or a GGUF file.
-      dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's own, but takes bfloat16 where that is
-        float16 and the family is known to overflow it.
+      dtype: "float32", "bfloat16" or "float16". None keeps the checkpoint's dtype, but runs float16 checkpoints in
+        bfloat16 if the family is known to overflow float16.
       weights: "int8" rounds the matrices, as in `convert`; None and "float" do not.
-      adapter: a LoRA adapter to merge into it.
+      adapter: a LoRA adapter to merge.
       trust_remote_code: as in `convert`.
       mesh: as in `tide_jax.load`.
       revision: as in `convert`.
@@ -241,7 +246,7 @@ def open_model(
 
 
 def open_config(source_ref: str | Path, *, revision: str | None = None) -> DecoderConfig:
-    """The architecture of a checkpoint; no weights are read. Raises TideError as `convert`."""
+    """Returns the architecture of a checkpoint without reading weights. Raises TideError as `convert`."""
     return architecture_of(_open(source_ref, revision=revision)).config
 
 
@@ -253,7 +258,7 @@ def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: s
 def _assembled(
     source: Source, plan: Plan, config: DecoderConfig, kept: Weights, floats: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter in turn, put together from its pieces: float32 where it is to be rounded, else in `floats`."""
+    """Yields each parameter, assembled from its pieces: in float32 if it will be rounded, else in `floats`."""
     rounded = rounded_axes(config) if kept == "int8" else {}
     for path, pieces in plan.by_path().items():
         dtype = np.dtype(np.float32) if path in rounded else floats
@@ -265,7 +270,7 @@ def _assembled(
 
 
 def _source_dtype(source: Source, plan: Plan) -> str:
-    """The dtype most of the source's weights have; float32 where that is a quantised or unknown one."""
+    """Dtype of most of the source's weights; float32 if that is quantised or unknown."""
     sizes: dict[str, int] = {}
     for name in plan.by_source():
         info = source.tensors[name]
@@ -275,25 +280,24 @@ def _source_dtype(source: Source, plan: Plan) -> str:
 
 
 def _running_dtype(stored: np.dtype, architecture: Architecture) -> np.dtype:
-    """What a model runs in where nobody says: the dtype it is stored in, unless its activations overflow that."""
+    """Default dtype to run in: the stored dtype, but bfloat16 if activations overflow float16."""
     overflows = architecture.overflows_float16 and stored == np.float16
     return parse_dtype("bfloat16") if overflows else stored
 
 
 @dataclasses.dataclass(frozen=True)
 class _FloatPlan:
-    """A plan whose parameters are written as they are taken, beside `RoundedPlan`."""
+    """Writes parameters as they are; `RoundedPlan` is the 8-bit counterpart."""
 
     plan: Plan
     config: DecoderConfig
 
     def write(self, source: Source, writer: ShardWriter) -> Iterator[int]:
-        """As `RoundedPlan.write`."""
         for name, pieces in self.plan.by_source().items():
             yield self._write(source.read(name), pieces, writer)
 
     def _write(self, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
-        """Writes one source tensor wherever it goes; returns the number of bytes."""
+        """Writes one source tensor to every parameter that uses it; returns the number of bytes."""
         taken = [piece.take(tensor, self.config) for piece in pieces]
         return sum(writer.write(p.path, p.slot, part, p.source) for p, part in zip(pieces, taken, strict=True))
 
@@ -334,7 +338,7 @@ def versions() -> dict[str, str | None]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read."""
+    """Writes a JSON object, indented."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -351,7 +355,7 @@ def _version(package: str) -> str | None:
 
 
 def check_destination(destination: Path, overwrite: bool, replaceable: Callable[[Path], bool], kind: str) -> None:
-    """Raises TideError unless `destination` is free, or holds what `overwrite` may replace, called `kind`."""
+    """Raises TideError unless `destination` is free, or `overwrite` is set and `replaceable` accepts it as a `kind`."""
     if not destination.exists() or (destination.is_dir() and is_free(destination)):
         return
     if not destination.is_dir():

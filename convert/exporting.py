@@ -1,7 +1,7 @@
-"""The way back: a converted directory written as a Hugging Face checkpoint again.
+"""Export: writes a converted directory as a Hugging Face checkpoint again.
 
-Weight maps say which view of a source tensor fills which slot of a parameter. Writing through those views fills the
-source tensor from the parameters, so the same table serves both directions.
+A weight map says which view of a source tensor fills which slot of a parameter. Export writes the parameters back
+through those views and so fills the source tensor. One table serves both directions.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _AGAIN = "convert the checkpoint again"
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes:
-      source, destination: from where to where.
+      source, destination: where the model came from and went to.
       model_type: the family.
       dtype: dtype of the written tensors.
       parameters: number of weights.
       bytes: size of the written weights.
-      shards: the files they lie in.
-      ignored: what the original checkpoint held and is not here, whole tensors or parts of them, with the reason.
+      shards: names of the weight files.
+      ignored: tensors or parts of tensors of the original checkpoint that are missing here, with the reason.
     """
 
     source: str
@@ -62,24 +62,24 @@ class ExportReport:
     ignored: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready values."""
+        """Returns JSON-ready values."""
         return dataclasses.asdict(self)
 
 
 class ConvertedSource:
-    """A converted directory seen as the checkpoint it was made from; see `convert.sources.open.Source`.
+    """Presents a converted directory as the checkpoint it was made from; see `convert.sources.base.Source`.
 
     Attributes:
       description: the directory.
       config: config.json of the original checkpoint.
-      generation_config: its generation_config.json, empty without one.
-      tensors: shape and dtype name of the tensors that were converted, as the original checkpoint had them.
+      generation_config: its generation_config.json, empty if there is none.
+      tensors: original shape and dtype name of each converted tensor.
       files: the weight files.
-      ignored: what else it held, whole tensors or parts of them, with the reason the conversion left it out.
-      dtype: the dtype that floats are stored in; 8-bit integers are read as the floats they stand for.
+      ignored: other tensors or parts of tensors of the original, with the reason why the conversion left them out.
+      dtype: dtype of the stored floats; 8-bit integers are read as the floats they represent.
 
     Raises:
-      TideError: not a converted directory, damaged, or made by a version that converted differently.
+      TideError: not a converted directory, damaged, or made by a version with another weight map.
     """
 
     def __init__(self, named: Path) -> None:
@@ -98,6 +98,7 @@ class ConvertedSource:
         generation = directory / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self.files = self._parameters.files
+        # Rebuild the conversion's plan from its record, and check that the files have the parameters the plan expects.
         recorded = _recorded_tensors(directory / RECORD_FILE)
         try:
             plan = as_stored(coverage(recorded, self._rules(), self._decoder), self._decoder)
@@ -111,31 +112,33 @@ class ConvertedSource:
         self._check_complete()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor of the original checkpoint, in the dtype the conversion stored.
+        """Reads one tensor of the original checkpoint, in the dtype the conversion stored.
 
         Raises:
-          TideError: the weight map computes with the tensor rather than rearranges it.
+          TideError: the weight map does arithmetic on the tensor, so there is no way back.
         """
         tensor = np.zeros(self.tensors[name].shape, self.dtype)
+        # Fill the tensor through the same views that the conversion read.
         for piece in self._pieces[name]:
             view = piece.take(tensor, self._decoder)
             if np.shares_memory(view, tensor) and view.flags.writeable:
                 view[...] = self._read_slot(piece)
-            else:  # heads that lie apart have no view
+            else:  # heads that are not adjacent have no view
                 tensor.reshape(-1)[self._places(piece, tensor.shape)] = self._read_slot(piece)
         return tensor
 
     def _places(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
-        """Where each element of a slot lies in the source tensor: what arranging the elements' indices gives."""
+        """Indices into the source tensor for the elements of a slot, found by rearranging an array of indices."""
         indices = np.arange(math.prod(shape)).reshape(shape)
         places = piece.take(indices, self._decoder)
+        # A pure rearrangement commutes with adding 1 and uses no element twice.
         moved = np.array_equal(piece.take(indices + 1, self._decoder), places + 1)
         if not moved or np.unique(places).size != places.size:
             raise TideError(f"{piece.source} cannot be exported: its conversion is more than a rearrangement")
         return places
 
     def _rules(self) -> tuple[Rule, ...]:
-        """The weight map of the conversion: the family's, or the one that probing found."""
+        """Weight map of the conversion: the family's, or the one found by probing."""
         probed = read_json(self._directory / RECORD_FILE).get("probed")
         return family_of(self).rules if probed is None else from_json(probed["weight_map"])
 
@@ -144,13 +147,13 @@ class ConvertedSource:
         copy_side_files(self._directory, directory)
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer that was converted along. Raises TideError where there is none."""
+        """Returns the converted tokenizer. Raises TideError if there is none."""
         return tokenizer_in(self._directory)
 
     def _check_complete(self) -> None:
-        """Raises TideError where what was left out matters to texts longer than the conversion takes."""
+        """Raises TideError if texts longer than the conversion's context need a tensor that was left out."""
         longest = self.config.get("max_position_embeddings")
-        table = self._decoder.learned_positions  # whose first rows some models never use
+        table = self._decoder.learned_positions  # some models never use its first rows
         if self.ignored and not table and isinstance(longest, int) and self._decoder.max_positions < longest:
             name, reason = next(iter(self.ignored.items()))
             raise TideError(
@@ -159,7 +162,7 @@ class ConvertedSource:
             )
 
     def _unused_parts(self) -> dict[str, str]:
-        """Tensors the conversion kept only a part of."""
+        """Tensors of which the conversion kept only a part."""
         parts: dict[str, str] = {}
         for name, pieces in self._pieces.items():
             dummy = np.broadcast_to(np.zeros((), np.int8), self.tensors[name].shape)
@@ -168,7 +171,7 @@ class ConvertedSource:
         return parts
 
     def _scale_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """What a directory of 8-bit integers holds beside its parameters."""
+        """Shapes of the scales beside the 8-bit parameters."""
         return {
             scale_path(path): tuple(size for axis, size in enumerate(shapes[path]) if axis not in axes)
             for path, axes in self._axes.items()
@@ -181,7 +184,7 @@ class ConvertedSource:
         integers = self._parameters.read_stored(piece.path, leading)
         name = scale_path(piece.path)
         scale = check_scales(name, self._parameters.read(name), self.description)
-        # A scale has size 1 along the axes that it takes in.
+        # A scale has size 1 along the axes it covers.
         place = tuple(0 if axis in axes else index for axis, index in enumerate(leading))
         return (integers.astype(np.float32) * np.expand_dims(scale, axes)[place])[inner]
 
@@ -195,22 +198,21 @@ def export(
     max_shard_bytes: float = 5e9,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Writes a converted model as a Hugging Face checkpoint: `from_pretrained` loads it, its logits are the model's.
+    """Writes a converted model as a Hugging Face checkpoint that `from_pretrained` loads, with the same logits.
 
-    8-bit weights are written as the floats that they stand for.
-
-    The directory appears complete or not at all. Memory stays near the largest tensor of the checkpoint.
+    8-bit weights are written as the floats they represent. The directory appears complete or not at all. Memory use
+    stays near the largest tensor of the checkpoint.
 
     Args:
       converted_dir: a directory `convert` made, from any source.
       destination: the directory to make.
       dtype: "float32", "bfloat16" or "float16"; None keeps the conversion's.
-      overwrite: replace an earlier export at `destination`, and none of the other files there.
-      max_shard_bytes: size of a weight file at the most.
+      overwrite: replace an earlier export at `destination`, but no other files there.
+      max_shard_bytes: largest size of a weight file.
       progress: called with (bytes of weights written, bytes in all).
 
     Raises:
-      TideError: nothing converted is there, or with another version's weight map; a weight overflows `dtype`; the
+      TideError: there is no converted model, or another version's weight map made it; a weight overflows `dtype`; the
         destination is taken or cannot be written.
     """
     path_like("source", converted_dir)
@@ -254,7 +256,7 @@ def export(
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json, nested ones too, whose dtype is what was written, under either of the names in use."""
+    """Sets the dtype of a config.json and its nested parts, under whichever of the two names is in use."""
     written = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return written | {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)}
 

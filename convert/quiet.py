@@ -1,4 +1,4 @@
-"""transformers without its progress bars and reports: what a model's loading prints belongs to no library."""
+"""Runs transformers without progress bars and load reports, which a library should not print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences transformers below errors, and restores what was."""
+    """Silences transformers' messages below errors, and restores the earlier settings afterwards."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

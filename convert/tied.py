@@ -1,4 +1,4 @@
-"""Heads that are the embedding: whether they are, and which of the two tensors is stored."""
+"""Decides whether the head is tied to the embedding, and which of the two tensors is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EMBEDDING, _HEAD = "embed.kernel", "head.kernel"
 
 
 def settle_head(source: Source, config: DecoderConfig, rules: Sequence[Rule]) -> DecoderConfig:
-    """The configuration untied where a head is stored that differs from the embedding, as in transformers."""
+    """Unties the configuration if the stored head differs from the embedding, as transformers does."""
     if not config.tie_embeddings or not (heads := _stored(source, rules, _HEAD)):
         return config
     embeddings = _stored(source, rules, _EMBEDDING)
@@ -27,7 +27,7 @@ def settle_head(source: Source, config: DecoderConfig, rules: Sequence[Rule]) ->
 
 
 def rules_for(source: Source, config: DecoderConfig, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The weight map for what is stored: a tied head that is stored alone is the embedding, as in transformers."""
+    """Weight map for the stored tensors. A tied head that is stored alone fills the embedding, as in transformers."""
     heads = _stored(source, rules, _HEAD)
     if not config.tie_embeddings or not heads or _stored(source, rules, _EMBEDDING):
         return rules
@@ -41,7 +41,7 @@ def _fills(rule: Rule, path: str) -> bool:
 
 
 def _stored(source: Source, rules: Sequence[Rule], path: str) -> list[str]:
-    """The tensors of a source that fill a parameter where the head has its own weights."""
+    """Source tensors that fill the parameter `path` in the untied weight map."""
     patterns = [rule.pattern for rule in rules if _fills(rule, path)]
     return [name for name in source.tensors if any(re.fullmatch(pattern, name) for pattern in patterns)]
 

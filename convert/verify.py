@@ -1,4 +1,4 @@
-"""Proof of a conversion: logits against transformers' own model of the same checkpoint."""
+"""Verifies a conversion: compares logits with transformers' own model of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from tide_jax.model.rounding import Weights
 
 TOLERANCE = 2e-4
 INT8_TOLERANCE, INT8_DIVERGENCE = 0.1, 0.2
-"""Of a model with 8-bit weights: the median token's largest difference of a logit, as a share of their range, and the
-mean divergence in nats. Rounding moves tiny random models by 0.01 to 0.03 and by 0.001 to 0.1, most where experts are
-chosen; one matrix with its rows shifted moves them by 0.16 and 0.4 at the least, unless it is one expert's, which
-`convert.verify_weights` finds. The largest difference is no bound: a token whose experts change may differ by half of
-the range."""
+"""Bounds for 8-bit weights: the median over tokens of the largest logit difference, as a share of the logits' range,
+and the mean divergence in nats. Rounding moves tiny random models by 0.01 to 0.03 and by 0.001 to 0.1, most where
+experts are chosen. One matrix with shifted rows moves them by at least 0.16 and 0.4, unless it belongs to a single
+expert; that case is found by `convert.verify_weights`. The largest difference over all tokens can't serve as a bound: a
+token whose experts change may differ by half of the range."""
 _LENGTH, _LONGEST = 64, 256
-_BY_LENGTH = ("dynamic", "longrope")  # rotary frequencies that depend on the longest row
+_BY_LENGTH = ("dynamic", "longrope")  # their rotary frequencies depend on the longest row
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far the logits are from transformers' with the same rounded weights, both computed in float32.
+    """Difference between the logits and transformers' with the same rounded weights, both computed in float32.
 
-    For 8-bit weights, how far from transformers' with floats.
+    For 8-bit weights the reference has the unrounded floats.
 
     Attributes:
       max_difference: largest absolute difference of any logit.
       logit_range: largest minus smallest of transformers' logits.
-      relative: the first over the second.
+      relative: `max_difference` over `logit_range`.
       tokens: number of tokens compared.
       row_length: tokens of the longest row.
-      typical: of 8-bit weights, the median over tokens of a token's largest difference, as a share of the range; else
-        None.
-      divergence: of 8-bit weights, the mean KL divergence from transformers' predictions, in nats; else None.
-      agreement: of 8-bit weights, the share of tokens whose likeliest next token is transformers'; else None.
+      typical: 8-bit weights only, else None: median over tokens of the largest logit difference, as a share of the
+        range.
+      divergence: 8-bit weights only, else None: mean KL divergence from transformers' predictions, in nats.
+      agreement: 8-bit weights only, else None: share of tokens whose likeliest next token is transformers'.
     """
 
     max_difference: float
@@ -58,7 +58,7 @@ class Verification:
 
 
 def compared(found: np.ndarray, expected: np.ndarray, row_length: int, weights: Weights) -> Verification:
-    """The comparison of logits [N, V] with the reference's, of a model with such weights."""
+    """Compares logits [N, V] with the reference's; `weights` are the model's."""
     difference, logit_range = float(np.abs(found - expected).max()), float(expected.max() - expected.min())
     measures = {}
     if weights == "int8":
@@ -70,7 +70,7 @@ def compared(found: np.ndarray, expected: np.ndarray, row_length: int, weights: 
 
 
 def excess(proof: Verification) -> str | None:
-    """How far a model is beyond its bounds; None where it is within."""
+    """Describes by how much a model exceeds its bounds; None if it is within them."""
     if proof.typical is None or proof.divergence is None:
         within = proof.relative <= TOLERANCE
         return None if within else f"by {proof.relative:.1e} of their range, expected at most {TOLERANCE:.0e}"
@@ -87,24 +87,24 @@ def _log_shares(logits: np.ndarray) -> np.ndarray:
 
 
 def require_torch() -> None:
-    """Raises TideError without the packages verification needs."""
+    """Raises TideError if the packages that verification needs are missing."""
     missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise TideError(f"--verify compares with transformers' PyTorch models: run `pip install {' '.join(missing)}`")
 
 
 def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verification:
-    """Compares logits on random tokens, two rows of unequal length.
+    """Compares logits on random tokens, in two rows of unequal length.
 
     Args:
-      source: what was converted.
-      model: the result, loaded in float32.
-      stored: the dtype it was stored in; the reference's weights are rounded to it too, so that one tolerance holds
-        for every dtype.
+      source: the source that was converted.
+      model: the converted model, loaded in float32.
+      stored: dtype of the stored weights. The reference's weights are rounded to it too, so that one tolerance fits
+        every dtype.
 
     Raises:
-      TideError: logits that differ by more than `TOLERANCE` of their range (`INT8_TOLERANCE`, `INT8_DIVERGENCE` with
-        8-bit weights), or that are no proof: not finite, or the same for all tokens.
+      TideError: the logits differ by more than `TOLERANCE` of their range (for 8-bit weights by more than
+        `INT8_TOLERANCE` or `INT8_DIVERGENCE`), or prove nothing: not finite, or the same for all tokens.
     """
     tokens, mask = _random_batch(model.config)
     together = any(kind.rope and kind.rope.kind in _BY_LENGTH for kind in model.config.attention_types)
@@ -122,14 +122,14 @@ def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verif
 
 
 def check_spread(described: str, logits: np.ndarray) -> None:
-    """Raises TideError where a reference's logits [N, V] could not show a difference; `described` names the model."""
+    """Raises TideError if a reference's logits [N, V] could not reveal a difference; `described` names the model."""
     if not np.isfinite(logits).all():
         raise TideError(
             f"the reference's logits of {described} are NaN or infinite: nothing was written, the checkpoint is "
             "damaged, download or copy it again"
         )
     spread, largest = float((logits.max(axis=1) - logits.min(axis=1)).max()), float(np.abs(logits).max())
-    if spread <= 1e-6 * largest:  # within rounding; all zeros too
+    if spread <= 1e-6 * largest:  # within rounding; also catches all zeros
         raise TideError(
             f"the reference's logits of {described} are the same for every token, which proves nothing: nothing was "
             "written, the weights are not a trained model's"
@@ -137,10 +137,10 @@ def check_spread(described: str, logits: np.ndarray) -> None:
 
 
 def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens and the mask of the real ones: a full row, and one with padding on the left."""
+    """Random tokens and the mask of real ones: one full row, and one row padded on the left."""
     length = min(_row_length(config), config.max_positions)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
-    if config.pad_token_id is not None:  # some families leave it out of their positions
+    if config.pad_token_id is not None:  # some families skip the padding token when they count positions
         tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     mask = np.ones((2, length), bool)
     mask[1, : length // 3] = False
@@ -148,7 +148,7 @@ def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _row_length(config: DecoderConfig) -> int:
-    """Long enough to look beyond small windows and small original rotary lengths."""
+    """A row length beyond small attention windows and small original rotary lengths."""
     windows = [kind.window or 0 for kind in config.attention_types]
     originals = [kind.rope.original_max_positions for kind in config.attention_types if kind.rope]
     reachable = [length for length in windows + originals if length < _LONGEST]
@@ -158,7 +158,7 @@ def _row_length(config: DecoderConfig) -> int:
 def _reference_logits(
     source: Source, stored: np.dtype, tokens: np.ndarray, mask: np.ndarray, together: bool
 ) -> np.ndarray:
-    """Logits of the real tokens [N, V]: each row by itself, as every family understands it, or `together`, padded."""
+    """Logits of the real tokens [N, V]: each row run alone, which suits every family, or `together` with padding."""
     import torch
 
     with quiet_transformers():
@@ -176,10 +176,10 @@ def _reference_logits(
 
 
 def reference_model(source: Source) -> Any:
-    """The checkpoint as a PyTorch model of transformers, float32. Raises TideError if transformers cannot load it.
+    """Loads the checkpoint as a float32 PyTorch model. Raises TideError if transformers cannot load it.
 
-    Dequantised weights, and those with an adapter merged, are handed to it as we read them: what is verified then is
-    the model, not the reading.
+    Weights that were dequantised or have a merged adapter are passed to the reference as we read them. In that case the
+    comparison verifies the model, but not the reading.
     """
     import torch
 
@@ -205,7 +205,7 @@ def _model_of_read_weights(source: Source) -> Any:
 
 
 def _reference_class(directory: Path) -> Any:
-    """The class that `architectures` names where it is not a causal language model's: a multimodal model."""
+    """The class that `architectures` names if the model type is not a causal language model (a multimodal model)."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -1,8 +1,8 @@
-"""Proof that a written folder of 8-bit integers holds the numbers of its checkpoint.
+"""Verifies that a written folder of 8-bit integers holds the numbers of its checkpoint.
 
-Rounding itself moves logits, so that they do not show an error in one of many experts. What was written shows it. A
-weight map says where each number of the source goes, and there the folder's integer times its scale may be half a step
-away. A step is that of the source's own numbers, so that a scale that was written too large is no excuse.
+Rounding itself moves logits, so logits do not reveal an error in one of many experts. The written numbers do. The
+weight map says where each number of the source goes; there, integer times scale may differ by half a rounding step. The
+step is computed from the source's numbers, so that a scale written too large does not widen the tolerance.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from tide_jax.model.files.shards import ShardedTensors
 from tide_jax.model.rounding import blocks, restored, scale_path
 
 TOLERANCE = 0.501
-"""Steps, ``max |w| / 127`` over the inputs of an output; the float32 products and quotients are off by 1e-5 of one."""
+"""In steps of ``max |w| / 127`` over the inputs of an output. Float32 products and quotients add an error of 1e-5
+steps."""
 _SMALLEST = float(np.finfo(np.float32).tiny)  # below it, floats have too few digits for the tolerance
 
 
 def verify_weights(directory: Path, config: DecoderConfig, expected: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Reads a folder again and compares it with what it was made from, one parameter at a time.
+    """Reads a written folder and compares it with its source, one parameter at a time.
 
     Args:
-      directory: it holds 8-bit integers.
+      directory: the folder of 8-bit integers.
       config: the architecture.
-      expected: every parameter as the model keeps it, put together from the source: float32 for those that are
-        integers in the folder, the folder's dtype for the others.
+      expected: every parameter, assembled from the source: float32 for those that are integers in the folder, the
+        folder's dtype for the others.
 
     Raises:
-      TideError: an integer times its scale is more than `TOLERANCE` steps away from the source's number, or a float is
-        another one; it names the parameter and the output.
+      TideError: an integer times its scale is more than `TOLERANCE` steps away from the source's number, or a float
+        differs. The message names the parameter and the output.
     """
     files, axes = ShardedTensors(directory), rounded_axes(config)
     for path, floats in expected:
@@ -56,7 +57,7 @@ def _check_integers(
 
 
 def _errors(integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The largest distance of each output, in steps; infinity where it is no number."""
+    """Largest error of each output, in rounding steps; infinity if it is NaN."""
     error = np.empty(scale.shape, np.float32)
     for block in blocks(floats, axes):
         outputs = ... if 0 in axes else block

@@ -1,1 +1,1 @@
-"""What is run from the repository's root: ``python -m scripts.bench.decode``."""
+"""Scripts to run from the repository's root: ``python -m scripts.bench.decode``."""

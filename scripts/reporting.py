@@ -1,4 +1,4 @@
-"""What the measuring scripts put down beside their numbers, and how they write it."""
+"""Facts about the machine that measuring scripts report beside their numbers, and how they save reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax
 
 
 def machine(*more: str) -> dict[str, Any]:
-    """What a result was measured on; the versions of `more` packages, too."""
+    """Describes the machine of a measurement, with the versions of `more` packages."""
     names = ("jax", "flax", "numpy", "transformers", "tide_jax", *more)
     versions = {name: __import__(name).__version__ for name in names}
     if importlib.util.find_spec("torch"):
@@ -29,12 +29,12 @@ def machine(*more: str) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """An error in a line."""
+    """Describes an error in one line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def save(path: Path | None, report: dict[str, Any]) -> None:
-    """Writes a report as JSON, whole or not at all; nowhere without a path."""
+    """Writes a report as JSON, complete or not at all; does nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")

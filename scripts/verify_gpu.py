@@ -1,14 +1,14 @@
-"""Runs everything that needs a GPU, and says what came of it: ``python scripts/verify_gpu.py --out gpu.json``.
+"""Runs everything that needs a GPU, and reports the results: ``python scripts/verify_gpu.py --out gpu.json``.
 
-In this order: memory bandwidth and the cost of a launch; every operation of pallas_kernels in every implementation,
-dtype and size, for errors, mask flips and time; the decode step of a random model of Llama 3 8B's shape, against the
-bandwidth floor, at forced depths, with routers on, and as a chain of conditionals; prompts with and without exits;
-a real model, where --model has one, for equal greedy tokens.
+The parts run in this order: memory bandwidth and the cost of a launch; every operation of pallas_kernels in every
+implementation, dtype and size, for errors, mask flips and time; the decode step of a random model of Llama 3 8B's
+shape, against the bandwidth floor, at forced depths, with routers on, and as a chain of conditionals; prompts with and
+without exits; a real model, if --model names one, for equal greedy tokens.
 
-A case that fails becomes a row with its error, and the others go on. After --minutes, what is left is noted as not run.
-The JSON is written after every part; --only with an existing --out runs some parts again and keeps the others.
---tiny does it all with tiny shapes on a processor. --prove notes the kernels that were right in
-pallas_kernels/proven.json: from then on ``implementation=None`` takes them on a GPU.
+A case that fails becomes a row with its error, and the others continue. After --minutes, the remaining cases are noted
+as not run. The JSON is written after every part; --only with an existing --out runs some parts again and keeps the
+others. --tiny runs everything with tiny shapes on a processor. --prove records the correct kernels in
+pallas_kernels/proven.json: from then on ``implementation=None`` uses them on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the sources that the hash is of, installed or not
+sys.path.insert(0, str(ROOT))  # import the sources that the hash covers, even if another version is installed
 
 SECTIONS = ("ops", "decode", "prefill", "smollm2")
 
@@ -71,7 +71,7 @@ _BEGAN = time.monotonic()
 
 
 def progress(text: str) -> None:
-    """Says on standard error what runs now."""
+    """Reports the current work on standard error."""
     print(f"[{time.monotonic() - _BEGAN:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 

@@ -1,1 +1,1 @@
-"""What config.json says, checked and read with every default resolved."""
+"""Checks config.json and reads it with every default resolved."""

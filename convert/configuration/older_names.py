@@ -1,8 +1,8 @@
-"""config.json in the words of transformers 4 beside those of transformers 5, so that both load the same model.
+"""Adds the field names of transformers 4 to a config.json, so that versions 4 and 5 load the same model.
 
-transformers 5 keeps a rotary embedding's settings in `rope_parameters`, which transformers 4 does not read: it takes
-`rope_theta`, `rope_scaling` and, for what is rotated, names that differ between models. transformers 5 reads the older
-names as well, so both have to say the same.
+transformers 5 keeps rotary settings in `rope_parameters`. transformers 4 does not read that field: it reads
+`rope_theta`, `rope_scaling`, and a rotated share whose name differs between models. transformers 5 reads the older
+names too, so both sets of names must agree.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _NESTED = {
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": ("rope_theta", None),
 }
-"""Models of transformers 4 whose layers differ in their base: its name for full attention and for sliding windows. In
-others that have settings by kind of layer, which are of transformers 5, `rope_scaling` would say something else."""
+"""transformers 4's names of the rotary base for full attention and for sliding windows, where layers differ in it.
+Other models with settings per layer type exist only in transformers 5, where `rope_scaling` means something else."""
 _SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 _THREE_FIELDS = ("phi3", "phi4_multimodal")
-"""Models whose older class takes a `rope_scaling` of a type and two lists of factors, and nothing else."""
+"""Models whose transformers 4 class accepts only a type and two lists of factors in `rope_scaling`."""
 _OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
 _PLAIN = (None, "default")
 
 
 def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json, parts included, with the older name of every setting that has one; what it has stays as it is."""
+    """Adds the older name of every setting that has one, also in nested parts. Existing keys keep their values."""
     parts = {key: with_older_names(value) for key, value in config.items() if _is_part(value)}
     named = {**config, **parts}
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -47,7 +47,7 @@ def _is_part(value: Any) -> bool:
 
 
 def _rotary(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The older names of rotary settings, which are flat or those of each kind of layer."""
+    """Older names of rotary settings. `rope` is flat, or nested by layer type."""
     full, local = rope, dict[str, Any]()
     names = _THETA.get(model_type, "rope_theta"), None
     if any(isinstance(value, Mapping) for value in rope.values()):
@@ -69,7 +69,7 @@ def _scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     if model_type not in _THREE_FIELDS:
         return {"rope_scaling": scaling} | (original if kind == "longrope" else {})
     extra = set(scaling) - {"rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings"}
-    if extra:  # transformers 5 would read the older name and miss them
+    if extra:  # transformers 5 would read the older name and lose these settings
         logger.warning(
             "transformers 4 can't read %s of %s; it needs transformers 5", ", ".join(sorted(extra)), model_type
         )

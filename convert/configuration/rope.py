@@ -1,4 +1,4 @@
-"""Rotary embedding settings of a Hugging Face configuration, with every default resolved."""
+"""Reads the rotary embedding settings of a Hugging Face configuration and resolves every default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tide_jax.model.architecture import RopeConfig
 
 
 def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **flags: Any) -> RopeConfig:
-    """The rotary embedding of one kind of layer.
+    """Returns the rotary embedding of one layer type.
 
     Args:
       hf: a transformers configuration; its `rope_parameters` are flat, or nested by layer type.
@@ -45,7 +45,7 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raises TideError for a setting of another type than the one that it has in transformers."""
+    """Raises TideError for a number setting whose value is not a number."""
     for name, value in settings.items():
         if name in _NUMBERS and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TideError(f"config.json's rope_parameters have {name}={shortened(repr(value))}, expected a number")
@@ -101,7 +101,7 @@ def _yarn(hf: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn_attention(factor: float, settings: Mapping[str, Any]) -> float:
-    """The temperature of YaRN (Peng et al. 2023, section 3.4), in DeepSeek's two-parameter form where given."""
+    """YaRN's temperature (Peng et al. 2023, section 3.4); DeepSeek's form with two parameters if both are given."""
     if (given := settings.get("attention_factor")) is not None:
         return float(given)
 

@@ -1,4 +1,4 @@
-"""The configuration object of transformers, with the settings that its model reads and no others."""
+"""Builds the transformers configuration object with only those settings that its model reads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from tide_jax.errors import TideError, listed, shortened
 
 
 def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
-    """An object of transformers' configuration class `kind`, without what its model does not read.
+    """Builds an object of transformers' configuration class `kind`, without keys that its model does not read.
 
     Args:
       values: the contents of a config.json. Keys that would replace a method or a constant of the class are left out.
 
     Raises:
-      TideError: a key asks for what no decoder here does.
-      Exception: of some other kind, from the validators of the class.
+      TideError: a setting asks for something that no decoder here implements.
+      Exception: any other class, from the validators of `kind`.
     """
     hf = configuration(kind, values)
     _refuse(hf, values)
+    # transformers keeps every key it finds; remove those that the model never reads.
     _drop_strays(hf, values, kind(), _kept(kind))
     if kind.model_type in HEAD_DIM_OF_ROTATION:
         _check_head_dim(hf)
@@ -32,13 +33,13 @@ def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def configuration(kind: Any, values: Mapping[str, Any]) -> Any:
-    """An object of a configuration class as transformers makes it of a file. Raises what its validators raise."""
+    """Builds a configuration object the way transformers reads a file. Raises what its validators raise."""
     names = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     return kind.from_dict(_decoded({n: value for n, value in values.items() if n in names or not _taken(kind, n)}))
 
 
 def _decoded(value: Any) -> Any:
-    """JSON with numbers in the place of ``{"__float__": "Infinity"}``, as transformers writes what JSON lacks."""
+    """Replaces ``{"__float__": "Infinity"}`` by the number. transformers writes infinities and NaN that way in JSON."""
     if isinstance(value, Mapping):
         if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])
@@ -47,7 +48,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _taken(kind: Any, name: str) -> bool:
-    """Whether a key is private, or the name of a method or constant of the class; properties may be set."""
+    """Whether a key is private or names a method or constant of the class. Properties may be set."""
     return name.startswith("_") or (
         name != "model_type"  # several types may share a class
         and hasattr(kind, name)
@@ -56,7 +57,7 @@ def _taken(kind: Any, name: str) -> bool:
 
 
 def _refuse(hf: Any, values: Mapping[str, Any]) -> None:
-    """Raises TideError for keys that transformers obeys in every model type."""
+    """Raises TideError for unsupported keys that transformers obeys in every model type."""
     if "is_causal" in values and not values["is_causal"]:
         raise TideError(f"{hf.model_type} with is_causal={values['is_causal']!r} is not supported, only is_causal=True")
     layers = values.get("per_layer_config") or {}
@@ -68,14 +69,14 @@ def _refuse(hf: Any, values: Mapping[str, Any]) -> None:
 
 
 def _kept(kind: Any) -> set[str]:
-    """Keys that are read although the class does not declare them."""
+    """Keys that models read although the class does not declare them."""
     return {"tie_word_embeddings", "model_type"} | (
         {"head_dim"} if kind.model_type in HEAD_DIM | HEAD_DIM_OF_ROTATION else set()
     )
 
 
 def _drop_strays(hf: Any, values: Mapping[str, Any], default: Any, kept: set[str]) -> None:
-    """Removes the keys that the class neither declares nor sets itself, in its parts too."""
+    """Removes keys that the class neither declares nor sets itself, also in its sub-configurations."""
     names = {field.name for field in dataclasses.fields(hf)} | set(vars(default)) | kept
     for name in set(values) & set(vars(hf)) - names:
         delattr(hf, name)
@@ -92,7 +93,7 @@ def _check_head_dim(hf: Any) -> None:
 
 
 def _ropes(hf: Any) -> Iterator[dict[str, Any]]:
-    """The rotary settings of a configuration: one for each kind of layer, or one for all."""
+    """Yields the rotary settings of a configuration: one for each layer type, or one for all."""
     settings = getattr(hf, "rope_parameters", None)
     if not isinstance(settings, dict):
         return
@@ -101,7 +102,7 @@ def _ropes(hf: Any) -> Iterator[dict[str, Any]]:
 
 
 def _settle_rotation(hf: Any, rope: dict[str, Any]) -> None:
-    """Drops `partial_rotary_factor` where the model does not read it; refuses it where transformers' model fails."""
+    """Drops `partial_rotary_factor` if the model doesn't read it. Raises TideError if transformers fails on it."""
     kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
     if hf.model_type in PARTIAL_ROTARY or kind == "proportional" or share is None:
         return

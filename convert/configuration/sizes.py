@@ -1,4 +1,4 @@
-"""Bounds of the counts in a config.json, checked before anything of that length is made."""
+"""Checks the counts in a config.json against bounds before anything of that length is allocated."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BOUNDS: tuple[tuple[int, int, str], ...] = (
     (1, MOST_CHANNELS, "hidden_size head_dim intermediate_size n_embd n_inner d_model ffn_dim decoder_ffn_dim dff"),
     (1, MOST_POSITIONS, "max_position_embeddings n_positions max_seq_len"),
     (0, MOST_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_topk"),
-    (0, 2**16, "num_labels"),  # transformers makes a table of them
+    (0, 2**16, "num_labels"),  # transformers builds a table of this length
 )
 _BOUND_OF = {name: (low, high) for low, high, names in _BOUNDS for name in names.split()}
 _LAYERS = re.compile(r"(.*_)?layers?|depth")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
-    """Checks the counts of a config.json and of its parts; what is no count, or no number, is left to later checks.
+    """Checks the counts in a config.json and its parts. Keys that are no counts, and values that are no integers, pass.
 
     Raises:
       TideError: a count is outside its bounds.
@@ -32,13 +32,13 @@ def check_sizes(values: Mapping[str, Any]) -> None:
         low, high = _BOUND_OF.get(name, (None, MOST_LAYERS if _LAYERS.fullmatch(name) else None))
         if high is not None and value > high:
             raise TideError(f"config.json has {name}={shortened(value)}, expected {high} or less; correct it")
-        # Parts that are left out may lack what a decoder needs.
+        # Check lower bounds at the top level only: a nested part that is left out may lack what a decoder needs.
         if low is not None and value < low and values.get(name) == value:
             raise TideError(f"config.json has {name}={shortened(value)}, expected {low} or more; correct it")
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Every whole number at any depth, and the name it has."""
+    """Yields each integer with its key, at any depth."""
     waiting: list[Mapping[str, Any]] = [values]
     while waiting:
         for name, value in waiting.pop().items():

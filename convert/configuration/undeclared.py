@@ -1,8 +1,8 @@
-"""Keys of a config.json that transformers' models read although their configuration classes do not declare them.
+"""Keys of config.json that transformers' models read although their configuration classes don't declare them.
 
-A class of transformers keeps every key that it finds. Only those that it declares and those here are settings of the
-model; all others are dropped before a family reads its configuration. A test runs transformers' models and compares
-what they read with these tables.
+A transformers class keeps every key it finds. Only declared keys and those listed here are settings of the model; all
+others are dropped before a family reads the configuration. A test runs transformers' models and compares the keys that
+they read with these tables.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ HEAD_DIM = _types(
     "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared nanochat olmo olmo2 olmo3 olmoe phi phi3 "
     "phi4_multimodal phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2"
 )
-"""Model types whose heads are as wide as an undeclared `head_dim`."""
+"""Model types whose head width is an undeclared `head_dim`."""
 
 HEAD_DIM_OF_ROTATION = _types(
     "dbrx gpt_neox gpt_neox_japanese modernbert-decoder persimmon qwen2_5_vl_text qwen2_vl_text stablelm"
 )
-"""Model types whose rotation alone obeys an undeclared `head_dim`: any but the width of a head is a contradiction."""
+"""Model types that use an undeclared `head_dim` for the rotation only: it must equal the width of a head."""
 
 PARTIAL_ROTARY = _types(
     "glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mimo_v2_flash minimax_m2 minimax_m3_vl_text "
     "nemotron persimmon phi phi3 phi4_multimodal stablelm"
 )
-"""Model types that rotate the share `partial_rotary_factor` of a head."""
+"""Model types that rotate only the share `partial_rotary_factor` of a head."""
 
 WHOLE_ROTARY = _types("mellum solar_open")
-"""Model types that read it and fail; others do so for every rope type but "default", for which they do not read it."""
+"""Model types that read `partial_rotary_factor` and fail for every rope type. Other types fail for all but "default",
+for which they don't read it."""
 
 PER_LAYER: dict[str, frozenset[str]] = dict.fromkeys(
     ("gemma4_text", "gemma4_unified_text"), frozenset({"head_dim", "num_key_value_heads"})
 )
-"""Keys of `per_layer_config`, where a layer has values of its own, that a family reads."""
+"""Keys of `per_layer_config` (values of single layers) that a family reads."""

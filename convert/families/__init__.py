@@ -1,4 +1,4 @@
-"""The supported model families, by the `model_type` of their config.json. A family is one table entry."""
+"""The supported model families by the `model_type` of their config.json: one table entry each."""
 
 from __future__ import annotations
 

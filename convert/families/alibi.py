@@ -1,4 +1,4 @@
-"""Families with linear attention biases in place of positions: BLOOM, MPT, and Falcon with its rotary siblings."""
+"""Families with linear attention biases instead of position embeddings: BLOOM, MPT, Falcon and its rotary variants."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tide_jax.model.architecture import DecoderConfig
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Slope of each head's bias (Press et al. 2022, arXiv:2108.12409, section 3), as its authors extend it.
+    """Slope of each head's bias (Press et al. 2022, arXiv:2108.12409, section 3), with the authors' extension.
 
-    Beyond the largest power of two heads, every other slope of twice as many follows.
+    If the number of heads is not a power of two, the rest are every other slope of the next power of two.
     """
     largest = 2 ** math.floor(math.log2(heads))
     own = _geometric(largest, np.arange(1, largest + 1))
@@ -30,7 +30,7 @@ def _geometric(heads: int, powers: np.ndarray) -> tuple[float, ...]:
 
 
 def mpt_slopes(heads: int) -> tuple[float, ...]:
-    """MPT's slopes: those of the next power of two heads, the even ones first where there are fewer heads."""
+    """MPT's slopes: those of the next power of two heads. With fewer heads, the even-numbered slopes come first."""
     count = 2 ** math.ceil(math.log2(heads))
     slopes = _geometric(count, np.arange(1, count + 1))
     return slopes if count == heads else (*slopes[1::2], *slopes[::2])[:heads]
@@ -53,7 +53,7 @@ def _bloom(hf: Any) -> DecoderConfig:
 def _mpt(hf: Any) -> DecoderConfig:
     own = hf.attn_config
     require(hf, no_bias=True, logit_scale=None)
-    # The reference computes slopes of alibi_bias_max=8, whatever the field says.
+    # The reference always uses alibi_bias_max=8 and ignores the field.
     only = {"alibi": True, "alibi_bias_max": 8, "prefix_lm": False, "attn_type": "multihead_attention"}
     for name, value in only.items():
         if (found := getattr(own, name)) != value:

@@ -1,4 +1,4 @@
-"""What the configuration functions of all families share."""
+"""Helpers for the configuration functions of all families."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How checkpoints of one model type convert.
+    """Entry in the table of families: how checkpoints of one model type convert.
 
     Attributes:
-      config: the decoder configuration of a transformers configuration object.
+      config: maps a transformers configuration object to the decoder configuration.
       rules: the weight map.
-      overflows_float16: activations of published models leave float16's range (65,504).
+      overflows_float16: activations of published models exceed float16's range (65,504).
     """
 
     config: Callable[[Any], DecoderConfig]
@@ -30,7 +30,7 @@ class Family:
 
 
 def first(hf: Any, *names: str) -> Any:
-    """The first of several fields that is there and set; None without one."""
+    """Returns the first of several fields that exists and is set, else None."""
     return next((value for name in names if (value := getattr(hf, name, None)) is not None), None)
 
 
@@ -40,15 +40,15 @@ def head_dim(hf: Any) -> int:
 
 
 def norm_eps(hf: Any) -> float:
-    """What norms add to the mean square."""
+    """The eps that norms add to the mean square."""
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
     return first(hf, *names)
 
 
 def require(hf: Any, **values: Any) -> None:
-    """Raises TideError, by name, for a field that has another value than the only one that is implemented.
+    """Raises TideError, naming the field, if a field differs from the only implemented value.
 
-    None and False count as the same.
+    None and False count as equal.
     """
     for name, value in values.items():
         found = getattr(hf, name, value)
@@ -65,13 +65,13 @@ def rotary(
     no_rope: Sequence[bool] | None = None,
     **flags: Any,
 ) -> list[AttentionType]:
-    """Each layer's attention, with rotary embedding.
+    """Returns each layer's attention, with rotary embedding.
 
     Args:
       layer_types: "full_attention" or "sliding_attention" for each layer; all full when omitted.
-      scale: of query-key products; ``head_dim ** -0.5`` when omitted.
+      scale: factor of query-key products; ``head_dim ** -0.5`` when omitted.
       interleaved: see `RopeConfig`.
-      no_rope: layers without rotary embedding.
+      no_rope: for each layer, whether to omit rotary embedding.
       flags: further fields of `AttentionType`.
     """
     kinds = layer_types or ["full_attention"] * hf.num_hidden_layers
@@ -92,23 +92,23 @@ def rotary(
 
 
 def with_rope(layer: AttentionType, **changes: Any) -> AttentionType:
-    """A layer's attention with other fields of its rotary embedding."""
+    """Changes fields of a layer's rotary embedding."""
     assert layer.rope is not None
     return dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, **changes))
 
 
 def unrotated(hf: Any, scale: float | None = None, **flags: Any) -> list[AttentionType]:
-    """Each layer's attention, without rotary embedding; see `rotary` for the arguments."""
+    """Returns each layer's attention, without rotary embedding; see `rotary` for the arguments."""
     return [AttentionType(scale=head_dim(hf) ** -0.5 if scale is None else scale, **flags)] * hf.num_hidden_layers
 
 
 def learned_positions(rows: int, offset: int = 0) -> dict[str, Any]:
-    """The flags of a learned position table of `rows` positions and `offset` rows before them."""
+    """Flags for a learned position table with `rows` positions after `offset` unused rows."""
     return {"positions": "learned", "learned_positions": rows + offset, "position_offset": offset}
 
 
 def static_ntk(hf: Any, layers: Sequence[AttentionType]) -> list[AttentionType]:
-    """Layers whose "dynamic" rotary scaling has an `alpha`: a larger base, whatever the length."""
+    """Replaces "dynamic" scaling with an `alpha` by a larger rotary base, which does not depend on the length."""
     alpha, dim = hf.rope_parameters.get("alpha"), head_dim(hf)
     if hf.rope_parameters.get("rope_type") != "dynamic" or not alpha:
         return list(layers)
@@ -117,13 +117,13 @@ def static_ntk(hf: Any, layers: Sequence[AttentionType]) -> list[AttentionType]:
 
 
 def windowed(hf: Any) -> list[str]:
-    """Layer types of families that slide in every layer or in none."""
+    """Layer types of families that use a sliding window in every layer or in none."""
     kind = "full_attention" if getattr(hf, "sliding_window", None) is None else "sliding_attention"
     return [kind] * hf.num_hidden_layers
 
 
 def biases(value: bool, *, out: bool | None = None) -> dict[str, bool]:
-    """The flags of attention biases: `value` for queries, keys and values, `out` (else `value`) for the output."""
+    """Flags for attention biases: `value` for queries, keys and values; `out` (default `value`) for the output."""
     return {"qkv_bias": bool(value), "attention_out_bias": bool(value if out is None else out)}
 
 
@@ -133,7 +133,7 @@ def rms_qk_norm(hf: Any, **flags: Any) -> QKNorm:
 
 
 def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderConfig:
-    """The fields every family names alike, with `flags` on top. Raises TideError for an unknown activation."""
+    """Builds a configuration from the usual field names and `flags`. Raises TideError for an unknown activation."""
     types = tuple(dict.fromkeys(layers))
     fields: dict[str, Any] = {
         "model_type": hf.model_type,

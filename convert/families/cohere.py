@@ -1,4 +1,4 @@
-"""Attention and MLP side by side on one norm: Cohere and Phi."""
+"""Families with attention and MLP in parallel on one norm: Cohere and Phi."""
 
 from __future__ import annotations
 

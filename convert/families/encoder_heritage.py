@@ -1,4 +1,4 @@
-"""Decoders in the dress of an encoder: BERT and its relatives, causal; those of BART come with `seq2seq`."""
+"""Causal decoders built like an encoder: BERT and its relatives, plus BART's from `seq2seq`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig, HeadTransf
 
 
 def _encoder(hf: Any, attention_types: list[AttentionType] | None = None, **flags: Any) -> DecoderConfig:
-    """What the relatives of BERT share, where they are decoders."""
+    """Configuration of a BERT relative that is a decoder."""
     if not getattr(hf, "is_decoder", True):
         raise TideError(
             f"{hf.model_type} attends in both directions unless config.json says is_decoder=true: "
@@ -80,12 +80,12 @@ def _roformer(hf: Any) -> DecoderConfig:
 
 
 def _narrow(hf: Any, width: int) -> dict[str, Any]:
-    """The flags of embeddings of another width than the layers'."""
+    """Flags for embeddings whose width differs from the layers'."""
     return {} if width == hf.hidden_size else {"embedding_size": width, "project_after_norm": True}
 
 
 def _roberta(hf: Any, **flags: Any) -> DecoderConfig:
-    """Positions count from the padding token's id on, as the reference does where it is given none."""
+    """Positions start behind the padding token's id, as in the reference when it is given none."""
     offset = hf.pad_token_id + 1
     rows = hf.max_position_embeddings - offset
     return _encoder(
@@ -102,7 +102,7 @@ def _xlm_roberta_xl(hf: Any) -> DecoderConfig:
 
 
 def _norm(name: str, path: str) -> Names:
-    """A norm's weight and bias, also under the names of the first published checkpoints."""
+    """A norm's weight and bias, also under the names in the first published checkpoints."""
     weight, bias = (Target(f"{path}.scale"),), (Target(f"{path}.bias"),)
     return {f"{name}.weight": weight, f"{name}.bias": bias, f"{name}.gamma": weight, f"{name}.beta": bias}
 
@@ -112,7 +112,7 @@ def _moved(names: Names, prefix: str) -> tuple[Rule, ...]:
 
 
 def _first_row(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The first row of a table: what every token gets that says nothing else."""
+    """First row of a table, which applies to every token by default."""
     return a[0]
 
 
@@ -147,7 +147,7 @@ def _transform(dense: str, norm: str) -> tuple[Rule, ...]:
 
 
 def _head(out: str, bias: str | None = None) -> tuple[Rule, ...]:
-    """Rules of the output projection; `bias` is the name of its bias where it is tied to the embedding."""
+    """Rules for the output projection; `bias` names its bias if the projection is tied to the embedding."""
     rules = (
         move(f"{out}.weight", Target("head.kernel"), when=untied),
         ignore(move(f"{out}.weight").pattern, "tied to the token embedding", when=tied),

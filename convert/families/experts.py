@@ -1,4 +1,4 @@
-"""Families that score all experts together, with a softmax; Llama 4 too."""
+"""Families that score all experts together with a softmax, and Llama 4."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _phimoe(hf: Any) -> DecoderConfig:
 
 
 def _phimoe_attention(hf: Any) -> list[AttentionType]:
-    """Longrope has a temperature that the configuration gives, in place of the usual one."""
+    """Replaces the usual attention factor of longrope by the configuration's."""
     layers, settings = rotary(hf, windowed(hf)), hf.rope_parameters
     if settings["rope_type"] == "default":
         return layers
@@ -117,7 +117,7 @@ def _granitemoe_swa(hf: Any) -> DecoderConfig:
 
 
 def _granitemoehybrid(hf: Any) -> DecoderConfig:
-    """Granite 4.0 without recurrent layers; where there are no experts, the MLP that they share is the MLP."""
+    """Granite 4.0 without recurrent layers. In models without experts, the shared MLP is the only MLP."""
     if recurrent := sorted(set(hf.layer_types) - {"full_attention"}):
         raise TideError(
             f"{hf.model_type} with layer type {', '.join(recurrent)} is not supported, only full_attention: a skipped "
@@ -182,7 +182,7 @@ def _hunyuan_v1_moe(hf: Any) -> DecoderConfig:
 
 
 def _same(hf: Any, name: str) -> int:
-    """A number, or the one that a list has for all layers. Raises TideError where they differ."""
+    """A number, or the value shared by all layers if it is a list. Raises TideError if layers differ."""
     value = getattr(hf, name)
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
@@ -284,7 +284,7 @@ def _llama4(hf: Any) -> DecoderConfig:
 
 
 def _llama4_attention(hf: Any, rotated: bool, kind: str) -> AttentionType:
-    """Layers with rotary embedding norm what they rotated; those without grow their queries with the position."""
+    """Layers with rotary embedding norm rotated queries and keys; others scale queries up with the position."""
     tuned = hf.attn_temperature_tuning and not rotated
     return AttentionType(
         scale=head_dim(hf) ** -0.5,

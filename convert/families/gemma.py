@@ -19,7 +19,7 @@ def _gemma_like(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderCo
 
 
 def _gemma(hf: Any) -> DecoderConfig:
-    # hidden_activation, which some checkpoints have besides, is not what transformers reads
+    # transformers does not read hidden_activation, which some checkpoints also have
     return _gemma_like(hf, rotary(hf), activation=hf.hidden_act)
 
 
@@ -54,10 +54,10 @@ def _gemma3(hf: Any) -> DecoderConfig:
 
 def _gemma4(hf: Any) -> DecoderConfig:
     require(hf, num_kv_shared_layers=0, hidden_size_per_layer_input=0, enable_moe_block=False)
-    if hf.use_bidirectional_attention != "vision":  # which text does not have
+    if hf.use_bidirectional_attention != "vision":  # "vision" changes nothing for text
         require(hf, use_bidirectional_attention=False)
     return decoder(
-        hf.per_layer_config[0],  # head sizes are those of a layer; the others are asked for their own
+        hf.per_layer_config[0],  # takes head sizes from layer 0; _gemma4_attention sets them for each layer
         [_gemma4_attention(hf, layer, kind) for layer, kind in enumerate(hf.layer_types)],
         norm_placement="sandwich",
         layer_scale=True,

@@ -1,4 +1,4 @@
-"""GLM: half of each head's channels rotated in neighbouring pairs."""
+"""GLM: rotates half of each head's channels, in neighbouring pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPT lineage: LayerNorm, plain MLPs, biases, absolute positions or early rotary embeddings."""
+"""The GPT lineage: LayerNorm, MLPs without a gate, biases, and absolute positions or early rotary embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Granite and its like: embeddings, residuals, attention scores and logits have multipliers (Yang et al. 2022, muP)."""
+"""Granite and relatives: multipliers on embeddings, residuals, attention scores and logits (Yang et al. 2022, muP)."""
 
 from __future__ import annotations
 

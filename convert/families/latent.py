@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def _latent(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
-    """A decoder with latent attention; in these configurations `head_dim` is the rotated part alone."""
+    """A decoder with latent attention. `head_dim` of these configurations covers only the rotated part."""
     head = hf.qk_nope_head_dim + hf.qk_rope_head_dim
     latent = LatentConfig(
         kv_rank=hf.kv_lora_rank,
@@ -39,7 +39,7 @@ def _latent(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
 
 
 def _temperature(hf: Any) -> float:
-    """DeepSeek's YaRN sharpens queries and keys each by this, besides what it does to the rotary tables."""
+    """The factor by which DeepSeek's YaRN scales both queries and keys, besides its change to the rotary tables."""
     settings = hf.rope_parameters
     mscale, factor = settings.get("mscale_all_dim"), settings.get("factor")
     if settings.get("rope_type", "default") == "default" or not mscale or not factor or factor <= 1:
@@ -86,7 +86,7 @@ def _experts(hf: Any, layers: tuple[int, ...], **flags: Any) -> MoEConfig:
 
 
 def _sparse_attention(hf: Any) -> DecoderConfig:
-    """An indexer picks `index_topk` keys for each query: all of them in a context no longer than that."""
+    """Decoder whose indexer picks `index_topk` keys for each query; contexts up to that length need no indexer."""
     config = _latent(hf, interleaved=True, moe=_experts(hf, sparse_types(hf)))
     if hf.index_topk >= config.max_positions:
         return config

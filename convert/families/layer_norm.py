@@ -1,4 +1,4 @@
-"""LayerNorm with rotary embedding: between the GPT lineage and Llama."""
+"""Families with LayerNorm and rotary embedding: between the GPT lineage and Llama."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama and the families that differ from it by a flag or two: RMS norms before each sublayer, rotary embedding."""
+"""Llama and families that differ by few flags: RMS norms before each sublayer, rotary embedding."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _doge(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
         rotary(hf, windowed(hf), qk_norm=rms_qk_norm(hf), dynamic_mask=True),
-        # with more keys than these, some are masked by what they hold
+        # longer contexts mask some keys depending on their content
         max_positions=min(hf.max_position_embeddings, hf.keep_window_size),
         residual_weights=True,
         mlp_bias=hf.mlp_bias,
@@ -101,7 +101,7 @@ def _doge(hf: Any) -> DecoderConfig:
 
 
 def _moshi(hf: Any) -> DecoderConfig:
-    # transformers' window shortens the cache alone, so up to it both passes of a text agree
+    # transformers' window only shortens the cache; up to that length both ways to run a text agree
     positions = min(hf.max_position_embeddings, hf.sliding_window or hf.max_position_embeddings)
     return decoder(hf, rotary(hf), intermediate_size=hf.ffn_dim // 2, max_positions=positions, extra_tokens=1)
 
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {
     "phi4_multimodal": Family(_mistral, PHI4_MULTIMODAL),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3),
-    # The text decoders of multimodal models: on text their rotary embedding in three dimensions is the ordinary one.
+    # Text decoders of multimodal models: on text, their three-dimensional rotary embedding equals the ordinary one.
     "qwen2_vl_text": Family(_qwen2),
     "qwen2_5_vl_text": Family(_qwen2),
     "qwen3_vl_text": Family(_qwen3),

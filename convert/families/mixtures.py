@@ -1,4 +1,4 @@
-"""What the configuration functions and weight maps of families with experts share."""
+"""Helpers for the configurations and weight maps of families with experts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WITHOUT_MTP = (
     ignore(r"(model\.)?mtp[._].*", _MTP),
     Rule(r"model\.layers\.(?P<layer>\d+)\..*", reason=_MTP, past_layers=True),
 )
-"""`OUTSIDE` of checkpoints with multi-token prediction, under names of its own or as layers past the last."""
+"""`OUTSIDE` for checkpoints with multi-token prediction, which has its own names or comes as layers past the last."""
 
 
 def mixture(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
-    """The experts of a configuration, `flags` on top: as wide as `moe_intermediate_size`, else as the dense MLP."""
+    """The experts of a configuration; `flags` override. Width: `moe_intermediate_size`, else the dense MLP's."""
     fields: dict[str, Any] = {
         "num_experts": num_experts,
         "experts_per_token": first(hf, "num_experts_per_tok"),
@@ -29,7 +29,7 @@ def mixture(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
 
 
 def corrected(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
-    """DeepSeek-V3's experts: sigmoid scores, a correction of the choice, groups where the configuration has any."""
+    """DeepSeek-V3's experts: sigmoid scores, a correction for the choice, and groups if the configuration has any."""
     fields: dict[str, Any] = {
         "score": "sigmoid",
         "correction": "score",
@@ -42,21 +42,21 @@ def corrected(hf: Any, num_experts: int, **flags: Any) -> MoEConfig:
 
 
 def several(hf: Any, count: int | None) -> int:
-    """Hidden width of `count` shared experts, which are one MLP."""
+    """Hidden width of `count` shared experts, which form one MLP."""
     return (count or 0) * first(hf, "moe_intermediate_size", "intermediate_size")
 
 
 def after(hf: Any, dense: int | None) -> tuple[int, ...]:
-    """Layers with experts where the first `dense` have none."""
+    """All layers but the first `dense`, which have no experts."""
     return tuple(range(dense or 0, hf.num_hidden_layers))
 
 
 def sparse_steps(hf: Any) -> tuple[int, ...]:
-    """Every `decoder_sparse_step`-th layer but those of `mlp_only_layers`."""
+    """Every `decoder_sparse_step`-th layer except those in `mlp_only_layers`."""
     layers = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
     return tuple(layer for layer in layers if layer not in (hf.mlp_only_layers or ()))
 
 
 def sparse_types(hf: Any) -> tuple[int, ...]:
-    """Layers that `mlp_layer_types` calls sparse."""
+    """Layers that `mlp_layer_types` marks as sparse."""
     return tuple(layer for layer, kind in enumerate(hf.mlp_layer_types) if kind == "sparse")

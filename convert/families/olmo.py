@@ -1,4 +1,4 @@
-"""Norms elsewhere than in Llama: after a sublayer, or without weights."""
+"""Families whose norms differ from Llama's: after a sublayer, or without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoders of the fairseq lineage: OPT, XGLM, BioGPT. Positions are counted from 2."""
+"""Decoders of the fairseq lineage: OPT, XGLM, BioGPT. Positions start at 2."""
 
 from __future__ import annotations
 

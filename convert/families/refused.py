@@ -1,4 +1,4 @@
-"""Model types that are known and not converted, each with the reason: what an error and the table of families say."""
+"""Known model types that are not converted, with the reason for the error and for the table of families."""
 
 from __future__ import annotations
 

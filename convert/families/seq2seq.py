@@ -1,4 +1,4 @@
-"""Decoders of encoder-decoder models, run without their encoder: the *ForCausalLM classes of BART and its relatives."""
+"""Decoders of encoder-decoder models, run without the encoder: *ForCausalLM classes of BART and its relatives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SINUSOIDAL: dict[str, Any] = {"positions": "sinusoidal"}
 
 
 def _decoder(hf: Any, *, pre_norm: bool, **flags: Any) -> DecoderConfig:
-    """The decoder of a model whose unprefixed fields (num_hidden_layers, num_attention_heads) are the encoder's."""
+    """Decoder of a model whose unprefixed fields (num_hidden_layers, num_attention_heads) describe the encoder."""
     heads, width = hf.decoder_attention_heads, hf.d_model // hf.decoder_attention_heads
     fields: dict[str, Any] = {
         "num_layers": hf.decoder_layers,

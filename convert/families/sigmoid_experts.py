@@ -1,4 +1,4 @@
-"""Families that score each expert by itself, with a sigmoid, and have ordinary attention: most of DeepSeek-V3's kin."""
+"""Families with ordinary attention that score each expert alone with a sigmoid: most relatives of DeepSeek-V3."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _solar_open(hf: Any) -> DecoderConfig:
 
 
 def _local_rotary(hf: Any, **flags: Any) -> list[AttentionType]:
-    """Rotary embedding in layers with a sliding window alone, where there are any; queries and keys normed."""
+    """Normed queries and keys; if the model has sliding windows, only those layers use rotary embedding."""
     no_rope = [hf.sliding_window is not None and kind != "sliding_attention" for kind in hf.layer_types]
     return rotary(hf, hf.layer_types, no_rope=no_rope, qk_norm=rms_qk_norm(hf), **flags)
 
@@ -149,9 +149,9 @@ def _laguna(hf: Any) -> DecoderConfig:
 
 
 def _beam(hf: Any) -> DecoderConfig:
-    """Each sublayer's output is averaged into the residual stream.
+    """Averages each sublayer's output into the residual stream.
 
-    As norms do not see the stream's length, that is a plain sum of another length.
+    Norms ignore the stream's length, so the average equals a plain sum up to a factor.
     """
     no_rope = [hf.rope_parameters[kind] is None for kind in hf.layer_types]
     layers = [
@@ -171,7 +171,7 @@ def _beam(hf: Any) -> DecoderConfig:
 
 
 def _mimo_v2_flash(hf: Any) -> DecoderConfig:
-    """Layers with a sliding window have sinks, and twice the heads of keys and values."""
+    """Layers with a sliding window have sinks and twice as many key-value heads."""
     layers = [
         dataclasses.replace(layer, sinks=True, num_kv_heads=2 * hf.num_key_value_heads) if layer.window else layer
         for layer in rotary(hf, hf.layer_types)

@@ -1,1 +1,1 @@
-"""Writing a converted directory, complete or not at all."""
+"""Writes a converted directory, complete or not at all."""

@@ -1,8 +1,8 @@
-"""The scales of checkpoints that hold 8-bit integers, brought to where a model keeps those of its own.
+"""Keeps the scales of checkpoints that already hold 8-bit integers, arranged as the model stores its own scales.
 
-A source tells what each number of a tensor is a multiple of (`convert.sources.open.steps_of`). That array goes the way
-of the tensor through a weight map. An output of the parameter whose numbers all have the same step has that one as its
-scale.
+A source gives the step of each number in a tensor: the unit the number is a multiple of
+(`convert.sources.base.steps_of`). The array of steps passes through the weight map like the tensor itself. If all
+numbers of an output share one step, that step becomes the output's scale.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from tide_jax.model.decoder import rounded_axes
 
 
 def holds_outputs(piece: Piece, axes: tuple[int, ...]) -> bool:
-    """Whether a piece has all inputs of the outputs that it fills; `axes` are those that a product sums over."""
+    """Whether a piece has all inputs of the outputs it fills; `axes` are those a product sums over."""
     return all(isinstance(index, slice) for axis, index in enumerate(piece.slot) if axis in axes)
 
 
 def axes_in_slot(slot: Slot, axes: tuple[int, ...]) -> tuple[tuple[int, ...], Slot]:
-    """A parameter's summed axes as those of what fills a slot, and the slot of the scales."""
+    """Translates a parameter's summed axes to axes of a slot's content; also returns the slot of the scales."""
     fixed = [axis for axis, index in enumerate(slot) if isinstance(index, int)]
     summed = tuple(axis - sum(f < axis for f in fixed) for axis in axes)
     return summed, tuple(index for axis, index in enumerate(slot) if axis not in axes)
 
 
 def own_scales(source: Source, piece: Piece, summed: tuple[int, ...], config: DecoderConfig) -> np.ndarray | None:
-    """float32 scales of the outputs that a piece fills, 0 where there is none; None where the source has none at all.
+    """Returns float32 scales of the outputs that a piece fills, 0 where unknown; None if the source has no scales.
 
     Args:
-      piece: it holds all inputs of its outputs.
-      summed: the axes of what it takes that a product sums over.
+      piece: has all inputs of its outputs.
+      summed: axes of the piece's content that a product sums over.
     """
     if (steps := steps_of(source, piece.source)) is None:
         return None
@@ -44,7 +44,7 @@ def own_scales(source: Source, piece: Piece, summed: tuple[int, ...], config: De
 
 
 def scales_by_path(source: Source, plan: Plan, config: DecoderConfig) -> Callable[[str], np.ndarray | None]:
-    """As `tide_jax.model.decoder.from_parameters` takes them: of a whole parameter, read when it is asked for."""
+    """Returns a function from a path to the parameter's scales, for `tide_jax.model.decoder.from_parameters`."""
     axes, pieces = rounded_axes(config), plan.by_path()
 
     def scales(path: str) -> np.ndarray | None:

@@ -1,11 +1,11 @@
-"""A directory that appears complete or not at all, and spares what it replaces until it is there.
+"""Replaces a directory completely or not at all; the old content stays until the new one is complete.
 
-A new directory is written beside its place and renamed. A directory that exists may be a mount point or the folder
-somebody works in, which no rename can replace, and may hold files of its user's. So its new content is written into a
-folder within it, and one rename declares that folder to be the model (`tide_jax.model.files.model_directory`): a
-process that is killed before leaves the old model, one that is killed after leaves the new one. Then the files are
-linked to where they belong, and those of the old model that the new one has not are removed. Whatever cuts this short,
-the folder stays complete until all files are in place, and the next run finishes the work.
+A new directory is written beside its place and renamed. An existing directory may be a mount point or somebody's
+working directory, which no rename can replace, and it may hold the user's own files. So the new content goes into a
+folder inside it, and one rename declares that folder to be the model (`tide_jax.model.files.model_directory`): a
+process killed before the rename leaves the old model, one killed after it leaves the new one. Then the files are linked
+to their final places, and files of the old model that the new one lacks are removed. If this is interrupted, the folder
+stays complete until all files are in place, and the next run finishes the work.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tide_jax.model.files.shards import INDEX_FILE, SINGLE_FILE
 from tide_jax.temporaries import discard, is_temporary, locked, temporary_folder
 
 _CONFIG = "config.json"
-_STALE, _LINK = ".stale.json", ".link"  # in a committed folder: what is to be removed, and a file on its way
-_WORK = "tide_jax"  # name of the folder in which an existing directory's new content is written
+_STALE, _LINK = ".stale.json", ".link"  # in a committed folder: files to remove; temporary name of a new link
+_WORK = "tide_jax"  # folder inside an existing directory that receives its new content
 _EARLIER_VERSIONS_WROTE = (
     *(_CONFIG, "generation_config.json", SINGLE_FILE, INDEX_FILE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -36,14 +36,15 @@ _EARLIER_VERSIONS_WROTE = (
 
 @contextlib.contextmanager
 def replacing(destination: Path, size: int, check: Callable[[], None], record: str) -> Iterator[Path]:
-    """A directory whose files take their place in `destination` on success; it is removed on any failure.
+    """Yields a folder whose files move to `destination` on success; the folder is removed on any failure.
 
     Args:
-      destination: where to; a link is followed.
+      destination: target directory; a link is followed.
       size: bytes that will be written.
-      check: raises if `destination` may not be replaced; asked again at the end, when another run may have made it.
-      record: name of the JSON file in which a run lists under "files" what it wrote. Of what `destination` holds, only
-        the files that its own record lists are replaced or removed.
+      check: raises if `destination` must not be replaced. It runs again at the end, because another run may have
+        created the directory meanwhile.
+      record: name of the JSON file in which a run lists its files under "files". Only files listed in the record in
+        `destination` are replaced or removed.
 
     Raises:
       TideError: the directory cannot be written, or a file that no record lists is in the way.
@@ -63,17 +64,17 @@ def replacing(destination: Path, size: int, check: Callable[[], None], record: s
 
 
 def is_free(directory: Path) -> bool:
-    """Whether a directory holds nothing but what killed runs left and what a file system puts there."""
+    """Whether a directory holds only remains of killed runs and entries of the file system."""
     return all(is_temporary(path.name) or path.name == "lost+found" for path in directory.iterdir())
 
 
 def files_of(directory: Path) -> list[str]:
-    """Names of the files in a directory and its folders, sorted."""
+    """Sorted names of the files in a directory and its folders."""
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def check_spared(partial: Path, destination: Path, record: str) -> None:
-    """Raises TideError where a file of `partial` would replace one in `destination` that no run wrote."""
+    """Raises TideError if a file of `partial` would replace a file in `destination` that no run wrote."""
     in_the_way = [name for name in files_of(partial) if os.path.lexists(destination / name)]
     if foreign := sorted(set(in_the_way) - _written(destination, record)):
         raise TideError(
@@ -84,7 +85,7 @@ def check_spared(partial: Path, destination: Path, record: str) -> None:
 
 @contextlib.contextmanager
 def _staged(place: Path) -> Iterator[Path]:
-    """A new folder on the same disk as `place`."""
+    """Yields a new folder on the same disk as `place`."""
     if place.is_dir():
         with locked(place):
             _finish(place)
@@ -98,12 +99,13 @@ def _staged(place: Path) -> Iterator[Path]:
             yield partial
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # where it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
 
 
 def _commit(partial: Path, place: Path, record: str) -> None:
-    """Puts a complete folder in place."""
+    """Moves a complete folder into place."""
+    # Flush all data first: the rename must never reach the disk before the files do.
     for name in files_of(partial):
         _sync(partial / name)
     _sync(partial)
@@ -112,8 +114,9 @@ def _commit(partial: Path, place: Path, record: str) -> None:
             partial.rename(place)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run made it
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run created it meanwhile
                 raise
+    # The directory exists: commit with one rename inside it, then move the files out.
     with locked(place):
         _finish(place)
         check_spared(partial, place, record)
@@ -125,14 +128,15 @@ def _commit(partial: Path, place: Path, record: str) -> None:
 
 
 def _finish(place: Path) -> None:
-    """Moves the files of a committed folder to where they belong. May be cut short anywhere and called again."""
+    """Moves the files of a committed folder to their places. May be interrupted anywhere and called again."""
     folder = place / COMMITTED
     if not folder.is_dir():
         return
-    # Programs that know nothing of the folder find no configuration rather than a mix of two models.
+    # Programs that don't know the folder find no configuration, rather than a mix of two models.
     (place / _CONFIG).unlink(missing_ok=True)
     (folder / _LINK).unlink(missing_ok=True)
     names = [name for name in files_of(folder) if name != _STALE]
+    # config.json comes last: with it, the directory is a model again.
     for name in sorted(names, key=lambda name: name == _CONFIG):
         if name == _CONFIG:
             _remove_stale(place, folder)
@@ -142,7 +146,7 @@ def _finish(place: Path) -> None:
 
 
 def _put(source: Path, target: Path, link: Path) -> None:
-    """Makes `target` the same file as `source`, or a copy where the file system has no links, in one step."""
+    """Makes `target` a link to `source` in one step, or a copy if the file system has no links."""
     if target.exists() and target.samefile(source):  # renaming one link of a file onto another does nothing
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,12 +167,12 @@ def _remove_stale(place: Path, folder: Path) -> None:
         if path.is_file() or path.is_symlink():
             path.unlink()
         if path.parent != place:
-            with contextlib.suppress(OSError):  # where it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 path.parent.rmdir()
 
 
 def _written(directory: Path, record: str) -> set[str]:
-    """The files that earlier runs wrote into a directory."""
+    """Names of the files that earlier runs wrote into a directory."""
     try:
         values = read_json(directory / record)
     except TideError:
@@ -185,7 +189,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems have nothing to wait for
+        if error.errno != errno.EINVAL:  # some file systems can't sync a folder
             raise
     finally:
         os.close(handle)

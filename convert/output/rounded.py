@@ -1,7 +1,7 @@
-"""Writing a conversion whose matrices are 8-bit integers, a source tensor at a time.
+"""Writes a conversion with 8-bit matrices, one source tensor at a time.
 
-A scale belongs to an output and takes in all of its inputs. The pieces of weight maps hold whole outputs, so that each
-is rounded as it comes. Where pieces hold parts of an output, the parameter is put together first.
+A scale belongs to one output and covers all its inputs. Most pieces of a weight map hold whole outputs and are rounded
+as they come. A parameter whose pieces hold parts of an output is assembled first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _INT8, _FLOAT32 = np.dtype(np.int8), np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What fills ``parameter[slot]``: floats of the source, the source tensor's name, scales that it brings along."""
+    """Content of ``parameter[slot]``: the floats, the source tensor's name, and the checkpoint's own scales if any."""
 
     path: str
     slot: Slot
@@ -36,10 +36,10 @@ class _Part:
 
 
 class RoundedPlan:
-    """A plan in the layout of the model, with integers and scales for what is rounded.
+    """A plan in the model's layout, with integers and scales for rounded parameters.
 
     Args:
-      plan: of the floats, as the model keeps them (`convert.output.stored.as_stored`).
+      plan: plan of the floats in the model's layout (`convert.output.stored.as_stored`).
       config: the architecture.
     """
 
@@ -49,7 +49,7 @@ class RoundedPlan:
         self._whole = {p.path for p in plan.pieces if not holds_outputs(p, self._axes.get(p.path, ()))}
 
     def layout(self, dtype: np.dtype, max_shard_bytes: float) -> Layout:
-        """Where everything goes; scales come behind their integers."""
+        """Lays out all parameters in files; scales follow their integers."""
         shapes: dict[str, tuple[int, ...]] = {}
         others: dict[str, np.dtype] = {}
         for path, shape in self._plan.shapes.items():
@@ -61,16 +61,18 @@ class RoundedPlan:
         return plan_layout(shapes, dtype, max_shard_bytes, others)
 
     def write(self, source: Source, writer: ShardWriter) -> Iterator[int]:
-        """Writes all of it; tells after each source tensor how many bytes that were."""
+        """Writes all parameters; yields the number of bytes after each source tensor."""
+        # Pieces with whole outputs are rounded and written at once.
         for name, pieces in self._plan.by_source().items():
             if now := [piece for piece in pieces if piece.path not in self._whole]:
                 yield self._write_taken(source, source.read(name), now, writer)
+        # The other parameters are assembled in memory first.
         by_path = self._plan.by_path()
         for path in sorted(self._whole):
             yield self._write(_Part(path, (), self._put_together(source, path, by_path[path]), path), writer)
 
     def fingerprint(self) -> str | None:
-        """The name of the floats, once all is written."""
+        """Fingerprint of the floats; complete once everything is written."""
         return self._samples.digest(self._config)
 
     def _write_taken(self, source: Source, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
@@ -78,7 +80,7 @@ class RoundedPlan:
         return sum(self._write(part, writer) for part in taken)
 
     def _own(self, source: Source, piece: Piece) -> np.ndarray | None:
-        """Scales that a piece brings along."""
+        """The checkpoint's own scales for a piece, if any."""
         if (axes := self._axes.get(piece.path)) is None:
             return None
         return own_scales(source, piece, axes_in_slot(piece.slot, axes)[0], self._config)

@@ -1,7 +1,7 @@
-"""A plan in the layout the model keeps its parameters in, so that a converted file can be mapped as it is.
+"""Rearranges a plan into the model's parameter layout, so that converted files can be memory-mapped directly.
 
-Weight maps name the axes of a kernel as ``inputs + outputs``; a model keeps `Dense` kernels as ``outputs + inputs``
-(`tide_jax.model.ops.Dense`). Files hold what the model keeps: loading one turns nothing around and copies nothing.
+Weight maps order the axes of a kernel as ``inputs + outputs``; a model stores `Dense` kernels as ``outputs + inputs``
+(`tide_jax.model.ops.Dense`). Files have the model's layout, so that loading neither transposes nor copies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tide_jax.model.ops import stored_order
 
 @dataclasses.dataclass(frozen=True)
 class _Turned:
-    """A take whose result has its axes in another order."""
+    """A take followed by a transposition."""
 
     take: Take
     order: tuple[int, ...]
@@ -28,7 +28,7 @@ class _Turned:
 
 
 def as_stored(plan: Plan, config: DecoderConfig) -> Plan:
-    """The same plan for parameters as the model keeps them."""
+    """The same plan for parameters in the model's layout."""
     inputs = kernel_input_axes(config)
     orders = {path: stored_order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
     shapes = {
@@ -41,7 +41,7 @@ def as_stored(plan: Plan, config: DecoderConfig) -> Plan:
 
 def _turned(piece: Piece, order: tuple[int, ...]) -> Piece:
     slot: Slot = piece.slot + (slice(None),) * (len(order) - len(piece.slot))
-    kept = [axis for axis, index in enumerate(slot) if isinstance(index, slice)]  # the axes that a take has
+    kept = [axis for axis, index in enumerate(slot) if isinstance(index, slice)]  # axes of the take's result
     axes = tuple(kept.index(axis) for axis in order if axis in kept)
     turned = tuple(slot[axis] for axis in order)
     return dataclasses.replace(piece, slot=turned, take=_Turned(piece.take, axes))

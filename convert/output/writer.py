@@ -1,7 +1,7 @@
-"""Writing safetensors shards in place, a piece of a tensor at a time.
+"""Writes safetensors shards in place, a piece of a tensor at a time.
 
-Shard files are laid out in full before any weight is read, and each source tensor is written straight into the slots
-it fills. So memory holds one source tensor and one block, however large the parameters that many tensors share.
+Shard files get their full size before any weight is read, and each source tensor is written directly into its slots. So
+memory holds one source tensor and one block, even for large parameters that many tensors share.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from convert.weights.rules import Slot
 from tide_jax.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
 
 _BLOCK_BYTES = 32 * 2**20
-_ALIGNMENT = 64  # of tensors in a file, where it is what XLA wants of memory that it works on as it lies
+_ALIGNMENT = 64  # of tensors in a file; XLA uses memory with this alignment without a copy
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which parameters go into which shard.
+    """Assignment of parameters to shards.
 
     Attributes:
       shards: file name to parameters, in order.
       shapes: shape of every parameter.
-      dtype: dtype of those that are not in `others`.
-      others: dtypes of the other ones.
-      framework: the "format" safetensors headers name; transformers wants its own, "pt", in a checkpoint.
+      dtype: dtype of all parameters that are not in `others`.
+      others: dtypes that differ from `dtype`.
+      framework: "format" in the safetensors header; transformers requires its own, "pt", in a checkpoint.
     """
 
     shards: dict[str, tuple[str, ...]]
@@ -63,10 +63,10 @@ def plan_layout(
     max_shard_bytes: float,
     others: Mapping[str, np.dtype] | None = None,
 ) -> Layout:
-    """Fills shards of at most `max_shard_bytes` in order; a larger parameter gets a shard of its own.
+    """Fills shards of at most `max_shard_bytes` in order; a larger parameter gets its own shard.
 
     Args:
-      others: dtypes of the parameters that have another one.
+      others: dtypes that differ from `dtype`.
     """
     others = others or {}
     groups: list[list[str]] = [[]]
@@ -86,7 +86,7 @@ def plan_layout(
 
 
 class ShardWriter:
-    """Shard files of their full size, whose slots are filled by `write`. Use it as a context manager."""
+    """Creates shard files of full size; `write` fills their slots. Use as a context manager."""
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._layout = layout
@@ -112,18 +112,19 @@ class ShardWriter:
         """Writes `piece` into ``name[slot]``, cast to the parameter's dtype; returns the number of bytes.
 
         Args:
-          first: row of ``name[slot]``, along the first axis that the slot leaves, at which `piece` begins.
+          first: row at which `piece` begins, along the first axis of ``name[slot]``.
 
         Raises:
           TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.
         """
         shard, offset = self._places[name]
         shape, dtype = self._layout.shapes[name], self._layout.dtype_of(name)
+        # Leading integers of the slot are a byte offset; the rest is applied row by row.
         leading, inner = split(slot)
         for index in leading:
             shape = shape[1:]
             offset += index * _bytes(shape, dtype)
-        piece, (_, *row) = np.atleast_1d(piece), shape or (1,)  # a single number is a row of one
+        piece, (_, *row) = np.atleast_1d(piece), shape or (1,)  # treat a scalar as one row
         row_bytes = _bytes(row, dtype)
         rows = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, len(piece), rows):
@@ -138,7 +139,7 @@ class ShardWriter:
             os.fsync(file.fileno())
 
     def _write_rows(self, shard: str, offset: int, shape: tuple[int, ...], slot: Slot, part: np.ndarray) -> None:
-        """Writes whole rows, or merges a slot of them into what is there."""
+        """Writes whole rows, or updates a slot of the rows on disk."""
         file = self._files[shard]
         block = part
         if slot:
@@ -151,6 +152,7 @@ class ShardWriter:
     def _lay_out(self, shard: str, names: tuple[str, ...]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": self._layout.framework}}
         begin = 0
+        # Tensors of aligned size come first, so that they all begin aligned.
         for name in sorted(names, key=lambda name: self._layout.nbytes(name) % _ALIGNMENT > 0):
             end = begin + self._layout.nbytes(name)
             shape = list(self._layout.shapes[name])
@@ -173,7 +175,7 @@ def _bytes(shape: Sequence[int], dtype: np.dtype) -> int:
 
 
 def split(slot: Slot) -> tuple[tuple[int, ...], Slot]:
-    """The leading integers of a slot, and the rest of it."""
+    """Splits a slot into its leading integers and the rest."""
     count = next((i for i, index in enumerate(slot) if isinstance(index, slice)), len(slot))
     return tuple(int(i) for i in slot[:count] if isinstance(i, int)), slot[count:]
 

@@ -1,6 +1,6 @@
-"""Parity of a converted checkpoint with transformers' own model of it: full depth, cache, padding, text and exits.
+"""Compares a converted checkpoint with transformers' model of it: full depth, cache, padding, text and exits.
 
-What `convert.verify` does for one batch of a large model, this does for every path of a small one.
+`convert.verify` compares one batch of a large model; this module compares every path of a small one.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ _PATHS = ("prefill", "padded", "decode", "forced_exit", "mixed_exit")
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """How far a converted model is from transformers' in float32; every difference is a share of the logit range.
+    """Differences between a converted model and transformers' in float32, each as a share of the logit range.
 
     Attributes:
-      model_type: of the checkpoint.
+      model_type: the checkpoint's model type.
       prefill: rows without padding, in one pass.
-      padded: rows with padding on the left, in one pass and token by token, against transformers without padding.
-      decode: rows without padding, token by token with exits that nobody takes, against transformers' cache.
-      forced_exit: token by token, all but the first leave at the middle layer; against transformers' state there.
-      mixed_exit: token by token, some leave at the middle layer; against a plain walk over tokens and layers.
-      greedy_tokens: leading tokens of `NEW_TOKENS` after a prompt that equal transformers' greedy text in every row.
+      padded: rows padded on the left, in one pass and token by token, against transformers without padding.
+      decode: rows without padding, token by token with exits enabled that no token takes, against transformers' cache.
+      forced_exit: token by token; every token but the first exits at the middle layer. Against transformers' state
+        there.
+      mixed_exit: token by token; some tokens exit at the middle layer. Against a plain walk over tokens and layers.
+      greedy_tokens: leading tokens, of `NEW_TOKENS` after a prompt, that equal transformers' greedy text in every row.
       logit_range: largest minus smallest logit of transformers.
     """
 
@@ -93,7 +94,7 @@ def measure_parity(checkpoint: str | Path) -> ParityReport:
         return _compare(model_type, model, Reference(checkpoint, together=_stretched(model)))
     finally:
         for program in _PROGRAMS:
-            program.clear_cache()  # of no use to the next model, and 30 MB
+            program.clear_cache()  # can't be reused for the next model, and takes 30 MB
 
 
 def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityReport:
@@ -114,7 +115,7 @@ def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityRep
     def padded(found: np.ndarray) -> float:
         return relative(found[WHOLE_ROWS:], expected[WHOLE_ROWS:], batch.mask[WHOLE_ROWS:])
 
-    # Where frequencies depend on the length, so do cached keys: there, one pass and many differ by design.
+    # If frequencies depend on the length, so do cached keys: one pass and many passes differ by design.
     one_pass = _stretched(model)
     forced = (
         _pass(model, batch, _empty_cache(model, batch), everybody)[0] if one_pass else _steps(model, batch, everybody)
@@ -138,7 +139,7 @@ def _stretched(model: Decoder) -> bool:
 
 
 def _some(batch: Batch) -> np.ndarray:
-    """An arbitrary choice of tokens, with columns in which every row leaves, so that deep layers are skipped."""
+    """A random choice of tokens. In every third column all rows exit, so that deep layers are skipped."""
     chosen = np.random.default_rng(11).integers(0, 2, batch.mask.shape).astype(bool)
     chosen[:, ::3] = True
     return chosen
@@ -149,7 +150,7 @@ def _equal_tokens(found: np.ndarray, expected: np.ndarray) -> int:
     return int(np.cumprod((found[: len(expected)] == expected).all(axis=0)).sum())
 
 
-# Each program runs a few times on small arrays: compiling it is what takes time.
+# Each program runs a few times on small arrays: most of the time is compilation.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -163,7 +164,7 @@ def _forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Arr
 def _depth(
     model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
-    """Logits and exit layers where every token that may leaves at the first checkpoint."""
+    """Logits and exit layers when every token that may exit does so at the first exit point."""
     gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
     out = run_depth(model, tokens, positions, cache, routers=routers, gate=gate, may_exit=may_exit)
     return model.logits(out.states), out.exit_layers, cache.append(out.new, positions)
@@ -187,7 +188,7 @@ def _prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
-    """Logits [B, T, V], one token at a time through the cache, where the tokens that may leave do so in the middle."""
+    """Logits [B, T, V], one token at a time through the cache; tokens that may exit do so at the middle layer."""
     cache, logits = _empty_cache(model, batch), []
     for t in range(batch.tokens.shape[1]):
         out, cache = _pass(model, batch.column(t), cache, may_exit[:, t : t + 1])
@@ -196,7 +197,7 @@ def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
 
 
 def _pass(model: Decoder, batch: Batch, cache: KVCache, may_exit: np.ndarray) -> tuple[np.ndarray, KVCache]:
-    """Logits [B, T, V] of one pass, NaN where a token left elsewhere than at the middle layer; and the longer cache."""
+    """Logits [B, T, V] of one pass, NaN for tokens that exited at another than the middle layer; and the new cache."""
     middle = _middle(model)
     routers = constant_routers(model.config, interval=middle + 1)
     arrays = (jnp.asarray(a) for a in (batch.tokens, batch.positions))
@@ -216,15 +217,15 @@ def _middle(model: Decoder) -> int:
 
 
 def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
-    """The same logits as `_steps`, one token and one layer after the other.
+    """Computes the logits of `_steps`, one token and one layer at a time.
 
-    No groups and no cache: keys and values lie in Python lists. A token that has left stays as it is, and only leaves
-    its keys and values behind.
+    It has no groups and no cache: keys and values are in Python lists. A token that exited keeps its state, and deeper
+    layers only compute its keys and values.
     """
     rows, length = batch.tokens.shape
     heads, *channels = model.config.cache_shape
     empty = KeyValue(*(jnp.zeros((rows, heads, 1, c), jnp.float32) for c in channels))
-    memory = [[empty] * length for _ in model.layers]  # as long from the start: shapes never change
+    memory = [[empty] * length for _ in model.layers]  # full length from the start, so that shapes never change
     leave = may_exit & (batch.positions >= 1)
     states = []
     for t in range(length):
@@ -239,14 +240,14 @@ def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
 
 
 class _Slots(NamedTuple):
-    """What `Decoder.contexts` reads of a cache."""
+    """The part of a cache that `Decoder.contexts` reads."""
 
     positions: Int[Array, "B S"]
 
 
 @_jit
 def _enter(model: Decoder, tokens: Array, positions: Array, seen: Array) -> tuple[Float[Array, "B 1 D"], Any]:
-    """The states before the first layer, and what layers need to look back at the positions seen."""
+    """The states before the first layer, and the contexts with which layers attend to the positions in `seen`."""
     slots: Any = _Slots(seen)
     return model.embed_tokens(tokens, positions), model.contexts(positions, slots)
 
@@ -255,7 +256,7 @@ def _enter(model: Decoder, tokens: Array, positions: Array, seen: Array) -> tupl
 def _advance(
     layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue], left: Bool[Array, " B"]
 ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
-    """Runs a layer on one token of each row; rows that have left keep their state, and only leave keys and values."""
+    """Runs a layer on one token of each row. Rows that exited keep their state and only give keys and values."""
     cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
     y, new = layer(x, contexts, cached)
     kept = layer.project_kv(x, contexts)

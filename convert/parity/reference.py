@@ -1,4 +1,4 @@
-"""Transformers' side of `convert.parity.measure`: its logits, states, cached steps and greedy text of a small batch."""
+"""transformers' side of `convert.parity.measure`: logits, states, cached steps and greedy text of a small batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LENGTHS = (20, 20, 13, 9)
 WHOLE_ROWS = 2
 """Leading rows without padding."""
 NEW_TOKENS = 16
-_FIRST_TOKEN = 4  # below lie the special tokens
+_FIRST_TOKEN = 4  # special tokens have smaller ids
 
 
 class Batch(NamedTuple):
@@ -24,11 +24,11 @@ class Batch(NamedTuple):
     mask: np.ndarray
 
     def column(self, index: int) -> Batch:
-        """One token of each row."""
+        """Returns one token of each row."""
         return Batch(*(a[:, index : index + 1] for a in self))
 
     def last(self, rows: np.ndarray, columns: int) -> Batch:
-        """The trailing columns of some rows."""
+        """Returns the trailing columns of some rows."""
         return Batch(*(a[rows, -columns:] for a in self))
 
 
@@ -42,11 +42,11 @@ def random_batch(vocab: int) -> Batch:
 
 
 class Reference:
-    """Transformers' model of a checkpoint, float32, read from disk.
+    """transformers' float32 model of a checkpoint on disk.
 
     Args:
-      checkpoint: where it lies.
-      together: run the batch as one, padded; otherwise each length by itself, as a user with one prompt would.
+      checkpoint: path of the checkpoint.
+      together: run the batch as one, padded; otherwise each length separately, like a user with one prompt.
     """
 
     def __init__(self, checkpoint: str | Path, together: bool) -> None:
@@ -54,7 +54,7 @@ class Reference:
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         self._torch = torch
-        # Falcon's eager attention counts its linear biases twice.
+        # Falcon's eager attention adds its linear biases twice.
         kind = (
             "sdpa"
             if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "falcon"
@@ -64,7 +64,7 @@ class Reference:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=kind
         ).eval()
-        # Nothing but the greedy choice: some families force tokens or stop at them.
+        # Plain greedy choice: some families force tokens or stop at them.
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
     def logits_and_states(self, batch: Batch, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +88,7 @@ class Reference:
         return _padded(logits), _padded(states)
 
     def steps(self, batch: Batch) -> np.ndarray | None:
-        """Logits of one token of whole rows at a time, through transformers' cache; None where it has none."""
+        """Logits of rows without padding, one token at a time through transformers' cache; None if it has no cache."""
         cache, logits, name = None, [], cache_name(self._model)
         for column in self._ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
             with self._torch.no_grad():
@@ -100,9 +100,10 @@ class Reference:
         return np.concatenate(logits, axis=1)
 
     def greedy(self, batch: Batch) -> np.ndarray:
-        """`NEW_TOKENS` tokens after each whole row: `generate`, where its text is that of the logits without a cache.
+        """Returns `NEW_TOKENS` greedy tokens after each row without padding.
 
-        It is not for families whose `forward` counts positions from another number than `generate` does.
+        They come from `generate` if its text agrees with logits computed without a cache. It does not in families whose
+        `forward` starts positions at another number than `generate`; there, each token comes from a pass over the text.
         """
         prompt = self._ids(batch.tokens[:WHOLE_ROWS])
         text = self._model.generate(prompt, max_new_tokens=NEW_TOKENS)
@@ -113,12 +114,12 @@ class Reference:
         return text.numpy()[:, prompt.shape[1] :]
 
     def _best(self, ids: Any) -> Any:
-        """The most probable token after each token."""
+        """Most probable next token after each token."""
         with self._torch.no_grad():
             return self._model(input_ids=ids).logits.argmax(-1)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What to run at once: rows of equal length, or the whole batch."""
+        """Batches to run at once: rows of equal length, or the whole batch."""
         if self._together:
             return [batch]
         lengths = batch.mask.sum(axis=1)
@@ -136,7 +137,7 @@ class Reference:
         return self._torch.tensor(np.asarray(tokens, np.int64))
 
     def _nth_modules(self, index: int) -> list[tuple[str, Any]]:
-        """The module at an index of every list as long as there are layers; the decoder layer is one of them."""
+        """Element `index` of every module list with as many elements as layers; one of them is the decoder layer."""
         count = self._model.config.get_text_config().num_hidden_layers
         return [
             (name, module[index])
@@ -146,11 +147,11 @@ class Reference:
 
 
 def cache_name(model: Any) -> str:
-    """What a transformers model and its output call the cache: `cache` from 5.24 on, `past_key_values` before."""
+    """Name of the cache argument in a transformers model: `cache` from 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _padded(parts: list[np.ndarray]) -> np.ndarray:
-    """Rows of several lengths in one array, ending together."""
+    """Joins rows of several lengths in one array, padded on the left."""
     longest = max(part.shape[1] for part in parts)
     return np.concatenate([np.pad(part, ((0, 0), (longest - part.shape[1], 0), (0, 0))) for part in parts])

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of any causal language model transformers knows: what parity is measured on.
+"""Builds tiny random checkpoints of any causal language model in transformers, to measure parity on.
 
-A configuration is shrunk by the names its fields share with other families, so a model type that nobody listed here
-still builds. Sizes are awkward on purpose: what a converter may confuse has different lengths.
+A configuration is shrunk through field names that families share, so model types without an entry here build too. Sizes
+are irregular on purpose: axes that a converter may confuse have different lengths.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIZES: dict[int, str] = {
     1: "bos_token_id decoder_start_token_id first_k_dense_replace",
     0: "pad_token_id",
 }
-"""Value of every field of these names."""
+"""Value for every field with one of these names."""
 _COMMON: dict[str, Any] = {name: size for size, names in _SIZES.items() for name in names.split()} | {
     "eos_token_id": 3,
     "tie_word_embeddings": False,
@@ -57,11 +57,11 @@ _LATENT = {"num_key_value_heads": 6, "head_dim": 4}  # multi-head latent attenti
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    """A transformers configuration of a model type, with a model of some thousand weights.
+    """A transformers configuration for a model of some thousand weights.
 
     Args:
       model_type: as in `config.json`.
-      overrides: fields to set; a dictionary for a part (``text_config={...}``) is laid over the part's fields.
+      overrides: fields to set; a dictionary for a part (``text_config={...}``) overrides that part's fields.
 
     Raises:
       TideError: transformers does not know the model type.
@@ -83,10 +83,10 @@ def save_tiny(
     max_shard_size: str = "5GB",
     **overrides: Any,
 ) -> Any:
-    """Saves a random model of a type and returns it, read back in float32 and in evaluation mode.
+    """Saves a random model and returns it, read back in float32 and in evaluation mode.
 
-    Weights are large enough for logits to differ, biases are random, and whatever starts at one number (norms, sinks,
-    gates, correction biases) lies around it.
+    Weights are large enough to make logits differ, biases are random, and parameters with a constant initial value
+    (norms, sinks, gates, correction biases) are spread around it.
 
     Raises:
       TideError: transformers has no causal language model of the type.
@@ -99,20 +99,20 @@ def save_tiny(
         model = _untrained(config)
         _randomise(model, torch)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
-    if type(model.config) is not type(config):  # only the text part became a model: the checkpoint is the whole's
+    if type(model.config) is not type(config):  # the model has only the text part, the checkpoint is the whole
         config.architectures = [type(model).__name__]
         config.save_pretrained(directory)
-    # Read back rather than cast back: the cast to a smaller dtype rounded the rotary frequencies too.
+    # Reload the saved model: casting back would keep the rotary frequencies that the first cast rounded.
     return type(model).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def text_type(model_type: str) -> str:
-    """The model type of the text decoder in a multimodal one; the type itself for models of text."""
+    """Model type of the text decoder inside a multimodal type; for text models the type itself."""
     return tiny_config(model_type).get_text_config(decoder=True).model_type
 
 
 def _untrained(config: Any) -> Any:
-    """The causal language model of a configuration; for that of a text part, the one that the whole would have."""
+    """The causal language model of a configuration; for a text part, the model class of the whole."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -141,7 +141,7 @@ def _randomise(model: Any, torch: Any) -> None:
 
 
 def _shrunk(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a small configuration: common fields, smaller parts, then `overrides`."""
+    """Keyword arguments of a small configuration: common fields, then small parts, then `overrides`."""
     names = [field.name for field in dataclasses.fields(config_class)]
     common = _COMMON | _LATENT if "kv_lora_rank" in names else _COMMON
     fields = {name: common[name] for name in names if name in common}
@@ -152,7 +152,7 @@ def _shrunk(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration classes of a composite model's parts: those named in `overrides`, or else the default ones."""
+    """Configuration classes of a composite model's parts: those named in `overrides`, else the defaults."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     named = {name: (overrides.get(name) or {}).get("model_type") for name in config_class.sub_configs}
@@ -162,7 +162,7 @@ def _parts(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `fields`, dictionaries field by field."""
+    """Merges `over` into `fields`, dictionaries recursively."""
     merged = dict(fields)
     for name, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)

@@ -1,4 +1,4 @@
-"""What model types need besides the fields of `convert.parity.tiny` to build as tiny models."""
+"""Fields that some model types need, besides those in `convert.parity.tiny`, to build tiny models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-# More keys than the texts of a test have: what an indexer leaves out of longer ones is no dense attention.
+# More keys than the test texts have: if an indexer drops keys, the result differs from dense attention.
 _INDEXER = {"index_topk": 40, "index_head_dim": 8, "index_n_heads": 4}
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -208,4 +208,4 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 20, "layer_types": ["hybrid"] * 5},
 }
-"""Fields that a model type needs besides the common ones."""
+"""Fields that a model type needs in addition to the common ones."""

@@ -1,4 +1,4 @@
-"""Configurations of the model types that matter besides the default one: what parity is measured on, too."""
+"""More configurations of supported model types, besides the default ones, to measure parity on."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"index_topk": 64, "indexer_types": ["full", "full", "shared", "shared", "full"]},
     ),
 }
-"""A name for tests and tables: the model type and fields laid over those of `TYPES`."""
+"""Maps a name for tests and tables to the model type and fields that override those of `TYPES`."""
 
 REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid-recurrent": (

@@ -1,1 +1,1 @@
-"""Models that are in no table: what they compute is found out from their numbers."""
+"""Probing: finds out from recorded numbers what a model computes whose type is in no table."""

@@ -1,4 +1,4 @@
-"""Finding out how a layer attends, from its projections' outputs and from what enters its output projection."""
+"""Finds out how a layer attends, from the outputs of its projections and the input of its output projection."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BEFORE_WINDOWS = 6
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """A candidate: everything about attention but which tensors it reads.
+    """A candidate for everything about attention except which tensors it reads.
 
     Attributes:
-      arrangement: of queries, keys and values.
+      arrangement: arrangement of queries, keys and values.
       kind: flags of one layer.
-      seen: `kind` as it shows in the reference, whose windows are small.
+      seen: `kind` with the small windows that the reference runs with.
       softcap, clip: flags of the decoder.
     """
 
@@ -48,7 +48,7 @@ class AttentionFound:
       sub_norm: a norm before the output projection.
       gate: linear map whose sigmoid multiplies the output.
       sinks: name of the sinks' parameter.
-      error: of what enters the output projection.
+      error: difference at the input of the output projection.
     """
 
     spec: AttentionSpec
@@ -70,21 +70,21 @@ class AttentionFound:
 
     @property
     def inputs(self) -> np.ndarray:
-        """What the sublayer reads."""
+        """Input of the sublayer."""
         return self.q.linear.inputs
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPieces:
-    """What a layer's attention may be made of.
+    """Recorded parts that a layer's attention may consist of.
 
     Attributes:
-      index: of the layer.
-      projections: linear maps of one input, the layer's (normed) stream.
+      index: index of the layer.
+      projections: linear maps with a common input, the layer's (normed) stream.
       out: the output projection.
       norms: norms that ran between projections and output.
       sub_norm: a norm before the output projection.
-      vectors: names of parameters of the layer that belong to no linear map and no norm.
+      vectors: names of the layer's parameters that belong to no linear map and no norm.
     """
 
     index: int
@@ -96,17 +96,17 @@ class AttentionPieces:
 
     @property
     def mixed(self) -> np.ndarray:
-        """What attention gives, [T, H * hd]."""
+        """Output of attention, [T, H * hd]."""
         return self.out.inputs if self.sub_norm is None else self.sub_norm.inputs
 
 
 def find_attention(
     trace: Trace, pieces: AttentionPieces, hints: Sequence[AttentionSpec]
 ) -> tuple[AttentionFound | None, float]:
-    """The attention of a layer, or None where no candidate gives it; and the closest candidate's error.
+    """Returns a layer's attention, or None if no candidate matches, and the closest candidate's error.
 
     Args:
-      hints: what other layers turned out to do, tried first.
+      hints: specs found for other layers, tried first.
     """
     search = _Search(trace, pieces)
     for spec in hints:
@@ -121,7 +121,7 @@ def find_attention(
 
 
 def _candidates(trace: Trace, pieces: AttentionPieces) -> Iterator[tuple[Arrangement, Linear | None]]:
-    """Arrangements, with one of the linear maps as the gate or without a gate."""
+    """Yields arrangements, with each linear map as the gate and without a gate."""
     gates: list[Linear | None] = [None, *pieces.projections] if len(pieces.projections) > 1 else [None]
     for heads in head_counts(trace, pieces.mixed.shape[1]):
         width = pieces.mixed.shape[1] // heads
@@ -133,7 +133,7 @@ def _candidates(trace: Trace, pieces: AttentionPieces) -> Iterator[tuple[Arrange
 
 
 class _Search:
-    """Keeps the closest candidate."""
+    """Search over candidates; keeps the closest."""
 
     def __init__(self, trace: Trace, pieces: AttentionPieces) -> None:
         self.trace, self.pieces = trace, pieces
@@ -141,7 +141,7 @@ class _Search:
         self.error = np.inf
 
     def try_full(self, spec: AttentionSpec) -> None:
-        """Measures one whole candidate."""
+        """Measures one complete candidate."""
         for gate in (None, *self.pieces.projections):
             left = [linear for linear in self.pieces.projections if linear is not gate]
             if len(left) == len(spec.arrangement.roles) and _fits(spec.arrangement, left):
@@ -149,7 +149,7 @@ class _Search:
                 self._keep(layer, spec)
 
     def explore(self, candidate: tuple[Arrangement, Linear | None]) -> None:
-        """Measures every candidate of an arrangement whose values are right, flag by flag."""
+        """Measures the candidates of one arrangement, flag by flag, if its values are right."""
         layer = _Layer(self.trace, self.pieces, *candidate)
         for clip in axes.clips(self.trace):
             if layer.values_fit(clip):
@@ -158,7 +158,8 @@ class _Search:
                     return
 
     def _explore_flags(self, layer: _Layer, clip: float | None) -> None:
-        """The first tokens, which see no window, decide all but the window."""
+        """Chooses all flags on the first tokens, which no window affects, and then the window."""
+        # Choose all flags but the window.
         best, least = None, np.inf
         for spec in layer.specs(clip):
             error = layer.error(spec, _BEFORE_WINDOWS)
@@ -171,6 +172,7 @@ class _Search:
         self._keep(layer, best)
         if least > MATCH:
             return
+        # Try each window on the full row.
         for field, seen, true in axes.windows(self.trace):
             kind, small = (dataclasses.replace(best.kind, **{field: size}) for size in (true, seen))
             self._keep(layer, dataclasses.replace(best, kind=kind, seen=small))
@@ -182,7 +184,7 @@ class _Search:
 
 
 class _Layer:
-    """The numbers of one arrangement of a layer's heads."""
+    """Recorded numbers of a layer under one arrangement of its heads."""
 
     def __init__(self, trace: Trace, pieces: AttentionPieces, arrangement: Arrangement, gate: Linear | None) -> None:
         self.trace, self.pieces, self.arrangement, self.gate = trace, pieces, arrangement, gate
@@ -196,12 +198,12 @@ class _Layer:
         self.norms = _qk_norms(pieces.norms, self.q.output, self.k.output)
 
     def values_fit(self, clip: float | None) -> bool:
-        """The first token sees itself alone: what attention gives there are its values."""
+        """Checks the first token: it sees only itself, so its attention output must be its values."""
         values = repeated(_clipped(self.v.output[:1], clip), self.arrangement.heads) * self.open[:1]
         return self.sinks is not None or distance(values, self.expected[:1]) <= MATCH
 
     def specs(self, clip: float | None) -> Iterator[AttentionSpec]:
-        """Candidates without windows. Their scale is fitted, or with a cap on scores one the configuration may mean."""
+        """Candidates without windows. The scale is fitted; with a score cap, scales come from the configuration."""
         trace, heads, width = self.trace, self.arrangement.heads, self.arrangement.width
         known = axes.scales(trace, width, self.pieces.out.output.shape[1], self.pieces.index)
         places = axes.positions(trace, heads, width)
@@ -217,7 +219,7 @@ class _Layer:
                 yield dataclasses.replace(spec, kind=scaled, seen=scaled)
 
     def _norm_flags(self) -> list[QKNorm | None]:
-        """The recorded norms of queries and keys; without any, none or those that have no weights and no module."""
+        """Flags of the recorded norms of queries and keys; else no norm, or norms without weights and module."""
         if self.norms is not None:
             return [_flags(self.norms, self.arrangement)]
         eps = [*(v for v in self.trace.numbers("eps") if 0 < v < 0.01), float(np.finfo(np.float32).eps)]
@@ -225,13 +227,13 @@ class _Layer:
         return [None, *bare]
 
     def error(self, spec: AttentionSpec, rows: int | None) -> float:
-        """How far a candidate is from what enters the output projection, in its first rows."""
+        """Error of a candidate at the input of the output projection, in the first `rows` rows."""
         sinks = None if self.sinks is None else self.trace.weights[self.sinks]
         found = mixed(*self._placed(spec, rows), spec.seen, spec.softcap, sinks)
         return distance(found * self.open[:rows], self.expected[:rows])
 
     def _placed(self, spec: AttentionSpec, rows: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries and keys as they meet, and values."""
+        """Queries and keys after norm, clipping and rotation; clipped values."""
         flags = spec.kind.qk_norm
 
         def placed(part: Heads, which: int) -> np.ndarray:
@@ -250,7 +252,7 @@ class _Layer:
         return lambda x: call.apply(x.reshape(len(x), -1) if flat else x, self.trace.weights).reshape(x.shape)
 
     def found(self, spec: AttentionSpec, error: float) -> AttentionFound:
-        """The candidate, taken for true."""
+        """Result for an accepted candidate."""
         norms = (None, None) if self.norms is None else self.norms.calls
         pieces = self.pieces
         return AttentionFound(
@@ -265,7 +267,7 @@ class _QKNorms:
 
 
 def _qk_norms(norms: Sequence[NormCall], q: np.ndarray, k: np.ndarray) -> _QKNorms | None:
-    """The norms whose input queries and keys are; or those that have the sizes, for they may see rotated ones."""
+    """Norms that read the queries and keys, else norms of the same sizes, which may read rotated ones."""
     exact = [next((n for n in norms if _reads(n, heads)), None) for heads in (q, k)]
     if exact[0] is not None and exact[1] is not None:
         return _QKNorms((exact[0], exact[1]), after_rope=False)
@@ -277,7 +279,7 @@ def _qk_norms(norms: Sequence[NormCall], q: np.ndarray, k: np.ndarray) -> _QKNor
 
 
 def _reads(norm: NormCall, heads: np.ndarray) -> bool:
-    """Whether heads [T, N, hd] are a norm's input, in any of the orders code gives them."""
+    """Whether heads [T, N, hd] are a norm's input, in any axis order that code uses."""
     if norm.inputs.size != heads.size:
         return False
     swapped = heads.swapaxes(0, 1)
@@ -302,7 +304,7 @@ def _flags(norms: _QKNorms, arrangement: Arrangement) -> QKNorm:
 
 
 def _fits(arrangement: Arrangement, linears: Sequence[Linear]) -> bool:
-    """Whether linear maps have as many outputs as an arrangement says."""
+    """Whether the linear maps have the numbers of outputs that an arrangement requires."""
     counts = {"q": arrangement.heads, "k": arrangement.kv_heads, "v": arrangement.kv_heads}
     sizes = [arrangement.width * sum(counts[role] for role in held) for held in arrangement.roles]
     return sizes == [linear.output.shape[1] for linear in linears]

@@ -1,4 +1,4 @@
-"""What names and shapes cannot tell about attention: the values each flag may have, likely ones first."""
+"""Candidate values for the flags of attention that names and shapes don't determine, likely ones first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _THETA = 10000.0
 
 
 def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
-    """Rotary embeddings a configuration may mean, of heads of `width` channels; None is no rotation."""
+    """Rotary embeddings that the configuration may mean, for heads of `width` channels; None is no rotation."""
     plain = [
         RopeConfig(theta=theta, rotary_dim=dim)
         for dim, theta in itertools.product(_rotary_dims(trace, width), _thetas(trace))
@@ -29,7 +29,7 @@ def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
 
 
 def scales(trace: Trace, width: int, hidden: int, layer: int) -> list[float]:
-    """Numbers that query-key products may be multiplied by."""
+    """Factors that query-key products may have."""
     named = [abs(v) for v in trace.settings.values() if v]
     found = [width**-0.5, 1.0, *(f(v) for v in named for f in (float, lambda v: v**-0.5, lambda v: 1 / v))]
     found += [1 / width, hidden**-0.5, width**-0.5 / (layer + 1)]
@@ -37,37 +37,37 @@ def scales(trace: Trace, width: int, hidden: int, layer: int) -> list[float]:
 
 
 def nearest(trace: Trace, fitted: float, known: Sequence[float]) -> float:
-    """A fitted number as the known one it stands for, where there is one."""
+    """Replaces a fitted number by the known number it approximates, if any."""
     best = min(known, key=lambda value: abs(value - fitted))
     return best if abs(best - fitted) <= 1e-3 * abs(best) else trace.exact(fitted)
 
 
 def positions(trace: Trace, heads: int, width: int) -> list[dict[str, Any]]:
-    """How attention may know positions: fields of `AttentionType`."""
+    """Ways in which attention may encode positions, as fields of `AttentionType`."""
     biases = dict.fromkeys((alibi_slopes(heads), mpt_slopes(heads)))
     linear = [{"alibi": slopes, "alibi_bfloat16": rounded} for rounded in (False, True) for slopes in biases]
     return [{"rope": rope} for rope in _ropes(trace, width)] + linear
 
 
 def softcaps(trace: Trace) -> list[float | None]:
-    """Caps on attention scores."""
+    """Caps for attention scores."""
     return [None, *(float(v) for v in trace.numbers("cap") if v > 0)]
 
 
 def clips(trace: Trace) -> list[float | None]:
-    """Clamps of queries, keys and values; those that numbers do not reach are taken from the configuration."""
+    """Clamps for queries, keys and values. If the numbers never reach a clamp, the configuration decides."""
     declared = [float(v) for v in trace.numbers("clip_?qkv|qkv_?clip") if v > 0]
     return [*declared, None, *(float(v) for v in trace.numbers("clip|clamp") if v > 0)]
 
 
 def limits(trace: Trace) -> list[float | None]:
-    """Clamps of gated activations; those that numbers do not reach are taken from the configuration."""
+    """Clamps for gated activations. If the numbers never reach a clamp, the configuration decides."""
     declared = [float(v) for v in trace.numbers("(glu|act|mlp|activation)_limit") if v > 0]
     return [*declared, None, *(float(v) for v in trace.numbers("limit|clamp") if v > 0)]
 
 
 def windows(trace: Trace) -> Iterator[tuple[str, int, int]]:
-    """Windows and chunks as (field, seen size, true size), some with the token itself not counted."""
+    """Windows and chunks: field, small size in the reference, true size; with and without the token itself counted."""
     for more in (0, 1):
         for small, true in trace.reference.windows.items():
             yield "window", small + more, true + more
@@ -86,7 +86,7 @@ def _rotary_dims(trace: Trace, width: int) -> list[int]:
 
 
 def _declared(trace: Trace, width: int) -> Iterator[RopeConfig]:
-    """What the configuration says in transformers' own terms."""
+    """Rotary embeddings that the configuration declares in transformers' format."""
     hf = trace.reference.hf
     text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
     if not isinstance(getattr(text, "rope_parameters", None), dict):
@@ -94,5 +94,5 @@ def _declared(trace: Trace, width: int) -> Iterator[RopeConfig]:
     for kind in dict.fromkeys([*text.rope_parameters, "full_attention"]):
         try:
             yield rope_config(text, width, kind)
-        except (TideError, AttributeError):  # meant for other heads, or not in transformers' terms after all
+        except (TideError, AttributeError):  # for other heads, or not in transformers' format
             continue

@@ -1,4 +1,4 @@
-"""From what a probe found in each layer to one decoder configuration and the place of every parameter."""
+"""Combines what a probe found in each layer into one decoder configuration and a place for every parameter."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ Flags = dict[str, Any]
 def decoder_of(
     trace: Trace, model_type: str, embedding: EmbeddingFound, layers: Sequence[LayerFound], head: HeadFound
 ) -> DecoderConfig:
-    """The configuration all parts together have.
+    """Returns the configuration that fits all parts.
 
     Raises:
-      TideError: layers differ in what a `DecoderConfig` has one flag for.
+      TideError: layers differ in something for which a `DecoderConfig` has one flag.
     """
     flags = _common(layers)
     kinds = [layer.attention.kind for layer in layers]
@@ -63,17 +63,19 @@ def decoder_of(
 
 
 def _common(layers: Sequence[LayerFound]) -> Flags:
-    """The flags of all layers, with and without experts."""
+    """Flags of all layers, with and without experts."""
     found = [_layer_flags(layer) for layer in layers]
     names = [f"layer {i}" for i in range(len(layers))]
     mixed = [i for i, flags in enumerate(found) if "moe" in flags]
     dense = [i for i in range(len(layers)) if i not in mixed]
     if not mixed:
         return _one(found, names)
+    # Layers with experts must agree with each other.
     flags = _one([found[i] for i in mixed], [names[i] for i in mixed])
     moe = flags.pop("moe")
     flags.setdefault("intermediate_size", moe.intermediate_size)
     if dense:
+        # Layers without experts must agree with them in everything but the size and bias of the MLP.
         plain = _one([found[i] for i in dense], [names[i] for i in dense])
         flags = {**flags, "intermediate_size": plain["intermediate_size"], "mlp_bias": plain["mlp_bias"]}
         _one([plain, flags], [names[dense[0]], names[mixed[0]]])
@@ -82,7 +84,7 @@ def _common(layers: Sequence[LayerFound]) -> Flags:
 
 
 def _one(found: Sequence[Flags], names: Sequence[str]) -> Flags:
-    """The flags all have in common. Raises TideError where they differ."""
+    """Returns the flags if all are equal. Raises TideError if they differ."""
     for flags, name in zip(found, names, strict=True):
         for key in {*flags, *found[0]}:
             if flags.get(key) != found[0].get(key):
@@ -174,7 +176,7 @@ def _mixture_flags(mlp: MoEFound) -> Flags:
 
 
 def _block_norms(embedding: EmbeddingFound, layers: Sequence[LayerFound], head: HeadFound) -> Iterable[NormCall]:
-    """Every norm that takes its flags from the decoder."""
+    """Every norm whose flags come from the decoder."""
     around = [norm for layer in layers for norm in layer.norms.values()]
     dense = [layer.mlp.shared if isinstance(layer.mlp, MoEFound) else layer.mlp for layer in layers]
     inner = [layer.attention.sub_norm for layer in layers] + [mlp.sub_norm for mlp in dense if mlp is not None]
@@ -197,7 +199,7 @@ def _norm_flags(trace: Trace, norms: Sequence[NormCall]) -> Flags:
 
 
 def _one_eps(trace: Trace, norms: Sequence[NormCall]) -> Sequence[NormCall]:
-    """The norms with the eps that suits all of them, where there is one: it hardly shows in large numbers."""
+    """Gives all norms one eps that fits all of them, if there is one. Among large numbers, eps hardly shows."""
 
     def error(eps: float) -> float:
         alike = (dataclasses.replace(norm, eps=eps) for norm in norms)
@@ -242,7 +244,7 @@ def _rows(table: np.ndarray) -> int:
 
 
 def context_length(trace: Trace, embedding: EmbeddingFound) -> tuple[int, bool]:
-    """Positions a model can read, and whether the checkpoint says so."""
+    """Maximum number of positions, and whether the checkpoint states it."""
     if embedding.positions is not None:
         return _rows(trace.weights[embedding.positions]) - embedding.offset, True
     named = [int(v) for v in trace.numbers(_CONTEXT) if v >= 1]
@@ -269,7 +271,7 @@ def outside_tensors(trace: Trace, config: DecoderConfig, embedding: EmbeddingFou
 
 
 def layer_tensors(trace: Trace, layer: LayerFound, slices: Slices) -> Assigned:
-    """Places of a layer's parameters, relative to the layer; `slices` gains those of single stacked experts."""
+    """Places of a layer's parameters, relative to the layer; adds single experts of stacked parameters to `slices`."""
     assigned: Assigned = {}
     for name, norm in layer.norms.items():
         add_norm(assigned, norm, name)
@@ -353,7 +355,7 @@ def _mlp_tensors(assigned: Assigned, mlp: MLPFound, path: str) -> None:
 
 
 def _part(mlp: MLPFound, part: int) -> Channels:
-    """The gate (0) or up (1) projection in a linear map that holds both."""
+    """The gate (0) or up (1) projection within a linear map that holds both."""
     size, which = mlp.down.inputs.shape[1], part ^ mlp.swapped
     if mlp.layout == "halves":
         return Channels(mlp.up.transposed, which * size, 1, size, size)
@@ -363,7 +365,7 @@ def _part(mlp: MLPFound, part: int) -> Channels:
 def places_of(
     trace: Trace, config: DecoderConfig, embedding: EmbeddingFound, layers: Sequence[LayerFound], head: HeadFound
 ) -> Places:
-    """Where every parameter of the reference goes."""
+    """Places of all parameters of the reference."""
     slices: list[Slices] = [{} for _ in layers]
     inside = [layer_tensors(trace, layer, parts) for layer, parts in zip(layers, slices, strict=True)]
     outside = outside_tensors(trace, config, embedding, head)

@@ -1,4 +1,4 @@
-"""Where the experts of a mixture lie: stacked in parameters of three axes, or in numbered modules of their own."""
+"""Finds the parameters of a mixture's experts: stacked in parameters with three axes, or in numbered modules."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from tide_jax.model.activations import gated
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """One projection of all experts: `names` is one stacked parameter, or one for each expert.
+    """One projection of all experts: `names` has one stacked parameter, or one parameter per expert.
 
     Attributes:
-      take: arranges what belongs to it as [..., in, out].
-      slot: where that goes behind the experts' axis.
+      take: arranges the projection's part as [..., in, out].
+      path: parameter it fills.
+      slot: destination behind the experts' axis.
     """
 
     names: tuple[str, ...]
@@ -30,14 +31,14 @@ class Projection:
     slot: str
 
     def stack(self, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The weights of all experts, [E, in, out]."""
+        """Weights of all experts, [E, in, out]."""
         parts = [weights[name] if self.take is None else self.take(weights[name]) for name in self.names]
         return parts[0] if len(parts) == 1 else np.stack(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """All experts of a layer; `biases` are those of gate, up and down, or nothing."""
+    """All experts of a layer; `biases` are those of gate, up and down, or empty."""
 
     gate: Projection
     up: Projection
@@ -46,11 +47,11 @@ class Experts:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """Everything that has weights."""
+        """Every projection and bias."""
         return (self.gate, self.up, self.down, *self.biases)
 
     def outputs(self, trace: Trace, x: np.ndarray, activation: str, limit: float | None) -> np.ndarray:
-        """What every expert gives for every token, [E, T, D]; `x` is [T, D], or [E, T, D] where inputs differ."""
+        """Each expert's output for each token, [E, T, D]. `x` is [T, D], or [E, T, D] if the experts' inputs differ."""
         gate, up, down = (part.stack(trace.weights) for part in (self.gate, self.up, self.down))
         hidden = [np.matmul(x, gate), np.matmul(x, up)]
         biases = [bias.stack(trace.weights)[:, None] for bias in self.biases]
@@ -62,7 +63,7 @@ class Experts:
 
 
 def find_experts(trace: Trace, layer: str, width: int) -> list[Experts]:
-    """Every way a layer's parameters may be experts, plausible ones first; none where it has no experts."""
+    """Every way to read a layer's parameters as experts, plausible ones first; empty if there are none."""
     own = {name: w for name, w in trace.weights.items() if name.startswith(f"{layer}.")}
     return [*_stacked(own, width), *_numbered(own, layer, width)]
 
@@ -82,7 +83,7 @@ def _stacked(own: Mapping[str, np.ndarray], width: int) -> Iterator[Experts]:
 
 
 def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
-    """Experts that are modules ``parent.0``, ``parent.1``... with parameters of equal shapes."""
+    """Experts in modules ``parent.0``, ``parent.1``... whose parameters have equal shapes."""
     for found in _lists(own, layer).values():
         for (fused, a), (down, b) in itertools.permutations(found.items(), 2):
             fits = b[0] == width and a == (2 * b[1], width)
@@ -94,7 +95,7 @@ def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator
 
 
 def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[str, ...], tuple[int, int]]]:
-    """For each parent, the matrices of numbered modules that have the same name in all of them, with their shape."""
+    """For each parent of numbered modules: matrices with the same name in all of them, and their shape."""
     lists: dict[tuple[str, str], dict[int, str]] = {}
     for name, weight in own.items():
         parts = name.removeprefix(f"{layer}.").split(".")
@@ -111,7 +112,7 @@ def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[st
 
 
 def _both(names: tuple[str, ...], transposed: bool, size: int) -> Iterator[tuple[Projection, Projection]]:
-    """Gate and up projection in one, in halves or pairs, either first."""
+    """Gate and up projections in one parameter: halves or pairs, either one first."""
     for pairs, swapped in itertools.product((False, True), (False, True)):
         takes = [_half(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
         gate, up = (Projection(names, take, "mlp.experts.gate_up", f":, {i}") for i, take in enumerate(takes))
@@ -135,7 +136,7 @@ def _separate(
 
 
 def _with_flat_biases(own: Mapping[str, np.ndarray], experts: Experts, size: int, width: int) -> Experts:
-    """Experts with the biases [E, 2 F] and [E, D] of stacked ones, where there are any."""
+    """Adds the biases [E, 2 F] and [E, D] of stacked experts, if there are any."""
     count = len(own[experts.down.names[0]])
     flat = {name: w.shape for name, w in own.items() if "bias" in name}
     of_both = next((name for name, shape in flat.items() if shape == (count, 2 * size)), None)
@@ -146,7 +147,7 @@ def _with_flat_biases(own: Mapping[str, np.ndarray], experts: Experts, size: int
 
 
 def _with_biases(own: Mapping[str, np.ndarray], experts: Experts) -> Experts:
-    """Experts with the biases beside their weights, where all have one."""
+    """Adds the biases beside the weights, if all weights have one."""
     weights = (experts.gate, experts.up, experts.down)
     names = tuple(tuple(f"{name.removesuffix('weight')}bias" for name in part.names) for part in weights)
     return _biased(experts, names) if all(name in own for part in names for name in part) else experts
@@ -166,7 +167,7 @@ def _biased(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
 
 
 def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights: Mapping[str, np.ndarray]) -> None:
-    """Places of the experts' parameters, and in `slices` those of single experts in stacked ones.
+    """Adds the places of the experts' parameters, and to `slices` those of single experts in stacked parameters.
 
     A checkpoint may store experts one by one where the reference stacks them.
     """

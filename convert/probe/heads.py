@@ -1,4 +1,4 @@
-"""Where heads lie in the outputs of linear maps: the arrangements that projections of attention can have."""
+"""Arrangements of heads in the outputs of attention's linear maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from convert.probe.trace import Linear, Trace
 
 Roles = tuple[str, ...]
-"""For each linear map what it holds, in order: ("q", "k", "v"), ("qkv",), ("q", "vk")..."""
+"""Roles in each linear map, in order: ("q", "k", "v"), ("qkv",), ("q", "vk")..."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """How queries, keys and values lie in the linear maps.
+    """Arrangement of queries, keys and values in the linear maps.
 
     Attributes:
-      roles: what each linear map holds.
-      blocks: fused projections repeat in this many blocks of ``heads / blocks`` heads of each role.
+      roles: roles in each linear map.
+      blocks: number of repeated blocks in fused projections; each has ``heads / blocks`` heads of each role.
       heads, kv_heads, width: sizes.
     """
 
@@ -62,7 +62,7 @@ class Arrangement:
 
 
 def arrangements(linears: Sequence[Linear], heads: int, width: int) -> Iterator[Arrangement]:
-    """Every arrangement of a number of query heads in linear maps that read the same input, plausible ones first."""
+    """Arrangements for a number of query heads in linear maps with a common input, plausible ones first."""
     sizes = [linear.output.shape[1] for linear in linears]
     for roles in sorted(_roles(len(linears)), key=lambda roles: _implausible(linears, roles)):
         kv_heads = _kv_heads(sizes, roles, heads, width)
@@ -74,7 +74,7 @@ def arrangements(linears: Sequence[Linear], heads: int, width: int) -> Iterator[
 
 
 def head_counts(trace: Trace, channels: int) -> list[int]:
-    """Numbers of heads that `channels` may be made of: what the configuration calls so, its other numbers, the rest."""
+    """Possible head counts for `channels`: the configuration's, then its other numbers, then all divisors."""
     named = [
         *trace.numbers("n_?head|num_.*heads|heads$"),
         *(channels / d for d in trace.numbers("head_dim|kv_channels")),
@@ -85,7 +85,7 @@ def head_counts(trace: Trace, channels: int) -> list[int]:
 
 
 def _roles(count: int) -> Iterable[Roles]:
-    """The orders of queries, keys and values, cut into as many parts as there are linear maps."""
+    """Orders of queries, keys and values, cut into as many parts as there are linear maps."""
     if not 1 <= count <= 3:
         return
     for order in itertools.permutations("qkv"):
@@ -95,7 +95,7 @@ def _roles(count: int) -> Iterable[Roles]:
 
 
 def _implausible(linears: Sequence[Linear], roles: Roles) -> int:
-    """How many roles are not where the linear map's name says they are; 0 for the best."""
+    """Penalty for roles that contradict the linear maps' names; 0 is the best."""
     penalty = 0
     for position, (linear, held) in enumerate(zip(linears, roles, strict=True)):
         name = linear.name.rpartition(".")[2].lower()
@@ -105,7 +105,7 @@ def _implausible(linears: Sequence[Linear], roles: Roles) -> int:
 
 
 def _kv_heads(sizes: Sequence[int], roles: Roles, heads: int, width: int) -> int | None:
-    """Heads of keys and values, where the sizes allow just one number of them."""
+    """Number of key-value heads, if the sizes allow exactly one number."""
     found = set()
     for size, held in zip(sizes, roles, strict=True):
         count, rest = divmod(size, width)
@@ -125,5 +125,5 @@ def _blocks(kv_heads: int) -> list[int]:
 
 
 def repeated(values: np.ndarray, heads: int) -> np.ndarray:
-    """Values [T, KV, hd] as each query head sees them, [T, H, hd]."""
+    """Repeats values [T, KV, hd] for each query head, [T, H, hd]."""
     return np.repeat(values, math.ceil(heads / values.shape[1]), axis=1)

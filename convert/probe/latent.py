@@ -1,4 +1,4 @@
-"""Finding out multi-head latent attention: keys and values that are made from one low-rank vector of each token."""
+"""Finds out multi-head latent attention: keys and values made from one low-rank vector per token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tide_jax.model.architecture import AttentionType, LatentConfig
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpec:
-    """Flags of one layer's latent attention; `seen` is `kind` in a reference with small windows."""
+    """Flags of one layer's latent attention."""
 
     heads: int
     latent: LatentConfig
@@ -29,10 +29,10 @@ class LatentFound:
 
     Attributes:
       spec: flags.
-      q_down, q_norm: the queries' bottleneck, None without one.
+      q_down, q_norm: the queries' bottleneck, None if there is none.
       q, kv_down, kv_up, out: linear maps.
       kv_norm: the norm of the latent vector.
-      error: of what enters the output projection.
+      error: difference at the input of the output projection.
     """
 
     spec: LatentSpec
@@ -54,20 +54,20 @@ class LatentFound:
 
     @property
     def inputs(self) -> np.ndarray:
-        """What the sublayer reads."""
+        """Input of the sublayer."""
         return self.kv_down.inputs
 
 
 def find_latent(
     trace: Trace, index: int, linears: Sequence[Linear], norms: Sequence[NormCall], out: Linear
 ) -> tuple[LatentFound | None, float] | None:
-    """The latent attention of a layer, or None where no candidate gives it; and the closest candidate's error.
+    """Returns a layer's latent attention, or None if no candidate matches, and the closest candidate's error.
 
-    None altogether where no linear map reads a normed part of another's output.
+    Returns just None if no linear map reads a normed part of another one's output.
 
     Args:
-      linears: what is left for attention, without the output projection.
-      norms: of the layer.
+      linears: linear maps left for attention, without the output projection.
+      norms: norms of the layer.
     """
     shape = _shape(linears, norms)
     if shape is None:
@@ -83,7 +83,7 @@ def find_latent(
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Who reads whom."""
+    """Which linear maps and norms feed each other."""
 
     q_down: Linear | None
     q_norm: NormCall | None
@@ -113,7 +113,7 @@ def _shape(linears: Sequence[Linear], norms: Sequence[NormCall]) -> _Shape | Non
 def _source(
     reader: Linear, linears: Sequence[Linear], norms: Sequence[NormCall], *, part: bool
 ) -> tuple[Linear, NormCall, float] | None:
-    """The linear map whose (leading) outputs a norm reads, whose output, times a number, another map reads."""
+    """Finds a map whose (leading) outputs a norm reads, where `reader` reads the norm's output times a number."""
     for norm in norms:
         if norm.output.shape != reader.inputs.shape:
             continue
@@ -152,12 +152,13 @@ def _candidates(trace: Trace, index: int, shape: _Shape, out: Linear) -> Iterato
 def _placed(
     trace: Trace, index: int, shape: _Shape, out: Linear, heads: int, latent: LatentConfig
 ) -> Iterator[LatentFound]:
-    """Candidates of one arrangement of the heads: rotations, each with the scale that fits."""
+    """Candidates for one arrangement of the heads: each rotation with its fitted scale."""
     length, nope = len(out.inputs), latent.nope_dim
     expected = out.inputs.reshape(length, heads, -1)
     q = shape.q.output.reshape(length, heads, -1)
     kv = shape.kv_up.output.reshape(length, heads, -1)
     values = kv[..., nope:]
+    # The first token sees only itself: its output must be its values.
     if distance(values[:1], expected[:1]) > MATCH:
         return
     known = axes.scales(trace, nope + latent.rope_dim, out.output.shape[1], index)

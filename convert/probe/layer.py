@@ -1,4 +1,4 @@
-"""Finding out how a decoder layer is put together: its sublayers, norms and residual adds."""
+"""Finds out how a decoder layer is built: its sublayers, norms and residual adds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tide_jax.model.architecture import NormPlacement
 
 @dataclasses.dataclass(frozen=True)
 class LayerFound:
-    """What a decoder layer computes.
+    """Result for one decoder layer.
 
     Attributes:
       attention, mlp: its sublayers.
@@ -48,29 +48,29 @@ class LayerFound:
 
 
 class Diverged(TideError):
-    """A layer does something no candidate does."""
+    """No candidate matches what a layer computes."""
 
 
 def find_layer(trace: Trace, index: int, hints: Sequence[LayerFound]) -> LayerFound:
-    """What one layer computes.
+    """Finds out what one layer computes.
 
     Args:
       hints: other layers of the model, tried first.
 
     Raises:
-      Diverged: no candidate gives a part of it; names the part and the closest candidate's difference.
+      Diverged: no candidate matches a part of it. The message names the part and the closest candidate's difference.
     """
     return _Layer(trace, index).find(hints)
 
 
 def diverged(where: str, what: str, error: float) -> NoReturn:
-    """Raises `Diverged`."""
+    """Raises `Diverged`; `error` is the closest candidate's."""
     by = f"the closest candidate differs by {error:.1e} of the range" if np.isfinite(error) else "no candidate fits"
     raise Diverged(f"{where} diverges first: {what}, {by}")
 
 
 class _Step(NamedTuple):
-    """A residual add: ``start + scale * added`` should be `total`."""
+    """A residual add: ``start + scale * added`` should equal `total`."""
 
     start: np.ndarray
     added: np.ndarray
@@ -96,6 +96,7 @@ class _Layer:
     def find(self, hints: Sequence[LayerFound]) -> LayerFound:
         mlp = self.feed_forward(hints)
         attention = self.attention([x for x in self.linears if not mlp.owns(x)], hints)
+        # Try every placement of norms and residual adds, and keep the closest.
         plans = [
             self.plan(attention, mlp, placement, parallel)
             for placement in get_args(NormPlacement)
@@ -107,7 +108,7 @@ class _Layer:
         return dataclasses.replace(found, residual_scale=self.trace.exact(found.residual_scale))
 
     def feed_forward(self, hints: Sequence[LayerFound]) -> MLPFound | MoEFound:
-        """The mixture of experts where the layer has experts, else the feed-forward block."""
+        """Returns the mixture of experts if the layer has experts, else the dense feed-forward block."""
         hint = next((layer.mlp for layer in hints if isinstance(layer.mlp, MoEFound)), None)
         mixture = find_moe(self.trace, self.trace.layers[self.index], [*self.linears, *self.norms], hint)
         if mixture is not None:
@@ -123,7 +124,7 @@ class _Layer:
         diverged(f"layer {self.index}", what, error)
 
     def attention(self, left: Sequence[Linear], hints: Sequence[LayerFound]) -> AttentionFound | LatentFound:
-        """Attention, from the linear maps that are not the feed-forward block's."""
+        """Finds attention among the linear maps that are not the feed-forward block's."""
         outs = [x for x in left if x.output.shape[1] == self.x.shape[1]]
         if len(left) < 2 or not outs:
             self.fail(f"{len(left)} linear maps are left for attention", np.inf)
@@ -152,20 +153,23 @@ class _Layer:
         placement: NormPlacement,
         parallel: bool,
     ) -> tuple[float, LayerFound | None]:
-        """One way to place norms and adds, and how far it is from the layer's output; infinite without the norms."""
+        """Returns one placement of norms and adds with its error; the error is infinite if a norm is missing."""
         reads, gives = [attention.inputs, mlp.inputs], [attention.out.output, mlp.output]
         shared = parallel and equal(*reads)
         norms: dict[str, NormCall | None] = {}
+        # Norms after a sublayer: the stream receives their outputs.
         if placement in ("post", "sandwich"):
             found = [self.reading(output) for output in gives]
             norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
             gives = [output if norm is None else norm.output for norm, output in zip(found, gives, strict=True)]
+        # Norms before a sublayer: the stream is their input.
         if placement in ("pre", "sandwich"):
-            once = np.float32(factor(self.y - self.x, gives[0] + gives[1]))  # the stream gains all that is added
+            once = np.float32(factor(self.y - self.x, gives[0] + gives[1]))  # the stream gains the sum of both outputs
             found = [self.giving(inputs, (self.x, self.x + once * gives[0])) for inputs in reads]
             norms |= dict(zip(("pre_attention_norm", "pre_mlp_norm"), found[: 1 if shared else 2], strict=False))
             reads = [inputs if norm is None else norm.inputs for norm, inputs in zip(found, reads, strict=True)]
         totals = [reads[1], self.y]
+        # Norms after the add: they read the sum.
         if placement == "residual":
             sums = self.x + gives[0], reads[1] + gives[1]
             found = [self.giving(total, (added,)) for total, added in zip(totals, sums, strict=True)]
@@ -174,6 +178,7 @@ class _Layer:
         present = {name: norm for name, norm in norms.items() if norm is not None}
         if len(present) < len(norms):
             return np.inf, None
+        # Check the residual adds themselves, with one fitted scale.
         steps = [_Step(self.x, gives[0], totals[0]), _Step(reads[1], gives[1], totals[1])]
         if parallel:
             steps = [_Step(self.x, gives[0] + gives[1], self.y)]
@@ -183,7 +188,7 @@ class _Layer:
         return max(errors), LayerFound(attention, mlp, present, placement, parallel, shared, scale)
 
     def giving(self, output: np.ndarray, streams: Sequence[np.ndarray]) -> NormCall | None:
-        """The norm that gave an array; where none was recorded, one of the streams by code without a module."""
+        """Returns the norm with this output: a recorded one, else one that code without a module ran on a stream."""
         recorded = next((norm for norm in self.norms if equal(norm.output, output)), None)
         if recorded is not None or any(same(stream, output) for stream in streams):
             return recorded
@@ -191,5 +196,5 @@ class _Layer:
         return next((norm for norm in bare if norm is not None), None)
 
     def reading(self, inputs: np.ndarray) -> NormCall | None:
-        """The norm that read an array."""
+        """Returns the norm with this input."""
         return next((norm for norm in self.norms if equal(norm.inputs, inputs)), None)

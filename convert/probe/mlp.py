@@ -1,4 +1,4 @@
-"""Finding out what a dense feed-forward block computes, from its linear maps' outputs and from what `down` reads."""
+"""Finds out what a dense feed-forward block computes, from its linear maps' outputs and the input of `down`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class MLPFound:
     """A feed-forward block.
 
     Attributes:
-      gate, up, down: linear maps; `gate` is None where there is none, and is `up` where one map holds both.
-      layout: of a map that holds both: "halves" one after the other, or "pairs" of channels.
+      gate, up, down: linear maps. `gate` is None if there is none, and equals `up` if one map holds both.
+      layout: of a map that holds both: "halves" (one after the other) or "pairs" (alternating channels).
       swapped: that map holds `up` first.
       activation, limit: flags of the decoder.
       sub_norm: a norm before `down`.
-      error: of what enters `down`.
+      error: difference at the input of `down`.
     """
 
     gate: Linear | None
@@ -40,7 +40,7 @@ class MLPFound:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The linear maps it is made of."""
+        """Linear maps of the block."""
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
     def owns(self, linear: Linear) -> bool:
@@ -49,16 +49,16 @@ class MLPFound:
 
     @property
     def inputs(self) -> np.ndarray:
-        """What the block reads."""
+        """Input of the block."""
         return self.up.inputs
 
     @property
     def output(self) -> np.ndarray:
-        """What it gives."""
+        """Output of the block."""
         return self.down.output
 
     def parts(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """Outputs of the gate (None without one) and of `up`, [T, F]."""
+        """Outputs of the gate (None if there is none) and of `up`, [T, F]."""
         if self.layout is None:
             return (None if self.gate is None else self.gate.output), self.up.output
         both, size = self.up.output, self.down.inputs.shape[1]
@@ -69,10 +69,10 @@ class MLPFound:
 def find_mlp(
     trace: Trace, linears: Sequence[Linear], norms: Sequence[NormCall], width: int
 ) -> tuple[MLPFound | None, float]:
-    """The feed-forward block among a layer's linear maps, or None; and the closest candidate's error.
+    """Returns the feed-forward block among a layer's linear maps, or None, and the closest candidate's error.
 
     Args:
-      width: of the residual stream.
+      width: width of the residual stream.
     """
     limits = axes.limits(trace)
     tried = (
@@ -88,7 +88,7 @@ def find_mlp(
 
 
 def _shapes(linears: Sequence[Linear], norms: Sequence[NormCall], width: int) -> Iterator[MLPFound]:
-    """Linear maps whose sizes fit together."""
+    """Combinations of linear maps whose sizes fit together."""
     for last, down in enumerate(linears):
         if down.output.shape[1] != width:
             continue
@@ -109,7 +109,7 @@ def _shapes(linears: Sequence[Linear], norms: Sequence[NormCall], width: int) ->
 
 
 def _measured(found: MLPFound, activation: str, limit: float | None) -> MLPFound:
-    """A candidate with its error."""
+    """Adds the error to a candidate."""
     gate, up = found.parts()
     hidden = found.down.inputs if found.sub_norm is None else found.sub_norm.inputs
     if gate is None:

@@ -1,4 +1,4 @@
-"""Finding out how a mixture of experts routes: from its router's logits and from what the block gives."""
+"""Finds out how a mixture of experts routes, from its router's logits and the block's output."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class MoEFound:
       moe: flags, for all layers.
       experts: their weights.
       router, router_bias, correction: parameters.
-      shared, shared_gate: the MLP every token goes through, and the linear map whose sigmoid multiplies it.
+      shared, shared_gate: the MLP that every token runs, and the linear map whose sigmoid multiplies its output.
       activation, limit: flags of the decoder.
-      inputs, output: what the block reads and gives.
-      error: of the output.
+      inputs, output: input and output of the block.
+      error: difference at the output.
       block: name of the module that holds the experts.
     """
 
@@ -59,7 +59,7 @@ class MoEFound:
 
 @dataclasses.dataclass(frozen=True)
 class _Routing:
-    """A candidate router, and how much of each expert each token gets from it, [T, E]."""
+    """A candidate router and the weight of each expert for each token, [T, E]."""
 
     moe: MoEConfig
     router: str
@@ -71,13 +71,13 @@ class _Routing:
 def find_moe(
     trace: Trace, layer: str, parts: Sequence[Call], hint: MoEFound | None
 ) -> tuple[MoEFound | None, float] | None:
-    """The mixture of experts of a layer, or None where no candidate gives its output; and the closest one's error.
+    """Returns a layer's mixture of experts, or None if no candidate matches, and the closest candidate's error.
 
-    None altogether where the layer has no experts.
+    Returns just None if the layer has no experts.
 
     Args:
       parts: linear maps and norms of the layer.
-      hint: that of another layer, whose flags are tried first.
+      hint: mixture of another layer, whose flags are tried first.
     """
     stream = trace.call(layer).inputs
     experts = find_experts(trace, layer, stream.shape[1])
@@ -92,7 +92,7 @@ def find_moe(
 
 
 def _block(trace: Trace, layer: str, name: str) -> Call | None:
-    """The outermost module in a layer that holds a parameter and maps the stream to itself."""
+    """The outermost module of a layer that holds a parameter and maps the stream to the stream."""
     path = name.removeprefix(f"{layer}.").split(".")
     stream = trace.call(layer).inputs
     for depth in range(1, len(path)):
@@ -120,6 +120,7 @@ class _Mixture:
         inner = [p for p in rows if p.name.startswith(f"{block.name}.")]
         fed = [p for p in rows if p in self.readers or p.output.shape[1] == block.output.shape[1]]
         self.shared: list[tuple[MLPFound, np.ndarray]] = []
+        # A shared expert is inside the block, or beside it; then the block's output is only the routed part.
         for linears, whole_block in ((inner, True), (fed, False)):
             shared, _ = find_mlp(trace, linears, norms, block.output.shape[1])
             if shared is not None and equal(shared.inputs, block.inputs):
@@ -127,7 +128,7 @@ class _Mixture:
                 break
 
     def closest(self, hint: MoEFound | None) -> tuple[MoEFound | None, float]:
-        """The closest candidate: with the flags of another layer, or else of all."""
+        """Returns the closest candidate: first with another layer's flags, then with all flags."""
         best, error = None, np.inf
         for likely in (True, False) if hint is not None else (False,):
             for found in self.candidates(hint if likely else None):
@@ -138,7 +139,7 @@ class _Mixture:
         return best, error
 
     def candidates(self, hint: MoEFound | None) -> Iterator[MoEFound]:
-        """Candidates with their errors; only those with the flags of `hint`, where it is given."""
+        """Yields candidates with their errors; with `hint`, only those that have its flags."""
         choices = None if hint is None else hint.moe
         routings = list(self.routings(choices))
         limits = axes.limits(self.trace)
@@ -154,7 +155,7 @@ class _Mixture:
     def measured(
         self, experts: Experts, routing: _Routing, activation: str, limit: float | None, mixed: np.ndarray
     ) -> Iterator[MoEFound]:
-        """A candidate with its error, with and without a shared expert; factors are fitted."""
+        """Yields a candidate with its error, with and without a shared expert; factors are fitted."""
         for shared, target in [*self.shared, (None, self.block.output)]:
             gates = [p for p in self.readers if p.output.shape[1] == 1] if shared is not None else []
             for gate in (None, *gates):
@@ -179,13 +180,13 @@ class _Mixture:
                 )  # fmt: skip
 
     def factors(self, terms: Sequence[np.ndarray], target: np.ndarray) -> list[float]:
-        """How often each term goes into the target, by least squares."""
+        """Factor of each term in the target, by least squares."""
         columns = np.stack([term.reshape(-1) for term in terms]).astype(np.float64)
         fitted = np.linalg.lstsq(columns @ columns.T, columns @ target.reshape(-1), rcond=None)[0]
         return [self.trace.exact(float(f)) for f in fitted]
 
     def routings(self, only: MoEConfig | None) -> Iterator[_Routing]:
-        """Routers of the layer with every way to choose by their logits."""
+        """Yields routers of the layer with every way to choose experts from their logits."""
         width = self.block.inputs.shape[1]
         matrices = [n for n, w in self.weights.items() if w.shape == (self.count, width) and "bias" not in n]
         vectors: list[str | None] = [n for n, w in self.weights.items() if w.size == self.count and w.ndim <= 2]
@@ -221,7 +222,7 @@ class _Mixture:
                         )
 
     def shares(self, moe: MoEConfig, logits: np.ndarray, correction: str | None) -> np.ndarray:
-        """How much of each expert each token gets, [T, E]."""
+        """Weight of each expert for each token, [T, E]."""
         added = None if correction is None else jnp.asarray(self.trace.weights[correction].reshape(-1))
         weights, chosen = choose_experts(moe, jnp.asarray(logits), added)
         shares = np.zeros(logits.shape, np.float32)
@@ -230,7 +231,7 @@ class _Mixture:
 
 
 def _as_chosen(moe: MoEConfig) -> MoEConfig:
-    """The flags of a mixture that decide who goes where."""
+    """Reduces a mixture's flags to those that decide which experts a token gets."""
     return dataclasses.replace(
         moe, intermediate_size=0, scale=1.0, expert_bias=False, shared_size=0, shared_scale=1.0, shared_gate=False
     )

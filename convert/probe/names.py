@@ -1,4 +1,4 @@
-"""Which stored tensor is which parameter of the reference, and the weight map that follows."""
+"""Matches stored tensors to parameters of the reference, and derives the weight map."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SAMPLES = 16
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where every parameter of the reference goes.
+    """Destinations of all parameters of the reference.
 
     Attributes:
       weights: all parameters by name.
-      layers: each layer's; target paths are relative to the layer.
+      layers: each layer's destinations; target paths are relative to the layer.
       slices: each layer's parts of stacked parameters.
-      outside: all others.
+      outside: destinations of all other parameters.
       left_out: parameters the decoder does not need, with the reason.
     """
 
@@ -34,7 +34,7 @@ class Places:
     left_out: Mapping[str, str]
 
     def of(self, parameter: str) -> tuple[int | None, tuple[Target, ...]] | None:
-        """The layer (None for none) and the targets of a parameter or part; None where it has none."""
+        """Layer (None outside layers) and targets of a parameter or part; None if it has no targets."""
         if parameter in self.outside:
             return None, tuple(self.outside[parameter])
         for layer, (assigned, slices) in enumerate(zip(self.layers, self.slices, strict=True)):
@@ -46,10 +46,10 @@ class Places:
 
 
 def weight_map(source: Source, places: Places) -> tuple[Rule, ...]:
-    """The rules of a checkpoint's tensors, one for all layers where the layers agree.
+    """Returns the rules for a checkpoint's tensors, one rule for all layers if the layers agree.
 
     Raises:
-      TideError: the layers' names do not have the layer's number.
+      TideError: the names of the layers' tensors lack the layer's number.
     """
     stored = stored_names(source, places)
     rules: list[Rule] = []
@@ -78,7 +78,7 @@ def _by_layer(found: Sequence[tuple[str, int, tuple[Target, ...]]]) -> list[Rule
     for template, kinds in grouped.items():
         if len(kinds) == 1:
             rules.append(move(template, *(_placed(target, "{layer}") for target in next(iter(kinds)))))
-        else:  # tensors of one name go to different places in different layers
+        else:  # tensors with the same name have different targets in different layers
             rules += [
                 move(name.replace(".{expert}.", "."), *(_placed(target, str(layer)) for target in targets))
                 for targets, names in kinds.items()
@@ -88,7 +88,7 @@ def _by_layer(found: Sequence[tuple[str, int, tuple[Target, ...]]]) -> list[Rule
 
 
 def _by_expert(parts: list[str], targets: tuple[Target, ...]) -> tuple[str, tuple[Target, ...]]:
-    """A tensor's name and targets with the number of its expert left open, where it is one expert's."""
+    """Replaces the expert's number in a tensor's name and targets by a placeholder, if it belongs to one expert."""
     numbers = {target.slot.split(",")[0] for target in targets if target.path.startswith("mlp.experts")}
     number = numbers.pop() if len(numbers) == 1 else ""
     if number.isdigit() and parts.count(number) == 1:
@@ -115,9 +115,10 @@ def _number_position(names: Sequence[tuple[str, int]]) -> int:
 
 
 def stored_names(source: Source, places: Places) -> dict[str, str | None]:
-    """The parameter (or part of one) that each stored tensor is: by its name, the end of its name, or its numbers.
+    """The parameter, or part of one, for each stored tensor, matched by name and shape, else by its numbers.
 
-    None is a tensor the reference does not have.
+    Several parameters with equal numbers are told apart by the longest common end of the name. None marks a tensor that
+    the reference does not have.
     """
     known = dict(places.weights)
     unnamed = {name: w for name, w in known.items() if name not in source.tensors}
@@ -138,11 +139,11 @@ def stored_names(source: Source, places: Places) -> dict[str, str | None]:
 
 
 def _fingerprint(array: np.ndarray) -> tuple:
-    """The shape and a few numbers."""
+    """The shape and a few sampled numbers."""
     places = np.unravel_index(np.linspace(0, max(array.size - 1, 0), _SAMPLES).astype(int), array.shape)
     return array.shape, array[places].astype(np.float32).tobytes() if array.size else b""
 
 
 def _common_end(a: str, b: str) -> int:
-    """Characters two names have in common at their ends."""
+    """Length of the common end of two names."""
     return next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))

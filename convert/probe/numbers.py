@@ -1,4 +1,4 @@
-"""Attention on recorded numbers: what a candidate gives, and the scale that a recorded output gives away."""
+"""Attention on recorded numbers: a candidate's output, and the scale implied by a recorded output."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.model.attention.grouped import attention_context
 from tide_jax.model.rotary import rope_tables
 
-_MIXED = (0.02, 0.98)  # shares of a key from which scores can be told
+_MIXED = (0.02, 0.98)  # range of a key's attention weight that is informative about the scores
 
 
 def rotated(x: np.ndarray, rope: RopeConfig | None, length: int) -> np.ndarray:
-    """Queries or keys [T, N, hd] turned by their positions: those of the first tokens of a row of `length`."""
+    """Rotates queries or keys [T, N, hd] by their positions, the first ones of a row of `length`."""
     if rope is None:
         return x
     cos, sin = (table[: len(x)] for table in _tables(dataclasses.replace(rope, interleaved=False), length))
@@ -40,7 +40,7 @@ def _tables(rope: RopeConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=256)
 def _span(kind: AttentionType, length: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which keys each query sees [T, T], and what is added to the scores [H, T, T]."""
+    """Mask of keys that each query sees [T, T], and the bias added to scores [H, T, T]."""
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     span = attention_context(dataclasses.replace(kind, rope=None), positions, jnp.int32(length), None).new
     return np.asarray(span.mask)[0], None if span.bias is None else np.asarray(span.bias)[0]
@@ -49,7 +49,7 @@ def _span(kind: AttentionType, length: int) -> tuple[np.ndarray, np.ndarray | No
 def mixed(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, kind: AttentionType, softcap: float | None, sinks: np.ndarray | None
 ) -> np.ndarray:
-    """What attention gives, [T, H, hv], for rotated queries [T, H, hd] and keys [T, KV, hd] and for values."""
+    """Attention output [T, H, hv] for rotated queries [T, H, hd], rotated keys [T, KV, hd] and values."""
     keys, values = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     scores = np.matmul(q.swapaxes(0, 1), keys.transpose(1, 2, 0)) * np.float32(kind.scale)  # [H, T, S]
     if softcap is not None:
@@ -64,29 +64,32 @@ def mixed(
 
 
 def _visible(kind: AttentionType) -> AttentionType:
-    """An attention type without the flags that masks and biases do not depend on."""
+    """Resets flags that don't affect masks and biases, to share cache entries of `_span`."""
     return dataclasses.replace(kind, rope=None, qk_norm=None, scale=kind.scale if kind.alibi_bfloat16 else 1.0)
 
 
 def fitted_scale(q: np.ndarray, k: np.ndarray, v: np.ndarray, output: np.ndarray, kind: AttentionType) -> float | None:
-    """The scale of query-key products, from what the second token gets of the first two tokens' values.
+    """Fits the scale of query-key products from the second token, whose output mixes the first two tokens' values.
 
     Args:
       q, k, v: rotated queries and keys, and values, as for `mixed`.
-      output: what attention gives, [T, H, hv].
+      output: attention output, [T, H, hv].
     """
     keys, values = repeated(k[:2], q.shape[1]), repeated(v[:2], q.shape[1])
+    # Solve for the two attention weights of each head; this needs independent values.
     gram = np.einsum("shd,rhd->hsr", values, values)
     if np.linalg.cond(gram).max() > 1e6:
         return None
     shares = np.linalg.solve(gram, np.einsum("shd,hd->hs", values, output[1])[..., None])[..., 0]
+    # Keep heads whose weights are well inside (0, 1), so that their logarithm is accurate.
     part = shares[:, 0] / shares.sum(1)
     told = (shares > 0).all(1) & (part > _MIXED[0]) & (part < _MIXED[1])
     if not told.any():
         return None
+    # The log ratio of the weights is the scaled difference of the two scores: fit the scale.
     scores = np.log(shares[told, 0] / shares[told, 1])
     if kind.alibi and not kind.alibi_bfloat16:
-        scores = scores + np.asarray(kind.alibi)[told]  # the first token is one further away
+        scores = scores + np.asarray(kind.alibi)[told]  # the first token is one position further away
     raw = np.einsum("hd,shd->hs", q[1], keys)
     raw = (raw[:, 0] - raw[:, 1])[told]
     return float(raw @ scores / max(float(raw @ raw), 1e-30))

@@ -1,4 +1,4 @@
-"""Finding out what surrounds the decoder layers: embeddings, positions, the final norm and the head."""
+"""Finds out what surrounds the decoder layers: embeddings, positions, the final norm and the head."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class EmbeddingFound:
     """How tokens become the first layer's input.
 
     Attributes:
-      table: parameter of the token vectors.
+      table: parameter with the token vectors.
       project: linear map to the layers' width.
-      scale: multiplies token vectors.
-      positions: parameter of the learned position vectors, None without.
-      offset: added to a position.
+      scale: factor of the token vectors.
+      positions: parameter with learned position vectors, None if there are none.
+      offset: number added to a position.
       norm: the norm of the sum.
     """
 
@@ -55,7 +55,7 @@ class HeadFound:
 
 
 def find_embedding(trace: Trace) -> EmbeddingFound:
-    """How tokens become the first layer's input. Raises Diverged where no candidate gives it."""
+    """Finds out how tokens become the first layer's input. Raises Diverged if no candidate matches."""
     outside = _outside(trace)
     lookups = [part for part in outside if isinstance(part, Lookup)]
     tokens = next((part for part in lookups if equal(part.inputs, trace.tokens)), None)
@@ -81,13 +81,13 @@ def find_embedding(trace: Trace) -> EmbeddingFound:
 
 
 def _outside(trace: Trace) -> list[object]:
-    """The parts that ran in no layer."""
+    """Parts that ran outside the layers."""
     prefixes = tuple(f"{layer}." for layer in trace.layers)
     return [part for part in trace.parts if not part.name.startswith(prefixes)]
 
 
 def _vectors(trace: Trace) -> list[str]:
-    """Parameters of one axis in no layer."""
+    """Parameters with one axis outside the layers."""
     prefixes = tuple(f"{layer}." for layer in trace.layers)
     return [name for name, weight in trace.weights.items() if weight.ndim == 1 and not name.startswith(prefixes)]
 
@@ -114,7 +114,7 @@ def _embedding(
 
 
 def _positions(trace: Trace, tokens: Lookup, shape: tuple[int, ...]) -> Iterator[tuple[str | None, int, np.ndarray]]:
-    """Tables of position vectors that may have been added: parameter, offset, rows."""
+    """Position tables that may have been added: parameter, offset, rows."""
     yield None, 0, np.zeros(shape, np.float32)
     for name, weight in trace.weights.items():
         rows = weight.size // max(weight.shape[-1], 1) if weight.ndim else 0
@@ -124,7 +124,7 @@ def _positions(trace: Trace, tokens: Lookup, shape: tuple[int, ...]) -> Iterator
 
 
 def find_head(trace: Trace) -> HeadFound:
-    """How the last layer's output becomes logits. Raises Diverged where no candidate gives them."""
+    """Finds out how the last layer's output becomes logits. Raises Diverged if no candidate matches."""
     outside = _outside(trace)
     last = trace.call(trace.layers[-1]).output
     linears = [part for part in outside if isinstance(part, Linear)]
@@ -171,7 +171,7 @@ def _head(
 def _projected(
     trace: Trace, linears: Sequence[Linear], states: np.ndarray, shape: tuple[int, int]
 ) -> Iterator[tuple[str, str | None, np.ndarray]]:
-    """Every [V, D] projection of the states: recorded linear maps, and matrices that code may have used directly."""
+    """[V, D] projections of the states: recorded linear maps, else matrices that code may have used directly."""
     recorded = [x for x in linears if x.output.shape[1] == shape[0] and same(x.inputs, states)]
     for linear in recorded:
         yield linear.weight, linear.bias, linear.output

@@ -1,4 +1,4 @@
-"""Running a PyTorch model on one row of tokens and recording what its modules, and code without modules, compute."""
+"""Runs a PyTorch model on one row of tokens and records what its modules and its functional code compute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SUMS = ("add", "add_")
 
 @dataclasses.dataclass(frozen=True)
 class FunctionCall(Call):
-    """A product with a parameter, by code that uses no module for it; named by its weight."""
+    """A product with a parameter by code without a module; named by its weight."""
 
     weight: str
     bias: str | None
@@ -32,7 +32,7 @@ def record(reference: Reference) -> Trace:
     """Runs the model on one row of random tokens and records it.
 
     Raises:
-      TideError: no run of decoder layers is found in it.
+      TideError: the model has no recognisable sequence of decoder layers.
     """
     model = reference.model
     settings = _settings(reference.hf)
@@ -57,6 +57,7 @@ def record(reference: Reference) -> Trace:
     modules = dict(model.named_modules())
     trace = Trace(tokens, logits, _layers(calls), calls, (), weights, settings, reference)
     parts = [_part(call, modules.get(call.name), weights, trace.eps()) for call in calls]
+    # If a module's weight also appears as a functional product, keep the module's record only.
     both = [(call, part) for call, part in zip(calls, parts, strict=True) if part is not None]
     in_modules = {p.weight for call, p in both if isinstance(p, Linear) and not isinstance(call, FunctionCall)}
     found = (p for call, p in both if not (isinstance(call, FunctionCall) and call.weight in in_modules))
@@ -64,7 +65,7 @@ def record(reference: Reference) -> Trace:
 
 
 def _tokens(model: Any, settings: Mapping[str, float]) -> np.ndarray:
-    """Random tokens of the vocabulary, all different where it allows."""
+    """Random tokens of the vocabulary, all different if it is large enough."""
     import torch
 
     tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -75,10 +76,10 @@ def _tokens(model: Any, settings: Mapping[str, float]) -> np.ndarray:
 
 
 def _settings(hf: Any) -> dict[str, float]:
-    """Numbers by field name; those of nested tables keep their own names, the outer ones come first."""
+    """Numbers of the configuration by field name. Nested fields keep their own names; outer ones win."""
     try:
         values = hf.to_dict()
-    except Exception:  # a configuration class of the checkpoint's own
+    except Exception:  # the checkpoint's own configuration class
         values = dict(vars(hf))
     found: dict[str, float] = {}
     queue = [values]
@@ -101,7 +102,7 @@ class _Recorder:
 
     @contextlib.contextmanager
     def functions(self) -> Iterator[None]:
-        """Within it, products with parameters are recorded, whatever code makes them."""
+        """Context in which all products with parameters are recorded, whichever code computes them."""
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,7 +114,7 @@ class _Recorder:
                 recorder.function(func.overloadpacket.__name__, [*_tensors(args)], output)
                 return output
 
-        fast = torch.backends.mha.get_fastpath_enabled()  # one operation, which hides the products in it
+        fast = torch.backends.mha.get_fastpath_enabled()  # a single fused operation, which would hide its products
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with Operations():
@@ -122,7 +123,7 @@ class _Recorder:
             torch.backends.mha.set_fastpath_enabled(fast)
 
     def function(self, name: str, tensors: Sequence[Any], output: Any) -> None:
-        """Records a product with a parameter, or that a bias is added to the last one."""
+        """Records a product with a parameter, or the addition of a bias to the latest product."""
         if name not in _PRODUCTS and name not in _SUMS:
             return
         own = [(tensor, self._parameter(tensor)) for tensor in tensors]
@@ -163,7 +164,7 @@ class _Recorder:
 
     def _copy(self, tensor: Any) -> np.ndarray:
         key = (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tuple(tensor.stride()))
-        if key not in self._copies:  # the tensor is kept, so that its address stays its own
+        if key not in self._copies:  # keep the tensor, so that its address is not reused
             array = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
             array = array.numpy().copy()
             while array.ndim > 1 and array.shape[0] == 1:
@@ -185,7 +186,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[Any]:
 
 
 def _layers(calls: Sequence[Call]) -> tuple[str, ...]:
-    """The decoder layers: the outermost modules numbered 0, 1, 2... that hand a [T, D] stream on to one another."""
+    """Finds the decoder layers: the outermost numbered modules 0, 1, 2... that pass a [T, D] stream on."""
     lists: dict[str, list[Call]] = {}
     for call in calls:
         parent, _, number = call.name.rpartition(".")
@@ -208,7 +209,7 @@ def _layers(calls: Sequence[Call]) -> tuple[str, ...]:
 
 
 def _part(call: Call, module: Any, weights: Mapping[str, np.ndarray], eps: Sequence[float]) -> Call | None:
-    """What a module without children, or a function, computes: a linear map, a norm, a lookup, or none of these."""
+    """Classifies a module without children, or a function: a linear map, a norm, a lookup, or None."""
     if isinstance(call, FunctionCall):
         if np.issubdtype(call.inputs.dtype, np.integer):
             return Lookup(call.name, call.inputs, call.output, call.weight)
@@ -226,7 +227,7 @@ def _part(call: Call, module: Any, weights: Mapping[str, np.ndarray], eps: Seque
             return linear
     if call.inputs.shape == call.output.shape and call.inputs.ndim >= 2 and len(own) <= 2:
         floats = [v for v in vars(module).values() if isinstance(v, float) and 0 < v < 0.01]
-        if own or floats or not same(call.inputs, call.output):  # else a dropout, as it is
+        if own or floats or not same(call.inputs, call.output):  # otherwise it may be an inactive dropout
             return norm_call(call, list(own.values()), weights, dict.fromkeys([*floats, *eps]))
     return None
 

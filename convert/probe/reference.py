@@ -1,6 +1,6 @@
-"""The model a probe is measured against: transformers' class for a checkpoint, or the checkpoint's own code.
+"""Loads the model a probe is measured against: transformers' class for a checkpoint, or the checkpoint's own code.
 
-Code that lies in a checkpoint runs only when it is trusted explicitly.
+Code inside a checkpoint runs only if the user trusts it explicitly.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NO_WINDOWS = ("layer", "pattern", "stride")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A loaded model, in float32, that says what a checkpoint computes.
+    """A loaded float32 model that defines what a checkpoint computes.
 
     Attributes:
       model: the PyTorch module.
-      route: where its code came from, for the report.
+      route: origin of its code, for the report.
       hf: its configuration object.
-      windows: the true size of each attention window, by the small one it was given to be seen in a short row.
+      windows: maps the small size of each attention window, chosen to be visible in a short row, to its true size.
     """
 
     model: Any
@@ -54,7 +54,7 @@ class Reference:
 
 
 def _arguments(model: Any, ids: Any) -> dict[str, Any]:
-    """What a model's forward needs besides tokens, and no cache."""
+    """Required arguments of a model's forward besides tokens, and `use_cache=False` if it has that argument."""
     import torch
 
     taken = dict(list(inspect.signature(model.forward).parameters.items())[1:])
@@ -69,15 +69,15 @@ def _arguments(model: Any, ids: Any) -> dict[str, Any]:
 
 
 def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bool) -> Reference:
-    """Loads the model of a checkpoint that is in no table.
+    """Loads the model of a checkpoint whose type is in no table.
 
     Args:
       source: a Hugging Face directory.
-      trust_remote_code: run the Python code the checkpoint brings.
-      small_windows: attention windows longer than a short row are cut to a few tokens, so that they can be seen.
+      trust_remote_code: run the Python code in the checkpoint.
+      small_windows: shrink attention windows that are longer than a short row, so that their effect is visible.
 
     Raises:
-      TideError: no code for the model is at hand, it is not trusted, or it does not load this checkpoint.
+      TideError: there is no code for the model, it is not trusted, or it does not load this checkpoint.
     """
     build = _route(source, trust_remote_code)
     try:
@@ -109,14 +109,14 @@ class _KnownClass:
         return self.model_class.config_class.from_dict(values)
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
-        """The model and the names of its weights that the checkpoint does not have."""
+        """The model, and the names of its weights that the checkpoint lacks."""
         return self.loaded(self.model_class, hf)
 
     def loaded(self, model_class: Any, hf: Any, **options: Any) -> tuple[Any, set[str]]:
         import torch
 
         place: Any = self.directory
-        if getattr(self.source, "rewritten", False):  # an adapter is merged, or weights are dequantised
+        if getattr(self.source, "rewritten", False):  # has a merged adapter or dequantised weights
             place, options = None, options | {"state_dict": _tensors(self.source)}
         options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         with quiet_transformers():
@@ -158,7 +158,7 @@ class _OwnCode(_KnownType):
             return self._by_hand(hf)
         try:
             return self.loaded(self.model_class, hf, trust_remote_code=True)
-        except Exception as first:  # code written for other versions of transformers, or for none
+        except Exception as first:  # code for other versions of transformers, or independent of it
             try:
                 return self._by_hand(hf)
             except Exception:
@@ -170,7 +170,7 @@ class _OwnCode(_KnownType):
         return get_class_from_dynamic_module(self.reference, str(self.directory))
 
     def _by_hand(self, hf: Any) -> tuple[Any, set[str]]:
-        """Makes the module and copies the checkpoint's tensors into it by their names."""
+        """Builds the module and copies the checkpoint's tensors into it by name."""
         model, tensors = self._own_class()(hf), _tensors(self.source)
         model.load_state_dict(tensors, strict=False)
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -185,7 +185,7 @@ def _tensors(source: Source) -> dict[str, Any]:
 
 
 def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
-    """Where the modelling code of a checkpoint is to be had."""
+    """Chooses the source of a checkpoint's modelling code."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = source.config
@@ -225,7 +225,7 @@ def _require_torch(source: Source) -> None:
 
 
 def _cut_windows(hf: Any) -> dict[int, int]:
-    """Gives every window longer than a few tokens a short length, a different one for each; returns the true ones."""
+    """Gives each window longer than a few tokens its own short length; returns the true lengths by short ones."""
     cut: dict[int, int] = {}
     for part in (hf, *(getattr(hf, name, None) for name in getattr(hf, "sub_configs", {}))):
         for name, value in vars(part).items() if part is not None else ():

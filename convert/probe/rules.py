@@ -1,4 +1,4 @@
-"""Weight maps made from what a probe found, and their JSON form: an export needs them again when the model is gone."""
+"""Weight maps derived from a probe, and their JSON form, which an export needs later without the model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 
 Assigned = dict[str, list[Target]]
-"""Where each parameter of the reference goes."""
+"""Destinations of each parameter of the reference."""
 
 
 Slices = dict[str, tuple[np.ndarray, Target]]
-"""Parts of stacked parameters that a checkpoint may store by themselves, with the place of each."""
+"""Parts of stacked parameters that a checkpoint may store separately, with their destinations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
-    """Outputs of a linear map: `count` runs of `width` channels, `stride` apart from `start` on, as a view.
+    """Outputs of a linear map as a view: from `start`, `count` runs of `width` channels, `stride` apart.
 
     Attributes:
       transposed: the weight is stored [out, in].
-      heads: runs and channels stay axes of their own.
+      heads: runs and channels stay separate axes.
     """
 
     transposed: bool
@@ -69,7 +69,7 @@ class Oriented:
 
 @dataclasses.dataclass(frozen=True)
 class Shaped:
-    """A tensor with other axes."""
+    """A reshaped tensor."""
 
     shape: tuple[int, ...]
 
@@ -81,7 +81,7 @@ _TAKES = {kind.__name__: kind for kind in (Channels, Inputs, Oriented, Shaped)}
 
 
 def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") -> None:
-    """A whole linear map; `slot` indexes the parameter without the kernel's input axis."""
+    """Adds a whole linear map; `slot` indexes the parameter without the kernel's input axis."""
     take = Oriented() if linear.transposed else whole
     _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
     if linear.bias is not None:
@@ -89,14 +89,14 @@ def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") ->
 
 
 def add_channels(assigned: Assigned, linear: Linear, path: str, take: Channels, slot: str = "") -> None:
-    """Some outputs of a linear map."""
+    """Adds some outputs of a linear map."""
     _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
     if linear.bias is not None:
         _add(assigned, linear.bias, Target(f"{path}.bias", dataclasses.replace(take, transposed=False), slot))
 
 
 def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> None:
-    """Heads of a projection; `part` is the slot behind the heads' axis."""
+    """Adds heads of a projection; `part` is the slot behind the heads' axis."""
     linear, width, starts = heads.linear, heads.width, heads.starts
     strides = {b - a for a, b in itertools.pairwise(starts)} or {width}
     stride = next(iter(strides))
@@ -104,27 +104,27 @@ def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> No
         take = Channels(linear.transposed, starts[0], len(starts), stride, width, heads=True)
         add_channels(assigned, linear, path, take, f":, {part}" if part else "")
         return
-    for head, start in enumerate(starts):  # a run of heads that other heads interrupt is no view
+    for head, start in enumerate(starts):  # heads that are not evenly spaced have no view
         take = Channels(linear.transposed, start, 1, width, width)
         add_channels(assigned, linear, path, take, f"{head}, {part}" if part else f"{head}")
 
 
 def add_out(assigned: Assigned, linear: Linear, path: str, heads: int) -> None:
-    """The output projection of attention."""
+    """Adds the output projection of attention."""
     _add(assigned, linear.weight, Target(f"{path}.kernel", Inputs(linear.transposed, heads)))
     if linear.bias is not None:
         _add(assigned, linear.bias, Target(f"{path}.bias"))
 
 
 def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[int, ...] | None = None) -> None:
-    """A norm's weights, in another shape where one is given."""
+    """Adds a norm's weights, reshaped if `shape` is given."""
     for name, part in ((norm.scale, "scale"), (norm.bias, "bias")) if norm is not None else ():
         if name is not None:
             _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
 
 
 def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole) -> None:
-    """One parameter."""
+    """Adds one parameter."""
     _add(assigned, name, Target(path, take))
 
 
@@ -133,7 +133,7 @@ def _add(assigned: Assigned, name: str, target: Target) -> None:
 
 
 def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
-    """A probed weight map as JSON-ready values; `from_json` reads them back."""
+    """Converts a probed weight map to JSON-ready values; `from_json` reads them back."""
     return [
         {"pattern": rule.pattern, "reason": rule.reason, "targets": [_target_json(target) for target in rule.targets]}
         for rule in rules
@@ -146,7 +146,7 @@ def _target_json(target: Target) -> dict[str, Any]:
 
 
 def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """Inverse of `to_json`. Raises TideError for what it did not write."""
+    """Inverse of `to_json`. Raises TideError for damaged values."""
     try:
         return tuple(Rule(entry["pattern"], tuple(map(_target, entry["targets"])), entry["reason"]) for entry in values)
     except (KeyError, TypeError, ValueError) as error:

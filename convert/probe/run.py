@@ -1,9 +1,9 @@
-"""Probing models that are in no table: what they compute is found out from their numbers, and proven by their logits.
+"""Probes models whose type is in no table: infers what they compute from recorded numbers, with logits as the proof.
 
-The model's own code (transformers', or the checkpoint's) runs on one row of random tokens and every linear map, norm
-and table in it is recorded. From the recorded arrays each part's flags are found out, layer by layer, as the candidate
-that gives the next recorded array. What comes out is a decoder configuration and a weight map, and these are accepted
-only if the decoder they make gives the model's logits.
+The model's own code (transformers', or the checkpoint's) runs on one row of random tokens, and every linear map, norm
+and table in it is recorded. Then, layer by layer, the flags of each part are inferred: the candidate wins whose output
+equals the next recorded array. The result is a decoder configuration and a weight map. They are accepted only if the
+resulting decoder gives the model's logits.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ _LENGTH, _LONGEST = 64, 256
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """A model that was found out.
+    """Result of a probe.
 
     Attributes:
-      config: its architecture.
-      rules: its weight map.
-      report: JSON-ready: whose code it was measured against ("measured_against"), how far logits are ("verification"),
-        what a table entry would say ("flags", "weight_map"), and what had to be taken from config.json ("assumed").
+      config: the architecture.
+      rules: the weight map.
+      report: JSON-ready: whose code it was measured against ("measured_against"), the difference of the logits
+        ("verification"), the contents of a table entry ("flags", "weight_map"), and settings that only config.json
+        could tell ("assumed").
     """
 
     config: DecoderConfig
@@ -58,22 +59,23 @@ def probe(source: Source, *, trust_remote_code: bool = False) -> Probed:
 
     Args:
       source: a Hugging Face directory.
-      trust_remote_code: run the Python code the checkpoint brings, where transformers has none for it.
+      trust_remote_code: run the Python code in the checkpoint, if transformers has none for it.
 
     Raises:
-      TideError: there is no code to measure against, or it is not trusted; or nothing that can be expressed gives the
-        model's numbers: names the first layer and part that differs, and by how much.
+      TideError: there is no code to measure against, or it is not trusted; or no candidate matches the model's numbers.
+        Then the message names the first layer and part that differs, and by how much.
     """
     reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=True)
     try:
         probed = _propose(source, record(reference))
+        # Windows were shrunk to be visible in a short row: prove the result against the true windows.
         if reference.windows:
             reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
         model = from_parameters(probed.config, _assembled(source, probed), dtype=jnp.dtype(jnp.float32))
         proof = _compare(reference, model)
         if not proof.relative <= TOLERANCE:
             raise TideError(f"{_too_far(proof)}: {_first_difference(reference, model)}")
-    except Exception as error:  # a model of any kind may do anything to the search
+    except Exception as error:  # the search may fail in any way on an unknown model
         reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, TideError) else f"{type(error).__name__}: "
         raise TideError(f"{source.description} was probed and cannot be converted: {kind}{reason}") from error
@@ -87,9 +89,9 @@ def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_rem
     """Compares a converted model's logits with those of the code it was probed against.
 
     Args:
-      source: what was converted.
-      model: the result, loaded in float32.
-      stored: the dtype it was stored in; the reference's weights are rounded to it too.
+      source: the source that was converted.
+      model: the converted model, loaded in float32.
+      stored: dtype of the stored weights; the reference's weights are rounded to it too.
 
     Raises:
       TideError: as `convert.verify.verify_conversion`.
@@ -109,7 +111,7 @@ def verify_probed(source: Source, model: Decoder, stored: np.dtype, *, trust_rem
 
 
 def _propose(source: Source, trace: Trace) -> Probed:
-    """The configuration and the weight map that give every recorded array."""
+    """Finds the configuration and the weight map that reproduce every recorded array."""
     embedding = find_embedding(trace)
     layers = []
     for index in range(len(trace.layers)):
@@ -128,7 +130,7 @@ def _propose(source: Source, trace: Trace) -> Probed:
 
 
 def _assumed(config: DecoderConfig, context_known: bool) -> list[str]:
-    """What short rows of ordinary numbers do not show: the configuration's word is taken for it."""
+    """Settings that short rows of ordinary numbers can't reveal, taken from the configuration."""
     assumed = [] if context_known else [f"max_positions={config.max_positions}: the configuration does not say"]
     for name in ("activation_limit", "clip_qkv"):
         if (value := getattr(config, name)) is not None:
@@ -138,14 +140,14 @@ def _assumed(config: DecoderConfig, context_known: bool) -> list[str]:
 
 
 def _unusual(config: DecoderConfig) -> dict[str, Any]:
-    """The flags that are not at their default."""
+    """Flags that differ from their default."""
     values = config.to_dict()
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if getattr(config, name) != defaults[name]}
 
 
 def _compare(reference: Reference, model: Decoder) -> Verification:
-    """Logits on random tokens: of a long row, and of a shorter one that is padded on the left for the decoder."""
+    """Compares logits on random tokens: a long row, and a shorter one that the decoder gets padded on the left."""
     config = model.config
     windows = [2 * kind.window for kind in config.attention_types if kind.window and 2 * kind.window <= _LONGEST]
     length = min(max([_LENGTH, *windows]), config.max_positions)
@@ -154,7 +156,7 @@ def _compare(reference: Reference, model: Decoder) -> Verification:
     positions = np.stack([np.arange(length), np.maximum(np.arange(length) - start, -1)])
     out = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))
     found = np.concatenate([out[0], out[1, start:]])
-    reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until there is a short one
+    reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until a short one resets them
     expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
     check_spread("the probed model", expected)
     return compared(found, expected, length, model.weights)
@@ -168,7 +170,7 @@ def _too_far(proof: Verification) -> str:
 
 
 def _first_difference(reference: Reference, model: Decoder) -> str:
-    """The first part of the decoder whose output is not the reference's."""
+    """Describes the first part of the decoder whose output differs from the reference's."""
     trace = record(reference)
     positions = jnp.arange(len(trace.tokens), dtype=jnp.int32)[None]
     x = model.embed_tokens(jnp.asarray(trace.tokens, jnp.int32)[None], positions)
@@ -187,7 +189,7 @@ def _first_difference(reference: Reference, model: Decoder) -> str:
 
 
 def _assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter in turn, float32, put together from its pieces."""
+    """Yields each parameter in float32, assembled from its pieces."""
     plan = coverage(source.tensors, probed.rules, probed.config)
     for path, pieces in plan.by_path().items():
         parameter = np.empty(plan.shapes[path], np.float32)

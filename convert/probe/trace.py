@@ -1,7 +1,7 @@
-"""What happened inside a PyTorch model on one row of tokens: which linear maps, norms and tables ran on what.
+"""Record of a PyTorch model on one row of tokens: the linear maps, norms and tables that ran, with inputs and outputs.
 
-What a module is, is decided by its numbers and not by its name or class: a linear map is whatever gives
-``x @ W + b`` of its own weights, a norm whatever gives the normed input.
+Numbers decide what a module is, not its name or class: a linear map is any module that computes ``x @ W + b`` with its
+own weights, a norm any module that computes the normed input.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from convert.probe.reference import Reference
 from tide_jax.model.architecture import NormKind
 
 MATCH = 5e-5
-"""Largest difference, as a share of the range, at which two ways to compute an array count as one."""
+"""Largest difference, as a share of the range, at which two arrays count as equal."""
 CLEAR = 3e-6
-"""Difference so small that no other candidate is tried."""
+"""A difference so small that no further candidates are tried."""
 _EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-20, float(np.finfo(np.float32).eps))
 _ROUNDING = 5e-7
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the expected values' range; infinite where shapes differ or nothing is there."""
+    """Largest difference as a share of the expected range; infinite for empty arrays or different shapes."""
     if found.shape != expected.shape or not found.size:
         return np.inf
     worst = float(np.abs(found - expected).max())
@@ -34,7 +34,7 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def same(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether two arrays are equal but for rounding."""
+    """Whether two arrays are equal up to rounding."""
     return distance(found, expected) <= MATCH
 
 
@@ -44,13 +44,13 @@ def equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def factor(change: np.ndarray, added: np.ndarray) -> float:
-    """How often `added` goes into `change`, by least squares."""
+    """Factor of `added` in `change`, by least squares."""
     return float(np.vdot(change, added) / max(float(np.vdot(added, added)), 1e-30))
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a module: its first tensor and what it gave, without the batch axis."""
+    """One call of a module: its first tensor and its output, without the batch axis."""
 
     name: str
     inputs: np.ndarray
@@ -62,7 +62,8 @@ class Linear(Call):
     """A linear map.
 
     Attributes:
-      weight, bias: names of the parameters; no bias is None.
+      weight: name of the weight's parameter.
+      bias: name of the bias's parameter, None if there is no bias.
       transposed: the weight is stored [out, in].
     """
 
@@ -73,7 +74,7 @@ class Linear(Call):
 
 @dataclasses.dataclass(frozen=True)
 class NormCall(Call):
-    """A norm over the last axis. `scale` and `bias` are parameter names, or None; `shape` is that of the scale."""
+    """A norm over the last axis. `scale` and `bias` are parameter names, or None; `shape` is the scale's shape."""
 
     kind: NormKind
     eps: float
@@ -83,7 +84,7 @@ class NormCall(Call):
     shape: tuple[int, ...]
 
     def apply(self, x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The norm of another input."""
+        """Applies the norm to another input."""
         scale, bias = (None if name is None else weights[name] for name in (self.scale, self.bias))
         return normed(x, self.kind, self.eps, scale, bias, self.unit_offset)
 
@@ -103,12 +104,12 @@ class Trace:
       tokens: the row, [T].
       logits: [T, V].
       layers: module names of the decoder layers, in order.
-      calls: of every module, in the order they began.
+      calls: calls of all modules, in the order they began.
       parts: linear maps, norms and tables among them.
       weights: every parameter by name.
       settings: every number in the configuration by its field's name.
       reference: the model.
-      unexplained: measured factors that are in no configuration.
+      unexplained: measured factors that the configuration does not explain.
     """
 
     tokens: np.ndarray
@@ -122,7 +123,7 @@ class Trace:
     unexplained: list[float] = dataclasses.field(default_factory=list)
 
     def inside(self, module: str) -> list[Call]:
-        """The parts that ran inside a module."""
+        """Parts that ran inside a module."""
         return [part for part in self.parts if part.name.startswith(f"{module}.")]
 
     def call(self, module: str) -> Call:
@@ -130,9 +131,9 @@ class Trace:
         return next(call for call in self.calls if call.name == module)
 
     def exact(self, measured: float) -> float:
-        """A measured factor as the number it comes from: one of the configuration, or one that is written shortly.
+        """Replaces a measured factor by the number it approximates: from the configuration, or with few digits.
 
-        A number nothing explains is remembered, so that other layers have the same.
+        A number without an explanation is remembered, so that other layers use exactly the same one.
         """
         numbers = [abs(v) for v in self.settings.values() if v]
         count = len(self.layers)
@@ -145,11 +146,11 @@ class Trace:
         return measured if found is None else found
 
     def eps(self) -> list[float]:
-        """Numbers that norms may add to the mean square, those of the configuration first."""
+        """Candidates for the eps of norms, the configuration's numbers first."""
         return list(dict.fromkeys([*(v for v in self.settings.values() if 0 < v < 0.01), *_EPS]))
 
     def numbers(self, pattern: str) -> list[float]:
-        """Numbers of the configuration whose field's name contains the regular expression."""
+        """Numbers of the configuration whose field name matches the regular expression."""
         return list(dict.fromkeys(v for name, v in self.settings.items() if re.search(pattern, name)))
 
 
@@ -161,7 +162,7 @@ def normed(
     bias: np.ndarray | None = None,
     unit_offset: bool = False,
 ) -> np.ndarray:
-    """The norm of the last axis."""
+    """Norms the last axis."""
     if kind == "layer":
         x = x - x.mean(-1, keepdims=True, dtype=np.float64)
     y = x / np.sqrt(np.mean(np.square(x, dtype=np.float64), -1, keepdims=True) + eps)
@@ -173,7 +174,7 @@ def normed(
 def norm_call(
     call: Call, own: Sequence[str], weights: Mapping[str, np.ndarray], eps: Iterable[float]
 ) -> NormCall | None:
-    """The norm that gives a module's output."""
+    """Returns the norm that gives a module's output, or None."""
     names = [name for name in own if weights[name].shape == call.inputs.shape[-weights[name].ndim :]]
     if len(names) != len(own):
         return None
@@ -190,13 +191,13 @@ def norm_call(
         for offset in ((False, True) if scale else (False,))
     ]
     errors = [distance(norm.apply(call.inputs, weights), call.output) for norm in tried]
-    # Where eps is too small to show, the likeliest one counts: they are tried in that order.
+    # Several eps may be too small to matter; the first one tried is the most likely.
     likely = min(errors) + _ROUNDING
     return next((n for n, e in zip(tried, errors, strict=True) if e <= min(likely, MATCH)), None)
 
 
 def bare_norm(trace: Trace, inputs: np.ndarray, output: np.ndarray, vectors: Sequence[str] = ()) -> NormCall | None:
-    """The norm without a module that leads from one array to another, if any does.
+    """Returns the norm without a module that maps one array to another, if there is one.
 
     Args:
       vectors: parameters that may be its weights.
@@ -210,5 +211,5 @@ def bare_norm(trace: Trace, inputs: np.ndarray, output: np.ndarray, vectors: Seq
 
 
 def parameter_owner(name: str) -> str:
-    """The module a parameter belongs to."""
+    """Name of the module a parameter belongs to."""
     return name.rpartition(".")[0]

@@ -1,1 +1,1 @@
-"""Where weights come from: directories, hub repositories, GGUF files, adapters."""
+"""Readers of weights: directories, hub repositories, GGUF files, adapters."""

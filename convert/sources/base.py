@@ -1,4 +1,4 @@
-"""What a source of weights offers, whatever format it reads."""
+"""The interface of every source of weights, whatever its format."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 
 from tide_jax.model.files.shards import TensorInfo
 
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 CONV1D_TYPES = ("gpt2", "openai-gpt")  # model types that store weights as [in, out]
 
 
 class Source(Protocol):
-    """A checkpoint in somebody else's format.
+    """A checkpoint in another package's format.
 
     Attributes:
-      description: what it is, for messages and the conversion record.
-      config: the values of its config.json, under Hugging Face's names.
-      generation_config: the values of its generation_config.json, empty without one.
+      description: description for messages and the conversion record.
+      config: values of its config.json, under Hugging Face's names.
+      generation_config: values of its generation_config.json, empty if there is none.
       tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
       files: the weight files, for hashing.
 
-    A source that shows less than its files hold has `left_out`, too: the other tensors, with the reason. One whose
-    tensors differ from what transformers makes of the files has `rewritten`, which is true. One that holds integers has
-    `steps` (`steps_of`).
+    Some sources have more attributes. `left_out` maps the tensors in the files that the source hides to the reason.
+    `rewritten` is true if the tensors differ from those that transformers reads from the files. `steps` exists if the
+    source holds integers (`steps_of`).
     """
 
     description: str
@@ -36,20 +36,22 @@ class Source(Protocol):
     files: list[Path]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, float16 or bfloat16; the source keeps no reference to it."""
+        """Reads one tensor as float32, float16 or bfloat16; the source keeps no reference to it."""
         ...
 
     def write_side_files(self, directory: Path) -> None:
-        """Puts tokenizer files and generation_config.json into `directory`."""
+        """Writes tokenizer files and generation_config.json into `directory`."""
         ...
 
     def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer, a `transformers.PreTrainedTokenizerFast`."""
+        """Returns the checkpoint's tokenizer, a `transformers.PreTrainedTokenizerFast`."""
         ...
 
 
 def steps_of(source: Source, name: str) -> np.ndarray | None:
-    """What each number of a tensor is a whole multiple of, where the source holds integers with a scale for an output.
+    """Returns the step of each number in a tensor, if the source holds integers with one scale per output.
+
+    A number is a whole multiple of its step.
 
     Returns:
       float32 in the tensor's shape, a read-only view that takes no memory; None for other tensors.

@@ -1,4 +1,4 @@
-"""Directories that are on disk, or on the Hugging Face hub."""
+"""Finds directories on disk or downloads them from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
     "processor_config.json",
-    "config.json",  # names the tokenizer's class where nothing else does
+    "config.json",  # names the tokenizer's class if no other file does
 )
 _LEFT_OUT = ["original/*", "consolidated*"]
 _WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w.+/-]+))?")
-_REASON = 120  # characters of the hub client's message
+_REASON = 120  # longest quote from the hub client's message, in characters
 
 
 def local_directory(
@@ -34,11 +34,11 @@ def local_directory(
     revision: str | None = None,
     files: Sequence[str] = CHECKPOINT_FILES,
 ) -> Path:
-    """A directory on disk; that of a hub id is downloaded first.
+    """Returns a directory on disk; downloads it first for a hub id.
 
     Args:
       reference: a directory, or a hub id: "org/name", or "org/name@revision".
-      expected: what could be there, for messages.
+      expected: description of the expected kind of directory, for messages.
       revision: branch, tag or commit of a hub id.
       files: patterns of the files to download.
 
@@ -68,7 +68,7 @@ def _download(repository: str, revision: str | None, files: Sequence[str]) -> Pa
         return Path(
             snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=left_out)
         )
-    except Exception as error:  # the hub client's errors share no base class, and httpx's reach the caller too
+    except Exception as error:  # the hub client's errors share no base class, and httpx's get through too
         reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON]
         name = repository if revision is None else f"{repository}@{revision}"
         raise TideError(

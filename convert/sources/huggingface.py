@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face stores them: a directory of config.json, safetensors and tokenizer files."""
+"""Reads checkpoints in Hugging Face's format: a directory with config.json, safetensors and tokenizer files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _SIDE_FILES = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    "processor_config.json",  # it may hold a chat template
+    "processor_config.json",  # may hold a chat template
     "*.tiktoken",
     "tekken.json",
     "*.model",
-    "*.py",  # code a checkpoint brings: copied, never run
+    "*.py",  # the checkpoint's own code: copied, never run
 )
 
 
@@ -55,13 +55,13 @@ class HuggingFaceSource:
         self.files = self._shards.files
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read; float64 is rounded to float32."""
+        """Reads one tensor; rounds float64 to float32."""
         if self.tensors[name].dtype == "F64":
             return checked_cast(self._shards.read_stored(name), np.dtype(np.float32), name)
         return self._shards.read(name)
 
     def read_stored(self, name: str) -> np.ndarray:
-        """One tensor, packed integers and 8-bit floats too."""
+        """Reads one tensor as stored, including packed integers and 8-bit floats."""
         return self._shards.read_stored(name)
 
     def write_side_files(self, directory: Path) -> None:
@@ -69,12 +69,12 @@ class HuggingFaceSource:
         copy_side_files(self.directory, directory)
 
     def load_tokenizer(self) -> Any:
-        """The directory's tokenizer. Raises TideError where it holds none."""
+        """Returns the directory's tokenizer. Raises TideError if there is none."""
         return tokenizer_in(self.directory)
 
 
 def _check_types(directory: Path, config: dict[str, Any]) -> None:
-    """Raises TideError where what says how to read the rest is of the wrong type."""
+    """Raises TideError if config.json has the wrong type for a key that decides how to read the rest."""
     expected = {"model_type": (str, "a string"), "architectures": (list, "a list"), "auto_map": (dict, "an object")}
     for name, (kind, described) in expected.items():
         value = config.get(name)
@@ -87,7 +87,8 @@ def copy_side_files(source: Path, destination: Path) -> None:
     """Copies tokenizer files and generation_config.json between directories.
 
     Raises:
-      TideError: one is a link that leads out of `source`: what lies there would become part of a model to hand on.
+      TideError: a file is a link to somewhere outside `source`. Copying it would put a foreign file into a model that
+        may be passed on.
     """
     for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
         _check_own(path, source)
@@ -97,7 +98,7 @@ def copy_side_files(source: Path, destination: Path) -> None:
 
 
 def _check_own(path: Path, directory: Path) -> None:
-    """Raises TideError where a file leads out of its directory, but for links into the hub cache of its repository."""
+    """Raises TideError if a file is a link out of its directory; links into the repository's hub cache are fine."""
     place = Path(os.path.realpath(directory))
     own = [place]
     for folder in (place, *place.parents):  # .../models--org--name/snapshots/revision links to .../blobs

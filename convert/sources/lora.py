@@ -1,8 +1,9 @@
-"""LoRA adapters, merged into the checkpoint they were trained on while it is read.
+"""Merges LoRA adapters into their base checkpoint while it is read.
 
-Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) adds the product of two thin matrices to a weight; its scale may
-be rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732), and the sum's norm may be learned apart (DoRA, Liu et al.
-2024, arXiv:2402.09353). Directories are those of the PEFT package: adapter_config.json, adapter_model.safetensors.
+Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685) adds the product of two thin matrices to a weight. Its scale may
+be rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732), and the norm of the sum may be learned separately (DoRA, Liu
+et al. 2024, arXiv:2402.09353). Directories have the PEFT package's format: adapter_config.json,
+adapter_model.safetensors.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _USED = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora"),
     *("trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "peft_type"),
 )
-_HARMLESS = (  # how it was trained, or which modules: the stored names say that too
+_HARMLESS = (  # describes the training, or which modules were adapted, which the stored names tell too
     *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_version"),
     *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "modules_to_tie"),
@@ -51,7 +52,7 @@ _ROLES = {
     "base_layer.weight": "base",
 }
 _PAIRS = {"a": "b", "embedding_a": "embedding_b"}
-_USUAL_NAMES = {  # where no table says which tensors these are: in multimodal and in probed models
+_USUAL_NAMES = {  # for models without a table entry: multimodal and probed ones
     "embed.kernel": r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight",
     "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
 }
@@ -61,14 +62,14 @@ _PATTERN_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """What an adapter does to one tensor of the base checkpoint.
+    """Change of an adapter to one tensor of the base checkpoint.
 
     Attributes:
-      start: the base's tensor it starts from.
+      start: the base's tensor that is changed.
       parts: the adapter's tensors by role.
       scale: factor of the low-rank product and of an added bias.
       transposed: the weight is [in, out], as an embedding's or a Conv1D's.
-      rows: the tokens whose rows are stored.
+      rows: ids of the tokens whose rows the adapter stores.
     """
 
     start: str
@@ -79,7 +80,7 @@ class _Change:
 
     @property
     def whole(self) -> str | None:
-        """The adapter's tensor that takes the base's place."""
+        """The adapter's tensor that replaces the base's."""
         return self.parts.get("replaced", self.parts.get("base"))
 
     @property
@@ -89,30 +90,30 @@ class _Change:
 
 
 def with_adapter(base: Source, reference: str | Path) -> LoRASource:
-    """A checkpoint with an adapter merged into it.
+    """Returns a checkpoint with an adapter merged into it.
 
     Args:
       base: the checkpoint the adapter was trained on.
       reference: the adapter's directory or Hugging Face hub id.
 
     Raises:
-      TideError: as `LoRASource`, or no adapter is there.
+      TideError: as `LoRASource`, or there is no adapter.
     """
     return LoRASource(base, local_directory(reference, "an adapter directory"))
 
 
 class LoRASource:
-    """A checkpoint with an adapter merged into it; see `convert.sources.open.Source`.
+    """A checkpoint with an adapter merged into it; see `convert.sources.base.Source`.
 
-    A changed tensor is computed in float32 and read so; `tensors` gives the dtype of the base's. Where the base ties
-    its head to the embedding and the adapter changes one of them alone, the head becomes a tensor of its own.
+    A changed tensor is computed and returned in float32; `tensors` names the dtype of the base's tensor. If the base
+    ties its head to the embedding and the adapter changes only one of them, the head becomes a separate tensor.
 
     Args:
       base: the checkpoint the adapter was trained on.
       directory: the adapter.
 
     Raises:
-      TideError: not a LoRA adapter, of a variant that is not supported, or one that does not fit the base.
+      TideError: not a LoRA adapter, an unsupported variant, or one that does not fit the base.
     """
 
     rewritten = True
@@ -132,7 +133,7 @@ class LoRASource:
         self.tensors: Mapping[str, TensorInfo] = {**base.tensors, **changed}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor: as the base has it, or changed, in float32."""
+        """Reads one tensor: unchanged, or with the adapter's change in float32."""
         change = self._changes.get(name)
         if change is None:
             return self._base.read(name)
@@ -140,6 +141,7 @@ class LoRASource:
         if change.parts.keys() <= {"replaced", "base"}:
             return tensor
         tensor = tensor.astype(np.float32)
+        # In PEFT's order: replaced rows, then the bias, the low-rank product, and DoRA's norms.
         if change.rows:
             tensor[list(change.rows)] = self._float32(change.parts["rows"])
         if "added" in change.parts:
@@ -152,18 +154,18 @@ class LoRASource:
         return tensor
 
     def steps(self, name: str) -> np.ndarray | None:
-        """As `convert.sources.open.steps_of`: what the adapter changes has none."""
+        """As `convert.sources.base.steps_of`; None for tensors that the adapter changes."""
         return None if name in self._changes else steps_of(self._base, name)
 
     def write_side_files(self, directory: Path) -> None:
-        """The base's files, with the adapter's tokenizer and chat templates where it has them."""
+        """Writes the base's files, then the adapter's tokenizer and chat templates if it has any."""
         self._base.write_side_files(directory)
         if chat_templates(self._directory):
-            remove_template_files(directory)  # they would count before those in the adapter's tokenizer_config.json
+            remove_template_files(directory)  # they would override those in the adapter's tokenizer_config.json
         copy_side_files(self._directory, directory)
 
     def load_tokenizer(self) -> Any:
-        """The adapter's tokenizer where it has one, else the base's."""
+        """Returns the adapter's tokenizer if it has one, else the base's."""
         own = any((self._directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         return tokenizer_in(self._directory) if own else self._base.load_tokenizer()
 
@@ -183,11 +185,11 @@ class LoRASource:
         return changes
 
     def _located(self, target: str) -> tuple[str, str]:
-        """Name of the tensor an adapter changes, and of the base's tensor it starts from."""
+        """Name of the tensor that an adapter changes, and of the base's tensor that it starts from."""
         tensors = self._base.tensors
         if target in tensors:
             return target, target
-        # The adapter may have been trained on the model with a head and the base saved without, or the reverse.
+        # The adapter may have been trained on a model with a head and the base saved without one, or the reverse.
         similar = [name for name in tensors if target.endswith(f".{name}") or name.endswith(f".{target}")]
         if len(similar) == 1:
             return similar[0], similar[0]
@@ -230,7 +232,7 @@ class LoRASource:
         shapes = [self._adapter.infos[part].shape for part in change.low_rank]
         shape = self._start_shape(name, change)
         inner, outer = shapes[0][1:], shapes[1][:1]
-        # The adapter's flag is only that of the module PEFT wrapped last.
+        # The adapter's flag describes only the module that PEFT wrapped last.
         in_out = self._settings.get("fan_in_fan_out") or self._base.config.get("model_type") in CONV1D_TYPES
         multiply = all(len(factor) == 2 for factor in shapes) and shapes[0][0] == shapes[1][1]
         embedding = "embedding_a" in change.parts
@@ -268,7 +270,7 @@ class LoRASource:
         return tuple(indices)
 
     def _start_shape(self, name: str, change: _Change) -> tuple[int, ...]:
-        """Shape of a tensor before it is changed. A stored embedding or head may have more tokens than the base's."""
+        """Shape of a tensor before the change. The adapter's embedding or head may have more tokens than the base's."""
         base = self._base.tensors[change.start].shape
         if change.whole is None:
             return base
@@ -291,9 +293,10 @@ class LoRASource:
         return TensorInfo(shape, self._base.tensors[change.start].dtype)
 
     def _head_apart(self, changes: Mapping[str, _Change]) -> dict[str, _Change]:
-        """The head of a base that ties it to the embedding, where the adapter changes the embedding alone.
+        """Separates the head of a base that ties it to the embedding, if the adapter changes only the embedding.
 
-        It stays what the embedding was; with a new vocabulary, or where single tokens were trained, both stay tied.
+        The new head keeps the base's embedding. With a new vocabulary, or if single tokens were trained, both stay
+        tied.
         """
         embedding = next((changes[name] for name in self._embeddings if name in changes), None)
         if embedding is None or (embedding.low_rank is None and "replaced" not in embedding.parts):
@@ -301,7 +304,7 @@ class LoRASource:
         if self._start_shape(self._embeddings[0], embedding) != self._base.tensors[embedding.start].shape:
             return {}
         patterns = (pattern for pattern in self._patterns("head.kernel"))
-        # A rule's pattern names one tensor but for optional groups.
+        # A rule's pattern names one tensor, apart from optional groups.
         names = (re.sub(r"\(\?:.*?\)\?", "", pattern).replace("\\", "") for pattern in patterns)
         head = next((name for name in names if self._fills(name, "head.kernel")), None)
         if head is None:
@@ -329,7 +332,7 @@ class LoRASource:
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA adapter. Raises TideError for other kinds and for variants not supported."""
+    """Reads adapter_config.json of a LoRA adapter. Raises TideError for other adapters and unsupported variants."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         raise TideError(f"{directory} has no {ADAPTER_CONFIG}: expected a LoRA adapter as PEFT saves it")
@@ -349,7 +352,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
-    """The adapter's tensors by the tensor they change, in the model's names, and by role."""
+    """Groups the adapter's tensors by the tensor they change, under the model's names, and by role."""
     targets: dict[str, dict[str, str]] = {}
     for stored in names:
         name = stored.removeprefix(_PREFIX)
@@ -365,10 +368,10 @@ def _by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dic
 
 
 def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """A module's own value: the first pattern that matches its name or the end of it, as PEFT looks it up."""
+    """A module's own value: that of the first pattern that matches its name or the end of it, as in PEFT."""
     patterns = settings.get(key) or {}
     try:
-        # Patterns are anyone's, and may try more ways to match than there is time for: `re` has no limit.
+        # Patterns are untrusted and may backtrack without end; `re` has no time limit.
         matches = (
             value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_PATTERN_SECONDS)
         )
@@ -378,13 +381,13 @@ def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any
 
 
 def _add_product(tensor: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:
-    """``tensor += scale * left @ right``, some rows at a time."""
+    """Computes ``tensor += scale * left @ right``, some rows at a time."""
     for start in range(0, len(tensor), _BLOCK_ROWS):
         tensor[start : start + _BLOCK_ROWS] += (np.float32(scale) * left[start : start + _BLOCK_ROWS]) @ right
 
 
 def _set_norms(tensor: np.ndarray, magnitude: np.ndarray, transposed: bool) -> None:
-    """Gives the weights of each output the norm `magnitude` says."""
+    """Rescales the weights of each output to the norms in `magnitude`."""
     by_output = tensor.T if transposed else tensor
     norms = np.sqrt(np.einsum("oi,oi->o", by_output, by_output))
     by_output *= (magnitude / norms)[:, None]

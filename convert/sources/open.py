@@ -25,7 +25,7 @@ def open_source(reference: str | Path, *, revision: str | None = None) -> Source
       revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: nothing is there, it is not a checkpoint that can be read, or files on disk are given a revision.
+      TideError: there is no checkpoint, it cannot be read, or files on disk are given a revision.
     """
     if (path := _gguf_file(reference, revision)) is not None:
         return GGUFSource(path)
@@ -33,16 +33,16 @@ def open_source(reference: str | Path, *, revision: str | None = None) -> Source
 
 
 def open_tokenizer(reference: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint, or of a directory that holds nothing else; of a hub id no weights are downloaded.
+    """Returns a checkpoint's tokenizer as a `transformers.PreTrainedTokenizerFast`, without downloading weights.
 
-    It is a `transformers.PreTrainedTokenizerFast`. Code that the checkpoint brings is not run.
+    The directory may hold just a tokenizer. Code inside the checkpoint is not run.
 
     Args:
       reference: a directory, a `.gguf` file (or a directory holding just one), or a hub id.
       revision: branch, tag or commit of a hub id.
 
     Raises:
-      TideError: there is no tokenizer, or none that can be read.
+      TideError: there is no tokenizer, or it cannot be read.
     """
     path = _gguf_file(reference, revision)
     if path is None:
@@ -54,7 +54,7 @@ def open_tokenizer(reference: str | Path, *, revision: str | None = None) -> Any
 
 
 def _gguf_file(reference: str | Path, revision: str | None) -> Path | None:
-    """The file, where a GGUF file is meant. Raises TideError where it is missing, or is given a revision."""
+    """The file if `reference` names a GGUF file, else None. Raises TideError if it is missing or given a revision."""
     path = Path(reference).expanduser()
     if path.suffix != ".gguf":
         return None
@@ -66,7 +66,7 @@ def _gguf_file(reference: str | Path, revision: str | None) -> Path | None:
 
 
 def _only_gguf(directory: Path) -> Path | None:
-    """The GGUF model of a directory that holds just one, its first part if it lies in several."""
+    """The only GGUF model of a directory, or its first part; None if there is no such file or several."""
     weights = sorted(directory.glob("*.gguf"))
     models = {re.sub(r"-\d{5}-of-", "-of-", weight.name) for weight in weights}
     return weights[0] if len(models) == 1 and not (directory / "config.json").exists() else None

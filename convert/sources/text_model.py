@@ -1,4 +1,4 @@
-"""The text decoder inside a multimodal checkpoint, shown as a checkpoint of its own."""
+"""Presents the text decoder inside a multimodal checkpoint as a separate checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OTHER = re.compile(
 
 
 def text_decoder(source: Source) -> Source:
-    """The decoder of a checkpoint that reads images or sound, too; the source itself where it reads text only.
+    """Returns the text decoder of a checkpoint that also reads images or sound; a text-only source stays as it is.
 
     Raises:
       TideError: a count of the configuration is out of its bounds.
@@ -40,7 +40,7 @@ def text_decoder(source: Source) -> Source:
 
 
 class TextSource:
-    """The text decoder of a multimodal checkpoint, with the names it has when it stands alone.
+    """The text decoder of a multimodal checkpoint, under the names of a stand-alone decoder.
 
     Attributes:
       left_out: the tensors of the other parts, with the reason.
@@ -60,13 +60,13 @@ class TextSource:
         logger.info("%s: %d tensors of other parts are left out", self.description, len(self.left_out))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read."""
+        """Reads one tensor."""
         if name not in self._stored:
             raise TideError(f"{self.description} has no tensor {name}")
         return self._whole.read(self._stored[name])
 
     def steps(self, name: str) -> np.ndarray | None:
-        """As `convert.sources.open.steps_of`."""
+        """As `convert.sources.base.steps_of`."""
         return steps_of(self._whole, self._stored[name])
 
     def write_side_files(self, directory: Path) -> None:
@@ -74,12 +74,12 @@ class TextSource:
         self._whole.write_side_files(directory)
 
     def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
+        """Returns the checkpoint's tokenizer."""
         return self._whole.load_tokenizer()
 
 
 def _text_config(source: Source) -> dict[str, Any] | None:
-    """The text part of a composite configuration; None where the whole is a text model, not known or not valid."""
+    """Text part of a composite configuration; None if the whole is a text model, unknown or invalid."""
     from transformers import CONFIG_MAPPING
 
     model_type = source.config.get("model_type")
@@ -87,31 +87,34 @@ def _text_config(source: Source) -> dict[str, Any] | None:
         return None
     try:
         whole = configuration(CONFIG_MAPPING[model_type], source.config)
-    except Exception:  # its validators raise several unrelated classes; who reads the configuration next reports them
+    except Exception:  # unrelated classes, from its validators; the next reader of the configuration reports them
         return None
     if whole.is_encoder_decoder:
         return None
     text = whole.get_text_config(decoder=True)
     if text is whole or not hasattr(text, "to_dict"):
         return None
-    # transformers' generate asks the whole configuration for these first, and the text part for what is left unset.
+    # transformers' generate reads these from the whole configuration first, and from the text part if unset.
     outer = whole.to_dict()
     ends = {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
-    # The head belongs to the whole, and older checkpoints say it of the text part alone. Where the two disagree, a head
-    # that is stored decides (see `convert.tied`); one that neither ties has to be stored.
+    # The head belongs to the whole, but older checkpoints mark it as tied only in the text part. If the two disagree, a
+    # stored head decides (see `convert.tied`); a head that neither ties must be stored.
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, text))
     return text.to_dict() | ends | {"tie_word_embeddings": bool(tied)}
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Names of the text decoder's tensors when it stands alone, and those they are stored under."""
+    """Maps names of the stand-alone text decoder's tensors to their stored names."""
     if any(_TEXT.search(name) for name in tensors):
         return {_alone(name): name for name in tensors if _TEXT.search(name) or _HEAD.fullmatch(name)}
     return {name: name for name in tensors if not _OTHER.fullmatch(name)}
 
 
 def _alone(name: str) -> str:
-    """``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` as ``model.layers.0...``."""
+    """Returns the name that a tensor has in the text decoder alone.
+
+    ``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` become ``model.layers.0...``.
+    """
     found = _TEXT.search(name)
     if found is None or _HEAD.fullmatch(name):
         return name.removeprefix("language_model.")

@@ -1,1 +1,1 @@
-"""Weight maps: how source tensors are arranged (`takes`) and which names common parts of a decoder have (`parts`)."""
+"""Weight maps: arrangements of source tensors (`takes`) and the names of common decoder parts (`parts`)."""

@@ -1,7 +1,7 @@
-"""The names that parts of a decoder have in checkpoints, as tables a family's weight map is put together from.
+"""Tables of checkpoint names for common parts of a decoder; families assemble their weight maps from them.
 
-A table maps a module or tensor name inside a layer to the targets it fills. Tables list more than any one family has:
-rules that match nothing do no harm, and whatever matches must fit the family's configuration exactly.
+A table maps a module or tensor name inside a layer to the targets it fills. Tables may list more names than a family
+has: rules that match nothing are harmless, and every match must fit the family's configuration exactly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Names = Mapping[str, tuple[Target, ...]]
 
 
 def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | None = None, slot: str = "") -> Names:
-    """A Linear's weight and bias; `slot` indexes the parameter without the kernel's input axis."""
+    """Names of a Linear's weight and bias; `slot` indexes the parameter without the kernel's input axis."""
     kernel_slot = f":, {slot}" if slot else ""
     return {
         f"{name}.weight": (Target(f"{path}.kernel", weight, kernel_slot),),
@@ -26,7 +26,7 @@ def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | N
 
 
 def norm(name: str, path: str, take: Take = whole) -> Names:
-    """A norm's weight and bias."""
+    """Names of a norm's weight and bias."""
     return {
         f"{name}.weight": (Target(f"{path}.scale", take),),
         f"{name}.bias": (Target(f"{path}.bias", take),),
@@ -34,7 +34,7 @@ def norm(name: str, path: str, take: Take = whole) -> Names:
 
 
 def mlp(name: str, path: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
-    """A gated MLP."""
+    """Names of an MLP with a gate."""
     return {
         **linear(f"{name}.{gate}", f"{path}.gate_up", slot="0"),
         **linear(f"{name}.{up}", f"{path}.gate_up", slot="1"),
@@ -43,12 +43,12 @@ def mlp(name: str, path: str, gate: str = "gate_proj", up: str = "up_proj", down
 
 
 def plain_mlp(up: str, down: str) -> Names:
-    """An MLP without a gate."""
+    """Names of an MLP without a gate."""
     return {**linear(up, "mlp.up"), **linear(down, "mlp.down")}
 
 
 def attention(name: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", out: str = "out_proj") -> Names:
-    """Linears of queries, keys, values and the output, named inside a module."""
+    """Linears for queries, keys, values and output inside one module."""
     return {
         **linear(f"{name}.{q}", "attention.q", takes.heads_out, takes.heads_bias),
         **linear(f"{name}.{k}", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 0"),
@@ -68,7 +68,7 @@ def experts(name: str, gate: str = "gate_proj", up: str = "up_proj", down: str =
 
 
 def fused_qkv(name: str, q: Take, kv: Take) -> Names:
-    """One Linear of queries, keys and values."""
+    """One Linear for queries, keys and values."""
     return {
         f"{name}.weight": (Target("attention.q.kernel", q), Target("attention.kv.kernel", kv)),
         f"{name}.bias": (Target("attention.q.bias", q), Target("attention.kv.bias", kv)),
@@ -76,7 +76,7 @@ def fused_qkv(name: str, q: Take, kv: Take) -> Names:
 
 
 def layers(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | None = None) -> tuple[Rule, ...]:
-    """Rules of the layers' tensors; target paths are relative to the layer."""
+    """Rules for the layers' tensors; target paths are relative to the layer."""
     names = {name: targets for part in parts for name, targets in part.items()}
     return tuple(
         move(
@@ -89,7 +89,7 @@ def layers(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | N
 
 
 def untied(config: DecoderConfig) -> bool:
-    """Whether the head has weights of its own."""
+    """Whether the head has its own weights."""
     return not config.tie_embeddings
 
 
@@ -99,7 +99,7 @@ def tied(config: DecoderConfig) -> bool:
 
 
 def outside(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, ...]:
-    """Rules of the embedding, the final norm and the head."""
+    """Rules for the embedding, the final norm and the head."""
     return (
         move(f"{embed}.weight", Target("embed.kernel")),
         move(f"{final_norm}.weight", Target("final_norm.scale")),
@@ -112,12 +112,12 @@ def outside(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, .
 
 
 def embedding_norm(name: str) -> tuple[Rule, ...]:
-    """Rules of the norm that follows the embedding."""
+    """Rules for the norm after the embedding."""
     return move(f"{name}.weight", Target("embedding_norm.scale")), move(f"{name}.bias", Target("embedding_norm.bias"))
 
 
 def projections(into: str, out: str) -> tuple[Rule, ...]:
-    """Rules of the projections between the embeddings' width and the layers'."""
+    """Rules for the projections between the embeddings' width and the layers'."""
     return (
         move(f"{into}.weight", Target("project_in.kernel", takes.transposed)),
         move(f"{out}.weight", Target("project_out.kernel", takes.transposed)),
@@ -125,7 +125,7 @@ def projections(into: str, out: str) -> tuple[Rule, ...]:
 
 
 def sinusoidal_table(name: str) -> Rule:
-    """A table of sinusoidal positions needs no parameter."""
+    """Ignores a table of sinusoidal positions, which the model computes."""
     return ignore(move(name).pattern, "sinusoidal positions are computed")
 
 
@@ -200,7 +200,7 @@ SANDWICH_NORMS: Names = {
 def llama_weights(
     norms: Names = PRE_NORMS, *more: Names, attention: Names = ATTENTION, top: tuple[Rule, ...] = OUTSIDE
 ) -> tuple[Rule, ...]:
-    """The map of a checkpoint named like Llama's, with dense, fused or expert feed-forward blocks.
+    """Weight map for checkpoints named like Llama's, with dense, fused or expert feed-forward blocks.
 
     Args:
       norms: names of the norms.

@@ -1,8 +1,8 @@
-"""Weight maps as data: which source tensor fills which slot of which parameter, and proof that all of it fits.
+"""Weight maps as data: which source tensor fills which slot of which parameter, and a proof that everything fits.
 
-A rule is matched against source tensor names; its targets say where the tensor goes. Several tensors may fill slots
-of one parameter (keys and values share a kernel), and one tensor may fill several parameters (a fused projection).
-`coverage` plans a whole conversion from names and shapes alone, before any weight is read.
+A rule matches source tensor names; its targets say where the tensor goes. Several tensors may fill slots of one
+parameter (keys and values share a kernel), and one tensor may fill several parameters (a fused projection). `coverage`
+plans a whole conversion from names and shapes alone, before any weight is read.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters
 from tide_jax.model.files.shards import TensorInfo
 
-_ROOM = 220  # characters of an error for the problems it lists
+_ROOM = 220  # characters in an error message for the listed problems
 Take = Callable[[np.ndarray, DecoderConfig], np.ndarray]
 Slot = tuple[int | slice, ...]
 
 
 def whole(array: np.ndarray, config: DecoderConfig) -> np.ndarray:
-    """The tensor as it is stored."""
+    """The unchanged tensor."""
     return array
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where (part of) a source tensor goes.
+    """Destination of a source tensor, or of a part of it.
 
     Attributes:
       path: dotted parameter path; ``{name}`` stands for a named group of the rule's pattern.
-      take: picks and arranges the part that goes there, as a view.
-      slot: basic index into the parameter, written as in code (``":, :, 0"``, ``"{expert}, :, 1"``); all of it
-        when empty.
+      take: selects and arranges the part that goes there, as a view.
+      slot: basic index into the parameter, written as in code (``":, :, 0"``, ``"{expert}, :, 1"``); empty for the
+        whole parameter.
     """
 
     path: str
@@ -46,14 +46,15 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What happens to the source tensors whose whole name matches `pattern`.
+    """Says what happens to source tensors whose full name matches `pattern`.
 
     Attributes:
       pattern: regular expression with named groups.
-      targets: where they go; nowhere when empty.
-      reason: why a tensor without targets is left out.
-      when: the rule holds only for configurations of which this is true.
-      past_layers: the rule is for layers past the last, by the pattern's group ``layer``; there it alone holds.
+      targets: destinations; empty if the tensors are left out.
+      reason: why tensors without targets are left out.
+      when: the rule applies only to configurations for which this is true.
+      past_layers: the rule applies only to layers past the last one, by the pattern's group ``layer``. There it
+        overrides all other rules.
     """
 
     pattern: str
@@ -64,7 +65,7 @@ class Rule:
 
 
 def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
-    """A rule written as a name: ``{name}`` is a number, ``[text]`` is optional, all else stands for itself.
+    """Writes a rule as a name: ``{name}`` is a number, ``[text]`` is optional, everything else is literal.
 
     >>> move("[model.]layers.{layer}.norm.weight").pattern
     '(?:model\\\\.)?layers\\\\.(?P<layer>\\\\d+)\\\\.norm\\\\.weight'
@@ -75,13 +76,13 @@ def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | 
 
 
 def ignore(pattern: str, reason: str, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
-    """A rule that leaves the tensors matching a regular expression out, and says why."""
+    """A rule that leaves out the tensors matching a regular expression, with the reason."""
     return Rule(pattern, (), reason) if when is None else Rule(pattern, (), reason, when)
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One source tensor's way into one slot of one parameter."""
+    """Transfer of one source tensor, or a part of it, into one slot of one parameter."""
 
     source: str
     path: str
@@ -91,11 +92,11 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A conversion whose names and shapes are known to fit.
+    """A conversion whose names and shapes fit.
 
     Attributes:
-      shapes: every parameter's shape, in the order they are written.
-      pieces: what fills them; together every slot exactly once.
+      shapes: shape of every parameter, in the order of writing.
+      pieces: fill every slot exactly once.
       ignored: source tensors left out, with the reason.
     """
 
@@ -104,11 +105,11 @@ class Plan:
     ignored: dict[str, str]
 
     def by_source(self) -> dict[str, list[Piece]]:
-        """The pieces each source tensor gives."""
+        """Pieces of each source tensor."""
         return _group(self.pieces, lambda piece: piece.source)
 
     def by_path(self) -> dict[str, list[Piece]]:
-        """The pieces that fill each parameter."""
+        """Pieces of each parameter."""
         return _group(self.pieces, lambda piece: piece.path)
 
 
@@ -116,8 +117,8 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
     """Matches every source tensor with a rule and every parameter with its sources, without reading data.
 
     Raises:
-      TideError: source tensors no rule or several rules match, parameters or slots nothing or several tensors fill,
-        shapes that do not fit; the first of them and their number in one message, each with what was expected and
+      TideError: no rule or several rules match a source tensor, nothing or several tensors fill a parameter or slot, or
+        shapes do not fit. The message has the number of problems and the first of them, each with what was expected and
         what was found.
     """
     shapes = abstract_parameters(config)
@@ -125,6 +126,7 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
     problems: list[str] = []
     pieces: list[Piece] = []
     ignored: dict[str, str] = {}
+    # Each source tensor needs exactly one rule, and each target of the rule must accept its shape.
     for name, info in tensors.items():
         matches = _matches(name, compiled, config)
         if len(matches) != 1:
@@ -140,6 +142,7 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
                 continue
             problems += _misfit(piece, info, shapes[piece.path], config)
             pieces.append(piece)
+    # Each slot of each parameter needs exactly one piece.
     problems += _filling(shapes, pieces)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -151,7 +154,7 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
 def _matches(
     name: str, rules: Sequence[tuple[re.Pattern[str], Rule]], config: DecoderConfig
 ) -> list[tuple[re.Match[str], Rule]]:
-    """The rules that hold for a tensor."""
+    """Rules that apply to a tensor."""
     matches = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
     past = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
     return past or [(match, rule) for match, rule in matches if not rule.past_layers]
@@ -165,7 +168,7 @@ def _piece(name: str, match: re.Match[str], target: Target) -> Piece:
 
 
 def _outside(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The place a piece would fill, where the model has no such place."""
+    """Describes a piece's destination if the model has no such place; else None."""
     if piece.path not in shapes:
         return f"{piece.path}, which the model does not have"
     shape = shapes[piece.path]
@@ -175,7 +178,7 @@ def _outside(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _misfit(piece: Piece, info: TensorInfo, shape: tuple[int, ...], config: DecoderConfig) -> list[str]:
-    """Why a tensor cannot fill its slot, found out on arrays that take no memory."""
+    """Why a tensor can't fill its slot, tested on dummy arrays that take no memory."""
     expected = _dummy(shape)[piece.slot].shape
     problem = f"source tensor {piece.source} has shape {list(info.shape)}"
     where = f"{piece.path}{_brackets(piece.slot)} {list(expected)}"
@@ -191,7 +194,7 @@ def _dummy(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _filling(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> list[str]:
-    """Parameters and slots that nothing fills, or that are filled twice."""
+    """Parameters and slots that nothing fills, or several pieces fill."""
     by_path = _group(pieces, lambda piece: piece.path)
     problems: list[str] = []
     for path, shape in shapes.items():
@@ -207,7 +210,7 @@ def _filling(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> 
 
 
 def _fill_count(shape: tuple[int, ...], slots: Sequence[Slot]) -> np.ndarray:
-    """How often each slot is filled; axes that no slot indexes are collapsed to size 1."""
+    """How often each slot is filled; axes that no slot indexes collapse to size 1."""
     indexed = {axis for slot in slots for axis, index in enumerate(slot) if isinstance(index, int)}
     count = np.zeros([size if axis in indexed else 1 for axis, size in enumerate(shape)], np.int32)
     for slot in slots:
@@ -216,7 +219,7 @@ def _fill_count(shape: tuple[int, ...], slots: Sequence[Slot]) -> np.ndarray:
 
 
 def _slots(chosen: np.ndarray) -> list[Slot]:
-    """The chosen places of a fill count as slots."""
+    """Converts the True entries of a fill count's mask to slots."""
     return [
         _trim(tuple(int(i) if size > 1 else slice(None) for i, size in zip(index, chosen.shape, strict=True)))
         for index in np.argwhere(chosen)

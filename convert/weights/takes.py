@@ -1,8 +1,8 @@
-"""Arrangements of source tensors: each picks the part that fills a slot of a parameter, as a view.
+"""Arrangements of source tensors: each selects the part that fills a slot of a parameter, as a view.
 
-torch's Linear weights are [out, in] and fuse axes; ours are [in..., out...] with heads on axes of their own. An export
-writes a checkpoint back through the views. A copy does where the parts lie too far apart for a view; nothing may be
-computed.
+torch's Linear weights are [out, in] and fuse axes; tide_jax's are [in..., out...] with separate axes for heads. An
+export writes a checkpoint back through these views. Where the parts are not contiguous enough for a view, a copy is
+allowed, but no arithmetic.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ def heads_out(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def query_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Queries of a layer with heads of its own width, [heads * hd, ...] to [..., heads, hd]."""
+    """Queries of a layer that has its own head width, [heads * hd, ...] to [..., heads, hd]."""
     return a.T.reshape(*a.shape[:0:-1], c.num_heads, -1)
 
 
 def query_heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The output projection of such a layer, [D, heads * hd] to [heads, hd, D]."""
+    """Output projection of a layer that has its own head width, [D, heads * hd] to [heads, hd, D]."""
     return a.T.reshape(c.num_heads, -1, a.shape[0])
 
 
 def kv_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Keys or values of a layer with heads of its own number and width, [kv * hd, ...] to [..., kv, hd]."""
+    """Keys or values of a layer that has its own number and width of heads, [kv * hd, ...] to [..., kv, hd]."""
     shapes = [(kind.num_kv_heads or c.num_kv_heads, kind.head_dim or c.head_dim) for kind in c.attention_types]
     heads = next((kv for kv, hd in shapes if kv * hd == a.shape[0]), 1)
     return a.T.reshape(*a.shape[:0:-1], heads, -1)
 
 
 def heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """[D, heads * hd] to [heads, hd, D]: layers may differ in the number of heads, or else in their width."""
+    """[D, heads * hd] to [heads, hd, D]. Layers may differ in the number of heads, or else in their width."""
     by_width = any(kind.num_heads for kind in c.attention_types)
     return a.T.reshape(-1, c.head_dim, a.shape[0]) if by_width else a.T.reshape(c.num_heads, -1, a.shape[0])
 
@@ -52,18 +52,18 @@ def heads_bias(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def heads_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A norm's weight [heads * hd] to [heads, hd] where heads have their own; one that they share as it is."""
+    """A norm's weight, [heads * hd] to [heads, hd] if each head has its own; a shared one stays as it is."""
     own = any(kind.qk_norm.all_heads or kind.qk_norm.per_head for kind in c.attention_types if kind.qk_norm)
     return a.reshape(-1, c.head_dim) if own else a
 
 
 def single(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A number on its own to a vector of one."""
+    """A scalar to a vector of one."""
     return a.reshape(1)
 
 
 def gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A gate of the attention's output, [heads * hd, D] to [D, heads, hd] or [heads, D] to [D, heads, 1]."""
+    """Gate of the attention output, [heads * hd, D] to [D, heads, hd] or [heads, D] to [D, heads, 1]."""
     return a.T.reshape(a.shape[1], -1, 1 if c.attention_gate == "head" else c.head_dim)
 
 
@@ -73,33 +73,33 @@ def column(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def values_out(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Values of a width of their own, [heads * vd, ...] to [..., heads, vd]."""
+    """Values with their own width, [heads * vd, ...] to [..., heads, vd]."""
     assert c.value_dim is not None
     return a.T.reshape(*a.shape[1:], -1, c.value_dim)
 
 
 def conv1d_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """GPT-2's Conv1D is [in, out] already: [heads * hd, D] to [heads, hd, D]."""
+    """GPT-2's Conv1D, already [in, out]: [heads * hd, D] to [heads, hd, D]."""
     return a.reshape(c.num_heads, -1, a.shape[1])
 
 
 def halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Gate and up projection, one after the other: [2 F, D] to [D, 2, F], [2 F] to [2, F]."""
+    """Gate, then up projection: [2 F, D] to [D, 2, F], [2 F] to [2, F]."""
     return a.T.reshape(*a.shape[1:], 2, -1)
 
 
 def stacked_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Gate and up projections of stacked experts, one after the other, torch's way: [E, 2 F, D] to [E, D, 2, F]."""
+    """Gate, then up projection of stacked experts in torch's order: [E, 2 F, D] to [E, D, 2, F]."""
     return a.swapaxes(1, 2).reshape(a.shape[0], a.shape[2], 2, -1)
 
 
 def split_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Gate and up projections of stacked experts, one after the other: [E, D, 2 F] to [E, D, 2, F]."""
+    """Gate, then up projection of stacked experts: [E, D, 2 F] to [E, D, 2, F]."""
     return a.reshape(*a.shape[:-1], 2, -1)
 
 
 def alternating_halves(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Gate and up projections of stacked experts, channel by channel: [E, ..., 2 F] to [E, ..., 2, F]."""
+    """Gate and up projections of stacked experts, alternating by channel: [E, ..., 2 F] to [E, ..., 2, F]."""
     return a.reshape(*a.shape[:-1], -1, 2).swapaxes(-1, -2)
 
 
@@ -115,14 +115,14 @@ def experts_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def flat(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Without axes of size 1 in front: [1, E] to [E]."""
+    """Drops leading axes of size 1: [1, E] to [E]."""
     return a.reshape(-1)
 
 
 def blocks(parts: int, pick: int | slice) -> Take:
-    """Of projections with equally many heads, fused one after the other in a Conv1D [..., parts * H * hd].
+    """Selects from projections with equal head counts, concatenated in a Conv1D [..., parts * H * hd].
 
-    Gives [..., H, hd] of one part, [..., H, parts picked, hd] of several.
+    Returns [..., H, hd] for one part, [..., H, parts picked, hd] for several.
     """
 
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
@@ -133,7 +133,7 @@ def blocks(parts: int, pick: int | slice) -> Take:
 
 
 def interleaved(pick: int | slice) -> Take:
-    """Of queries, keys and values fused head by head in a Linear [H * (q, k, v) * hd, ...]: [..., H, (picked), hd]."""
+    """From queries, keys and values fused by head in a Linear [H * (q, k, v) * hd, ...]: [..., H, (picked), hd]."""
 
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
         return a.T.reshape(*a.shape[1:], c.num_heads, 3, c.head_dim)[..., pick, :]
@@ -142,9 +142,9 @@ def interleaved(pick: int | slice) -> Take:
 
 
 def device_blocks(pick: int) -> Take:
-    """Of CodeGen's Linear [3 * H * hd, D], cut in four blocks of queries, values and keys: [D, H, hd] of one.
+    """One role of CodeGen's Linear [3 * H * hd, D], which has four blocks of queries, values and keys: [D, H, hd].
 
-    The blocks of one kind lie apart, so this is a copy.
+    Blocks of one role are not adjacent, so this is a copy.
     """
 
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
@@ -155,15 +155,15 @@ def device_blocks(pick: int) -> Take:
 
 
 def grouped_q(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The queries of a Linear [KV * (g + 2) * hd, ...] that holds each key-value head behind its queries: [..., H, hd].
+    """Queries of a Linear [KV * (g + 2) * hd, ...] that stores each key-value head after its queries: [..., H, hd].
 
-    A view where there is one group, or one query in each.
+    A view if there is one group, or one query per group.
     """
     return _grouped(a, c)[..., :-2, :].reshape(*a.shape[:0:-1], c.num_heads, c.head_dim)
 
 
 def grouped_kv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The keys and values of a Linear [KV * (g + 2) * hd, ...], grouped: [..., KV, 2, hd]."""
+    """Keys and values of a grouped Linear [KV * (g + 2) * hd, ...]: [..., KV, 2, hd]."""
     return _grouped(a, c)[..., -2:, :]
 
 
@@ -172,12 +172,12 @@ def _grouped(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def fused_q(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The queries of a Linear [(H + 2 KV) * hd, ...] that holds queries, keys and values: [..., H, hd]."""
+    """Queries of a Linear [(H + 2 KV) * hd, ...] that holds queries, keys and values: [..., H, hd]."""
     return a.T.reshape(*a.shape[1:], -1, c.head_dim)[..., : c.num_heads, :]
 
 
 def fused_kv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The keys and values of a Linear [(H + 2 KV) * hd, ...]: [..., KV, 2, hd]."""
+    """Keys and values of a Linear [(H + 2 KV) * hd, ...]: [..., KV, 2, hd]."""
     both = a.T.reshape(*a.shape[1:], -1, c.head_dim)[..., c.num_heads :, :]
     return both.reshape(*both.shape[:-2], 2, -1, c.head_dim).swapaxes(-3, -2)
 
@@ -193,18 +193,18 @@ def expert_outputs(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
 
 def keys_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The keys and values of a Linear [2 * KV * hd, D] that holds nothing else: [D, KV, 2, hd]."""
+    """Keys and values of a Linear [2 * KV * hd, D] that holds nothing else: [D, KV, 2, hd]."""
     return a.T.reshape(a.shape[1], 2, -1, c.head_dim).swapaxes(1, 2)
 
 
 def latent_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The keys of latent attention's up-projection [H * (nope + value), R]: [R, H, nope]."""
+    """Keys of latent attention's up-projection [H * (nope + value), R]: [R, H, nope]."""
     assert c.latent is not None
     return a.T.reshape(a.shape[1], c.num_heads, -1)[..., : c.latent.nope_dim]
 
 
 def latent_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """The values of latent attention's up-projection [H * (nope + value), R]: [R, H, value]."""
+    """Values of latent attention's up-projection [H * (nope + value), R]: [R, H, value]."""
     assert c.latent is not None
     return a.T.reshape(a.shape[1], c.num_heads, -1)[..., c.latent.nope_dim :]
 

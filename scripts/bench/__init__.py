@@ -1,1 +1,1 @@
-"""Benchmarks: each writes one JSON file of scripts/results."""
+"""Benchmarks; each writes one JSON file of scripts/results."""

@@ -1,15 +1,15 @@
-"""Time of calibration against a bare forward pass over the same tokens, and an estimate for an 8B model on an H100.
+"""Compares the time of calibration with a bare forward pass over the same tokens; estimates an 8B model on an H100.
 
   python -m scripts.bench.calibrate MODEL --text texts.txt --out scripts/results/calibrate.json
 
-MODEL is anything tide_jax.load takes, texts anything tide_jax.texts reads. In one process: tide_jax.calibrate from the
-texts to trained routers, its compilations included; then, compiled before its clock starts, a jitted forward pass with
-every token's logits and their argmax, in batches of the same texts and widths. Seconds of the wall clock and of the
-processor (over all cores) are both given: where other programs run, the second says more. A stage's time runs from the
-last report of the stage before to its own last.
+MODEL is anything tide_jax.load takes, texts anything tide_jax.texts reads. One process runs tide_jax.calibrate from the
+texts to trained routers, compilation included. Then it runs a jitted forward pass, compiled before its clock starts,
+with every token's logits and their argmax, in batches of the same texts and widths. Results are in seconds of wall
+clock and of processor time (over all cores); if other programs run, processor time is more reliable. A stage's time
+runs from the last report of the previous stage to its own last report.
 
-The estimate counts operations and bytes for given token counts; what it assumes of the machine is printed with it. The
-paper reports under three minutes (TIDE, 2026).
+The estimate counts operations and bytes for given token counts, and prints its assumptions about the machine. The paper
+reports under three minutes (TIDE, 2026).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 import jax
 import jax.numpy as jnp
@@ -96,27 +96,27 @@ def main() -> None:
 
 
 class Clock(NamedTuple):
-    """Seconds, by the wall and of the processor."""
+    """Seconds of wall clock and of processor time."""
 
     seconds: float
     cpu_seconds: float
 
     @classmethod
     def now(cls) -> Clock:
-        """Time since some moment."""
+        """The current time of both clocks."""
         return cls(time.perf_counter(), time.process_time())
 
     def since(self, start: Clock) -> Clock:
-        """Time gone by."""
+        """Time since `start`."""
         return Clock(self.seconds - start.seconds, self.cpu_seconds - start.cpu_seconds)
 
     def plus(self, other: Clock) -> Clock:
-        """Both together."""
+        """The sum of both times."""
         return Clock(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
 
 
 def forward_batches(samples: list[Sample], config: tide_jax.CalibrationConfig) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Texts of like length together, padded as the reading pass pads them."""
+    """Batches of texts with similar length, padded like in the calibration's reading pass."""
     ordered, size = sorted(samples, key=lambda sample: len(sample.ids)), config.batch_size
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     widths = Placement().widths
@@ -139,7 +139,7 @@ def time_forward(model: tide_jax.Decoder, batches: list[tuple[np.ndarray, np.nda
 
 
 def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> tuple[dict[str, Any], tide_jax.Routers]:
-    """Total and by stage, and the routers."""
+    """Returns the total time, the time of each stage, and the routers."""
     tokenizer, texts, config, source = arguments
     stages, last = dict[str, Clock](), Clock.now()
     start = last
@@ -165,7 +165,7 @@ def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> tuple[dict[str
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes this process held at most so far, and the device where it can tell."""
+    """Peak memory of this process so far, in bytes, and of the device if it reports that."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.devices()[0].memory_stats() or {}

@@ -1,17 +1,17 @@
-"""Time against depth: decoding at full depth, with routers that never exit, at forced depths, and transformers beside.
+"""Measures time against depth: decoding at full depth, with routers that never exit, at forced depths; transformers.
 
   python -m scripts.bench.decode MODEL --out scripts/results/decode.json
 
-MODEL is anything tide_jax.load takes. Everything runs in one process on the same weights and threads, one round of all
-variants after the other, each followed by a full-depth run that it is compared with; medians and spreads over the
-rounds are reported. A variant's time per token is the time of a long generation minus that of a one-token generation
-by the same compiled program, so prefill and start-up are out.
+MODEL is anything tide_jax.load takes. Everything runs in one process on the same weights and threads. Each round runs
+all variants, each followed by a full-depth run for comparison; reported are medians and spreads over the rounds. A
+variant's time per token is the time of a long generation minus that of a one-token generation by the same compiled
+program, which excludes prefill and start-up.
 
 "weights read once" is the floor: all cores together read as many bytes as the model's weights, and do nothing else.
-Prompts of --prompt-tokens tokens are timed apart, to the first token.
+Prompts of --prompt-tokens tokens are timed separately, to the first token.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
-time minus the time of embedding, output head and argmax alone; taken within each pair, median over the rounds.
+time minus the time of embedding, output head and argmax alone; computed within each pair, median over the rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ from tide_jax.testing import constant_routers
 
 PROMPT = 32
 Variant = Callable[[], float]
-"""Runs once and returns seconds per decoding step."""
+"""Runs once and returns seconds per decode step."""
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """All variants at one batch size."""
+    """Measures all variants at one batch size."""
     interval = args.interval
     routers = constant_routers(model.config, interval=interval, bottleneck=128)
     never = constant_routers(model.config, interval=interval, exits=False, bottleneck=128)
@@ -116,8 +116,10 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
 
 
 def forced(model: tide_jax.Decoder, routers: tide_jax.Routers, depth: int, batch: int) -> Exits:
-    """Exits that take `routers` at their word from the first checkpoint that leaves `depth` layers run; cache rows of
-    skipped layers are projected when the engine would."""
+    """Exits with scores that always pass, at the first exit point after `depth` layers.
+
+    Cache rows of skipped layers are projected at once or deferred, as in the engine.
+    """
     gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5, jnp.float32), jnp.int32(depth))
     return Exits(routers, gate, deferred=is_faster(model, batch))
 
@@ -154,7 +156,7 @@ def seconds_a_step(generate: Callable[[int], float], steps: int) -> float:
 
 
 def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
-    """Embedding, final norm, output head and argmax, with no layers between."""
+    """Embedding, final norm, output head and argmax, without layers."""
 
     @jax.jit
     def loop(model: tide_jax.Decoder, tokens: jax.Array) -> jax.Array:
@@ -246,7 +248,7 @@ def random_prompts(vocabulary: int, batch: int, length: int = PROMPT) -> np.ndar
 def summarise(
     times: dict[str, list[float]], beside: dict[str, list[float]], layers: int, batch: int
 ) -> list[dict[str, Any]]:
-    """Medians, ratios to the full-depth run made right after, and skip efficiency, for each variant."""
+    """For each variant: medians, ratios to the full-depth run right after it, and skip efficiency."""
     head = statistics.median(times["head only"])
     rows = []
     for name, values in times.items():

@@ -1,11 +1,11 @@
-"""Drift, demonstrated: a promise made on one kind of text, watched on that kind and then on another.
+"""Demonstrates drift: makes a promise on one kind of text, and watches it on that kind and then on another.
 
   python -m scripts.bench.drift MODEL ROUTERS --calibrated-on wiki.txt --text gsm8k.jsonl --out drift.json
 
-Texts of the first file that routers were not trained on (--skip) are split at random: some certify a threshold
-(`tide_jax.guarantee`; --threshold takes one as given instead), the others are the control. A monitor watches scoring
-calls over the control texts and then over the second file; another one watches the second file alone. The JSON holds
-both running intervals of the disagreement beside the promised risk. Nothing here is a measurement of time.
+Texts of the first file that routers were not trained on (--skip) are split at random. Some certify a threshold
+(`tide_jax.guarantee`; --threshold sets one instead), the others are the control. One monitor watches scoring calls over
+the control texts and then over the second file; another one watches only the second file. The JSON has both running
+intervals of the disagreement beside the promised risk. This script measures no time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 import jax
 import numpy as np
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Rows, Rows, Rows]:
-    """Token ids of the texts that certify, of the control, and of the other kind."""
+    """Token ids of the certifying texts, of the control texts, and of the other kind."""
 
     def rows(source: str, skip: int) -> Rows:
         texts = itertools.islice(load_texts(source), skip, None)
@@ -85,7 +85,7 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Rows, Rows, Ro
 
 
 def settle(engine: tide_jax.TIDE, certify: Rows, args: argparse.Namespace) -> tide_jax.TIDE:
-    """The engine at the threshold that is to be watched."""
+    """Sets the engine to the threshold to watch."""
     if args.threshold is not None:
         return engine.with_config(exit_threshold=args.threshold)
     with progress_bars() as progress:
@@ -102,7 +102,7 @@ def settle(engine: tide_jax.TIDE, certify: Rows, args: argparse.Namespace) -> ti
 
 
 def describe(args: argparse.Namespace, engine: tide_jax.TIDE) -> dict[str, Any]:
-    """Where the numbers come from, without the folders of this machine."""
+    """Origin of the numbers, without local folder names."""
     promise = engine.config.guarantee
     return {
         "model": Path(args.model).name,
@@ -124,7 +124,7 @@ def describe(args: argparse.Namespace, engine: tide_jax.TIDE) -> dict[str, Any]:
 
 
 def watch(engine: tide_jax.TIDE, kinds: list[tuple[str, Rows]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Scores texts of each kind in turn; the monitor's report after each batch, as disagreement."""
+    """Scores texts of each kind in turn; returns the monitor's report after each batch, as disagreement."""
     monitor = tide_jax.DriftMonitor(args.rate, seed=args.seed, risk=args.risk, delta=args.delta)
     history = []
     for kind, rows in kinds:
@@ -147,7 +147,7 @@ def watch(engine: tide_jax.TIDE, kinds: list[tuple[str, Rows]], args: argparse.N
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
-    """Where each monitor stood at the end of each kind of text, and when it first called the promise exceeded."""
+    """Prints each monitor's state at the end of each kind of text, and when it first reported "exceeded"."""
     table = Table(title=f"promised risk {report['risk']:.2%}, threshold {report['exit_threshold']}")
     for column in ("monitor", "after", "audited", "disagreement", "interval", "status", "first exceeded"):
         table.add_column(column)

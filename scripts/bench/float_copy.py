@@ -1,6 +1,6 @@
-"""transformers' form of a source: its float32 weights in a folder of safetensors, as tide_jax reads its own.
+"""Writes a source's float32 weights as safetensors for transformers, the same format that tide_jax reads.
 
-Taking weights out of a GGUF file costs transformers memory and time that belong to no generation.
+Reading weights from a GGUF file costs transformers extra memory and time that are no part of generation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from convert.verify import reference_model
 
 @contextlib.contextmanager
 def float_copy(source: str) -> Iterator[Path]:
-    """The folder, while the context is open."""
+    """Yields a temporary folder with the copy."""
     with tempfile.TemporaryDirectory() as folder:
         with quiet_transformers():
             model = reference_model(open_source(source))
@@ -34,7 +34,7 @@ def float_copy(source: str) -> Iterator[Path]:
 
 
 def load_reference(source: str | None) -> Any:
-    """transformers' model of the weights, float32, from a copy; None without a source, and without torch."""
+    """Loads transformers' float32 model from a copy; returns None without a source or without torch."""
     if source is None:
         return None
     if importlib.util.find_spec("torch") is None:

@@ -1,11 +1,11 @@
-"""tide_jax beside llama.cpp: the same model, threads and prompts, in one process and in turn.
+"""Compares tide_jax with llama.cpp: the same model, threads and prompts, in one process and in turn.
 
   pip install llama-cpp-python   # builds llama.cpp for this machine, some minutes
   python -m scripts.bench.llama_cpp MODEL.gguf --out scripts/results/llama_cpp.json
 
-MODEL.gguf, of any stored type, is stored anew as F32 and as Q8_0 for llama.cpp, and loaded in float32 and with 8-bit
-weights here. All decode greedily at full depth; llama.cpp through its C interface, so that no Python stands between.
-Medians over the rounds are reported. With --append the rows go into a file that holds those of other models. Use a
+MODEL.gguf may have any storage type. It is rewritten as F32 and as Q8_0 for llama.cpp, and loaded in float32 and with
+8-bit weights here. All variants decode greedily at full depth; llama.cpp runs through its C interface, without Python
+code in between. Reported are medians over the rounds. --append adds the rows to a file with other models' rows. Use a
 quiet machine.
 """
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One model: milliseconds of steps by batch size, and of a prompt."""
+    """Measures one model: milliseconds of steps by batch size, and of a prompt."""
     from scripts.bench import peer_llama_cpp as peer
 
     peer.silence()

@@ -1,10 +1,10 @@
-"""Time per token along one long generation, at full depth and batch 1.
+"""Measures the time per token along one long generation, at full depth and batch 1.
 
   python -m scripts.bench.long MODEL --out scripts/results/long.json
 
-MODEL is anything tide_jax.load takes. Tokens are streamed, so that each has a time of its own; reported are the medians
-over windows, the compilations, and what attention over the tokens so far should add: the bytes of their keys and values
-over the bytes of the weights.
+MODEL is anything tide_jax.load takes. Tokens are streamed, so that each has its own time. Reported are medians over
+windows, the number of compilations, and the expected cost of attention over the tokens so far: the bytes of their keys
+and values over the bytes of the weights.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:
-    """Seconds of each token after the first two, and how many programs were compiled among them."""
+    """Seconds of each token after the first two, and whether anything was compiled among them."""
     engine = tide_jax.TIDE(model)
     prompt = random_prompts(model.config.vocab_size, 1)
     times, known, last = [], None, time.perf_counter()

@@ -1,7 +1,7 @@
-"""Where rounding takes lossless another way than full depth: for bench_peers.py.
+"""Counts where rounding makes lossless tokens differ from full depth, for scripts.bench.peers.
 
-In float32 the two agree; in bfloat16 a pass over several tokens rounds otherwise than passes over one, and where two
-tokens are all but equally likely the other one may win. This tells how often, and how far the two were apart.
+In float32 the two agree. In bfloat16 a pass over several tokens rounds differently from passes over one, so the other
+of two almost equally likely tokens may win. This module reports how often that happens, and the margin between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripts.bench.peer_tide import tide_variant
 
 
 def divergence(engine: tide_jax.TIDE, prompts: Sequence[list[int]], count: int) -> dict[str, Any]:
-    """Share of prompts whose lossless tokens are not those of full depth, and the margins there."""
+    """Share of prompts whose lossless tokens differ from full depth's, and the margins at the first difference."""
     full, lossless = tide_variant(engine, "full"), tide_variant(engine, "lossless")
     rows, typical = list[dict[str, Any]](), list[float]()
     for number, ids in enumerate(tqdm(prompts, desc=f"divergence in {engine.model.dtype}")):
@@ -46,7 +46,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def _margins(engine: tide_jax.TIDE, ids: list[int], run: Run) -> list[float]:
-    """Logit of the likeliest token less that of the second, in front of each new token of full depth."""
+    """Logit margin between the two likeliest tokens, before each new token of full depth."""
     logits = np.asarray(engine([[*ids, *run.tokens[:-1]]], mode="full").logits[0, len(ids) - 1 :], np.float32)
     best = np.sort(np.partition(logits, -2, axis=-1)[:, -2:], axis=-1)
     return [float(m) for m in best[:, 1] - best[:, 0]]

@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench_llama_cpp.py: decoding and reading a prompt through its C interface (llama-cpp-python)."""
+"""llama.cpp's side of scripts.bench.llama_cpp: decoding and reading prompts in C, through llama-cpp-python."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import llama_cpp
 import numpy as np
 
 TYPES = {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32, "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
-"""Stored types that are compared."""
-_KEPT: list[Any] = []  # callbacks, for as long as the process lives
+"""Storage types to compare."""
+_KEPT: list[Any] = []  # keeps callbacks alive as long as the process
 
 
 def silence() -> None:
-    """llama.cpp writes hundreds of lines to standard error otherwise."""
+    """Silences llama.cpp, which writes hundreds of lines to standard error."""
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     _KEPT.append(quiet)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
 
 
 def stored_as(source: Path, destination: Path, kind: str, threads: int) -> None:
-    """A GGUF file whose weights are of one type. Raises RuntimeError where llama.cpp refuses."""
+    """Writes a GGUF file whose weights all have one type. Raises RuntimeError if llama.cpp refuses."""
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.nthread, settings.ftype, settings.allow_requantize = threads, TYPES[kind], True
     if llama_cpp.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(settings)):
@@ -32,13 +32,13 @@ def stored_as(source: Path, destination: Path, kind: str, threads: int) -> None:
 
 
 class Model:
-    """A model with room for some sequences.
+    """A model with a cache for several sequences.
 
     Args:
       path: GGUF file.
-      slots: tokens that a sequence may have.
-      sequences: as many at once.
-      threads: as ours has.
+      slots: largest number of tokens per sequence.
+      sequences: number of sequences at once.
+      threads: number of threads, as for tide_jax.
     """
 
     def __init__(self, path: Path, slots: int, sequences: int, threads: int) -> None:
@@ -56,11 +56,11 @@ class Model:
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)
 
     def clear(self) -> None:
-        """Forgets all tokens."""
+        """Clears the cache."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def read(self, tokens: np.ndarray, sequences: np.ndarray, positions: np.ndarray, asked: np.ndarray) -> list[int]:
-        """Runs tokens, each at its place of its sequence; the likeliest next token of those that are asked for."""
+        """Runs tokens at their sequences and positions; returns the likeliest next token for each one in `asked`."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i in range(len(tokens)):
@@ -76,7 +76,7 @@ class Model:
 
 
 def decoding(model: Model, prompts: np.ndarray, steps: int) -> Callable[[], float]:
-    """Seconds a greedy step over a batch of prompts [B, T]."""
+    """Returns a function that measures seconds per greedy step over a batch of prompts [B, T]."""
     rows, length = prompts.shape
     numbers, every = np.arange(rows), np.ones(rows, bool)
 
@@ -95,7 +95,7 @@ def decoding(model: Model, prompts: np.ndarray, steps: int) -> Callable[[], floa
 
 
 def prompt_reading(model: Model, prompt: np.ndarray) -> Callable[[], float]:
-    """Seconds to the first token of one prompt [T]."""
+    """Returns a function that measures seconds to the first token of one prompt [T]."""
     length = len(prompt)
 
     def run() -> float:

@@ -1,4 +1,4 @@
-"""What bench_peers.py takes down, and the medians that it makes of it."""
+"""Measurements of scripts.bench.peers and their medians."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Run(NamedTuple):
     """One generation.
 
     Attributes:
-      tokens: the new ones.
-      seconds: of wall clock around the call, compilation left out.
-      layers: that the model ran, passes over drafts included, over the number of new tokens.
-      drafts: what drafts came to, as far as it is known.
+      tokens: the new tokens.
+      seconds: wall clock of the call, without compilation.
+      layers: layers that the model ran per new token, passes over drafts included.
+      drafts: statistics of the drafts, if known.
     """
 
     tokens: list[int]
@@ -40,7 +40,7 @@ Variant = Callable[[list[int], int], Run]
 """Continues a prompt by exactly that many tokens."""
 
 SLOW = ("assistant_early_exit",)
-"""Variants that get a few prompts and one round."""
+"""Variants that run on few prompts and in one round."""
 
 DEFINITIONS = {
     "tokens_per_second": "new tokens after the first one, over the seconds from the first to the last: those of the "
@@ -61,7 +61,7 @@ DEFINITIONS = {
 
 
 class Sample(NamedTuple):
-    """A prompt generated from in a round: the whole run, and seconds of a one-token run before it."""
+    """A generation from one prompt in a round, and the seconds of a one-token generation before it."""
 
     prompt: int
     round: int
@@ -75,7 +75,7 @@ class Sample(NamedTuple):
 
     @property
     def whole_rate(self) -> float:
-        """Tokens per second in all."""
+        """Tokens per second overall."""
         return len(self.run.tokens) / max(self.run.seconds, 1e-9)
 
 
@@ -88,14 +88,14 @@ def cores() -> int:
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:
-    """Variants in an order that changes from turn to turn: another begins, and every other time they go backwards."""
+    """The variants in an order that rotates from turn to turn, and is reversed every other time."""
     start = turn // 2 % len(names)
     turned = [*names[start:], *names[:start]]
     return turned[::-1] if turn % 2 else turned
 
 
 def turns(names: Sequence[str], prompts: int, rounds: int, slow_prompts: int) -> Iterator[tuple[int, int, list[str]]]:
-    """Round, prompt, and the variants that run it, in order."""
+    """Yields round, prompt, and the variants that run it, in order."""
     for number in range(rounds):
         for prompt in range(prompts):
             quick = number > 0 or prompt >= slow_prompts
@@ -104,7 +104,7 @@ def turns(names: Sequence[str], prompts: int, rounds: int, slow_prompts: int) ->
 
 
 def take(variant: Variant, ids: list[int], count: int, prompt: int, number: int) -> Sample:
-    """One sample. Raises RuntimeError unless exactly `count` tokens come."""
+    """Takes one sample. Raises RuntimeError unless there are exactly `count` tokens."""
     first = variant(ids, 1).seconds
     run = variant(ids, count)
     if len(run.tokens) != count:
@@ -113,7 +113,7 @@ def take(variant: Variant, ids: list[int], count: int, prompt: int, number: int)
 
 
 def summarise(samples: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
-    """A row of medians for each variant that has samples."""
+    """Returns a row of medians for each variant with samples."""
     return [_row(name, taken, samples) for name, taken in samples.items() if taken]
 
 
@@ -141,7 +141,7 @@ def _row(name: str, taken: Sequence[Sample], samples: Mapping[str, Sequence[Samp
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower and the upper one."""
+    """Lower and upper quartile."""
     if len(values) < 2:
         return [values[0], values[0]]
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -149,7 +149,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def _ratios(taken: Sequence[Sample], others: Sequence[Sample], rate: Callable[[Sample], float]) -> list[float]:
-    """Ratios within a prompt and a round."""
+    """Ratios within the same prompt and round."""
     beside = {(s.prompt, s.round): rate(s) for s in others}
     return [rate(s) / beside[s.prompt, s.round] for s in taken if (s.prompt, s.round) in beside]
 
@@ -164,7 +164,7 @@ def _same(taken: Sequence[Sample], full: Sequence[Sample]) -> float | None:
 
 
 def _drafts(taken: Sequence[Sample]) -> dict[str, Any]:
-    """Drafts over all samples; nothing where none are known."""
+    """Statistics of drafts over all samples; empty if unknown."""
     known = [s.run.drafts for s in taken if s.run.drafts is not None]
     if not known:
         return {}
@@ -174,7 +174,7 @@ def _drafts(taken: Sequence[Sample]) -> dict[str, Any]:
 
 
 def past_end(full: Sequence[Sample], ends: Sequence[int]) -> float | None:
-    """Share of new tokens behind the first end-of-sequence token of full depth."""
+    """Share of full depth's new tokens that follow its first end-of-sequence token."""
     rows = [s.run.tokens for s in full]
     if not rows:
         return None

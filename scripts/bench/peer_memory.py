@@ -1,8 +1,8 @@
-"""Peak memory of one variant of bench_peers.py, in a process of its own that loads nothing else.
+"""Measures the peak memory of one variant of scripts.bench.peers, in a process that loads nothing else.
 
   python -m scripts.bench.peer_memory '{"variant": "eager", "transformers": "FOLDER", "ids": [1, 2], ...}'
 
-prints it as JSON; see `Job` for the fields.
+Prints the result as JSON; see `Job` for the fields.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from scripts.bench.peer_measures import OURS, Variant
 
-_LIMIT = 1200  # seconds; a process that takes longer is given up
+_LIMIT = 1200  # seconds after which the process is given up
 
 
 class Job(NamedTuple):
-    """What the process is to run.
+    """The generation to measure.
 
     Attributes:
       variant: its name.
-      model: for tide_jax.
+      model: the model for tide_jax.
       transformers: folder of a transformers checkpoint; None without peers.
       routers, dials: as in `peer_tide.Settings`.
-      ids, count: prompt and new tokens.
+      ids, count: prompt, and number of new tokens.
       early_exit, lookup: as in `peer_transformers.peer_variant`.
     """
 
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 def measure(job: Job) -> dict[str, float | None]:
-    """Peak resident MiB, see `peaks`. Raises RuntimeError where the process fails."""
+    """Measures peak resident MiB (see `peaks`) in a new process. Raises RuntimeError if it fails."""
     command = [sys.executable, "-m", "scripts.bench.peer_memory", json.dumps(job._asdict())]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT)
@@ -58,7 +58,7 @@ def measure(job: Job) -> dict[str, float | None]:
 
 
 def load(job: Job) -> Variant:
-    """The variant, and nothing else."""
+    """Loads the variant, and nothing else."""
     if job.variant not in OURS:
         from scripts.bench.peer_transformers import load_peer, peer_variant
 
@@ -72,7 +72,7 @@ def load(job: Job) -> Variant:
 
 
 def peaks(variant: Variant, ids: list[int], count: int) -> dict[str, float | None]:
-    """Peak resident MiB since this process began, and of a second generation."""
+    """Peak resident MiB since this process began, and during a second generation."""
     variant(ids, count)
     whole, again = _peak(), _forget_peak()
     variant(ids, count)
@@ -80,7 +80,7 @@ def peaks(variant: Variant, ids: list[int], count: int) -> dict[str, float | Non
 
 
 def _peak() -> float:
-    """What Linux says of this process is preferred: `getrusage` remembers the process that started it."""
+    """Prefers Linux's value for this process, because `getrusage` includes the parent process's peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:
@@ -91,7 +91,7 @@ def _peak() -> float:
 
 
 def _forget_peak() -> bool:
-    """Begins the peak anew; False where the system doesn't."""
+    """Resets the peak; returns False if the system can't."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

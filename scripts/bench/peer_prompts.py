@@ -1,4 +1,4 @@
-"""The two prompt sets of bench_peers.py: everyday questions, and tasks whose answers repeat the prompt."""
+"""The two prompt sets of scripts.bench.peers: everyday questions, and tasks whose answers repeat the prompt."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ class PromptSet(NamedTuple):
 
 
 def prompt_sets(tokenizer: Any, files: list[Path], most: int) -> list[PromptSet]:
-    """The two sets, or one for each file of the user's own; `most` prompts of each, in the model's chat template where
-    it has one."""
+    """Returns the two sets, or one for each file that the user gives.
+
+    Each has at most `most` prompts, in the model's chat template if there is one.
+    """
     texts = {"open": OPEN, "copy": COPY} if not files else {p.stem: load_texts(str(p)) for p in files}
     return [PromptSet(n, prompt_ids(tokenizer, itertools.islice(found, most))) for n, found in texts.items()]

@@ -1,4 +1,4 @@
-"""tide_jax's side of bench_peers.py."""
+"""tide_jax's side of scripts.bench.peers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tide_jax.risk.promise import exit_settings
 
 
 class Settings(NamedTuple):
-    """How exits are set.
+    """Settings of exits.
 
     Attributes:
-      routers: their file; None for no exits.
-      dials: fields of `tide_jax.ExitConfig`; None takes what was promised in the file, or the default.
+      routers: router file; None for no exits.
+      dials: fields of `tide_jax.ExitConfig`; None uses the file's promised setting, or the default.
     """
 
     routers: Path | None
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 
 
 def make_engine(model: tide_jax.Decoder, settings: Settings) -> tuple[tide_jax.TIDE, str | None]:
-    """An engine, and what is promised for its exits."""
+    """Returns an engine and the promise for its exits."""
     if settings.routers is None:
         return tide_jax.TIDE(model), None
     routers = tide_jax.Routers.load(settings.routers, model=model)
@@ -35,7 +35,7 @@ def make_engine(model: tide_jax.Decoder, settings: Settings) -> tuple[tide_jax.T
 
 
 def tide_variant(engine: tide_jax.TIDE, mode: Mode) -> Variant:
-    """tide_jax in one of its modes."""
+    """Returns tide_jax in one of its modes."""
 
     def run(ids: list[int], count: int) -> Run:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""transformers' side of bench_peers.py. It imports nothing of ours, so that its memory is its own."""
+"""transformers' side of scripts.bench.peers. It imports nothing of tide_jax, to measure transformers' memory alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.bench.peer_measures import Run, Variant, cores
 
 
 def load_peer(folder: Path) -> Any:
-    """The model that `save_pretrained` wrote there: float32, as many threads as cores, and no end of a text."""
+    """Loads a `save_pretrained` folder in float32, with one thread per core and no end-of-text token."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     name = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures[0]
@@ -27,10 +27,10 @@ def load_peer(folder: Path) -> Any:
 
 
 def peer_variant(model: Any, name: str, *, longest: int, early_exit: int, lookup: int) -> Variant:
-    """transformers' `generate` in one of its ways.
+    """Returns transformers' `generate` in one of its modes.
 
     Args:
-      longest: tokens of the longest generation, prompt included: room in the static cache.
+      longest: tokens of the longest generation, prompt included: capacity of the static cache.
       early_exit: layers that the assistant runs.
       lookup: tokens that prompt lookup drafts.
     """
@@ -69,7 +69,7 @@ def _generate(model: Any, ids: list[int], count: int, options: dict[str, Any]) -
 
 
 def _compiling() -> Any:
-    """`torch.compile`'s settings; transformers keeps it for accelerators unless told that a CPU may have it, too."""
+    """Settings of `torch.compile`. transformers compiles only on accelerators unless told otherwise."""
     config = transformers.CompileConfig(mode="default")
     config._compile_all_devices = True
     return config
@@ -77,7 +77,7 @@ def _compiling() -> Any:
 
 @contextlib.contextmanager
 def _counted(model: Any, *, hooked: bool) -> Iterator[list[int]]:
-    """Counts the layers that run, where they are `hooked`; and puts back the depth that a failed early exit leaves."""
+    """Counts the layers that run if `hooked`, and restores the depth that a failed early exit leaves changed."""
     depth = model.config.num_hidden_layers
     calls = [0] if hooked else []
 

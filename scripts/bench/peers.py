@@ -1,20 +1,21 @@
-"""tide_jax beside transformers: the same weights, prompts and threads, in one process and in turn.
+"""Compares tide_jax with transformers: the same weights, prompts and threads, in one process and in turn.
 
   python -m scripts.bench.peers MODEL --transformers SOURCE --routers routers.safetensors \\
       --out scripts/results/peers.json
 
-MODEL is anything tide_jax.load takes; SOURCE the same weights as transformers loads them (needs torch). Compared are
-full depth, exits (with --routers: at what their file promises, unless a dial is given) and lossless of tide_jax;
-`generate` of transformers as it is, with torch.compile and a static cache (needs a C++ compiler), with
-assistant_early_exit, and with prompt_lookup_num_tokens. Prompts are everyday questions ("open") and tasks whose answers
-repeat the prompt ("copy"), or lines of files of your own (--prompts). Everybody makes the same number of tokens,
-greedily, past the end of an answer if need be.
+MODEL is anything tide_jax.load takes; SOURCE has the same weights for transformers (needs torch). The variants of
+tide_jax are full depth, exits (with --routers: at the settings that their file promises, unless a dial is given) and
+lossless. Those of transformers are plain `generate`, `generate` with torch.compile and a static cache (needs a C++
+compiler), with assistant_early_exit, and with prompt_lookup_num_tokens. Prompts are everyday questions ("open") and
+tasks whose answers repeat the prompt ("copy"), or lines of your own files (--prompts). All variants generate the same
+number of tokens, greedily, past the end of an answer if necessary.
 
-In each round every prompt is run by all variants, one after the other, in an order that changes from prompt to prompt;
-all were warmed up, so nothing compiles. Lossless keeps what it has learned from prompt to prompt, as an engine does. A
-variant that fails is left out, and the JSON says why; it is written anew after every round ("complete" tells whether it
-is whole). Peak memory is measured first, each variant's in a process of its own. --divergence N runs lossless and full
-depth in bfloat16 on N prompts and tells how often and by what margin they part. Use a quiet machine.
+In each round all variants run every prompt, one after the other, in an order that changes from prompt to prompt. All
+were warmed up, so nothing compiles. Lossless keeps its learned state from prompt to prompt, as in an engine. A variant
+that fails is dropped, and the JSON gives the reason. The JSON is written again after every round ("complete" says
+whether it is finished). Peak memory is measured first, in a separate process for each variant. --divergence N runs
+lossless and full depth in bfloat16 on N prompts and reports how often they diverge and by what margin. Use a quiet
+machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +59,7 @@ from scripts.reporting import machine, reason, save
 from tide_jax.generation.batch import bucket
 
 Row = dict[str, Any]
-_PAUSE = 0.02  # seconds; the threads of the variant before stop waiting for work meanwhile
+_PAUSE = 0.02  # seconds; meanwhile the previous variant's threads stop waiting for work
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Finds out before a model is loaded."""
+    """Checks the arguments before a model is loaded."""
     if args.routers is not None and not args.routers.is_file():
         parser.error(f"no router file at {args.routers}")
     if args.routers is None and any(v is not None for v in (args.threshold, args.threshold_tilt, args.kv_strategy)):
@@ -155,7 +156,7 @@ def dials(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(args: argparse.Namespace, model: tide_jax.Decoder, sets: list[PromptSet]) -> Row:
-    """Where the numbers come from, without the folders of this machine."""
+    """Origin of the numbers, without local folder names."""
     return {
         "complete": False,
         "model": {
@@ -185,7 +186,7 @@ def describe(args: argparse.Namespace, model: tide_jax.Decoder, sets: list[Promp
 
 @contextlib.contextmanager
 def for_peers(args: argparse.Namespace) -> Iterator[Path | None]:
-    """The folder that transformers loads; None without peers."""
+    """Yields the folder that transformers loads; None without peers."""
     if all(name in OURS for name in chosen(args)):
         yield None
         return
@@ -194,7 +195,7 @@ def for_peers(args: argparse.Namespace) -> Iterator[Path | None]:
 
 
 def measure_memory(args: argparse.Namespace, folder: Path | None, report: Row) -> None:
-    """Each variant's peak."""
+    """Measures each variant's peak memory."""
     routers = None if args.routers is None else str(args.routers)
     for name in tqdm(chosen(args), desc="memory"):
         job = peer_memory.Job(
@@ -218,7 +219,7 @@ def measure_memory(args: argparse.Namespace, folder: Path | None, report: Row) -
 def make_variants(
     args: argparse.Namespace, model: tide_jax.Decoder, folder: Path | None, report: Row
 ) -> dict[str, Variant]:
-    """The variants by name, on one engine and one peer."""
+    """Returns the variants by name, on one engine and one peer."""
     names, variants = chosen(args), dict[str, Variant]()
     engine, promise = make_engine(model, Settings(args.routers, dials(args)))
     variants |= {mode: tide_variant(engine, mode) for mode in OURS if mode in names}
@@ -227,13 +228,13 @@ def make_variants(
     if folder is not None:
         try:
             variants |= make_peers(args, folder, report)
-        except Exception as error:  # of whatever kind: it is the peers' result
+        except Exception as error:  # any error of the peers is a result to report
             report["failed"] |= {n: reason(error) for n in names if n not in OURS}
     return variants
 
 
 def make_peers(args: argparse.Namespace, folder: Path, report: Row) -> dict[str, Variant]:
-    """transformers' variants."""
+    """Returns transformers' variants."""
     import torch
 
     from scripts.bench.peer_transformers import load_peer, peer_variant
@@ -250,7 +251,7 @@ def make_peers(args: argparse.Namespace, folder: Path, report: Row) -> dict[str,
 def measure_set(
     args: argparse.Namespace, model: tide_jax.Decoder, prompts: PromptSet, variants: dict[str, Variant], report: Row
 ) -> None:
-    """Times all variants on one set; those that fail are taken out of `variants`."""
+    """Times all variants on one set; removes failing ones from `variants`."""
     samples: Samples = {name: [] for name in variants}
     failed, count = report["failed"], args.new_tokens
     for name in tqdm(list(variants), desc=f"{prompts.name}: warming up"):
@@ -271,7 +272,7 @@ def measure_set(
 
 
 def warm(variant: Variant, prompts: list[list[int]], count: int, slow: bool) -> None:
-    """Compiles whatever prompts of the set need: one of each padded width. A slow variant makes two tokens."""
+    """Compiles the programs for the set: one prompt of each padded width. A slow variant generates two tokens."""
     widths = {bucket(len(ids)): ids for ids in sorted(prompts, key=len)}
     for ids in list(widths.values())[-1:] if slow else widths.values():
         variant(ids, 2 if slow else count)
@@ -281,7 +282,7 @@ def warm(variant: Variant, prompts: list[list[int]], count: int, slow: bool) -> 
 def attempt(
     action: Callable[..., Any], name: str, variants: dict[str, Variant], failed: dict[str, str], *rest: Any
 ) -> Any:
-    """The action's result on a variant. Whatever goes wrong in one is its result, and the others go on without it."""
+    """Runs an action on a variant. An error is recorded as the variant's result, and the others continue without it."""
     try:
         return action(variants[name], *rest)
     except Exception as error:
@@ -291,7 +292,7 @@ def attempt(
 
 
 def measure_divergence(args: argparse.Namespace, sets: list[PromptSet]) -> Row:
-    """In bfloat16, on prompts of all sets in turn."""
+    """Measures divergence in bfloat16, on prompts of all sets in turn."""
     mixed = [s.prompts[i] for i in range(args.max_prompts) for s in sets if i < len(s.prompts)]
     engine, _ = make_engine(tide_jax.load(args.model, "bfloat16"), Settings(args.routers, dials(args)))
     return divergence(engine, mixed[: args.divergence], args.divergence_tokens)
@@ -317,7 +318,7 @@ def show(console: Console, report: Row) -> None:
 
 
 def cells(row: Row, memory: Row) -> list[str]:
-    """A line of the table."""
+    """Cells of one table row."""
 
     def number(value: float | None, form: str = ".2f") -> str:
         return "" if value is None else format(value, form)

@@ -1,11 +1,11 @@
-"""Prompts whose tokens may exit: the time of a pass against full depth, and the layers that their tokens run.
+"""Measures prompts whose tokens may exit: time of a pass against full depth, and the layers that tokens run.
 
   python -m scripts.bench.prefill MODEL ROUTERS --text FILE --out scripts/results/prefill.json
 
-MODEL and ROUTERS are what tide_jax.load and tide_jax.Routers.load take, FILE is a text to cut prompts from. Prompts run
-with every layer run for all of their tokens until the last one has left ("masked"), and with deep layers run for the
-tokens that are left ("survivors"), at each threshold, each run beside one at full depth. Times are those of the pass
-and the last token's logits, medians over prompts and rounds; ratios are taken within a pair.
+MODEL and ROUTERS are what tide_jax.load and tide_jax.Routers.load take, FILE is a text to cut prompts from. Each
+threshold is measured in two ways. "masked" runs every layer for all tokens until the last one has exited; "survivors"
+runs deep layers only for the tokens that have not exited. Each run is paired with one at full depth. Times are those of
+the pass and the last token's logits, medians over prompts and rounds; ratios are computed within a pair.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def cut_prompts(tokenizer: Any, source: str, tokens: int, count: int) -> Int[Array, "N 1 T"]:
-    """The beginning of a text, cut into prompts of so many tokens."""
+    """Cuts the beginning of a text into prompts of `tokens` tokens."""
     ids: list[int] = []
     for text in load_texts(source):
         ids += tokenizer.encode(text + "\n", add_special_tokens=False)
@@ -109,7 +109,7 @@ class Variant:
 def measure(
     model: tide_jax.Decoder, routers: tide_jax.Routers, prompts: Int[Array, "N 1 T"], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Full depth, and both ways at every threshold."""
+    """Measures full depth, and both ways at every threshold."""
     weights = routers.without_metadata()
 
     def exits(threshold: float) -> Exits:
@@ -120,7 +120,7 @@ def measure(
     ways = {way: Variant(model, args.tokens, exits(1.0), way == "survivors") for way in WAYS}
     found: dict[tuple[str, float], list[Pass]] = {(way, t): [] for way in WAYS for t in args.thresholds}
     beside: dict[tuple[str, float], list[Pass]] = {key: [] for key in found}
-    for turn in tqdm(range(args.rounds + 1), desc="rounds"):  # the first warms up
+    for turn in tqdm(range(args.rounds + 1), desc="rounds"):  # the first round warms up
         for ids in prompts:
             for way, threshold in found:
                 runs = full(ids, None), ways[way](ids, exits(threshold))

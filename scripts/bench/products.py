@@ -1,9 +1,9 @@
-"""Products of weights on a CPU: XLA's and our own, alone by rows, and inside decoding at full depth.
+"""Measures weight products on a CPU: XLA's and our own, alone by rows, and inside decoding at full depth.
 
   python -m scripts.bench.products MODEL --out scripts/results/products.json
 
 MODEL is anything tide_jax.load takes. All variants run in one process on the same threads, one round of all after the
-other; medians and spreads over the rounds are reported. "bytes alone" is the floor: all cores read as many bytes of
+other; reported are medians and spreads over the rounds. "bytes alone" is the floor: all cores read as many bytes of
 weights as a step, and do nothing else.
 """
 
@@ -37,7 +37,7 @@ SHAPES = ((576, 1536), (576, 576), (896, 4864), (1536, 576), (4864, 896))
 """Depth and outputs of the products that are timed alone: those of SmolLM2-135M and of Qwen2.5-0.5B."""
 ROWS = (1, 2, 4, 8, 16)
 LOOP_BYTES = 200e6
-"""float32 weights that a loop goes through: more than any cache holds."""
+"""float32 weights that a loop reads: more than any cache holds."""
 
 
 def main() -> None:
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds."""
+    """Median, minimum and maximum in milliseconds."""
     return {"ms": 1e3 * statistics.median(seconds), "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)}
 
 
 def alternate(variants: dict[str, Callable[[], float]], rounds: int, about: str) -> dict[str, dict[str, float]]:
-    """Seconds that each variant reports of itself, in turns."""
+    """Runs the variants in turn and collects the seconds that each reports."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in tqdm(range(rounds), desc=about):
         for name, run in variants.items():
@@ -76,7 +76,7 @@ def alternate(variants: dict[str, Callable[[], float]], rounds: int, about: str)
 
 
 def bench_product(depth: int, outputs: int, rounds: int) -> dict[str, Any]:
-    """A loop over many matrices of one shape: milliseconds by rows and kind."""
+    """Times a loop over many matrices of one shape: milliseconds by rows and kind."""
     count = int(LOOP_BYTES / (4 * depth * outputs))
     rng = np.random.default_rng(0)
     whole = jnp.asarray(rng.integers(-127, 128, (count, outputs, depth), np.int8))
@@ -92,7 +92,7 @@ def bench_product(depth: int, outputs: int, rounds: int) -> dict[str, Any]:
 
 
 def product_variant(weights: jax.Array, scale: jax.Array, rows: int, *, own: bool) -> Callable[[], float]:
-    """One pass over all matrices; each product depends on the one before."""
+    """One pass over all matrices; each product depends on the previous one."""
 
     @jax.jit
     def loop(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ def product_variant(weights: jax.Array, scale: jax.Array, rows: int, *, own: boo
 
 
 def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Decoding at full depth: milliseconds a step by batch size."""
+    """Times decoding at full depth: milliseconds per step by batch size."""
     models = {"float32": tide_jax.load(source, "float32"), "int8": tide_jax.load(source, "float32", weights="int8")}
     read = {name: bytes_read(model.config)[model.precision] for name, model in models.items()}
     batches = []
@@ -129,7 +129,7 @@ def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def without_own(model: tide_jax.Decoder, batch: int, steps: int) -> Callable[[], float]:
-    """With XLA's products. Each run stays inside `turned_off`: outside, the program would be traced anew."""
+    """Decoding with XLA's products. Every run must stay inside `turned_off`; otherwise the program is traced again."""
     with turned_off():
         inside = engine_variant(model, None, batch, steps)
 

@@ -1,11 +1,11 @@
-"""Quality against depth and wall clock, for router files over a sweep of thresholds.
+"""Measures quality against depth and wall clock, for router files over a sweep of thresholds.
 
   python -m scripts.bench.quality MODEL affine=a.safetensors tuned=b.safetensors --text eval.txt --out quality.json
   python -m scripts.bench.quality MODEL a.safetensors exact=recompute,tilt:a.safetensors --text t.txt --out q.json
 
-MODEL is anything tide_jax.load takes; a router file is named by LABEL=PATH or by its stem, and
-LABEL=recompute:PATH, LABEL=tilt:PATH or LABEL=recompute,tilt:PATH measure it with kv_strategy="recompute", with
-threshold_tilt=1, or both. Every threshold is measured
+MODEL is anything tide_jax.load takes. A router file is named by LABEL=PATH or by its stem. LABEL=recompute:PATH,
+LABEL=tilt:PATH or LABEL=recompute,tilt:PATH measure it with kv_strategy="recompute", with threshold_tilt=1, or both.
+Every threshold is measured
 
 * on held-out text, teacher-forced with the engine itself: layers run, agreement with the full model's likeliest next
   token on the same prefix, KL(full || exits) in nats, and perplexity over the full model's. Position 0 is not counted;
@@ -13,12 +13,12 @@ threshold_tilt=1, or both. Every threshold is measured
   model's choice on the same generated prefix, the full model's perplexity on that text over that on its own, and tokens
   per second at batch 1, in turn with full depth in the same process.
 
-After the thresholds given, more are measured by bisection around the best one that keeps --agreement, and then around
-the best one that keeps --perplexity, too. `at_agreement` and `at_target` name them; nothing is interpolated. One oracle
-leaves at the first checkpoint that answers as the full model: with the same heads no router runs fewer layers without
-ever being wrong. Another leaves where it costs least divergence for the layers saved: none runs fewer for as much KL.
-The JSON is written anew after every threshold ("complete" tells whether it is whole). Text must be none that routers
-were calibrated on, and time is worth something on a quiet machine only.
+After the given thresholds, bisection measures more: around the best one that keeps --agreement, and then around the
+best one that also keeps --perplexity. `at_agreement` and `at_target` name them; nothing is interpolated. One oracle
+exits at the first exit point that answers like the full model: with the same heads, no router that never errs runs
+fewer layers. Another oracle exits where it costs the least divergence for the layers saved: nothing runs fewer layers
+for as much KL. The JSON is written again after every threshold ("complete" says whether it is finished). Use text that
+routers were not calibrated on. Times are only meaningful on a quiet machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces a missing torch on standard error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ DEFINITIONS = {
 
 
 class Dials(NamedTuple):
-    """What a strategy is run with, as in `tide_jax.ExitConfig`."""
+    """Settings of a strategy, as in `tide_jax.ExitConfig`."""
 
     kv_strategy: KVStrategy = "propagate"
     threshold_tilt: float = 0.0
@@ -157,7 +157,7 @@ def parse() -> argparse.Namespace:
 
 
 def fit(args: argparse.Namespace, model: tide_jax.Decoder, strategies: list[tide_jax.Routers]) -> None:
-    """Holds lengths and depth against the model's and the routers'."""
+    """Limits lengths and depth to what the model and the routers allow."""
     context, last = model.config.context_length, min(routers.checkpoints[-1] for routers in strategies)
     args.max_length = min(args.max_length, context)
     if args.min_layers is None:
@@ -187,7 +187,7 @@ def named(argument: str) -> tuple[str, Path, Dials]:
 
 
 def read_texts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts drawn at random; those under two tokens have nothing to count."""
+    """Token ids of randomly drawn texts of more than two tokens; shorter ones have nothing to count."""
     texts = list(itertools.islice(load_texts(args.text), 100_000))
     rows = []
     for number in np.random.default_rng(args.seed).permutation(len(texts)):
@@ -204,7 +204,7 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
 def describe(
     args: argparse.Namespace, model: tide_jax.Decoder, texts: list[list[int]], prompts: list[list[int]]
 ) -> Row:
-    """Where the numbers come from, without the folders of this machine."""
+    """Origin of the numbers, without local folder names."""
     generation = {
         "prompts": len(prompts),
         "prompt_length": args.prompt_length,
@@ -237,7 +237,7 @@ def describe(
 
 
 def start_strategy(name: str, path: Path, routers: tide_jax.Routers, dials: Dials) -> Row:
-    """A strategy before its sweep: what it is."""
+    """Description of a strategy, before its sweep."""
     metadata = routers.metadata.to_dict()
     return {
         "name": name,
@@ -262,7 +262,7 @@ def sweep(
     generator: Generator | None,
     args: argparse.Namespace,
 ) -> None:
-    """Measures a strategy at the thresholds given, then at those found by bisection."""
+    """Measures a strategy at the given thresholds, then at those found by bisection."""
 
     def measure(threshold: float) -> None:
         layers = reference.model.config.num_layers
@@ -291,7 +291,7 @@ def sweep(
 
 
 def flat(rows: list[Row]) -> list[Row]:
-    """Measures on text with their thresholds."""
+    """Measurements on text, with their thresholds."""
     return [{"threshold": row["threshold"]} | row["text"] for row in rows]
 
 
@@ -301,7 +301,7 @@ def best_row(rows: list[Row], agreement: float, perplexity_ratio: float) -> Row 
 
 
 def save(report: Row, path: Path) -> None:
-    """Writes the JSON, whole or not at all."""
+    """Writes the JSON, complete or not at all."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(path)
@@ -309,7 +309,7 @@ def save(report: Row, path: Path) -> None:
 
 @contextlib.contextmanager
 def bar(name: str) -> Iterator[Any]:
-    """A progress bar, as a function of done and all."""
+    """Yields a progress bar as a function of the done and total counts."""
     with tqdm(desc=name, leave=False) as shown:
 
         def progress(done: int, total: int) -> None:

@@ -1,9 +1,9 @@
-"""Free-running greedy generation with exits beside full depth: quality and wall clock, for bench_quality.py.
+"""Compares free-running greedy generation with exits to full depth, for scripts.bench.quality: quality and wall clock.
 
-One row at a time, as an interactive user has it. Both programs run in turn on the same prompt, in an order that changes
-from prompt to prompt. Time per token is that of a long generation minus that of a one-token generation by the same
-program, over the tokens between: prefill and start-up are out. The first new token comes out of the prompt, which runs
-at full depth, and is not counted anywhere.
+It generates one row at a time, as for an interactive user. Both programs run in turn on the same prompt, in an order
+that changes from prompt to prompt. Time per token is the time of a long generation minus that of a one-token generation
+by the same program, over the tokens between; this excludes prefill and start-up. The prompt, which runs at full depth,
+predicts the first new token, so that token is not counted anywhere.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tide_jax.generation.generate import Exits, Generated, Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.model.decoder import Decoder
 
-_CHUNK = 64  # tokens whose logits are in memory at once
+_CHUNK = 64  # number of tokens whose logits are in memory at once
 Row = dict[str, Any]
 
 
 class Scores(NamedTuple):
-    """What the full model makes of a generation's N counted tokens, each on the prefix that was generated.
+    """The full model's scores of a generation's N counted tokens, each on the generated prefix.
 
     Attributes:
-      agrees: whether the token is its likeliest one.
+      agrees: whether the token is the full model's likeliest one.
       nll: negative log probability of the token.
     """
 
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One generation: new tokens, the last layer each counted one ran, layers the device ran for it, and seconds."""
+    """One generation: new tokens; for each counted token its last layer and the layers that the device ran; seconds."""
 
     tokens: np.ndarray
     exit_layers: np.ndarray
@@ -55,7 +55,7 @@ class Generator:
 
     Args:
       prompts: token ids, all of one length.
-      new_tokens: of each generation, at least 2; end-of-sequence tokens do not end it.
+      new_tokens: number of tokens per generation, at least 2; end-of-sequence tokens do not end it.
     """
 
     def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
@@ -66,7 +66,7 @@ class Generator:
         self._full = [self._scores(ids, self._run(ids, None).tokens) for ids in self.prompts]
 
     def measure(self, exits: Exits, progress: Callable[[int, int], None] | None = None) -> Row:
-        """A strategy at one threshold, in numbers; see `summarise`."""
+        """Measures a strategy at one threshold; see `summarise`."""
         self._warm(exits)
         pairs, scores = [], []
         for number, ids in enumerate(self.prompts):
@@ -104,18 +104,18 @@ class Generator:
 
     def _scores(self, prompt: np.ndarray, new: np.ndarray) -> Scores:
         best, nll = _read(self.model, jnp.asarray(np.concatenate([prompt, new])[None]))
-        counted = slice(len(prompt), len(prompt) + len(new) - 1)  # what predicts all new tokens but the first
+        counted = slice(len(prompt), len(prompt) + len(new) - 1)  # positions that predict all new tokens but the first
         return Scores(np.asarray(best)[counted] == new[1:], np.asarray(nll, np.float64)[counted])
 
 
 def summarise(
     pairs: Sequence[tuple[Run, Run]], scores: Sequence[Scores], full: Sequence[Scores], num_layers: int
 ) -> Row:
-    """Depth, quality and time over prompts.
+    """Summarises depth, quality and time over prompts.
 
     Args:
-      pairs: the run with exits and the one at full depth beside it, of each prompt.
-      scores, full: what the full model makes of the text with exits, and of its own.
+      pairs: for each prompt, the run with exits and the paired run at full depth.
+      scores, full: the full model's scores of the text with exits, and of its own text.
     """
     layers = np.concatenate([with_exits.exit_layers for with_exits, _ in pairs]) + 1
     depth = float(layers.mean() / num_layers)

@@ -1,8 +1,8 @@
-"""What exits cost in quality on given text: the measures of bench_quality.py.
+"""Measures the quality that exits cost on given text, for scripts.bench.quality.
 
 Everything is teacher-forced with the engine's own pass, in which later tokens read the keys and values that exits leave
-behind. Both models' distributions over the whole vocabulary are compared on the device, a few tokens at
-a time. Position 0 is never counted: it cannot exit.
+behind. The device compares both models' distributions over the whole vocabulary, a few tokens at a time. Position 0 is
+never counted, because it cannot exit.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.model.decoder import Decoder
 from tide_jax.risk.answers import pack
 
-_CHUNK = 64  # tokens whose logits are in memory at once
+_CHUNK = 64  # number of tokens whose logits are in memory at once
 Progress = Callable[[int, int], None]
 Row = dict[str, Any]
 
 
 class Comparison(NamedTuple):
-    """The full model and exits after each of N tokens.
+    """The full model compared with exits after each of N tokens.
 
     Attributes:
       agrees: whether both have the same likeliest next token.
-      kl: KL(full || exits) of their distributions, nats.
-      full_nll, exit_nll: negative log probability of the text's own next token; NaN after a text's last one.
+      kl: KL(full || exits) of their distributions, in nats.
+      full_nll, exit_nll: negative log probability of the text's own next token; NaN after a text's last token.
       layers: layers run with exits.
-      texts: number of the text each token is of.
+      texts: index of each token's text.
     """
 
     agrees: np.ndarray
@@ -50,13 +50,13 @@ class Comparison(NamedTuple):
 
 
 class Reference:
-    """Texts with the full model's final-normed states after each of their tokens, which stay on the device.
+    """Texts with the full model's final-normed states after each token. The states stay on the device.
 
     Args:
       texts: token ids.
-      max_length: of the longest.
-      batch_size: texts in a forward pass.
-      progress: called with batches done and all.
+      max_length: length of the longest text.
+      batch_size: number of texts per forward pass.
+      progress: called with the done and total numbers of batches.
     """
 
     def __init__(
@@ -69,24 +69,24 @@ class Reference:
         progress: Progress | None = None,
     ) -> None:
         self.model = model
-        ordered = sorted(texts, key=len)  # little of a batch is padding
+        ordered = sorted(texts, key=len)  # keeps padding short
         groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
         self.batches = [pack([Sample(ids, 1) for ids in group], batch_size, max_length) for group in groups]
         self.states = list(_reported(self.batches, lambda b: _full_states(model, b), progress))
 
     def compare(self, exits: Exits, progress: Progress | None = None) -> Comparison:
-        """Reads the texts with exits."""
+        """Runs the texts with exits and compares."""
         numbered = list(enumerate(zip(self.batches, self.states, strict=True)))
         parts = _reported(numbered, lambda item: self._compare(item[0], item[1][0], item[1][1], exits), progress)
         return Comparison(*map(np.concatenate, zip(*parts, strict=True)))
 
     def oracles(self, routers: Routers, min_layers: int, perplexity_ratio: float) -> Row:
-        """What could be had of these heads, every token's past at full depth.
+        """Measures the best exits that these heads allow, with every token's past at full depth.
 
         Returns:
-          "oracle": mean depth if every token left at the first checkpoint whose exit argmax is the full model's, and
-          each checkpoint's agreement and mean divergence; "oracle_by_kl": `least_depth` at a mean KL of the logarithm
-          of `perplexity_ratio`.
+          "oracle": mean depth if every token exits at the first exit point with the full model's argmax, and each exit
+          point's agreement and mean divergence; "oracle_by_kl": `least_depth` at a mean KL of the logarithm of
+          `perplexity_ratio`.
         """
         depth, layers = self.model.config.num_layers, np.asarray(routers.checkpoints)
         bare = routers.without_metadata()
@@ -117,7 +117,7 @@ class Reference:
 
 
 def summarise(found: Comparison, num_layers: int) -> Row:
-    """A strategy at one threshold, in numbers."""
+    """Summary of a strategy at one threshold."""
     has_next = ~np.isnan(found.full_nll)
     full, early = (float(a[has_next].mean()) for a in (found.full_nll, found.exit_nll))
     values, counts = np.unique(found.layers, return_counts=True)
@@ -137,7 +137,7 @@ def summarise(found: Comparison, num_layers: int) -> Row:
 
 
 def standard_error(values: np.ndarray, texts: np.ndarray) -> float | None:
-    """Of a mean over tokens, where texts and not tokens are independent; None for a single text."""
+    """Standard error of a mean over tokens if only texts are independent; None for a single text."""
     numbers = np.unique(texts)
     if numbers.size < 2:
         return None
@@ -147,7 +147,7 @@ def standard_error(values: np.ndarray, texts: np.ndarray) -> float | None:
 
 
 def first_right(agrees: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int) -> np.ndarray:
-    """Layers run by each of N tokens that leave at the first checkpoint where ``agrees [C, N]``, else never."""
+    """Layers run by each of N tokens that exit at the first exit point where ``agrees [C, N]``, else never."""
     allowed = agrees & (checkpoints + 1 >= min_layers)[:, None]
     return np.where(allowed.any(axis=0), checkpoints[allowed.argmax(axis=0)] + 1, num_layers)
 
@@ -155,13 +155,13 @@ def first_right(agrees: np.ndarray, checkpoints: np.ndarray, num_layers: int, mi
 def least_depth(
     kl: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int, limit: float
 ) -> tuple[float, float]:
-    """Least mean depth of N tokens whose mean divergence stays within `limit`, and that divergence.
+    """Least mean depth of N tokens with mean divergence within `limit`, and that divergence.
 
-    Each token leaves where its divergence less a price for the layers saved is least, or not at all; the price is the
-    highest that keeps the limit. For the divergence that it spends, no other choice of exits runs fewer layers.
+    Each token exits where its divergence minus a price for the layers saved is least, or not at all. The price is the
+    highest that keeps the limit. No other choice of exits runs fewer layers for the same divergence.
 
     Args:
-      kl: divergence of each token's answer at each checkpoint, ``[C, N]``.
+      kl: divergence of each token's answer at each exit point, ``[C, N]``.
     """
     saved = np.where(checkpoints + 1 >= min_layers, 1 - (checkpoints + 1) / num_layers, -np.inf)[:, None]
 
@@ -186,14 +186,17 @@ def qualifies(row: Row, agreement: float, perplexity_ratio: float) -> bool:
 
 
 def at_target(rows: Sequence[Row], agreement: float, perplexity_ratio: float) -> Row | None:
-    """The measured row of least depth that keeps both limits; of equal ones that with the highest threshold."""
+    """The measured row of least depth that keeps both limits; among equal ones the one with the highest threshold."""
     kept = [row for row in rows if qualifies(row, agreement, perplexity_ratio)]
     return min(kept, key=lambda row: (row["depth"], -row["threshold"]), default=None)
 
 
 def next_threshold(rows: Sequence[Row], agreement: float, perplexity_ratio: float) -> float | None:
-    """Where to measure next: halfway between the best row's threshold and the one below it (0 if there is none), or,
-    where no row keeps the limits, halfway from the highest threshold under 1 to 1."""
+    """Returns the next threshold to measure, or None.
+
+    It is halfway between the best row's threshold and the one below it (0 if there is none). If no row keeps the
+    limits, it is halfway between the highest threshold under 1 and 1.
+    """
     measured = [row["threshold"] for row in rows]
     best = at_target(rows, agreement, perplexity_ratio)
     if best is None or best["depth"] == 1.0:
@@ -239,10 +242,10 @@ def _compare(
 def _differences(
     model: Decoder, full: Float[Array, " D"], early: Float[Array, " D"]
 ) -> tuple[Array, Array, tuple[Array, Array]]:
-    """Whether two final-normed states have one argmax, KL(full || early), and both log distributions."""
+    """Whether two final-normed states have the same argmax, KL(full || early), and both log distributions."""
     logits = [model.logits(state[None, None])[0, 0].astype(jnp.float32) for state in (full, early)]
     logs = jax.nn.log_softmax(logits[0]), jax.nn.log_softmax(logits[1])
-    # 0 * -inf would be NaN where a model never gives some tokens.
+    # Avoid 0 * -inf, which is NaN, for tokens that a model never gives.
     kl = jnp.sum(jnp.where(logs[0] > -jnp.inf, jnp.exp(logs[0]) * (logs[0] - logs[1]), jnp.float32(0)))
     return jnp.argmax(logits[0]) == jnp.argmax(logits[1]), kl, logs
 
@@ -251,7 +254,7 @@ def _differences(
 def _exits_everywhere(
     model: Decoder, routers: Routers, batch: Batch, states: Float[Array, "B T D"]
 ) -> tuple[Array, Array]:
-    """Whether leaving at each checkpoint gives the full model's argmax, and KL(full || exit), ``[C, B, T]``."""
+    """Whether an exit at each exit point gives the full model's argmax, and KL(full || exit), ``[C, B, T]``."""
     contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
     full = states.reshape(-1, states.shape[-1])
 

@@ -1,10 +1,11 @@
-"""From calling `tide-jax generate` to its first words, with and without an earlier run's programs, and its memory.
+"""Measures `tide-jax generate` from the call to its first words, with and without cached programs, and its memory.
 
   python -m scripts.bench.start MODEL --routers routers.safetensors --out scripts/results/start.json
 
-MODEL is a converted directory; compile times are of random models. Every mode starts --warm + 1 times, the first time
-with no program kept. Words are shown when they are complete, so the first takes two tokens or more. Memory is the peak
-of resident pages, those of the mapped file too, beside 1.25 times the weights' bytes (routers included) and 500 MiB.
+MODEL is a converted directory; compile times are those of random models. Every mode starts --warm + 1 times, the first
+time with an empty program cache. Words are shown when they are complete, so the first takes two tokens or more. Memory
+is the peak of resident pages, including those of the mapped file; its bound is 1.25 times the weights' bytes (routers
+included) plus 500 MiB.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def start(model: Path, options: list[str], cache: str) -> Start:
 
 
 def compile_times(layers: int) -> dict[str, Any]:
-    """Seconds to trace and compile a whole generation of a random model, whose width hardly matters for that."""
+    """Seconds to trace and compile a whole generation of a random model; the width hardly matters for that."""
     config = tiny_config(num_layers=layers)
     model, routers = tiny_decoder(config), random_routers(config, interval=4)
     seconds = {"layers": layers}

@@ -1,1 +1,1 @@
-"""Accelerators: what compilers make of the programs, and what they measure on one."""
+"""Accelerators: checks of compiled programs, and measurements on a GPU."""

@@ -1,7 +1,7 @@
-"""Decode steps of an 8B model, compiled for an accelerator that is not there: what gpu_aot.py and tpu_aot.py share.
+"""Compiles decode steps of an 8B model for an absent accelerator; shared by gpu_aot.py and tpu_aot.py.
 
-Weights are shapes alone. A step must copy neither weights nor the cache, may use little memory besides, and must not
-make floats of weights that are integers.
+Weights are only shapes. A step must not copy weights or the cache, must not convert integer weights to floats, and may
+use little extra memory.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from tide_jax.testing import constant_routers
 SLOTS = 4096
 DTYPE = jnp.bfloat16
 INTERVAL = 4
-_EXPERTS = 16  # of 896 channels: as many weights as the MLP in their place
-_SMALL = 16 * 2**20  # what a step may use besides, where the keys and values of a layer are no more
+_EXPERTS = 16  # of 896 channels: as many weights as the MLP they replace
+_SMALL = 16 * 2**20  # extra memory that a step may always use, even if a layer's keys and values take less
 _LOWERED_FOR = {"gpu": "cuda", "tpu": "tpu"}
 
 
 class Case(NamedTuple):
-    """A decode step.
+    """A decode step to compile.
 
     Attributes:
-      name: for the table.
+      name: name in the table.
       kv_strategy: None runs every layer, without routers.
-      implementation: of the exit step.
+      implementation: implementation of the exit step.
       rows: batch size.
-      weights: of the model.
-      kind: "experts" puts mixtures of experts in the MLPs' place, "latent" keeps keys and values as latent vectors.
+      weights: the model's kind of weights.
+      kind: "experts" replaces the MLPs by mixtures of experts, "latent" stores keys and values as latent vectors.
     """
 
     name: str
@@ -78,9 +78,9 @@ class Step(NamedTuple):
     """A compiled case.
 
     Attributes:
-      hlo: the program, optimised.
-      entry: what is reported of it.
-      problems: what is wrong with it.
+      hlo: the optimised program.
+      entry: its row in the report.
+      problems: failed checks.
     """
 
     hlo: str
@@ -99,7 +99,7 @@ def arguments(description: str | None) -> argparse.Namespace:
 def report(
     args: argparse.Namespace, cases: Sequence[Case], device: Any, compiled: Callable[[Case, DecoderConfig], Step]
 ) -> int:
-    """Compiles the cases, prints and writes what was found, and returns the process's exit code."""
+    """Compiles the cases, prints and writes the findings, and returns the process's exit code."""
     config = dataclasses.replace(eight_billion(), num_layers=args.layers, attention_pattern=(0,) * args.layers)
     entries = []
     for case in cases:
@@ -119,11 +119,11 @@ def report(
 def compiled(
     case: Case, config: DecoderConfig, device: Any, *, options: dict[str, Any] | None = None, spare: int = 0
 ) -> Step:
-    """What XLA makes of a step for a device that is not there.
+    """Compiles a step with XLA for an absent device, and checks the result.
 
     Args:
-      options: of the compiler.
-      spare: bytes that it may use for each layer, besides the keys and values of one.
+      options: options of the compiler.
+      spare: extra bytes allowed for each layer, besides one layer's keys and values.
     """
     config = {"plain": _plain, "experts": _with_experts, "latent": _with_latent_vectors}[case.kind](config)
     lowered, integers = _lowered(case, config, device)
@@ -149,7 +149,7 @@ def _counted(results: list[LargeResult]) -> list[list[Any]]:
 
 
 def _problems(entry: dict[str, Any], limit: int) -> list[str]:
-    """`limit`: bytes that a step may use besides."""
+    """Failed checks; `limit` is the number of extra bytes that a step may use."""
     found = [
         f"{what} {shape} by {kind}, {count} times: {size / 2**20:.1f} MiB each"
         for what, key in (("writes", "large_results"), ("makes floats of integers,", "float_copies"))
@@ -165,7 +165,7 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
 
 
 def _with_latent_vectors(config: DecoderConfig) -> DecoderConfig:
-    """With the sizes of DeepSeek-V2's attention."""
+    """The configuration with the sizes of DeepSeek-V2's attention."""
     latent = LatentConfig(kv_rank=512, q_rank=None, nope_dim=128, rope_dim=64, value_dim=128)
     rope = RopeConfig(theta=10000.0, rotary_dim=64, interleaved=True)
     head_dim = latent.nope_dim + latent.rope_dim
@@ -182,7 +182,7 @@ def _with_experts(config: DecoderConfig) -> DecoderConfig:
 
 
 def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages.Lowered, set[int]]:
-    """The step before XLA, and how many numbers its matrices of integers have."""
+    """The step lowered for XLA, and the sizes of its integer matrices."""
 
     def there(make: Callable[[], Any]) -> Any:
         shapes, on = jax.eval_shape(make), SingleDeviceSharding(device)
@@ -218,7 +218,7 @@ def _platform(device: Any) -> str:
 
 @contextlib.contextmanager
 def _compiling_for(device: Any) -> Iterator[None]:
-    """Kernels are chosen, and from JAX 0.11 on made, for the device that is not there."""
+    """Makes JAX choose kernels, and from JAX 0.11 on build them, for the absent device."""
     here, pallas_kernels.selection.platform = pallas_kernels.selection.platform, lambda: _platform(device)
     mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,)).abstract_mesh
     asks = hasattr(jax.sharding, "AbstractDevice")

@@ -1,4 +1,4 @@
-"""Reads what XLA made of a program for a GPU or a TPU: large results in its HLO, and what is launched."""
+"""Reads XLA's compiled program for a GPU or a TPU: large results in its HLO, and its launches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_MOVES = {"copy-done", "slice-done"}  # of what is found where it was made
+_MOVES = {"copy-done", "slice-done"}  # their results are found where they were made
 _FLOATS = re.compile(r"b?f\d")
 _ON_CHIP = re.compile(r"S\(\d+\)")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _THUNK = re.compile(r"^\s*\d+: (k\w+)")
-# Their results are made elsewhere, or are other names for what there is.
+# Their results are made elsewhere, or are other names for existing arrays.
 _NO_WORK = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
 
 
@@ -24,7 +24,7 @@ class LargeResult(NamedTuple):
     """An array that a step writes.
 
     Attributes:
-      kind: the operation; for a fusion, all that it does.
+      kind: the operation; for a fusion, all its operations.
       shape: as HLO writes it.
       size: bytes.
     """
@@ -49,9 +49,10 @@ class _Instruction(NamedTuple):
 
 
 def large_results(hlo: str, limit: int) -> list[LargeResult]:
-    """Arrays of at least `limit` bytes that the program writes, but for those that are written into where they lie (an
-    update of a slice): copies of weights or of the cache are among them. What a TPU reads ahead into memory on the chip
-    is no copy."""
+    """Finds arrays of at least `limit` bytes that the program writes, which include copies of weights or of the cache.
+
+    Arrays written in place (an update of a slice) don't count. Neither do a TPU's prefetches into memory on the chip.
+    """
     return [
         LargeResult(kind, array.shape, array.size)
         for kind, array in _written(hlo)
@@ -60,10 +61,10 @@ def large_results(hlo: str, limit: int) -> list[LargeResult]:
 
 
 def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
-    """Arrays of floats that the program writes, to whatever memory, which hold as many numbers as a matrix of integers.
+    """Finds arrays of floats, in any memory, with as many numbers as a matrix of integers.
 
     Args:
-      counts: of the numbers in each matrix.
+      counts: numbers of elements of the integer matrices.
     """
     return [
         LargeResult(kind, array.shape, array.size)
@@ -73,7 +74,7 @@ def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
 
 
 def launches(thunks: str) -> Counter[str]:
-    """How often each kind of launch stands in a dumped thunk sequence: kernels, copies, command buffers, loops."""
+    """Counts each kind of launch in a dumped thunk sequence: kernels, copies, command buffers, loops."""
     return Counter(match[1] for match in map(_THUNK.match, thunks.splitlines()) if match)
 
 
@@ -82,7 +83,7 @@ def _written(hlo: str) -> Iterator[tuple[str, _Array]]:
     fused = {i.fused for instructions in computations.values() for i in instructions if i.operation == "fusion"}
     for name, instructions in computations.items():
         for instruction in instructions:
-            # What a "-start" begins to write is the result of its "-done".
+            # A "-start" operation's result is reported at its "-done".
             if name in fused or instruction.operation in _NO_WORK or instruction.operation.endswith("-start"):
                 continue
             inside = computations.get(instruction.fused or "", [])

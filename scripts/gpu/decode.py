@@ -1,8 +1,10 @@
-"""The whole decode step of a steered model: against the bandwidth floor, at forced depths, with routers that let nobody
-go, and as a chain of conditionals in place of the library's loop.
+"""Measures the whole decode step of a steered model.
 
-Skip efficiency is that of bench_decode.py: (time saved / layer time at full depth) / (share of layers skipped), where
-layer time is full-depth time less that of embedding, output head and argmax alone.
+Variants run against the bandwidth floor, at forced depths, with routers that let no token exit, and as a chain of
+conditionals instead of the library's loop.
+
+Skip efficiency is that of scripts.bench.decode: (time saved / layer time at full depth) / (share of layers skipped),
+where layer time is full-depth time minus that of embedding, output head and argmax alone.
 """
 
 from __future__ import annotations
@@ -36,24 +38,24 @@ from tide_jax.model.decoder import Decoder
 TARGET_DEPTH = 0.93
 """Mean share of layers at which gains are compared with the TIDE paper's."""
 BELOW = (0.92, 0.9)
-"""More of them, to see where its figures are reached."""
+"""More such shares, to see where the paper's figures are reached."""
 ONE_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
              "xla_gpu_graph_min_graph_size": 1}  # fmt: skip
-"""Has XLA run the loop as one CUDA graph."""
+"""Makes XLA run the loop as one CUDA graph."""
 
 Step = Callable[..., StepOutput]
 """Like `tide_jax.decode_step`."""
 
 
 class DecodePlan(NamedTuple):
-    """What decoding is measured on.
+    """Settings of the decoding measurement.
 
     Attributes:
       batches: numbers of rows.
       context: tokens in the cache before the first step.
-      steps: of one run. With 50, mixes of 32 layers come out at `TARGET_DEPTH` exactly.
+      steps: steps of one run. With 50, mixes of 32 layers reach `TARGET_DEPTH` exactly.
       rounds: runs of each variant, all variants in turn.
-      implementation: of the kernels in the step.
+      implementation: implementation of the kernels in the step.
       graphs: whether to try `ONE_GRAPH`.
     """
 
@@ -66,7 +68,7 @@ class DecodePlan(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A run to time: a program, and how deep every step's tokens go."""
+    """A run to time: a program, and the depth of every step's tokens."""
 
     name: str
     program: str
@@ -83,7 +85,7 @@ def cond_chain_step(
     *,
     implementation: str | None = None,
 ) -> StepOutput:
-    """`tide_jax.decode_step` with a `lax.cond` for each group in place of the loop and its switch."""
+    """`tide_jax.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
     positions = jnp.where(active, positions, -1)[:, None]
     groups = layer_groups(model.config.num_layers, exits.routers.checkpoints)
     contexts, rows = model.contexts(positions, cache), GroupRows(groups)
@@ -115,21 +117,21 @@ def cond_chain_step(
 
 
 def decoded(step: Step, leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Decodes given tokens one after the other, as if each were drawn from the logits before.
+    """Decodes given tokens one after the other, as if each were sampled from the previous logits.
 
     Args:
       leaves, tree: the model, its filled cache and the exits, flattened once: a model has hundreds of arrays.
       tokens: int32 [steps, B].
 
     Returns:
-      The last tokens drawn, and the layers run for each step and row.
+      The last sampled tokens, and the layers run for each step and row.
     """
     model, cache, exits = jax.tree.unflatten(tree, leaves)
     positions = jnp.full(tokens.shape[1:], cache.length, jnp.int32)
 
     def body(i: jax.Array, carry: Any) -> Any:
         cache, drawn, depths = carry
-        given = tokens[i] + jnp.minimum(drawn, 0)  # which is 0, but only known when the step before is through
+        given = tokens[i] + jnp.minimum(drawn, 0)  # always adds 0, but makes each step wait for the previous one
         out = step(model, cache, given, positions + i, jnp.ones(given.shape, bool), exits)
         drawn = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
         return out.cache, drawn, depths.at[i].set(out.exit_layers + 1)
@@ -139,7 +141,7 @@ def decoded(step: Step, leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.
 
 
 def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same with no layers: embedding, final norm, output head and argmax."""
+    """`decoded` without layers: embedding, final norm, output head and argmax."""
     model, _, _ = jax.tree.unflatten(tree, leaves)
 
     def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
@@ -152,7 +154,7 @@ def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, ja
 
 
 def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCache:
-    """A cache of random rows."""
+    """A cache filled with random rows."""
     cache = tide_jax.init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
     arrays, tree = jax.tree.flatten((cache.keys, cache.values))
     filled = [jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(arrays)]
@@ -163,19 +165,19 @@ def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCach
 
 
 def targets(steered: Steered) -> list[tuple[float, int]]:
-    """Mean shares of the layers, and the checkpoint's depth at which some tokens leave to bring the mean there."""
+    """Mean shares of the layers to reach, each with the depth of the exit point at which some tokens exit."""
     depths, middle = steered.depths[:-1], steered.nearest(0.5)
     found = [(TARGET_DEPTH, depth) for depth in sorted({depths[-1], middle, depths[0]}, reverse=True)]
     return found + [(share, middle) for share in BELOW]
 
 
 def leaving(share: float, depth: int, layers: int, tokens: int) -> int:
-    """How many of `tokens` have to leave after `depth` layers: the mean is `share` of the layers, or a bit more."""
+    """How many of `tokens` must exit after `depth` layers for a mean of `share` of the layers, or slightly more."""
     return int((1 - share) * layers * tokens / (layers - depth) + 1e-9)
 
 
 def mixes(steered: Steered, steps: int) -> dict[str, np.ndarray]:
-    """Depths of each step: some steps leave at one checkpoint, evenly spread, all rows of a batch together."""
+    """Depths of each step: some steps, evenly spread, exit at one exit point, all rows of a batch together."""
     found, layers = {}, steered.layers
     for share, depth in targets(steered):
         count = leaving(share, depth, layers, steps)
@@ -187,7 +189,7 @@ def mixes(steered: Steered, steps: int) -> dict[str, np.ndarray]:
 
 
 def variants(steered: Steered, plan: DecodePlan, batch: int) -> list[Variant]:
-    """What is run at a batch size, the most telling first."""
+    """The variants for a batch size, the most informative first."""
     depths, middle = steered.depths[:-1], steered.nearest(0.5)
     full, mixed = np.full(plan.steps, steered.layers), mixes(steered, plan.steps)
     found = [
@@ -212,7 +214,7 @@ def variants(steered: Steered, plan: DecodePlan, batch: int) -> list[Variant]:
 def run_decode(
     steered: Steered, plan: DecodePlan, roof: Roof, budget: Budget, progress: Callable[[str], None]
 ) -> list[Row]:
-    """A row for each batch size and variant."""
+    """Returns a row for each batch size and variant."""
     rows: list[Row] = []
     for batch in plan.batches:
         wanted = variants(steered, plan, batch)
@@ -241,7 +243,7 @@ class _Batch(NamedTuple):
         progress(f"decode, batch {self.batch}: compiled")
         times: dict[str, list[float]] = {v.name: [] for v in wanted}
         found: dict[str, Row] = {v.name: {} for v in wanted}
-        for number in range(self.plan.rounds + 1):  # the first is for warming up
+        for number in range(self.plan.rounds + 1):  # the first round warms up
             for v in wanted:
                 if "error" in found[v.name]:
                     continue
@@ -250,14 +252,14 @@ class _Batch(NamedTuple):
                     continue
                 self._once(v, programs[v.program], cache, times[v.name] if number else None, found[v.name])
         for name, values in times.items():
-            if values:  # cut short perhaps, but measured
+            if values:  # perhaps cut short, but measured
                 found[name].pop("not_run", None)
                 found[name] |= self._speed(Spread.of(values), len(values))
         self._compare(found, wanted, roof)
         return [row | found[row["variant"]] for row in base]
 
     def _compiled(self, names: set[str], cache: KVCache) -> dict[str, Any]:
-        """Programs by name, each with its seconds; the reason in place of one that can't be made."""
+        """Programs by name, with their compile seconds; a reason instead of a program that can't be built."""
         own = functools.partial(tide_jax.decode_step, implementation=self.plan.implementation)
         plain = functools.partial(tide_jax.decode_step, implementation="reference")
         chain = functools.partial(cond_chain_step, implementation=self.plan.implementation)
@@ -297,7 +299,7 @@ class _Batch(NamedTuple):
         return jax.tree.flatten((self.steered.model, cache, exits))
 
     def _once(self, v: Variant, made: Any, cache: KVCache, times: list[float] | None, row: Row) -> None:
-        """Runs a variant; the first run tells how deep it went."""
+        """Runs a variant once; the first run checks the depth."""
         if isinstance(made, str):
             row["error"] = made
             return
@@ -325,7 +327,7 @@ class _Batch(NamedTuple):
         }
 
     def _compare(self, found: dict[str, Row], wanted: list[Variant], roof: Roof) -> None:
-        """Ratios to full depth, to the floor, and how much of the skipped layers' time was saved."""
+        """Adds ratios to full depth and to the floor, and the share of the skipped layers' time that was saved."""
         full = found["full depth"].get("ms_per_step")
         head = found["head only"].get("ms_per_step")
         tokens = self.plan.context + self.plan.steps // 2

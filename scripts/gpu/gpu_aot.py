@@ -1,11 +1,11 @@
-"""Compiles decode steps of an 8B model for an H100 that is not there, and checks what XLA made of them.
+"""Compiles decode steps of an 8B model for an absent H100, and checks XLA's programs.
 
   make gpu-aot
 
-installs XLA's compiler for NVIDIA GPUs (two wheels, no driver) into .gpu_aot and runs this with it. Weights are shapes
-alone. A step must not copy weights or the cache, nor make floats of weights that are integers, must be a few CUDA
-graphs, and may use little memory besides. Prints what was found, writes it with --out, and exits with 1 where a check
-fails.
+installs XLA's compiler for NVIDIA GPUs (two wheels, no driver) into .gpu_aot and runs this script with it. Weights are
+only shapes. A step must not copy weights or the cache, must not convert integer weights to floats, must consist of a
+few CUDA graphs, and may use little extra memory. The script prints its findings, writes them with --out, and exits with
+1 if a check fails.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _compiled(case: Case, config: DecoderConfig, gpu: Any) -> Step:
 
 
 def _problems(case: Case, counts: dict[str, int]) -> list[str]:
-    # Before the loop, a group of layers, after the loop; "propagate" has one more, over groups that were skipped.
+    # One graph before the loop, one per group, one after; "propagate" adds a loop over the skipped groups.
     graphs = 4 if case.kv_strategy == "propagate" else 3
     found = []
     if (counts["exit_kernels"] > 0) == (case.implementation == "reference"):

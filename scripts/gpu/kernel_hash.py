@@ -1,4 +1,4 @@
-"""Which kernel sources a result belongs to."""
+"""Hash that ties a result to its kernel sources."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A random model whose tokens say how deep they run, for verify_gpu.py.
+"""A random model in which a token's id decides its depth, for verify_gpu.py.
 
-A token's id is of a kind, ``id % kinds``: all of a kind leave at the same checkpoint, or never. Its embedding holds a
-direction that belongs to the kind and is long enough to be seen through random layers; the checkpoint's router looks
-for it, and for hundreds of other things that weigh nothing. So routers decide by reading the state, as trained ones do,
-and any mix of depths is a choice of token ids, with no program of its own.
+A token's id has a kind, ``id % kinds``. All tokens of a kind exit at the same exit point, or never. The token's
+embedding contains a direction that belongs to the kind and is long enough to remain visible through random layers. The
+exit point's router looks for this direction, and for hundreds of other ones with negligible weight. So routers decide
+by reading the state, like trained ones, and any mix of depths is a choice of token ids for the same program.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from tide_jax.model.decoder import Decoder, stored_parameters
 from tide_jax.testing import tiny_config
 
 _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
-"""How long a kind's direction is, and how much of it a router has to see, in units of the root of D."""
+"""Length of a kind's direction, and how much of it a router must see, in units of the root of D."""
 
 
 def config_8b() -> DecoderConfig:
-    """The shape of Llama 3 8B, whose output head is a matrix of its own: steering must not reach it."""
+    """The shape of Llama 3 8B with a separate output head, which steering must not affect."""
     return dataclasses.replace(eight_billion(), tie_embeddings=False, norm_eps=1e-5)
 
 
 def config_tiny() -> DecoderConfig:
-    """Something that a processor runs in no time."""
+    """A shape that a processor runs quickly."""
     kind = AttentionType(scale=16**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=16))
     sizes = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 96}
     return tiny_config(num_layers=3, vocab_size=320, attention_types=(kind,), tie_embeddings=False, **sizes)
 
 
 class Steered(NamedTuple):
-    """A model and routers that read the depth of a token out of its state.
+    """A model with routers that read a token's depth from its state.
 
     Attributes:
-      model: random, bfloat16 or whatever it was made in.
-      exits: routers and dials, prompt included.
+      model: random weights, in bfloat16 or the requested dtype.
+      exits: routers and dials, also for prompts.
     """
 
     model: Decoder
@@ -55,36 +55,36 @@ class Steered(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """All of them."""
+        """Number of layers."""
         return self.model.config.num_layers
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Layers that a token of each kind runs; the last kind never leaves."""
+        """Layers that a token of each kind runs; the last kind never exits."""
         return (*(c + 1 for c in self.exits.routers.checkpoints), self.layers)
 
     def ids(self, depths: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
-        """Token ids, int32, different ones, that run as many layers as `depths` say."""
+        """Different token ids, int32, that run as many layers as `depths` says."""
         kinds, wanted = len(self.depths), np.asarray(depths)
         numbers = np.random.default_rng(seed).integers(0, self.model.config.vocab_size // kinds, wanted.shape)
         return (numbers * kinds + np.searchsorted(self.depths, wanted)).astype(np.int32)
 
     def nearest(self, share: float) -> int:
-        """The checkpoint's depth that is nearest to a share of the layers."""
+        """The exit point's depth that is closest to a share of the layers."""
         return min(self.depths[:-1], key=lambda depth: abs(depth - share * self.layers))
 
     def bytes_read(self) -> int:
-        """Of weights, by one token at full depth: everything but the embedding table."""
+        """Bytes of weights that one token reads at full depth: all but the embedding table."""
         return sum(p.value.nbytes for p in stored_parameters(self.model) if not p.path.startswith("embed."))
 
     def bytes_cached(self, tokens: int) -> int:
-        """Of keys and values of so many tokens of one row."""
+        """Bytes of keys and values of `tokens` tokens in one row."""
         heads, keys, values = self.model.config.cache_shape
         return tokens * self.layers * heads * (keys + values) * self.model.dtype.itemsize
 
 
 def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp.dtype) -> Steered:
-    """Random weights, made where they stay and one after the other, and routers after every `interval`-th layer."""
+    """Makes random weights, one at a time and in place, and routers after every `interval`-th layer."""
     checkpoints = checkpoint_layers(config.num_layers, interval)
     model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
     directions = _directions(len(checkpoints) + 1, config.hidden_size)
@@ -95,7 +95,7 @@ def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp
 
 
 def _directions(count: int, size: int) -> Float[Array, "kinds D"]:
-    """Unit vectors at right angles to each other."""
+    """Orthogonal unit vectors."""
     columns = np.random.default_rng(1).standard_normal((size, count))
     return jnp.asarray(np.linalg.qr(columns)[0].T, jnp.float32)
 
@@ -108,7 +108,7 @@ def _steer(table: Float[Array, "V D"], directions: Float[Array, "kinds D"]) -> F
 
 
 def _router(number: int, direction: Float[Array, " D"], bottleneck: int) -> Router:
-    """The first hidden unit sees the direction; the others are there for their cost."""
+    """A router whose first hidden unit sees the direction; the others only add their cost."""
     size = direction.shape[0]
     keys = jax.random.split(jax.random.key(number), 3)
     down = jax.random.normal(keys[0], (size, bottleneck)) * size**-0.5

@@ -1,5 +1,8 @@
-"""The operations that verify_gpu.py checks. A new one is an entry in `OPS`: how to make its arguments, run it, count
-the bytes it has to move, and compare two results."""
+"""The operations that verify_gpu.py checks.
+
+A new one is an entry in `OPS`: how to make its arguments, run it, count the bytes it must move, and compare two
+results.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,12 @@ HIDDEN = 128
 """Width of the routers."""
 EPS, LAYER, MIN_LAYERS, THRESHOLD = 1e-5, 11, 8, 0.5
 EXACT = 1e-5
-"""Error up to which float32 numbers count as equal; scores as near to the threshold may fall on either side of it."""
+"""Error up to which float32 numbers count as equal; scores this close to the threshold may fall on either side of
+it."""
 
 
 class Shape(NamedTuple):
-    """Rows of a size in a dtype."""
+    """Rows of one size in a dtype."""
 
     rows: int
     size: int
@@ -33,16 +37,16 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
 class Difference(NamedTuple):
-    """Between a result and the reference's.
+    """Difference between a result and the reference's.
 
     Attributes:
-      error: the largest, over the larger of 1 and the number's size; infinite where only one is NaN.
-      flips: decisions that differ though nothing was close, and numbers changed that had to stay.
+      error: the largest error, relative to the larger of 1 and the number's size; infinite if only one of them is NaN.
+      flips: decisions that differ although nothing was close, and changed numbers that had to stay.
     """
 
     error: float
@@ -53,18 +57,18 @@ Arguments = tuple[Any, ...]
 
 
 class Op(NamedTuple):
-    """An operation.
+    """An operation to check.
 
     Attributes:
-      name: in results.
+      name: name in results.
       choices: its implementations.
-      make: arguments for a shape, of numbers from a seeded generator; the first is the rows.
-      call: an implementation's name and the arguments to a result.
-      floor: bytes that have to be read and written for a shape, each once.
-      compare: a result, the reference's, and the arguments.
+      make: makes arguments for a shape from a seeded generator; the first argument is the rows.
+      call: runs an implementation, given its name and the arguments.
+      floor: bytes that must be read and written for a shape, each once.
+      compare: compares a result with the reference's, given the arguments.
       in_place: the argument whose place the result takes, as in an engine; None for new arrays.
-      tolerance: error up to which a result is right, by dtype; None for `EXACT`.
-      only: which shapes it is worth running on.
+      tolerance: largest error of a correct result, by dtype; None for `EXACT`.
+      only: whether a shape is worth running.
     """
 
     name: str
@@ -79,7 +83,7 @@ class Op(NamedTuple):
 
 
 def rounding(dtype: str) -> float:
-    """What a few roundings of a dtype's numbers come to."""
+    """Error of a few roundings in a dtype."""
     return max(EXACT, 4 * float(jnp.finfo(dtype).eps))
 
 
@@ -98,7 +102,7 @@ def _normal(rows: int, size: int) -> np.ndarray:
 
 
 def states(shape: Shape) -> jax.Array:
-    """Rows of unlike sizes that do not lie around zero."""
+    """Rows of different scales that are not centred on zero."""
     scale = np.exp(np.linspace(-1.0, 1.0, shape.rows, dtype=np.float32))[:, None]
     return jnp.asarray(_normal(shape.rows, shape.size) * scale + np.float32(0.1), shape.dtype)
 
@@ -182,7 +186,7 @@ def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda 
     )
 
 
-# compact: half of the rows are left
+# compact: half of the rows are active
 
 
 def _partition(shape: Shape) -> compact.Partition:
@@ -218,7 +222,7 @@ def _moved_difference(found: jax.Array, wanted: jax.Array, _: Arguments) -> Diff
     return Difference(worst(found, wanted), int(np.sum(np.asarray(found) != np.asarray(wanted))))
 
 
-# kv_fill: one token of each of N rows, for every other row
+# kv_fill: one token in each of N rows; every other row is filled
 
 
 _HEADS, _CHANNELS = 8, 128
@@ -275,4 +279,4 @@ OPS = (
     ),
     _projection("exit_project, affine head", affine=True, only=lambda s: s.size <= 4096 and s.rows <= 256),
 )
-"""In the order in which they are run."""
+"""In the order of running."""

@@ -1,5 +1,8 @@
-"""Every operation x implementation x dtype x channels x rows: does it compile, is it right, and how long does it take
-beside jitted plain JAX and the bytes that it has to move?"""
+"""Checks every operation x implementation x dtype x channels x rows.
+
+Each case records whether it compiles, whether it is right, and its time beside jitted plain JAX and beside the bytes
+that it must move.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ OUT_OF_TIME = "not run: no time was left"
 
 
 class Matrix(NamedTuple):
-    """What operations are run on, the most telling first: what time does not suffice for is left out from the end.
+    """Shapes to run operations on, the most informative first; the last ones are dropped if time runs out.
 
     Attributes:
       sizes, rows, dtypes: of the shapes.
-      repeats: runs of a loop that count.
-      loop_seconds: about how long a loop should take.
+      repeats: measured runs of a loop.
+      loop_seconds: approximate duration of a loop.
     """
 
     sizes: Sequence[int] = (4096, 2048, 8192, 576)
@@ -41,22 +44,22 @@ class Matrix(NamedTuple):
 
     @classmethod
     def tiny(cls) -> Matrix:
-        """For a processor that interprets kernels."""
+        """Shapes for a processor that interprets kernels."""
         return cls(sizes=(64,), rows=(1, 16), dtypes=("float32", "bfloat16"), repeats=2, loop_seconds=0.0)
 
     def batches(self, op: Op) -> Iterator[list[Shape]]:
-        """Shapes of a size and dtype at a time."""
+        """Yields the shapes of one size and dtype at a time."""
         for size, dtype in itertools.product(self.sizes, self.dtypes):
             if shapes := [shape for rows in self.rows if op.only(shape := Shape(rows, size, dtype))]:
                 yield shapes
 
 
 class Roof(NamedTuple):
-    """What the device can do.
+    """Measured limits of the device.
 
     Attributes:
-      bandwidth: bytes a second.
-      overhead: of loops and launches.
+      bandwidth: bytes per second.
+      overhead: time of loops and launches.
     """
 
     bandwidth: float
@@ -64,7 +67,7 @@ class Roof(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An implementation on a shape, and its program on the way."""
+    """An implementation on a shape, and its program under compilation."""
 
     shape: Shape
     implementation: str
@@ -75,7 +78,7 @@ class Case(NamedTuple):
 def run_ops(
     ops: Sequence[Op], matrix: Matrix, roof: Roof, budget: Budget, progress: Callable[[str], None]
 ) -> list[Row]:
-    """A row for each case; those that fail say why."""
+    """Returns a row for each case, with the reason if it failed."""
     interpreted = jax.default_backend() == "cpu"
     rows: list[Row] = []
     # XLA compiles in parallel; nothing is timed meanwhile.
@@ -103,7 +106,7 @@ def _batch(
     started = [_start(op, shape, name, matrix, roof, budget, pool) for shape in shapes for name in implementations]
     for found in started:
         if isinstance(found, Case):
-            found.program.exception()  # all are compiled before anything is timed
+            found.program.exception()  # wait until all are compiled before timing anything
     rows, right = list[Row](), dict[Shape, Row]()
     for found in started:
         row = found if isinstance(found, dict) else _guarded(op, found, matrix, roof, budget, right)
@@ -114,7 +117,7 @@ def _batch(
 def _start(
     op: Op, shape: Shape, name: str, matrix: Matrix, roof: Roof, budget: Budget, pool: ThreadPoolExecutor
 ) -> Case | Row:
-    """Has a program compiled; a row where that can't begin."""
+    """Starts the compilation of a program; returns a row if that is impossible."""
     if budget.over("ops"):
         return _row(op, shape, name) | {"not_run": OUT_OF_TIME}
     expected = max(1e-5, 3 * op.floor(shape) / roof.bandwidth)
@@ -124,7 +127,7 @@ def _start(
         arguments = _arguments(op, shape)
         lowered = jax.jit(looped(functools.partial(op.call, name), iterations, op.in_place)).lower(*arguments)
         spent = time.perf_counter() - start
-    except Unfit as error:  # what a kernel says that it does not take is no failure of it
+    except Unfit as error:  # an argument that a kernel declares unsupported is not a failure
         return _row(op, shape, name) | {"refused": str(error)}
     except Exception as error:
         return _row(op, shape, name) | {"compiled": False, "error": reason(error)}
@@ -132,7 +135,7 @@ def _start(
 
 
 def _compile(lowered: Any, before: float) -> tuple[Any, float]:
-    """The program, and the seconds of making it."""
+    """The program, and the seconds it took to build."""
     start = time.perf_counter()
     program = lowered.compile()
     return program, before + time.perf_counter() - start
@@ -143,7 +146,7 @@ def _arguments(op: Op, shape: Shape) -> tuple[Any, ...]:
 
 
 def _guarded(op: Op, case: Case, matrix: Matrix, roof: Roof, budget: Budget, right: dict[Shape, Row]) -> Row:
-    """A case's row, whatever happens."""
+    """Returns a case's row, whatever happens."""
     row = _row(op, case.shape, case.implementation)
     try:
         program, row["compile_seconds"] = case.program.result()
@@ -163,11 +166,11 @@ def _row(op: Op, shape: Shape, name: str) -> Row:
 
 
 def _measured(op: Op, case: Case, program: Any, matrix: Matrix, roof: Roof, right: dict[Shape, Row]) -> Row:
-    """Errors and times; plain JAX is run first, and the others are compared with it."""
+    """Measures errors and times. Plain JAX runs first, and the others are compared with it."""
     arguments = _arguments(op, case.shape)
     found = jax.device_get(program(*arguments))
     spent = repeated(lambda: program(*arguments), matrix.repeats)
-    # No operation takes no time: what the empty loop's noise leaves of a short one is not taken below a nanosecond.
+    # No operation takes zero time: after subtracting the noisy loop overhead, keep at least a nanosecond.
     net = Spread(*(max(s / case.iterations - roof.overhead.loop, 1e-9) for s in spent))
     floor = op.floor(case.shape) / roof.bandwidth
     row: Row = {
@@ -192,7 +195,7 @@ def _measured(op: Op, case: Case, program: Any, matrix: Matrix, roof: Roof, righ
 
 
 def _elsewhere(op: Op, arguments: tuple[Any, ...]) -> Any:
-    """The reference's result on the processor: what the reference on a device is compared with. None without one."""
+    """The reference's result on the processor, to check the reference on a device; None without a processor backend."""
     try:
         processor = jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Prompts of a steered model, with and without exits, through `tide_jax.prefill`."""
+"""Measures prompts of a steered model, with and without exits, through `tide_jax.prefill`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from scripts.reporting import reason
 from tide_jax.generation.generate import Prompt, StepOutput
 
 PAPER_SHARE, PAPER_DEPTH = 0.05, 1 / 3
-"""The TIDE paper's mix: so many prompt tokens leave at so deep a checkpoint."""
+"""The TIDE paper's mix: the share of prompt tokens that exit, and the depth at which they do."""
 
 
 class PrefillPlan(NamedTuple):
-    """What prompts are measured on.
+    """Settings of the prompt measurement.
 
     Attributes:
       shapes: rows and tokens.
       rounds: runs of each mix, all mixes in turn.
-      implementation: of the kernels.
+      implementation: implementation of the kernels.
     """
 
     shapes: Sequence[tuple[int, int]] = ((1, 512), (1, 2048))
@@ -60,7 +60,7 @@ def mixes(steered: Steered, tokens: int, random: np.random.Generator) -> dict[st
 
 
 class Program(NamedTuple):
-    """A compiled prefill, its flattened model and exits, and the seconds of making it."""
+    """A compiled prefill, its flattened model and exits, and its compile seconds."""
 
     run: Callable[..., StepOutput]
     leaves: list[Any]
@@ -68,7 +68,7 @@ class Program(NamedTuple):
 
 
 def run_prefill(steered: Steered, plan: PrefillPlan, budget: Budget, progress: Callable[[str], None]) -> list[Row]:
-    """A row for each shape and mix. All programs are compiled first, side by side."""
+    """Returns a row for each shape and mix. All programs are compiled first, in parallel."""
     rows: list[Row] = []
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         started = {
@@ -95,7 +95,7 @@ def _shape(
     mixed = {"full depth": np.full(tokens, steered.layers)} | mixes(steered, tokens, np.random.default_rng(0))
     found: dict[str, Row] = {name: {"batch": batch, "tokens": tokens, "variant": name} for name in mixed}
     times = {name: list[float]() for name in mixed}
-    for number in range(plan.rounds + 1):  # the first is for warming up
+    for number in range(plan.rounds + 1):  # the first round warms up
         for name, depths in mixed.items():
             row = found[name]
             if "error" in row:
@@ -126,7 +126,6 @@ def _shape(
 
 
 def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits: bool) -> Program:
-    """Compiles a prefill."""
     leaves, tree = jax.tree.flatten((steered.model, steered.exits if exits else None))
 
     def run(leaves: list[Any], ids: jax.Array) -> StepOutput:

@@ -1,4 +1,4 @@
-"""The order of verify_gpu.py's parts, and the report that they fill."""
+"""Runs verify_gpu.py's parts in order and fills the report."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PROVEN = ROOT / "pallas_kernels" / "proven.json"
 
 
 class Refused(Exception):
-    """Nothing can be run, for this reason."""
+    """Nothing can run, for this reason."""
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Report:
-    """Runs the parts that were asked for and writes the report after each.
+    """Runs the requested parts and writes the report after each.
 
     Raises:
-      Refused: no GPU, or no such operation.
+      Refused: there is no GPU, or no such operation.
     """
     platform = jax.default_backend()
     if platform == "cpu" and not args.tiny:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
 
 
 def _begin(args: argparse.Namespace, platform: str) -> Report:
-    """An empty report, with the parts of an earlier one that are not run again and were made the same way."""
+    """Starts a report; keeps the parts of an earlier report that are not run again and were made the same way."""
     report: Report = {
         "complete": False,
         "platform": platform,
@@ -101,7 +101,7 @@ def _earlier(path: Path) -> Report | None:
 
 
 def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
-    """What the device gives, measured."""
+    """Measures the device's limits."""
     size, repeats = (1 << 20, 2) if tiny else (1 << 31, 7)
     roof = Roof(bandwidth(size, repeats), overhead(8 if tiny else 200, repeats))
     sheet, (loop, launch) = DATA_SHEET.get(report["machine"]["device"]), roof.overhead
@@ -118,13 +118,13 @@ def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
 
 
 def _keep(args: argparse.Namespace, report: Report) -> None:
-    """Writes what there is."""
+    """Writes the current report."""
     report["gains"], report["targets"] = gpu_targets.gains(report), gpu_targets.evaluate(report)
     save(args.out, report)
 
 
 def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: Budget, progress: Progress) -> None:
-    """Decoding and prompts of a random model."""
+    """Runs decoding and prompts of a random model."""
     implementation = args.implementation or _usable(report)
     progress(f"making the model; its kernels: {implementation}")
     try:
@@ -169,7 +169,7 @@ def _facts(made: Steered) -> Report:
 
 
 def _usable(report: Report) -> str:
-    """The first kernel that ran, and was right whenever it did; plain JAX without one."""
+    """The first kernel that ran and was always right; plain JAX if there is none."""
     rows = [row for row in report["ops"] or [] if "refused" not in row and "not_run" not in row]
     names = list(dict.fromkeys(name for op in OPS for name in op.choices.on_gpu))
     for name in names:
@@ -180,8 +180,11 @@ def _usable(report: Report) -> str:
 
 
 def proven(report: Report) -> dict[str, list[str]]:
-    """Kernels by operation that were right on every shape that they take of every entry that `OPS` has for it, as plain
-    JAX was wherever it was compared, and that were in the median not slower than it."""
+    """Lists the proven kernels by operation.
+
+    A kernel is proven if it was right on every shape it takes, in every entry that `OPS` has for its operation, and in
+    the median not slower than plain JAX. Plain JAX itself must have been right wherever it was compared.
+    """
     found: dict[str, list[str]] = {}
     for op in OPS:
         entries = {other.name for other in OPS if other.choices.operation == op.choices.operation}
@@ -201,7 +204,7 @@ def _holds(rows: list[Report], name: str, entries: set[str]) -> bool:
 
 
 def prove(report: Report, progress: Progress) -> None:
-    """Writes down which kernels a GPU found right, for these very sources."""
+    """Records which kernels a GPU found right, for exactly these sources."""
     if report["platform"] != "gpu":
         raise Refused("--prove takes a GPU")
     if not any("right" in row for row in report["ops"] or [] if row["implementation"] == "reference"):

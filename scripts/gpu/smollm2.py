@@ -1,4 +1,4 @@
-"""A real model end to end, in float32: are greedy tokens the same whatever implementation decides who leaves?"""
+"""Runs a real model end to end in float32 and checks that greedy tokens don't depend on the implementation."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tide_jax.model.files.checkpoint import is_converted
 from tide_jax.testing import random_routers
 
 THRESHOLD = {"trained": 0.7, "random": 0.5}
-"""Thresholds at which some tokens leave."""
+"""Thresholds at which some tokens exit."""
 
 
 def run_model(
     source: Path | None, routers: Path | None, tokens: int, budget: Budget, progress: Callable[[str], None]
 ) -> Row:
-    """What a converted model gives; why not, where it can't be run."""
+    """Runs a converted model; returns the reason if that is impossible."""
     if source is None or not is_converted(source):
         return {"skipped": "no converted model: pass --model DIR, as tide-jax convert writes it"}
     if routers is not None and not routers.is_file():
@@ -55,7 +55,7 @@ def compare(
     budget: Budget,
     strategies: Sequence[KVStrategy] = ("propagate", "recompute"),
 ) -> list[Row]:
-    """A row for each implementation and cache policy; all are compared with plain JAX."""
+    """Returns a row for each implementation and cache policy; all are compared with plain JAX."""
     config = tide_jax.ExitConfig(exit_threshold=threshold, min_layers=min(8, model.config.num_layers // 2))
     on_gpu = jax.default_backend() != "cpu"
     names = [n for n in IMPLEMENTATIONS.names if not (on_gpu and n == "pallas_interpret")]
@@ -83,7 +83,7 @@ def compare(
 
 
 def _same(out: Any, wanted: Any) -> Row:
-    """Whether tokens and exits are those of plain JAX."""
+    """Whether tokens and exits equal those of plain JAX."""
     if wanted is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""The README's GPU table, from verify_gpu.py's report."""
+"""Makes the GPU table of the documents from verify_gpu.py's report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from scripts.gpu.targets import NOT_RUN, targets
 
 
 def gpu_table(path: Path, current: str | None = None) -> str:
-    """Every target with what a GPU showed.
+    """Lists every target with a GPU's measurement.
 
     Args:
       path: the report; it counts only if it was made on a GPU, at full size.
-      current: hash of the kernel sources as they are; taken off the disk when omitted.
+      current: hash of the current kernel sources; read from disk when omitted.
     """
     report = _report(path)
     stale = report is not None and report["kernels_sha256"] != (current or kernel_hash())

@@ -1,4 +1,4 @@
-"""What a GPU is to show, and what verify_gpu.py's report says of it: one list, for the report and for the README."""
+"""Targets for a GPU and their evaluation from verify_gpu.py's report: one list, for report and documents."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any, NamedTuple
 Report = dict[str, Any]
 NOT_RUN = "not yet run on a GPU"
 PAPER = {"prefill latency": 0.072, "throughput, batch 1": 0.066, "throughput, batch 8": 0.081}
-"""What the TIDE paper reports as saved or gained, for an 8B model on an A100."""
+"""Savings and gains reported by the TIDE paper, for an 8B model on an A100."""
 PAPER_DEPTH = 0.93
-"""Mean share of layers at which its figures are to be reached."""
+"""Mean share of layers at which the paper's figures should be reached."""
 
 
 OPERATIONS = ("exit_step", "exit_project", "compact", "kv_fill")
-"""Operations with kernels, as they are called in results, up to a comma."""
+"""Names of operations with kernels in results, up to a comma."""
 
 
 class Found(NamedTuple):
-    """A measured target: in words, and whether it is met; None where there is nothing to meet."""
+    """A measured target: the finding in words, and whether it is met; None if there is nothing to meet."""
 
     text: str
     met: bool | None
 
 
 class Target(NamedTuple):
-    """Something to show: what, how much is wanted, and how to read it off a report (None: not measured)."""
+    """A target: what it is, what is wanted, and how to find it in a report (None: not measured)."""
 
     what: str
     wanted: str
@@ -34,7 +34,7 @@ class Target(NamedTuple):
 
 
 def targets() -> tuple[Target, ...]:
-    """In the order of the table."""
+    """Returns the targets in the order of the table."""
     return (
         *(
             Target(f"{name}, all kernels and shapes", "right, no mask flips", functools.partial(_right, name))
@@ -66,12 +66,12 @@ def targets() -> tuple[Target, ...]:
 
 
 def most(what: str, depth: float = PAPER_DEPTH) -> float:
-    """What can be gained at a mean depth if layers are all the time there is and those that are skipped take none."""
+    """The largest possible gain at a mean depth, if layers take all the time and skipped ones take none."""
     return 1 - depth if what.startswith("prefill") else 1 / depth - 1
 
 
 def evaluate(report: Report) -> list[dict[str, Any]]:
-    """Every target, for the report."""
+    """Evaluates every target, for the report."""
     return [
         {"what": t.what, "wanted": t.wanted, "found": None, "met": None}
         if (found := t.find(report)) is None
@@ -81,7 +81,7 @@ def evaluate(report: Report) -> list[dict[str, Any]]:
 
 
 def gains(report: Report) -> list[dict[str, Any]]:
-    """Gain against mean depth, measured: prompts in latency (time saved), decoding in throughput."""
+    """Measured gains by mean depth: for prompts in latency (time saved), for decoding in throughput."""
     found = [
         {"measure": f"prefill latency, {row['tokens']} tokens", "depth": row["mean_depth"], "gain": row["latency_gain"],
          "variant": row["variant"]}
@@ -113,7 +113,7 @@ def _right(operation: str, report: Report) -> Found | None:
     flips, worst = sum(r.get("flips", 0) for r in rows), max((r.get("max_error", 0.0) for r in rows), default=0.0)
     failed = sum("error" in row for row in rows)
     text = f"{len(rows) - len(wrong)} of {len(rows)} right, largest error {worst:.1e}, {flips} flips"
-    refused = {row["implementation"] for row in own if "refused" in row and "D" not in row}  # of any shape
+    refused = {row["implementation"] for row in own if "refused" in row and "D" not in row}  # for every shape
     if unfinished := sum("not_run" in row for row in own):
         text += f", {unfinished} not run"
     text += (f", {failed} failed" if failed else "") + (f"; can't run: {', '.join(sorted(refused))}" if refused else "")
@@ -126,7 +126,7 @@ def _exit_step(n: int, report: Report) -> Found | None:
     if not rows:
         return None
     names = sorted({row["implementation"] for row in rows})
-    # One implementation has to do for all dtypes: the best of them in its worst case.
+    # One implementation must serve all dtypes: choose the one with the best worst case.
     chosen = min(names, key=lambda name: max(r["us"] / r["floor_us"] for r in rows if r["implementation"] == name))
     own = [row for row in rows if row["implementation"] == chosen]
     text = "; ".join(
@@ -175,7 +175,7 @@ def _chain(report: Report) -> Found | None:
 
 
 def _gain(what: str, report: Report) -> Found | None:
-    """The best mix of the depth asked for, and the mean depth that it took to gain what the paper reports."""
+    """The best mix at the target depth, and the mean depth that it took to gain what the paper reports."""
     rows = [gain for gain in gains(report) if gain["measure"].startswith(what)]
     there = [gain for gain in rows if PAPER_DEPTH - 1e-3 <= gain["depth"] <= 0.945]
     if not there:

@@ -1,4 +1,4 @@
-"""How verify_gpu.py measures: loops inside one program, what memory gives, and how long it may all take."""
+"""Timing for verify_gpu.py: loops inside one program, memory bandwidth, and the time budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA_SHEET = {
     "NVIDIA A100-SXM4-80GB": 2039,
     "NVIDIA A100-SXM4-40GB": 1555,
 }
-"""GB/s that makers promise, by `device_kind`."""
+"""GB/s in the makers' data sheets, by `device_kind`."""
 
 
 class Spread(NamedTuple):
@@ -30,36 +30,36 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of seconds."""
+        """Median and extremes of some seconds."""
         found = sorted(values)
         return cls(statistics.median(found), found[0], found[-1])
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Wall clock until a run's results are there."""
+    """Wall clock until a run's results are available."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def repeated(run: Callable[[], Any], repeats: int) -> Spread:
-    """After one run that is not counted."""
+    """Times several runs after an uncounted one."""
     jax.block_until_ready(run())
     return Spread.of(seconds(run) for _ in range(repeats))
 
 
 def looped(call: Callable[..., Any], iterations: int, in_place: int | None = None) -> Callable[..., Any]:
-    """A function that runs ``call(*arguments)`` so many times on the device and returns the last result.
+    """Returns a function that runs ``call(*arguments)`` `iterations` times on the device and returns the last result.
 
     Args:
-      in_place: the argument that each result takes the place of; None where results are new arrays.
+      in_place: the argument whose place each result takes; None if results are new arrays.
     """
 
     def run(*arguments: Any) -> Any:
         def body(_: Any, carry: tuple[tuple[Any, ...], Any]) -> tuple[tuple[Any, ...], Any]:
             given, _ = carry
             result = call(*given)
-            # A compiler would take the call out of the loop if its arguments did not depend on its results.
+            # Without this dependence on the results, a compiler would move the call out of the loop.
             given = (touched(given[0], result), *given[1:])
             if in_place is None:
                 return given, result
@@ -77,7 +77,7 @@ def _zeros(shapes: Any) -> Any:
 
 
 def touched(x: jax.Array, result: Any) -> jax.Array:
-    """`x` as it is, as far as anybody can see; to a compiler it depends on every first number of the result."""
+    """Returns `x` unchanged, but for a compiler it depends on the first number of every result."""
     spoilt = jnp.isnan(sum((_first(leaf) for leaf in jax.tree.leaves(result)), jnp.float32(0)))
     number = jnp.where(spoilt, jnp.nan, _first(x)).astype(x.dtype)
     return lax.dynamic_update_slice(x, number.reshape((1,) * x.ndim), (0,) * x.ndim)
@@ -88,11 +88,11 @@ def _first(x: jax.Array) -> jax.Array:
 
 
 class Overhead(NamedTuple):
-    """Seconds that are no operation's own.
+    """Seconds that don't belong to an operation.
 
     Attributes:
-      loop: an iteration of `looped` around next to nothing: counting, and the number that `touched` writes.
-      launch: one kernel that copies a number; None where it can't be had.
+      loop: one iteration of `looped` around almost nothing: counting, and the number that `touched` writes.
+      launch: one kernel that copies a number; None if it can't be measured.
     """
 
     loop: float
@@ -136,7 +136,7 @@ def _copy_a_number(x: jax.Array) -> jax.Array:
 
 
 def bandwidth(size: int, repeats: int) -> float:
-    """Bytes a second that summing up rows of a float32 array of `size` bytes reads; the best of three shapes."""
+    """Bytes per second read by sums over rows of a float32 array of `size` bytes; the best of three shapes."""
     summed, count = jax.jit(lambda x: jnp.sum(x, axis=1)), 8
 
     def rate(columns: int) -> float:
@@ -147,7 +147,7 @@ def bandwidth(size: int, repeats: int) -> float:
 
 
 class Budget:
-    """Seconds that all may take, and the share of them by the end of each section."""
+    """Seconds for all sections, and the share of them by the end of each section."""
 
     ENDS = {"ops": 0.36, "decode": 0.7, "prefill": 0.92, "smollm2": 1.0}  # noqa: RUF012
 
@@ -156,11 +156,11 @@ class Budget:
         self._sections = list(sections)
 
     def over(self, section: str) -> bool:
-        """Whether a section has had its time. The last of those that run may use up what the others left."""
+        """Whether a section has used its time. The last section that runs may use up what the others left."""
         share = 1.0 if section == self._sections[-1] else self.ENDS[section]
         return self.spent > share * self.seconds
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self.start

@@ -1,10 +1,10 @@
-"""Compiles decode steps of an 8B model for a TPU v5e that is not there, and checks what XLA made of them.
+"""Compiles decode steps of an 8B model for an absent TPU v5e, and checks XLA's programs.
 
   make tpu-aot
 
-installs XLA's compiler for TPUs (one wheel, no TPU) into .tpu_aot and runs this with it. Weights are shapes alone. A
-step must not copy weights or the cache, nor make floats of weights that are integers, and may use little memory
-besides. Prints what was found, writes it with --out, and exits with 1 where a check fails.
+installs XLA's compiler for TPUs (one wheel, no TPU) into .tpu_aot and runs this script with it. Weights are only
+shapes. A step must not copy weights or the cache, must not convert integer weights to floats, and may use little extra
+memory. The script prints its findings, writes them with --out, and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from scripts.gpu import aot
 from scripts.gpu.aot import Case
 
-SPARE = 2 * 2**20  # what XLA for a TPU uses for each layer, in arrays of less than that
+SPARE = 2 * 2**20  # XLA's use per layer on a TPU, in smaller arrays
 CASES = (
     Case("full depth"),
     Case("propagate", "propagate"),

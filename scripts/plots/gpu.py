@@ -1,7 +1,7 @@
 """Draws gain against mean depth from verify_gpu.py's JSON: ``python -m scripts.plots.gpu gpu.json gpu_gain.svg``.
 
-Every measured mix of exits is a point; broken lines are what could be gained if layers were all the time there is, and
-stars the TIDE paper's figures. Nothing is drawn from results that no GPU made. Needs the extra "plot".
+Every measured mix of exits is a point. Broken lines show the possible gain if layers took all the time, stars show the
+TIDE paper's figures. Only results from a GPU are drawn. Needs the extra "plot".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from scripts.gpu.targets import PAPER, PAPER_DEPTH, gains, most
 
 PAPER_MIX = 1 - 0.05 * (1 - 1 / 3)
-"""Mean depth of the paper's prompts, of which 5 % of the tokens leave at a third of the layers."""
+"""Mean depth of the paper's prompts, in which 5 % of the tokens exit at a third of the layers."""
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def draw(report: dict[str, Any], picture: Path) -> None:
-    """Writes the picture, in the format its name ends in."""
+    """Writes the picture, in the format of its file name."""
     import matplotlib as mpl
 
     mpl.use("Agg")

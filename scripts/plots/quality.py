@@ -1,8 +1,8 @@
-"""Draws bench_quality.py's JSON: ``python -m scripts.plots.quality quality.json quality.svg``. Needs the extra "plot".
+"""Draws quality.json of scripts.bench.quality: ``python -m scripts.plots.quality quality.json quality.svg``.
 
-Agreement against depth and against wall clock, and the perplexity ratio against depth, every strategy a line. Vertical
-lines mark the oracle's depth, horizontal ones the limits, stars the least depth
-that keeps the limit of agreement.
+It shows agreement against depth and against wall clock, and the perplexity ratio against depth, with one line per
+strategy. Vertical lines mark the oracle's depth, horizontal ones the limits, stars the least depth that keeps the limit
+of agreement. Needs the extra "plot".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def draw(report: dict[str, Any], picture: Path) -> None:
-    """Writes the picture, in the format its name ends in."""
+    """Writes the picture, in the format of its file name."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
     for number, entry in enumerate(report["strategies"]):
         _draw_strategy(axes, entry, f"C{number}")
@@ -40,7 +40,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         xlabel="time per token / full depth", ylabel="agreement with the full model", title="generation, batch 1"
     )
     axes[2].set(xlabel="share of the layers run", ylabel="perplexity / full model's", title="held-out text")
-    # Where exits are bold, nobody runs; shown whole, that would squeeze the corner that matters.
+    # Limit the axis: very bold exits are of no use, and their range would squeeze the interesting corner.
     ratios = [row["text"]["perplexity_ratio"] for entry in report["strategies"] for row in entry["rows"]]
     axes[2].set_ylim(min(0.99, *ratios), min(max(ratios) + 0.01, 1.5))
     for axis in axes[:2]:

@@ -1,1 +1,1 @@
-"""Tables of the documents, made from scripts/results."""
+"""Makes the tables of the documents from scripts/results."""

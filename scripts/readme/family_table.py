@@ -1,11 +1,12 @@
-"""Measures parity with transformers for every causal language model type that it knows.
+"""Measures parity with transformers for every causal language model type in transformers.
 
   python -m scripts.readme.family_table
 
-Each model type is a tiny random checkpoint, and another for each of its variants in `convert.parity.tiny_variants`;
-each is converted from disk and compared on all paths of `convert.parity.measure`. Measuring happens in processes of
-their own, so a crash costs one model type. The results are scripts/results/families.json, from which
-`scripts/readme/tables.py` writes docs/families.md. The exit code is 1 where a model type converts but is not equal.
+Each model type is a tiny random checkpoint, with another one for each of its variants in
+`convert.parity.tiny_variants`. Each is converted from disk and compared on all paths of `convert.parity.measure`.
+Measurements run in separate processes, so that a crash costs only one model type. The results are
+scripts/results/families.json, from which `scripts/readme/tables.py` writes docs/families.md. The exit code is 1 if a
+model type converts but is not equal.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _VERSIONED = ("transformers", "torch", "jax", "flax", "numpy")
 
 
 def measure(model_type: str) -> dict[str, Any]:
-    """The results of one model type: its status, the largest difference, what its architecture has, and each case."""
+    """Returns the results of one model type: status, largest difference, architecture features, and each case."""
     from convert.families import REFUSED
     from convert.parity.tiny import text_type
     from convert.parity.tiny_variants import REFUSED_VARIANTS, VARIANTS
@@ -77,14 +78,14 @@ def _case(model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without(message: str, directory: str) -> str:
-    """An error message without the name of the directory it was found in."""
+    """An error message without the name of the temporary directory."""
     return message.replace(f"{directory}: ", "").replace(directory, "the checkpoint")
 
 
 def _features(config: Any) -> list[str]:
-    """What an architecture has beside the defaults, in the words of `DecoderConfig`."""
+    """Names of an architecture's non-default fields of `DecoderConfig`."""
     sizes = {"model_type", "norm_eps", "eos_token_ids", "pad_token_id", "learned_positions", "position_offset"}
-    sizes |= {"generation"}  # no part of the architecture
+    sizes |= {"generation"}  # not part of the architecture
     found = [
         _feature(field.name, getattr(config, field.name))
         for field in dataclasses.fields(config)
@@ -109,7 +110,7 @@ def _feature(name: str, value: Any) -> str:
 
 
 def _is_decoder(model_type: str) -> bool:
-    """Whether a model type is a decoder by itself, rather than an encoder or a pair that can be used as one."""
+    """Whether a model type is a decoder by default, rather than an encoder or a pair that can be used as one."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
@@ -118,7 +119,7 @@ def _is_decoder(model_type: str) -> bool:
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
-    """A worker process: measures the model types it is sent until the other end closes."""
+    """Runs in a worker process: measures the model types it receives until the other end closes."""
     import warnings
 
     import torch
@@ -140,7 +141,7 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
 
 
 def _work(tasks: queue.SimpleQueue[str], results: dict[str, Any], done: Any) -> None:
-    """Feeds one worker process after the other until no task is left."""
+    """Feeds a worker process until no task is left, and replaces it if it dies."""
     context = multiprocessing.get_context("spawn")
     process, here = None, None
     while not tasks.empty():
@@ -202,7 +203,7 @@ def main() -> int:
 
 
 def _summarise(results: dict[str, Any]) -> int:
-    """Prints counts and what failed; the exit code."""
+    """Prints counts and failures; returns the exit code."""
     for name, entry in results.items():
         if entry["status"] == "failed":
             print(f"{name}: {entry['reason']}", file=sys.stderr)

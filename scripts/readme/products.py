@@ -1,4 +1,4 @@
-"""Tables about products on a CPU and about llama.cpp, from bench_products.py and bench_llama_cpp.py."""
+"""Makes the tables about products on a CPU and about llama.cpp, from products.json and llama_cpp.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PARTS = ("tide_jax, float32", "llama.cpp, F32", "tide_jax, int8", "llama.cpp, Q
 
 
 def products_table() -> str:
-    """Products alone by rows, and steps at full depth, of XLA and of the kernel."""
+    """Products alone by rows, and steps at full depth, with XLA and with the kernel."""
     path = RESULTS / "products.json"
     if not path.exists():
         return _NOT_MEASURED
@@ -43,7 +43,7 @@ def _one(product: dict[str, Any], name: str) -> str:
 
 
 def llama_cpp_table() -> str:
-    """tide_jax beside llama.cpp."""
+    """tide_jax compared with llama.cpp."""
     path = RESULTS / "llama_cpp.json"
     if not path.exists():
         return _NOT_MEASURED
@@ -70,7 +70,7 @@ def llama_cpp_table() -> str:
 
 
 def summary_table() -> str:
-    """What the README shows: the same rows, an engine a line."""
+    """The README's table: the same rows, one engine per line."""
     path = RESULTS / "llama_cpp.json"
     if not path.exists():
         return _NOT_MEASURED

@@ -1,4 +1,4 @@
-"""The table of campaigns in docs/reliability.md, from the results of fuzz_files.py and kill_runs.py."""
+"""Makes the table of campaigns in docs/reliability.md, from the results of fuzz_files.py and kill_runs.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scripts.readme.speed import RESULTS, where
 
 
 def reliability_table() -> str:
-    """How many files were damaged and runs killed, and what became of them."""
+    """Numbers of damaged files and killed runs, and their outcomes."""
     return "\n\n".join([_damaged_files(), _killed_runs()])
 
 

@@ -1,4 +1,4 @@
-"""The README's and docs' tables about time and memory, from the results of the scripts that measured them."""
+"""Makes the tables about time and memory in the README and docs, from the results of the measuring scripts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def where(machine: dict[str, Any]) -> str:
-    """What a table was measured on."""
+    """Describes the machine of a measurement."""
     versions = machine.get("versions", {"jax": machine.get("jax")})
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if name in ("jax", "torch"))
     return f"{machine['cores']} CPU cores ({machine['device']}), Python {machine['python']}, {listed}"
 
 
 def decode_table() -> str:
-    """Time against depth, from bench_decode.py."""
+    """Time against depth, from scripts.bench.decode."""
     report = json.loads((RESULTS / "decode.json").read_text())
     layers = report["model"]["layers"]
     lines = [
@@ -52,7 +52,7 @@ _NAMES = {
 
 
 def start_table() -> str:
-    """Starts of the command line, from bench_start.py."""
+    """Starts of the command line, from scripts.bench.start."""
     report = json.loads((RESULTS / "start.json").read_text())
     lines = [
         f"{where(report['machine'])}; `tide-jax generate`, seconds to the first words and peak MiB; later "
@@ -75,7 +75,7 @@ def start_table() -> str:
 
 
 def prefill_table() -> str:
-    """Prompts whose tokens may exit, from bench_prefill.py."""
+    """Prompts whose tokens may exit, from scripts.bench.prefill."""
     report = json.loads((RESULTS / "prefill.json").read_text())
     method, compiled = report["method"], report["compile_seconds"]
     fewer = {row["threshold"]: row for row in report["passes"] if row["way"] == "survivors"}
@@ -99,7 +99,7 @@ def prefill_table() -> str:
 
 
 def long_table() -> str:
-    """Time per token along one long generation, from bench_long.py."""
+    """Time per token along one long generation, from scripts.bench.long."""
     report = json.loads((RESULTS / "long.json").read_text())
     lines = [
         f"{where(report['machine'])}; one generation of {report['method']['tokens']} tokens at full depth, batch 1; "
@@ -128,7 +128,7 @@ def tpu_aot_table() -> str:
 
 
 def _aot_table(name: str, counts: dict[str, str]) -> str:
-    """`counts`: headings of more columns, by what the report calls them."""
+    """Table of compiled decode steps; `counts` maps names in the report to headings of more columns."""
     report = json.loads((RESULTS / f"{name}.json").read_text())
     model = report["model"]
     columns = ("decode step", "large arrays written", "floats made of integers", *counts.values(), "memory besides")

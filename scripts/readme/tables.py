@@ -1,7 +1,7 @@
 """Writes measured tables into README.md and docs/ from scripts/results/: ``python -m scripts.readme.tables``.
 
-Each table stands between ``<!-- table:NAME -->`` and ``<!-- end -->``. With --check nothing is written, and the exit
-code is 1 where a file is not what the results say.
+Each table is between ``<!-- table:NAME -->`` and ``<!-- end -->``. With --check nothing is written, and the exit code
+is 1 if a file differs from the results.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def demo_table() -> str:
 
 
 def quality_table() -> str:
-    """Each strategy at the threshold of least depth that keeps the limits, from bench_quality.py."""
+    """Each strategy at the threshold of least depth that keeps the limits, from scripts.bench.quality."""
     report = _quality()
     if report is None:
         return _NOT_MEASURED
@@ -81,7 +81,7 @@ def quality_table() -> str:
 
 
 def _quality_best(report: dict[str, Any], best: str, oracle: str) -> list[str]:
-    """A table of each strategy's best row by one limit, with an oracle's depth."""
+    """A table of each strategy's best row under one limit, with an oracle's depth."""
     rows = ((entry, entry[best] or entry["rows"][-1]) for entry in report["strategies"])
     lines = [f"{_quality_row(report, entry, row)} {entry[oracle]['depth']:.1%} |" for entry, row in rows]
     return [_QUALITY_HEADER + " oracle's depth |", _QUALITY_RULE + "---:|", *lines]
@@ -99,7 +99,7 @@ def quality_frontier() -> str:
 
 
 def peers_table() -> str:
-    """tide_jax beside transformers, from bench_peers.py."""
+    """tide_jax compared with transformers, from scripts.bench.peers."""
     path = RESULTS / "peers.json"
     report = json.loads(path.read_text()) if path.exists() else None
     if report is None or not report["complete"]:
@@ -171,7 +171,7 @@ def _peers_row(row: dict[str, Any], memory: dict[str, Any]) -> str:
 
 
 def calibrate_line() -> str:
-    """Calibration's time against a bare forward pass, from bench_calibrate.py."""
+    """Calibration's time against a bare forward pass, from scripts.bench.calibrate."""
     path = RESULTS / "calibrate.json"
     if not path.exists():
         return _NOT_MEASURED
@@ -197,7 +197,7 @@ _QUALITY_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 
 
 def _quality() -> dict[str, Any] | None:
-    """The report, unless there is none or it was cut short."""
+    """The report; None if it is missing or unfinished."""
     path = RESULTS / "quality.json"
     report = json.loads(path.read_text()) if path.exists() else None
     return report if report and report["complete"] else None
@@ -230,7 +230,7 @@ def _quality_row(report: dict[str, Any], entry: dict[str, Any], row: dict[str, A
 
 
 def family_counts() -> str:
-    """How many model types convert, in a sentence or two."""
+    """Counts the model types that convert, in a sentence or two."""
     report = json.loads((RESULTS / "families.json").read_text())
     types = report["types"]
     counts = collections.Counter(entry["status"] for entry in types.values())
@@ -260,7 +260,7 @@ _PAPER = {
 
 
 def paper_families() -> str:
-    """The families the TIDE paper names, and those of their model types that are at parity."""
+    """The families that the TIDE paper names, with their model types at parity."""
     types = json.loads((RESULTS / "families.json").read_text())["types"]
     rows = ["| families of the TIDE paper | model types at parity |", "|---|---|"]
     for family, names in _PAPER.items():

@@ -1,1 +1,1 @@
-"""Damaged files and killed runs, by the thousand."""
+"""Campaigns that damage files and kill runs by the thousand."""

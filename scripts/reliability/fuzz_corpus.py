@@ -1,4 +1,4 @@
-"""Tiny whole checkpoints of every kind that is opened, made with the tests' writers, for scripts that break them."""
+"""Builds tiny intact checkpoints of every kind, with the tests' writers, for scripts that damage them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[str, str] = {
     "routers": "routers",
     "adapter": "adapter",
 }
-"""How each kind is opened; see `fuzz_worker`."""
+"""How to open each kind; see `fuzz_worker`."""
 _FAMILIES = ("gemma3_text", "qwen3", "mixtral", "gpt2", "deepseek_v3", "gpt_oss")
 _QUANTISED = (
     "gptq, activation order",
@@ -79,7 +79,7 @@ def _sharded(directory: Path) -> None:
 
 
 def _families(directory: Path) -> None:
-    """Other architectures, where torch is there to make them."""
+    """Builds other architectures, if torch is installed."""
     try:
         import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:

@@ -1,11 +1,11 @@
-"""Opens thousands of damaged checkpoints and counts what becomes of them.
+"""Opens thousands of damaged checkpoints and counts the outcomes.
 
     python -m scripts.reliability.fuzz_files --count 5000 --out scripts/results/fuzz.json
     python -m scripts.reliability.fuzz_files --replay 1234 1240
 
 Every case follows from its seed: a tiny checkpoint (Hugging Face, GGUF, converted, quantised, tokenizer, routers,
-LoRA), damage to its bytes, JSON, headers, weights or templates, and a way to open it, in worker processes with limits
-of address space and time. Whatever is not opened has to be refused by a `TideError` of one line.
+LoRA), damage to its bytes, JSON, headers, weights or templates, and a way to open it. Worker processes open the cases
+under limits of address space and time. A case that does not open must be refused by a `TideError` of one line.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from scripts.reporting import machine, save
 FAILURES = ("refused at length", "raw", "nan", "memory", "crash", "time-out")
 OUTCOMES = ("refused", "accepted", *FAILURES)
 WORKER = ("-m", "scripts.reliability.fuzz_worker")
-_FRESH_AFTER = 400  # cases of one process: what it holds (modules, programs) grows
+_FRESH_AFTER = 400  # cases per process: its modules and programs take more and more memory
 _START_SECONDS = 300.0
 
 
 class Worker:
-    """A `fuzz_worker` process, started again when it has died or was stopped."""
+    """A `fuzz_worker` process that restarts after it died or was stopped."""
 
     def __init__(self, corpus: Path, work: Path, memory: int, seconds: float) -> None:
         self._arguments = [str(corpus), str(work), "--memory", str(memory)]
         self._seconds, self._process, self._cases, self._lines = seconds, None, 0, b""
 
     def run(self, seed: int) -> dict[str, Any]:
-        """What became of a case. A process that dies or takes too long is the outcome, too."""
+        """Runs a case and returns its outcome, also if the process dies or takes too long."""
         if self._process is None or self._cases >= _FRESH_AFTER:
             self._start()
         assert self._process is not None
@@ -85,7 +85,7 @@ class Worker:
             raise SystemExit(f"a worker did not start; run it by hand: {' '.join(command)} --answers 1")
 
     def _line(self, seconds: float) -> bytes | None:
-        """The next line; empty where the process has ended, None where it took too long."""
+        """The next line; empty if the process has ended, None if it took too long."""
         end = time.monotonic() + seconds
         while b"\n" not in self._lines:
             ready, _, _ = select.select([self._answers], [], [], max(0.0, end - time.monotonic()))
@@ -105,7 +105,7 @@ class Worker:
 
 
 def run_all(seeds: Iterable[int], workers: list[Worker]) -> list[dict[str, Any]]:
-    """The results of all seeds, in their order."""
+    """Returns the results of all seeds, in their order."""
     from tqdm import tqdm
 
     seeds = list(seeds)
@@ -132,7 +132,7 @@ def run_all(seeds: Iterable[int], workers: list[Worker]) -> list[dict[str, Any]]
     try:
         for thread in threads:
             thread.join()
-    except KeyboardInterrupt:  # what is done is reported
+    except KeyboardInterrupt:  # report the finished cases
         while not waiting.empty():
             waiting.get_nowait()
         for thread in threads:
@@ -158,7 +158,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Runs the campaign; exit code 1 where anything failed."""
+    """Runs the campaign; exit code 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5000, help="cases (default 5000)")
     parser.add_argument("--first-seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Damage to checkpoint files, all out of one seeded generator: bytes, JSON, safetensors, GGUF, templates, mixes."""
+"""Damages checkpoint files with one seeded generator: bytes, JSON, safetensors, GGUF, templates, mixed files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUES: tuple[Any, ...] = (
     *("", "0", "1", "64", "nan", "llama", "gpt2", "../../etc/passwd", "/etc/passwd", "x" * 100_000, "\u0000", "\ud83d"),
     *([], {}, [[]], [0], [-1], [None], ["a"], {"": None}, {"a": {"b": 1}}, [1] * 5000),
 )
-"""What takes the place of a value: other types, signs, sizes and no numbers at all."""
+"""Replacement values: other types, signs and sizes, and values that are not numbers."""
 KEYS = (
     *("partial_rotary_factor", "hidden_activation", "rms_norm_eps", "head_dim", "sliding_window", "rope_scaling"),
     *("rope_theta", "rope_parameters", "tie_word_embeddings", "is_causal", "layer_types", "attention_bias", "auto_map"),
@@ -44,12 +44,12 @@ _NUMBERS = (math.nan, math.inf, -math.inf, 0.0, -1.0, 1e30, -1e30, 65504.0, 1e-3
 
 
 def mutate(rng: Random, folder: Path, others: list[Path]) -> str:
-    """Changes one file of a folder in place, or two; tells which and how.
+    """Changes one or two files of a folder in place; returns which and how.
 
     Args:
-      rng: where every choice comes from.
+      rng: source of every choice.
       folder: a checkpoint.
-      others: folders that a file may be taken from.
+      others: folders to take a file from.
     """
     told = []
     for _ in range(1 if rng.random() < 0.85 else 2):
@@ -69,7 +69,7 @@ def _mutate_file(rng: Random, file: Path, folder: Path, others: list[Path]) -> s
 
 
 def _mix(rng: Random, file: Path, folder: Path, others: list[Path]) -> str:
-    """A file goes, or is another checkpoint's."""
+    """Removes a file, or replaces it by another checkpoint's."""
     found = [path for other in others for path in sorted(other.rglob(file.name)) if path.is_file()]
     if not found or rng.random() < 0.3:
         file.unlink()
@@ -80,7 +80,7 @@ def _mix(rng: Random, file: Path, folder: Path, others: list[Path]) -> str:
 
 
 def _changes(file: Path) -> Iterator[tuple[str, Change]]:
-    """Names and changes for a file, those of its format several times over plain ones of bytes."""
+    """Yields names and changes for a file; those of its format come several times, to outnumber plain byte changes."""
     yield from BYTES.items()
     if file.suffix == ".json":
         for _ in range(3):
@@ -102,7 +102,7 @@ def _changes(file: Path) -> Iterator[tuple[str, Change]]:
 
 
 def flip_bits(rng: Random, data: bytes) -> bytes:
-    """One to eight bits are turned over."""
+    """Flips one to eight bits."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 8)) if data else 0):
         changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -110,19 +110,19 @@ def flip_bits(rng: Random, data: bytes) -> bytes:
 
 
 def truncate(rng: Random, data: bytes) -> bytes:
-    """The file ends early."""
+    """Cuts the file short."""
     return data[: rng.randrange(len(data) + 1)]
 
 
 def overwrite(rng: Random, data: bytes) -> bytes:
-    """A stretch is zeros, ones or noise."""
+    """Overwrites a stretch with zeros, ones or noise."""
     start, size = rng.randrange(len(data) + 1), rng.choice((1, 4, 8, 64, 1024))
     fill = rng.choice((b"\0" * size, b"\xff" * size, rng.randbytes(size)))
     return data[:start] + fill[: max(0, len(data) - start)] + data[start + size :]
 
 
 def insert(rng: Random, data: bytes) -> bytes:
-    """A stretch comes in, out of the file itself or of nowhere."""
+    """Inserts a stretch, from the file itself or random."""
     start, size = rng.randrange(len(data) + 1), rng.choice((1, 3, 16, 256))
     begin = rng.randrange(len(data) + 1)
     return data[:start] + rng.choice((rng.randbytes(size), data[begin : begin + size])) + data[start:]
@@ -135,7 +135,7 @@ BYTES: dict[str, Change] = {"bits": flip_bits, "cut": truncate, "overwritten": o
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a value, with each of its keys."""
+    """Yields every container in a value with each of its keys."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(items):
         yield value, key
@@ -143,7 +143,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_value(rng: Random, value: Any) -> None:
-    """One thing in a JSON value is removed, replaced, renamed or made of another kind; in place."""
+    """Removes, replaces, renames or retypes one item of a JSON value, in place."""
     places = list(_places(value))[:20_000]
     if not places:
         return
@@ -173,12 +173,12 @@ def _changed_json(rng: Random, data: bytes) -> bytes:
         value = json.loads(data)
         change_value(rng, value)
         return json.dumps(value).encode("utf-8", "surrogatepass")
-    except (ValueError, RecursionError):  # broken or nested too deep already
+    except (ValueError, RecursionError):  # already broken or nested too deep
         return flip_bits(rng, data)
 
 
 def _nested(rng: Random, data: bytes) -> bytes:
-    """Brackets, thousands deep, in place of the whole or of a value."""
+    """Replaces the whole file or a value by brackets nested thousands deep."""
     depth = rng.choice((500, 2_000, 100_000))
     deep = rng.choice((b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, b"[" * depth))
     colon = data.find(b":", rng.randrange(len(data) + 1))
@@ -186,7 +186,7 @@ def _nested(rng: Random, data: bytes) -> bytes:
 
 
 def _duplicated(rng: Random, data: bytes) -> bytes:
-    """A key stands twice in the object."""
+    """Duplicates a key in the object."""
     start = data.find(b"{")
     keys = [part.split(b'"')[-2] for part in data.split(b":")[:-1] if part.count(b'"') >= 2]
     if start < 0 or not keys:
@@ -227,7 +227,7 @@ def _with_header(change: Callable[[Random, Any], None]) -> Change:
 
 
 def _change_tensor(rng: Random, header: Any) -> None:
-    """A tensor's dtype, shape, place or name is another."""
+    """Changes a tensor's dtype, shape, offsets or name."""
     names = [name for name in header if name != "__metadata__" and isinstance(header[name], dict)]
     if not names:
         return
@@ -250,7 +250,7 @@ def _header_length(rng: Random, data: bytes) -> bytes:
 
 
 def _weights(rng: Random, data: bytes) -> bytes:
-    """A number that is none, or far too large, in the body; the whole body may be of them."""
+    """Writes NaN, infinity or a far too large number into the body, or all over it."""
     start = 8 + struct.unpack("<Q", data[:8])[0] if len(data) > 8 else 0
     if not start < len(data) - 4:
         return flip_bits(rng, data)
@@ -272,7 +272,7 @@ SAFETENSORS: dict[str, Change] = {
 
 
 def _gguf_integer(rng: Random, data: bytes) -> bytes:
-    """A length, count, type or number in the first kilobytes is another."""
+    """Replaces a length, count, type or number in the first kilobytes."""
     kind = rng.choice(("<I", "<Q"))
     size = struct.calcsize(kind)
     at = rng.randrange(max(1, min(len(data), 4096) - size))
@@ -280,7 +280,7 @@ def _gguf_integer(rng: Random, data: bytes) -> bytes:
 
 
 def _gguf_metadata(rng: Random, data: bytes) -> bytes:
-    """The value behind a key, wherever the key's name ends."""
+    """Replaces the type or value after a key, located by the end of the key's name."""
     names = (b"_count", b"_length", b"_eps", b"_base", b"_epsilon", b"_rms_epsilon", b"head_count_kv", b"token_id")
     found = [i + len(name) for name in names if (i := data.find(name)) >= 0]
     if not found:
@@ -293,7 +293,7 @@ def _gguf_metadata(rng: Random, data: bytes) -> bytes:
 
 
 def _gguf_key(rng: Random, data: bytes) -> bytes:
-    """A key has another name, so that it is missing."""
+    """Renames a key, so that it is missing."""
     names = [
         name for name in (b"llama.", b"qwen2.", b"gemma2.", b"tokenizer.ggml.", b"general.", b"blk.") if name in data
     ]

@@ -1,7 +1,8 @@
 """One process that opens damaged checkpoints, case after case, under a limit of address space.
 
-Reads a seed a line from standard input and answers with a line of JSON on the descriptor it is given. A case is all in
-its seed: the checkpoint, the damage, the way it is opened. `fuzz_files.py` starts it, and starts another when one dies.
+It reads one seed per line from standard input and answers with a line of JSON on a given descriptor. The seed
+determines the whole case: the checkpoint, the damage, the way to open it. `fuzz_files.py` starts this process, and
+starts another one when it dies.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LONGEST_MESSAGE = 300
 _WEIGHTS = {"hf": 6, "tokenizer": 3, "gguf": 4, "converted": 4, "quantised": 3, "routers": 3, "adapter": 2}
 _NEW_TOKENS = 2
 _CONVERTS = 0.25
-"""Share of the checkpoints that are converted rather than loaded as they are."""
+"""Share of the checkpoints that are converted rather than loaded directly."""
 _TEXT = "Steps:\n\n1. It's 12345 \N{GRINNING FACE} caf\N{LATIN SMALL LETTER E WITH ACUTE}"
 
 
@@ -35,9 +36,9 @@ class Case(NamedTuple):
     """A damaged checkpoint.
 
     Attributes:
-      kind, name: which of the corpus it was.
-      folder: where it lies.
-      damage: what was done to it.
+      kind, name: its origin in the corpus.
+      folder: its location.
+      damage: description of the damage.
       converts: whether it is converted first.
     """
 
@@ -49,7 +50,7 @@ class Case(NamedTuple):
 
 
 def make_case(seed: int, corpus: Path, work: Path) -> Case:
-    """The case of a seed, in an empty folder under `work`."""
+    """Makes a seed's case, in an empty folder under `work`."""
     rng = Random(seed)
     kinds = [kind for kind in sorted(KINDS) if (corpus / kind).is_dir()]
     kind = rng.choices(kinds, [_WEIGHTS[k] for k in kinds])[0]
@@ -79,7 +80,7 @@ class Opener:
         }
 
     def __call__(self, case: Case) -> bool:
-        """Opens a case as its kind is opened, and uses it; whether all numbers that came out are finite."""
+        """Opens a case the way its kind requires, and uses it; returns whether all resulting numbers are finite."""
         return self._ways[KINDS[case.kind]](case)
 
     def _load(self, case: Case) -> bool:
@@ -114,7 +115,7 @@ class Opener:
 
 
 def _use_tokenizer(tokenizer: Any) -> None:
-    """Text to ids and back, with a chat template where there is one."""
+    """Converts text to ids and back, with a chat template if there is one."""
     from tide_jax.tokenizer.chat import ChatTemplate
 
     ids = tokenizer(_TEXT)["input_ids"]
@@ -124,7 +125,7 @@ def _use_tokenizer(tokenizer: Any) -> None:
 
 
 def _answers(model: Any, routers: Any = None) -> bool:
-    """Generates; whether the scores of what was generated are finite. The engine refuses what is not by itself."""
+    """Generates; returns whether the scores are finite. The engine itself refuses other non-finite numbers."""
     import numpy as np
 
     import tide_jax
@@ -137,7 +138,7 @@ def _answers(model: Any, routers: Any = None) -> bool:
 
 
 def judge(opens: Callable[[], bool]) -> dict[str, Any]:
-    """What became of a case: its outcome, and the words of an error."""
+    """Returns the outcome of a case, and an error's message."""
     from tide_jax.errors import TideError
 
     try:
@@ -155,7 +156,7 @@ def judge(opens: Callable[[], bool]) -> dict[str, Any]:
 
 
 def _where(error: BaseException) -> str:
-    """Class, words and innermost places of an error, the last in this project first."""
+    """Class, message and innermost locations of an error, the last one in this project first."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "site-packages" not in frame.filename]
     place = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(ours[-3:]))
@@ -163,7 +164,7 @@ def _where(error: BaseException) -> str:
 
 
 def _limit(megabytes: int) -> int:
-    """Allows so much address space beyond what is in use now; the limit in bytes."""
+    """Allows so much address space beyond the current use; returns the limit in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -171,7 +172,7 @@ def _limit(megabytes: int) -> int:
 
 
 def _prepare(corpus: Path, programs: Path) -> Opener:
-    """Imports everything and keeps compiled programs: most damaged models compile to those of the whole ones."""
+    """Imports everything and caches compiled programs: most damaged models need the same programs as intact ones."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", str(programs))

@@ -1,10 +1,10 @@
-"""Kills runs that write (SIGKILL, at random times) and looks at what they leave: the old files or the new, whole.
+"""Kills runs that write (SIGKILL, at random times) and checks what they leave: the complete old files or the new ones.
 
     python -m scripts.reliability.kill_runs --out scripts/results/kills.json
 
-Conversions with --overwrite, routers saved over others, and `calibrate --work-dir`, which is killed again and again
-until it has been let finish. Conversions and saves run in forks of one process that has imported everything, so that
-kills fall into the work and not into the start.
+The runs are conversions with --overwrite, routers saved over others, and `calibrate --work-dir`, which is killed
+repeatedly until it may finish. Conversions and saves run in forks of one process that has imported everything, so that
+kills hit the work and not the start.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Kill(NamedTuple):
 
     Attributes:
       what: the run.
-      seconds: when it came.
-      left: "old" or "new", or what is wrong.
+      seconds: time of the kill.
+      left: "old" or "new", or a description of the problem.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Kill(NamedTuple):
 
 
 class Forks:
-    """A process that forks a child for each job, which is killed after some time."""
+    """A process that forks a child for each job; the child is killed after some time."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class Forks:
         )
 
     def run(self, seconds: float | None, *job: str) -> float:
-        """Runs a job, killed after so many seconds if any; how long it ran."""
+        """Runs a job and kills it after `seconds`, unless that is None; returns how long it ran."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write("\t".join([str(seconds), *job]) + "\n")
@@ -75,7 +75,7 @@ class Forks:
 
 
 def serve() -> None:
-    """The process of `Forks`: a job is "convert SOURCE DESTINATION" or "save PICKLE DESTINATION"."""
+    """Main loop of `Forks`' process: a job is "convert SOURCE DESTINATION" or "save PICKLE DESTINATION"."""
     import transformers  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
     from convert import convert
@@ -85,7 +85,7 @@ def serve() -> None:
         seconds, *job = line.rstrip("\n").split("\t")
         if job[0] == "convert" and not warm:
             with tempfile.TemporaryDirectory() as folder:
-                convert(job[1], Path(folder) / "out")  # every child has from here on what this imports
+                convert(job[1], Path(folder) / "out")  # imports modules that every later child then has
             warm = True
         start = time.perf_counter()
         if (child := os.fork()) == 0:
@@ -114,11 +114,11 @@ def _work(kind: str, source: str, destination: str) -> None:
 def kill_often(
     what: str, run: Callable[[float | None, str], float], look: Callable[[], str], count: int, rng: random.Random
 ) -> list[Kill]:
-    """Kills a run that replaces "old" by "new", or the other way about.
+    """Repeatedly kills a run that replaces "old" by "new", or the reverse.
 
     Args:
-      run: writes "old" or "new", for so many seconds at the most; returns how many it took.
-      look: "old", "new", or what is wrong.
+      run: writes "old" or "new", for at most so many seconds; returns how many it took.
+      look: returns "old", "new", or a description of the problem.
     """
     from tqdm import tqdm
 
@@ -138,7 +138,7 @@ def kill_often(
 
 
 def conversions(folder: Path, count: int, rng: random.Random) -> list[Kill]:
-    """`convert --overwrite` over a model of another width, so that a mixture of both is none."""
+    """Kills `convert --overwrite` over a model of another width, so that a mixture of both would be invalid."""
     import tiny_llama
 
     import tide_jax
@@ -167,7 +167,7 @@ def conversions(folder: Path, count: int, rng: random.Random) -> list[Kill]:
 
 
 def router_files(folder: Path, count: int, rng: random.Random) -> list[Kill]:
-    """`Routers.save` over other routers, heads and translators beside them."""
+    """Kills `Routers.save` over other routers, with heads and translators."""
     import jax
     import numpy as np
 
@@ -202,7 +202,7 @@ def router_files(folder: Path, count: int, rng: random.Random) -> list[Kill]:
 
 
 def calibrations(folder: Path, count: int, rng: random.Random) -> list[Kill]:
-    """`calibrate --work-dir`, run again after each kill on what that left; every third run is let finish."""
+    """Kills `calibrate --work-dir`, which runs again after each kill on the remains; every third run may finish."""
     from tqdm import tqdm
 
     import tide_jax
@@ -253,7 +253,7 @@ def calibrations(folder: Path, count: int, rng: random.Random) -> list[Kill]:
 
 
 def _chat_model(folder: Path, tokenizer: Any) -> None:
-    """A converted model of three layers with a tokenizer."""
+    """Makes a converted model of three layers with a tokenizer."""
     import tiny_llama
 
     from convert import convert
@@ -265,7 +265,7 @@ def _chat_model(folder: Path, tokenizer: Any) -> None:
 
 
 def main() -> int:
-    """Kills runs; exit code 1 where one left something else than the old files or the new."""
+    """Kills runs; exit code 1 if one left anything but the old files or the new ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--convert", type=int, default=200, help="conversions to kill")
@@ -293,7 +293,7 @@ def main() -> int:
 
 
 def summarise(kills: list[Kill]) -> dict[str, Any]:
-    """What was left, by run, and every failure."""
+    """Counts of what was left, by run, and every failure."""
     whats = dict.fromkeys(kill.what for kill in kills)
     wrong = [kill for kill in kills if kill.left not in ("old", "new")]
 

@@ -263,7 +263,6 @@ def decode_step(
       positions: position of each token in its row.
       active: rows to run.
       exits: routers and thresholds; None runs every layer.
-      implementation: of the kernels around an exit, see `pallas_kernels`.
 
     Raises:
       TideError: the cache was made for other exits: its queue does not fit, is missing, or is not needed.
@@ -360,7 +359,6 @@ def generate_tokens(
       request: sampling settings, end-of-sequence ids, number of new tokens.
       exits: routers and thresholds; None runs every layer.
       capacity: static upper bound of `request.max_new_tokens`.
-      implementation: of the kernels around an exit, see `pallas_kernels`.
     """
     batch = prompt.tokens.shape[0]
     state = begin(model, prompt, request, exits, capacity=capacity, implementation=implementation)

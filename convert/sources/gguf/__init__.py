@@ -1,1 +1,1 @@
-"""Checkpoints in GGUF, llama.cpp's file format."""
+"""Reader of GGUF, llama.cpp's file format."""

@@ -1,11 +1,10 @@
-"""What llama.cpp assumes where a GGUF file leaves a key out, as data: architecture -> key -> default.
+"""llama.cpp's defaults for keys missing from a GGUF file, as data: architecture -> key -> default.
 
-A file that leaves a key out means llama.cpp's default, not transformers'. The facts are those of
-https://github.com/ggml-org/llama.cpp: `llama_model_base::load_hparams` in src/llama-model.cpp for `COMMON`, the start
-values in src/llama-hparams.h, and `load_arch_hparams` in src/models/<architecture>.cpp (until 2026 a case of
-`load_hparams`) for `OF`. A default is a value, a function of the file, or `REQUIRED` where llama.cpp refuses the file
-or cannot run it. Keys that tell this package nothing, such as `rope.dimension_sections`, may be left out here even
-where llama.cpp wants them.
+A missing key means llama.cpp's default, not transformers'. The values come from https://github.com/ggml-org/llama.cpp:
+`llama_model_base::load_hparams` in src/llama-model.cpp for `COMMON`, the initial values in src/llama-hparams.h, and
+`load_arch_hparams` in src/models/<architecture>.cpp (until 2026 a case of `load_hparams`) for `OF`. A default is a
+value, a function of the file, or `REQUIRED` if llama.cpp refuses the file or cannot run it. Keys that this package
+doesn't need, such as `rope.dimension_sections`, may be missing here even if llama.cpp requires them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ Defaults = dict[str, Any]
 
 
 def _same_as(key: str) -> Callable[[Hyperparameters], Any]:
-    """The value of another key."""
     return lambda hp: hp.peek(key)
 
 
 def _mean_width(hp: Hyperparameters) -> int:
-    """Width of a head: that of the model over the number of heads."""
+    """Width of a head: model width over number of heads."""
     width = hp.peek("embedding_length") // hp.peek("attention.head_count")
     if width < 1:
         raise hp.refuse("attention.head_count is more than embedding_length, expected less")
@@ -34,26 +32,29 @@ def _mean_width(hp: Hyperparameters) -> int:
 
 
 def _dense_width(hp: Hyperparameters) -> None:
-    """0, with which no dense layer's tensors can be made, nor those of experts whose width is not said."""
+    """Raises TideError if a tensor needs the missing width, else returns None.
+
+    llama.cpp's default is 0, which fits no dense layer, and no experts without a width of their own.
+    """
     if hp.has("*ffn_up.weight") or hp.peek("expert_feed_forward_length") is None:
         raise hp.lacks("feed_forward_length")
 
 
 def _share_of_experts(hp: Hyperparameters) -> int:
-    """Width of an expert: all that a token uses are as wide as the dense layer together."""
+    """Width of an expert: all experts that a token uses are together as wide as the dense layer."""
     return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.required(
         "expert_feed_forward_length"
     )
 
 
 def _deepseek_scores(hp: Hyperparameters) -> int:
-    """Softmax as in V2, whose files do not say; sigmoids in GLM 4.7 Flash, told by its sizes."""
+    """Softmax as in V2, whose files leave the key out; sigmoids in GLM 4.7 Flash, recognised by its sizes."""
     vocabulary = len(hp.metadata.get("tokenizer.ggml.tokens", ())) or hp.given("vocab_size")
     return 2 if hp.layers in (47, 48) and vocabulary == 154880 else 1
 
 
 def _shared_experts(hp: Hyperparameters) -> int:
-    """How many experts' width the matrices of the shared ones have."""
+    """Number of shared experts, from the width of their joint matrices."""
     names = (f"blk.{layer}.ffn_up_shexp.weight" for layer in range(hp.layers))
     rows = next((hp.tensors[name].shape[0] for name in names if name in hp.tensors), 0)
     return rows // hp.peek("expert_feed_forward_length")
@@ -65,7 +66,7 @@ COMMON: Defaults = {
     "context_length": REQUIRED,
     "embedding_length": REQUIRED,
     "feed_forward_length": _dense_width,
-    "attention.head_count": REQUIRED,  # 0, a model without attention
+    "attention.head_count": REQUIRED,  # 0 would be a model without attention
     "attention.head_count_kv": _same_as("attention.head_count"),
     "attention.key_length": _mean_width,
     "attention.value_length": _mean_width,
@@ -73,11 +74,11 @@ COMMON: Defaults = {
     "attention.layer_norm_epsilon": REQUIRED,
     "attention.layer_norm_rms_epsilon": REQUIRED,
     "attention.sliding_window": 0,
-    "attention.sliding_window_pattern": 0,  # every so manieth layer sees all tokens; with 0 none does
+    "attention.sliding_window_pattern": 0,  # period of layers that see all tokens; 0 means that none does
     "expert_count": 0,
     "expert_used_count": 0,
-    "expert_gating_func": 1,  # not read: softmax
-    "expert_feed_forward_length": None,  # not read: experts are as wide as feed_forward_length
+    "expert_gating_func": 1,  # not in the file: softmax
+    "expert_feed_forward_length": None,  # not in the file: experts are as wide as feed_forward_length
     "expert_group_count": 0,
     "expert_group_used_count": 0,
     "expert_weights_scale": 0.0,  # not applied
@@ -93,7 +94,7 @@ COMMON: Defaults = {
     "rope.scaling.factor": _same_as("rope.scale_linear"),  # its old name; 0 means 1
     "rope.scaling.attn_factor": 1.0,
     "rope.scaling.original_context_length": _same_as("context_length"),
-    "rope.scaling.yarn_ext_factor": -1.0,  # chosen by the kind of scaling: 1 for YaRN
+    "rope.scaling.yarn_ext_factor": -1.0,  # depends on the kind of scaling: 1 for YaRN
     "rope.scaling.yarn_attn_factor": None,
     "rope.scaling.yarn_beta_fast": None,
     "rope.scaling.yarn_beta_slow": None,
@@ -120,11 +121,11 @@ OF: dict[str, Defaults] = {
     "minicpm": {
         "embedding_scale": 12.0,
         "residual_scale": lambda hp: 1.4 * hp.layers**-0.5,
-        # llama.cpp has 256 / width, but divides by it: the inverse of what the model, and its converter, mean.
+        # llama.cpp has 256 / width but divides by it, the inverse of what the model and its converter mean.
         "logit_scale": lambda hp: hp.peek("embedding_length") / 256,
     },
     "minicpm3": {"attention.q_lora_rank": REQUIRED, "attention.kv_lora_rank": REQUIRED},
-    "stablelm": {"use_parallel_residual": lambda hp: not hp.has("ffn_norm.weight")},  # told by the tensors
+    "stablelm": {"use_parallel_residual": lambda hp: not hp.has("ffn_norm.weight")},  # derived from the tensors
     "gptneox": {"use_parallel_residual": REQUIRED},
     "falcon": {"tensor_data_layout": "jploski"},
     "mpt": {"attention.max_alibi_bias": REQUIRED, "attention.clamp_kqv": 0.0},
@@ -192,7 +193,7 @@ OF: dict[str, Defaults] = {
         "attention.sliding_window": REQUIRED,
         "attention.sliding_window_pattern": 2,
     },
-    # Of these llama.cpp reads the scores' function as optional, but stops where it computes the scores without one.
+    # llama.cpp reads the scoring function as optional here, but fails without one when it computes the scores.
     "minimax-m2": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_gating_func": REQUIRED},
     "dots1": _EXPERTS_BEHIND_DENSE_LAYERS
     | {"expert_gating_func": REQUIRED, "expert_weights_scale": REQUIRED, "leading_dense_block_count": REQUIRED},
@@ -206,7 +207,7 @@ OF: dict[str, Defaults] = {
     },
     "deepseek2": _EXPERTS_BEHIND_DENSE_LAYERS
     | {
-        "attention.q_lora_rank": None,  # wanted but in models told by their sizes: here the tensors tell
+        "attention.q_lora_rank": None,  # required, except for models recognised by their sizes; here the tensors tell
         "attention.kv_lora_rank": REQUIRED,
         "attention.key_length_mla": _same_as("attention.key_length"),
         "attention.value_length_mla": _same_as("attention.value_length"),
@@ -216,7 +217,7 @@ OF: dict[str, Defaults] = {
 
 
 def default(hp: Hyperparameters, key: str) -> Any:
-    """What a file means that leaves a key out. Raises TideError for one that must not be left out."""
+    """Returns the meaning of a missing key. Raises TideError if the key must be present."""
     entry = OF.get(hp.architecture, {}).get(key, COMMON.get(key, REQUIRED))
     if entry is REQUIRED:
         raise hp.lacks(key)

@@ -1,11 +1,11 @@
-"""Tokens that end a generation in a GGUF file, by llama.cpp's rules.
+"""Finds the tokens that end a generation in a GGUF file, by llama.cpp's rules.
 
-Most files name one end token and rely on llama.cpp to know the rest by their text, whatever their type and the chat
-template. The lists and the two exceptions are those of `llama_vocab::impl::load`:
+Most files name one end token and rely on llama.cpp to recognise the others by their text, whatever their type and the
+chat template. The lists and the two exceptions are those of `llama_vocab::impl::load`:
 https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 
-llama.cpp also takes token 2 ("llama") or 11 ("gpt2") for the end where the file names none. That is not done here:
-these are the ids of Llama 2 and Falcon, whose end tokens are in the list anyway.
+If the file names no end token, llama.cpp also takes token 2 ("llama") or 11 ("gpt2"). This module does not: those are
+the ids of Llama 2 and Falcon, whose end tokens are in the list anyway.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _TEXTS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>", "[e~[",
-    "<|end_of_turn|>",  # OpenChat's, which llama.cpp leaves to the file's keys
+    "<|end_of_turn|>",  # OpenChat's; llama.cpp relies on the file's keys for it
 })  # fmt: skip
-# Fill-in-the-middle tokens that begin another file: the key that names one, or else the first text that is a token.
+# Fill-in-the-middle tokens that begin another file: a key that may name one, and texts to search in order otherwise.
 _FILL_IN = {
     "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -51,7 +51,7 @@ def _fill_in(metadata: Mapping[str, Any], key: str, ids: Mapping[str, int]) -> i
 
 
 def _only_looks_like_an_end(ids: Mapping[str, int]) -> list[str]:
-    """Tokens that mean something else in the vocabularies of gpt-oss, Solar Open and Gemma 4."""
+    """Tokens in the vocabularies of gpt-oss, Solar Open and Gemma 4 that look like an end but are none."""
     calls = "<|call|>" in ids or "<|calls|>" in ids
     part_of_answer = calls and ("<|return|>" in ids or "<|flush|>" in ids)  # <|end|> closes a message, not the answer
     lookalikes = {"<|end|>": part_of_answer, "</s>": "<|tool_response>" in ids}

@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's file format: key-value pairs, a table of tensors, and the tensors' data, in one file or several.
+"""Reads GGUF, llama.cpp's file format: key-value pairs, a table of tensors and their data, in one file or several.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,13 +27,13 @@ _PLAIN = {
 _SCALAR_DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "<u8", "<i8", "<f8")
 _SCALARS = dict(zip((*range(8), 10, 11, 12), _SCALAR_DTYPES, strict=True))
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-# No model comes near these; a header that claims more is refused before anything of that size is allocated.
+# No model comes near these limits. A header that claims more is refused before memory of that size is allocated.
 _ITEMS, _STRING_BYTES, _NAME_BYTES, _AXES = 2**25, 2**24, 2**16, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, torch shape, storage type, absolute offset and size in bytes."""
+    """Location of a tensor: file, torch shape, storage type, absolute offset and size in bytes."""
 
     path: Path
     shape: tuple[int, ...]
@@ -43,11 +43,11 @@ class StoredTensor:
 
     @property
     def dtype(self) -> str:
-        """Name, as safetensors files have it, of the dtype `read_tensor` returns."""
+        """Name, as in safetensors files, of the dtype that `read_tensor` returns."""
         return self.kind.name if self.kind in _PLAIN else "F32"
 
     def rows(self, start: int, stop: int) -> StoredTensor:
-        """A range of the first axis; of a tensor with one axis only if it is not quantised."""
+        """A range of the first axis; for a tensor with one axis only if it is not quantised."""
         width = self.size // self.shape[0]
         return dataclasses.replace(
             self,
@@ -62,7 +62,7 @@ class StoredTensor:
 
 
 class _Cursor:
-    """Reads little-endian values one after the other; raises ValueError where the file ends too early or lies."""
+    """Reads little-endian values in sequence; raises ValueError if the file is too short or inconsistent."""
 
     def __init__(self, data: np.ndarray, position: int) -> None:
         self.data = data
@@ -70,7 +70,7 @@ class _Cursor:
         self.items = _ITEMS
 
     def count(self, what: str) -> int:
-        """How many things follow. The sum over a header is bounded: each becomes a Python object."""
+        """Reads how many items follow. Their sum over a header is limited, because each becomes a Python object."""
         count = self.integer(8)
         self.items -= count
         if self.items < 0:
@@ -100,7 +100,7 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             return self.string()
         if kind == GGUFValueType.FLOAT32:
-            # The shortest decimal of this float32 is the number that was meant: 1e-05, not 9.999999747378752e-06.
+            # The shortest decimal of this float32 is the intended number: 1e-05, not 9.999999747378752e-06.
             return float(str(self.values("<f4", 1)[0]))
         if kind != GGUFValueType.ARRAY:
             return self.values(_SCALARS[kind], 1).item()
@@ -112,7 +112,7 @@ class _Cursor:
         return self.values(_SCALARS[item], count).tolist()
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, torch shape, number of the storage type, and offset from the start of the data section."""
+        """Reads name, torch shape, number of the storage type, and offset from the start of the data section."""
         name = self.string(_NAME_BYTES)
         if not 1 <= (axes := self.integer()) <= _AXES:
             raise ValueError(f"tensor {shown(name)} has {axes} axes, expected 1 to {_AXES}")
@@ -122,7 +122,7 @@ class _Cursor:
         return name, tuple(reversed(extents)), self.integer(), self.integer(8)
 
     def pairs(self, count: int) -> dict[str, Any]:
-        """The key-value pairs."""
+        """Reads key-value pairs."""
         pairs: dict[str, Any] = {}
         for _ in range(count):
             key = self.string(_NAME_BYTES)
@@ -133,7 +133,7 @@ class _Cursor:
 
 
 def shown(value: Any, longest: int = 60) -> str:
-    """A value out of a file as a short piece of one line."""
+    """A value from a file, shortened to part of a line."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
@@ -155,12 +155,12 @@ def _map_file(path: Path) -> np.ndarray:
 
 
 def read_model(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, StoredTensor]]:
-    """The files a model lies in, its key-value pairs and where its tensors lie.
+    """Returns the files of a model, its key-value pairs and the locations of its tensors.
 
-    A model in parts, `<name>-00001-of-00003.gguf` and so on, is named by any of them; the first has the pairs.
+    A model in parts, `<name>-00001-of-00003.gguf` and so on, may be named by any part; the first part has the pairs.
 
     Raises:
-      TideError: anything but a whole GGUF model.
+      TideError: not a complete GGUF model.
     """
     metadata, tensors = read_header(path)
     count = metadata.get("split.count", 1)
@@ -200,7 +200,7 @@ def _part_paths(path: Path, count: int) -> list[Path]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """Key-value pairs and tensor locations of one file. Raises TideError for anything but a whole GGUF file."""
+    """Key-value pairs and tensor locations of one file. Raises TideError unless it is a complete GGUF file."""
     data = _map_file(path)
     cursor = _Cursor(data, position=8)
     try:
@@ -220,9 +220,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 def _locate(
     path: Path, headers: list[tuple[str, tuple[int, ...], int, int]], header_end: int, alignment: int, data: np.ndarray
 ) -> dict[str, StoredTensor]:
-    """Where the tensors lie: as in llama.cpp each must follow the one before it, with zeros between and nothing else.
+    """Locates the tensors. As in llama.cpp, each must follow the previous one with only zero padding between them.
 
-    So a damaged offset, shape or storage type shows, and no tensor is made of another's bytes.
+    This check detects a damaged offset, shape or storage type, and prevents reading a tensor from another one's bytes.
     """
     file_size = len(data)
 
@@ -261,7 +261,7 @@ def _locate(
 
 
 def _stored_as(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
-    """Storage type and bytes of a tensor. Raises TideError for a type that cannot be read or does not fit the shape."""
+    """Storage type and size in bytes. Raises TideError if the type is not readable or does not fit the shape."""
     kind = _storage_type(path, name, number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
@@ -291,12 +291,12 @@ def _type_name(number: int) -> str:
 
 
 def read_tensor(stored: StoredTensor) -> np.ndarray:
-    """One tensor: as it is stored if that is floating point, else dequantised to float32.
+    """Reads one tensor: floating-point types as stored, others dequantised to float32.
 
     Raises:
-      TideError: the file has gone or shrunk.
+      TideError: the file has disappeared or shrunk.
     """
-    # A plain read: mapped pages would count as memory used, and only one tensor at a time is to be held.
+    # A plain read: mapped pages would count as used memory, and only one tensor at a time may be held.
     try:
         raw = np.fromfile(stored.path, np.uint8, stored.size, offset=stored.offset)
     except OSError as error:

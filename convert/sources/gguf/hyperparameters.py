@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model, each value asked for once, so that nothing it says is overlooked."""
+"""Values of a GGUF file about its model. Each is requested once, so that no value is overlooked."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tide_jax.errors import TideError
 
 
 class Hyperparameters:
-    """The `<architecture>.*` values of a file, and which tensors it has.
+    """The `<architecture>.*` values of a file, and its tensors.
 
-    What the file leaves out has llama.cpp's default: see `convert.sources.gguf.defaults`.
+    Values missing from the file have llama.cpp's default: see `convert.sources.gguf.defaults`.
 
     Attributes:
       path: the file, for messages.
       architecture: its architecture.
       metadata: all key-value pairs of the file.
-      tensors: where its tensors lie.
-      layers: decoder layers, without those that only predict tokens further ahead.
-      extra_layers: the latter, which follow the former.
+      tensors: locations of its tensors.
+      layers: number of decoder layers, without those that only predict tokens further ahead.
+      extra_layers: number of the latter, which follow the former.
 
     Raises:
-      TideError: a value of the wrong type or outside any model's range.
+      TideError: a value has the wrong type or is outside any model's range.
     """
 
     def __init__(
@@ -49,25 +49,25 @@ class Hyperparameters:
             raise self.refuse(f"nextn_predict_layers={self.extra_layers}: expected fewer than block_count")
 
     def take(self, key: str) -> Any:
-        """A value, one number where the file lists the same one for each layer.
+        """Takes a value; a list with one entry per layer counts as one number if all are equal.
 
         Raises:
-          TideError: it differs between layers, or the file leaves out what every such file has.
+          TideError: it differs between layers, or the file lacks a required key.
         """
         self._asked.add(key)
         return self.peek(key)
 
     def take_list(self, key: str) -> Any:
-        """A value that may be a list, one entry for each layer."""
+        """Takes a value that may be a list with one entry per layer."""
         self._asked.add(key)
         return self._said[key] if key in self._said else default(self, key)
 
     def once(self, key: str, instead: Any = None) -> Any:
-        """`take`, but `instead` of what somebody has asked for before."""
+        """`take`, but returns `instead` if the key was already taken."""
         return instead if key in self._asked else self.take(key)
 
     def peek(self, key: str) -> Any:
-        """`take` without taking it."""
+        """Returns the value of `take` without marking the key as taken."""
         value = self._said[key] if key in self._said else default(self, key)
         if not isinstance(value, list):
             return value
@@ -76,20 +76,20 @@ class Hyperparameters:
         return value[0]
 
     def given(self, key: str) -> Any:
-        """What the file itself says, without taking it; None where it does not."""
+        """The file's own value, without taking it; None if it has none."""
         return self._said.get(key)
 
     def expect(self, key: str, *values: Any) -> None:
-        """Raises TideError if the file has, or means by leaving it out, another value than one of `values`."""
+        """Raises TideError if the file's value, or the default of a missing key, is not one of `values`."""
         if (found := self.take(key)) not in values:
             raise self.refuse(f"{key}={shown(found)}: not supported, expected {' or '.join(map(repr, values))}")
 
     def ignore(self, *keys: str) -> None:
-        """Values that say nothing new."""
+        """Marks keys as taken that carry no new information."""
         self._asked.update(keys)
 
     def has(self, *names: str) -> bool:
-        """Whether the first layer, or any layer for names with ``*``, has one of these tensors."""
+        """Whether the first layer has one of these tensors; for names with ``*``, whether any layer has one."""
         layers = range(self.layers)
         return any(
             any(f"blk.{layer}.{name[1:]}" in self.tensors for layer in layers)
@@ -99,16 +99,16 @@ class Hyperparameters:
         )
 
     def vector(self, name: str) -> np.ndarray | None:
-        """A small tensor's values, None where the file has none of that name."""
+        """A small tensor's values, None if the file has no tensor of that name."""
         stored = self.tensors.get(name)
         return None if stored is None else read_tensor(stored)
 
     def lacks(self, key: str) -> TideError:
-        """The error for a key without which nobody can say what the model computes."""
+        """The error for a missing key that the model's computation depends on."""
         return TideError(f"{self.path} lacks {self.architecture}.{key}, expected in every such file: get it again")
 
     def required(self, key: str) -> Any:
-        """Raises TideError: for a default that the file's other values do not give."""
+        """Raises TideError; for defaults that can't be derived from the file's other values."""
         raise self.lacks(key)
 
     def refuse(self, what: str) -> TideError:
@@ -116,12 +116,12 @@ class Hyperparameters:
         return TideError(f"{self.path}: {self.architecture}.{what}; use the model's Hugging Face checkpoint instead")
 
     def check_all_taken(self) -> None:
-        """Raises TideError if the file says something nobody asked for, or has other layers than it says."""
+        """Raises TideError if a value of the file was never taken, or its number of layers is not the stated one."""
         if left := sorted(self._said.keys() - self._asked):
             keys = ", ".join(shown(key) for key in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             raise self.refuse(f"{keys}: not supported, expected only known settings")
         numbers = {layer_of(name)[0] for name in self.tensors} - {None}
-        # A file may leave out the layers that predict tokens further ahead.
+        # A file may lack the layers that predict tokens further ahead.
         if not self.layers <= len(numbers) <= self.layers + self.extra_layers:
             said = self.layers + self.extra_layers
             raise TideError(

@@ -1,4 +1,4 @@
-"""Types and ranges of what a GGUF file says, checked before anything is computed or allocated from it."""
+"""Types and ranges of values in a GGUF file, checked before anything is computed or allocated from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Factor = Annotated[StrictFloat, Field(allow_inf_nan=False, ge=0.0, le=1e9)]
 Positive = Annotated[StrictFloat, Field(allow_inf_nan=False, gt=0.0, le=1e15)]
 Epsilon = Annotated[StrictFloat, Field(gt=0.0, lt=1.0)]
 
-# Of one value, or of each where a file lists one for each layer.
+# Checked for a single value, or for each entry of a list over layers.
 HYPERPARAMETERS: dict[str, Any] = {
     "block_count": Annotated[StrictInt, Field(ge=1, lt=2**16)],
     "context_length": Annotated[StrictInt, Field(ge=1, lt=2**31)],
@@ -107,7 +107,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "tensor_data_layout": StrictStr,
 }
 _TOKEN = "tokenizer.ggml."
-# Of whole values.
+# Checked for the whole value.
 GENERAL: dict[str, Any] = {
     "general.architecture": StrictStr,
     "tokenizer.chat_template": StrictStr,
@@ -129,7 +129,7 @@ _TOKEN_ID = TypeAdapter(Count)
 
 
 def check(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
-    """Raises TideError where a value of a known key has another type, or lies outside any model's range."""
+    """Raises TideError if the value of a known key has another type or is outside any model's range."""
     prefix = f"{architecture}."
     for key, value in metadata.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else key

@@ -1,7 +1,7 @@
-"""How byte-level tokenizers cut text into words, by the names in `tokenizer.ggml.pre`.
+"""How byte-level tokenizers split text into words, by the names in `tokenizer.ggml.pre`.
 
-A name stands for regular expressions that each cut what the ones before it left, with their matches as words of their
-own; https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp has the same.
+A name stands for regular expressions. Each one splits the pieces left by those before it, and its matches become words.
+https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp has the same expressions.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class PreTokenizer:
-    """How text is cut into words before byte-level merges.
+    """How text is split into words before byte-level merges.
 
     Attributes:
       splits: regular expressions, applied one after the other.
-      nfc: text is normalised to Unicode NFC first.
-      ignore_merges: a word that is itself a token is taken whole, whatever its merges say.
-      add_bos: a begin-of-sequence token is added where the file does not say.
+      nfc: normalise text to Unicode NFC first.
+      ignore_merges: a word that is itself a token is used whole, whatever the merges say.
+      add_bos: add a begin-of-sequence token if the file does not say.
     """
 
     splits: tuple[str, ...]
@@ -27,7 +27,7 @@ class PreTokenizer:
 
 
 def _words(digits: str) -> str:
-    """The word pattern shared by Llama 3 and Qwen2, which differ in how many digits make a word."""
+    """The word pattern shared by Llama 3 and Qwen2, which differ in the number of digits per word."""
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -36,7 +36,7 @@ def _words(digits: str) -> str:
 
 
 def _cased_words(ending: str, digits: str) -> str:
-    """Words also end where small letters are followed by capital ones; `ending` may belong to a word."""
+    """A word pattern that also splits before a capital letter after small ones; `ending` may belong to a word."""
     before, capital, small = r"[^\r\n\p{L}\p{N}]?", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
     return (
         f"{before}[{capital}]*[{small}]+{ending}|{before}[{capital}]+[{small}]*{ending}|{digits}"
@@ -71,7 +71,7 @@ _QWEN2 = PreTokenizer((_words(_DIGIT),), nfc=True)
 _DEEPSEEK3 = PreTokenizer((_THREE_DIGITS, "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK3_WORDS))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    # What llama.cpp takes where a file does not say, whatever the model was trained with.
+    # llama.cpp's choice if a file does not say, whatever the model was trained with.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "exaone4", "mellum", "trillion", "jais"), _GPT2),
     "olmo": PreTokenizer((_GPT2_WORDS,), nfc=True),

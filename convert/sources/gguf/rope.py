@@ -1,4 +1,4 @@
-"""Rotary embedding settings of GGUF files as the `rope_parameters` of a Hugging Face configuration."""
+"""Translates rotary settings of GGUF files to the `rope_parameters` of a Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _YARN_FIELDS = {
 
 
 def rope_parameters(hp: Hyperparameters, width: int, context: int) -> dict[str, Any]:
-    """The rotary settings of a file.
+    """Returns the rotary settings of a file.
 
     Args:
       width: rotated channels of a head.
@@ -35,6 +35,7 @@ def rope_parameters(hp: Hyperparameters, width: int, context: int) -> dict[str, 
         raise hp.refuse(f"rope.scaling.type={shown(kind)}: not known, expected {', '.join(_KINDS)}")
     stated = hp.given("rope.scaling.original_context_length")
     original, attention = hp.take("rope.scaling.original_context_length"), hp.take("rope.scaling.attn_factor")
+    # Frequency divisors in the file have precedence over the named kind of scaling.
     factors = hp.vector("rope_freqs.weight")
     if factors is not None and not np.all(factors == 1.0):
         if factor not in (0.0, 1.0):
@@ -66,7 +67,7 @@ def _yarn(hp: Hyperparameters, factor: float, original: int) -> dict[str, Any]:
 def _longrope(long: np.ndarray, short: np.ndarray, attention: float, context: int, original: int) -> Any:
     stretch = context / original
     usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-    # As float32 the usual value is not quite the one that transformers computes.
+    # In float32 the usual value differs slightly from the one that transformers computes.
     unusual = not math.isclose(attention, usual, rel_tol=1e-6)
     return {
         "rope_type": "longrope",
@@ -79,15 +80,15 @@ def _longrope(long: np.ndarray, short: np.ndarray, attention: float, context: in
 
 
 def _decimals(values: np.ndarray) -> list[float]:
-    """The shortest decimals of float32 numbers: what was meant."""
+    """Shortest decimals of float32 numbers, which are the intended values."""
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def _llama3(hp: Hyperparameters, theta: float, factors: np.ndarray, width: int, original: int) -> dict[str, Any]:
-    """The parameters of Llama 3.1's rotary scaling that lead to the divisors [width / 2] in `rope_freqs.weight`.
+    """Parameters of Llama 3.1's rotary scaling that give the divisors [width / 2] in `rope_freqs.weight`.
 
-    Only the stretch factor differs between published models; the band edges are 1 and 4, both 1 in Llama 4. Raises
-    TideError for divisors that no stretch factor explains.
+    Only the stretch factor differs between published models; the band edges are 1 and 4, in Llama 4 both 1. Raises
+    TideError if no stretch factor gives these divisors.
     """
     if factors.shape != (width // 2,):
         raise hp.refuse(f"rope: rope_freqs.weight has shape {list(factors.shape)}, expected [{width // 2}]")

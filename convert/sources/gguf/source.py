@@ -1,6 +1,6 @@
-"""Checkpoints in GGUF, llama.cpp's file format, read one tensor at a time.
+"""Reads checkpoints in GGUF, llama.cpp's file format, one tensor at a time.
 
-`GGUFSource` shows such a file as a Hugging Face checkpoint: configuration, tensor names, orientation and tokenizer.
+`GGUFSource` presents such a file as a Hugging Face checkpoint: configuration, tensor names, orientation and tokenizer.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _ROTARY_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors
 
 
 class GGUFSource:
-    """A GGUF file seen as a Hugging Face checkpoint; see `convert.sources.open.Source`.
+    """Presents a GGUF file as a Hugging Face checkpoint; see `convert.sources.base.Source`.
 
     Attributes:
       description: file, architecture and storage types.
       config: config.json of the matching transformers model.
       generation_config: token ids to begin, end and pad with.
-      tensors: shape (torch's ``[out, in]``) and dtype name of what `read` returns, under Hugging Face names.
+      tensors: shape (torch's ``[out, in]``) and dtype name of the result of `read`, under Hugging Face names.
       files: the file, or the parts of a model that was split.
 
     Raises:
-      TideError: not a GGUF file, damaged, a part of a model whose other parts are missing, or of an architecture or
-        quantisation not supported.
+      TideError: not a GGUF file, damaged, a part of a model whose other parts are missing, or an unsupported
+        architecture or quantisation.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,7 +67,7 @@ class GGUFSource:
         self.description = f"{path} (GGUF, {name}, {len(self.tensors)} tensors in {', '.join(kinds)})"
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read: float32, float16 or bfloat16 as stored, float32 if it was quantised.
+        """Reads one tensor: float32, float16 or bfloat16 as stored, float32 if it was quantised.
 
         Raises:
           TideError: the file has no tensor of that name.
@@ -79,20 +79,20 @@ class GGUFSource:
         return self._views[name].read(self.config)
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer in the file. Raises TideError where its kind is not supported."""
+        """Returns the tokenizer in the file. Raises TideError if its kind is not supported."""
         tokenizer = gguf_tokenizer.load_tokenizer(self._metadata, self.config["max_position_embeddings"])
         tokenizer.name_or_path = str(self.files[0])
         return tokenizer
 
     def write_side_files(self, directory: Path) -> None:
-        """Writes tokenizer files and generation_config.json. Raises TideError as `load_tokenizer` does."""
+        """Writes tokenizer files and generation_config.json. Raises TideError as `load_tokenizer`."""
         self.load_tokenizer().save_pretrained(directory)
         text = json.dumps(self.generation_config, indent=2) + "\n"
         (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a GGUF file, which may hold nothing else. Raises TideError where its kind is not supported."""
+    """Returns the tokenizer in a GGUF file, which may hold only that. Raises TideError if it is not supported."""
     _, metadata, _ = read_model(path)
     context = f"{metadata.get('general.architecture')}.context_length"
     tokenizer = gguf_tokenizer.load_tokenizer(metadata, metadata.get(context))
@@ -119,7 +119,7 @@ def _model_class(model_type: str) -> str:
 def _places(
     hp: Hyperparameters, architecture: Architecture, stored: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[Place, StoredTensor]]:
-    """Each stored tensor's place in the checkpoint. Raises TideError for one the architecture does not have."""
+    """Place of each stored tensor in the checkpoint. Raises TideError for tensors unknown to the architecture."""
     block = architecture.block if isinstance(architecture.block, Mapping) else architecture.block(hp)
     places = {}
     for name, tensor in stored.items():

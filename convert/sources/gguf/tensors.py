@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF file go in a Hugging Face checkpoint, and what undoes llama.cpp's arrangement of them."""
+"""Places of a GGUF file's tensors in a Hugging Face checkpoint, and the inverse of llama.cpp's arrangements."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tide_jax.model.files.shards import TensorInfo
 
 Config = Mapping[str, Any]
 Undo = Callable[[np.ndarray, Config], np.ndarray]
-_STACK = 2**16  # experts or heads of a layer: no model has as many
+_STACK = 2**16  # limit for experts or heads of a layer, far above any model's
 
 
 def as_stored(a: np.ndarray, c: Config) -> np.ndarray:
-    """The tensor as it is."""
+    """The unchanged tensor."""
     return a
 
 
 @dataclasses.dataclass(frozen=True)
 class To:
-    """Where one stored tensor goes.
+    """Destination of one stored tensor.
 
     Attributes:
-      name: of the checkpoint's tensor or module. ``{i}`` stands for the index of an axis 0 whose entries become
-        tensors of their own.
-      undo: puts its values into the checkpoint's arrangement, given config.json's values.
+      name: name of the checkpoint's tensor or module. ``{i}`` stands for the index along axis 0, whose entries become
+        separate tensors.
+      undo: restores the checkpoint's arrangement, given config.json's values.
     """
 
     name: str
@@ -38,16 +38,16 @@ class To:
 
 @dataclasses.dataclass(frozen=True)
 class PartOf:
-    """One of the stored tensors that a single tensor of the checkpoint is joined from.
+    """Destination of a stored tensor that is joined with others to one tensor of the checkpoint.
 
     Attributes:
-      name: of the checkpoint's tensor or module.
-      index: the place among the parts.
-      axis: along which the parts lie, in one entry of the stack.
-      undo: puts one entry's values into the checkpoint's arrangement.
+      name: name of the checkpoint's tensor or module.
+      index: position among the parts.
+      axis: axis along which parts are joined, within one entry of the stack.
+      undo: restores the checkpoint's arrangement of one entry.
       stacked: axis 0 of the stored tensors is a stack, of experts or heads.
-      alternating: the parts take turns along the axis instead of lying one after the other.
-      flat: the checkpoint's tensor has the stack's entries one after the other along axis 0.
+      alternating: the parts alternate along the axis instead of being concatenated.
+      flat: the checkpoint's tensor concatenates the stack's entries along axis 0.
     """
 
     name: str
@@ -61,11 +61,11 @@ class PartOf:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Where a stored tensor goes that holds several of the checkpoint's, one after the other along axis 0.
+    """Destination of a stored tensor that concatenates several tensors of the checkpoint along axis 0.
 
     Attributes:
-      names: of the checkpoint's modules.
-      sizes: how many rows each has, given config.json's values.
+      names: names of the checkpoint's modules.
+      sizes: number of rows of each, given config.json's values.
     """
 
     names: tuple[str, ...]
@@ -77,7 +77,7 @@ Place = str | To | PartOf | Split
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What one stored tensor, or a range of it, puts into `slot` of a checkpoint's tensor."""
+    """Content of `slot` in a checkpoint's tensor, from one stored tensor or a range of it."""
 
     stored: StoredTensor
     undo: Undo
@@ -92,12 +92,12 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A checkpoint's tensor as it lies in GGUF files.
+    """A checkpoint's tensor, composed of stored tensors in GGUF files.
 
     Attributes:
       info: its shape and dtype name.
-      pieces: what it is made of.
-      joined: the shape of all pieces together, of which the tensor's is a reshape.
+      pieces: the stored tensors or ranges it consists of.
+      joined: shape of all pieces together, before the reshape to the tensor's shape.
     """
 
     info: TensorInfo
@@ -105,7 +105,7 @@ class View:
     joined: tuple[int, ...]
 
     def read(self, config: Config) -> np.ndarray:
-        """The tensor, one stored piece in memory at a time."""
+        """Reads the tensor with one stored piece in memory at a time."""
         if len(self.pieces) == 1:
             return self.pieces[0].read(config).reshape(self.info.shape)
         first = self.pieces[0].read(config)
@@ -117,7 +117,7 @@ class View:
 
 
 def arrange(places: Mapping[str, tuple[Place, StoredTensor]], config: Config) -> dict[str, View]:
-    """The checkpoint's tensors, given each stored tensor's place, whose names are whole ones now.
+    """Returns the checkpoint's tensors, given each stored tensor's place with complete names.
 
     Raises:
       ValueError: parts do not fit together.
@@ -167,11 +167,13 @@ def _joined(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     first = found[0][0]
     stack = found[0][1].shape[0] if first.stacked else 1
     if stack > _STACK:
+        # The shape of one entry of the stack: the parts joined along their axis.
         raise ValueError(f"{first.name} has {stack} entries, expected {_STACK} at the most")
     shapes = [_entry(part, stored, 0).shape(config) for part, stored in found]
     lengths = [shape[first.axis] for shape in shapes]
     entry = (*shapes[0][: first.axis], sum(lengths), *shapes[0][first.axis + 1 :])
     pieces = []
+    # Each entry of each part goes to its slot in the stack.
     for number, (part, stored) in enumerate(found):
         if first.stacked and stored.shape[0] != stack:
             raise ValueError(f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected as many")
@@ -190,7 +192,7 @@ def _entry(part: PartOf, stored: StoredTensor, index: int) -> _Piece:
 
 
 def whole_names(place: Place, prefix: str, suffix: str) -> Place:
-    """A place with `prefix` and, where its names are those of modules, `suffix` put around them."""
+    """Adds `prefix` to a place's names, and `suffix` if they are names of modules."""
     if isinstance(place, str):
         return f"{prefix}{place}{suffix}"
     if isinstance(place, Split):
@@ -202,6 +204,6 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 
 
 def layer_of(name: str) -> tuple[int | None, str]:
-    """The layer a stored tensor belongs to, None for none, and its name there."""
+    """Layer of a stored tensor (None outside layers), and its name there."""
     match = _LAYER.fullmatch(name)
     return (int(match[1]), match[2]) if match else (None, name)

@@ -1,7 +1,7 @@
-"""Tokenizers from GGUF metadata.
+"""Builds tokenizers from GGUF metadata.
 
-A GGUF file carries vocabulary, merges or scores, and token types, but not the normalizer and pre-tokenizer: those are
-known by the names in `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Keys and token types:
+A GGUF file has the vocabulary, merges or scores, and token types, but not the normalizer and the pre-tokenizer. These
+follow from the names in `tokenizer.ggml.model` and `tokenizer.ggml.pre`. Keys and token types:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -43,14 +43,14 @@ _SPECIAL_IDS = {
 
 
 def load_tokenizer(metadata: Mapping[str, Any], max_length: int | None) -> PreTrainedTokenizerFast:
-    """The transformers tokenizer a GGUF file describes, with special tokens and chat template.
+    """Builds the transformers tokenizer described by a GGUF file, with special tokens and chat template.
 
     Args:
       metadata: the file's key-value pairs.
       max_length: the model's context length, which becomes `model_max_length`; None if the file does not say.
 
     Raises:
-      TideError: no vocabulary in the file, or a kind of tokenizer that is not supported.
+      TideError: the file has no vocabulary, or the kind of tokenizer is not supported.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -67,9 +67,9 @@ def load_tokenizer(metadata: Mapping[str, Any], max_length: int | None) -> PreTr
 
 
 def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of generation_config.json: `bos_token_id`, `eos_token_id` and `pad_token_id`, those the file has.
+    """Returns the values for generation_config.json in the file: `bos_token_id`, `eos_token_id` and `pad_token_id`.
 
-    A model ends at every token that llama.cpp ends at: `eos_token_id` is one id or a list, the end of sequence first.
+    A model ends at every token at which llama.cpp ends: `eos_token_id` is one id or a list, the end of sequence first.
     """
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_IDS.items()}
     ends = end_ids(metadata)
@@ -90,10 +90,10 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of a GGUF file's metadata.
+    """Builds the `tokenizers.Tokenizer` of a GGUF file's metadata.
 
     Raises:
-      TideError: no vocabulary in the file, or a kind of tokenizer that is not supported.
+      TideError: the file has no vocabulary, or the kind of tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in _BUILDERS:
@@ -105,7 +105,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         tokenizer = _BUILDERS[kind](metadata)
     except TideError:
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception, for merges of unknown tokens for one
+    except Exception as error:  # `tokenizers` raises bare Exception, for example for merges of unknown tokens
         reason = " ".join(str(error).split())
         raise TideError(
             f"the GGUF file's vocabulary is inconsistent ({reason}); expected merges of its own tokens: "
@@ -145,7 +145,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    # A space at the front belongs to the token: the separator is the first one after it.
+    # A leading space belongs to the token: the separator is the first space after it.
     cut = merge.find(" ", 1)
     return merge[:cut], merge[cut + 1 :]
 
@@ -165,7 +165,7 @@ def _gemma4(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) -> Tokenizer:
-    """Merges of characters, spaces among them as a mark, over the whole text; bytes stand in for unknown ones."""
+    """BPE over the whole text, with spaces replaced by a mark; unknown characters fall back to bytes."""
     tokenizer = Tokenizer(
         models.BPE(
             vocab=_vocabulary(metadata),
@@ -176,7 +176,7 @@ def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) ->
         )
     )
     space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    # Prepended anew after each special token, as llama.cpp and the tokenizer.json files of Llama 2 do.
+    # Prepended again after each special token, as in llama.cpp and the tokenizer.json files of Llama 2.
     prepend = [normalizers.Prepend(_SPACE)] if space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
@@ -189,7 +189,7 @@ def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) ->
 
 
 def _merges_from_scores(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third: best score of the result first, then its id, then the halves'."""
+    """All ways to join two tokens to a third, sorted by the result's score (best first), its id, the halves' ids."""
     vocabulary = _vocabulary(metadata)
     scores = metadata.get("tokenizer.ggml.scores", ())
     if len(scores) != len(vocabulary):
@@ -210,7 +210,7 @@ def _merges_from_scores(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _template(metadata: Mapping[str, Any], add_bos: bool) -> processors.TemplateProcessing | None:
-    """Adds begin and end tokens where the file asks for them; `add_bos` holds where it does not say."""
+    """Adds begin and end tokens if the file asks for them; `add_bos` applies if it does not say."""
     tokens = _tokens(metadata)
     begin = _token(metadata, tokens, "bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
     end = _token(metadata, tokens, "eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
@@ -228,9 +228,10 @@ def _template(metadata: Mapping[str, Any], add_bos: bool) -> processors.Template
 
 
 def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
-    """Makes control and user-defined tokens match whole in text; only the former are special.
+    """Makes control and user-defined tokens match as a whole in text; only control tokens are special.
 
-    What ends a generation is a control token whatever its type, as in llama.cpp: a chat template may write it.
+    As in llama.cpp, a token that ends a generation is a control token whatever its type, because a chat template may
+    write it.
     """
     tokens = _tokens(metadata)
     ends = set(end_ids(metadata))
@@ -274,7 +275,7 @@ def _token_types(metadata: Mapping[str, Any], count: int) -> list[int]:
 
 
 def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
-    """The token a `tokenizer.ggml.*_id` key names, None where the file has no such key."""
+    """The token named by a `tokenizer.ggml.*_id` key, None if the file has no such key."""
     index = metadata.get(f"tokenizer.ggml.{key}")
     if index is None:
         return None

@@ -1,1 +1,1 @@
-"""Checkpoints with quantised weights."""
+"""Readers of checkpoints with quantised weights."""

@@ -1,4 +1,4 @@
-"""Weights stored as small floats or by a table of values: bitsandbytes, FP8, MXFP4, compressed-tensors' plain format.
+"""Weights stored as small floats or as indices into a table: bitsandbytes, FP8, MXFP4, plain compressed-tensors.
 
 NF4 and double quantisation: Dettmers et al. 2023 (arXiv:2305.14314); LLM.int8: Dettmers et al. 2022 (arXiv:2208.07339).
 FP8 by blocks: DeepSeek-V3 (arXiv:2412.19437). MXFP4: the OCP Microscaling formats (arXiv:2310.10537).
@@ -32,12 +32,12 @@ from tide_jax.model.files.shards import DTYPES, TensorInfo
 
 _SCALES = (*DTYPES, "F8_E8M0", "U8")
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
-# Sign, two bits of exponent, one of mantissa.
+# Sign, two exponent bits, one mantissa bit.
 _E2M1 = np.array([s * v for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)
 
 
 def bitsandbytes(stored: Stored, settings: Settings) -> dict[str, Packed]:
-    """Weights of 4 bits by a table of 16 values, and of 8 bits by a scale for each output."""
+    """4-bit weights with a table of 16 values, and 8-bit weights with a scale per output."""
     return _four_bits(stored) | _eight_bits(stored)
 
 
@@ -68,7 +68,7 @@ def _four_bits(stored: Stored) -> dict[str, Packed]:
 
 
 def _state(stored: Stored, name: str, weight: str) -> dict[str, Any]:
-    """The JSON that says how a weight was packed."""
+    """Reads the JSON that describes how a weight was packed."""
     try:
         state = json.loads(stored.read_stored(name).tobytes())
         state["shape"], state["blocksize"] = tuple(map(int, state["shape"])), int(state["blocksize"])
@@ -92,7 +92,7 @@ def _read_four_bits(stored: Stored, weight: str, parts: dict[str, str], state: d
         outer = stored.read_stored(parts["nested_absmax"])
         maxima = table[codes] * outer[np.arange(len(codes)) // state["nested_blocksize"]] + state["nested_offset"]
     values = stored.read_stored(parts["quant_map"]).astype(np.float32)
-    pairs = np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1)  # the high half of a byte comes first
+    pairs = np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=-1)  # a byte's high half comes first
     numbers = pairs[stored.read_stored(weight).reshape(-1).view(np.uint8)].reshape(-1)
     for start in range(0, numbers.size, step := state["blocksize"] * 2**16):
         block = numbers[start : start + step]
@@ -126,7 +126,7 @@ def _read_eight_bits(stored: Stored, parts: dict[str, str], out: int, inputs: in
 
 
 def fp8(stored: Stored, settings: Settings) -> dict[str, Packed]:
-    """8-bit floats, with a scale for each block of weights or one for all."""
+    """8-bit floats with a scale for each block of weights, or one scale for all."""
     default = (1, 32) if settings.get("quant_method") == "mxfp8" else (128, 128)
     block = settings.get("weight_block_size") or default
     return _scaled(stored, "weight_scale_inv", ("F8_E4M3",), block)
@@ -142,7 +142,7 @@ def plain_numbers(stored: Stored, weights: Settings) -> dict[str, Packed]:
 
 
 def _scaled(stored: Stored, scale: str, dtypes: Sequence[str], block: Sequence[int | None] | None) -> dict[str, Packed]:
-    """Weights with scales in a part of that name, for blocks of that size (None: all of an axis)."""
+    """Weights whose part `scale` has a scale for each block; `block` is the size (None: a whole axis)."""
     packed: dict[str, Packed] = {}
     for _, parts in modules(stored, scale, ("weight",), ("weight_zero_point",)):
         out, inputs = matrix(stored, parts["weight"])
@@ -165,7 +165,7 @@ def _scaled(stored: Stored, scale: str, dtypes: Sequence[str], block: Sequence[i
 
 def _block_scales(stored: Stored, name: str, grid: tuple[int, int]) -> np.ndarray:
     scales = stored.read_stored(name)
-    if scales.dtype == np.uint8:  # exponents, as bytes
+    if scales.dtype == np.uint8:  # exponents, stored as bytes
         scales = scales.view(ml_dtypes.float8_e8m0fnu)
     return scales.reshape(grid)
 
@@ -181,7 +181,7 @@ def _read_scaled(
 
 
 def mxfp4(stored: Stored, settings: Settings) -> dict[str, Packed]:
-    """Experts [E, in, out] of 4-bit floats, with an exponent for each 32 inputs: bfloat16 holds them exactly."""
+    """Experts [E, in, out] of 4-bit floats with an exponent per 32 inputs, which bfloat16 represents exactly."""
     packed: dict[str, Packed] = {}
     for name in stored.tensors:
         weight = name.removesuffix("_blocks")
@@ -202,7 +202,7 @@ def mxfp4(stored: Stored, settings: Settings) -> dict[str, Packed]:
 
 
 def _read_mxfp4(stored: Stored, parts: dict[str, str]) -> np.ndarray:
-    # The low half of a byte comes first.
+    # A byte's low half comes first.
     pairs = np.stack([np.tile(_E2M1, 16), np.repeat(_E2M1, 16)], axis=-1).astype(ml_dtypes.bfloat16)
     blocks = stored.read_stored(parts["blocks"])
     scales = stored.read_stored(parts["scales"]).view(ml_dtypes.float8_e8m0fnu).astype(ml_dtypes.bfloat16)

@@ -1,8 +1,8 @@
 """Weights packed as small integers: GPTQ, AWQ and compressed-tensors' packed format.
 
-GPTQ: Frantar et al. 2022 (arXiv:2210.17323), as AutoGPTQ and GPTQModel store it. AWQ: Lin et al. 2023
-(arXiv:2306.00978), as AutoAWQ stores it. All keep int32 words of unsigned integers, a scale and a zero for each group
-of inputs.
+GPTQ: Frantar et al. 2022 (arXiv:2210.17323), in the format of AutoGPTQ and GPTQModel. AWQ: Lin et al. 2023
+(arXiv:2306.00978), in AutoAWQ's format. All store int32 words of unsigned integers, with a scale and a zero point for
+each group of inputs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _read_gptq(
 
 
 def awq(stored: Stored, settings: Settings) -> dict[str, Packed]:
-    """Weights [out, in] of 4 bits, packed along their outputs in an interleaved order."""
+    """4-bit weights [out, in], packed along their outputs in an interleaved order."""
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
         raise refusal(stored, f"AWQ weights of the version {shortened(version)!r} are not supported, only 'gemm'")
@@ -169,7 +169,7 @@ def _read_packed(
 
 
 def _groups(stored: Stored, name: str, inputs: int, groups: int, size: int | None) -> np.ndarray:
-    """The group each input belongs to. Raises TideError where groups of that size do not add up."""
+    """Group index of each input. Raises TideError if the number of groups does not match their size."""
     size = inputs if size in (None, -1) else size
     if groups != 1 and groups != -(-inputs // size):
         raise refusal(stored, f"{name} has {groups} groups, expected those of {size} in {inputs} inputs")

@@ -1,4 +1,4 @@
-"""What the quantisation methods share: packed weights found by name, words unpacked, scales applied."""
+"""Helpers for all quantisation methods: find packed weights by name, unpack words, apply scales."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stored(Protocol):
     tensors: Mapping[str, TensorInfo]
 
     def read_stored(self, name: str) -> np.ndarray:
-        """One tensor, of whatever dtype."""
+        """Reads one tensor of any dtype."""
         ...
 
 
@@ -33,9 +33,9 @@ class Packed:
 
     Attributes:
       info: shape and dtype name of the weight itself.
-      parts: names of the tensors it is stored as.
-      unpack: reads and dequantises it.
-      scales: of integers with one scale for each output: reads the scales, in a shape that broadcasts to the weight's.
+      parts: names of the stored tensors.
+      unpack: reads and dequantises the weight.
+      scales: for integers with one scale per output: reads the scales, in a shape that broadcasts to the weight's.
     """
 
     info: TensorInfo
@@ -48,14 +48,14 @@ Method = Callable[[Stored, Settings], dict[str, Packed]]
 
 
 def refusal(stored: Stored, what: str) -> TideError:
-    """An error that says what is not supported and what to do instead."""
+    """An error for an unsupported feature, with the remedy."""
     return TideError(f"{stored.description}: {what}: convert the unquantised checkpoint, or a GGUF file")
 
 
 def modules(
     stored: Stored, first: str, needed: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Modules that store a part called `first`, each with the names of its parts.
+    """Yields modules that store a part called `first`, each with the names of its parts.
 
     Raises:
       TideError: a module lacks one of the `needed` parts.
@@ -73,7 +73,7 @@ def modules(
 def check_parts(
     stored: Stored, parts: Mapping[str, str], dtypes: Mapping[str, Sequence[str]], shapes: Mapping[str, Sequence[int]]
 ) -> None:
-    """Raises TideError unless the parts listed have one of these dtypes and these shapes."""
+    """Raises TideError unless each listed part has one of the given dtypes and the given shape."""
     for part, name in parts.items():
         info = stored.tensors[name]
         if part in dtypes and info.dtype not in dtypes[part]:
@@ -83,7 +83,7 @@ def check_parts(
 
 
 def matrix(stored: Stored, name: str) -> tuple[int, int]:
-    """Shape of a tensor with two axes. Raises TideError where it has others."""
+    """Shape of a tensor with two axes. Raises TideError for other tensors."""
     shape = stored.tensors[name].shape
     if len(shape) != 2:
         raise refusal(stored, f"{name} has shape {list(shape)}, expected two axes")
@@ -91,7 +91,7 @@ def matrix(stored: Stored, name: str) -> tuple[int, int]:
 
 
 def scale_dtype(stored: Stored, name: str) -> str:
-    """Name of the dtype a weight has after its scales are applied: theirs, float32 if they are no floats."""
+    """Name of a weight's dtype after scaling: the scales' dtype, or float32 if that is not a float."""
     found = stored.tensors[name].dtype
     return found if found in DTYPES else "F32"
 
@@ -99,12 +99,12 @@ def scale_dtype(stored: Stored, name: str) -> str:
 def scales_by_output(
     stored: Stored, name: str, groups: int, *, transposed: bool = False
 ) -> Callable[[], np.ndarray] | None:
-    """Reads scales that each are of one output (`Packed.scales`); None where outputs have several.
+    """Returns a function that reads one scale per output (`Packed.scales`); None if outputs have several scales.
 
     Args:
-      name: of a tensor with two axes.
-      groups: its axis that has a number for each group of inputs; the other one is of the outputs.
-      transposed: the weight has its axes the other way round.
+      name: name of the scales, a tensor with two axes.
+      groups: its axis over groups of inputs; the other axis is over outputs.
+      transposed: the weight has its axes in the other order.
     """
 
     def read() -> np.ndarray:
@@ -115,9 +115,9 @@ def scales_by_output(
 
 
 def unpack_words(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """Unsigned integers [rows, words * per] out of 32-bit words [rows, words] with `per` numbers each, low bits first.
+    """Unpacks unsigned integers [rows, words * per] from 32-bit words [rows, words] of `per` numbers, low bits first.
 
-    `order` gives, for each number in a word, its place among the unpacked ones.
+    `order` gives the position among the unpacked numbers for each number in a word.
     """
     per = 32 // bits
     unsigned = words.view(np.uint32)
@@ -130,12 +130,13 @@ def unpack_words(words: np.ndarray, bits: int, order: Sequence[int] | None = Non
 def apply_scales(
     numbers: np.ndarray, scales: np.ndarray, rows: np.ndarray, columns: np.ndarray, zeros: np.ndarray | None = None
 ) -> np.ndarray:
-    """``(numbers - zeros) * scales`` in float32, a block of rows at a time.
+    """Computes ``(numbers - zeros) * scales`` in float32, a block of rows at a time.
 
     Args:
       numbers: [out, in], of any dtype.
       scales: [R, C].
-      rows, columns: which row of `scales` each of the `out` rows has, and which column each of the `in` columns.
+      rows, columns: index into the rows of `scales` for each of the `out` rows, and into its columns for each of the
+        `in` columns.
       zeros: [R, C], none when omitted.
     """
     result = np.empty(numbers.shape, np.float32)
@@ -152,5 +153,5 @@ def apply_scales(
 
 
 def spread(count: int, blocks: int, size: int | None = None) -> np.ndarray:
-    """Which block each of `count` places lies in, of `blocks` blocks of one size."""
+    """Index of the block for each of `count` places, with `blocks` blocks of equal size."""
     return np.arange(count) // (size or -(-count // blocks))

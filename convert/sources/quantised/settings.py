@@ -1,4 +1,4 @@
-"""The types and ranges of what `quantization_config` says, checked before any of it is used."""
+"""Types and ranges of `quantization_config`, checked before any value is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STRICT = ConfigDict(strict=True)
 
 
 class Weights(TypedDict, total=False):
-    """compressed-tensors: how the weights of a group of layers are stored."""
+    """compressed-tensors: storage of the weights in a group of layers."""
 
     __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
     num_bits: Bits
@@ -36,7 +36,7 @@ class Group(TypedDict, total=False):
 
 
 class QuantisationSettings(TypedDict, total=False):
-    """What is read of `quantization_config`, of whatever method; other keys may hold anything."""
+    """The keys of `quantization_config` that any method reads; other keys may hold anything."""
 
     __pydantic_config__ = _STRICT  # pyright: ignore[reportGeneralTypeIssues]
     quant_method: str | None
@@ -60,7 +60,7 @@ _SETTINGS = TypeAdapter(QuantisationSettings)
 
 
 def problem(settings: dict[str, Any]) -> str | None:
-    """What is wrong with the first setting that is of no use, in a few words; None where all can be used."""
+    """Describes the first invalid setting in a few words; None if all are valid."""
     try:
         _SETTINGS.validate_python(settings)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """Checkpoints with quantised weights, dequantised while they are read.
 
-A method is one entry of `METHODS`: it finds the packed weights and says how to read each.
+Each method is one entry of `METHODS`: it finds the packed weights and says how to read them.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from tide_jax.model.files.shards import DTYPES, TensorInfo
 logger = logging.getLogger(__name__)
 CONFIG_KEY = "quantization_config"
 _PLAIN = (*DTYPES, "F64")
-# Of activations and caches: what is left of a checkpoint here computes with unquantised ones.
+# Scales of activations and caches; conversion drops them, because the model computes both without quantisation.
 _OF_ACTIVATIONS = re.compile(
     r".*\.(input_scale|input_zero_point|activation_scale|output_scale|[qkv]_scale|[kv]_zero_point)"
 )
 
 
 class QuantisedSource:
-    """A checkpoint of quantised weights, shown as one of plain weights; see `convert.sources.open.Source`.
+    """Presents a checkpoint of quantised weights as one of plain weights; see `convert.sources.base.Source`.
 
-    One of plain weights that kept its settings of quantisation is shown as it is, with a warning.
+    A checkpoint of plain weights that kept its quantisation settings is read as it is, with a warning.
 
-    `tensors` gives a weight the dtype its scales have, or that the method's own data name, and float32 otherwise.
-    Reading computes in float32 and does not round, so converting to float32 keeps what the scales make of it.
+    `tensors` gives a weight the dtype of its scales, or the one that the method's own data names, else float32. Reading
+    computes in float32 without rounding, so a conversion to float32 keeps the exact dequantised values.
 
     Attributes:
       left_out: stored tensors that quantise activations and are not needed, with the reason.
 
     Raises:
-      TideError: the method, or the way it was used, is not supported; a part of a weight is missing or malformed.
+      TideError: the method, or a variant of it, is not supported; a part of a weight is missing or malformed.
     """
 
     rewritten = True
@@ -56,7 +56,7 @@ class QuantisedSource:
         parts = {part: name for name, weight in self._weights.items() for part in weight.parts}
         rest = [name for name in stored.tensors if name not in parts]
         self.left_out = {name: "quantises activations" for name in rest if _OF_ACTIVATIONS.fullmatch(name)}
-        # In the order of the files; a weight comes where its first part does.
+        # In the order of the files; a weight takes the place of its first part.
         names = dict.fromkeys(parts.get(name, name) for name in stored.tensors if name not in self.left_out)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._weights[name].info if name in self._weights else stored.tensors[name] for name in names
@@ -64,12 +64,12 @@ class QuantisedSource:
         logger.info("%s: %d weights will be dequantised", self.description, len(self._weights))
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised where it is packed."""
+        """Reads one tensor, dequantised if it is packed."""
         weight = self._weights.get(name)
         return self._stored.read(name) if weight is None else weight.unpack()
 
     def steps(self, name: str) -> np.ndarray | None:
-        """As `convert.sources.open.steps_of`."""
+        """As `convert.sources.base.steps_of`."""
         weight = self._weights.get(name)
         if weight is None or weight.scales is None:
             return None
@@ -80,12 +80,12 @@ class QuantisedSource:
         self._stored.write_side_files(directory)
 
     def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer. Raises TideError where it has none."""
+        """Returns the checkpoint's tokenizer. Raises TideError if there is none."""
         return self._stored.load_tokenizer()
 
 
 def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
-    """What the compressed-tensors package writes, where all weights are quantised in one plain way."""
+    """Files of the compressed-tensors package, if all weights are quantised in the same plain way."""
     groups = list((settings.get("config_groups") or {}).values())
     forms = {group.get("format") or settings.get("format") for group in groups}
     schemes = [group["weights"] for group in groups if group.get("weights")]

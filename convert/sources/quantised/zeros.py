@@ -1,7 +1,7 @@
-"""How a GPTQ checkpoint stores its zero points: as they are, or less one.
+"""Finds out how a GPTQ checkpoint stores its zero points: unchanged, or less one.
 
-`checkpoint_format` says so ("gptq_v2" or "gptq"), but files are about whose label is wrong, and a step off in every
-weight is an error that nothing else shows. So what is stored has the last word.
+`checkpoint_format` should tell ("gptq_v2" or "gptq"), but some published files have the wrong label. Reading them by
+the label shifts every weight by one step, and nothing else reveals the error. So the stored numbers decide.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from convert.sources.quantised.parts import Stored, unpack_words
 
 logger = logging.getLogger(__name__)
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
-_SAMPLED = 8  # modules looked at
+_SAMPLED = 8  # number of modules to inspect
 
 
 def read_zeros(stored: Stored, name: str, bits: int, out: int, less_one: bool) -> np.ndarray:
     """Zero points [groups, out] of a module."""
     words = stored.read_stored(name).view(np.uint32)
-    if less_one:  # subtracted from whole words: a carry runs on
+    if less_one:  # the one was subtracted from whole words, with carries between numbers
         words = words + np.uint32(_ONES[bits])
     return unpack_words(words, bits)[:, :out]
 
@@ -30,16 +30,17 @@ def read_zeros(stored: Stored, name: str, bits: int, out: int, less_one: bool) -
 def zeros_less_one(
     stored: Stored, modules: Sequence[tuple[dict[str, str], int, int]], symmetric: bool, label: bool
 ) -> bool:
-    """Whether zeros are stored less one.
+    """Whether zero points are stored less one.
 
-    Symmetric quantisation has its zero in the middle of the range, so the stored value tells. Else the numbers tell:
-    weights lie around zero, so the mean of the numbers is the zero point, while the other way is one step off.
+    With symmetric quantisation the zero point is the middle of the range, so the stored value tells. Otherwise the
+    numbers tell: weights are centred on zero, so the mean of the numbers is the zero point, and the wrong reading is
+    one step off.
 
     Args:
       stored: the checkpoint.
       modules: part names, bits and outputs of each quantised module.
-      symmetric: what the configuration says of the quantisation.
-      label: what the configuration says of the zeros.
+      symmetric: whether the configuration says the quantisation is symmetric.
+      label: whether the configuration says zero points are stored less one.
     """
     middle = {True: True, False: True}
     off: dict[bool, list[float]] = {True: [], False: []}
@@ -52,6 +53,7 @@ def zeros_less_one(
             middle[less_one] &= bool((as_stored == 2 ** (bits - 1) - less_one).all())
             zeros = read_zeros(stored, parts["qzeros"], bits, out, less_one)
             off[less_one].append(float(numbers.mean()) - float(zeros.mean()))
+    # Use the middle of the range if it fits; otherwise overrule the label only on clear evidence.
     error = math.sqrt(variance) / len(off[True])
     steps = {less_one: abs(float(np.mean(values))) for less_one, values in off.items()}
     if middle[True] or middle[False]:

@@ -1,4 +1,4 @@
-"""The GGUF architectures that can be read, by the name in `general.architecture`. One is one table entry."""
+"""The supported GGUF architectures by their name in `general.architecture`: one table entry each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the entries of the architecture table share: name tables, arrangements to undo, and configuration values."""
+"""Helpers for the table of architectures: name tables, inverse arrangements and configuration values."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Names = Mapping[str, Place]
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How one GGUF architecture maps to a Hugging Face model.
+    """Mapping of one GGUF architecture to a Hugging Face model.
 
     Attributes:
-      config: hyperparameters to config.json without token ids, `model_type` included.
+      config: maps hyperparameters to config.json without token ids, including `model_type`.
       block: name inside `blk.N.` -> place inside a layer; a module's name stands for its weight and its bias. A
-        function of the hyperparameters where it depends on the file.
+        function of the hyperparameters if the names depend on the file.
       top: name of a module or tensor outside the layers -> place.
-      layers: what the checkpoint's layers are called.
-      constants: tensors of the checkpoint that a file has as hyperparameters, by name.
+      layers: prefix of the checkpoint's layers.
+      constants: tensors of the checkpoint, by name, that a file stores as hyperparameters.
     """
 
     config: Callable[[Hyperparameters], dict[str, Any]]
@@ -72,7 +72,7 @@ LLAMA: Names = {**PRE_NORMS, **ATTENTION, **MLP}
 
 
 def _halves(heads: str) -> Undo:
-    """Rows [heads, half, 2] back to [heads, 2, half], flattened.
+    """Reorders rows [heads, half, 2] back to [heads, 2, half], flattened.
 
     llama.cpp rotates neighbouring rows of a head together, transformers row i with row ``i + half``.
     """
@@ -85,17 +85,17 @@ def _halves(heads: str) -> Undo:
 
 
 def minus_one(a: np.ndarray, c: Config) -> np.ndarray:
-    """Norms of the form ``1 + weight`` are stored with the one added."""
+    """Undoes the added one in norms of the form ``1 + weight``."""
     return a - np.ones((), a.dtype)
 
 
 def transposed(a: np.ndarray, c: Config) -> np.ndarray:
-    """A matrix with its axes swapped."""
+    """Swaps the axes of a matrix."""
     return a.T
 
 
 def head_by_head(a: np.ndarray, c: Config) -> np.ndarray:
-    """Rows [(q, k, v), heads, head_dim] to [heads, (q, k, v), head_dim], flattened."""
+    """Reorders rows [(q, k, v), heads, head_dim] to [heads, (q, k, v), head_dim], flattened."""
     parts = a.reshape(3, c["num_attention_heads"], -1, *a.shape[1:])
     return parts.swapaxes(0, 1).reshape(a.shape)
 
@@ -111,7 +111,7 @@ PERMUTED_WEIGHTS: Names = {
 
 
 def shifted(names: Names, *modules: str) -> Names:
-    """`names` where the weights of some norms have one added."""
+    """`names`, with one subtracted from the weights of the norms in `modules`."""
     return {**names, **{f"{module}.weight": To(f"{names[module]}.weight", minus_one) for module in modules}}
 
 
@@ -128,12 +128,12 @@ def decoder(
     without: tuple[str, ...] = (),
     **fields: Any,
 ) -> dict[str, Any]:
-    """The values nearly every config.json has, with `fields` on top.
+    """Returns the values that nearly every config.json has; `fields` override.
 
     Args:
-      partial: the family may rotate a part of a head's channels.
-      head_dim: config.json's, where that is not the width of every head.
-      rope: rotary settings, where they are not the usual ones.
+      partial: the family may rotate only a part of a head's channels.
+      head_dim: config.json's value, if it is not the width of every head.
+      rope: rotary settings, if they are not the usual ones.
       without: values the family does not have.
     """
     hidden, heads, context = hp.take("embedding_length"), hp.take("attention.head_count"), hp.take("context_length")
@@ -164,7 +164,7 @@ def decoder(
 
 
 def vocab_size(hp: Hyperparameters) -> int:
-    """Rows of the embedding. Raises TideError without one."""
+    """Number of rows of the embedding. Raises TideError if it is missing."""
     embedding = hp.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise hp.refuse("token_embd.weight is missing, expected a whole language model")
@@ -172,19 +172,19 @@ def vocab_size(hp: Hyperparameters) -> int:
 
 
 def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
-    """Rotary settings; TideError where only a part of each head is rotated but the family rotates all of it."""
+    """Rotary settings. Raises TideError if only a part of each head is rotated and the family rotates all of it."""
     width = hp.take("rope.dimension_count")
     if width != head_dim and not partial:
         raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
     rope = rope_parameters(hp, width, context)
     if (local := hp.once("rope.freq_base_swa", rope["rope_theta"])) != rope["rope_theta"]:
         raise hp.refuse(f"rope.freq_base_swa={local}: not supported, expected {rope['rope_theta']}")
-    # Said even of a whole head: some families' configurations rotate a part of it by default.
+    # Set it even for whole heads: some families' configurations rotate only a part by default.
     return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
 
 
 def _share(part: int, whole: int) -> float:
-    """The fraction that gives `part` of `whole` when the product is cut to an integer."""
+    """The fraction that gives `part` when its product with `whole` is truncated to an integer."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, math.inf)
 
@@ -195,20 +195,20 @@ def rms(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def layer_norm(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
-    """The eps of LayerNorms under a family's name."""
+    """The eps of LayerNorms, under the family's name for it."""
     return {name: hp.take("attention.layer_norm_epsilon")}
 
 
 def biases(hp: Hyperparameters) -> dict[str, Any]:
-    """Llama's switches of biases."""
+    """Llama's bias switches."""
     return {"attention_bias": hp.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": hp.has("ffn_up.bias")}
 
 
 def multipliers(hp: Hyperparameters) -> dict[str, Any]:
-    """Granite's, 0 where one is not applied. Raises TideError for a model without rotary embedding, which Granite marks
-    as not fine-tuned.
+    """Granite's multipliers; in a file 0 means not applied.
 
-    Files of models that could have had state-space layers give those layers' sizes all the same.
+    Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned. Models that could have
+    had state-space layers have those layers' sizes in their files; they are ignored.
     """
     hp.expect("rope.scaling.finetuned", True)
     sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
@@ -222,24 +222,24 @@ def multipliers(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def local_rotary(hp: Hyperparameters) -> dict[str, Any]:
-    """Rotary settings of layers with a window, where those are not scaled."""
+    """Rotary settings of layers with a window, which have no scaling."""
     return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa")}
 
 
 def clamp(hp: Hyperparameters) -> float | None:
-    """What queries, keys and values are clipped at, None where they are not: 0 in a file."""
+    """Limit at which queries, keys and values are clipped; None if there is none, which is 0 in a file."""
     return hp.take("attention.clamp_kqv") or None
 
 
 def inner_size(hp: Hyperparameters) -> int:
-    """Hidden width of a plain MLP: the converter writes four times the model's, whatever the matrices have."""
+    """Hidden width of an MLP without a gate, from its matrix: the converter writes four times the model's width."""
     stated = hp.once("feed_forward_length")
     up = hp.tensors.get("blk.0.ffn_up.weight")
     return stated if up is None else up.shape[0]
 
 
 def sliding(hp: Hyperparameters) -> dict[str, Any]:
-    """The window and the layers that have it: those the pattern lists, or all but each one at the end of a period."""
+    """The window and the layers that use it: those in a list, or all layers but the last of each period."""
     window = hp.take("attention.sliding_window")
     pattern = hp.take_list("attention.sliding_window_pattern")
     if not window:
@@ -255,10 +255,10 @@ def sliding(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "softmax") -> dict[str, Any]:
-    """How many experts there are, how many a token uses and how wide they are.
+    """Number of experts, number per token, and width.
 
     Args:
-      count: config.json's name of their number.
+      count: config.json's name for the number of experts.
       scores: the only scoring function of the family, "softmax" or "sigmoid".
     """
     number, found = {"softmax": 1, "sigmoid": 2}[scores], scoring(hp)
@@ -277,12 +277,12 @@ def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "s
 
 
 def scoring(hp: Hyperparameters) -> int:
-    """llama.cpp's number of the function that scores experts: 1 softmax, 2 sigmoid; 0 in a file leaves it open."""
+    """llama.cpp's number for the function that scores experts: 1 softmax, 2 sigmoid; 0 in a file means the default."""
     return hp.take("expert_gating_func") or default(hp, "expert_gating_func")
 
 
 def groups(hp: Hyperparameters) -> dict[str, Any]:
-    """Groups of experts, and how many of them a token uses; one of one where there are none."""
+    """Number of groups of experts and how many of them a token uses; 1 and 1 if there are no groups."""
     return {
         "n_group": hp.take("expert_group_count") or 1,
         "topk_group": hp.take("expert_group_used_count") or 1,
@@ -290,5 +290,5 @@ def groups(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def routed_scale(hp: Hyperparameters) -> float:
-    """What the experts' sum is multiplied by; 0 in a file leaves it as it is."""
+    """Factor of the experts' sum; 0 in a file means 1."""
     return hp.take("expert_weights_scale") or 1.0

@@ -1,4 +1,4 @@
-"""Llama and the dense architectures that differ from it by a name or two."""
+"""Llama, and dense architectures that differ from it by a name or two."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _HUNYUAN: Names = {
 
 
 def _llama(hp: Hyperparameters) -> Values:
-    """Llama and Mistral; Mixtral where there are experts."""
+    """Llama and Mistral, or Mixtral if there are experts."""
     return mixtral(hp) if hp.peek("expert_count") else decoder(hp, "llama", **rms(hp), **biases(hp))
 
 
 def _exaone(hp: Hyperparameters) -> Values:
-    """Llama in all but name, whose converter wrote the eps of RMS norms as that of LayerNorms."""
+    """Llama except for the name; its converter stored the eps of RMS norms as that of LayerNorms."""
     stated = hp.given("attention.layer_norm_epsilon")
     hp.ignore("attention.layer_norm_epsilon")
     eps = hp.given("attention.layer_norm_rms_epsilon") or stated
@@ -59,7 +59,7 @@ def _exaone(hp: Hyperparameters) -> Values:
 
 
 def _mistral3(hp: Hyperparameters) -> Values:
-    """Mistral Small 3.1, or Ministral 3 where queries grow with their position."""
+    """Mistral Small 3.1, or Ministral 3 if queries grow with their position."""
     if not (beta := hp.take("attention.temperature_scale")):
         return decoder(hp, "mistral", **rms(hp), sliding_window=None)
     scale = hp.take("rope.scaling.yarn_log_multiplier")
@@ -71,7 +71,7 @@ def _mistral3(hp: Hyperparameters) -> Values:
 
 def _qwen(model_type: str) -> Any:
     def config(hp: Hyperparameters) -> Values:
-        # Positions of text are the same in all sections of Qwen-VL's rotary embedding.
+        # For text, all sections of Qwen-VL's rotary embedding have equal positions.
         hp.ignore("rope.dimension_sections", "n_deepstack_layers", "pooling_type")
         return decoder(hp, model_type, **rms(hp), **biases(hp))
 
@@ -85,7 +85,7 @@ def _granite(hp: Hyperparameters) -> Values:
 
 
 def _minicpm(hp: Hyperparameters) -> Values:
-    """Granite by another name; files from before the multipliers were written have MiniCPM 2B's."""
+    """Granite under another name. Older files have no multipliers; they get MiniCPM 2B's."""
     values = decoder(hp, "granite", **rms(hp), **biases(hp))
     return values | {
         "attention_multiplier": values["head_dim"] ** -0.5,
@@ -149,7 +149,7 @@ def _olmo(hp: Hyperparameters) -> Values:
 
 
 def _olmo2(hp: Hyperparameters) -> Values:
-    """OLMo 2, or OLMo 3 where there is a window."""
+    """OLMo 2, or OLMo 3 if there is a window."""
     window = sliding(hp)
     if window["sliding_window"] is None:
         return decoder(hp, "olmo2", **rms(hp), **biases(hp))
@@ -164,7 +164,7 @@ def _exaone4(hp: Hyperparameters) -> Values:
 
 
 def _smollm3(hp: Hyperparameters) -> Values:
-    """Every fourth layer has no rotary embedding."""
+    """SmolLM3: every fourth layer has no rotary embedding."""
     no_rope = [int((layer + 1) % 4 != 0) for layer in range(hp.layers)]
     return decoder(hp, "smollm3", **rms(hp), **biases(hp), no_rope_layers=no_rope)
 
@@ -211,11 +211,11 @@ def _apertus(hp: Hyperparameters) -> Values:
 
 
 def _xielu(hp: Hyperparameters) -> dict[str, np.ndarray]:
-    """Apertus' learned activation, whose parameters are values of the file: one list over layers for each."""
+    """Parameters of Apertus' learned activation: the file has a list over layers for each."""
     tensors = {}
     for name, shape in (("alpha_p", (1,)), ("alpha_n", (1,)), ("beta", ()), ("eps", ())):
         values = hp.metadata.get(f"xielu.{name}")
-        if isinstance(values, float):  # of all layers
+        if isinstance(values, float):  # one value for all layers
             values = [values] * hp.layers
         if not isinstance(values, list) or len(values) != hp.layers:
             raise hp.refuse(f"xielu.{name} is {shown(values)}, expected {hp.layers} numbers")

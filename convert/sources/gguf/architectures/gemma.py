@@ -1,4 +1,4 @@
-"""Gemma's lineage, whose norms, up to Gemma 3, multiply by one plus a weight that is stored with the one added."""
+"""Gemma's lineage. Up to Gemma 3, norms multiply by one plus a weight, and files store that sum."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def _gemma(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def _softcaps(hp: Hyperparameters, *names: str) -> dict[str, Any]:
-    """Soft caps by name, which is the same in a file and in config.json; 0 in a file is none."""
+    """Softcaps, which have the same names in a file and in config.json; 0 in a file means none."""
     return {name: hp.take(name) or None for name in names}
 
 
 def _query_scale(values: dict[str, Any], *largest: int) -> dict[str, Any]:
-    """What scores are divided by the root of: heads' width, but in the 27B models, told by their layers, the mean."""
+    """Scores are divided by this number's root: the head width, but in 27B models (told by their layers) the mean."""
     mean = values["hidden_size"] // values["num_attention_heads"]
     return {"query_pre_attn_scalar": mean if values["num_hidden_layers"] in largest else values["head_dim"]}
 
@@ -59,7 +59,7 @@ def _gemma3(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def _gemma4(hp: Hyperparameters) -> dict[str, Any]:
-    """Layers that see all tokens have heads of another width and number, some of whose channels do not turn."""
+    """In Gemma 4, layers with full attention have their own head width and count, and rotate only some channels."""
     hp.expect("attention.shared_kv_layers", 0)
     hp.expect("embedding_length_per_layer_input", 0)
     window, caps = sliding(hp), _softcaps(hp, "final_logit_softcapping")
@@ -93,7 +93,7 @@ def _gemma4(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def _proportional(hp: Hyperparameters, width: int, *, needed: bool) -> dict[str, Any]:
-    """Channels that do not turn have rotary divisors that are next to infinite."""
+    """Counts the rotated channels; the others have nearly infinite divisors."""
     hp.expect("rope.dimension_count", width)
     factors = hp.vector("rope_freqs.weight")
     if factors is None and needed:

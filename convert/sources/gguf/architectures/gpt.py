@@ -1,4 +1,4 @@
-"""The GPT lineage: fused projections, whose queries, keys and values llama.cpp takes apart."""
+"""The GPT lineage: fused projections whose queries, keys and values llama.cpp separates."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _bloom(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def _falcon(hp: Hyperparameters) -> dict[str, Any]:
-    """The first Falcons share one head of keys and values, newer ones have groups; two norms or one for both parts."""
+    """The first Falcons share one key-value head, newer ones have groups; one norm or two for the two sublayers."""
     hp.expect("tensor_data_layout", "jploski")
     heads = hp.take("attention.head_count_kv")
     return decoder(
@@ -118,7 +118,7 @@ def _falcon_block(hp: Hyperparameters) -> Names:
 
 
 def _group_by_group(a: np.ndarray, c: Config) -> np.ndarray:
-    """Rows of all queries, keys and values to groups of queries that share a key and a value, with those."""
+    """Reorders rows from all queries, keys, values to groups of queries, each with its shared key and value."""
     heads, groups = c["num_attention_heads"], c["num_kv_heads"]
     split = a.reshape(heads + 2 * groups, -1, *a.shape[1:])
     shape = (groups, -1, *split.shape[1:])

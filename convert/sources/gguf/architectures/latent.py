@@ -29,16 +29,16 @@ _LATENT: Names = {
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",
-    # Files from 2025 on have that in two, stacked by heads, the keys' part transposed.
+    # Files since 2025 have it in two parts, stacked by heads, with the keys' part transposed.
     "attn_k_b": PartOf("self_attn.kv_b_proj", 0, undo=transposed, flat=True),
     "attn_v_b": PartOf("self_attn.kv_b_proj", 1, flat=True),
 }
 
 
 def _latent(hp: Hyperparameters, model_type: str, value_dim: int, **fields: Any) -> dict[str, Any]:
-    """Latent attention's values. A file gives the width of a head as what is compared, or as what is cached."""
+    """Values of latent attention. A file gives the head width either of the attention scores or of the cache."""
     rotated, width = hp.take("rope.dimension_count"), hp.take("attention.key_length")
-    # MiniCPM3's files have no width of their own for what is cached.
+    # MiniCPM3's files have no separate width for the cache.
     unrotated = (hp.take("attention.key_length_mla") if hp.architecture == "deepseek2" else width) - rotated
     if unrotated < 1:
         raise hp.refuse(f"rope.dimension_count={rotated}: expected less than a head's width")
@@ -60,7 +60,7 @@ def _latent(hp: Hyperparameters, model_type: str, value_dim: int, **fields: Any)
 
 
 def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
-    """DeepSeek-V2 scores experts by a softmax, V3 and its like by sigmoids; Youtu has no experts."""
+    """DeepSeek-V2 scores experts with a softmax, V3 and its relatives with sigmoids; Youtu has no experts."""
     hp.ignore("attention.value_length")
     value_dim = hp.take("attention.value_length_mla")
     log_multiplier = hp.take("rope.scaling.yarn_log_multiplier")
@@ -72,14 +72,14 @@ def _deepseek(hp: Hyperparameters) -> dict[str, Any]:
         hp.ignore("leading_dense_block_count", "expert_feed_forward_length", "expert_weights_scale")
     values = _latent(hp, model_type, value_dim, **fields)
     if log_multiplier and values["rope_parameters"]["rope_type"] == "yarn":
-        # The file has a tenth of it.
+        # The file has a tenth of the value.
         scale = round(10 * log_multiplier, 6)
         values["rope_parameters"] |= {"mscale": scale, "mscale_all_dim": scale}
     return values
 
 
 def _experts(hp: Hyperparameters) -> tuple[str, dict[str, Any]]:
-    """Model type, told by the scores, and the experts' values. Sigmoids come with corrections of the choice."""
+    """Model type, derived from the scoring function, and the experts' values. Sigmoids come with a correction."""
     scores = "sigmoid" if scoring(hp) == 2 else "softmax"
     values = experts(hp, "n_routed_experts", scores=scores) | {
         "n_shared_experts": hp.take("expert_shared_count"),
@@ -96,7 +96,7 @@ def _experts(hp: Hyperparameters) -> tuple[str, dict[str, Any]]:
 
 
 def _minicpm3(hp: Hyperparameters) -> dict[str, Any]:
-    """Multipliers, and the width of values, are those of the one published model."""
+    """MiniCPM3; its multipliers and value width are those of the only published model."""
     multipliers = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
     return _latent(hp, "minicpm3", hp.take("attention.value_length"), **multipliers)
 

@@ -1,4 +1,4 @@
-"""Architectures with mixtures of experts, whose matrices GGUF stacks along an axis of their own."""
+"""Architectures with mixtures of experts, whose matrices GGUF stacks along an extra axis."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _QWEN: Names = {**LLAMA, **EXPERTS}
 
 
 def as_row(a: np.ndarray, c: Config) -> np.ndarray:
-    """A vector as a matrix of one row; some versions of llama.cpp's converter dropped such axes."""
+    """A vector as a matrix with one row; some versions of llama.cpp's converter dropped such axes."""
     return a.reshape(1, -1)
 
 
@@ -73,7 +73,7 @@ def _olmoe(hp: Hyperparameters) -> Values:
 
 
 def _phimoe(hp: Hyperparameters) -> Values:
-    """A file has the usual magnitude of longrope, not the one that Phi-3.5-MoE's configuration sets."""
+    """Phi-3.5-MoE. A file has longrope's usual attention factor, not the one in the model's configuration."""
     window = hp.take("attention.sliding_window") or None
     values = decoder(hp, "phimoe", **rms(hp), **biases(hp), **experts(hp, "num_local_experts"))
     rope = values["rope_parameters"]
@@ -141,7 +141,7 @@ def _gpt_oss(hp: Hyperparameters) -> Values:
         **moe,
     )
     if values["rope_parameters"]["rope_type"] == "yarn":
-        # llama.cpp cuts the bounds of the ramp to integers; the model was trained without that.
+        # llama.cpp truncates the ramp's bounds to integers; the model was trained without truncation.
         values["rope_parameters"]["truncate"] = False
     return values
 
@@ -207,7 +207,7 @@ def _exaone_moe(hp: Hyperparameters) -> Values:
 
 
 def _corrected(hp: Hyperparameters, model_type: str, count: str, **fields: Any) -> Values:
-    """DeepSeek-V3's experts behind ordinary attention."""
+    """Ordinary attention with DeepSeek-V3's experts."""
     moe = experts(hp, count, scores="sigmoid")
     hp.ignore("expert_shared_feed_forward_length")
     return decoder(
@@ -236,9 +236,10 @@ def _dots1(hp: Hyperparameters) -> Values:
 
 
 def _llama4(hp: Hyperparameters) -> Values:
-    """What files do not say is the same in all published models: chunks of 8192 tokens, every fourth layer without.
+    """Llama 4. Settings missing from files are equal in all published models.
 
-    The model of 128 experts has no norm of queries and keys. A window of 0 says all layers see all tokens.
+    Chunks have 8192 tokens, and every fourth layer has no chunks and no rotary embedding. The model with 128 experts
+    does not norm queries and keys. A window of 0 means that all layers see all tokens.
     """
     hp.ignore("leading_dense_block_count")
     whole = hp.take("attention.sliding_window") == 0
