@@ -29,8 +29,8 @@ from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights
 from convert.weights.rules import Piece, Plan, coverage
 from tide_jax.checks import path_like
-from tide_jax.config import DecoderConfig
 from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder, from_parameters, rounded_axes
 from tide_jax.model.files.checkpoint import (
     CONFIG_KEY,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tide_jax.drift.monitor import DriftMonitor
     from tide_jax.engine import TIDE
     from tide_jax.errors import TideError
+    from tide_jax.exits.queue import init_cache
     from tide_jax.exits.router import Routers
     from tide_jax.generation.generate import decode_step, generate_tokens, prefill
     from tide_jax.generation.outputs import GenerateOutput, ScoreOutput
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tide_jax.lossless.costs import measure_pass_costs
     from tide_jax.lossless.speculate import generate_lossless
     from tide_jax.model.architecture import DecoderConfig
-    from tide_jax.model.cache import KVCache, init_cache
+    from tide_jax.model.cache import KVCache
     from tide_jax.model.decoder import Decoder
     from tide_jax.model.files.checkpoint import load, load_tokenizer
     from tide_jax.model.sharding import make_mesh, shard
@@ -57,7 +58,7 @@ _HOMES = {
     "generate_lossless": "lossless.speculate",
     "generate_tokens": "generation.generate",
     "guarantee": "risk.guarantee",
-    "init_cache": "model.cache",
+    "init_cache": "exits.queue",
     "load": "model.files.checkpoint",
     "load_tokenizer": "model.files.checkpoint",
     "make_mesh": "model.sharding",

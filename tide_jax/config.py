@@ -1,7 +1,6 @@
 """Configuration of exits: exit settings, calibration settings, guarantees, and the layer groups between exit points.
 
-The decoder's own configuration, `tide_jax.model.architecture.DecoderConfig`, and its parts can be imported from here,
-too.
+The decoder's own configuration is `tide_jax.model.architecture.DecoderConfig`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,7 @@ from typing import Any, Literal
 
 from tide_jax.checks import open_share, real_number, share, whole_number
 from tide_jax.errors import TideError
-from tide_jax.model.architecture import AttentionType, DecoderConfig, MoEConfig, RopeConfig, check_choice
-
-__all__ = [
-    "AttentionType",
-    "CalibrationConfig",
-    "DecoderConfig",
-    "ExitConfig",
-    "MoEConfig",
-    "RiskGuarantee",
-    "RopeConfig",
-    "checkpoint_layers",
-    "layer_groups",
-]
+from tide_jax.model.architecture import check_choice
 
 ExitStrategy = Literal["identity", "affine"]
 KVStrategy = Literal["propagate", "recompute"]

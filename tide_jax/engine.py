@@ -19,8 +19,8 @@ from tide_jax.config import ExitConfig, Mode
 from tide_jax.drift.monitor import Auditor, DriftMonitor, Finished, generated, scored
 from tide_jax.errors import TideError
 from tide_jax.exits.deferred_fill import is_faster
-from tide_jax.exits.depth import DepthOutput
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.depth import DepthOutput, run_depth
+from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
 from tide_jax.generation.batch import (
     Rows,
@@ -35,7 +35,7 @@ from tide_jax.generation.batch import (
 )
 from tide_jax.generation.choice import choose
 from tide_jax.generation.finite import check_finite, finite_rows
-from tide_jax.generation.generate import Exits, Prompt, Request, run_exits
+from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.logit_rules import make_rules
 from tide_jax.generation.outputs import GenerateOutput, ScoreOutput, StreamStep
 from tide_jax.generation.programs import MOST_PROGRAMS, Programs
@@ -252,7 +252,7 @@ class TIDE:
             jnp.asarray(positions >= pad_rows(prompt, len(positions), 0)),
         )
         (out, logits, finite), seconds, compiled = self.programs.run(
-            _score, (self.model,), (*split_rows(inputs, self._mesh), exits), implementation=self.implementation
+            _score, (self.model,), (*split_rows(inputs, self._mesh), exits)
         )
         # Check the result, and cut the padding off.
         exit_layers, finite = fetch((out.exit_layers, finite))
@@ -304,15 +304,22 @@ class TIDE:
         if mode in ("full", "lossless") or self._weights is None:
             return None
         thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
-        gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(self.config.min_layers))
         strategy = self.config.kv_strategy
         deferred = strategy == "propagate" and decoded_rows is not None and is_faster(self.model, decoded_rows)
-        return Exits(self._weights, gate, self.config.prefill_exits, strategy, deferred)
+        return Exits(
+            self._weights,
+            jnp.asarray(thresholds, jnp.float32),
+            jnp.int32(self.config.min_layers),
+            kv_strategy=strategy,
+            prompt=self.config.prefill_exits,
+            deferred=deferred,
+            implementation=self.implementation,
+        )
 
     def _runner(self, mode: Mode | None) -> Runner:
         if mode == "lossless":
             return LosslessRunner(self.model, self.programs, self._drafting)
-        return PlainRunner(self.model, self.programs, self.implementation)
+        return PlainRunner(self.model, self.programs)
 
     def _watch(self, monitor: DriftMonitor | None, exits: Exits | None) -> None:
         if not isinstance(monitor, DriftMonitor | None):
@@ -326,7 +333,7 @@ class TIDE:
         if monitor is None:
             return stats
         if exits is not None:
-            monitor.audit(finished, exits, Auditor(self.model, self.programs, self.implementation))
+            monitor.audit(finished, exits, Auditor(self.model, self.programs))
         return dataclasses.replace(stats, drift=monitor.report())
 
     def _call(
@@ -406,10 +413,8 @@ def _score(
     positions: Int[Array, "B T"],
     may_exit: Array,
     exits: Exits | None,
-    *,
-    implementation: str | None,
 ) -> tuple[DepthOutput, Float[Array, "B T V"], Bool[Array, " B"]]:
-    out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
+    out = run_depth(model, tokens, positions, None, exits, may_exit=may_exit)
     logits, last = model.logits(out.states), jnp.argmax(positions, axis=1)[:, None, None]
     finite = finite_rows(jnp.take_along_axis(logits, last, axis=1)) & finite_rows(out.states, positions >= 0)
     return out, logits, finite | jnp.all(positions < 0, axis=1)

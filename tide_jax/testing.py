@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
+from tide_jax.config import checkpoint_layers
 from tide_jax.exits.router import SCREEN_LEVELS, Candidates, Confidence, ExitHead, Router, Routers
 from tide_jax.exits.translators import LayerTranslators, Translators
+from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import Decoder
 
 

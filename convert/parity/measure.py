@@ -20,9 +20,10 @@ from convert.conversion import convert
 from convert.parity.reference import NEW_TOKENS, WHOLE_ROWS, Batch, Reference, random_batch
 from convert.verify import TOLERANCE
 from tide_jax.exits.depth import run_depth
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.queue import init_cache
 from tide_jax.exits.router import Routers
-from tide_jax.model.cache import KVCache, init_cache
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.files.checkpoint import load
 from tide_jax.model.layers import DecoderLayer, KeyValue
@@ -165,8 +166,7 @@ def _depth(
     model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
     """Logits and exit layers when every token that may exit does so at the first exit point."""
-    gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
-    out = run_depth(model, tokens, positions, cache, routers=routers, gate=gate, may_exit=may_exit)
+    out = run_depth(model, tokens, positions, cache, Exits.uniform(routers, 0.0), may_exit=may_exit)
     return model.logits(out.states), out.exit_layers, cache.append(out.new, positions)
 
 

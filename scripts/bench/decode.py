@@ -42,8 +42,8 @@ from scripts.bench.memory_floor import reader
 from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
 from tide_jax.exits.deferred_fill import is_faster
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits, Prompt, Request
+from tide_jax.exits.exits import Exits
+from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import constant_routers
 
@@ -120,8 +120,7 @@ def forced(model: tide_jax.Decoder, routers: tide_jax.Routers, depth: int, batch
 
     Cache rows of skipped layers are projected at once or deferred, as in the engine.
     """
-    gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5, jnp.float32), jnp.int32(depth))
-    return Exits(routers, gate, deferred=is_faster(model, batch))
+    return Exits.uniform(routers, 0.5, depth, deferred=is_faster(model, batch))
 
 
 def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:

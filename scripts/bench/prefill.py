@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import tide_jax
 from scripts.reporting import machine, save
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits, run_exits
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.exits import Exits
 from tide_jax.texts import load_texts
 
 WAYS = ("masked", "survivors")
@@ -92,7 +92,7 @@ class Variant:
         def run(
             model: tide_jax.Decoder, ids: Int[Array, "1 T"], exits: Exits | None
         ) -> tuple[Int[Array, "1 T"], Float[Array, " V"], Any]:
-            out = run_exits(model, ids, positions, None, exits, survivors=survivors)
+            out = run_depth(model, ids, positions, None, exits, survivors=survivors)
             return out.exit_layers, model.logits(out.states[:, -1:])[0, 0], out.new
 
         start = time.perf_counter()
@@ -113,8 +113,7 @@ def measure(
     weights = routers.without_metadata()
 
     def exits(threshold: float) -> Exits:
-        thresholds = jnp.full((len(weights.checkpoints),), threshold, jnp.float32)
-        return Exits(weights, ExitGate(thresholds, jnp.int32(args.min_layers)), prompt=True)
+        return Exits.uniform(weights, threshold, args.min_layers, prompt=True)
 
     full = Variant(model, args.tokens, None, False)
     ways = {way: Variant(model, args.tokens, exits(1.0), way == "survivors") for way in WAYS}

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports a missing torch on standard error
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -48,8 +47,7 @@ from scripts.bench.quality_generation import Generator
 from scripts.bench.quality_measures import Reference, Row, at_target, next_threshold, summarise
 from scripts.reporting import machine
 from tide_jax.config import KVStrategy, tilted_thresholds
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits
+from tide_jax.exits.exits import Exits
 from tide_jax.texts import load_texts
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99, 1.0)
@@ -267,8 +265,8 @@ def sweep(
     def measure(threshold: float) -> None:
         layers = reference.model.config.num_layers
         thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.checkpoints, layers)
-        gate = ExitGate(jnp.asarray(thresholds, jnp.float32), jnp.int32(args.min_layers))
-        exits = Exits(routers.without_metadata(), gate, False, entry["kv_strategy"])
+        strategy = entry["kv_strategy"]
+        exits = Exits.uniform(routers.without_metadata(), thresholds, args.min_layers, kv_strategy=strategy)
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:
             text = summarise(reference.compare(exits, progress), layers)
         row: Row = {"threshold": threshold, "text": text, "generation": None}

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 import tide_jax
 from tide_jax.exits.depth import run_depth
-from tide_jax.generation.generate import Exits, Generated, Prompt, Request
+from tide_jax.exits.exits import Exits
+from tide_jax.generation.generate import Generated, Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.model.decoder import Decoder
 

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from tide_jax.calibration.collect import Sample
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import Batch
+from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
-from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.model.decoder import Decoder
 from tide_jax.risk.answers import pack
 
@@ -226,7 +226,7 @@ def _compare(
 ) -> tuple[Array, Array, Array, Array, Int[Array, "B T"]]:
     """Agreement, KL, both models' negative log-likelihoods, and the last layer run, of each token [B, T]."""
     may_exit = batch.counted | exits.prompt
-    out = run_exits(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit)
+    out = run_depth(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit)
 
     def one(arguments: tuple[Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         full, early, following = arguments

@@ -28,8 +28,7 @@ from scripts.gpu.compiled_program import LargeResult, float_copies, large_result
 from scripts.reporting import save
 from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
 from tide_jax.calibration.estimate import eight_billion
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits
+from tide_jax.exits.exits import Exits
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
 from tide_jax.model.rounding import Weights, as_int8
 from tide_jax.testing import constant_routers
@@ -189,15 +188,12 @@ def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=on), shapes)
 
     model = there(functools.partial(_model, config, case.weights))
-    exits = None if case.kv_strategy is None else there(functools.partial(_exits, config, case.kv_strategy))
-    groups = 0 if exits is None else exits.pending_groups
-    cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, pending_groups=groups))
+    exits = None if case.kv_strategy is None else there(functools.partial(_exits, config, case))
+    cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, exits=exits))
     rows = there(lambda: (*(jnp.zeros((case.rows,), jnp.int32) for _ in range(2)), jnp.ones((case.rows,), bool)))
-    step = functools.partial(decode_step, implementation=case.implementation)
-    functools.update_wrapper(step, decode_step)
     integers = {math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if leaf.dtype == jnp.int8}
     with _compiling_for(device):
-        traced = jax.jit(step, donate_argnames="cache").trace(model, cache, *rows, exits)
+        traced = jax.jit(decode_step, donate_argnames="cache").trace(model, cache, *rows, exits)
         return traced.lower(lowering_platforms=(_LOWERED_FOR[_platform(device)],)), integers
 
 
@@ -206,10 +202,10 @@ def _model(config: DecoderConfig, weights: Weights) -> Decoder:
     return as_int8(model) if weights == "int8" else model
 
 
-def _exits(config: DecoderConfig, kv_strategy: Any) -> Exits:
+def _exits(config: DecoderConfig, case: Case) -> Exits:
     routers = constant_routers(config, interval=INTERVAL, bottleneck=128)
-    gate = ExitGate(jnp.zeros((len(routers.checkpoints),)), jnp.int32(0))
-    return Exits(routers, gate, False, kv_strategy)
+    strategy: Any = case.kv_strategy
+    return Exits.uniform(routers, 0.0, kv_strategy=strategy, implementation=case.implementation)
 
 
 def _platform(device: Any) -> str:

@@ -9,6 +9,7 @@ where layer time is full-depth time minus that of embedding, output head and arg
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import time
@@ -27,10 +28,11 @@ from scripts.gpu.ops import OUT_OF_TIME, Roof, Row
 from scripts.gpu.timing import Budget, Spread, seconds
 from scripts.reporting import reason
 from tide_jax.config import layer_groups
-from tide_jax.exits.gate import Gating, TokenState, finish_group
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState, finish_group
 from tide_jax.exits.walk import GroupRows
 from tide_jax.generation.finite import finite_rows
-from tide_jax.generation.generate import Exits, StepOutput
+from tide_jax.generation.generate import StepOutput
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
@@ -82,14 +84,11 @@ def cond_chain_step(
     positions: jax.Array,
     active: jax.Array,
     exits: Exits,
-    *,
-    implementation: str | None = None,
 ) -> StepOutput:
     """`tide_jax.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
     positions = jnp.where(active, positions, -1)[:, None]
     groups = layer_groups(model.config.num_layers, exits.routers.checkpoints)
     contexts, rows = model.contexts(positions, cache), GroupRows(groups)
-    gating = Gating(exits.routers, exits.gate, positions >= 1, implementation)
     alone = positions.size == 1
 
     def run(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
@@ -98,7 +97,7 @@ def cond_chain_step(
             y, new = model.layers[i](state.x, contexts, cache.layer(i))
             state = state._replace(x=y if alone else jnp.where(going, y, state.x))
             found.append(new)
-        return finish_group(model, groups, g, state, gating), rows.stack(found, positions.shape[1])
+        return finish_group(model, groups, g, state, exits, positions >= 1), rows.stack(found, positions.shape[1])
 
     def fill(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
         return state, rows.stack([model.layers[i].project_kv(state.x, contexts) for i in groups[g]], positions.shape[1])
@@ -260,16 +259,14 @@ class _Batch(NamedTuple):
 
     def _compiled(self, names: set[str], cache: KVCache) -> dict[str, Any]:
         """Programs by name, with their compile seconds; a reason instead of a program that can't be built."""
-        own = functools.partial(tide_jax.decode_step, implementation=self.plan.implementation)
-        plain = functools.partial(tide_jax.decode_step, implementation="reference")
-        chain = functools.partial(cond_chain_step, implementation=self.plan.implementation)
+        own = functools.partial(decoded, tide_jax.decode_step)
         functions = {
-            "full": functools.partial(decoded, own),
-            "routers": functools.partial(decoded, own),
-            "routers, plain JAX": functools.partial(decoded, plain),
-            "cond": functools.partial(decoded, chain),
+            "full": own,
+            "routers": own,
+            "routers, plain JAX": own,
+            "cond": functools.partial(decoded, cond_chain_step),
             "head": head_alone,
-            "one graph": functools.partial(decoded, own),
+            "one graph": own,
         }
 
         def lowered(name: str) -> Any:
@@ -295,7 +292,10 @@ class _Batch(NamedTuple):
             return {name: found.result() for name, found in started.items()}
 
     def _flat(self, name: str, cache: KVCache) -> tuple[list[Any], Any]:
-        exits = None if name in ("full", "head") else self.steered.exits
+        implementation = "reference" if name == "routers, plain JAX" else self.plan.implementation
+        exits = None
+        if name not in ("full", "head"):
+            exits = dataclasses.replace(self.steered.exits, implementation=implementation)
         return jax.tree.flatten((self.steered.model, cache, exits))
 
     def _once(self, v: Variant, made: Any, cache: KVCache, times: list[float] | None, row: Row) -> None:

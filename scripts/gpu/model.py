@@ -19,10 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.calibration.estimate import eight_billion
-from tide_jax.config import AttentionType, DecoderConfig, RopeConfig, checkpoint_layers
-from tide_jax.exits.gate import ExitGate
+from tide_jax.config import checkpoint_layers
+from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Router, Routers
-from tide_jax.generation.generate import Exits
+from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import Decoder, stored_parameters
 from tide_jax.testing import tiny_config
 
@@ -90,8 +90,7 @@ def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp
     directions = _directions(len(checkpoints) + 1, config.hidden_size)
     model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)
     routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(checkpoints)))
-    gate = ExitGate(jnp.full((len(checkpoints),), 0.5, jnp.float32), jnp.int32(0))
-    return Steered(model, Exits(Routers(routers, None, checkpoints), gate, True))
+    return Steered(model, Exits.uniform(Routers(routers, None, checkpoints), 0.5, prompt=True))
 
 
 def _directions(count: int, size: int) -> Float[Array, "kinds D"]:

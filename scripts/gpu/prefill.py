@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import time
@@ -126,13 +127,15 @@ def _shape(
 
 
 def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits: bool) -> Program:
-    leaves, tree = jax.tree.flatten((steered.model, steered.exits if exits else None))
+    leaves, tree = jax.tree.flatten(
+        (steered.model, dataclasses.replace(steered.exits, implementation=plan.implementation) if exits else None)
+    )
 
     def run(leaves: list[Any], ids: jax.Array) -> StepOutput:
         model, given = jax.tree.unflatten(tree, leaves)
         prompt = Prompt(ids, jnp.full((batch,), tokens, jnp.int32))
         cache = tide_jax.init_cache(model.config, batch, tokens, model.dtype)
-        return tide_jax.prefill(model, prompt, cache, given, implementation=plan.implementation)
+        return tide_jax.prefill(model, prompt, cache, given)
 
     start = time.perf_counter()
     program = jax.jit(run).lower(leaves, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)).compile()

@@ -21,7 +21,7 @@ from convert.parity.reference import cache_name
 from convert.parity.tiny import VOCAB, save_tiny
 from convert.verify import TOLERANCE
 from tide_jax.errors import TideError
-from tide_jax.model.cache import init_cache
+from tide_jax.exits.queue import init_cache
 from tide_jax.model.decoder import Decoder
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,8 @@ import pytest
 from tiny_models import CONFIGS
 
 from tide_jax import CalibrationConfig, DecoderConfig, ExitConfig, TideError
-from tide_jax.config import AttentionType, RopeConfig, checkpoint_layers, layer_groups
+from tide_jax.config import checkpoint_layers, layer_groups
+from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.testing import tiny_config
 
 

@@ -14,12 +14,12 @@ from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
-from tide_jax.config import AttentionType, RopeConfig
 from tide_jax.exits.deferred_fill import MOST_ROWS, is_faster
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.queue import QUEUE_LENGTH
 from tide_jax.generation import generate
-from tide_jax.generation.generate import Exits, StepOutput
-from tide_jax.model.cache import QUEUE_LENGTH
+from tide_jax.generation.generate import StepOutput
+from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 PROMPTS = random_prompts((7, 12))
@@ -109,8 +109,7 @@ def test_bfloat16_generates() -> None:
 
 def exits_of(model: Decoder, threshold: float, *, deferred: bool, translator_rank: int | None = 3) -> Exits:
     routers = random_routers(model.config, interval=2, translator_rank=translator_rank)
-    gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(0))
-    return Exits(routers.without_metadata(), gate, deferred=deferred)
+    return Exits.uniform(routers.without_metadata(), threshold, deferred=deferred)
 
 
 def decoded(
@@ -128,8 +127,7 @@ def decoded(
         batch,
         slots or steps,
         model.dtype,
-        pending_groups=exits.pending_groups,
-        code_size=exits.code_size,
+        exits=exits,
         queue_length=queue_length,
     )
     step, outs = jax.jit(decode_step), []
@@ -193,15 +191,23 @@ def test_a_cache_of_another_kind_is_refused() -> None:
     model, token = tiny_model(CONFIGS["pre norm"]), jnp.zeros((1,), jnp.int32)
     exits = exits_of(model, 0.5, deferred=True)
 
-    def step(exits: Exits, **kind: Any) -> Any:
-        cache = init_cache(model.config, 1, 4, model.dtype, **kind)
+    def step(exits: Exits, made_for: Exits | None) -> Any:
+        cache = init_cache(model.config, 1, 4, model.dtype, exits=made_for)
         return decode_step(model, cache, token, token, jnp.asarray([True]), exits)
 
-    with pytest.raises(TideError, match=r"pending_groups=3, code_size=3"):
-        step(exits)
-    with pytest.raises(TideError, match=r"code_size=None, these exits need 3 with 3"):
-        step(exits, pending_groups=3)
-    with pytest.raises(TideError, match=r"code_size=3, these exits need 3 with None"):
-        step(dataclasses.replace(exits, kv_strategy="recompute", deferred=False), pending_groups=3, code_size=3)
-    with pytest.raises(TideError, match=r"these exits need 0 with None"):
-        step(dataclasses.replace(exits, deferred=False), pending_groups=3, code_size=3)
+    run_later = dataclasses.replace(exits, kv_strategy="recompute", deferred=False)
+    at_once, other_codes = (
+        dataclasses.replace(exits, deferred=False),
+        exits_of(model, 0.5, deferred=True, translator_rank=2),
+    )
+    step(exits, exits)
+    for wanted, made_for in (
+        (exits, None),
+        (exits, run_later),
+        (exits, other_codes),
+        (run_later, exits),
+        (at_once, exits),
+        (run_later, None),
+    ):
+        with pytest.raises(TideError, match=r"made for other exits.*init_cache\(\.\.\., exits=exits\)"):
+            step(wanted, made_for)

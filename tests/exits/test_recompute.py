@@ -13,9 +13,8 @@ from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits
-from tide_jax.model.cache import QUEUE_LENGTH
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.queue import QUEUE_LENGTH
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -100,8 +99,7 @@ def test_streaming_is_generating() -> None:
 
 def exits_of(model: Decoder, threshold: float, min_layers: int = 0) -> Exits:
     routers = random_routers(model.config, interval=2)
-    gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
-    return Exits(routers.without_metadata(), gate, False, "recompute")
+    return Exits.uniform(routers.without_metadata(), threshold, min_layers, kv_strategy="recompute")
 
 
 def rows_of_full_model(model: Decoder, tokens: np.ndarray) -> Any:
@@ -114,7 +112,7 @@ def test_the_cache_holds_the_full_models_rows_where_a_group_has_run(name: str) -
     model, batch, steps = tiny_model(CONFIGS[name]), 2, 3 * QUEUE_LENGTH
     tokens = np.asarray(random_prompts((steps,) * batch), np.int32)
     full, exits = rows_of_full_model(model, tokens), exits_of(model, 0.3)
-    cache = init_cache(model.config, batch, steps, model.dtype, pending_groups=exits.pending_groups)
+    cache = init_cache(model.config, batch, steps, model.dtype, exits=exits)
     step, waited, went_deep = jax.jit(decode_step), set(), set()
     ahead = QUEUE_LENGTH - 1
     for t in range(steps):
@@ -150,9 +148,9 @@ def test_short_queues_give_the_same_tokens(queue_length: int) -> None:
     model = tiny_model(CONFIGS["pre norm"])
     exits, steps = exits_of(model, 0.3), 10
     tokens = np.asarray(random_prompts((steps,)), np.int32)
-    groups, states = exits.pending_groups, []
+    states = []
     for length in (queue_length, QUEUE_LENGTH):
-        cache = init_cache(model.config, 1, steps, model.dtype, pending_groups=groups, queue_length=length)
+        cache = init_cache(model.config, 1, steps, model.dtype, exits=exits, queue_length=length)
         step, logits = jax.jit(decode_step), []
         for t in range(steps):
             out = step(model, cache, tokens[:, t], jnp.full((1,), t, jnp.int32), jnp.asarray([True]), exits)
@@ -170,9 +168,9 @@ def test_a_cache_of_the_other_kind_is_refused() -> None:
         return decode_step(model, cache, token, token, jnp.asarray([True]), exits)
 
     with pytest.raises(TideError, match="queue_length=0"):
-        init_cache(model.config, 1, 4, model.dtype, pending_groups=3, queue_length=0)
+        init_cache(model.config, 1, 4, model.dtype, exits=exits, queue_length=0)
     plain = init_cache(model.config, 1, 4, model.dtype)
-    with pytest.raises(TideError, match=r"0 layer groups.*need 3.*pending_groups=3"):
+    with pytest.raises(TideError, match=r"made for other exits.*init_cache"):
         step(plain, exits)
-    with pytest.raises(TideError, match=r"3 layer groups.*need 0"):
-        step(init_cache(model.config, 1, 4, model.dtype, pending_groups=3), None)
+    with pytest.raises(TideError, match="made for other exits"):
+        step(init_cache(model.config, 1, 4, model.dtype, exits=exits), None)

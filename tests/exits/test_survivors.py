@@ -16,11 +16,11 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 from tide_jax import TIDE, Decoder, ExitConfig, init_cache
 from tide_jax.exits import cache_fill, survivors
 from tide_jax.exits.depth import DepthOutput, run_depth
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
 from tide_jax.exits.survivors import survivor_sizes
 from tide_jax.generation import generate
-from tide_jax.generation.generate import Exits, Prompt, StepOutput, prefill
+from tide_jax.generation.generate import Prompt, StepOutput, prefill
 from tide_jax.model.layers import DecoderLayer
 from tide_jax.testing import random_routers
 
@@ -45,10 +45,6 @@ def routers_of(name: str) -> Routers:
     config, looks = CONFIGS[name], model_of(name) if name not in AFFINE else None
     interval = 2 if config.num_layers > 4 else 1
     return random_routers(config, interval=interval, affine=name in AFFINE, translator_rank=RANKS[name], model=looks)
-
-
-def gate_of(routers: Routers, threshold: float, min_layers: int = 0) -> ExitGate:
-    return ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
 
 
 def padded_rows() -> tuple[jax.Array, jax.Array]:
@@ -100,15 +96,14 @@ def test_a_pass_is_the_masked_one(name: str, monkeypatch: pytest.MonkeyPatch) ->
     may_exit, ran = jnp.asarray(np.random.default_rng(2).random((4, TOKENS)) < 0.7), record_sizes(monkeypatch)
 
     @functools.partial(jax.jit, static_argnames="fewer", compiler_options=QUICK)
-    def run(gate: ExitGate, fewer: bool) -> DepthOutput:
-        settings = {"routers": routers, "gate": gate, "may_exit": may_exit, "survivors": fewer}
-        return run_depth(model, tokens, positions, cache, **settings)
+    def run(exits: Exits, fewer: bool) -> DepthOutput:
+        return run_depth(model, tokens, positions, cache, exits, may_exit=may_exit, survivors=fewer)
 
     depths: set[int] = set()
     for threshold in (0.2, 0.5):
-        gate = gate_of(routers, threshold)
-        expected = run(gate, False)
-        assert_same(run(gate, True), expected, positions)
+        exits = Exits.uniform(routers.without_metadata(), threshold)
+        expected = run(exits, False)
+        assert_same(run(exits, True), expected, positions)
         depths |= set(np.asarray(expected.exit_layers)[np.asarray(positions) >= 0].tolist())
     jax.effects_barrier()
     assert set(ran) == {TOKENS, TOKENS * 3 // 4}
@@ -120,11 +115,11 @@ def test_layers_run_for_no_more_tokens_than_the_smallest_size_that_holds_them(mo
     routers = random_routers(model.config, interval=1)
     tokens = jnp.asarray(random_prompts((TOKENS,) * 2), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(TOKENS, dtype=jnp.int32)[None], (2, TOKENS))
-    gate = gate_of(routers, 0.4)
+    exits = Exits.uniform(routers, 0.4)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(may_exit: jax.Array) -> DepthOutput:
-        return run_depth(model, tokens, positions, None, routers=routers, gate=gate, may_exit=may_exit, survivors=True)
+        return run_depth(model, tokens, positions, None, exits, may_exit=may_exit, survivors=True)
 
     for share in (0.2, 0.6, 1.0):
         ran.clear()
@@ -144,7 +139,7 @@ def test_a_prompt_in_chunks_is_the_masked_one(monkeypatch: pytest.MonkeyPatch) -
     prompt = Prompt(
         jnp.asarray(random_prompts((width,) * 3), jnp.int32), jnp.asarray([width, 9, width - 21], jnp.int32)
     )
-    exits = Exits(routers.without_metadata(), gate_of(routers, 0.5), True)
+    exits = Exits.uniform(routers.without_metadata(), 0.5, prompt=True)
 
     def step(least: int) -> StepOutput:
         monkeypatch.setattr(survivors, "LEAST_TOKENS", least)
@@ -195,8 +190,9 @@ def test_rows_are_moved_and_the_cache_filled_by_the_kernels(monkeypatch: pytest.
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     def run(name: str | None) -> DepthOutput:
-        settings = {"routers": routers, "gate": gate_of(routers, 0.4), "survivors": True}
-        return run_depth(model, tokens, positions, None, **settings, implementation=name)
+        return run_depth(
+            model, tokens, positions, None, Exits.uniform(routers, 0.4, implementation=name), survivors=True
+        )
 
     expected = run(None)
     for name in (None, "pallas_interpret"):
@@ -215,7 +211,7 @@ def test_prompts_that_may_not_exit_compile_as_without_routers() -> None:
     def program(exits: Exits | None) -> str:
         return str(jax.make_jaxpr(lambda: prefill(model, prompt, cache, exits))())
 
-    shut, opened = (Exits(routers.without_metadata(), gate_of(routers, 0.5), prompt=may) for may in (False, True))
+    shut, opened = (Exits.uniform(routers.without_metadata(), 0.5, prompt=may) for may in (False, True))
     assert program(shut) == program(None)
     assert len(program(opened)) > 3 * len(program(None))
 
@@ -237,14 +233,13 @@ def test_short_rows_have_no_branches_of_their_own(monkeypatch: pytest.MonkeyPatc
     model, routers = model_of("pre norm"), routers_of("pre norm")
     tokens, positions = padded_rows()
 
-    def program(**settings: Any) -> str:
-        gate = gate_of(routers, 0.5)
-        return str(jax.make_jaxpr(lambda: run_depth(model, tokens, positions, None, **settings, gate=gate))())
+    def program(exits: Exits | None, fewer: bool) -> str:
+        return str(jax.make_jaxpr(lambda: run_depth(model, tokens, positions, None, exits, survivors=fewer))())
 
-    whole = program(routers=routers)
-    assert program(routers=routers, survivors=True) != whole
-    recompute = program(routers=routers, kv_strategy="recompute")
-    assert program(routers=routers, kv_strategy="recompute", survivors=True) == recompute
-    assert program(survivors=True) == program()
+    exits, recompute = (Exits.uniform(routers, 0.5, kv_strategy=kind) for kind in ("propagate", "recompute"))
+    whole = program(exits, False)
+    assert program(exits, True) != whole
+    assert program(recompute, True) == program(recompute, False)
+    assert program(None, True) == program(None, False)
     monkeypatch.setattr(survivors, "LEAST_TOKENS", TOKENS + 1)
-    assert program(routers=routers, survivors=True).count("cond[") == whole.count("cond[")
+    assert program(exits, True).count("cond[") == whole.count("cond[")

@@ -15,9 +15,9 @@ from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefill
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
 from tide_jax.generation.batch import pad_left
-from tide_jax.generation.generate import Exits, Prompt, Request, begin
+from tide_jax.generation.generate import Prompt, Request, begin
 from tide_jax.generation.programs import Programs
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
@@ -394,7 +394,7 @@ def test_streaming_a_batch_gives_what_generate_gives(arguments: dict[str, Any]) 
 
 def test_prefill_and_decode_step_under_the_users_own_jit() -> None:
     model, routers = engine().model, engine().routers
-    exits = Exits(routers, ExitGate(jnp.full((2,), 0.5, jnp.float32), jnp.int32(0)))
+    exits = Exits.uniform(routers, 0.5)
     prompt = Prompt(jnp.asarray(pad_left([np.asarray(p) for p in PROMPTS], 9)), jnp.asarray([4, 7, 1], jnp.int32))
     step = jax.jit(decode_step, donate_argnames="cache")
     out = jax.jit(prefill)(model, prompt, init_cache(model.config, 3, 20, model.dtype), exits)

@@ -17,7 +17,7 @@ from tiny_models import tiny_config, tiny_model
 from pallas_kernels import gpu, selection
 from pallas_kernels.exit_step import exit_step, mosaic_gpu
 from tide_jax.exits.depth import run_depth
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
 from tide_jax.testing import random_routers
 
 DTYPES = [jnp.bfloat16, jnp.float16]
@@ -107,8 +107,7 @@ def test_a_model_takes_it_for_the_exit_step_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
     model = tiny_model(tiny_config(num_layers=3, hidden_size=64), dtype=jnp.bfloat16)
     routers = random_routers(model.config, interval=1)
-    gate = ExitGate(jnp.full((len(routers.checkpoints),), 0.5), jnp.int32(0))
+    exits = Exits.uniform(routers, 0.5, implementation="mosaic_gpu")
     positions = jnp.arange(128, dtype=jnp.int32)[None]
-    settings = {"routers": routers, "gate": gate, "survivors": True, "implementation": "mosaic_gpu"}
-    out = jax.eval_shape(lambda: run_depth(model, jnp.ones_like(positions), positions, None, **settings))
+    out = jax.eval_shape(lambda: run_depth(model, jnp.ones_like(positions), positions, None, exits, survivors=True))
     assert out.states.shape == (1, 128, 64)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import random_prompts, tiny_model
 
 from scripts.bench import quality_generation, quality_measures
 from tide_jax import TIDE, ExitConfig
-from tide_jax.exits.gate import ExitGate
-from tide_jax.generation.generate import Exits
+from tide_jax.exits.exits import Exits
 from tide_jax.testing import random_routers, tiny_config
 
 MODEL = tiny_model(tiny_config(num_layers=3))
@@ -24,8 +22,7 @@ ENGINE = TIDE(MODEL, ROUTERS, ExitConfig(min_layers=0))
 
 
 def exits_at(threshold: float, min_layers: int = 0) -> Exits:
-    gate = ExitGate(jnp.full((len(ROUTERS.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
-    return Exits(ROUTERS, gate)
+    return Exits.uniform(ROUTERS, threshold, min_layers)
 
 
 @pytest.fixture(scope="module")

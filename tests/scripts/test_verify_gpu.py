@@ -236,8 +236,7 @@ def test_tokens_leave_where_their_ids_say() -> None:
     wanted[:, 0] = made.layers  # position 0 never leaves
     ids = jnp.asarray(made.ids(wanted))
     positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), ids.shape)
-    routers, gate = made.exits.routers, made.exits.gate
-    out = run_depth(made.model, ids, positions, None, routers=routers, gate=gate)
+    out = run_depth(made.model, ids, positions, None, made.exits)
     np.testing.assert_array_equal(np.asarray(out.exit_layers) + 1, wanted)
 
 

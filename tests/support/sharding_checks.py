@@ -167,13 +167,13 @@ def shard_shape(array: jax.Array) -> tuple[int, ...]:
 
 def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any], str]:
     """What a device holds of the cache in the first three steps, and the program of a step."""
-    call, options, held = engine._call(prompts, max_new_tokens=new), {"implementation": None}, []
+    call, held = engine._call(prompts, max_new_tokens=new), []
     arguments = (call.prompt, call.request, call.exits)
-    state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity, **options)
+    state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity)
     for _ in range(3):
         held.append({shard_shape(a) for a in (*state.cache.keys, *state.cache.values)})
         arguments = (state, call.request, call.exits)
-        state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1, **options)
+        state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1)
     # One program: a step's result goes into the next as it is.
     (text,) = (program.as_text() for key, program in engine.programs._compiled.items() if key[0] is advance)
     return held, text

@@ -11,7 +11,8 @@ from tide_jax.calibration.confidence_training import HELD_BACK
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.calibration.translator_fit import TOKENS
 from tide_jax.calibration.tuned_heads import BATCH, VOCABULARY
-from tide_jax.config import AttentionType, CalibrationConfig, DecoderConfig, RopeConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import abstract_parameters
 
 _RIDGES = 5  # ridge strengths tried for an affine head

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tide_jax.config import CalibrationConfig, DecoderConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, checkpoint_layers
 from tide_jax.exits.router import Routers
+from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters, abstract_stored, rounded_axes
 from tide_jax.model.files.checkpoint import load, load_config, stored_as
 from tide_jax.model.rounding import kept_as_floats, tensor_bytes

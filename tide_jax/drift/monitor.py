@@ -19,9 +19,10 @@ from tide_jax.checks import open_share, share, whole_number
 from tide_jax.config import ExitConfig
 from tide_jax.drift.confidence_sequence import ConfidenceSequence, RiskTest
 from tide_jax.errors import TideError
+from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import argmax_by_row
+from tide_jax.exits.exits import Exits
 from tide_jax.generation.batch import Rows, bucket
-from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.generation.programs import Programs
 from tide_jax.generation.stats import DriftReport, Status
 from tide_jax.model.decoder import Decoder
@@ -88,7 +89,6 @@ class Auditor(NamedTuple):
 
     model: Decoder
     programs: Programs
-    implementation: str | None
 
     def argmaxes(self, sequences: Sequence[Finished], exits: Exits | None) -> tuple[list[np.ndarray], float]:
         """Argmaxes after each token of each sequence, and seconds of running; `exits=None` runs every layer."""
@@ -102,7 +102,7 @@ class Auditor(NamedTuple):
             tokens[row, :length], positions[row, :length] = sequence.tokens, np.arange(length)
             may_exit[row, sequence.prompt : length] = True
         arguments = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(may_exit), exits)
-        found, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments, implementation=self.implementation)
+        found, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments)
         return [row[: len(s.tokens)] for row, s in zip(fetch(found), sequences, strict=False)], seconds
 
 
@@ -236,9 +236,7 @@ def _argmaxes(
     positions: Int[Array, "B T"],
     may_exit: Bool[Array, "B T"],
     exits: Exits | None,
-    *,
-    implementation: str | None,
 ) -> Int[Array, "B T"]:
     """Argmax after each token of a batch."""
-    out = run_exits(model, tokens, positions, None, exits, may_exit=may_exit, implementation=implementation)
+    out = run_depth(model, tokens, positions, None, exits, may_exit=may_exit)
     return argmax_by_row(model, out.states)

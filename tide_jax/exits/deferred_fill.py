@@ -17,14 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
-from tide_jax.config import layer_groups
 from tide_jax.exits.depth import DepthOutput
-from tide_jax.exits.gate import ExitGate, Gating, TokenState
-from tide_jax.exits.queue import Queue, pending_of
-from tide_jax.exits.router import Routers
-from tide_jax.exits.walk import Loop, Walk
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState
+from tide_jax.exits.queue import Left, Pending, Queue, pending_of
+from tide_jax.exits.walk import Loop, Walk, groups_of
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache, Left, Pending
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.sharding import mesh_of
 
@@ -47,29 +46,24 @@ def deferred_step(
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
     cache: KVCache,
-    routers: Routers,
-    gate: ExitGate,
-    *,
-    implementation: str | None = None,
+    exits: Exits,
 ) -> tuple[DepthOutput, KVCache]:
     """Decodes one token of each row with exits, projecting missing cache rows of a group before the group runs.
 
     Args:
       tokens: token ids.
       positions: position of each token in its row, -1 for rows without a token.
-      cache: earlier tokens, with `pending` made for these routers and translators.
-      routers: routers, exit heads and translators.
-      gate: thresholds.
-      implementation: of the kernels around an exit, see `pallas_kernels`.
+      cache: earlier tokens, with `pending` made for these exits.
+      exits: routers and settings.
 
     Returns:
       The step's output for the newest token (its rows in `new` are zero for groups where it waits), and the cache with
       the token appended.
     """
-    groups = layer_groups(model.config.num_layers, routers.checkpoints)
-    queue, code_size = Queue.start(cache, groups, positions), pending_of(cache).code_size
+    groups = groups_of(model, exits)
+    queue, code_size = Queue.start(cache, groups, positions), exits.code_size
     newest = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
-    walk = Walk(model, groups, Gating(routers, gate, positions >= 1, implementation), cache, positions)
+    walk = Walk(model, groups, exits, positions >= 1, cache, positions)
     return _Deferred(walk, queue.positions).run(newest)
 
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.config import KVStrategy, layer_groups
-from tide_jax.exits.gate import ExitGate, Gating, TokenState
-from tide_jax.exits.router import Routers
+from tide_jax.config import KVStrategy
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState
 from tide_jax.exits.survivors import run_survivors
-from tide_jax.exits.walk import Walk, anyone_active
+from tide_jax.exits.walk import Walk, anyone_active, groups_of
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
@@ -44,13 +44,10 @@ def run_depth(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     cache: KVCache | None,
+    exits: Exits | None = None,
     *,
-    routers: Routers | None = None,
-    gate: ExitGate | None = None,
     may_exit: Bool[Array, "B T"] | None = None,
-    kv_strategy: KVStrategy = "propagate",
     survivors: bool = False,
-    implementation: str | None = None,
 ) -> DepthOutput:
     """Forward pass that runs each token up to its exit.
 
@@ -58,29 +55,25 @@ def run_depth(
       tokens: token ids.
       positions: position of each token in its row, -1 for padding, which does not run.
       cache: earlier tokens, or None if there are none.
-      routers: routers and exit heads; None runs every layer, in the same loop with exits off.
-      gate: thresholds, required with `routers`.
+      exits: routers and settings; None runs every layer, in the same loop with exits off. With "propagate" layers are
+        skipped and their cache rows projected; with "recompute" all layers run, for exact rows.
       may_exit: tokens that may exit early. The token at position 0 never may: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
-      kv_strategy: "propagate" skips layers and projects their cache rows; "recompute" runs all layers for exact rows.
       survivors: whether deep layers run only for the tokens that have not exited (`tide_jax.exits.survivors`). Same
-        result to rounding, longer compilation. No effect on short rows, without routers, or with "recompute".
-      implementation: of the kernels around an exit, see `pallas_kernels`.
+        result to rounding, longer compilation. No effect on short rows, without exits, or with "recompute".
 
     Raises:
-      TideError: unknown `kv_strategy`.
+      TideError: unknown `exits.kv_strategy`.
     """
-    check_choice("kv_strategy", kv_strategy, KVStrategy)
-    exact = kv_strategy == "recompute"
-    translators = None if routers is None or gate is None or exact else routers.translators
-    code_size = None if translators is None else translators.rank
+    if exits is not None:
+        check_choice("kv_strategy", exits.kv_strategy, KVStrategy)
+    exact, groups = exits is not None and exits.runs_on, groups_of(model, exits)
+    skips = exits is not None and not exact
     # Embed the tokens; those at position 0 never exit.
+    code_size = exits.code_size if exits is not None and skips and exits.routers.translators is not None else None
     state = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
-    gating = None if routers is None or gate is None else Gating(routers, gate, may_exit, implementation)
-    groups = layer_groups(model.config.num_layers, routers.checkpoints if routers else ())
-    walk, count = Walk(model, groups, gating, cache, positions, runs_on=exact), len(groups)
-    skips = gating is not None and not exact
+    walk, count = Walk(model, groups, exits, may_exit, cache, positions, runs_on=exact), len(groups)
     # Run groups until every token has exited; with "recompute", run all groups for exact cache rows.
     if skips and survivors:
         loop = run_survivors(walk, walk.start(state), anyone_active(count))

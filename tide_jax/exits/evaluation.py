@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.exits.depth import run_depth
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
 from tide_jax.model.decoder import Decoder
 
@@ -54,8 +54,8 @@ def measure_exits(
     results, bare = [], routers.without_metadata()
     # One pass with exits for each threshold.
     for done, threshold in enumerate(thresholds, 1):
-        gate = ExitGate(jnp.full((len(routers.checkpoints),), threshold, jnp.float32), jnp.int32(min_layers))
-        outputs = [_argmax_with_exits(model, bare, batch, gate) for batch in batches]
+        exits = Exits.uniform(bare, threshold, min_layers)
+        outputs = [_argmax_with_exits(model, batch, exits) for batch in batches]
         found, layers = (np.concatenate([np.asarray(o[i]).reshape(-1) for o in outputs])[counted] for i in (0, 1))
         results.append(_row(threshold, layers, found == wanted, routers.checkpoints, model.config.num_layers))
         if progress is not None:
@@ -81,8 +81,8 @@ def _argmax_full(model: Decoder, batch: Batch) -> Int[Array, "B T"]:
 
 
 @jax.jit
-def _argmax_with_exits(model: Decoder, routers: Routers, batch: Batch, gate: ExitGate) -> tuple[Array, Array]:
-    out = run_depth(model, batch.tokens, batch.positions, None, routers=routers, gate=gate, may_exit=batch.counted)
+def _argmax_with_exits(model: Decoder, batch: Batch, exits: Exits) -> tuple[Array, Array]:
+    out = run_depth(model, batch.tokens, batch.positions, None, exits, may_exit=batch.counted)
     return argmax_by_row(model, out.states), out.exit_layers
 
 

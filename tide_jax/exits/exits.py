@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tide_jax.config import KVStrategy
@@ -35,6 +38,12 @@ class Exits:
     prompt: bool = dataclasses.field(default=False, metadata={"static": True})
     deferred: bool = dataclasses.field(default=False, metadata={"static": True})
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def uniform(cls, routers: Routers, threshold: ArrayLike, min_layers: ArrayLike = 0, **static: Any) -> Exits:
+        """The same threshold at every exit point. `static`: the other fields."""
+        thresholds = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (len(routers.checkpoints),))
+        return cls(routers, thresholds, jnp.asarray(min_layers, jnp.int32), **static)
 
     @property
     def runs_on(self) -> bool:

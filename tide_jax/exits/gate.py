@@ -13,20 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.exit_step import ExitRows, exit_step
 from tide_jax.exits.confidence import second_look
-from tide_jax.exits.router import Routers
+from tide_jax.exits.exits import Exits
 from tide_jax.model.decoder import Decoder
-
-
-class ExitGate(NamedTuple):
-    """Settings of the exit decision, as traced values: changing them never recompiles.
-
-    Attributes:
-      thresholds: float32 [C], one for each exit point.
-      min_layers: int32 scalar, layers that every token runs at least.
-    """
-
-    thresholds: Float[Array, " C"]
-    min_layers: Int[Array, ""]
 
 
 class TokenState(NamedTuple):
@@ -65,84 +53,78 @@ class TokenState(NamedTuple):
         )
 
 
-class Gating(NamedTuple):
-    """Inputs of the exit decision: routers, thresholds and the tokens that may exit."""
+def decide(
+    model: Decoder, exits: Exits, checkpoint: int, state: TokenState, may_exit: Bool[Array, "B T"]
+) -> TokenState:
+    """Lets tokens exit at an exit point: records the layer they ran and computes their output states.
 
-    routers: Routers
-    gate: ExitGate
-    may_exit: Bool[Array, "B T"]
-    implementation: str | None
+    Args:
+      checkpoint: index of the exit point, which all active tokens have just run.
+    """
+    # Stage 1: score the active tokens with the router. With a second look, its screen is the threshold.
+    shape, x = state.active.shape, state.newest
+    router = exits.routers.routers[checkpoint]
+    looks, threshold = exits.routers.confidence, exits.thresholds[checkpoint]
+    step = exit_step(
+        x.reshape(-1, x.shape[-1]),
+        router.down,
+        router.down_bias,
+        router.up,
+        router.up_bias,
+        threshold if looks is None else looks[checkpoint].screen(threshold),
+        ExitRows(*(a.reshape(-1) for a in (state.active, may_exit, state.exit_layers))),
+        layer=exits.routers.checkpoints[checkpoint],
+        min_layers=exits.min_layers,
+        eps=model.config.norm_eps,
+        implementation=exits.implementation,
+    )
+    passed, first = step.exits.reshape(shape), step.scores.reshape(shape)
+    state = state._replace(exit_layers=step.exit_layers.reshape(shape))
 
-    def decide(self, model: Decoder, checkpoint: int, state: TokenState) -> TokenState:
-        """Lets tokens exit at an exit point: records the layer they ran and computes their output states.
-
-        Args:
-          checkpoint: index of the exit point, which all active tokens have just run.
-        """
-        # Stage 1: score the active tokens with the router. With a second look, its screen is the threshold.
-        shape, x = state.active.shape, state.newest
-        router = self.routers.routers[checkpoint]
-        looks, threshold = self.routers.confidence, self.gate.thresholds[checkpoint]
-        step = exit_step(
-            x.reshape(-1, x.shape[-1]),
-            router.down,
-            router.down_bias,
-            router.up,
-            router.up_bias,
-            threshold if looks is None else looks[checkpoint].screen(threshold),
-            ExitRows(*(a.reshape(-1) for a in (state.active, self.may_exit, state.exit_layers))),
-            layer=self.routers.checkpoints[checkpoint],
-            min_layers=self.gate.min_layers,
-            eps=model.config.norm_eps,
-            implementation=self.implementation,
+    def exit_some(state: TokenState) -> TokenState:
+        # Stage 2: score the tokens that passed; those above the threshold keep their output state and stop.
+        answers = second_look(
+            model, exits.routers, checkpoint, x, first, passed=passed, implementation=exits.implementation
         )
-        passed, first = step.exits.reshape(shape), step.scores.reshape(shape)
-        state = state._replace(exit_layers=step.exit_layers.reshape(shape))
+        exiting = passed & (answers.scores > threshold)
+        leaving = exiting[:, :, None]
+        state = state._replace(states=jnp.where(leaving, answers.states, state.states))
+        state = state._replace(active=state.active & ~exiting)
+        if state.code is None or exits.routers.translators is None:
+            return state
+        code = exits.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
+        return state._replace(code=jnp.where(leaving, code, state.code))
 
-        def exit_some(state: TokenState) -> TokenState:
-            # Stage 2: score the tokens that passed; those above the threshold keep their output state and stop.
-            answers = second_look(
-                model, self.routers, checkpoint, x, first, passed=passed, implementation=self.implementation
-            )
-            exits = passed & (answers.scores > threshold)
-            leaving = exits[:, :, None]
-            state = state._replace(states=jnp.where(leaving, answers.states, state.states))
-            state = state._replace(active=state.active & ~exits)
-            if state.code is None or self.routers.translators is None:
-                return state
-            code = self.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
-            return state._replace(code=jnp.where(leaving, code, state.code))
+    # Skip stage 2 if no token passed.
+    return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
-        # Skip stage 2 if no token passed.
-        return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
-    def translated(
-        self,
-        model: Decoder,
-        layer: int,
-        x: Float[Array, "B T D"],
-        code: Float[Array, "B T R"] | None,
-        exit_layers: Int[Array, "B T"],
-    ) -> Float[Array, "B T D"]:
-        """Input of `layer` for tokens that already exited: their exit state, translated."""
-        translators = self.routers.translators
-        if translators is None or code is None:
-            return x
-        number = jnp.searchsorted(jnp.asarray(self.routers.checkpoints, jnp.int32), exit_layers)
-        return translators.translate(layer, x, code, number, eps=model.config.norm_eps)
+def exit_input(model: Decoder, exits: Exits | None, layer: int, state: TokenState) -> Float[Array, "B S D"]:
+    """Input of `layer` for tokens that already exited: their exit state, translated to the layer."""
+    translators = None if exits is None else exits.routers.translators
+    if exits is None or translators is None or state.code is None:
+        return state.x
+    number = jnp.searchsorted(jnp.asarray(exits.routers.checkpoints, jnp.int32), state.exit_layers)
+    return translators.translate(layer, state.x, state.code, number, eps=model.config.norm_eps)
 
 
 def finish_group(
-    model: Decoder, groups: tuple[range, ...], group: int, state: TokenState, gating: Gating | None
+    model: Decoder,
+    groups: tuple[range, ...],
+    group: int,
+    state: TokenState,
+    exits: Exits | None,
+    may_exit: Bool[Array, "B T"] | None,
 ) -> TokenState:
     """Ends a group for the active tokens: the exit decision after it, or the final norm after the last group."""
-    if group < len(groups) - 1 and gating is not None:
-        return gating.decide(model, group, state)
+    last = group == len(groups) - 1
+    if exits is not None and may_exit is not None and not last:
+        return decide(model, exits, group, state, may_exit)
     ran = jnp.int32(groups[group].stop - 1)
     state = state._replace(exit_layers=jnp.where(state.active, ran, state.exit_layers))
-    if group < len(groups) - 1:
+    if not last:
         return state
     out = model.final_norm(state.newest)
-    if gating is not None:
+    if exits is not None:
         out = jnp.where(state.active[:, :, None], out, state.states)
     return state._replace(states=out, active=jnp.zeros_like(state.active))

@@ -16,8 +16,55 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from tide_jax.checks import whole_number
+from tide_jax.errors import TideError
+from tide_jax.exits.exits import Exits
+from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache, Pending, newest_positions
+from tide_jax.model.cache import KVCache, empty_cache, newest_positions
+
+QUEUE_LENGTH = 8
+"""Tokens whose deep layers may wait, the newest included; one pass over the weights runs them all."""
+
+
+class Left(NamedTuple):
+    """Inputs for projecting the newest Q slots' keys and values in layers that they skipped.
+
+    Attributes:
+      exit_layers: index of the last layer that each slot ran, int32; -1 where there is no token.
+      code: exit states, projected to the translators' rank R; R is 0 without translators.
+    """
+
+    exit_layers: Int[Array, "B Q"]
+    code: Float[Array, "B Q R"]
+
+
+class Pending(NamedTuple):
+    """Tokens that exited and whose deep keys and values are not computed yet.
+
+    A group of layers always processes all tokens that wait for it. So the tokens that wait for a group are those after
+    its last run: the newest slots, without gaps.
+
+    Attributes:
+      states: residual stream of the newest Q slots, each after the last group that ran it.
+      ran: number of slots that each group of layers has processed, int32; never more than the group before.
+      left: set if groups project the keys and values of exited tokens (`tide_jax.exits.deferred_fill`); None if groups
+        run these tokens (``kv_strategy="recompute"``).
+    """
+
+    states: Float[Array, "B Q D"]
+    ran: Int[Array, " groups"]
+    left: Left | None = None
+
+    @property
+    def queue_length(self) -> int:
+        """Q, the number of slots held."""
+        return self.states.shape[1]
+
+    @property
+    def code_size(self) -> int | None:
+        """Size of the translators' code; None where tokens wait for their layers to run."""
+        return None if self.left is None else self.left.code.shape[2]
 
 
 class Queue(NamedTuple):
@@ -113,6 +160,52 @@ class Queue(NamedTuple):
     def _after(self, ran: Int[Array, " n"]) -> Bool[Array, "n Q"]:
         """For each count in `ran`, the queue's slots at or beyond that many cache slots."""
         return (self.first + jnp.arange(self.positions.shape[1], dtype=jnp.int32))[None] >= ran[:, None]
+
+
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    *,
+    exits: Exits | None = None,
+    queue_length: int = QUEUE_LENGTH,
+) -> KVCache:
+    """An empty cache of at least `capacity` slots for `batch` rows, on the mesh of ``jax.set_mesh`` if there is one.
+
+    Args:
+      exits: the exits to decode with; where their tokens wait for deep layers, the cache has a queue.
+      queue_length: number of tokens that may wait, the newest included.
+
+    Raises:
+      TideError: `queue_length` is less than 1.
+    """
+    queue_length = whole_number("queue_length", queue_length, 1)
+    if exits is None or not exits.queues:
+        return empty_cache(config, batch, capacity, dtype)
+    # The newest slots are rewritten when their deep layers run. Empty slots before the first token keep them inside.
+    ahead, groups = queue_length - 1, len(exits.routers.checkpoints) + 1
+    left = None
+    if exits.projects_later:
+        nowhere = jnp.full((batch, queue_length), -1, jnp.int32)
+        left = Left(nowhere, jnp.zeros((batch, queue_length, exits.code_size), dtype))
+    states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
+    pending = Pending(states, jnp.full((groups,), ahead, jnp.int32), left)
+    return empty_cache(config, batch, capacity, dtype, ahead=ahead)._replace(pending=pending)
+
+
+def check_cache(cache: KVCache, exits: Exits | None) -> None:
+    """Raises TideError unless a cache was made for these exits."""
+    pending, wanted = cache.pending, exits is not None and exits.queues
+    fits = (pending is not None) == wanted
+    if pending is not None and exits is not None and wanted:
+        code_size = exits.code_size if exits.projects_later else None
+        fits = (len(pending.ran), pending.code_size) == (len(exits.routers.checkpoints) + 1, code_size)
+    if not fits:
+        raise TideError(
+            "the cache was made for other exits: tokens wait in it in another way, or not at all; make it with "
+            "init_cache(..., exits=exits) for the exits of the step"
+        )
 
 
 def pending_of(cache: KVCache) -> Pending:

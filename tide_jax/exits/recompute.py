@@ -13,12 +13,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from tide_jax.config import layer_groups
 from tide_jax.exits.depth import DepthOutput
-from tide_jax.exits.gate import ExitGate, Gating, TokenState
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState
 from tide_jax.exits.queue import Queue
-from tide_jax.exits.router import Routers
-from tide_jax.exits.walk import Walk
+from tide_jax.exits.walk import Walk, groups_of
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
@@ -28,10 +27,7 @@ def recompute_step(
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
     cache: KVCache,
-    routers: Routers,
-    gate: ExitGate,
-    *,
-    implementation: str | None = None,
+    exits: Exits,
 ) -> tuple[DepthOutput, KVCache]:
     """Decodes one token of each row with exits; groups that run also process the tokens waiting for them.
 
@@ -40,25 +36,22 @@ def recompute_step(
     Args:
       tokens: token ids.
       positions: position of each token in its row, -1 for rows without a token.
-      cache: earlier tokens, with `pending` made for these routers.
-      routers: routers and exit heads.
-      gate: thresholds.
-      implementation: of the kernels around an exit, see `pallas_kernels`.
+      cache: earlier tokens, with `pending` made for these exits.
+      exits: routers and settings.
 
     Returns:
       The step's output for the newest token, and the cache with the tokens appended. `new` has the rows of the newest Q
       slots, zeros where a layer did not run them.
     """
-    groups = layer_groups(model.config.num_layers, routers.checkpoints)
+    groups = groups_of(model, exits)
     queue, count = Queue.start(cache, groups, positions), len(groups)
     # Move the queue one slot on. The token that drops out has run all layers: a full queue is emptied in the step
     # before.
     newest = model.embed_tokens(tokens, positions)
     x = jnp.concatenate([queue.pending.states[:, 1:].astype(newest.dtype), newest], axis=1)
     state = TokenState.start(newest, positions)._replace(x=x)
-    gating = Gating(routers, gate, positions >= 1, implementation)
     # Run groups while a token is active; a full queue runs all of them.
-    walk = Walk(model, groups, gating, cache, queue.positions, runs_on=True, queue=queue)
+    walk = Walk(model, groups, exits, positions >= 1, cache, queue.positions, runs_on=True, queue=queue)
     loop = walk.run(walk.start(state), lambda s: (s.group < count) & (queue.full | jnp.any(s.state.active)))
     new, done = walk.rows.by_layer(loop.rows), jnp.arange(count, dtype=jnp.int32) < loop.group
     out = DepthOutput(loop.state.states, loop.state.exit_layers, new, walk.rows.layers_before(loop.group))

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.compact import IMPLEMENTATIONS, Partition, gather_rows, partition, scatter_rows
 from tide_jax.exits.cache_fill import fill_rows
-from tide_jax.exits.gate import Gating, TokenState, finish_group
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState, exit_input, finish_group
 from tide_jax.exits.walk import Branch, GroupRows, Loop, Walk, run_groups
 from tide_jax.model.attention.grouped import AttentionContext
 from tide_jax.model.attention.span import KeyValue
@@ -45,9 +46,9 @@ def survivor_sizes(tokens: int) -> tuple[int, ...]:
 
 def run_survivors(walk: Walk, loop: Loop, more: Callable[[Loop], Array]) -> Loop:
     """Like `Walk.run`, but each group runs in the smallest size that holds the active tokens."""
-    assert walk.gating is not None
+    assert walk.exits is not None
     contexts = walk.model.contexts(walk.positions, walk.cache)
-    fewer = Survivors(walk.model, walk.groups, walk.cache, walk.gating, walk.positions, contexts)
+    fewer = Survivors(walk.model, walk.groups, walk.cache, walk.exits, walk.may_exit, walk.positions, contexts)
     branches = [walk.branch(g, walk.positions.shape[1], contexts) for g in range(len(walk.groups))]
     return run_groups(more, branches + fewer.branches(), loop, choose=fewer.choose)
 
@@ -56,7 +57,7 @@ class Survivors(NamedTuple):
     """Branches of a walk that run a group for fewer tokens than the row has.
 
     Attributes:
-      model, groups, cache, gating: as in `Walk`.
+      model, groups, cache, exits, may_exit: as in `Walk`.
       positions: positions of all new tokens, -1 for padding.
       contexts: attention contexts with all new tokens as queries.
     """
@@ -64,7 +65,8 @@ class Survivors(NamedTuple):
     model: Decoder
     groups: tuple[range, ...]
     cache: KVCache | None
-    gating: Gating
+    exits: Exits
+    may_exit: Bool[Array, "B T"]
     positions: Int[Array, "B T"]
     contexts: tuple[AttentionContext, ...]
 
@@ -98,17 +100,16 @@ class Survivors(NamedTuple):
                 cached = None if self.cache is None else self.cache.layer(i)
                 few = few._replace(x=self.model.layers[i].run_on(few.x, new[-1], asking, cached))
             # Decide for the active tokens, then scatter their state back.
-            gating = self.gating._replace(may_exit=_picked(self.gating.may_exit, rows, size))
-            few = finish_group(self.model, self.groups, g, few, gating)
+            few = finish_group(self.model, self.groups, g, few, self.exits, _picked(self.may_exit, rows, size))
             return self._returned(state, few, rows), GroupRows(self.groups).stack(new, self.positions.shape[1])
 
         return run
 
     def _stored(self, layer: int, state: TokenState, x: Float[Array, "B M D"], rows: Partition) -> KeyValue:
         """A layer's key and value rows for all tokens: from `x` if active, from the exit state if exited."""
-        left = self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
+        left = exit_input(self.model, self.exits, layer, state)
         reads = self._scattered(x, rows, left)
-        real, implementation = self.positions >= 0, self.gating.implementation
+        real, implementation = self.positions >= 0, self.exits.implementation
         return fill_rows(self.model.layers[layer], reads, self.contexts, real, implementation=implementation)
 
     def _returned(self, state: TokenState, few: TokenState, rows: Partition) -> TokenState:
@@ -134,7 +135,7 @@ class Survivors(NamedTuple):
     @property
     def _moving(self) -> str | None:
         """Implementation of the gather and scatter; on a mesh plain JAX, since kernels can't handle split arrays."""
-        return "reference" if on_mesh() else IMPLEMENTATIONS.own(self.gating.implementation)
+        return "reference" if on_mesh() else IMPLEMENTATIONS.own(self.exits.implementation)
 
 
 def _taken(state: TokenState, rows: Partition, size: int) -> TokenState:

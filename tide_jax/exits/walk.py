@@ -34,8 +34,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from tide_jax.config import layer_groups
 from tide_jax.exits.cache_fill import fill_rows
-from tide_jax.exits.gate import Gating, TokenState, finish_group
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.gate import TokenState, exit_input, finish_group
 from tide_jax.exits.queue import Queue, pass_number, pass_widths
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.grouped import AttentionContext
@@ -106,7 +108,8 @@ class Walk(NamedTuple):
     Attributes:
       model: the decoder.
       groups: the layers of each group.
-      gating: routers and thresholds; None turns exits off.
+      exits: routers and thresholds; None turns exits off.
+      may_exit: the new tokens that may exit early.
       cache: earlier tokens, None if there are none.
       positions: positions of the S slots, -1 for slots without a token.
       runs_on: whether exited tokens run the remaining layers, for their keys and values.
@@ -115,7 +118,8 @@ class Walk(NamedTuple):
 
     model: Decoder
     groups: tuple[range, ...]
-    gating: Gating | None
+    exits: Exits | None
+    may_exit: Bool[Array, "B T"]
     cache: KVCache | None
     positions: Int[Array, "B S"]
     runs_on: bool = False
@@ -170,9 +174,9 @@ class Walk(NamedTuple):
             # Run the layers. An exited token keeps its exit state, so that its rows equal those of state propagation
             # even while other tokens run the layer.
             rows, active = [], state.active[:, :, None]
-            everyone = self.gating is None or self.runs_on or active.size == 1  # a lone token is active
+            everyone = self.exits is None or self.runs_on or active.size == 1  # a lone token is active
             for i in self.groups[g]:
-                reads = x if everyone else jnp.where(active, x, self.exit_input(i, state))
+                reads = x if everyone else jnp.where(active, x, exit_input(self.model, self.exits, i, state))
                 y, new = self.model.layers[i](reads, seen, None if self.cache is None else self.cache.layer(i))
                 x = y if everyone else jnp.where(active, y, x)
                 rows.append(new)
@@ -180,7 +184,7 @@ class Walk(NamedTuple):
             x = x if waits is None else jnp.where(waits[:, :, None], x, before)
             ahead = state.x.shape[1] - width
             state = state._replace(x=jnp.concatenate([state.x[:, :ahead], x], axis=1) if ahead else x)
-            state = finish_group(self.model, self.groups, g, state, self.gating)
+            state = finish_group(self.model, self.groups, g, state, self.exits, self.may_exit)
             return state, self.rows.stack(rows, self.positions.shape[1])
 
         return run
@@ -199,22 +203,21 @@ class Walk(NamedTuple):
         return run_groups(lambda s: s.group < count, [self._projection(g, contexts, of(g)) for g in range(count)], loop)
 
     def _projection(self, g: int, contexts: Contexts, wanted: Bool[Array, "B S"]) -> Branch:
-        implementation = None if self.gating is None else self.gating.implementation
+        implementation = None if self.exits is None else self.exits.implementation
 
         def project(state: TokenState) -> tuple[TokenState, KeyValue]:
             rows = []
             for i in self.groups[g]:
-                x = self.exit_input(i, state)
+                x = exit_input(self.model, self.exits, i, state)
                 rows.append(fill_rows(self.model.layers[i], x, contexts, wanted, implementation=implementation))
             return state, self.rows.stack(rows, state.x.shape[1])
 
         return project
 
-    def exit_input(self, layer: int, state: TokenState) -> Float[Array, "B S D"]:
-        """Input of `layer` for tokens that already exited: their exit state, translated."""
-        if self.gating is None:
-            return state.x
-        return self.gating.translated(self.model, layer, state.x, state.code, state.exit_layers)
+
+def groups_of(model: Decoder, exits: Exits | None) -> tuple[range, ...]:
+    """The layers between exit points; one group of all layers without exits."""
+    return layer_groups(model.config.num_layers, () if exits is None else exits.routers.checkpoints)
 
 
 def run_groups(

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from tide_jax.checks import whole_number
-from tide_jax.config import DecoderConfig
 from tide_jax.errors import TideError, shortened
+from tide_jax.model.architecture import DecoderConfig
 
 
 def bucket(length: int, smallest: int = 16) -> int:

@@ -7,7 +7,6 @@ recompiles. If you jit `decode_step` yourself, donate the cache: ``jax.jit(decod
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,17 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from tide_jax.config import KVStrategy
-from tide_jax.errors import TideError
 from tide_jax.exits.deferred_fill import deferred_step
-from tide_jax.exits.depth import DepthOutput, run_depth
-from tide_jax.exits.gate import ExitGate
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.queue import check_cache, init_cache
 from tide_jax.exits.recompute import recompute_step
-from tide_jax.exits.router import Routers
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.logit_rules import LogitRules, RowText, rule_on
 from tide_jax.generation.sampling import Sampling, sample
-from tide_jax.model.cache import KVCache, init_cache
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
@@ -71,40 +68,6 @@ class Prompt(NamedTuple):
         """Which tokens of the vocabulary occur in each row."""
         batch = self.tokens.shape[0]
         return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], self.tokens].max(self.positions >= 0)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Exits:
-    """Routers with their settings: a pytree; `prompt`, `kv_strategy` and `deferred` are static.
-
-    Attributes:
-      routers: routers, exit heads and translators.
-      gate: thresholds and minimum depth.
-      prompt: whether prompt tokens may exit. If not, prefill is compiled without routers.
-      kv_strategy: how the cache of skipped layers is filled, see `tide_jax.ExitConfig`.
-      deferred: with "propagate", whether cache rows are projected later, for several tokens at once. That is faster
-        where `tide_jax.exits.deferred_fill.is_faster`. Rows are the same to rounding, unless rotary frequencies depend
-        on the length so far.
-    """
-
-    routers: Routers
-    gate: ExitGate
-    prompt: bool = dataclasses.field(default=False, metadata={"static": True})
-    kv_strategy: KVStrategy = dataclasses.field(default="propagate", metadata={"static": True})
-    deferred: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def pending_groups(self) -> int:
-        """Argument `pending_groups` of `init_cache`."""
-        return len(self.routers.checkpoints) + 1 if self.deferred or self.kv_strategy == "recompute" else 0
-
-    @property
-    def code_size(self) -> int | None:
-        """Argument `code_size` of `init_cache`; None unless projection is deferred."""
-        if self.kv_strategy == "recompute" or not self.deferred:
-            return None
-        return 0 if self.routers.translators is None else self.routers.translators.rank
 
 
 class Request(NamedTuple):
@@ -181,37 +144,7 @@ class Generated(NamedTuple):
     finite: Bool[Array, " B"]
 
 
-def run_exits(
-    model: Decoder,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: KVCache | None,
-    exits: Exits | None,
-    *,
-    may_exit: Bool[Array, "B T"] | None = None,
-    survivors: bool = False,
-    implementation: str | None = None,
-) -> DepthOutput:
-    """Calls `tide_jax.exits.depth.run_depth` with the fields of `exits`; None runs every layer."""
-    if exits is None:
-        return run_depth(model, tokens, positions, cache, implementation=implementation)
-    return run_depth(
-        model,
-        tokens,
-        positions,
-        cache,
-        routers=exits.routers,
-        gate=exits.gate,
-        may_exit=may_exit,
-        kv_strategy=exits.kv_strategy,
-        survivors=survivors,
-        implementation=implementation,
-    )
-
-
-def prefill(
-    model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None, *, implementation: str | None = None
-) -> StepOutput:
+def prefill(model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None) -> StepOutput:
     """Runs the prompts and fills an empty cache; the output is that of the last prompt token of each row.
 
     Prompts longer than `PREFILL_CHUNK` tokens run in chunks of that size, which bounds the memory of attention scores.
@@ -226,7 +159,7 @@ def prefill(
             return lax.dynamic_slice_in_dim(a, start, size, axis=1)
 
         tokens, places = cut(prompt.tokens), cut(positions)
-        out = run_exits(model, tokens, places, earlier, exits, survivors=True, implementation=implementation)
+        out = run_depth(model, tokens, places, earlier, exits, survivors=True)
         grown = (cache if earlier is None else earlier).append(out.new, places)
         finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
@@ -251,8 +184,6 @@ def decode_step(
     positions: Int[Array, " B"],
     active: Bool[Array, " B"],
     exits: Exits | None = None,
-    *,
-    implementation: str | None = None,
 ) -> StepOutput:
     """Decodes one token of each active row; inactive rows add no depth and do not enter the cache.
 
@@ -268,34 +199,15 @@ def decode_step(
       TideError: the cache was made for other exits: its queue does not fit, is missing, or is not needed.
     """
     positions = jnp.where(active, positions, -1)[:, None]
-    _check_cache(cache, exits)
-    if exits is not None and cache.pending is not None:
-        step = recompute_step if exits.code_size is None else deferred_step
-        out, cache = step(
-            model, tokens[:, None], positions, cache, exits.routers, exits.gate, implementation=implementation
-        )
+    check_cache(cache, exits)
+    if exits is not None and exits.queues:
+        step = deferred_step if exits.projects_later else recompute_step
+        out, cache = step(model, tokens[:, None], positions, cache, exits)
     else:
-        out = run_exits(model, tokens[:, None], positions, cache, exits, implementation=implementation)
+        out = run_depth(model, tokens[:, None], positions, cache, exits)
         cache = cache.append(out.new, positions)
     logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
     return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)
-
-
-def _waiting(exits: Exits | None) -> tuple[int, int | None]:
-    """`pending_groups` and `code_size` that `init_cache` needs for these exits."""
-    return (0, None) if exits is None else (exits.pending_groups, exits.code_size)
-
-
-def _check_cache(cache: KVCache, exits: Exits | None) -> None:
-    pending = cache.pending
-    groups, code_size = (0, None) if pending is None else (len(pending.ran), pending.code_size)
-    wanted, code_wanted = _waiting(exits)
-    if (groups, code_size) != (wanted, code_wanted):
-        raise TideError(
-            f"the cache holds pending states for {groups} layer groups with code_size={code_size}, these exits need "
-            f"{wanted} with {code_wanted}; make the cache with init_cache(..., pending_groups={wanted}, "
-            f"code_size={code_wanted})"
-        )
 
 
 def begin(
@@ -305,13 +217,11 @@ def begin(
     exits: Exits | None,
     *,
     capacity: int,
-    implementation: str | None = None,
 ) -> GenerationState:
     """Runs the prompts and draws the first token; `capacity` is the cache's room for new tokens."""
     batch, width = prompt.tokens.shape
-    groups, code_size = _waiting(exits)
-    cache = init_cache(model.config, batch, width + capacity, model.dtype, pending_groups=groups, code_size=code_size)
-    step = prefill(model, prompt, cache, exits, implementation=implementation)
+    cache = init_cache(model.config, batch, width + capacity, model.dtype, exits=exits)
+    step = prefill(model, prompt, cache, exits)
     state = GenerationState(
         step=jnp.int32(0),
         last=jnp.zeros((batch,), jnp.int32),
@@ -332,13 +242,9 @@ def advance(
     state: GenerationState,
     request: Request,
     exits: Exits | None,
-    *,
-    implementation: str | None = None,
 ) -> GenerationState:
     """Runs one decode step and draws the next tokens. Donate `state`."""
-    step = decode_step(
-        model, state.cache, state.last, state.positions, ~state.done, exits, implementation=implementation
-    )
+    step = decode_step(model, state.cache, state.last, state.positions, ~state.done, exits)
     return _accept(state, step, request, model.config.context_length)
 
 
@@ -349,7 +255,6 @@ def generate_tokens(
     exits: Exits | None = None,
     *,
     capacity: int,
-    implementation: str | None = None,
 ) -> Generated:
     """Generates tokens: prefill, then a `lax.while_loop` of decode steps until every row has ended.
 
@@ -361,7 +266,7 @@ def generate_tokens(
       capacity: static upper bound of `request.max_new_tokens`.
     """
     batch = prompt.tokens.shape[0]
-    state = begin(model, prompt, request, exits, capacity=capacity, implementation=implementation)
+    state = begin(model, prompt, request, exits, capacity=capacity)
     empty = Generated(
         tokens=jnp.broadcast_to(request.pad, (batch, capacity)),
         lengths=jnp.zeros((batch,), jnp.int32),
@@ -373,7 +278,7 @@ def generate_tokens(
 
     def body(carry: tuple[GenerationState, Generated]) -> tuple[GenerationState, Generated]:
         state, out = carry
-        state = advance(model, state, request, exits, implementation=implementation)
+        state = advance(model, state, request, exits)
         return state, _record(out, state)
 
     def unfinished(carry: tuple[GenerationState, Generated]) -> Array:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tide_jax.errors import TideError
+from tide_jax.exits.exits import Exits
 from tide_jax.generation.batch import Rows
 from tide_jax.generation.finite import check_finite
-from tide_jax.generation.generate import Exits, Prompt, Request, advance, begin, generate_tokens
+from tide_jax.generation.generate import Prompt, Request, advance, begin, generate_tokens
 from tide_jax.generation.outputs import GenerateOutput, StreamStep
 from tide_jax.generation.programs import Programs
 from tide_jax.generation.stats import DraftStats, ExitStats
@@ -60,15 +61,12 @@ class Runner(Protocol):
 class PlainRunner:
     """Runner for ``mode="exit"`` and ``mode="full"``: one token of each row in each step."""
 
-    def __init__(self, model: Decoder, programs: Programs, implementation: str | None) -> None:
+    def __init__(self, model: Decoder, programs: Programs) -> None:
         self._model, self._programs = model, programs
-        self._options: dict[str, Any] = {"implementation": implementation}
 
     def whole(self, call: Call) -> GenerateOutput:
         arguments = (call.prompt, call.request, call.exits)
-        out, seconds, compiled = self._programs.run(
-            generate_tokens, (self._model,), arguments, capacity=call.capacity, **self._options
-        )
+        out, seconds, compiled = self._programs.run(generate_tokens, (self._model,), arguments, capacity=call.capacity)
         out = fetch(out)
         rows, steps = call.count, int(out.steps)
         check_finite(out.finite[:rows], self._model.dtype)
@@ -84,7 +82,7 @@ class PlainRunner:
 
     def steps(self, call: Call) -> Iterator[StreamStep]:
         arguments = (call.prompt, call.request, call.exits)
-        state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity, **self._options)
+        state, _, _ = self._programs.run(begin, (self._model,), arguments, capacity=call.capacity)
         while True:
             step, done, finite, *arrays = fetch(
                 (state.step, state.done, state.finite, state.last, state.exit_layers, state.layers_executed)
@@ -94,7 +92,7 @@ class PlainRunner:
             if step >= call.request.max_new_tokens or done.all():
                 return
             arguments = (state, call.request, call.exits)
-            state, _, _ = self._programs.run(advance, (self._model,), arguments, donate=1, **self._options)
+            state, _, _ = self._programs.run(advance, (self._model,), arguments, donate=1)
 
 
 def stream_to(streamer: Any, runner: Runner, call: Call, programs: Programs, num_layers: int) -> GenerateOutput:

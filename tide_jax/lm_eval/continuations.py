@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.config import Mode
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.exits import Exits
 from tide_jax.generation.batch import bucket, positions_of, to_rows
 from tide_jax.generation.finite import check_finite
-from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.model.decoder import Decoder
 
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
@@ -139,9 +140,7 @@ def _run(
 ) -> Iterator[tuple[int, Score]]:
     """Index and score of each ending."""
     batch = _batch(engine, rows, endings, batch_size)
-    (log_likelihoods, hits, layers), _, _ = engine.programs.run(
-        _score, (engine.model,), (batch, exits), implementation=engine.implementation
-    )
+    (log_likelihoods, hits, layers), _, _ = engine.programs.run(_score, (engine.model,), (batch, exits))
     log_likelihoods, hits, layers = np.asarray(log_likelihoods, np.float64), np.asarray(hits), np.asarray(layers)
     for b, (row, listed) in enumerate(zip(rows, endings, strict=True)):
         for k, ending in enumerate(listed):
@@ -175,12 +174,10 @@ def _batch(engine: TIDE, rows: list[_Row], endings: list[list[_Ending]], batch_s
 
 
 def _score(
-    model: Decoder, batch: _Batch, exits: Exits | None, *, implementation: str | None
+    model: Decoder, batch: _Batch, exits: Exits | None
 ) -> tuple[Float[Array, "B S K"], Bool[Array, "B S K"], Int[Array, "B S"]]:
     """Log-likelihood of each target, whether it is the most likely token, and the exit layer that predicted it."""
-    out = run_exits(
-        model, batch.tokens, batch.positions, None, exits, may_exit=batch.may_exit, implementation=implementation
-    )
+    out = run_depth(model, batch.tokens, batch.positions, None, exits, may_exit=batch.may_exit)
     picked = jnp.take_along_axis(out.states, batch.picks[:, :, None], axis=1)
 
     def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:

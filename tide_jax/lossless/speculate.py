@@ -20,14 +20,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from tide_jax.exits.queue import pass_number
+from tide_jax.exits.queue import init_cache, pass_number
 from tide_jax.generation.generate import Prompt, Request, prefill
 from tide_jax.generation.logit_rules import rule_on
 from tide_jax.generation.sampling import sample
 from tide_jax.lossless.control import MOST_DRAFTS, DraftControl, PassCosts, Round, choose_drafts, step_seconds, update
 from tide_jax.lossless.drafts import Drafts, text_drafts
 from tide_jax.lossless.verify import Rows, answer, row_text, verify_drafts
-from tide_jax.model.cache import KVCache, init_cache
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 MOST_SLOTS = MOST_DRAFTS + 1

@@ -5,7 +5,6 @@ The pass is the engine's own: later tokens read the keys and values that exited 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.calibration.collect import Sample
 from tide_jax.calibration.reading_plan import padded
 from tide_jax.engine import TIDE
+from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import Batch
+from tide_jax.exits.exits import Exits
 from tide_jax.generation.finite import check_finite
-from tide_jax.generation.generate import Exits, run_exits
 from tide_jax.model.decoder import Decoder
 
 _WIDTHS = 4
@@ -111,9 +111,9 @@ class TextReader:
             yield pack([self._samples[number] for number in group], *self._shape)
 
     def _read(self, exits: Exits | None, progress: Callable[[int, int], None] | None) -> Iterator[Read]:
-        done, implementation = 0, self._engine.implementation
+        done = 0
         for group, batch in zip(self._groups, self.batches(), strict=True):
-            out = jax.device_get(_read(self._engine.model, batch, exits, implementation=implementation))
+            out = jax.device_get(_read(self._engine.model, batch, exits))
             check_finite(np.isfinite(out[1])[np.asarray(batch.positions) >= 0], self._engine.model.dtype)
             done += len(group)
             if progress is not None:
@@ -140,12 +140,10 @@ def pack(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
     return Batch(*map(jnp.asarray, padded(samples, batch_size, max_length, widths=_WIDTHS)))
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _read(
-    model: Decoder, batch: Batch, exits: Exits | None, *, implementation: str | None
-) -> tuple[Array, Array, Array]:
+@jax.jit
+def _read(model: Decoder, batch: Batch, exits: Exits | None) -> tuple[Array, Array, Array]:
     may_exit = None if exits is None else batch.counted | exits.prompt
-    out = run_exits(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit, implementation=implementation)
+    out = run_depth(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit)
 
     def answer(row: tuple[Array, Array]) -> tuple[Array, Array]:
         """Argmax and log probabilities of one text, so that only its logits are in memory."""
