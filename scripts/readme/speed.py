@@ -28,7 +28,7 @@ def decode_table() -> str:
         lines += ["", f"| batch {batch['batch']} | ms per step | tokens/s | time / full depth | skip efficiency |"]
         lines += ["|---|---:|---:|---:|---:|"]
         for row in batch["variants"]:
-            forced = f"every token leaves after {row.get('layers')} of {layers} layers"
+            forced = f"every token exits after {row.get('layers')} of {layers} layers"
             forced += ", cache recomputed" if row.get("kv_strategy") == "recompute" else ""
             name = forced if "layers" in row else _NAMES[row["name"]]
             efficiency = f"{row['skip_efficiency']:.2f}" if "skip_efficiency" in row else ""

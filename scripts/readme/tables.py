@@ -68,7 +68,7 @@ def quality_table() -> str:
         _quality_setting(report),
         "",
         f"Least depth measured with at least {target['agreement']:.1%} agreement, and the depth of an oracle that "
-        "leaves at the first right answer:",
+        "exits at the first right answer:",
         "",
         *_quality_best(report, "at_agreement", "oracle"),
         "",
