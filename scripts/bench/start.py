@@ -51,7 +51,6 @@ def main() -> None:
     if exits:
         modes["exits, propagate"] = [*exits, "--kv-strategy", "propagate"]
         modes["exits, recompute"] = [*exits, "--kv-strategy", "recompute"]
-        modes["lossless with routers"] = [*exits, "--mode", "lossless"]
     rows = [measure(name, args.model, options, args.warm) for name, options in modes.items()]
     report = {
         "method": {"prompt": PROMPT, "tokens": TOKENS, "warm": args.warm},
