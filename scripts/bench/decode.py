@@ -146,12 +146,22 @@ def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, ste
 def seconds_a_step(generate: Callable[[int], float], steps: int) -> float:
     """Seconds of a decode step, from a generation of one token and one of `steps`.
 
-    A short generation comes first, untimed: it compiles, and it brings weights back that other variants had pushed out
-    of memory. Read from disk inside the long one, transformers' weights doubled the time of its steps.
+    A short generation comes first, untimed: it compiles, and it brings weights back that other variants may have pushed
+    out of memory.
     """
     generate(1)
     short = generate(1)
     return (generate(steps) - short) / (steps - 1)
+
+
+def warmed(run: Variant) -> Variant:
+    """The variant with an untimed run before each timed one, for the same reasons."""
+
+    def twice() -> float:
+        run()
+        return run()
+
+    return twice
 
 
 def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
@@ -202,7 +212,7 @@ def prompt_variant(model: tide_jax.Decoder, tokens: np.ndarray) -> Variant:
         jax.block_until_ready(first_token(model, prompt, cache))
         return time.perf_counter() - start
 
-    return lambda: (run(), run())[1]
+    return warmed(run)
 
 
 def reference_prompt_variant(reference: Any, tokens: np.ndarray) -> Variant:
@@ -216,7 +226,7 @@ def reference_prompt_variant(reference: Any, tokens: np.ndarray) -> Variant:
             reference(inputs, use_cache=True, logits_to_keep=1).logits.argmax(-1)
         return time.perf_counter() - start
 
-    return lambda: (run(), run())[1]  # the first brings its weights back into memory
+    return warmed(run)
 
 
 def reference_variant(reference: Any, vocabulary: int, batch: int, steps: int) -> Variant:

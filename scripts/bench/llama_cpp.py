@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tide_jax
-from scripts.bench.decode import PROMPT, engine_variant, prompt_variant, random_prompts
+from scripts.bench.decode import PROMPT, engine_variant, prompt_variant, random_prompts, warmed
 from scripts.bench.products import alternate
 from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
@@ -81,7 +81,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vocabulary = next(iter(ours.values())).config.vocab_size
     prompt = random_prompts(vocabulary, 1, args.prompt_tokens)
     reading: Variants = {name: prompt_variant(model, prompt) for name, model in ours.items()}
-    reading |= {name: peer.prompt_reading(model, prompt[0]) for name, model in theirs.items()}
+    reading |= {name: warmed(peer.prompt_reading(model, prompt[0])) for name, model in theirs.items()}
     prompts = alternate(reading, args.rounds, "prompt")
     decoding, read = [], {name: bytes_read(model.config)[model.precision] for name, model in ours.items()}
     for batch in args.batch:

@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--transformers", metavar="SOURCE", help="the same weights as transformers loads them")
-    parser.add_argument("--routers", type=Path, metavar="FILE", help="routers for exits and for lossless drafts")
+    parser.add_argument("--routers", type=Path, metavar="FILE", help="routers for exits")
     parser.add_argument("--threshold", type=float, help="of exits (promised in the router file, else 0.85)")
     parser.add_argument("--threshold-tilt", type=float, help="0 to 1 (the router file's, else 0)")
     parser.add_argument("--kv-strategy", choices=["propagate", "recompute"], help="(the router file's, else propagate)")

@@ -145,7 +145,7 @@ def advance_lossless(
     answers = answer(model, rows, new.tokens, new.positions, new.count, state.cache, request)
     found = verify_drafts(rows, answers, new.positions, state.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
-    accepted = jnp.where(found.corrected, gained - 1, gained)
+    accepted = jnp.maximum(gained - 1, 0)  # the last token is the model's own
     # Without drafts, the model's token shows whether the first draft would have been accepted.
     guess, first = (jnp.take_along_axis(t, state.ends[:, None], axis=1)[:, 0] for t in (new.row_tokens, found.tokens))
     # Report the outcome to the control.

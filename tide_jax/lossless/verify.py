@@ -62,13 +62,11 @@ class Verified(NamedTuple):
 
     Attributes:
       tokens, ends: as in `Rows`.
-      corrected: rows whose last token comes from the full model and is not a draft.
       cache: the cache with the slots of accepted inputs.
     """
 
     tokens: Int[Array, "B S"]
     ends: Int[Array, " B"]
-    corrected: Bool[Array, " B"]
     cache: KVCache
 
 
@@ -119,23 +117,23 @@ def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], ca
       positions: positions of the slots, -1 if a row does not use the slot.
       cache: the cache before the pass.
     """
-    # Compare each slot's token with the draft behind it. The last slot has none, which counts as a mismatch.
+    # Compare each slot's token with the draft behind it. The last slot has none, which counts as a mismatch, so every
+    # row that ran has one.
     ran, slots = positions >= 0, jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
     columns = jnp.where(ran, positions + 1 + rows.starts[:, None], 0)
     drafts = jnp.take_along_axis(rows.tokens, columns, axis=1)
     wrong = ran & ((columns >= rows.ends[:, None]) | (answers.tokens != drafts))
-    corrected, at = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1).astype(jnp.int32)[:, None]
+    running, at = jnp.any(ran, axis=1), jnp.argmax(wrong, axis=1).astype(jnp.int32)[:, None]
     # At the first mismatch, take the full model's token; later drafts are dropped.
     column, correct = (jnp.take_along_axis(a, at, axis=1)[:, 0] for a in (columns, answers.tokens))
     # The cache keeps the slots of accepted inputs. Rows share slots: a row that keeps fewer leaves some empty.
-    kept = ran & (~corrected[:, None] | (slots <= at))
+    kept = ran & (slots <= at)
     used = jnp.max(jnp.where(kept, slots + 1, 0))
     grown = cache.append(answers.new, jnp.where(kept, positions, -1))
     index = jnp.arange(rows.ends.shape[0])
     return Verified(
-        tokens=rows.tokens.at[index, column].set(jnp.where(corrected, correct, rows.tokens[index, column])),
-        ends=jnp.where(corrected, column + 1, rows.ends),
-        corrected=corrected,
+        tokens=rows.tokens.at[index, column].set(jnp.where(running, correct, rows.tokens[index, column])),
+        ends=jnp.where(running, column + 1, rows.ends),
         cache=grown._replace(length=cache.length + used),
     )
 
