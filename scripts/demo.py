@@ -61,7 +61,7 @@ def main() -> None:
     routers.save(args.folder / "routers.safetensors")
     threshold = choose_threshold(routers.report["exits"], args.agreement)
     console.print(f"[bold]2. trained routers[/] on text it wrote itself ({time.perf_counter() - start:.0f} s so far)")
-    console.print(checkpoint_table(routers.report, model.config.num_layers))
+    console.print(exit_point_table(routers.report, model.config.num_layers))
     engine = tide_jax.TIDE(model, routers, tide_jax.ExitConfig(exit_threshold=threshold, min_layers=8))
     console.print(f"[bold]3. generating[/] at threshold {threshold}, full depth and exits in turn")
     rows = [run_prompt(engine, tokenizer, prompt, args.new_tokens) for prompt in tqdm(PROMPTS, desc="prompts")]
@@ -154,7 +154,7 @@ def summarise(engine: tide_jax.TIDE, rows: list[dict[str, Any]], threshold: floa
     }  # fmt: skip
 
 
-def checkpoint_table(report: dict[str, Any], layers: int) -> Table:
+def exit_point_table(report: dict[str, Any], layers: int) -> Table:
     table = Table(title="held-out text, teacher-forced")
     for name in ("threshold", "tokens that exit", "mean layers", "agreement"):
         table.add_column(name, justify="right")

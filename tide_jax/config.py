@@ -75,7 +75,7 @@ class RiskGuarantee:
         for name in ("p_value", "depth", "threshold_tilt"):
             share(name, getattr(self, name))
         if self.exit_threshold == ():
-            raise TideError("exit_threshold is empty; expected a number, or one for each checkpoint")
+            raise TideError("exit_threshold is empty; expected a number, or one for each exit point")
         for threshold in self.exit_threshold if isinstance(self.exit_threshold, tuple) else (self.exit_threshold,):
             share("exit_threshold", threshold)
         for name in ("sequences", "tokens", "max_length"):
@@ -178,11 +178,11 @@ class ExitConfig:
         if self.guarantee is not None and any(getattr(self, n) != v for n, v in self.guarantee.settings.items()):
             object.__setattr__(self, "guarantee", None)
 
-    def thresholds(self, checkpoints: tuple[int, ...], num_layers: int) -> tuple[float, ...]:
+    def thresholds(self, exit_points: tuple[int, ...], num_layers: int) -> tuple[float, ...]:
         """Exit threshold at each exit point."""
         if isinstance(self.exit_threshold, tuple):
             return self.exit_threshold
-        return tilted_thresholds(self.exit_threshold, self.threshold_tilt, checkpoints, num_layers)
+        return tilted_thresholds(self.exit_threshold, self.threshold_tilt, exit_points, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` reads them back."""
@@ -278,7 +278,7 @@ class CalibrationConfig:
 
 
 def tilted_thresholds(
-    threshold: float, tilt: float, checkpoints: tuple[int, ...], num_layers: int
+    threshold: float, tilt: float, exit_points: tuple[int, ...], num_layers: int
 ) -> tuple[float, ...]:
     """Thresholds of all exit points from one threshold and a tilt.
 
@@ -293,29 +293,29 @@ def tilted_thresholds(
     [0.7, 0.8, 0.9]
     """
     if not tilt:
-        return (threshold,) * len(checkpoints)
-    saved = (1 - (c + 1) / num_layers for c in checkpoints)
+        return (threshold,) * len(exit_points)
+    saved = (1 - (c + 1) / num_layers for c in exit_points)
     return tuple(max(0.0, 1 - (1 - threshold) * (1 - tilt + 2 * tilt * part)) for part in saved)
 
 
-def checkpoint_layers(num_layers: int, interval: int) -> tuple[int, ...]:
+def exit_point_layers(num_layers: int, interval: int) -> tuple[int, ...]:
     """Exit points: every `interval`-th layer, 0-based, but never the last, after which there is nothing to skip.
 
-    >>> checkpoint_layers(8, 4)
+    >>> exit_point_layers(8, 4)
     (3,)
-    >>> checkpoint_layers(10, 4)
+    >>> exit_point_layers(10, 4)
     (3, 7)
     """
     return tuple(range(interval - 1, num_layers - 1, interval))
 
 
-def layer_groups(num_layers: int, checkpoints: tuple[int, ...]) -> tuple[range, ...]:
+def layer_groups(num_layers: int, exit_points: tuple[int, ...]) -> tuple[range, ...]:
     """Layer groups: the layers between two exit points, in order, which are skipped together.
 
     >>> layer_groups(6, (1, 3))
     (range(0, 2), range(2, 4), range(4, 6))
     """
-    edges = [0, *(c + 1 for c in checkpoints), num_layers]
+    edges = [0, *(c + 1 for c in exit_points), num_layers]
     return tuple(range(a, b) for a, b in itertools.pairwise(edges))
 
 

@@ -278,12 +278,12 @@ class TIDE:
         if self.routers is None:
             return
         width = self.routers.routers[0].down.shape[0] if self.routers.routers else self.model.config.hidden_size
-        if width != self.model.config.hidden_size or any(c >= layers - 1 for c in self.routers.checkpoints):
+        if width != self.model.config.hidden_size or any(c >= layers - 1 for c in self.routers.exit_points):
             raise TideError(
-                f"these routers are for hidden size {width} and checkpoints {list(self.routers.checkpoints)}, the "
+                f"these routers are for hidden size {width} and exit points {list(self.routers.exit_points)}, the "
                 f"model has hidden size {self.model.config.hidden_size} and {layers} layers; calibrate routers for it"
             )
-        count = len(self.routers.checkpoints)
+        count = len(self.routers.exit_points)
         if isinstance(config.exit_threshold, tuple) and len(config.exit_threshold) != count:
             raise TideError(f"exit_threshold has {len(config.exit_threshold)} values, expected one or {count}")
 
@@ -303,7 +303,7 @@ class TIDE:
             raise TideError("mode='exit' needs routers; pass them to TIDE(model, routers) or use mode='full'")
         if mode in ("full", "lossless") or self._weights is None:
             return None
-        thresholds = self.config.thresholds(self._weights.checkpoints, self.model.config.num_layers)
+        thresholds = self.config.thresholds(self._weights.exit_points, self.model.config.num_layers)
         strategy = self.config.kv_strategy
         deferred = strategy == "propagate" and decoded_rows is not None and is_faster(self.model, decoded_rows)
         return Exits(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tide_jax.config import checkpoint_layers
+from tide_jax.config import exit_point_layers
 from tide_jax.exits.router import SCREEN_LEVELS, Candidates, Confidence, ExitHead, Router, Routers
 from tide_jax.exits.translators import LayerTranslators, Translators
 from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
@@ -57,7 +57,7 @@ def random_routers(
 
     With `model`, they also have candidates and confidence for a second look at exiting tokens.
     """
-    d, checkpoints = config.hidden_size, checkpoint_layers(config.num_layers, interval)
+    d, exit_points = config.hidden_size, exit_point_layers(config.num_layers, interval)
 
     def normal(*path: int, shape: tuple[int, ...], scale: float) -> jax.Array:
         key = jax.random.key(seed)
@@ -88,16 +88,16 @@ def random_routers(
         return Translators(down, tuple(layer_translators(i, rank) for i in range(config.num_layers)))
 
     def layer_translators(layer: int, rank: int) -> LayerTranslators | None:
-        number = sum(c + 1 < layer for c in checkpoints)
+        number = sum(c + 1 < layer for c in exit_points)
         if number == 0:
             return None
         shift = normal(layer, 6, shape=(number, d), scale=0.5)
         return LayerTranslators(shift, normal(layer, 7, shape=(number, rank, d), scale=max(rank, 1) ** -0.5))
 
-    count = range(len(checkpoints))
+    count = range(len(exit_points))
     heads = tuple(head(c) for c in count) if affine else None
     made = None if translator_rank is None else translators(translator_rank)
-    routers = Routers(tuple(router(c) for c in count), heads, checkpoints, made)
+    routers = Routers(tuple(router(c) for c in count), heads, exit_points, made)
     if model is None:
         return routers
     ids = jnp.arange(1, config.vocab_size, 3, dtype=jnp.int32)
@@ -113,8 +113,8 @@ def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True
     d, bias = config.hidden_size, jnp.float32(200.0 if exits else -200.0)
     zeros = jnp.zeros((bottleneck,), jnp.float32)
     router = Router(jnp.zeros((d, bottleneck), jnp.float32), zeros, zeros, bias)
-    checkpoints = checkpoint_layers(config.num_layers, interval)
-    return Routers((router,) * len(checkpoints), None, checkpoints)
+    exit_points = exit_point_layers(config.num_layers, interval)
+    return Routers((router,) * len(exit_points), None, exit_points)
 
 
 class ByteTokenizer:

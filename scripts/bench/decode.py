@@ -98,10 +98,10 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     }
     if batch == 1:
         variants["weights read once"] = reader(bytes_read(model.config)[model.precision])
-    for checkpoint in routers.checkpoints:
-        exits = forced(model, routers, checkpoint + 1, batch)
-        variants[f"forced {checkpoint + 1}"] = engine_variant(model, exits, batch, args.steps)
-    middle = min(routers.checkpoints, key=lambda c: abs(2 * (c + 1) - model.config.num_layers)) + 1
+    for exit_point in routers.exit_points:
+        exits = forced(model, routers, exit_point + 1, batch)
+        variants[f"forced {exit_point + 1}"] = engine_variant(model, exits, batch, args.steps)
+    middle = min(routers.exit_points, key=lambda c: abs(2 * (c + 1) - model.config.num_layers)) + 1
     recomputed = dataclasses.replace(forced(model, routers, middle, batch), kv_strategy="recompute")
     variants[f"forced {middle} recompute"] = engine_variant(model, recomputed, batch, args.steps)
     if reference is not None:

@@ -3,7 +3,7 @@
   python -m scripts.bench.drift MODEL ROUTERS --calibrated-on wiki.txt --text gsm8k.jsonl --out drift.json
 
 Texts of the first file that routers were not trained on (--skip) are split at random. Some certify a threshold
-(`tide_jax.guarantee`; --threshold sets one instead), the others are the control. One monitor watches scoring calls over
+(`tide_jax.guarantee`; --exit-threshold sets one instead), the others are the control. One monitor watches scoring calls over
 the control texts and then over the second file; another one watches only the second file. The JSON has both running
 intervals of the disagreement beside the promised risk. This script measures no time.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--risk", type=float, default=0.02)
     parser.add_argument("--delta", type=float, default=0.05)
     parser.add_argument("--certify", type=int, default=300, help="texts to certify a threshold with (300)")
-    parser.add_argument("--threshold", type=float, help="exit threshold to take as given; certifies none")
+    parser.add_argument("--exit-threshold", type=float, help="exit threshold to take as given; certifies none")
     parser.add_argument("--watch", type=int, default=200, help="texts of each kind to watch (200)")
     parser.add_argument("--rate", type=float, default=1.0, help="share of them to audit (all)")
     parser.add_argument("--max-length", type=int, default=256)
@@ -80,14 +80,14 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> tuple[Rows, Rows, Ro
     random = np.random.default_rng(args.seed)
     known, other = rows(args.calibrated_on, args.skip), rows(args.text, 0)
     known, other = ([kind[i] for i in random.permutation(len(kind))] for kind in (known, other))
-    count = 0 if args.threshold is not None else args.certify
+    count = 0 if args.exit_threshold is not None else args.certify
     return known[:count], known[count : count + args.watch], other[: args.watch]
 
 
 def settle(engine: tide_jax.TIDE, certify: Rows, args: argparse.Namespace) -> tide_jax.TIDE:
     """Sets the engine to the threshold to watch."""
-    if args.threshold is not None:
-        return engine.with_config(exit_threshold=args.threshold)
+    if args.exit_threshold is not None:
+        return engine.with_config(exit_threshold=args.exit_threshold)
     with progress_bars() as progress:
         config = tide_jax.guarantee(
             engine,

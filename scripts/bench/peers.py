@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--transformers", metavar="SOURCE", help="the same weights as transformers loads them")
     parser.add_argument("--routers", type=Path, metavar="FILE", help="routers for exits")
-    parser.add_argument("--threshold", type=float, help="of exits (promised in the router file, else 0.85)")
+    parser.add_argument("--exit-threshold", type=float, help="of exits (promised in the router file, else 0.85)")
     parser.add_argument("--threshold-tilt", type=float, help="0 to 1 (the router file's, else 0)")
     parser.add_argument("--kv-strategy", choices=["propagate", "recompute"], help="(the router file's, else propagate)")
     parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
@@ -122,8 +122,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Checks the arguments before a model is loaded."""
     if args.routers is not None and not args.routers.is_file():
         parser.error(f"no router file at {args.routers}")
-    if args.routers is None and any(v is not None for v in (args.threshold, args.threshold_tilt, args.kv_strategy)):
-        parser.error("--threshold, --threshold-tilt and --kv-strategy say how tokens exit; they need --routers")
+    if args.routers is None and any(
+        v is not None for v in (args.exit_threshold, args.threshold_tilt, args.kv_strategy)
+    ):
+        parser.error("--exit-threshold, --threshold-tilt and --kv-strategy say how tokens exit; they need --routers")
     if missing := [str(path) for path in args.prompts if not path.is_file()]:
         parser.error(f"no prompt file at {missing[0]}")
     if len({path.stem for path in args.prompts}) < len(args.prompts):
@@ -148,7 +150,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
 def dials(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of `tide_jax.ExitConfig`."""
     return {
-        "exit_threshold": args.threshold,
+        "exit_threshold": args.exit_threshold,
         "threshold_tilt": args.threshold_tilt,
         "kv_strategy": args.kv_strategy,
         "min_layers": args.min_layers,

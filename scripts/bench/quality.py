@@ -63,10 +63,10 @@ DEFINITIONS = {
     "time_ratio": "time per decoded token, exits over full depth beside it: median over prompts",
     "gain_per_skipped": "(1 - time_ratio) / (1 - depth) of the generation: share of time saved over share of layers "
     "skipped",
-    "oracle": "every token leaves at the first checkpoint, from min_layers on, whose answer is the full model's, all "
+    "oracle": "every token leaves at the first exit point, from min_layers on, whose answer is the full model's, all "
     "tokens before it at full depth",
     "oracle_by_kl": "the least depth for the mean KL it spends, nearly the logarithm of the perplexity limit, every "
-    "token's divergence at each checkpoint known",
+    "token's divergence at each exit point known",
     "at_agreement": "the measured threshold of least mean depth on text that keeps the limit of agreement",
     "at_target": "the measured threshold of least mean depth on text that keeps both limits",
 }
@@ -124,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--agreement", type=float, default=0.95, help="limit for at_target (0.95)")
     parser.add_argument("--perplexity", type=float, default=1.01, help="limit of the perplexity ratio (1.01)")
     parser.add_argument(
-        "--min-layers", type=int, help="layers every token runs (8; 0 where that closes every checkpoint)"
+        "--min-layers", type=int, help="layers every token runs (8; 0 where that closes every exit point)"
     )
     parser.add_argument("--no-generation", action="store_true", help="measure on given text only")
     parser.add_argument("--generate-from", type=float, default=0.8, metavar="SHARE",
@@ -156,13 +156,13 @@ def parse() -> argparse.Namespace:
 
 def fit(args: argparse.Namespace, model: tide_jax.Decoder, strategies: list[tide_jax.Routers]) -> None:
     """Limits lengths and depth to what the model and the routers allow."""
-    context, last = model.config.context_length, min(routers.checkpoints[-1] for routers in strategies)
+    context, last = model.config.context_length, min(routers.exit_points[-1] for routers in strategies)
     args.max_length = min(args.max_length, context)
     if args.min_layers is None:
         args.min_layers = tide_jax.ExitConfig.min_layers if tide_jax.ExitConfig.min_layers <= last + 1 else 0
     if args.min_layers > last + 1:
         sys.exit(
-            f"--min-layers {args.min_layers} closes every checkpoint, the last is after {last + 1} layers; lower it"
+            f"--min-layers {args.min_layers} closes every exit point, the last is after {last + 1} layers; lower it"
         )
     if args.prompt_length + args.new_tokens > context:
         sys.exit(
@@ -241,7 +241,7 @@ def start_strategy(name: str, path: Path, routers: tide_jax.Routers, dials: Dial
         "name": name,
         "file": path.name,
         "exit_strategy": routers.exit_strategy,
-        "checkpoints": list(routers.checkpoints),
+        "exit_points": list(routers.exit_points),
         "translator_rank": None if routers.translators is None else routers.translators.rank,
         "confidence_candidates": None if routers.candidates is None else len(routers.candidates.ids),
         "calibration": metadata.get("config"),
@@ -264,7 +264,7 @@ def sweep(
 
     def measure(threshold: float) -> None:
         layers = reference.model.config.num_layers
-        thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.checkpoints, layers)
+        thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.exit_points, layers)
         strategy = entry["kv_strategy"]
         exits = Exits.uniform(routers.without_metadata(), thresholds, args.min_layers, kv_strategy=strategy)
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:

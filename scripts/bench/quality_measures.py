@@ -88,7 +88,7 @@ class Reference:
           point's agreement and mean divergence; "oracle_by_kl": `least_depth` at a mean KL of the logarithm of
           `perplexity_ratio`.
         """
-        depth, layers = self.model.config.num_layers, np.asarray(routers.checkpoints)
+        depth, layers = self.model.config.num_layers, np.asarray(routers.exit_points)
         bare = routers.without_metadata()
         parts = []
         for batch, states in zip(self.batches, self.states, strict=True):
@@ -146,14 +146,14 @@ def standard_error(values: np.ndarray, texts: np.ndarray) -> float | None:
     return float(math.sqrt(numbers.size / (numbers.size - 1) * np.square(sums).sum()) / values.size)
 
 
-def first_right(agrees: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int) -> np.ndarray:
+def first_right(agrees: np.ndarray, exit_points: np.ndarray, num_layers: int, min_layers: int) -> np.ndarray:
     """Layers run by each of N tokens that exit at the first exit point where ``agrees [C, N]``, else never."""
-    allowed = agrees & (checkpoints + 1 >= min_layers)[:, None]
-    return np.where(allowed.any(axis=0), checkpoints[allowed.argmax(axis=0)] + 1, num_layers)
+    allowed = agrees & (exit_points + 1 >= min_layers)[:, None]
+    return np.where(allowed.any(axis=0), exit_points[allowed.argmax(axis=0)] + 1, num_layers)
 
 
 def least_depth(
-    kl: np.ndarray, checkpoints: np.ndarray, num_layers: int, min_layers: int, limit: float
+    kl: np.ndarray, exit_points: np.ndarray, num_layers: int, min_layers: int, limit: float
 ) -> tuple[float, float]:
     """Least mean depth of N tokens with mean divergence within `limit`, and that divergence.
 
@@ -163,14 +163,14 @@ def least_depth(
     Args:
       kl: divergence of each token's answer at each exit point, ``[C, N]``.
     """
-    saved = np.where(checkpoints + 1 >= min_layers, 1 - (checkpoints + 1) / num_layers, -np.inf)[:, None]
+    saved = np.where(exit_points + 1 >= min_layers, 1 - (exit_points + 1) / num_layers, -np.inf)[:, None]
 
     def choose(price: float) -> tuple[float, float]:
         cost = np.concatenate([kl - price * saved, np.zeros((1, kl.shape[1]))])
         best = cost.argmin(axis=0)
         leaves = best < len(kl)
         at = np.where(leaves, best, 0)
-        depth = np.where(leaves, (checkpoints[at] + 1) / num_layers, 1.0)
+        depth = np.where(leaves, (exit_points[at] + 1) / num_layers, 1.0)
         return float(depth.mean()), float(np.where(leaves, kl[at, np.arange(kl.shape[1])], 0.0).mean())
 
     low, high = 1e-9, 1e3
@@ -266,8 +266,8 @@ def _exits_everywhere(
     exits = []
     for i, layer in enumerate(model.layers):
         x, _ = layer(x, contexts, None)
-        if i in routers.checkpoints:
-            state = routers.exit_state(routers.checkpoints.index(i), x, eps=model.config.norm_eps)
+        if i in routers.exit_points:
+            state = routers.exit_state(routers.exit_points.index(i), x, eps=model.config.norm_eps)
             exits.append(compare(model.final_norm(state)))
     agrees, kl = zip(*exits, strict=True)
     return jnp.stack(agrees), jnp.stack(kl)

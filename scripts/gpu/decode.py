@@ -87,7 +87,7 @@ def cond_chain_step(
 ) -> StepOutput:
     """`tide_jax.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
     positions = jnp.where(active, positions, -1)[:, None]
-    groups = layer_groups(model.config.num_layers, exits.routers.checkpoints)
+    groups = layer_groups(model.config.num_layers, exits.routers.exit_points)
     contexts, rows = model.contexts(positions, cache), GroupRows(groups)
     alone = positions.size == 1
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.calibration.estimate import eight_billion
-from tide_jax.config import checkpoint_layers
+from tide_jax.config import exit_point_layers
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Router, Routers
 from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
@@ -61,7 +61,7 @@ class Steered(NamedTuple):
     @property
     def depths(self) -> tuple[int, ...]:
         """Layers that a token of each kind runs; the last kind never exits."""
-        return (*(c + 1 for c in self.exits.routers.checkpoints), self.layers)
+        return (*(c + 1 for c in self.exits.routers.exit_points), self.layers)
 
     def ids(self, depths: Sequence[int] | np.ndarray, seed: int = 0) -> np.ndarray:
         """Different token ids, int32, that run as many layers as `depths` says."""
@@ -85,12 +85,12 @@ class Steered(NamedTuple):
 
 def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp.dtype) -> Steered:
     """Makes random weights, one at a time and in place, and routers after every `interval`-th layer."""
-    checkpoints = checkpoint_layers(config.num_layers, interval)
+    exit_points = exit_point_layers(config.num_layers, interval)
     model = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
-    directions = _directions(len(checkpoints) + 1, config.hidden_size)
+    directions = _directions(len(exit_points) + 1, config.hidden_size)
     model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)
-    routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(checkpoints)))
-    return Steered(model, Exits.uniform(Routers(routers, None, checkpoints), 0.5, prompt=True))
+    routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(exit_points)))
+    return Steered(model, Exits.uniform(Routers(routers, None, exit_points), 0.5, prompt=True))
 
 
 def _directions(count: int, size: int) -> Float[Array, "kinds D"]:

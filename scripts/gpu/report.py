@@ -163,7 +163,7 @@ def _facts(made: Steered) -> Report:
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "dtype": str(made.model.dtype),
-        "checkpoints": list(made.exits.routers.checkpoints),
+        "exit_points": list(made.exits.routers.exit_points),
         "bytes_read": made.bytes_read(),
     }
 

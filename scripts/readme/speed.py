@@ -134,7 +134,7 @@ def _aot_table(name: str, counts: dict[str, str]) -> str:
     columns = ("decode step", "large arrays written", "floats made of integers", *counts.values(), "memory besides")
     lines = [
         f"jax {report['jax']} for {report['device']}; {model['layers']} layers of {model['hidden_size']}, "
-        f"{model['dtype']}, a checkpoint every {report['interval']} layers, {report['slots']} slots a row.",
+        f"{model['dtype']}, an exit point every {report['interval']} layers, {report['slots']} slots a row.",
         "",
         f"| {' | '.join(columns)} |",
         f"|---|{'---:|' * (len(columns) - 1)}",

@@ -19,7 +19,7 @@ from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
 from tide_jax.calibration.exit_heads import fit_heads
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.calibration.router_training import router_probabilities, train_routers
-from tide_jax.config import checkpoint_layers
+from tide_jax.config import exit_point_layers
 from tide_jax.exits.evaluation import measure_exits
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
@@ -52,9 +52,9 @@ def finished_model() -> Decoder:
 
 
 def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> Collected:
-    checkpoints = checkpoint_layers(model.config.num_layers, calibration.checkpoint_interval)
+    exit_points = exit_point_layers(model.config.num_layers, calibration.checkpoint_interval)
     samples = tokenise(None, TEXTS if texts is None else texts, calibration, model.config.vocab_size)
-    return collect(model, samples, checkpoints, calibration)
+    return collect(model, samples, exit_points, calibration)
 
 
 # ------------------------------------------------------------------------------------------------------- known answers
@@ -64,7 +64,7 @@ def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) ->
 def test_tokens_leave_where_nothing_is_left_to_do(candidates: int) -> None:
     model = finished_model()
     routers = calibrate(model, None, TEXTS, config(confidence_candidates=candidates))
-    assert [c["agreement"] for c in routers.report["checkpoints"]] == [1.0, 1.0]
+    assert [c["agreement"] for c in routers.report["exit_points"]] == [1.0, 1.0]
     at_dial = next(e for e in routers.report["exits"] if e["threshold"] == 0.85)
     assert at_dial["exit_rate"] == at_dial["agreement"] == 1.0
     # A second look holds back where two answers are all but equal, if only because float16 states may swap them.
@@ -73,14 +73,14 @@ def test_tokens_leave_where_nothing_is_left_to_do(candidates: int) -> None:
     row = random_prompts((16,), seed=7)
     early, full = (engine(row, mode=mode) for mode in ("exit", "full"))
     np.testing.assert_array_equal(np.argmax(early.logits, axis=-1), np.argmax(full.logits, axis=-1))
-    assert early.exit_layers.tolist() == [[2] + [0] * 15], "all but the first token left at the first checkpoint"
+    assert early.exit_layers.tolist() == [[2] + [0] * 15], "all but the first token left at the first exit point"
     assert early.stats.depth < 0.4 < full.stats.depth == 1.0
 
 
 def test_nothing_leaves_where_no_state_is_close_to_the_last() -> None:
     routers = calibrate(random_model(), None, TEXTS, config(label="cosine"))
-    assert [c["positives_in_training"] for c in routers.report["checkpoints"]] == [0.0, 0.0]
-    assert [c["auc"] for c in routers.report["checkpoints"]] == [None, None]
+    assert [c["positives_in_training"] for c in routers.report["exit_points"]] == [0.0, 0.0]
+    assert [c["auc"] for c in routers.report["exit_points"]] == [None, None]
     assert all(e["exit_rate"] == 0.0 and e["depth"] == 1.0 for e in routers.report["exits"])
     engine = TIDE(random_model(), routers, ExitConfig(exit_threshold=0.5, min_layers=0))
     assert engine(random_prompts((16,))).stats.depth == 1.0
@@ -88,7 +88,7 @@ def test_nothing_leaves_where_no_state_is_close_to_the_last() -> None:
 
 def test_cosine_labels_where_every_state_is_the_last_one() -> None:
     routers = calibrate(finished_model(), None, TEXTS, config(label="cosine"))
-    assert [c["agreement"] for c in routers.report["checkpoints"]] == [1.0, 1.0]
+    assert [c["agreement"] for c in routers.report["exit_points"]] == [1.0, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------ the recomputed report
@@ -112,8 +112,8 @@ def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | N
         down, down_bias, up, up_bias = (np.asarray(a, np.float64) for a in routers.routers[c])
         hidden = validation.states[c].astype(np.float64) @ down + down_bias
         scores[c] = 1 / (1 + np.exp(-((hidden / (1 + np.exp(-hidden))) @ up + up_bias)))
-        found = routers.report["checkpoints"][c]
-        assert found["layer"] == routers.checkpoints[c]
+        found = routers.report["exit_points"][c]
+        assert found["layer"] == routers.exit_points[c]
         assert found["agreement"] == pytest.approx(labels[c].mean())
         assert found["auc"] == pytest.approx(auc_by_pairs(scores[c], labels[c]), abs=2e-3)
     assert 0.0 < labels.mean() < 1.0
@@ -121,7 +121,7 @@ def test_the_report_is_what_the_routers_do_on_the_validation_split(rank: int | N
         left = [next((c for c in range(2) if scores[c, n] > dial["threshold"]), None) for n in range(len(validation))]
         right = [c is None or labels[c, n] for n, c in enumerate(left)]
         assert dial["label_agreement"] == pytest.approx(np.mean(right))
-    oracle = [next((routers.checkpoints[c] + 1 for c in range(2) if labels[c, n]), 3) for n in range(len(validation))]
+    oracle = [next((routers.exit_points[c] + 1 for c in range(2) if labels[c, n]), 3) for n in range(len(validation))]
     assert routers.report["oracle"]["depth"] == pytest.approx(np.mean(oracle) / 3)
 
 
@@ -299,7 +299,7 @@ def test_affine_heads_find_a_linear_map() -> None:
 
 
 def separable(count: int, *, seed: int, noise: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """States at two checkpoints, and labels a direction of theirs gives away; with `noise` nothing does."""
+    """States at two exit points, and labels a direction of theirs gives away; with `noise` nothing does."""
     rng = np.random.default_rng(seed)
     states = rng.normal(size=(2, count, 16)).astype(np.float16)
     labels = rng.random((2, count)) < 0.3 if noise else states[..., 0] + states[..., 1] > 1.0

@@ -29,8 +29,8 @@ from tide_jax.testing import tiny_config
 
 LENGTHS = tuple(np.random.default_rng(1).choice([6, 8, 15, 16, 30, 31, 32], 60))  # three widths of batches
 TEXTS = random_prompts(LENGTHS, seed=2)
-CHECKPOINTS = (0, 1)
-PER_TOKEN = Reservoir.bytes_per_token(len(CHECKPOINTS), 48)
+EXIT_POINTS = (0, 1)
+PER_TOKEN = Reservoir.bytes_per_token(len(EXIT_POINTS), 48)
 CONFIG = CalibrationConfig(checkpoint_interval=1, max_length=32, batch_size=4, reservoir_bytes=500 * PER_TOKEN)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def model() -> Decoder:
 def gather(texts: Any = TEXTS, calibration: CalibrationConfig = CONFIG, **options: Any) -> Collected:
     subject = options.pop("model", None) or model()
     samples = tokenise(None, texts, calibration, subject.config.vocab_size)
-    return collect(subject, samples, options.pop("checkpoints", CHECKPOINTS), calibration, **options)
+    return collect(subject, samples, options.pop("exit_points", EXIT_POINTS), calibration, **options)
 
 
 @functools.cache
@@ -247,7 +247,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"texts": [Sample(text, 2) for text in TEXTS]}, "begun with another text"),
         ({"calibration": config(seed=3)}, "begun with another configuration"),
         ({"calibration": config(exit_strategy="identity")}, "begun with another configuration"),
-        ({"checkpoints": (1,)}, "begun with another checkpoints"),
+        ({"exit_points": (1,)}, "begun with another exit_points"),
         ({"model": "other"}, "begun with another model"),
     ],
 )
@@ -396,7 +396,7 @@ import jax.numpy as jnp
 placement = Placement.of(meshes[4])
 arrays = [placement.split(np.zeros(shape, np.int32)) for shape in ((8, 16), (8, 16), (4, 1, 8))]
 assert [s.data.shape for s in arrays[0].addressable_shards] == [(2, 16)] * 4
-text = _run.lower(placement.replicated(model()), *arrays, checkpoints=(0, 1)).compile().as_text()
+text = _run.lower(placement.replicated(model()), *arrays, exit_points=(0, 1)).compile().as_text()
 assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute")), "rows stay apart"
 print("equal")
 """

@@ -33,7 +33,7 @@ def answers(states: np.ndarray) -> np.ndarray:
 
 
 def sample(tokens: int, seed: int, noise: float = 1.0) -> Reservoir:
-    """Last states, and a checkpoint's: the same ones seen through a fixed matrix, with noise."""
+    """Last states, and an exit point's: the same ones seen through a fixed matrix, with noise."""
     mix = np.random.default_rng(0).normal(size=(SIZE, SIZE)) / np.sqrt(SIZE)
     rng = np.random.default_rng(seed)
     last = normed(rng.normal(size=(tokens, SIZE)))
@@ -153,7 +153,7 @@ def test_the_screen_hides_what_lies_below_it() -> None:
 def test_a_screen_lets_pass_what_its_threshold_may() -> None:
     fit, fresh = sample(3000, 1), sample(2000, 2)
     routers = random_routers(tiny_config(), interval=2, model=MODEL)
-    routers = dataclasses.replace(routers, routers=routers.routers[:1], checkpoints=routers.checkpoints[:1])
+    routers = dataclasses.replace(routers, routers=routers.routers[:1], exit_points=routers.exit_points[:1])
 
     def first(each: Reservoir) -> np.ndarray:
         states = jnp.asarray(each.states[0], jnp.float32)

@@ -89,7 +89,7 @@ def test_calibrate_generate_inspect(model: Path, calibration: tuple[Path, dict[s
     assert report["output"] == str(routers)
     assert report["bytes"] == routers.stat().st_size
     generate = ("generate", model, "--prompt", "the cat", "--prompt", "it ran to", "--routers", routers)
-    dials = ("--threshold", "0", "--min-layers", "1", "--max-new-tokens", "5", "--json")
+    dials = ("--exit-threshold", "0", "--min-layers", "1", "--max-new-tokens", "5", "--json")
     out = json.loads(printed(capsys, *generate, *dials))
     assert [len(row["tokens"]) for row in out["outputs"]] == [5, 5]
     assert [row["prompt"] for row in out["outputs"]] == ["the cat", "it ran to"]
@@ -97,7 +97,7 @@ def test_calibrate_generate_inspect(model: Path, calibration: tuple[Path, dict[s
     full = json.loads(printed(capsys, *generate, *dials, "--mode", "full"))
     assert {layer for row in full["outputs"] for layer in row["exit_layers"]} == {3}
     facts = json.loads(printed(capsys, "inspect", model, "--checkpoint-interval", "1", "--routers", routers, "--json"))
-    assert facts["checkpoints"] == facts["routers"]["checkpoints"] == [0, 1, 2]
+    assert facts["exit_points"] == facts["routers"]["exit_points"] == [0, 1, 2]
     assert facts["routers"]["data"] == str(routers.parent / "text.txt")
 
 
@@ -189,14 +189,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("generate", "MODEL", *_PROMPT, "--prompt", "\ud800"),
         "--prompt 2 is no valid",
     ),
-    "a threshold above 1": (("generate", "MODEL", *_PROMPT, "--threshold", "1.5"), "--threshold 1.5"),
+    "a threshold above 1": (("generate", "MODEL", *_PROMPT, "--exit-threshold", "1.5"), "--exit-threshold 1.5"),
     "a cache strategy without routers": (
         ("generate", "MODEL", *_PROMPT, "--kv-strategy", "recompute"),
         "--kv-strategy says how tokens exit; it needs --routers",
     ),
     "a threshold without routers": (
-        ("generate", "MODEL", *_PROMPT, "--threshold", "0.9"),
-        "--threshold says how tokens exit; it needs --routers",
+        ("generate", "MODEL", *_PROMPT, "--exit-threshold", "0.9"),
+        "--exit-threshold says how tokens exit; it needs --routers",
     ),
     "a least depth without routers": (
         ("generate", "MODEL", *_PROMPT, "--min-layers", "2"),
@@ -210,7 +210,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "MODEL", "--text", "TEXT", "--output", "OUT", "--exit-head-rank", "13"),
         "--exit-head-rank 13 exceeds the model's width of 12",
     ),
-    "a threshold below 0": (("generate", "MODEL", *_PROMPT, "--threshold", "-0.5"), "--threshold -0.5"),
+    "a threshold below 0": (("generate", "MODEL", *_PROMPT, "--exit-threshold", "-0.5"), "--exit-threshold -0.5"),
     "more layers than there are": (
         ("generate", "MODEL", *_PROMPT, "--routers", "ROUTERS", "--min-layers", "5"),
         "--min-layers 5",

@@ -103,14 +103,14 @@ def test_the_stored_promise_is_used_and_dropped_with_other_settings(
         return found["exit_threshold"], found["min_layers"], found["guarantee"] is not None
 
     assert config() == (stored["exit_threshold"], 1, True)
-    assert config("--threshold", stored["exit_threshold"]) == (stored["exit_threshold"], 1, True)
-    assert config("--threshold", 0.25) == (0.25, 1, False)
+    assert config("--exit-threshold", stored["exit_threshold"]) == (stored["exit_threshold"], 1, True)
+    assert config("--exit-threshold", 0.25) == (0.25, 1, False)
     assert config("--min-layers", 2) == (stored["exit_threshold"], 2, False)
     assert config("--dtype", "bfloat16") == (stored["exit_threshold"], 1, False)
     assert json.loads(printed(capsys, *generate, "--mode", "full", "--json"))["exit_config"] is None
     for options, said in (
         ((), "at most 30.00% of a text's tokens differ"),
-        (("--threshold", 0.25), "nothing promised: the router file's promise is for other settings"),
+        (("--exit-threshold", 0.25), "nothing promised: the router file's promise is for other settings"),
         (("--dtype", "bfloat16"), "nothing promised: that was for float32, this is bfloat16"),
     ):
         assert run(*generate, *options) == 0
@@ -136,14 +136,14 @@ def test_inspect_shows_promise_and_translators(model: Path, promised: Path, caps
     assert facts["files"] == {str(promised): promised.stat().st_size}
 
 
-def test_thresholds_for_each_checkpoint_and_likelihood(
+def test_thresholds_for_each_exit_point_and_likelihood(
     model: Path,  # noqa: F811
     text: Path,
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
     output = tmp_path / "routers.safetensors"
-    options = ("--loss", "nll", "--per-checkpoint", "--guarantee-texts", "40")
+    options = ("--loss", "nll", "--per-exit-point", "--guarantee-texts", "40")
     printed(capsys, "calibrate", model, "--text", text, "--output", output, *QUICK, *PROMISE, *options)
     found = metadata(output, model)["exit_config"]
     assert len(found["exit_threshold"]) == 3
@@ -181,7 +181,7 @@ def test_no_threshold_qualifies(
     calibrate = tide_jax.calibrate
 
     def too_sure(*arguments: Any, **options: Any) -> Routers:
-        """Every token leaves at the first checkpoint."""
+        """Every token leaves at the first exit point."""
         routers = calibrate(*arguments, **options)
         sure = tuple(r._replace(up=np.zeros_like(r.up), up_bias=np.float32(50)) for r in routers.routers)
         return dataclasses.replace(routers, routers=sure)
@@ -253,7 +253,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a risk of 0": ((*CALIBRATE, "--risk", "0"), "--risk 0.0 must lie between 0 and 1"),
     "a delta of 0": ((*CALIBRATE, "--risk", "0.1", "--delta", "0"), "--delta 0.0 must lie between 0 and 1"),
     "a delta alone": ((*CALIBRATE, "--delta", "0.1"), "--delta needs --risk"),
-    "thresholds by checkpoint alone": ((*CALIBRATE, "--per-checkpoint"), "--per-checkpoint needs --risk"),
+    "thresholds by exit point alone": ((*CALIBRATE, "--per-exit-point"), "--per-exit-point needs --risk"),
     "an unknown loss": ((*CALIBRATE, "--risk", "0.1", "--loss", "cosine"), "--loss"),
     "too few texts": ((*CALIBRATE, "--risk", "0.01"), "200 different texts are too few: --risk 0.01 with --delta 0.05"),
     "too few set aside": (
@@ -319,7 +319,7 @@ def samples(*lengths: int) -> list[Sample]:
         (Promise(), 400, 200),  # half
         (Promise(), 200, 149),  # as many as it takes
         (Promise(guarantee_texts=150), 2000, 150),
-        (Promise(per_checkpoint=True), 250, 198),  # 49 of them choose, 149 test
+        (Promise(per_exit_point=True), 250, 198),  # 49 of them choose, 149 test
     ],
 )
 def test_how_many_are_set_aside(promise: Promise, total: int, count: int) -> None:

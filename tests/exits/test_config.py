@@ -9,7 +9,7 @@ import pytest
 from tiny_models import CONFIGS
 
 from tide_jax import CalibrationConfig, DecoderConfig, ExitConfig, TideError
-from tide_jax.config import checkpoint_layers, layer_groups
+from tide_jax.config import exit_point_layers, layer_groups
 from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.testing import tiny_config
 
@@ -36,14 +36,14 @@ def test_exit_settings_out_of_range(values: dict[str, Any], expected: str) -> No
         ExitConfig(**values)
 
 
-def test_a_tilted_threshold_asks_more_of_deep_checkpoints() -> None:
-    checkpoints = (1, 3, 5)
-    assert ExitConfig(exit_threshold=0.8).thresholds(checkpoints, 8) == (0.8, 0.8, 0.8)
-    tilted = ExitConfig(exit_threshold=0.8, threshold_tilt=1.0).thresholds(checkpoints, 8)
+def test_a_tilted_threshold_asks_more_of_deep_exit_points() -> None:
+    exit_points = (1, 3, 5)
+    assert ExitConfig(exit_threshold=0.8).thresholds(exit_points, 8) == (0.8, 0.8, 0.8)
+    tilted = ExitConfig(exit_threshold=0.8, threshold_tilt=1.0).thresholds(exit_points, 8)
     assert tilted == pytest.approx((0.7, 0.8, 0.9)), "what may go wrong is in proportion to the layers saved"
     assert ExitConfig(exit_threshold=0.1, threshold_tilt=1.0).thresholds((0,), 8) == (0.0,)
-    assert ExitConfig(exit_threshold=1.0, threshold_tilt=1.0).thresholds(checkpoints, 8) == (1.0, 1.0, 1.0)
-    assert ExitConfig(exit_threshold=(0.1, 0.2, 0.3)).thresholds(checkpoints, 8) == (0.1, 0.2, 0.3)
+    assert ExitConfig(exit_threshold=1.0, threshold_tilt=1.0).thresholds(exit_points, 8) == (1.0, 1.0, 1.0)
+    assert ExitConfig(exit_threshold=(0.1, 0.2, 0.3)).thresholds(exit_points, 8) == (0.1, 0.2, 0.3)
 
 
 def test_a_list_of_thresholds_stays_hashable() -> None:
@@ -120,9 +120,9 @@ def test_dynamic_rotary_scaling_stretches_the_context() -> None:
 
 @pytest.mark.parametrize("layers", range(1, 14))
 @pytest.mark.parametrize("interval", range(1, 6))
-def test_groups_cover_every_layer_once_and_the_last_has_no_checkpoint(layers: int, interval: int) -> None:
-    checkpoints = checkpoint_layers(layers, interval)
-    assert list(checkpoints) == [layer for layer in range(layers - 1) if (layer + 1) % interval == 0]
-    groups = layer_groups(layers, checkpoints)
+def test_groups_cover_every_layer_once_and_the_last_has_no_exit_point(layers: int, interval: int) -> None:
+    exit_points = exit_point_layers(layers, interval)
+    assert list(exit_points) == [layer for layer in range(layers - 1) if (layer + 1) % interval == 0]
+    groups = layer_groups(layers, exit_points)
     assert [layer for group in groups for layer in group] == list(range(layers))
-    assert [group[-1] for group in groups] == [*checkpoints, layers - 1]
+    assert [group[-1] for group in groups] == [*exit_points, layers - 1]

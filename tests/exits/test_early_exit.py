@@ -150,7 +150,7 @@ def test_scoring_is_the_brute_force(name: str) -> None:
             assert scored.exit_layers[b, : len(row)].tolist() == expected.exit_layers, (dials, b)
             np.testing.assert_allclose(scored.logits[b, : len(row)], expected.logits, atol=3e-5, err_msg=f"{dials}")
             left_at |= set(expected.exit_layers)
-    assert left_at == {*engine.routers.checkpoints, engine.model.config.num_layers - 1}, "every exit was taken"
+    assert left_at == {*engine.routers.exit_points, engine.model.config.num_layers - 1}, "every exit was taken"
 
 
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])
@@ -166,10 +166,10 @@ def test_generation_is_the_brute_force(name: str, prefill_exits: bool) -> None:
             assert out.tokens[b].tolist() == tokens, (dials, b)
             assert out.exit_layers[b].tolist() == exit_layers, (dials, b)
             left_at |= set(exit_layers)
-    assert left_at == {*engine.routers.checkpoints, engine.model.config.num_layers - 1}, "every exit was taken"
+    assert left_at == {*engine.routers.exit_points, engine.model.config.num_layers - 1}, "every exit was taken"
 
 
-def test_each_checkpoint_has_its_threshold() -> None:
+def test_each_exit_point_has_its_threshold() -> None:
     engine = engine_of("pre norm").with_config(exit_threshold=(0.9, 0.2))
     scored = engine(PROMPTS)
     for b, row in enumerate(PROMPTS):
@@ -182,7 +182,7 @@ def test_each_checkpoint_has_its_threshold() -> None:
 def test_a_tilt_is_these_thresholds() -> None:
     engine = engine_of("pre norm")
     tilted = engine.with_config(exit_threshold=0.5, threshold_tilt=1.0)
-    thresholds = tilted.config.thresholds(engine.routers.checkpoints, engine.model.config.num_layers)
+    thresholds = tilted.config.thresholds(engine.routers.exit_points, engine.model.config.num_layers)
     assert thresholds[0] < 0.5 < thresholds[-1]
     expected = engine.with_config(exit_threshold=thresholds)(PROMPTS).exit_layers
     np.testing.assert_array_equal(tilted(PROMPTS).exit_layers, expected)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from tiny_models import tiny_model
 
 from tide_jax import Decoder, Routers, TideError
-from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.exits import router_file
 from tide_jax.exits.router import ExitHead, Router, RouterMetadata, model_identity
 from tide_jax.exits.router_file import round_columns, round_half
@@ -74,13 +74,13 @@ def refused(path: Path, expected: str, **arguments: Any) -> None:
 @pytest.mark.parametrize("affine", [False, True], ids=["identity", "affine"])
 @pytest.mark.parametrize("low_precision", [False, True], ids=["float32", "rounded"])
 def test_saving_and_loading_changes_nothing(tmp_path: Path, affine: bool, low_precision: bool) -> None:
-    routers = made_for(MODEL, affine=affine, report={"checkpoints": [1, 2]})
+    routers = made_for(MODEL, affine=affine, report={"exit_points": [1, 2]})
     routers = rounded(routers, rank=5) if low_precision else routers
     path = tmp_path / "new" / "routers.safetensors"
     routers.save(path)
     loaded = Routers.load(path, model=MODEL, checkpoint_interval=2)
     same_weights(loaded, routers)
-    assert loaded.report == {"checkpoints": [1, 2]}
+    assert loaded.report == {"exit_points": [1, 2]}
     assert loaded.exit_strategy == ("affine" if affine else "identity")
     assert [p.name for p in path.parent.iterdir()] == ["routers.safetensors"], (
         "heads never lie apart from their routers"
@@ -105,8 +105,8 @@ def test_rounding_columns_is_done_once_and_stays_close(scale: float) -> None:
 
 def test_the_file_of_a_large_model_stays_small(tmp_path: Path) -> None:
     config, width, layers = CalibrationConfig(), 4096, 32
-    checkpoints = checkpoint_layers(layers, config.checkpoint_interval)
-    assert len(checkpoints) == 7
+    exit_points = exit_point_layers(layers, config.checkpoint_interval)
+    assert len(exit_points) == 7
     rng, hidden = np.random.default_rng(0), config.router_bottleneck_dim
     router = Router(
         down=jnp.asarray(round_columns(rng.normal(size=(width, hidden)))),
@@ -114,7 +114,7 @@ def test_the_file_of_a_large_model_stays_small(tmp_path: Path) -> None:
         up=jnp.asarray(rng.normal(size=hidden), jnp.float32),
         up_bias=jnp.float32(0.1),
     )
-    Routers((router,) * 7, None, checkpoints).save(tmp_path / "large.safetensors")
+    Routers((router,) * 7, None, exit_points).save(tmp_path / "large.safetensors")
     assert (tmp_path / "large.safetensors").stat().st_size <= 4.2e6
 
 
@@ -178,7 +178,7 @@ def test_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
     refused(path, f"{fingerprint(MODEL)}.*calibrate", model=tiny_model(tiny_config(), seed=1))
 
 
-def test_another_checkpoint_interval_is_refused(tmp_path: Path) -> None:
+def test_another_exit_point_interval_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "routers.safetensors"
     made_for(MODEL).save(path)
     refused(path, "every 2 layers, expected every 4", checkpoint_interval=4)
@@ -245,18 +245,18 @@ def test_a_save_goes_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link.safetensors").is_symlink()
 
 
-@pytest.mark.parametrize("checkpoints", [None, [3, 1], [1, 1], [99], ["1"], [True], 3, {}])
-def test_nonsense_checkpoints_are_refused(tmp_path: Path, checkpoints: Any) -> None:
+@pytest.mark.parametrize("exit_points", [None, [3, 1], [1, 1], [99], ["1"], [True], 3, {}])
+def test_nonsense_exit_points_are_refused(tmp_path: Path, exit_points: Any) -> None:
     path = tmp_path / "routers.safetensors"
-    router_file.write(path, router_file.encode({}, model_identity(MODEL) | {"checkpoints": checkpoints}))
-    refused(path, "names checkpoints")
+    router_file.write(path, router_file.encode({}, model_identity(MODEL) | {"exit_points": exit_points}))
+    refused(path, "names exit points")
 
 
 def test_a_router_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     path, size = tmp_path / "routers.safetensors", MODEL.config.hidden_size
     shapes = {"down": (size, 4), "down_bias": (4,), "up": (5,), "up_bias": ()}
     tensors = {f"1.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    router_file.write(path, router_file.encode(tensors, model_identity(MODEL) | {"checkpoints": [1]}))
+    router_file.write(path, router_file.encode(tensors, model_identity(MODEL) | {"exit_points": [1]}))
     refused(path, r"tensor 1\.up is of shape \(5,\), expected shape \(4,\)")
 
 

@@ -84,7 +84,7 @@ def refused(content: bytes, expected: str | None = None) -> None:
 
 def test_no_bit_of_a_file_can_be_changed() -> None:
     """All of the header, and of the tensors every 97th."""
-    metadata = {"exit_config": SETTINGS, "guarantee_dtype": "float32", "checkpoints": [1]}
+    metadata = {"exit_config": SETTINGS, "guarantee_dtype": "float32", "exit_points": [1]}
     rng = np.random.default_rng(0)
     tensors = {"1.down": rng.normal(size=(48, 4)), "1.factor.0": rng.normal(size=(48, 48)), "1.up_bias": np.zeros(())}
     content = router_file.encode(tensors, metadata)
@@ -184,7 +184,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = ["fingerprint", "model", "config", "report", "exit_config", "no_guarantee", "guarantee_dtype", "checkpoints"]
+FIELDS = ["fingerprint", "model", "config", "report", "exit_config", "no_guarantee", "guarantee_dtype", "exit_points"]
 ANYTHING = settings(max_examples=EXAMPLES, derandomize=True, deadline=None)
 
 

@@ -20,7 +20,7 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.testing import random_routers, tiny_config
 
 EPS = tiny_config().norm_eps
-CHECKPOINTS = (1, 3)
+EXIT_POINTS = (1, 3)
 MODEL: Decoder = tiny_model(tiny_config())
 
 
@@ -46,7 +46,7 @@ def layer_inputs(model: Decoder, batch: Batch) -> np.ndarray:
 
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_each_token_gets_what_its_own_checkpoint_predicts(rank: int, tokens: int) -> None:
+def test_each_token_gets_what_its_own_exit_point_predicts(rank: int, tokens: int) -> None:
     made = random_routers(tiny_config(), interval=1, translator_rank=rank).translators
     assert made is not None
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_a_fit_predicts_later_inputs_better_with_every_rank() -> None:
     fresh, errors = batches(8, seed=9)[0], []
     inputs = layer_inputs(MODEL, fresh)
     for rank in (0, 4, 24):
-        fitted = fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, rank, 2**30)
+        fitted = fit_translators(MODEL, batches(64, seed=1), EXIT_POINTS, rank, 2**30)
         assert fitted.rank == rank
         assert [entry is None for entry in fitted.layers] == [True, True, True, False, False, False]
         x = jnp.asarray(inputs[2])[None]
@@ -86,26 +86,26 @@ def test_a_linear_relation_is_found_exactly() -> None:
     for layer in model.layers:
         layer.mlp.down.kernel[...] = jnp.zeros_like(layer.mlp.down.kernel[...])
         layer.attention.out.kernel[...] = jnp.zeros_like(layer.attention.out.kernel[...])
-    fitted = fit_translators(model, batches(16, seed=1), CHECKPOINTS, 0, 2**30)
+    fitted = fit_translators(model, batches(16, seed=1), EXIT_POINTS, 0, 2**30)
     for entry in fitted.layers[3:]:
         np.testing.assert_allclose(entry.shift, 0.0, atol=1e-3)
 
 
 def test_memory_bounds_the_tokens_read() -> None:
-    few = fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 100)
-    same = fit_translators(MODEL, batches(8, seed=1), CHECKPOINTS, 0, 4 * (2 * 48 + 4) * 100)
+    few = fit_translators(MODEL, batches(64, seed=1), EXIT_POINTS, 0, 4 * (2 * 48 + 4) * 100)
+    same = fit_translators(MODEL, batches(8, seed=1), EXIT_POINTS, 0, 4 * (2 * 48 + 4) * 100)
     jax.tree.map(np.testing.assert_array_equal, few, same)
 
 
 def test_the_least_memory_still_gives_numbers() -> None:
-    for leaf in jax.tree.leaves(fit_translators(MODEL, batches(64, seed=1), CHECKPOINTS, 4, 1)):
+    for leaf in jax.tree.leaves(fit_translators(MODEL, batches(64, seed=1), EXIT_POINTS, 4, 1)):
         assert np.isfinite(leaf).all()
 
 
 def test_translated_rows_keep_more_of_the_model_than_propagated_ones() -> None:
     """A quarter of the tokens leaves early, whoever they are; the others' answers are compared."""
     bare = random_routers(MODEL.config, interval=2)
-    fitted = fit_translators(MODEL, batches(64, seed=1), bare.checkpoints, 24, 2**30)
+    fitted = fit_translators(MODEL, batches(64, seed=1), bare.exit_points, 24, 2**30)
     agreement = [
         measure_exits(MODEL, routers, batches(16, seed=5), [0.6], 0)[0]["agreement"]
         for routers in (bare, dataclasses.replace(bare, translators=fitted))
@@ -128,7 +128,7 @@ def test_candidates_that_are_no_tokens_are_refused(ids: list[float] | None, tmp_
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_file_gives_back_translators_and_the_second_look(affine: bool, tmp_path: Path) -> None:
-    fitted = fit_translators(MODEL, batches(16, seed=1), CHECKPOINTS, 4, 2**30)
+    fitted = fit_translators(MODEL, batches(16, seed=1), EXIT_POINTS, 4, 2**30)
     routers = random_routers(MODEL.config, interval=2, affine=affine, model=MODEL)
     metadata = RouterMetadata.from_dict(model_identity(MODEL))
     routers = dataclasses.replace(routers, translators=fitted, metadata=metadata)

@@ -257,14 +257,14 @@ def responses(results: dict[str, Any], task: str) -> list[Any]:
 
 def test_tasks_run_with_and_without_exits(files: Files) -> None:
     full = evaluate({"pretrained": str(files.converted)})
-    exits = evaluate(f"pretrained={files.converted},routers={files.routers},threshold=0.5,min_layers=1")
+    exits = evaluate(f"pretrained={files.converted},routers={files.routers},exit_threshold=0.5,min_layers=1")
     for results in (full, exits):
         assert set(results["results"]) == set(NAMES)
         assert 0 <= results["results"]["tide_capitals"]["acc,none"] <= 1
         assert 0 <= results["results"]["tide_answers"]["exact_match,none"] <= 1
         assert results["results"]["tide_passages"]["bits_per_byte,none"] > 0
     info, deep = exits["config"]["exits"], full["config"]["exits"]
-    assert (info["mode"], info["threshold"], info["min_layers"], info["num_layers"]) == ("exit", 0.5, 1, LAYERS)
+    assert (info["mode"], info["exit_threshold"], info["min_layers"], info["num_layers"]) == ("exit", 0.5, 1, LAYERS)
     assert (deep["mode"], deep["layers_per_token"], deep["depth"]) == ("full", LAYERS, 1.0)
     assert set(info["tasks"]) == set(NAMES)
     assert all(info["tasks"][name]["layers_per_token"] < LAYERS for name in NAMES)
@@ -301,7 +301,7 @@ def test_depth_is_that_of_the_tokens_scored(files: Files) -> None:
 
 
 def test_single_tokens_cannot_exit_and_that_is_said(files: Files, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = {"routers": str(files.routers), "threshold": 0.0, "min_layers": 0}
+    arguments = {"routers": str(files.routers), "exit_threshold": 0.0, "min_layers": 0}
     for options, said in (({}, True), ({"prefill_exits": True}, False), ({"mode": "full"}, False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "tide_jax"):
@@ -340,7 +340,7 @@ def test_sampling_follows_the_seed(files: Files) -> None:
         ({"revision": "main"}, "no argument revision"),
         ({"pretrained": None}, "needs pretrained"),
         ({"pretrained": "nowhere/at/all"}, "nowhere/at/all"),
-        ({"threshold": 1.5}, "outside"),
+        ({"exit_threshold": 1.5}, "outside"),
         ({"min_layers": 9}, "exceeds the model's 6 layers"),
         ({"mode": "deep"}, "choose 'exit', 'lossless' or 'full'"),
         ({"mode": "exit"}, "needs routers"),
@@ -397,7 +397,7 @@ def command(*arguments: Any) -> int:
 
 
 def test_command_line(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = f"pretrained={files.converted},routers={files.routers},threshold=0.5,min_layers=1"
+    options = f"pretrained={files.converted},routers={files.routers},exit_threshold=0.5,min_layers=1"
     where = ["--tasks", "tide_passages", "--include_path", TASKS, "--output_path", tmp_path / "out"]
     assert command("--model_args", options, *where, "--batch_size", 4) == 0
     printed = capsys.readouterr()

@@ -80,22 +80,22 @@ CASES: list[tuple[str, Any, float]] = [
 ]
 
 
-@pytest.mark.parametrize("per_checkpoint", [False, True])
+@pytest.mark.parametrize("per_exit_point", [False, True])
 @pytest.mark.parametrize("name, loss, risk", CASES)
-def test_what_is_promised_holds(name: str, loss: Any, risk: float, per_checkpoint: bool) -> None:
+def test_what_is_promised_holds(name: str, loss: Any, risk: float, per_exit_point: bool) -> None:
     engine = engine_of()
-    config = guarantee(engine, TEXTS, risk, 0.1, loss, per_checkpoint=per_checkpoint)
+    config = guarantee(engine, TEXTS, risk, 0.1, loss, per_exit_point=per_exit_point)
     promise = config.guarantee
     assert promise is not None
     assert (promise.risk, promise.delta, promise.loss) == (risk, 0.1, getattr(loss, "__name__", loss))
-    assert isinstance(config.exit_threshold, tuple) == per_checkpoint
+    assert isinstance(config.exit_threshold, tuple) == per_exit_point
     found = measure(TIDE(engine.model, engine.routers, config), HELD_OUT)
     assert 0.0 < found[name].mean() <= risk, "on new texts"
     assert promise.observed < risk
     assert promise.p_value <= 0.1
     assert promise.depth < 0.99, "and something was saved"
     assert promise.depth == pytest.approx(found["layers"].sum() / found["tokens"].sum() / 3, abs=0.02)
-    assert promise.sequences == (225 if per_checkpoint else 300)
+    assert promise.sequences == (225 if per_exit_point else 300)
 
 
 @pytest.mark.parametrize("name, loss, risk", CASES)
@@ -138,16 +138,16 @@ def test_min_layers_of_the_engine_are_kept() -> None:
     assert config.guarantee.observed == pytest.approx(found["disagreement"].mean())
 
 
-@pytest.mark.parametrize("per_checkpoint", [False, True])
-def test_the_same_texts_give_the_same_guarantee(per_checkpoint: bool) -> None:
-    first = guarantee(engine_of(), TEXTS, 0.08, 0.1, per_checkpoint=per_checkpoint)
-    again = guarantee(engine_of(), iter(TEXTS), 0.08, 0.1, per_checkpoint=per_checkpoint)
+@pytest.mark.parametrize("per_exit_point", [False, True])
+def test_the_same_texts_give_the_same_guarantee(per_exit_point: bool) -> None:
+    first = guarantee(engine_of(), TEXTS, 0.08, 0.1, per_exit_point=per_exit_point)
+    again = guarantee(engine_of(), iter(TEXTS), 0.08, 0.1, per_exit_point=per_exit_point)
     assert first == again
-    other = guarantee(engine_of(), TEXTS, 0.08, 0.1, per_checkpoint=per_checkpoint, seed=3)
-    assert (first == other) != per_checkpoint, "the seed says which texts choose the path"
+    other = guarantee(engine_of(), TEXTS, 0.08, 0.1, per_exit_point=per_exit_point, seed=3)
+    assert (first == other) != per_exit_point, "the seed says which texts choose the path"
 
 
-def test_a_bad_checkpoint_does_not_spoil_the_others() -> None:
+def test_a_bad_exit_point_does_not_spoil_the_others() -> None:
     """Leaving after layer 0 is always wrong and its router always sure; after layer 1 nothing is left to do."""
     model = with_parameters(
         tiny_model(tiny_config(num_layers=3)),
@@ -157,7 +157,7 @@ def test_a_bad_checkpoint_does_not_spoil_the_others() -> None:
     engine = TIDE(model, Routers((sure, unsure), None, (0, 1)), ExitConfig(min_layers=0))
     with pytest.raises(GuaranteeError, match="no threshold qualifies"):
         guarantee(engine, TEXTS, 0.02, 0.05, thresholds=[0.9, 0.4])
-    config = guarantee(engine, TEXTS, 0.02, 0.05, per_checkpoint=True)
+    config = guarantee(engine, TEXTS, 0.02, 0.05, per_exit_point=True)
     assert isinstance(config.exit_threshold, tuple)
     assert config.exit_threshold[0] > 0.99
     assert config.exit_threshold[1] < 0.5
@@ -170,10 +170,10 @@ def test_a_bad_checkpoint_does_not_spoil_the_others() -> None:
 
 def test_too_few_texts_are_refused_before_anything_runs() -> None:
     seen: list[Any] = []
-    for count, per_checkpoint in ((148, False), (197, True)):
+    for count, per_exit_point in ((148, False), (197, True)):
         texts = texts_of(count, 5)
         with pytest.raises(GuaranteeError, match=r"^148 texts .* risk=0\.02 with delta=0\.05 takes at least 149 ") as e:
-            guarantee(engine_of(), texts, per_checkpoint=per_checkpoint, progress=lambda *what: seen.append(what))
+            guarantee(engine_of(), texts, per_exit_point=per_exit_point, progress=lambda *what: seen.append(what))
         assert "\n" not in str(e.value)
     assert not seen
 
@@ -215,7 +215,7 @@ def test_thresholds_after_the_first_failure_are_not_measured() -> None:
         ({"loss": "nll", "bound": 0.0}, "bound=0.0 must be"),
         ({"max_length": 1}, "max_length=1"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"per_checkpoint": True, "thresholds": [0.9]}, "leave out thresholds or per_checkpoint"),
+        ({"per_exit_point": True, "thresholds": [0.9]}, "leave out thresholds or per_exit_point"),
         ({"thresholds": []}, "thresholds is empty"),
         ({"thresholds": [1.5]}, "exit_threshold=1.5"),
         ({"thresholds": [(0.5, 0.5, 0.5)]}, "exit_threshold has 3 values, expected one or 2"),
@@ -299,7 +299,7 @@ def test_a_changed_dial_drops_the_guarantee() -> None:
 
 
 def scored(seed: int = 0, count: int = 4000) -> Scored:
-    """Two checkpoints: the later one's router is the better."""
+    """Two exit points: the later one's router is the better."""
     rng = np.random.default_rng(seed)
     scores = rng.random((2, count)).astype(np.float32)
     return Scored(
@@ -327,7 +327,7 @@ def test_the_path_leads_from_safe_to_bold() -> None:
     assert all(a[c] >= b[c] for a, b in itertools.pairwise(path) for c in range(2))
 
 
-def test_the_path_uses_the_better_checkpoint() -> None:
+def test_the_path_uses_the_better_exit_point() -> None:
     sample, shares = scored(), (0.25, 0.5)
     path = [outcome(sample, vector, shares) for vector in greedy_path(sample, shares, (True, True))]
     for threshold in (0.8, 0.7, 0.6):
@@ -336,7 +336,7 @@ def test_the_path_uses_the_better_checkpoint() -> None:
         assert between < depth - 0.01, "less depth for as many errors as one threshold for both"
 
 
-def test_the_path_leaves_barred_checkpoints_shut() -> None:
+def test_the_path_leaves_barred_exit_points_shut() -> None:
     path = greedy_path(scored(count=500), (0.25, 0.5), (False, True))
     assert {vector[0] for vector in path} == {1.0}
     assert len({vector[1] for vector in path}) == len(path) > 3

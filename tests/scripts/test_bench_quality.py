@@ -80,22 +80,22 @@ def test_nothing_differs_where_nothing_exits(reference: quality_measures.Referen
 
 
 @pytest.mark.parametrize("min_layers", [0, 2])
-def test_the_oracle_leaves_at_the_first_right_checkpoint(
+def test_the_oracle_leaves_at_the_first_right_exit_point(
     reference: quality_measures.Reference, min_layers: int
 ) -> None:
     prefixes = [text[: t + 1] for text in TEXTS for t in range(1, len(text))]
     last = np.arange(len(prefixes)), np.asarray([len(prefix) - 1 for prefix in prefixes])
     full = log_softmax(np.asarray(ENGINE(prefixes, mode="full").logits)[last])
     right, kl = [], []
-    for c, layer in enumerate(ROUTERS.checkpoints):  # only the last token may leave: its past is at full depth
-        thresholds = tuple(0.0 if i == c else 1.0 for i in range(len(ROUTERS.checkpoints)))
+    for c, layer in enumerate(ROUTERS.exit_points):  # only the last token may leave: its past is at full depth
+        thresholds = tuple(0.0 if i == c else 1.0 for i in range(len(ROUTERS.exit_points)))
         out = ENGINE.with_config(exit_threshold=thresholds)(prefixes, prompt_lengths=last[1])
         assert set(out.exit_layers[last].tolist()) == {layer}
         early = log_softmax(np.asarray(out.logits)[last])
         right.append(early.argmax(-1) == full.argmax(-1))
         kl.append((np.exp(full) * (full - early)).sum(-1))
-    layers = [layer for layer in ROUTERS.checkpoints if layer + 1 >= min_layers]
-    by_layer = dict(zip(ROUTERS.checkpoints, right, strict=True))
+    layers = [layer for layer in ROUTERS.exit_points if layer + 1 >= min_layers]
+    by_layer = dict(zip(ROUTERS.exit_points, right, strict=True))
     run = [next((layer + 1 for layer in layers if by_layer[layer][n]), 3) for n in range(len(prefixes))]
     assert np.mean(run) < 3, "some token may leave"
     oracles = reference.oracles(ROUTERS, min_layers, 1.5)
@@ -152,11 +152,11 @@ KEPT = row_of(0.9, 0.9, 0.97, 1.005)
 
 
 def test_the_oracle_by_kl_spends_its_limit_where_most_layers_are_saved() -> None:
-    checkpoints = np.asarray([1, 3])  # of 6 layers: leaving saves 4 or 2
+    exit_points = np.asarray([1, 3])  # of 6 layers: leaving saves 4 or 2
     kl = np.asarray([[0.4, 0.1, 9.0], [0.3, 0.1, 0.15]])
 
     def spent(limit: float, min_layers: int = 0) -> tuple[float, float]:
-        depth, found = quality_measures.least_depth(kl, checkpoints, 6, min_layers, limit)
+        depth, found = quality_measures.least_depth(kl, exit_points, 6, min_layers, limit)
         return round(depth * 18), round(found * 3, 6)
 
     assert spent(0.0) == (18, 0.0)

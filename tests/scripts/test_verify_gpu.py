@@ -257,7 +257,7 @@ def test_the_chain_of_conditionals_is_the_step_when_rows_part() -> None:
 
 def test_mixes_come_to_the_depth_that_is_asked_for() -> None:
     model = SimpleNamespace(config=SimpleNamespace(num_layers=32))
-    exits = SimpleNamespace(routers=SimpleNamespace(checkpoints=range(3, 31, 4)))
+    exits = SimpleNamespace(routers=SimpleNamespace(exit_points=range(3, 31, 4)))
     made = gpu_model.Steered(model, exits)
     for wanted, chosen in zip((0.93, 0.93, 0.93, 0.92, 0.9), gpu_decode.mixes(made, 50).values(), strict=True):
         assert chosen.mean() / 32 == pytest.approx(wanted)

@@ -80,11 +80,11 @@ class BruteForce:
                 if not going_on:
                     continue  # it has left: only its keys and values go on
                 x = self._layer(layer, x, position, keys[layer], values[layer])
-                checkpoints = self.routers.checkpoints if self.routers is not None else ()
+                exit_points = self.routers.exit_points if self.routers is not None else ()
                 allowed = position >= max(prompt_length, 1) and layer + 1 >= self.min_layers
-                if state is not None or layer not in checkpoints or not allowed:
+                if state is not None or layer not in exit_points or not allowed:
                     continue
-                c = checkpoints.index(layer)
+                c = exit_points.index(layer)
                 threshold = self.thresholds if isinstance(self.thresholds, float) else self.thresholds[c]
                 score, margin = self._score(c, x), math.inf
                 if self.routers.confidence is not None:
@@ -129,7 +129,7 @@ class BruteForce:
         """What the layer reads of a token that left after layer `left` with x."""
         if self.routers.translators is None or layer == left + 1:
             return x
-        c, entry = self.routers.checkpoints.index(left), self.routers.translators.layers[layer]
+        c, entry = self.routers.exit_points.index(left), self.routers.translators.layers[layer]
         size = math.sqrt(np.mean(x**2) + self.config.norm_eps)
         code = x / size @ np.asarray(self.routers.translators.down[c], np.float64)
         return x + size * (np.asarray(entry.shift[c], np.float64) + code @ np.asarray(entry.up[c], np.float64))

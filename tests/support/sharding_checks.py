@@ -266,7 +266,7 @@ def calibration_splits_the_model(folder: Path) -> None:
     texts = [f"text number {n} of some" for n in range(200)]
     mesh = tide_jax.make_mesh("2x4")
     routers = tide_jax.calibrate(tiny_model(EVEN), ByteTokenizer(), texts, config=config, mesh=mesh)
-    assert routers.checkpoints == (0,)
+    assert routers.exit_points == (0,)
 
 
 def checks(folder: Path) -> dict[str, Callable[[], None]]:

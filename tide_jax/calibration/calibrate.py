@@ -19,7 +19,7 @@ from tide_jax.calibration.router_training import train_routers
 from tide_jax.calibration.translator_fit import fit_translators
 from tide_jax.calibration.tuned_heads import frequent, tune_heads
 from tide_jax.checks import instance_of, path_like
-from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.errors import TideError
 from tide_jax.exits.evaluation import measure_exits
 from tide_jax.exits.router import Candidates, RouterMetadata, Routers, model_identity
@@ -86,16 +86,16 @@ def calibrate(
         raise TideError(f"min_layers={config.min_layers} exceeds the model's {depth} layers; lower it")
     check_ranks(config, model.config.hidden_size)
     config = dataclasses.replace(config, max_length=min(config.max_length, model.config.context_length))
-    checkpoints = checkpoint_layers(model.config.num_layers, config.checkpoint_interval)
-    if not checkpoints:
+    exit_points = exit_point_layers(model.config.num_layers, config.checkpoint_interval)
+    if not exit_points:
         raise TideError(
             f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
             f"{model.config.num_layers} layers; lower it"
         )
     # Read the text, train, and measure.
     samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
-    collected = collect(model, samples, checkpoints, config, progress, work_dir=work_dir, mesh=mesh)
-    routers, labels, held_out = _fit(model, collected, checkpoints, config, progress)
+    collected = collect(model, samples, exit_points, config, progress, work_dir=work_dir, mesh=mesh)
+    routers, labels, held_out = _fit(model, collected, exit_points, config, progress)
     report = _report(model, routers, collected, labels, held_out, config, progress)
     metadata = model_identity(model) | {
         "config": dataclasses.asdict(config),
@@ -117,7 +117,7 @@ def check_ranks(config: CalibrationConfig, width: int) -> None:
 def _fit(
     model: Decoder,
     collected: Collected,
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None,
 ) -> tuple[Routers, Bool[np.ndarray, "C N"], Bool[np.ndarray, "C M"]]:
@@ -130,9 +130,9 @@ def _fit(
             heads = tune_heads(model, heads, splits.heads, splits.validation, config, progress)
     if config.translator_rank is not None:
         translators = fit_translators(
-            model, collected.fitting, checkpoints, config.translator_rank, config.reservoir_bytes, progress
+            model, collected.fitting, exit_points, config.translator_rank, config.reservoir_bytes, progress
         )
-    routers = Routers((), heads, checkpoints, translators)
+    routers = Routers((), heads, exit_points, translators)
     # Routers. A part of their tokens is held back for the second look.
     labels = label_tokens(model, routers, splits.routers, config, progress)
     held_out = label_tokens(model, routers, splits.validation, config, progress)
@@ -164,36 +164,36 @@ def _report(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Measurements on the validation split: by exit point from its states, by threshold with the engine's own pass."""
-    depth, checkpoints = model.config.num_layers, routers.checkpoints
+    depth, exit_points = model.config.num_layers, routers.exit_points
     states = collected.splits.validation.states
     scores = final_scores(model, routers, states)
-    by_checkpoint = [
+    by_exit_point = [
         {
             "layer": layer,
             "agreement": float(held_out[c].mean()),
             "positives_in_training": float(labels[c].mean()),
             "auc": auc(scores[c], held_out[c]),
         }
-        for c, layer in enumerate(checkpoints)
+        for c, layer in enumerate(exit_points)
     ]
     dials = sorted({*SWEEP, config.exit_threshold})
     exits = measure_exits(model, routers, collected.held_out, dials, config.min_layers, progress)
     for row in exits:
-        alone = expected_exits(scores, held_out, checkpoints, depth, row["threshold"], config.min_layers)
+        alone = expected_exits(scores, held_out, exit_points, depth, row["threshold"], config.min_layers)
         row["label_agreement"] = alone["agreement"]
     return {
         "counts": collected.counts | _kept(collected.splits),
         "label": config.label,
-        "checkpoints": by_checkpoint,
+        "exit_points": by_exit_point,
         "exits": exits,
-        "oracle": expected_exits(held_out.astype(np.float32), held_out, checkpoints, depth, 0.5, 0),
+        "oracle": expected_exits(held_out.astype(np.float32), held_out, exit_points, depth, 0.5, 0),
     }
 
 
 def expected_exits(
     scores: Float[np.ndarray, "C M"],
     labels: Bool[np.ndarray, "C M"],
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
     num_layers: int,
     threshold: float,
     min_layers: int,
@@ -207,18 +207,18 @@ def expected_exits(
       Share of tokens that exit, mean depth, the share of tokens with a true label at their exit (full depth counts as
       true), and the share of tokens that exit at each layer.
     """
-    allowed = np.asarray([layer + 1 >= min_layers for layer in checkpoints])
+    allowed = np.asarray([layer + 1 >= min_layers for layer in exit_points])
     leaves = (scores > threshold) & allowed[:, None]
     exits = leaves.any(axis=0)
     first = leaves.argmax(axis=0)
-    layers = np.where(exits, np.asarray(checkpoints)[first] + 1, num_layers)
+    layers = np.where(exits, np.asarray(exit_points)[first] + 1, num_layers)
     right = np.where(exits, labels[first, np.arange(labels.shape[1])], True)
     return {
         "threshold": float(threshold),
         "exit_rate": float(exits.mean()),
         "depth": float(layers.mean() / num_layers),
         "agreement": float(right.mean()),
-        "exits_by_layer": {str(layer): float((exits & (first == c)).mean()) for c, layer in enumerate(checkpoints)},
+        "exits_by_layer": {str(layer): float((exits & (first == c)).mean()) for c, layer in enumerate(exit_points)},
     }
 
 

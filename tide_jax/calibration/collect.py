@@ -125,7 +125,7 @@ def _sample(tokenizer: Any, text: Any, number: int) -> Sample:
 def collect(
     model: Decoder,
     samples: Iterable[Sample],
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None = None,
     *,
@@ -139,7 +139,7 @@ def collect(
     Args:
       model: the decoder.
       samples: tokenised texts.
-      checkpoints: layers of the exit points.
+      exit_points: layers of the exit points.
       config: calibration settings.
       progress: called with (stage, done, total).
       work_dir: see `tide_jax.calibrate`.
@@ -157,10 +157,10 @@ def collect(
     owners, seen = assign(texts, _shares(config))
     _check_enough(seen, counts, config)
     # Plan the pass, and run what the folder does not have yet.
-    folder = None if work_dir is None else WorkFolder(work_dir, _identity(model, texts, checkpoints, config))
-    splits = _reservoirs(model, len(checkpoints), seen, config, folder)
+    folder = None if work_dir is None else WorkFolder(work_dir, _identity(model, texts, exit_points, config))
+    splits = _reservoirs(model, len(exit_points), seen, config, folder)
     plan = ReadingPlan.of(texts, owners, splits, config, widths=placement.widths, shards=placement.shards)
-    _read(placement, model, plan, splits, checkpoints, folder, progress)
+    _read(placement, model, plan, splits, exit_points, folder, progress)
     # Draw the texts that are kept whole.
     rng, fitted = np.random.default_rng(config.seed), _HEADS if seen[_HEADS] else _ROUTERS
     counted = (_VALIDATION, np.clip(len(texts) // 12, *HELD_OUT_TEXTS)), (fitted, FITTING_TEXTS)
@@ -182,13 +182,13 @@ def _batch(texts: list[Sample], config: CalibrationConfig) -> Batch:
 
 
 def _identity(
-    model: Decoder, texts: list[Sample], checkpoints: tuple[int, ...], config: CalibrationConfig
+    model: Decoder, texts: list[Sample], exit_points: tuple[int, ...], config: CalibrationConfig
 ) -> dict[str, Any]:
     """Everything that determines the result of a reading pass; the work folder stores it."""
     names = ("max_length", "batch_size", "reservoir_bytes", "seed")
     return {
         "model": f"{fingerprint(model)} in {model.precision}",
-        "checkpoints": list(checkpoints),
+        "exit_points": list(exit_points),
         "configuration": {name: getattr(config, name) for name in names} | {"shares": list(_shares(config))},
         "text": digest(texts),
     }
@@ -234,7 +234,7 @@ def _read(
     model: Decoder,
     plan: ReadingPlan,
     splits: Splits,
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
     folder: WorkFolder | None,
     progress: Progress | None,
 ) -> None:
@@ -261,7 +261,7 @@ def _read(
     for number in range(first, len(plan.batches)):
         inputs = (placement.split(array) for array in plan.inputs(number, _CHUNK))
         with mesh_context(placement.mesh):
-            out = _run(placed, *inputs, checkpoints=checkpoints)
+            out = _run(placed, *inputs, exit_points=exit_points)
         jax.tree.map(lambda array: array.copy_to_host_async(), out)
         waiting.append((number, out))
         if len(waiting) == 2:
@@ -304,7 +304,7 @@ def _states(
     positions: Int[Array, "B T"],
     picked: Int[Array, "S K N"],
     *,
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
 ) -> _States:
     """States of picked tokens.
 
@@ -313,7 +313,7 @@ def _states(
       tokens: token ids.
       positions: position of each token, -1 for padding.
       picked: places of the picked tokens within each of S equal parts of the batch, in K chunks of N.
-      checkpoints: layers of the exit points.
+      exit_points: layers of the exit points.
     """
     shards, chunks, count = picked.shape
 
@@ -322,7 +322,7 @@ def _states(
         return take(x.reshape(shards, -1, x.shape[-1]), picked.reshape(shards, -1))
 
     residuals = [x for x, _ in model.layer_outputs(tokens, positions, None)]
-    states = [_normed(model, pick(residuals[layer])) for layer in checkpoints]
+    states = [_normed(model, pick(residuals[layer])) for layer in exit_points]
     last = pick(residuals[-1])
     rows = model.final_norm(last).reshape(shards, chunks, count, last.shape[-1]).swapaxes(0, 1)
     # One chunk's logits at a time.
@@ -330,7 +330,7 @@ def _states(
     return _States(jnp.stack(states), _normed(model, last), targets.swapaxes(0, 1).reshape(-1))
 
 
-_run = jax.jit(_states, static_argnames="checkpoints")
+_run = jax.jit(_states, static_argnames="exit_points")
 
 
 def _normed(model: Decoder, x: Float[Array, "S M D"]) -> Float16[Array, "N D"]:

@@ -55,33 +55,33 @@ def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C 
     """Scores that exit thresholds apply to, for RMS-normed states."""
     bare = routers.without_metadata()
 
-    def scores(checkpoint: int) -> np.ndarray:
-        return in_chunks(lambda chunk: _scores(model, bare, chunk, checkpoint=checkpoint), states[checkpoint])
+    def scores(exit_point: int) -> np.ndarray:
+        return in_chunks(lambda chunk: _scores(model, bare, chunk, exit_point=exit_point), states[exit_point])
 
     return np.stack([scores(c) for c in range(len(states))])
 
 
-def _score(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, " N"]:
-    return exit_scores(model, routers, checkpoint, states.astype(model.dtype)).scores[0]
+def _score(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, " N"]:
+    return exit_scores(model, routers, exit_point, states.astype(model.dtype)).scores[0]
 
 
-_scores = jax.jit(_score, static_argnames="checkpoint")
+_scores = jax.jit(_score, static_argnames="exit_point")
 
 
 def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
     bare = routers.without_metadata()
-    return jnp.asarray(in_chunks(lambda chunk: _features(model, bare, chunk, checkpoint=c), states))
+    return jnp.asarray(in_chunks(lambda chunk: _features(model, bare, chunk, exit_point=c), states))
 
 
-def _compute(model: Decoder, routers: Routers, states: Array, *, checkpoint: int) -> Float[Array, "N F"]:
+def _compute(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, "N F"]:
     assert routers.candidates is not None
     x, eps = states.astype(model.dtype), model.config.norm_eps
-    first = router_scores(x, *routers.routers[checkpoint], eps=eps)
-    out = model.final_norm(routers.exit_state(checkpoint, x[None], eps=eps))
+    first = router_scores(x, *routers.routers[exit_point], eps=eps)
+    out = model.final_norm(routers.exit_state(exit_point, x[None], eps=eps))
     return features(model, routers.candidates.rows, out, first[None])[0]
 
 
-_features = jax.jit(_compute, static_argnames="checkpoint")
+_features = jax.jit(_compute, static_argnames="exit_point")
 
 
 def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:

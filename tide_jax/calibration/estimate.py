@@ -11,7 +11,7 @@ from tide_jax.calibration.confidence_training import HELD_BACK
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.calibration.translator_fit import TOKENS
 from tide_jax.calibration.tuned_heads import BATCH, VOCABULARY
-from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import abstract_parameters
 
@@ -110,7 +110,7 @@ def estimate_calibration(
     config = config or CalibrationConfig()
     # Sizes: exit points, sampled tokens of each split, operations for a token.
     size, machine = model.hidden_size, accelerator
-    count = len(checkpoint_layers(model.num_layers, config.checkpoint_interval))
+    count = len(exit_point_layers(model.num_layers, config.checkpoint_interval))
     kept = min(tokens, config.reservoir_bytes // Reservoir.bytes_per_token(count, size))
     validation = config.validation_fraction * kept
     affine = config.exit_strategy != "identity"
@@ -169,7 +169,7 @@ def estimate_calibration(
         "assumptions": {
             "model": f"{model.num_layers} layers of width {size}, {(body + head) / 1e9:.1f} GFLOP a token",
             "text": f"{texts} texts, {tokens} tokens, {padding:.2f} x as many with padding",
-            "kept": f"states of {int(kept)} tokens at {count} checkpoints",
+            "kept": f"states of {int(kept)} tokens at {count} exit points",
             "accelerator": machine._asdict(),
             "left out": "loading the model, tokenising, compilation; transfers and products take turns",
         },
@@ -180,13 +180,13 @@ def _translators(model: DecoderConfig, config: CalibrationConfig) -> tuple[float
     """Number of pairs of exit point and later layer, operations of the eigenproblems, bytes of the sampled states."""
     if config.translator_rank is None:
         return 0.0, 0.0, 0.0
-    checkpoints, size = checkpoint_layers(model.num_layers, config.checkpoint_interval), model.hidden_size
-    pairs = sum(model.num_layers - c - 2 for c in checkpoints)
-    return float(pairs), len(checkpoints) * 12.0 * size**3, pairs * _translator_tokens(model, config) * 4.0 * size
+    exit_points, size = exit_point_layers(model.num_layers, config.checkpoint_interval), model.hidden_size
+    pairs = sum(model.num_layers - c - 2 for c in exit_points)
+    return float(pairs), len(exit_points) * 12.0 * size**3, pairs * _translator_tokens(model, config) * 4.0 * size
 
 
 def _translator_tokens(model: DecoderConfig, config: CalibrationConfig) -> int:
-    layers = model.num_layers - checkpoint_layers(model.num_layers, config.checkpoint_interval)[0] - 1
+    layers = model.num_layers - exit_point_layers(model.num_layers, config.checkpoint_interval)[0] - 1
     return max(MIN_TOKENS, min(TOKENS, config.reservoir_bytes // (layers * (2 * model.hidden_size + 4))))
 
 

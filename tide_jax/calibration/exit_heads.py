@@ -127,10 +127,10 @@ def label_tokens(
     return labels
 
 
-def exit_argmax(model: Decoder, routers: Routers, checkpoint: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
+def exit_argmax(model: Decoder, routers: Routers, exit_point: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
     """Argmax token of each state if it exits at this exit point, int32 [N]."""
     bare = routers.without_metadata()
-    return in_chunks(lambda chunk: _argmax(model, bare, chunk, checkpoint=checkpoint), states)
+    return in_chunks(lambda chunk: _argmax(model, bare, chunk, exit_point=exit_point), states)
 
 
 def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
@@ -145,13 +145,13 @@ def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D
     return np.concatenate(parts)[: len(states)]
 
 
-def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, checkpoint: int) -> Array:
+def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, exit_point: int) -> Array:
     x = states.astype(model.dtype)[None]
-    out = model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+    out = model.final_norm(routers.exit_state(exit_point, x, eps=model.config.norm_eps))
     return jnp.argmax(model.logits(out)[0], axis=-1).astype(jnp.int32)
 
 
-_argmax = jax.jit(_argmax_of, static_argnames="checkpoint")
+_argmax = jax.jit(_argmax_of, static_argnames="exit_point")
 
 
 def _cosine(sample: Reservoir, c: int) -> np.ndarray:

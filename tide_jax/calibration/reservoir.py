@@ -24,26 +24,26 @@ class Reservoir:
 
     Args:
       capacity: most tokens kept.
-      checkpoints: number of exit points C.
+      exit_points: number of exit points C.
       size: hidden size D.
       seed: determines which tokens are kept.
       allocate: allocates the three arrays; by default in memory.
     """
 
     def __init__(
-        self, capacity: int, checkpoints: int, size: int, *, seed: int, allocate: Allocate | None = None
+        self, capacity: int, exit_points: int, size: int, *, seed: int, allocate: Allocate | None = None
     ) -> None:
         allocate = allocate or (lambda _, shape, dtype: np.empty(shape, dtype))
-        self._states = allocate("states", (checkpoints, capacity, size), np.float16)
+        self._states = allocate("states", (exit_points, capacity, size), np.float16)
         self._last = allocate("last", (capacity, size), np.float16)
         self._targets = allocate("targets", (capacity,), np.int32)
         self._rng = np.random.default_rng(seed)
         self.seen = 0
 
     @staticmethod
-    def bytes_per_token(checkpoints: int, size: int) -> int:
+    def bytes_per_token(exit_points: int, size: int) -> int:
         """Bytes of memory for each kept token."""
-        return 2 * size * (checkpoints + 1) + 4
+        return 2 * size * (exit_points + 1) + 4
 
     def offer(self, count: int) -> Int[np.ndarray, " N"]:
         """Offers `count` more tokens; returns the slot of each, -1 for tokens that are not kept.

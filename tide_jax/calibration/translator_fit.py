@@ -40,7 +40,7 @@ class LayerInputs(NamedTuple):
 def fit_translators(
     model: Decoder,
     batches: Sequence[Batch],
-    checkpoints: tuple[int, ...],
+    exit_points: tuple[int, ...],
     rank: int,
     max_bytes: int,
     progress: Progress | None = None,
@@ -54,7 +54,7 @@ def fit_translators(
     Args:
       model: the decoder.
       batches: text that the routers are not trained on.
-      checkpoints: layers of the exit points.
+      exit_points: layers of the exit points.
       rank: rank of the maps; 0 fits the shifts only.
       max_bytes: memory for the sampled states; at least `MIN_TOKENS` tokens are used in any case.
       progress: called with (stage, done, total).
@@ -63,18 +63,18 @@ def fit_translators(
       Translators rounded to float16 values, so that saving them changes nothing.
     """
     # Sample the inputs of all later layers, then fit the maps from one exit point at a time.
-    inputs = _layer_inputs(model, batches, checkpoints[0] + 1, max_bytes)
+    inputs = _layer_inputs(model, batches, exit_points[0] + 1, max_bytes)
     depth, down = model.config.num_layers, list[Array]()
     shifts: list[list[np.ndarray]] = [[] for _ in range(depth)]
     ups: list[list[np.ndarray]] = [[] for _ in range(depth)]
-    for number, checkpoint in enumerate(checkpoints):
-        reading, layers = _fit(inputs, checkpoint, depth, rank)
+    for number, exit_point in enumerate(exit_points):
+        reading, layers = _fit(inputs, exit_point, depth, rank)
         down.append(jnp.asarray(reading))
         for layer, (shift, up) in layers.items():
             shifts[layer].append(shift)
             ups[layer].append(up)
         if progress is not None:
-            progress("fitting translators", number + 1, len(checkpoints))
+            progress("fitting translators", number + 1, len(exit_points))
     # Group the maps by the layer they lead to, as `Translators` stores them.
     entries = [
         LayerTranslators(jnp.asarray(np.stack(shifts[i])), jnp.asarray(np.stack(ups[i]))) if shifts[i] else None
@@ -108,16 +108,16 @@ def _run(model: Decoder, batch: Batch, *, first: int) -> tuple[Float16[Array, "L
 
 
 def _fit(
-    inputs: LayerInputs, checkpoint: int, depth: int, rank: int
+    inputs: LayerInputs, exit_point: int, depth: int, rank: int
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
     """`down` of one exit point, and (shift, up) of each later layer but the next, which reads the exit state itself."""
     # The exit state is the input of the next layer.
-    x = jnp.asarray(inputs.states[checkpoint + 1 - inputs.first], jnp.float32)
+    x = jnp.asarray(inputs.states[exit_point + 1 - inputs.first], jnp.float32)
     mean_x = jnp.mean(x, axis=0)
     gram = _gram(x, mean_x)
     # Find the directions that all later layers share.
-    layers = range(checkpoint + 2, depth)
-    crosses = {layer: _cross(x, mean_x, _target(inputs, checkpoint, layer, x)) for layer in layers}
+    layers = range(exit_point + 2, depth)
+    crosses = {layer: _cross(x, mean_x, _target(inputs, exit_point, layer, x)) for layer in layers}
     down = _directions(gram, list(crosses.values()), rank)
     down = jnp.asarray(round_half(np.asarray(down)))
     # With a whitened code, `up` is a covariance; the shift makes up for the means.
@@ -129,9 +129,9 @@ def _fit(
     return np.asarray(down), fitted
 
 
-def _target(inputs: LayerInputs, checkpoint: int, layer: int, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def _target(inputs: LayerInputs, exit_point: int, layer: int, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Sum of what the layers in between added, in units of the exit state's root mean square."""
-    source, i = checkpoint + 1 - inputs.first, layer - inputs.first
+    source, i = exit_point + 1 - inputs.first, layer - inputs.first
     ratio = jnp.asarray(inputs.scales[i] / inputs.scales[source], jnp.float32)
     return jnp.asarray(inputs.states[i], jnp.float32) * ratio[:, None] - x
 

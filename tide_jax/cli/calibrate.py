@@ -87,9 +87,9 @@ def _add_promise(group: Any) -> None:
     group.add_argument(
         "--threshold-tilt",
         type=float,
-        help="0 to 1: how much surer a deep checkpoint has to be than a shallow one, in the promise's runs (0)",
+        help="0 to 1: how much surer a deep exit point has to be than a shallow one, in the promise's runs (0)",
     )
-    group.add_argument("--per-checkpoint", action="store_true", default=None, help="a threshold for each checkpoint")
+    group.add_argument("--per-exit-point", action="store_true", default=None, help="a threshold for each exit point")
     group.add_argument(
         "--guarantee-texts",
         type=int,
@@ -146,7 +146,7 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
 def _promise(args: argparse.Namespace) -> Promise | None:
     from tide_jax.risk.promise import Promise
 
-    dials = ("delta", "loss", "per_checkpoint", "kv_strategy", "threshold_tilt", "guarantee_texts")
+    dials = ("delta", "loss", "per_exit_point", "kv_strategy", "threshold_tilt", "guarantee_texts")
     given = {name: getattr(args, name) for name in dials if getattr(args, name) is not None}
     if args.risk is not None:
         return Promise(args.risk, **given)
@@ -227,9 +227,9 @@ def calibration_summary(routers: Routers, num_layers: int) -> str:
         f"{counts['texts']} texts, {counts['tokens']} tokens; trained on {counts['routers_tokens']}, "
         f"measured on {counts['validation_tokens']} held out",
         "",
-        "checkpoint  agreement  positives in training    AUC",
+        "exit point  agreement  positives in training    AUC",
     ]
-    for row in report["checkpoints"]:
+    for row in report["exit_points"]:
         auc = "    -" if row["auc"] is None else f"{row['auc']:.3f}"
         rates = f"{row['agreement']:.3f}                  {row['positives_in_training']:.3f}"
         lines.append(f"  layer {row['layer']:3d}      {rates}  {auc}")

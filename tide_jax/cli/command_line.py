@@ -22,7 +22,6 @@ from tide_jax.errors import TideError, out_of_memory
 BAD_INPUT, BROKEN_PIPE = 2, 141  # 141 as for a program that SIGPIPE ends
 _FLAGS = {
     "calibration_samples": "samples",
-    "exit_threshold": "threshold",
     "rate": "audit",
     "router_bottleneck_dim": "bottleneck",
 }

@@ -29,7 +29,7 @@ def add_command(subparsers: Any) -> None:
         "generate",
         "continue prompts, with exits where routers are given",
         '  tide-jax generate smollm2 --prompt "What is a volcano?"\n'
-        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --threshold 0.9\n'
+        '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --exit-threshold 0.9\n'
         '  tide-jax generate smollm2 --prompt "What is a volcano?" --routers routers.safetensors --audit 1\n'
         '  tide-jax generate smollm2 --prompt "Repeat after me: ..." --mode lossless\n'
         '  tide-jax generate smollm2 --raw --prompt "The capital of France is" --temperature 0.7 --seed 1 --json\n',
@@ -42,15 +42,14 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
     parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
     parser.add_argument(
-        "--threshold",
+        "--exit-threshold",
         type=float,
-        dest="exit_threshold",
         help="a token exits above this router score (the one promised in the router file, else 0.85)",
     )
     parser.add_argument(
         "--threshold-tilt",
         type=float,
-        help="0 to 1: how much surer a deep checkpoint has to be than a shallow one (the router file's, else 0)",
+        help="0 to 1: how much surer a deep exit point has to be than a shallow one (the router file's, else 0)",
     )
     parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
     parser.add_argument(
@@ -150,8 +149,7 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
     if args.routers is None and args.checkpoint_interval is not None:
         raise TideError("--checkpoint-interval checks a router file; it needs --routers")
     if args.routers is None and given:
-        option = "threshold" if "exit_threshold" in given else next(iter(given)).replace("_", "-")
-        raise TideError(f"--{option} says how tokens exit; it needs --routers")
+        raise TideError(f"--{next(iter(given)).replace('_', '-')} says how tokens exit; it needs --routers")
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 

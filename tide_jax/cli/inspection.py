@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tide_jax.config import CalibrationConfig, checkpoint_layers
+from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.exits.router import Routers
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters, abstract_stored, rounded_axes
@@ -20,7 +20,7 @@ _EXPERT_HEADS = (".attention.q", ".attention.out")
 
 
 def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
-    """Facts about a model as JSON-ready values: configuration, checkpoints, parameter and router bytes.
+    """Facts about a model as JSON-ready values: configuration, exit points, parameter and router bytes.
 
     "bytes_read" counts the weights that a token reads at full depth, in their stored format: those of all layers, of
     each only the chosen experts, and those of the head. "stored" is the precision of a converted directory; None for
@@ -31,7 +31,7 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
     """
     CalibrationConfig(checkpoint_interval=interval, router_bottleneck_dim=bottleneck)
     config = load_config(source)
-    checkpoints = checkpoint_layers(config.num_layers, interval)
+    exit_points = exit_point_layers(config.num_layers, interval)
     parameters = sum(math.prod(shape) for shape in abstract_parameters(config).values())
     return {
         "model_type": config.model_type,
@@ -48,10 +48,10 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
         "bytes_read": bytes_read(config),
         "kept_as_floats": kept_as_floats(abstract_parameters(config), rounded_axes(config)),
         "checkpoint_interval": interval,
-        "checkpoints": list(checkpoints),
-        "router_file_bytes": router_bytes(config, len(checkpoints), bottleneck),
-        "affine_head_file_bytes": len(checkpoints) * config.hidden_size * (config.hidden_size + 1) * _FLOAT16,
-        "translator_bytes": translator_bytes(config, checkpoints, CalibrationConfig.translator_rank or 0),
+        "exit_points": list(exit_points),
+        "router_file_bytes": router_bytes(config, len(exit_points), bottleneck),
+        "affine_head_file_bytes": len(exit_points) * config.hidden_size * (config.hidden_size + 1) * _FLOAT16,
+        "translator_bytes": translator_bytes(config, exit_points, CalibrationConfig.translator_rank or 0),
         "config": config.to_dict(),
     }
 
@@ -79,13 +79,13 @@ def router_bytes(config: DecoderConfig, count: int, bottleneck: int) -> int:
     return count * (config.hidden_size * bottleneck * _INT8 + (3 * bottleneck + 1) * _FLOAT32)
 
 
-def translator_bytes(config: DecoderConfig, checkpoints: tuple[int, ...], rank: int) -> int:
+def translator_bytes(config: DecoderConfig, exit_points: tuple[int, ...], rank: int) -> int:
     """Tensor bytes that translators add to the affine heads' file.
 
-    Each checkpoint has one map out of it; each layer has one map from each checkpoint at least two layers before it.
+    Each exit point has one map out of it; each layer has one map from each exit point at least two layers before it.
     """
-    maps = sum(c + 1 < layer for c in checkpoints for layer in range(config.num_layers))
-    return config.hidden_size * (len(checkpoints) * rank + maps * (rank + 1)) * _FLOAT16
+    maps = sum(c + 1 < layer for c in exit_points for layer in range(config.num_layers))
+    return config.hidden_size * (len(exit_points) * rank + maps * (rank + 1)) * _FLOAT16
 
 
 def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
     metadata, exits = routers.metadata.to_dict(), routers.exit_config
     return {
         "files": {str(path): path.stat().st_size},
-        "checkpoints": list(routers.checkpoints),
+        "exit_points": list(routers.exit_points),
         "exit_strategy": routers.exit_strategy,
         "translators": routers.translators is not None,
         "second_look": routers.confidence is not None,
@@ -109,7 +109,7 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
 
 def text_table(facts: dict[str, Any]) -> str:
     """The facts as aligned lines of text."""
-    size, checkpoints = facts["bytes"], ", ".join(map(str, facts["checkpoints"])) or "none"
+    size, exit_points = facts["bytes"], ", ".join(map(str, facts["exit_points"])) or "none"
     heads = f"{facts['heads']} heads, {facts['kv_heads']} for keys and values"
     rows = {
         "family": facts["model_type"],
@@ -120,13 +120,13 @@ def text_table(facts: dict[str, Any]) -> str:
         "parameters": f"{facts['parameters'] / 1e6:,.1f} million: {_megabytes(size['float32'])} in float32, "
         f"{_megabytes(size['bfloat16'])} in bfloat16",
         "reads": _reads(facts),
-        "checkpoints": f"after layers {checkpoints} (every {facts['checkpoint_interval']})",
+        "exit_points": f"after layers {exit_points} (every {facts['checkpoint_interval']})",
         "router file": f"{_megabytes(facts['router_file_bytes'])}, affine exit heads "
         f"{_megabytes(facts['affine_head_file_bytes'])}, translators {_megabytes(facts['translator_bytes'])}",
     }
     if "routers" in facts:
         routers = facts["routers"]
-        layers = ", ".join(map(str, routers["checkpoints"]))
+        layers = ", ".join(map(str, routers["exit_points"]))
         parts = {"second_look": "a second look", "translators": "translators for skipped layers"}
         found = "".join(f", with {part}" for name, part in parts.items() if routers[name])
         rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}{found}, fitted to {routers['data']}"

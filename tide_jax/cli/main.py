@@ -48,7 +48,7 @@ def _add_inspect(subparsers: Any) -> None:
     parser = model_command(
         subparsers,
         "inspect",
-        "say what a model is: architecture, checkpoints, sizes",
+        "say what a model is: architecture, exit points, sizes",
         "  tide-jax inspect smollm2\n  tide-jax inspect smollm2 --checkpoint-interval 3 --json\n"
         "  tide-jax inspect smollm2 --routers routers.safetensors\n",
         _inspect,

@@ -40,7 +40,7 @@ class ExitAnswers(NamedTuple):
 def second_look(
     model: Decoder,
     routers: Routers,
-    checkpoint: int,
+    exit_point: int,
     x: Float[Array, "B T D"],
     first: Float[Array, "B T"],
     *,
@@ -50,15 +50,15 @@ def second_look(
     """Final scores and exit states of tokens with residual stream `x` and router score `first`.
 
     Args:
-      checkpoint: index of the exit point.
+      exit_point: index of the exit point.
       passed: tokens that passed the router's screen; results of the others are undefined. Default: all.
       implementation: of the exit projection, see `pallas_kernels`.
     """
     passed = jnp.ones(first.shape, bool) if passed is None else passed
-    states = _exit_states(model, routers, checkpoint, x, passed, implementation)
+    states = _exit_states(model, routers, exit_point, x, passed, implementation)
     if routers.confidence is None or routers.candidates is None:
         return ExitAnswers(first, states)
-    confidence = routers.confidence[checkpoint]
+    confidence = routers.confidence[exit_point]
     scores = jax.nn.sigmoid(confidence.logit(features(model, routers.candidates.rows, states, first)))
     return ExitAnswers(jnp.where(first > confidence.screens[0], scores, 0.0), states)
 
@@ -66,19 +66,19 @@ def second_look(
 def _exit_states(
     model: Decoder,
     routers: Routers,
-    checkpoint: int,
+    exit_point: int,
     x: Float[Array, "B T D"],
     passed: Bool[Array, "B T"],
     implementation: str | None,
 ) -> Float[Array, "B T D"]:
     """Final-normed exit states of tokens that passed the screen."""
     if on_mesh():  # the modules gather the exit head's channels before the norm; the kernel doesn't
-        return model.final_norm(routers.exit_state(checkpoint, x, eps=model.config.norm_eps))
+        return model.final_norm(routers.exit_state(exit_point, x, eps=model.config.norm_eps))
     config, norm, rows = model.config, model.final_norm, x.reshape(-1, x.shape[-1])
     learned = (getattr(norm, name, None) for name in ("scale", "bias"))
     states = exit_project(
         rows,
-        None if routers.heads is None else AffineHead(*routers.heads[checkpoint]),
+        None if routers.heads is None else AffineHead(*routers.heads[exit_point]),
         FinalNorm(*(None if parameter is None else parameter[...] for parameter in learned)),
         passed.reshape(-1),
         jnp.zeros_like(rows),
@@ -90,10 +90,10 @@ def _exit_states(
     return states.reshape(x.shape)
 
 
-def exit_scores(model: Decoder, routers: Routers, checkpoint: int, x: Float[Array, "N D"]) -> ExitAnswers:
+def exit_scores(model: Decoder, routers: Routers, exit_point: int, x: Float[Array, "N D"]) -> ExitAnswers:
     """Final scores ``[1, N]`` and exit states ``[1, N, D]`` of tokens, running router and second look."""
-    first = router_scores(x, *routers.routers[checkpoint], eps=model.config.norm_eps)
-    return second_look(model, routers, checkpoint, x[None], first[None])
+    first = router_scores(x, *routers.routers[exit_point], eps=model.config.norm_eps)
+    return second_look(model, routers, exit_point, x[None], first[None])
 
 
 def features(

@@ -57,21 +57,21 @@ def measure_exits(
         exits = Exits.uniform(bare, threshold, min_layers)
         outputs = [_argmax_with_exits(model, batch, exits) for batch in batches]
         found, layers = (np.concatenate([np.asarray(o[i]).reshape(-1) for o in outputs])[counted] for i in (0, 1))
-        results.append(_row(threshold, layers, found == wanted, routers.checkpoints, model.config.num_layers))
+        results.append(_row(threshold, layers, found == wanted, routers.exit_points, model.config.num_layers))
         if progress is not None:
             progress("measuring exits", done, len(thresholds))
     return results
 
 
 def _row(
-    threshold: float, layers: np.ndarray, agrees: np.ndarray, checkpoints: tuple[int, ...], num_layers: int
+    threshold: float, layers: np.ndarray, agrees: np.ndarray, exit_points: tuple[int, ...], num_layers: int
 ) -> dict[str, Any]:
     return {
         "threshold": float(threshold),
         "exit_rate": float((layers < num_layers - 1).mean()),
         "depth": float((layers + 1).mean() / num_layers),
         "agreement": float(agrees.mean()),
-        "exits_by_layer": {str(layer): float((layers == layer).mean()) for layer in checkpoints},
+        "exits_by_layer": {str(layer): float((layers == layer).mean()) for layer in exit_points},
     }
 
 

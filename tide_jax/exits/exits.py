@@ -42,7 +42,7 @@ class Exits:
     @classmethod
     def uniform(cls, routers: Routers, threshold: ArrayLike, min_layers: ArrayLike = 0, **static: Any) -> Exits:
         """The same threshold at every exit point. `static`: the other fields."""
-        thresholds = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (len(routers.checkpoints),))
+        thresholds = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (len(routers.exit_points),))
         return cls(routers, thresholds, jnp.asarray(min_layers, jnp.int32), **static)
 
     @property

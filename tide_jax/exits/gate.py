@@ -54,26 +54,26 @@ class TokenState(NamedTuple):
 
 
 def decide(
-    model: Decoder, exits: Exits, checkpoint: int, state: TokenState, may_exit: Bool[Array, "B T"]
+    model: Decoder, exits: Exits, exit_point: int, state: TokenState, may_exit: Bool[Array, "B T"]
 ) -> TokenState:
     """Lets tokens exit at an exit point: records the layer they ran and computes their output states.
 
     Args:
-      checkpoint: index of the exit point, which all active tokens have just run.
+      exit_point: index of the exit point, which all active tokens have just run.
     """
     # Stage 1: score the active tokens with the router. With a second look, its screen is the threshold.
     shape, x = state.active.shape, state.newest
-    router = exits.routers.routers[checkpoint]
-    looks, threshold = exits.routers.confidence, exits.thresholds[checkpoint]
+    router = exits.routers.routers[exit_point]
+    looks, threshold = exits.routers.confidence, exits.thresholds[exit_point]
     step = exit_step(
         x.reshape(-1, x.shape[-1]),
         router.down,
         router.down_bias,
         router.up,
         router.up_bias,
-        threshold if looks is None else looks[checkpoint].screen(threshold),
+        threshold if looks is None else looks[exit_point].screen(threshold),
         ExitRows(*(a.reshape(-1) for a in (state.active, may_exit, state.exit_layers))),
-        layer=exits.routers.checkpoints[checkpoint],
+        layer=exits.routers.exit_points[exit_point],
         min_layers=exits.min_layers,
         eps=model.config.norm_eps,
         implementation=exits.implementation,
@@ -84,7 +84,7 @@ def decide(
     def exit_some(state: TokenState) -> TokenState:
         # Stage 2: score the tokens that passed; those above the threshold keep their output state and stop.
         answers = second_look(
-            model, exits.routers, checkpoint, x, first, passed=passed, implementation=exits.implementation
+            model, exits.routers, exit_point, x, first, passed=passed, implementation=exits.implementation
         )
         exiting = passed & (answers.scores > threshold)
         leaving = exiting[:, :, None]
@@ -92,7 +92,7 @@ def decide(
         state = state._replace(active=state.active & ~exiting)
         if state.code is None or exits.routers.translators is None:
             return state
-        code = exits.routers.translators.code(checkpoint, x, eps=model.config.norm_eps)
+        code = exits.routers.translators.code(exit_point, x, eps=model.config.norm_eps)
         return state._replace(code=jnp.where(leaving, code, state.code))
 
     # Skip stage 2 if no token passed.
@@ -104,7 +104,7 @@ def exit_input(model: Decoder, exits: Exits | None, layer: int, state: TokenStat
     translators = None if exits is None else exits.routers.translators
     if exits is None or translators is None or state.code is None:
         return state.x
-    number = jnp.searchsorted(jnp.asarray(exits.routers.checkpoints, jnp.int32), state.exit_layers)
+    number = jnp.searchsorted(jnp.asarray(exits.routers.exit_points, jnp.int32), state.exit_layers)
     return translators.translate(layer, state.x, state.code, number, eps=model.config.norm_eps)
 
 

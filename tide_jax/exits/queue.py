@@ -184,7 +184,7 @@ def init_cache(
     if exits is None or not exits.queues:
         return empty_cache(config, batch, capacity, dtype)
     # The newest slots are rewritten when their deep layers run. Empty slots before the first token keep them inside.
-    ahead, groups = queue_length - 1, len(exits.routers.checkpoints) + 1
+    ahead, groups = queue_length - 1, len(exits.routers.exit_points) + 1
     left = None
     if exits.projects_later:
         nowhere = jnp.full((batch, queue_length), -1, jnp.int32)
@@ -200,7 +200,7 @@ def check_cache(cache: KVCache, exits: Exits | None) -> None:
     fits = (pending is not None) == wanted
     if pending is not None and exits is not None and wanted:
         code_size = exits.code_size if exits.projects_later else None
-        fits = (len(pending.ran), pending.code_size) == (len(exits.routers.checkpoints) + 1, code_size)
+        fits = (len(pending.ran), pending.code_size) == (len(exits.routers.exit_points) + 1, code_size)
     if not fits:
         raise TideError(
             "the cache was made for other exits: tokens wait in it in another way, or not at all; make it with "

@@ -128,7 +128,7 @@ class Routers:
     Attributes:
       routers: one for each exit point.
       heads: one for each exit point with `exit_strategy` "affine"; None with "identity".
-      checkpoints: the exit points: 0-based layers after which a router sits, ascending.
+      exit_points: the exit points: 0-based layers after which a router sits, ascending.
       translators: maps from exit states to the inputs of skipped layers, for projecting keys and values; None uses
         exit states unchanged.
       candidates, confidence: the second look at tokens that pass the router, one network for each exit point; None
@@ -138,7 +138,7 @@ class Routers:
 
     routers: tuple[Router, ...]
     heads: tuple[ExitHead, ...] | None
-    checkpoints: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    exit_points: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     translators: Translators | None = None
     candidates: Candidates | None = None
     confidence: tuple[Confidence, ...] | None = None
@@ -164,13 +164,13 @@ class Routers:
         """ "identity" or "affine"."""
         return "identity" if self.heads is None else "affine"
 
-    def exit_state(self, checkpoint: int, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
-        """Input of the final norm for tokens that exit at exit point number `checkpoint`."""
-        return x if self.heads is None else self.heads[checkpoint](x, eps=eps)
+    def exit_state(self, exit_point: int, x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
+        """Input of the final norm for tokens that exit at exit point `exit_point`."""
+        return x if self.heads is None else self.heads[exit_point](x, eps=eps)
 
-    def scores(self, checkpoint: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
+    def scores(self, exit_point: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
         """Router scores of N tokens, float32."""
-        return router_scores(x, *self.routers[checkpoint], eps=eps)
+        return router_scores(x, *self.routers[exit_point], eps=eps)
 
     def without_metadata(self) -> Routers:
         """The same weights without metadata, so that fits of one shape share compiled programs."""
@@ -184,13 +184,13 @@ class Routers:
         """
         # One tensor for each field, named after its exit point's layer.
         path_like("path", path)
-        metadata = self.metadata.to_dict() | {"checkpoints": list(self.checkpoints)}
+        metadata = self.metadata.to_dict() | {"exit_points": list(self.exit_points)}
         arrays = self._large_arrays() | {
-            f"{c}.{n}": np.asarray(a) for c, r in self._by_checkpoint(self.routers) for n, a in r._asdict().items()
+            f"{c}.{n}": np.asarray(a) for c, r in self._by_exit_point(self.routers) for n, a in r._asdict().items()
         }
         if self.candidates is not None and self.confidence is not None:
             arrays["candidates"] = np.asarray(self.candidates.ids)
-            looks = self._by_checkpoint(self.confidence)
+            looks = self._by_exit_point(self.confidence)
             arrays |= {f"{c}.confidence.{n}": np.asarray(a) for c, look in looks for n, a in look._asdict().items()}
         if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
             raise TideError(f"{path} is not written: tensor {broken[0]} of these routers holds NaN or infinity")
@@ -205,7 +205,7 @@ class Routers:
 
         Raises:
           TideError: the file is missing or damaged, belongs to another model (the message names both), has another
-            checkpoint interval, or holds impossible exit settings or an impossible promise.
+            exit point interval, or holds impossible exit settings or an impossible promise.
         """
         path_like("path", path)
         instance_of("model", model, Decoder)
@@ -224,32 +224,32 @@ class Routers:
             )
         # Read the tensors, each checked against the shape that the model and the exit points imply.
         reader = _Reader(path, tensors, model.config.hidden_size)
-        checkpoints = _checkpoints(path, metadata, model.config.num_layers)
-        _check_exits(path, metadata, len(checkpoints))
-        routers = tuple(reader.router(c) for c in checkpoints)
+        exit_points = _exit_points(path, metadata, model.config.num_layers)
+        _check_exits(path, metadata, len(exit_points))
+        routers = tuple(reader.router(c) for c in exit_points)
         heads = translators = None
         if any(".factor." in name for name in tensors):
-            heads = tuple(reader.head(c) for c in checkpoints)
+            heads = tuple(reader.head(c) for c in exit_points)
         if any(name.startswith("translators.") for name in tensors):
-            translators = reader.translators(checkpoints, model.config.num_layers)
-        candidates, confidence = reader.second_look(checkpoints, model)
+            translators = reader.translators(exit_points, model.config.num_layers)
+        candidates, confidence = reader.second_look(exit_points, model)
         history = RouterMetadata.from_dict(metadata)
-        found, mesh = cls(routers, heads, checkpoints, translators, candidates, confidence, history), mesh_of(model)
+        found, mesh = cls(routers, heads, exit_points, translators, candidates, confidence, history), mesh_of(model)
         return jax.tree.map(jnp.asarray, found) if mesh is None else shard(found, mesh)
 
     def _large_arrays(self) -> dict[str, np.ndarray]:
         """Tensors of exit heads and translators."""
         arrays = dict[str, np.ndarray]()
         if self.heads is not None:
-            arrays |= {f"{c}.{name}": a for c, h in self._by_checkpoint(self.heads) for name, a in _head_arrays(h)}
+            arrays |= {f"{c}.{name}": a for c, h in self._by_exit_point(self.heads) for name, a in _head_arrays(h)}
         if self.translators is not None:
-            arrays |= {f"translators.{c}.down": np.asarray(a) for c, a in self._by_checkpoint(self.translators.down)}
+            arrays |= {f"translators.{c}.down": np.asarray(a) for c, a in self._by_exit_point(self.translators.down)}
             layers = [(i, entry) for i, entry in enumerate(self.translators.layers) if entry is not None]
             arrays |= {f"translators.{i}.{n}": np.asarray(a) for i, entry in layers for n, a in entry._asdict().items()}
         return arrays
 
-    def _by_checkpoint(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
-        return zip(self.checkpoints, items, strict=True)
+    def _by_exit_point(self, items: tuple[Any, ...]) -> zip[tuple[int, Any]]:
+        return zip(self.exit_points, items, strict=True)
 
 
 def model_identity(model: Decoder) -> dict[str, Any]:
@@ -276,12 +276,12 @@ def _head_arrays(head: ExitHead) -> list[tuple[str, np.ndarray]]:
     return [*factors, ("bias", np.asarray(head.bias))]
 
 
-def _checkpoints(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
-    found = metadata.get("checkpoints")
+def _exit_points(path: Path, metadata: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+    found = metadata.get("exit_points")
     layers = found if isinstance(found, list) and all(type(c) is int for c in found) else [-1]
     if not layers or sorted(set(layers)) != layers or not all(0 <= c < num_layers - 1 for c in layers):
         raise TideError(
-            f"{path} names checkpoints {_shown(found)}, expected ascending layers below the last; calibrate again"
+            f"{path} names exit points {_shown(found)}, expected ascending layers below the last; calibrate again"
         )
     return tuple(layers)
 
@@ -310,7 +310,7 @@ def _check_exits(path: Path, metadata: dict[str, Any], count: int) -> None:
     except TideError as error:
         raise TideError(f"{path} holds impossible exit settings: {_shown(error, 150)}; calibrate again") from error
     if isinstance(thresholds, tuple) and len(thresholds) != count:
-        raise TideError(f"{path} has {len(thresholds)} thresholds for {count} checkpoints; calibrate again")
+        raise TideError(f"{path} has {len(thresholds)} thresholds for {count} exit points; calibrate again")
 
 
 class _Reader(NamedTuple):
@@ -320,21 +320,21 @@ class _Reader(NamedTuple):
     tensors: dict[str, np.ndarray]
     size: int
 
-    def router(self, checkpoint: int) -> Router:
-        down = self._tensor(f"{checkpoint}.down", (self.size, None))
+    def router(self, exit_point: int) -> Router:
+        down = self._tensor(f"{exit_point}.down", (self.size, None))
         width = down.shape[1]
-        bias, up = (self._tensor(f"{checkpoint}.{name}", (width,)) for name in ("down_bias", "up"))
-        return Router(down, bias, up, self._tensor(f"{checkpoint}.up_bias", ()))
+        bias, up = (self._tensor(f"{exit_point}.{name}", (width,)) for name in ("down_bias", "up"))
+        return Router(down, bias, up, self._tensor(f"{exit_point}.up_bias", ()))
 
-    def head(self, checkpoint: int) -> ExitHead:
-        bias = self._tensor(f"{checkpoint}.bias", (self.size,))
-        first = self._tensor(f"{checkpoint}.factor.0", (self.size, None))
-        if f"{checkpoint}.factor.1" not in self.tensors:
-            return ExitHead((self._tensor(f"{checkpoint}.factor.0", (self.size, self.size)),), bias)
-        return ExitHead((first, self._tensor(f"{checkpoint}.factor.1", (first.shape[1], self.size))), bias)
+    def head(self, exit_point: int) -> ExitHead:
+        bias = self._tensor(f"{exit_point}.bias", (self.size,))
+        first = self._tensor(f"{exit_point}.factor.0", (self.size, None))
+        if f"{exit_point}.factor.1" not in self.tensors:
+            return ExitHead((self._tensor(f"{exit_point}.factor.0", (self.size, self.size)),), bias)
+        return ExitHead((first, self._tensor(f"{exit_point}.factor.1", (first.shape[1], self.size))), bias)
 
     def second_look(
-        self, checkpoints: tuple[int, ...], model: Decoder
+        self, exit_points: tuple[int, ...], model: Decoder
     ) -> tuple[Candidates | None, tuple[Confidence, ...] | None]:
         if not any(".confidence." in name or name == "candidates" for name in self.tensors):
             return None, None
@@ -343,22 +343,22 @@ class _Reader(NamedTuple):
         if not known.all() or len(np.unique(found)) != len(found) or len(found) < 2:
             raise TideError(f"{self.path}: candidates must be two or more different tokens; calibrate again")
         ids = jnp.asarray(found, jnp.int32)
-        return Candidates(ids, model.head_rows(ids)), tuple(self._confidence(c) for c in checkpoints)
+        return Candidates(ids, model.head_rows(ids)), tuple(self._confidence(c) for c in exit_points)
 
-    def _confidence(self, checkpoint: int) -> Confidence:
-        down = self._tensor(f"{checkpoint}.confidence.down", (FEATURES, None))
-        bias, up = (self._tensor(f"{checkpoint}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
-        screens = self._tensor(f"{checkpoint}.confidence.screens", (len(SCREEN_LEVELS),))
-        return Confidence(screens, down, bias, up, self._tensor(f"{checkpoint}.confidence.up_bias", ()))
+    def _confidence(self, exit_point: int) -> Confidence:
+        down = self._tensor(f"{exit_point}.confidence.down", (FEATURES, None))
+        bias, up = (self._tensor(f"{exit_point}.confidence.{n}", down.shape[1:]) for n in ("down_bias", "up"))
+        screens = self._tensor(f"{exit_point}.confidence.screens", (len(SCREEN_LEVELS),))
+        return Confidence(screens, down, bias, up, self._tensor(f"{exit_point}.confidence.up_bias", ()))
 
-    def translators(self, checkpoints: tuple[int, ...], num_layers: int) -> Translators:
-        first = self._tensor(f"translators.{checkpoints[0]}.down", (self.size, None))
+    def translators(self, exit_points: tuple[int, ...], num_layers: int) -> Translators:
+        first = self._tensor(f"translators.{exit_points[0]}.down", (self.size, None))
         rank = first.shape[1]
-        down = tuple(self._tensor(f"translators.{c}.down", (self.size, rank)) for c in checkpoints)
-        return Translators(down, tuple(self._layer(i, checkpoints, rank) for i in range(num_layers)))
+        down = tuple(self._tensor(f"translators.{c}.down", (self.size, rank)) for c in exit_points)
+        return Translators(down, tuple(self._layer(i, exit_points, rank) for i in range(num_layers)))
 
-    def _layer(self, layer: int, checkpoints: tuple[int, ...], rank: int) -> LayerTranslators | None:
-        count = sum(c + 1 < layer for c in checkpoints)
+    def _layer(self, layer: int, exit_points: tuple[int, ...], rank: int) -> LayerTranslators | None:
+        count = sum(c + 1 < layer for c in exit_points)
         if count == 0:
             return None
         shift = self._tensor(f"translators.{layer}.shift", (count, self.size))

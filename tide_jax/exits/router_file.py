@@ -22,7 +22,7 @@ from safetensors.numpy import load
 from tide_jax.errors import TideError
 from tide_jax.temporaries import temporary_file
 
-FORMAT, VERSION = "tide_jax.routers", "2"
+FORMAT, VERSION = "tide_jax.routers", "3"
 _NO_DIGEST = "0" * 64
 _LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _NAMES = {np.dtype(np.int8): "I8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}

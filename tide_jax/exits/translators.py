@@ -47,21 +47,21 @@ class Translators(NamedTuple):
         """Rank R: channels of a code."""
         return self.down[0].shape[1]
 
-    def code(self, checkpoint: int, x: Float[Array, "B T D"], *, eps: float) -> Float[Array, "B T R"]:
-        """Low-rank code of exit states at exit point number `checkpoint`, in x's dtype; all later layers read it."""
+    def code(self, exit_point: int, x: Float[Array, "B T D"], *, eps: float) -> Float[Array, "B T R"]:
+        """Low-rank code of exit states at exit point `exit_point`, in x's dtype; all later layers read it."""
         normed = (x.astype(jnp.float32) * lax.rsqrt(_mean_square(x) + eps)).astype(x.dtype)
-        return einsum("btd,dr->btr", normed, self.down[checkpoint].astype(x.dtype))
+        return einsum("btd,dr->btr", normed, self.down[exit_point].astype(x.dtype))
 
     def translate(
         self,
         layer: int,
         x: Float[Array, "B T D"],
         code: Float[Array, "B T R"],
-        checkpoint: Int[Array, "B T"],
+        exit_point: Int[Array, "B T"],
         *,
         eps: float,
     ) -> Float[Array, "B T D"]:
-        """Estimated input of `layer` for tokens that exited at exit point number `checkpoint` with state `x`.
+        """Estimated input of `layer` for tokens that exited at exit point `exit_point` with state `x`.
 
         Tokens that exited right before the layer, or at a number without a translator for it, keep x.
         """
@@ -69,23 +69,23 @@ class Translators(NamedTuple):
         if entry is None:
             return x
         count = entry.shift.shape[0]
-        known = (checkpoint >= 0) & (checkpoint < count)
-        added = self._added(entry, code, jnp.clip(checkpoint, 0, count - 1))
+        known = (exit_point >= 0) & (exit_point < count)
+        added = self._added(entry, code, jnp.clip(exit_point, 0, count - 1))
         scale = jnp.sqrt(_mean_square(x) + eps)
         return jnp.where(known[:, :, None], x + (scale * added).astype(x.dtype), x)
 
-    def _added(self, entry: LayerTranslators, code: Array, checkpoint: Array) -> Float[Array, "B T D"]:
-        shift = jnp.take(entry.shift.astype(jnp.float32), checkpoint, axis=0, mode="clip")
+    def _added(self, entry: LayerTranslators, code: Array, exit_point: Array) -> Float[Array, "B T D"]:
+        shift = jnp.take(entry.shift.astype(jnp.float32), exit_point, axis=0, mode="clip")
         if self.rank == 0:
             return shift
         up = entry.up.astype(code.dtype)
-        if checkpoint.size <= up.shape[0]:  # for few tokens, read only the matrices they need
-            chosen = jnp.take(up, checkpoint, axis=0, mode="clip")
+        if exit_point.size <= up.shape[0]:  # for few tokens, read only the matrices they need
+            chosen = jnp.take(up, exit_point, axis=0, mode="clip")
             return shift + einsum("btr,btrd->btd", code, chosen).astype(jnp.float32)
         # For many tokens, one product: put each code into the block of its exit point, zeros elsewhere.
-        mine = checkpoint[:, :, None, None] == jnp.arange(up.shape[0], dtype=jnp.int32)[None, None, :, None]
+        mine = exit_point[:, :, None, None] == jnp.arange(up.shape[0], dtype=jnp.int32)[None, None, :, None]
         spread = jnp.where(mine, code[:, :, None, :], jnp.zeros((), code.dtype))
-        spread = spread.reshape(*checkpoint.shape, -1)
+        spread = spread.reshape(*exit_point.shape, -1)
         return shift + einsum("btr,rd->btd", spread, up.reshape(-1, up.shape[-1])).astype(jnp.float32)
 
 

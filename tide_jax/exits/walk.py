@@ -217,7 +217,7 @@ class Walk(NamedTuple):
 
 def groups_of(model: Decoder, exits: Exits | None) -> tuple[range, ...]:
     """The layers between exit points; one group of all layers without exits."""
-    return layer_groups(model.config.num_layers, () if exits is None else exits.routers.checkpoints)
+    return layer_groups(model.config.num_layers, () if exits is None else exits.routers.exit_points)
 
 
 def run_groups(

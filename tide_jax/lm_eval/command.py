@@ -10,7 +10,7 @@ from typing import Any
 from tide_jax.errors import TideError
 
 _EXAMPLE = (
-    "tide-jax eval --model_args pretrained=smollm2,routers=routers.safetensors,threshold=0.9 --tasks arc_easy "
+    "tide-jax eval --model_args pretrained=smollm2,routers=routers.safetensors,exit_threshold=0.9 --tasks arc_easy "
     "--batch_size 8"
 )
 

@@ -3,7 +3,7 @@
 Importing this module registers the model; ``tide-jax eval`` imports it and then runs lm-eval's own command line.
 
 >>> import lm_eval, tide_jax.lm_eval.model                                                    # doctest: +SKIP
->>> arguments = {"pretrained": "smollm2", "routers": "routers.safetensors", "threshold": 0.9}  # doctest: +SKIP
+>>> arguments = {"pretrained": "smollm2", "routers": "routers.safetensors", "exit_threshold": 0.9}  # doctest: +SKIP
 >>> results = lm_eval.simple_evaluate(model="tide", model_args=arguments, tasks=["arc_easy"])  # doctest: +SKIP
 >>> results["config"]["exits"]["depth"]                                                       # doctest: +SKIP
 """
@@ -49,7 +49,7 @@ class TideLM(TemplateLM):
       pretrained: anything that `tide_jax.load` takes, or a `TIDE` engine, which then provides routers and dials.
       tokenizer: anything that `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file from `tide-jax calibrate`; without one, every layer runs.
-      threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
+      exit_threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
         the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
         of a continuation's first token.
       mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
@@ -76,7 +76,7 @@ class TideLM(TemplateLM):
         *,
         tokenizer: Any = None,
         routers: str | None = None,
-        threshold: Any = None,
+        exit_threshold: Any = None,
         min_layers: int | None = None,
         kv_strategy: KVStrategy | None = None,
         threshold_tilt: float | None = None,
@@ -107,7 +107,7 @@ class TideLM(TemplateLM):
             raise TideError(f"add_bos_token={add_bos_token!r} must be True or False")
         self.add_bos_token = add_bos_token
         dials = {
-            "exit_threshold": threshold,
+            "exit_threshold": exit_threshold,
             "min_layers": min_layers,
             "kv_strategy": kv_strategy,
             "threshold_tilt": threshold_tilt,
@@ -220,7 +220,7 @@ class TideLM(TemplateLM):
         """Information that lm-eval stores with the results: the exit dials and the layers that ran for each token."""
         model, config = self.engine.model, self.engine.config
         dials = {
-            "threshold": config.exit_threshold,
+            "exit_threshold": config.exit_threshold,
             "min_layers": config.min_layers,
             "kv_strategy": config.kv_strategy,
             "threshold_tilt": config.threshold_tilt,

@@ -30,7 +30,7 @@ THRESHOLDS = tuple(round(1 - 0.002 * 1.25**k, 4) for k in range(26))
 """Default thresholds to test, one for all exit points: 0.998 to 0.4706, each 25% farther from 1 than the last."""
 
 PATH_SHARE = 0.25
-"""Share of the texts that choose the thresholds to test with `per_checkpoint=True`; the others test them."""
+"""Share of the texts that choose the thresholds to test with `per_exit_point=True`; the others test them."""
 
 
 def guarantee(
@@ -41,7 +41,7 @@ def guarantee(
     loss: Loss = "disagreement",
     *,
     tokenizer: Any = None,
-    per_checkpoint: bool = False,
+    per_exit_point: bool = False,
     thresholds: Sequence[float | Sequence[float]] | None = None,
     bound: float = 1.0,
     max_length: int = 256,
@@ -74,14 +74,14 @@ def guarantee(
         0..`bound`.
         Otherwise a function of a `tide_jax.risk.answers.TextAnswers` that returns a number in [0, 1].
       tokenizer: for strings.
-      per_checkpoint: finds a threshold for each exit point; the engine must have no `threshold_tilt`. A quarter of the
+      per_exit_point: finds a threshold for each exit point; the engine must have no `threshold_tilt`. A quarter of the
         texts, drawn by `seed`, chooses the threshold vectors to test and their order; only the others test them.
       thresholds: thresholds to test instead of `THRESHOLDS`, safest first; numbers, or one for each exit point. They
         must have been chosen without looking at these texts.
       bound: where "nll" is clipped, in nats.
       max_length: tokens read of each text.
       batch_size: texts in a forward pass.
-      seed: draws the texts that choose with `per_checkpoint`.
+      seed: draws the texts that choose with `per_exit_point`.
       progress: called with (stage, done, total).
 
     Returns:
@@ -99,17 +99,17 @@ def guarantee(
         max_length=min(whole_number("max_length", max_length, 2), engine.model.config.context_length),
         batch_size=batch_size,
     )
-    if thresholds is not None and per_checkpoint:
-        raise TideError("per_checkpoint=True chooses its own thresholds; leave out thresholds or per_checkpoint")
-    if per_checkpoint and engine.config.threshold_tilt:
-        raise TideError("per_checkpoint=True chooses its own thresholds; pass an engine with threshold_tilt=0")
+    if thresholds is not None and per_exit_point:
+        raise TideError("per_exit_point=True chooses its own thresholds; leave out thresholds or per_exit_point")
+    if per_exit_point and engine.config.threshold_tilt:
+        raise TideError("per_exit_point=True chooses its own thresholds; pass an engine with threshold_tilt=0")
     grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
     # Tokenise, and check that there are enough texts to test on.
     samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
-    pilot = pilot_texts(len(samples)) if per_checkpoint else 0
+    pilot = pilot_texts(len(samples)) if per_exit_point else 0
     _check_enough(task, len(samples) - pilot, pilot)
     # Choose threshold vectors on some texts and test them on the others: the order must not depend on test data.
-    if per_checkpoint:
+    if per_exit_point:
         order = np.random.default_rng(seed).permutation(len(samples))
         grid = threshold_path(engine, [samples[i] for i in order[:pilot]], settings, progress)
         samples = [samples[i] for i in order[pilot:]]
@@ -118,7 +118,7 @@ def guarantee(
 
 
 def pilot_texts(count: int) -> int:
-    """Number of texts, of `count`, that choose thresholds with `per_checkpoint`; the others test them."""
+    """Number of texts, of `count`, that choose thresholds with `per_exit_point`; the others test them."""
     return max(1, int(PATH_SHARE * count))
 
 

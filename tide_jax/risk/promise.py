@@ -33,7 +33,7 @@ class Promise:
     """A promise to certify after calibration, and the number of texts to test it on.
 
     Attributes:
-      risk, delta, loss, per_checkpoint: as in `tide_jax.guarantee`.
+      risk, delta, loss, per_exit_point: as in `tide_jax.guarantee`.
       kv_strategy, threshold_tilt: exit settings of the promise, see `tide_jax.ExitConfig`.
       guarantee_texts: texts to set aside. None takes `ROOM` times the fewest possible or `SHARE` of all texts, the
         larger of the two, but at most half of all, unless the fewest possible is more than half.
@@ -46,7 +46,7 @@ class Promise:
     risk: float = 0.02
     delta: float = 0.05
     loss: Loss = "disagreement"
-    per_checkpoint: bool = False
+    per_exit_point: bool = False
     kv_strategy: KVStrategy = "propagate"
     threshold_tilt: float = 0.0
     guarantee_texts: int | None = None
@@ -54,10 +54,10 @@ class Promise:
     def __post_init__(self) -> None:
         check_choice("kv_strategy", self.kv_strategy, KVStrategy)
         check_choice("loss", self.loss, Loss)
-        if not isinstance(self.per_checkpoint, bool):
-            raise TideError(f"per_checkpoint={self.per_checkpoint!r} must be True or False")
-        if share("threshold_tilt", self.threshold_tilt) and self.per_checkpoint:
-            raise TideError("threshold_tilt tilts one threshold, per_checkpoint chooses many; pass one of them")
+        if not isinstance(self.per_exit_point, bool):
+            raise TideError(f"per_exit_point={self.per_exit_point!r} must be True or False")
+        if share("threshold_tilt", self.threshold_tilt) and self.per_exit_point:
+            raise TideError("threshold_tilt tilts one threshold, per_exit_point chooses many; pass one of them")
         least = self.least
         if self.guarantee_texts is not None and whole_number("guarantee_texts", self.guarantee_texts, 1) < least:
             raise GuaranteeError(
@@ -67,9 +67,9 @@ class Promise:
 
     @property
     def least(self) -> int:
-        """Fewest texts with which a threshold can qualify, including those that choose it with `per_checkpoint`."""
+        """Fewest texts with which a threshold can qualify, including those that choose it with `per_exit_point`."""
         tested = count = smallest_sample(self.risk, self.delta)
-        while self.per_checkpoint and count - pilot_texts(count) < tested:
+        while self.per_exit_point and count - pilot_texts(count) < tested:
             count += 1
         return count
 
@@ -152,7 +152,7 @@ def with_guarantee(
             promise.delta,
             promise.loss,
             tokenizer=tokenizer,
-            per_checkpoint=promise.per_checkpoint,
+            per_exit_point=promise.per_exit_point,
             max_length=config.max_length,
             batch_size=config.batch_size,
             seed=config.seed,

@@ -47,8 +47,8 @@ def threshold_path(
     routers = engine.routers
     assert routers is not None
     depth = engine.model.config.num_layers
-    allowed = [layer + 1 >= engine.config.min_layers for layer in routers.checkpoints]
-    shares = [(layer + 1) / depth for layer in routers.checkpoints]
+    allowed = [layer + 1 >= engine.config.min_layers for layer in routers.exit_points]
+    shares = [(layer + 1) / depth for layer in routers.exit_points]
     return greedy_path(score(engine.model, routers, samples, settings, progress), shares, allowed)
 
 
@@ -140,8 +140,8 @@ def _score(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array
 
     for i, layer in enumerate(model.layers):
         x, _ = layer(x, contexts, None)
-        if i in routers.checkpoints:
-            c = routers.checkpoints.index(i)
+        if i in routers.exit_points:
+            c = routers.exit_points.index(i)
             found = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
             scores.append(found.scores.reshape(x.shape[:2]))
             answers.append(argmax_by_row(model, found.states.reshape(x.shape)))
