@@ -3,9 +3,9 @@
   python -m scripts.bench.drift MODEL ROUTERS --calibrated-on wiki.txt --text gsm8k.jsonl --out drift.json
 
 Texts of the first file that routers were not trained on (--skip) are split at random. Some certify a threshold
-(`tide_jax.guarantee`; --exit-threshold sets one instead), the others are the control. One monitor watches scoring calls over
-the control texts and then over the second file; another one watches only the second file. The JSON has both running
-intervals of the disagreement beside the promised risk. This script measures no time.
+(`tide_jax.guarantee`; --exit-threshold sets one instead), the others are the control. One monitor watches scoring
+calls over the control texts and then over the second file; another one watches only the second file. The JSON has both
+running intervals of the disagreement beside the promised risk. This script measures no time.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class TideLM(TemplateLM):
       pretrained: anything that `tide_jax.load` takes, or a `TIDE` engine, which then provides routers and dials.
       tokenizer: anything that `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file from `tide-jax calibrate`; without one, every layer runs.
-      exit_threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised in
-        the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
+      exit_threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised
+        in the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
         of a continuation's first token.
       mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
         same tokens.
