@@ -82,8 +82,9 @@ def test_rules_are_transformers_processors() -> None:
         found = logits
         if rules is not None:
             eos = np.asarray([[*EOS, -1]] * 6)
-            text = RowText(*(jnp.asarray(a, jnp.int32) for a in (made, lengths, eos, tokens, ends)))
-            found = np.asarray(apply(jnp.asarray(logits), rules, text, jnp.int32(NEW)))
+            made, lengths, eos, tokens, ends = (jnp.asarray(a, jnp.int32) for a in (made, lengths, eos, tokens, ends))
+            text = RowText(made, lengths, made == NEW - 1, eos, tokens, ends)
+            found = np.asarray(apply(jnp.asarray(logits), rules, text))
         np.testing.assert_array_equal(found, np.stack(wanted), err_msg=str(settings))
         changed += not np.array_equal(found, logits)
     assert changed > EXAMPLES / 2
@@ -127,8 +128,8 @@ def test_rows_end_by_ids_of_their_own() -> None:
     rules = make_rules(GenerationSettings(min_new_tokens=3, bad_words_ids=((4,), (6,))), VOCAB)
     eos = jnp.asarray([[4, -1], [-1, -1], [7, 8]], jnp.int32)
     made = jnp.asarray([0, 0, 3], jnp.int32)
-    text = RowText(made, made + 2, eos, None, None)
-    found = np.isinf(np.asarray(apply(jnp.zeros((3, VOCAB)), rules, text, jnp.int32(NEW))))
+    text = RowText(made, made + 2, jnp.zeros(3, bool), eos, None, None)
+    found = np.isinf(np.asarray(apply(jnp.zeros((3, VOCAB)), rules, text)))
     assert [np.flatnonzero(row).tolist() for row in found] == [[4, 6], [4, 6], [4, 6]]
-    later = np.isinf(np.asarray(apply(jnp.zeros((3, VOCAB)), rules, text._replace(made=made + 3), jnp.int32(NEW))))
+    later = np.isinf(np.asarray(apply(jnp.zeros((3, VOCAB)), rules, text._replace(made=made + 3))))
     assert [np.flatnonzero(row).tolist() for row in later] == [[6], [4, 6], [4, 6]]

@@ -19,8 +19,7 @@ import tide_jax
 from convert import convert
 from tide_jax.exits.router import RouterMetadata, model_identity
 from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
-from tide_jax.lm_eval.stop_strings import Stops, generate_until
-from tide_jax.testing import ByteTokenizer, constant_routers, random_routers, tiny_config, tiny_decoder
+from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs `pip install tide_jax[eval]`")
 
@@ -127,24 +126,6 @@ def test_long_contexts_lose_their_first_tokens(exiting: tide_jax.TIDE) -> None:
     assert cut.log_likelihood == pytest.approx(short.log_likelihood, rel=1e-6)
     with pytest.raises(tide_jax.TideError, match="10 tokens, at most 9"):
         score_continuations(exiting, [Continuation(tokens[:50], tokens[50:])], max_length=9)
-
-
-def test_texts_end_at_stop_strings(exiting: tide_jax.TIDE) -> None:
-    """And so does the count of layers."""
-    decode, prompts = ByteTokenizer().decode, [[3, 100, 200, 30], [70, 80], [9] * 20]
-    whole = exiting.generate(prompts, max_new_tokens=30, eos_token_id=[])
-    text = decode(whole.tokens[1])
-    stop = text[6:9]
-    first = text.index(stop)
-    rows = generate_until(exiting, prompts, Stops([stop], decode), max_new_tokens=30, eos_token_id=[])
-    for row, tokens, layers in zip(rows, whole.tokens, whole.exit_layers, strict=True):
-        n = len(row.tokens)
-        assert (row.tokens, row.exit_layers) == (tokens[:n].tolist(), layers[:n].tolist())
-        assert n == 30 or decode(row.tokens).endswith(stop)
-        assert stop not in decode(row.tokens[:-1])
-    assert decode(rows[1].tokens) == text[: first + len(stop)]
-    ended = generate_until(exiting, prompts, Stops([], decode), max_new_tokens=30, eos_token_id=int(whole.tokens[0, 4]))
-    assert ended[0].tokens == whole.tokens[0, : whole.tokens[0].tolist().index(whole.tokens[0, 4]) + 1].tolist()
 
 
 # --- the model of lm-eval ----------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from tide_jax.errors import TideError
 from tide_jax.generation.sampling import Sampling, make_sampling
+from tide_jax.generation.stop_strings import Stops, make_stops
 from tide_jax.model.generation_settings import NOTHING_SAID, SETTINGS, GenerationSettings, settings_from
 
 NEW_TOKENS = 128
-_ASKED = ("do_sample", "eos_token_id", "max_new_tokens", "pad_token_id")
+_OF_THE_CALL = ("do_sample", "eos_token_id", "max_length", "max_new_tokens", "pad_token_id", "stop_strings")
+"""Arguments and fields of a generation_config that a checkpoint's file does not set here."""
 
 
 class Choice(NamedTuple):
@@ -20,7 +22,9 @@ class Choice(NamedTuple):
       settings: settings of the call, with the checkpoint's for those it leaves out.
       sampling: the resulting sampling settings.
       eos_token_id, pad_token_id: as given by the call; None for the model's.
-      max_new_tokens: most tokens to generate.
+      max_new_tokens: most tokens to generate; None if only `max_length` limits them.
+      max_length: most tokens of a row, prompt included; None for the context.
+      stops: stop strings; None for none.
     """
 
     settings: GenerationSettings
@@ -28,20 +32,25 @@ class Choice(NamedTuple):
     eos_token_id: Any
     pad_token_id: Any
     max_new_tokens: Any
+    max_length: Any
+    stops: Stops | None
 
 
-def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **arguments: Any) -> Choice:
+def choose(
+    checkpoint: GenerationSettings, *, generation_config: Any = None, tokenizer: Any = None, **arguments: Any
+) -> Choice:
     """Resolves settings: arguments override `generation_config`, which overrides the checkpoint's settings.
 
     Args:
       checkpoint: settings from the checkpoint's generation_config.json.
       generation_config: transformers' `GenerationConfig` or a dictionary of its fields.
-      arguments: arguments of `TIDE.generate`; None for those not given.
+      tokenizer: decodes tokens where stop strings end rows.
+      arguments: other arguments of `TIDE.generate`; None for those not given.
 
     Raises:
       TideError: an argument or a field is unknown, has the wrong type or is outside its range.
     """
-    if unknown := sorted(set(arguments) - {*SETTINGS, *_ASKED}):
+    if unknown := sorted(set(arguments) - {*SETTINGS, *_OF_THE_CALL}):
         raise TideError(
             f"generate has no argument {', '.join(unknown)}; settings of generation are {', '.join(SETTINGS)}"
         )
@@ -50,15 +59,24 @@ def choose(checkpoint: GenerationSettings, *, generation_config: Any = None, **a
     given = GenerationSettings(**{name: arguments.get(name) for name in SETTINGS})
     named = NOTHING_SAID
     if config:
-        named = settings_from(config, "generation_config")
+        named = settings_from({**config, "stop_strings": None}, "generation_config")
         named.warn("generation_config")
-    asked = {name: config.get(name) if arguments.get(name) is None else arguments.get(name) for name in _ASKED}
+    of_call = {name: config.get(name) if arguments.get(name) is None else arguments[name] for name in _OF_THE_CALL}
     own = named.updated(given)
     # The checkpoint's settings fill in the rest.
     settings = checkpoint.updated(own)
-    new_tokens = NEW_TOKENS if asked["max_new_tokens"] is None else asked["max_new_tokens"]
-    sampling = _sampling(settings, own, _samples(asked["do_sample"], arguments.get("temperature"), own))
-    return Choice(settings, sampling, asked["eos_token_id"], asked["pad_token_id"], new_tokens)
+    sampling = _sampling(settings, own, _samples(of_call["do_sample"], arguments.get("temperature"), own))
+    # As in transformers, `max_new_tokens` wins over `max_length`.
+    new_tokens, length = of_call["max_new_tokens"], of_call["max_length"]
+    return Choice(
+        settings,
+        sampling,
+        of_call["eos_token_id"],
+        of_call["pad_token_id"],
+        max_new_tokens=NEW_TOKENS if new_tokens is None and length is None else new_tokens,
+        max_length=length if new_tokens is None else None,
+        stops=make_stops(of_call["stop_strings"], tokenizer),
+    )
 
 
 def _samples(do_sample: Any, temperature: Any, own: GenerationSettings) -> bool:

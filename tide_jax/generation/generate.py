@@ -80,6 +80,8 @@ class Request(NamedTuple):
       pad: id written after a row has ended, int32 scalar.
       max_new_tokens: int32 scalar, at most the static capacity.
       rules: rules that forbid or force tokens; None for none.
+      max_length: most tokens of a row, prompt included, int32 scalar; None for the context. The last token does not
+        run, so a row may have one token more than the context.
     """
 
     sampling: Sampling
@@ -88,6 +90,21 @@ class Request(NamedTuple):
     pad: Int[Array, ""]
     max_new_tokens: Int[Array, ""]
     rules: LogitRules | None = None
+    max_length: Int[Array, ""] | None = None
+
+    def most_tokens(self, context: int) -> Int[Array, ""]:
+        """Most tokens of a row, prompt included, with a context of `context` tokens."""
+        most = jnp.int32(min(context, 2**30) + 1)
+        return most if self.max_length is None else jnp.minimum(most, self.max_length)
+
+    def before_last(self, made: Int[Array, " N"], length: Int[Array, " N"]) -> Bool[Array, " N"]:
+        """Whether the next token of a row is the last that `max_new_tokens` and `max_length` allow.
+
+        Args:
+          made, length: tokens of each row so far, without and with its prompt.
+        """
+        last = made == self.max_new_tokens - 1
+        return last if self.max_length is None else last | (length == self.max_length - 1)
 
     @property
     def reads_rows(self) -> bool:
@@ -292,13 +309,12 @@ def generate_tokens(
 def _accept(state: GenerationState, step: StepOutput, request: Request, context: int) -> GenerationState:
     """Draws the next token of every row that has not ended.
 
-    A row ends when its tokens fill the `context`. Its newest token does not run, so that token's position may be the
-    first one outside.
+    A row ends when its tokens fill the `context` or reach `Request.max_length`.
     """
-    rule = rule_on(request.rules, request.max_new_tokens, lambda: _row_text(state, request))
+    rule = rule_on(request.rules, lambda: _row_text(state, request))
     drawn = sample(jax.random.fold_in(request.key, state.step), step.logits, request.sampling, state.seen, rule)
     last = jnp.where(state.done, request.pad, drawn)
-    ended = jnp.any(last[:, None] == request.eos, axis=1) | (state.positions + 1 >= context)
+    ended = jnp.any(last[:, None] == request.eos, axis=1) | (state.positions + 2 >= request.most_tokens(context))
     rows = jnp.arange(last.shape[0])
     return GenerationState(
         step=state.step + 1,
@@ -317,9 +333,11 @@ def _accept(state: GenerationState, step: StepOutput, request: Request, context:
 def _row_text(state: GenerationState, request: Request) -> RowText:
     """Input of the logit rules for drawing the next token."""
     batch = state.last.shape[0]
+    made, length = jnp.broadcast_to(state.step, (batch,)), state.positions + 1
     return RowText(
-        made=jnp.broadcast_to(state.step, (batch,)),
-        length=state.positions + 1,
+        made=made,
+        length=length,
+        last=request.before_last(made, length),
         eos=request.eos,
         tokens=state.text,
         ends=None if state.text is None else jnp.full((batch,), state.text.shape[1], jnp.int32),

@@ -40,7 +40,7 @@ class LogitRules(NamedTuple):
     Attributes:
       min_length, min_new_tokens: least tokens of a row, with and without its prompt, before it may end; int32 scalars.
       forced_first: forced first new token after a prompt of one token; -1 for none. int32 scalar.
-      forced_last: tokens of which one is forced at the last step of `max_new_tokens`; all False for none. bool [V].
+      forced_last: tokens of which one is forced as a row's last token; all False for none. bool [V].
       bad: bad words of a single token; end-of-sequence tokens are exempt. bool [V].
       suppressed, suppressed_first: tokens forbidden always, and as first new token. bool [V].
       sequences: rules that depend on the row's tokens; None if there are none.
@@ -62,6 +62,7 @@ class RowText(NamedTuple):
     Attributes:
       made: new tokens of each row so far, int32 [N].
       length: tokens of each row so far, prompt included, int32 [N].
+      last: rows whose next token is the last they may have, bool [N].
       eos: end-of-sequence ids of each row, padded with -1, int32 [N, E].
       tokens: the text of row n ends before column ``ends[n]``. int32 [N, S]; None if no rule reads it.
       ends: int32 [N]; None if no rule reads it.
@@ -69,6 +70,7 @@ class RowText(NamedTuple):
 
     made: Int[Array, " N"]
     length: Int[Array, " N"]
+    last: Bool[Array, " N"]
     eos: Int[Array, "N E"]
     tokens: Int[Array, "N S"] | None
     ends: Int[Array, " N"] | None
@@ -139,15 +141,13 @@ def _table(words: Sequence[Sequence[int]], vocab_size: int) -> Array:
 
 
 def rule_on(
-    rules: LogitRules | None, max_new_tokens: Int[Array, ""], text: Callable[[], RowText]
+    rules: LogitRules | None, text: Callable[[], RowText]
 ) -> Callable[[Float[Array, "N V"]], Float[Array, "N V"]] | None:
     """The rules as a function of logits; None without rules. Only with rules is `text` called."""
-    return None if rules is None else lambda logits: apply_rules(logits, rules, text(), max_new_tokens)
+    return None if rules is None else lambda logits: apply_rules(logits, rules, text())
 
 
-def apply_rules(
-    logits: Float[Array, "N V"], rules: LogitRules, text: RowText, max_new_tokens: Int[Array, ""]
-) -> Float[Array, "N V"]:
+def apply_rules(logits: Float[Array, "N V"], rules: LogitRules, text: RowText) -> Float[Array, "N V"]:
     """Sets the logits of forbidden tokens to minus infinity, applying rules in transformers' order."""
     # Bad words, repeated n-grams, and ends of rows that are too short.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
@@ -162,7 +162,7 @@ def apply_rules(
     # A forced token overrides the rules above; a suppressed token stays forbidden even if forced.
     after_one = (rules.forced_first >= 0) & (text.length == 1)
     logits = _forced(logits, after_one, vocabulary == rules.forced_first)
-    last = jnp.any(rules.forced_last) & (text.made == max_new_tokens - 1)
+    last = jnp.any(rules.forced_last) & text.last
     logits = _forced(logits, last, rules.forced_last[None])
     # If the first new token is forced, `suppressed_first` applies to the second.
     begin = jnp.where((rules.forced_first >= 0) & (text.length - text.made == 1), jnp.int32(1), jnp.int32(0))

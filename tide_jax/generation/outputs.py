@@ -18,12 +18,24 @@ class GenerateOutput(NamedTuple):
       lengths: new tokens of each row, its end-of-sequence token included, int32 [B].
       exit_layers: index of the last layer each token ran, int32 [B, N], -1 past the end.
       stats: layers run, wall clock, drift.
+      prompts: the tokens of each prompt, int32, without padding.
     """
 
     tokens: Int[np.ndarray, "B N"]
     lengths: Int[np.ndarray, " B"]
     exit_layers: Int[np.ndarray, "B N"]
     stats: ExitStats
+    prompts: tuple[Int[np.ndarray, " _"], ...] = ()
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """Prompt and new tokens of each row, without padding: ``tokenizer.batch_decode(out.sequences)``."""
+        return [np.concatenate([prompt, new]) for prompt, new in zip(self.prompts, self.new_tokens, strict=True)]
+
+    @property
+    def new_tokens(self) -> list[np.ndarray]:
+        """New tokens of each row, without padding."""
+        return [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
 class ScoreOutput(NamedTuple):

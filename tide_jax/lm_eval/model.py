@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,10 +27,10 @@ from tide_jax.cli.progress import progress_bars
 from tide_jax.config import KVStrategy, Mode
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
+from tide_jax.generation.stop_strings import Stops
 from tide_jax.lm_eval.arguments import generation_arguments, open_engine, plain_number
 from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
 from tide_jax.lm_eval.depth import DepthCounts
-from tide_jax.lm_eval.stop_strings import Stops, generate_until
 from tide_jax.model.decoder import abstract_parameters
 from tide_jax.model.files.checkpoint import load_tokenizer
 
@@ -50,8 +49,8 @@ class TideLM(TemplateLM):
       tokenizer: anything that `tide_jax.load_tokenizer` takes, or a tokenizer; default: the model's.
       routers: file from `tide-jax calibrate`; without one, every layer runs.
       exit_threshold, min_layers, kv_strategy, threshold_tilt, prefill_exits: see `ExitConfig`; default: those promised
-        in the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the prediction
-        of a continuation's first token.
+        in the router file, if any. Only with `prefill_exits` may the context's tokens exit, and so affect the
+        prediction of a continuation's first token.
       mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
         same tokens.
       dtype, weights: number formats of the model, see `tide_jax.load`.
@@ -311,18 +310,18 @@ class TideLM(TemplateLM):
         # end-of-sequence tokens.
         if end is not None:
             until = [*until, self._decode([end], special=True)]
-        rows = generate_until(
-            self.engine,
+        ends = frozenset[int]() if end is None else frozenset({end})
+        out = self.engine.generate(
             [self._encode_prompt(request.args[0])[-room:] for request in requests],
-            Stops(until, lambda tokens: self._decode(tokens, special=True), set() if end is None else {end}),
+            stop_strings=Stops(tuple(until), lambda tokens: self._decode(tokens, special=True), ends),
             mode=self._mode,
             max_new_tokens=new,
             key=jax.random.fold_in(jax.random.key(self._seed), number),
             **settings,
         )
-        for request, row in zip(requests, rows, strict=True):
-            self._depth.add(request.task_name, np.asarray(row.exit_layers, np.int32))
-        return [postprocess_generated_text(self._decode(row.tokens), until, None) for row in rows]
+        for request, exit_layers, length in zip(requests, out.exit_layers, out.lengths, strict=True):
+            self._depth.add(request.task_name, exit_layers[:length])
+        return [postprocess_generated_text(self._decode(row.tolist()), until, None) for row in out.new_tokens]
 
     def _decode(self, tokens: list[int], *, special: bool = False) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=not special)

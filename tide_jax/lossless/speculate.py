@@ -111,7 +111,7 @@ def begin_lossless(
     starts, ends = jnp.int32(width) - prompt.lengths, jnp.full((batch,), width, jnp.int32)
     # Draw the first token, and make room behind it for new tokens and drafts.
     rows = Rows(prompt.tokens, starts, ends, jnp.int32(width), seen)
-    rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(rows, ends[:, None], request))
+    rule = rule_on(request.rules, lambda: row_text(rows, ends[:, None], request))
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + most_slots - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
@@ -255,11 +255,8 @@ def _lay_out(model: Decoder, state: LosslessState, request: Request, costs: Pass
 
 
 def _limit(model: Decoder, width: Int[Array, ""], starts: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
-    """Column at which each row ends at the latest: after `max_new_tokens`, or at the end of the context.
-
-    The last token does not run, so it needs no position.
-    """
-    return jnp.minimum(width + request.max_new_tokens, starts + 1 + jnp.int32(min(model.config.context_length, 2**30)))
+    """Column at which each row ends at the latest: after `max_new_tokens`, or with as many tokens as it may have."""
+    return jnp.minimum(width + request.max_new_tokens, starts + request.most_tokens(model.config.context_length))
 
 
 def _usable(found: Drafts, ends: Int[Array, " B"], limit: Int[Array, " B"], request: Request) -> Int[Array, " B"]:

@@ -166,7 +166,7 @@ def draw(
             jnp.arange(batch, dtype=jnp.int32), by_index
         ).reshape(-1)
 
-    rule = rule_on(request.rules, request.max_new_tokens, lambda: row_text(rows, columns, request))
+    rule = rule_on(request.rules, lambda: row_text(rows, columns, request))
     flat = sample_rows(keys, logits.reshape(-1, vocabulary), request.sampling, seen.reshape(-1, vocabulary), rule)
     return flat.reshape(batch, size)
 
@@ -174,9 +174,11 @@ def draw(
 def row_text(rows: Rows, columns: Int[Array, "B T"], request: Request) -> RowText:
     """Input of the logit rules, one entry for each column: the row's tokens before it, drafts included."""
     size = columns.shape[1]
+    made, length = (columns - rows.width).reshape(-1), (columns - rows.starts[:, None]).reshape(-1)
     return RowText(
-        made=(columns - rows.width).reshape(-1),
-        length=(columns - rows.starts[:, None]).reshape(-1),
+        made=made,
+        length=length,
+        last=request.before_last(made, length),
         eos=jnp.repeat(request.eos, size, axis=0),
         tokens=jnp.repeat(rows.tokens, size, axis=0) if request.reads_rows else None,
         ends=columns.reshape(-1) if request.reads_rows else None,
