@@ -26,6 +26,7 @@ from tqdm import tqdm
 import tide_jax
 from convert import convert
 from tide_jax.cli.progress import progress_bars
+from tide_jax.functional import Decoder
 from tide_jax.texts import model_texts
 from tide_jax.tokenizer.chat import prompt_ids
 
@@ -85,7 +86,7 @@ def smollm2() -> Path:
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 
 
-def load_model(source: Path, folder: Path) -> tuple[tide_jax.Decoder, Any]:
+def load_model(source: Path, folder: Path) -> tuple[Decoder, Any]:
     """Converts the checkpoint (once) and loads the result."""
     if not folder.exists():
         with progress_bars(disable=False, unit="B", unit_scale=True) as progress:
@@ -93,7 +94,7 @@ def load_model(source: Path, folder: Path) -> tuple[tide_jax.Decoder, Any]:
     return tide_jax.load(folder), tide_jax.load_tokenizer(folder)
 
 
-def train(model: tide_jax.Decoder, tokenizer: Any, count: int) -> tide_jax.Routers:
+def train(model: Decoder, tokenizer: Any, count: int) -> tide_jax.Routers:
     """Calibrates on text that the model writes itself."""
     config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=LENGTH)
     with progress_bars(disable=False) as progress:

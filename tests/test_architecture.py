@@ -19,7 +19,7 @@ PACKAGES = {"convert": {"tide_jax", "pallas_kernels"}, "tide_jax": {"pallas_kern
 
 ROOMS = {
     "tide_jax": """errors | checks ranges temporaries json_files | records | tokenizer | model | config | exits |
-    generation | lossless calibration drift | engine | risk texts testing | cli | lm_eval""",
+    generation | lossless calibration drift | engine functional | risk texts testing | cli | lm_eval""",
     "convert": """quiet configuration | weights | families | sources | tied output verify_weights | verify | probe |
     architecture | conversion | exporting parity""",
 }

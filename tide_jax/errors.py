@@ -30,6 +30,10 @@ class TideError(ValueError):
         super().__init__(text)
 
 
+class GuaranteeError(TideError):
+    """No setting qualifies for the promise: there are too few texts, or none passed the test."""
+
+
 def listed(problems: Sequence[str], most: int = _MOST, width: int = _WIDTH) -> str:
     """The first `most` problems, each cut to `width` characters, and the number of further ones, on one line."""
     more = len(problems) - most

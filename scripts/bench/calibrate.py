@@ -40,6 +40,7 @@ from tide_jax.calibration.data_parallel import Placement
 from tide_jax.calibration.estimate import eight_billion, estimate_calibration
 from tide_jax.calibration.reading_plan import padded
 from tide_jax.cli.progress import progress_bars
+from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
 
 PAPER_SECONDS = 180
@@ -123,9 +124,9 @@ def forward_batches(samples: list[Sample], config: tide_jax.CalibrationConfig) -
     return [padded(group, size, config.max_length, widths=widths)[:2] for group in groups]
 
 
-def time_forward(model: tide_jax.Decoder, batches: list[tuple[np.ndarray, np.ndarray]]) -> Clock:
+def time_forward(model: Decoder, batches: list[tuple[np.ndarray, np.ndarray]]) -> Clock:
     @jax.jit
-    def forward(model: tide_jax.Decoder, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def forward(model: Decoder, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         return jnp.argmax(model(tokens, positions), axis=-1)
 
     for batch in {tokens.shape: (tokens, positions) for tokens, positions in batches}.values():
@@ -138,7 +139,7 @@ def time_forward(model: tide_jax.Decoder, batches: list[tuple[np.ndarray, np.nda
     return Clock.now().since(start)
 
 
-def time_calibration(model: tide_jax.Decoder, *arguments: Any) -> tuple[dict[str, Any], tide_jax.Routers]:
+def time_calibration(model: Decoder, *arguments: Any) -> tuple[dict[str, Any], tide_jax.Routers]:
     """Returns the total time, the time of each stage, and the routers."""
     tokenizer, texts, config, source = arguments
     stages, last = dict[str, Clock](), Clock.now()

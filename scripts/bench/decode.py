@@ -43,6 +43,7 @@ from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
 from tide_jax.exits.deferred_fill import is_faster
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import Decoder, KVCache, generate_tokens, init_cache, prefill
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import constant_routers
@@ -86,7 +87,7 @@ def main() -> None:
     save(args.out, report)
 
 
-def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def bench_batch(model: Decoder, reference: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """Measures all variants at one batch size."""
     interval = args.interval
     routers = constant_routers(model.config, interval=interval, bottleneck=128)
@@ -115,7 +116,7 @@ def bench_batch(model: tide_jax.Decoder, reference: Any, batch: int, args: argpa
     return {"batch": batch, "variants": summarise(times, beside, model.config.num_layers, batch)}
 
 
-def forced(model: tide_jax.Decoder, routers: tide_jax.Routers, depth: int, batch: int) -> Exits:
+def forced(model: Decoder, routers: tide_jax.Routers, depth: int, batch: int) -> Exits:
     """Exits with scores that always pass, at the first exit point after `depth` layers.
 
     Cache rows of skipped layers are projected at once or deferred, as in the engine.
@@ -123,10 +124,10 @@ def forced(model: tide_jax.Decoder, routers: tide_jax.Routers, depth: int, batch
     return Exits.uniform(routers, 0.5, depth, deferred=is_faster(model, batch))
 
 
-def engine_variant(model: tide_jax.Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:
+def engine_variant(model: Decoder, exits: Exits | None, batch: int, steps: int) -> Variant:
     tokens = jnp.asarray(random_prompts(model.config.vocab_size, batch), jnp.int32)
     prompt = Prompt(tokens, jnp.full((batch,), PROMPT, jnp.int32))
-    program = jax.jit(tide_jax.generate_tokens, static_argnames="capacity")
+    program = jax.jit(generate_tokens, static_argnames="capacity")
 
     def generate(count: int) -> float:
         request = Request(
@@ -164,11 +165,11 @@ def warmed(run: Variant) -> Variant:
     return twice
 
 
-def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
+def head_variant(model: Decoder, batch: int, steps: int) -> Variant:
     """Embedding, final norm, output head and argmax, without layers."""
 
     @jax.jit
-    def loop(model: tide_jax.Decoder, tokens: jax.Array) -> jax.Array:
+    def loop(model: Decoder, tokens: jax.Array) -> jax.Array:
         def body(_: Any, tokens: jax.Array) -> jax.Array:
             x = model.embed_tokens(tokens[:, None], jnp.zeros((batch, 1), jnp.int32))
             return jnp.argmax(model.logits(model.final_norm(x))[:, 0], axis=-1).astype(jnp.int32)
@@ -184,7 +185,7 @@ def head_variant(model: tide_jax.Decoder, batch: int, steps: int) -> Variant:
     return run
 
 
-def bench_prompts(model: tide_jax.Decoder, reference: Any, args: argparse.Namespace) -> dict[str, Any]:
+def bench_prompts(model: Decoder, reference: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds until the first token of one long prompt."""
     tokens = random_prompts(model.config.vocab_size, 1, args.prompt_tokens)
     variants: dict[str, Variant] = {"full": prompt_variant(model, tokens)}
@@ -198,13 +199,13 @@ def bench_prompts(model: tide_jax.Decoder, reference: Any, args: argparse.Namesp
     return {"tokens": args.prompt_tokens, "variants": rows}
 
 
-def prompt_variant(model: tide_jax.Decoder, tokens: np.ndarray) -> Variant:
+def prompt_variant(model: Decoder, tokens: np.ndarray) -> Variant:
     prompt = Prompt(jnp.asarray(tokens, jnp.int32), jnp.full((1,), tokens.shape[1], jnp.int32))
-    cache = tide_jax.init_cache(model.config, 1, tokens.shape[1] + 1, model.dtype)
+    cache = init_cache(model.config, 1, tokens.shape[1] + 1, model.dtype)
 
     @jax.jit
-    def first_token(model: tide_jax.Decoder, prompt: Prompt, cache: tide_jax.KVCache) -> Any:
-        step = tide_jax.prefill(model, prompt, cache)
+    def first_token(model: Decoder, prompt: Prompt, cache: KVCache) -> Any:
+        step = prefill(model, prompt, cache)
         return step.cache, jnp.argmax(step.logits, axis=-1)
 
     def run() -> float:

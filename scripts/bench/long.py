@@ -22,6 +22,7 @@ from tqdm import tqdm
 import tide_jax
 from scripts.bench.decode import PROMPT, random_prompts
 from scripts.reporting import machine, save
+from tide_jax.functional import Decoder
 from tide_jax.model.decoder import stored_parameters
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     save(args.out, report)
 
 
-def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:
+def token_times(model: Decoder, count: int) -> tuple[list[float], int]:
     """Seconds of each token after the first two, and whether anything was compiled among them."""
     engine = tide_jax.TIDE(model)
     prompt = random_prompts(model.config.vocab_size, 1)
@@ -61,7 +62,7 @@ def token_times(model: tide_jax.Decoder, count: int) -> tuple[list[float], int]:
     return times, int(engine.programs.compile_time != known)
 
 
-def windows(model: tide_jax.Decoder, times: list[float], size: int) -> list[dict[str, Any]]:
+def windows(model: Decoder, times: list[float], size: int) -> list[dict[str, Any]]:
     weights = sum(p.value.nbytes for p in stored_parameters(model))
     heads, keys, values = model.config.cache_shape
     slot = model.config.num_layers * heads * (keys + values) * model.dtype.itemsize

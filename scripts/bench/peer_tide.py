@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tide_jax
 from scripts.bench.peer_measures import Run, Variant
 from tide_jax.config import Mode
+from tide_jax.functional import Decoder
 from tide_jax.risk.promise import exit_settings
 
 
@@ -25,7 +26,7 @@ class Settings(NamedTuple):
     dials: dict[str, Any]
 
 
-def make_engine(model: tide_jax.Decoder, settings: Settings) -> tuple[tide_jax.TIDE, str | None]:
+def make_engine(model: Decoder, settings: Settings) -> tuple[tide_jax.TIDE, str | None]:
     """Returns an engine and the promise for its exits."""
     if settings.routers is None:
         return tide_jax.TIDE(model), None

@@ -56,6 +56,7 @@ from scripts.bench.peer_measures import (
 from scripts.bench.peer_prompts import PromptSet, prompt_sets
 from scripts.bench.peer_tide import Settings, make_engine, tide_variant
 from scripts.reporting import machine, reason, save
+from tide_jax.functional import Decoder
 from tide_jax.generation.batch import bucket
 
 Row = dict[str, Any]
@@ -157,7 +158,7 @@ def dials(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe(args: argparse.Namespace, model: tide_jax.Decoder, sets: list[PromptSet]) -> Row:
+def describe(args: argparse.Namespace, model: Decoder, sets: list[PromptSet]) -> Row:
     """Origin of the numbers, without local folder names."""
     return {
         "complete": False,
@@ -218,9 +219,7 @@ def measure_memory(args: argparse.Namespace, folder: Path | None, report: Row) -
         save(args.out, report)
 
 
-def make_variants(
-    args: argparse.Namespace, model: tide_jax.Decoder, folder: Path | None, report: Row
-) -> dict[str, Variant]:
+def make_variants(args: argparse.Namespace, model: Decoder, folder: Path | None, report: Row) -> dict[str, Variant]:
     """Returns the variants by name, on one engine and one peer."""
     names, variants = chosen(args), dict[str, Variant]()
     engine, promise = make_engine(model, Settings(args.routers, dials(args)))
@@ -251,7 +250,7 @@ def make_peers(args: argparse.Namespace, folder: Path, report: Row) -> dict[str,
 
 
 def measure_set(
-    args: argparse.Namespace, model: tide_jax.Decoder, prompts: PromptSet, variants: dict[str, Variant], report: Row
+    args: argparse.Namespace, model: Decoder, prompts: PromptSet, variants: dict[str, Variant], report: Row
 ) -> None:
     """Times all variants on one set; removes failing ones from `variants`."""
     samples: Samples = {name: [] for name in variants}

@@ -28,6 +28,7 @@ import tide_jax
 from scripts.reporting import machine, save
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
 
 WAYS = ("masked", "survivors")
@@ -86,11 +87,11 @@ class Pass(NamedTuple):
 class Variant:
     """One compiled way to run a prompt; its dials are arguments."""
 
-    def __init__(self, model: tide_jax.Decoder, tokens: int, exits: Exits | None, survivors: bool) -> None:
+    def __init__(self, model: Decoder, tokens: int, exits: Exits | None, survivors: bool) -> None:
         positions = jnp.arange(tokens, dtype=jnp.int32)[None]
 
         def run(
-            model: tide_jax.Decoder, ids: Int[Array, "1 T"], exits: Exits | None
+            model: Decoder, ids: Int[Array, "1 T"], exits: Exits | None
         ) -> tuple[Int[Array, "1 T"], Float[Array, " V"], Any]:
             out = run_depth(model, ids, positions, None, exits, survivors=survivors)
             return out.exit_layers, model.logits(out.states[:, -1:])[0, 0], out.new
@@ -107,7 +108,7 @@ class Variant:
 
 
 def measure(
-    model: tide_jax.Decoder, routers: tide_jax.Routers, prompts: Int[Array, "N 1 T"], args: argparse.Namespace
+    model: Decoder, routers: tide_jax.Routers, prompts: Int[Array, "N 1 T"], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measures full depth, and both ways at every threshold."""
     weights = routers.without_metadata()
@@ -134,7 +135,7 @@ def measure(
     }
 
 
-def summary(model: tide_jax.Decoder, way: str, threshold: float, found: list[Pass], full: list[Pass]) -> dict[str, Any]:
+def summary(model: Decoder, way: str, threshold: float, found: list[Pass], full: list[Pass]) -> dict[str, Any]:
     layers = float(np.mean([run.layers for run in found]))
     return {
         "way": way,

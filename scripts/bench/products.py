@@ -31,6 +31,7 @@ from scripts.bench.decode import engine_variant
 from scripts.bench.memory_floor import reader
 from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
+from tide_jax.functional import Decoder
 from tide_jax.model.ops import times_rows
 
 SHAPES = ((576, 1536), (576, 576), (896, 4864), (1536, 576), (4864, 896))
@@ -128,7 +129,7 @@ def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"bytes_of_a_token": read, "decoding": batches}
 
 
-def without_own(model: tide_jax.Decoder, batch: int, steps: int) -> Callable[[], float]:
+def without_own(model: Decoder, batch: int, steps: int) -> Callable[[], float]:
     """Decoding with XLA's products. Every run must stay inside `turned_off`; otherwise the program is traced again."""
     with turned_off():
         inside = engine_variant(model, None, batch, steps)

@@ -48,6 +48,7 @@ from scripts.bench.quality_measures import Reference, Row, at_target, next_thres
 from scripts.reporting import machine
 from tide_jax.config import KVStrategy, tilted_thresholds
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
 
 THRESHOLDS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99, 1.0)
@@ -154,7 +155,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def fit(args: argparse.Namespace, model: tide_jax.Decoder, strategies: list[tide_jax.Routers]) -> None:
+def fit(args: argparse.Namespace, model: Decoder, strategies: list[tide_jax.Routers]) -> None:
     """Limits lengths and depth to what the model and the routers allow."""
     context, last = model.config.context_length, min(routers.exit_points[-1] for routers in strategies)
     args.max_length = min(args.max_length, context)
@@ -199,9 +200,7 @@ def read_texts(args: argparse.Namespace, tokenizer: Any) -> list[list[int]]:
     return rows
 
 
-def describe(
-    args: argparse.Namespace, model: tide_jax.Decoder, texts: list[list[int]], prompts: list[list[int]]
-) -> Row:
+def describe(args: argparse.Namespace, model: Decoder, texts: list[list[int]], prompts: list[list[int]]) -> Row:
     """Origin of the numbers, without local folder names."""
     generation = {
         "prompts": len(prompts),

@@ -19,9 +19,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-import tide_jax
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import generate_tokens
 from tide_jax.generation.generate import Generated, Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.model.decoder import Decoder
@@ -62,7 +62,7 @@ class Generator:
     def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         self.model, self.new_tokens = model, new_tokens
         self.prompts = [np.asarray(ids, np.int32) for ids in prompts]
-        self._program = jax.jit(tide_jax.generate_tokens, static_argnames="capacity")
+        self._program = jax.jit(generate_tokens, static_argnames="capacity")
         self._warm(None)
         self._full = [self._scores(ids, self._run(ids, None).tokens) for ids in self.prompts]
 

@@ -26,9 +26,9 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 import pallas_kernels.selection
 from scripts.gpu.compiled_program import LargeResult, float_copies, large_results
 from scripts.reporting import save
-from tide_jax import Decoder, DecoderConfig, decode_step, init_cache
 from tide_jax.calibration.estimate import eight_billion
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import Decoder, DecoderConfig, decode_step, init_cache
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
 from tide_jax.model.rounding import Weights, as_int8
 from tide_jax.testing import constant_routers

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import tide_jax
 from scripts.gpu.model import Steered
 from scripts.gpu.ops import OUT_OF_TIME, Roof, Row
 from scripts.gpu.timing import Budget, Spread, seconds
@@ -31,6 +30,7 @@ from tide_jax.config import layer_groups
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState, finish_group
 from tide_jax.exits.walk import GroupRows
+from tide_jax.functional import decode_step, init_cache
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import StepOutput
 from tide_jax.model.attention.span import KeyValue
@@ -46,7 +46,7 @@ ONE_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CAL
 """Makes XLA run the loop as one CUDA graph."""
 
 Step = Callable[..., StepOutput]
-"""Like `tide_jax.decode_step`."""
+"""Like `tide_jax.functional.decode_step`."""
 
 
 class DecodePlan(NamedTuple):
@@ -85,7 +85,7 @@ def cond_chain_step(
     active: jax.Array,
     exits: Exits,
 ) -> StepOutput:
-    """`tide_jax.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
+    """`tide_jax.functional.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
     positions = jnp.where(active, positions, -1)[:, None]
     groups = layer_groups(model.config.num_layers, exits.routers.exit_points)
     contexts, rows = model.contexts(positions, cache), GroupRows(groups)
@@ -154,7 +154,7 @@ def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, ja
 
 def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCache:
     """A cache filled with random rows."""
-    cache = tide_jax.init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
+    cache = init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
     arrays, tree = jax.tree.flatten((cache.keys, cache.values))
     filled = [jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(arrays)]
     keys, values = jax.tree.unflatten(tree, filled)
@@ -259,7 +259,7 @@ class _Batch(NamedTuple):
 
     def _compiled(self, names: set[str], cache: KVCache) -> dict[str, Any]:
         """Programs by name, with their compile seconds; a reason instead of a program that can't be built."""
-        own = functools.partial(decoded, tide_jax.decode_step)
+        own = functools.partial(decoded, decode_step)
         functions = {
             "full": own,
             "routers": own,

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from scripts.gpu import aot
 from scripts.gpu.aot import Case, Step
 from scripts.gpu.compiled_program import launches
-from tide_jax import DecoderConfig
+from tide_jax.functional import DecoderConfig
 
 TARGET = Path(__file__).with_name("h100.txtpb")
 _KERNEL = re.compile(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu)')

@@ -1,4 +1,4 @@
-"""Measures prompts of a steered model, with and without exits, through `tide_jax.prefill`."""
+"""Measures prompts of a steered model, with and without exits, through `tide_jax.functional.prefill`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import tide_jax
 from scripts.gpu.decode import leaving, targets
 from scripts.gpu.model import Steered
 from scripts.gpu.ops import OUT_OF_TIME, Row
 from scripts.gpu.timing import Budget, Spread, seconds
 from scripts.reporting import reason
+from tide_jax.functional import init_cache, prefill
 from tide_jax.generation.generate import Prompt, StepOutput
 
 PAPER_SHARE, PAPER_DEPTH = 0.05, 1 / 3
@@ -134,8 +134,8 @@ def _program(steered: Steered, plan: PrefillPlan, batch: int, tokens: int, exits
     def run(leaves: list[Any], ids: jax.Array) -> StepOutput:
         model, given = jax.tree.unflatten(tree, leaves)
         prompt = Prompt(ids, jnp.full((batch,), tokens, jnp.int32))
-        cache = tide_jax.init_cache(model.config, batch, tokens, model.dtype)
-        return tide_jax.prefill(model, prompt, cache, given)
+        cache = init_cache(model.config, batch, tokens, model.dtype)
+        return prefill(model, prompt, cache, given)
 
     start = time.perf_counter()
     program = jax.jit(run).lower(leaves, jax.ShapeDtypeStruct((batch, tokens), jnp.int32)).compile()

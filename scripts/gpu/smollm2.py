@@ -15,6 +15,7 @@ from scripts.gpu.ops import OUT_OF_TIME, Row
 from scripts.gpu.timing import Budget
 from scripts.reporting import reason
 from tide_jax.config import KVStrategy
+from tide_jax.functional import Decoder
 from tide_jax.model.files.checkpoint import is_converted
 from tide_jax.testing import random_routers
 
@@ -47,7 +48,7 @@ def run_model(
 
 
 def compare(
-    model: tide_jax.Decoder,
+    model: Decoder,
     routers: tide_jax.Routers,
     prompts: Sequence[Sequence[int]],
     threshold: float,

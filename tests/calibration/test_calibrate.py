@@ -13,7 +13,7 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
-from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig, Routers, TideError, calibrate
+from tide_jax import TIDE, CalibrationConfig, ExitConfig, Routers, TideError, calibrate
 from tide_jax.calibration.calibrate import auc, expected_exits
 from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
 from tide_jax.calibration.exit_heads import fit_heads
@@ -21,6 +21,7 @@ from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.calibration.router_training import router_probabilities, train_routers
 from tide_jax.config import exit_point_layers
 from tide_jax.exits.evaluation import measure_exits
+from tide_jax.functional import Decoder
 from tide_jax.testing import ByteTokenizer, random_routers, tiny_config
 
 TEXTS = random_prompts(tuple(np.random.default_rng(1).integers(13, 25, 90)), seed=2)

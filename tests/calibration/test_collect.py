@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from tiny_models import random_prompts, tiny_model, with_parameters
 
-from tide_jax import CalibrationConfig, Decoder, TideError, calibrate
+from tide_jax import CalibrationConfig, TideError, calibrate
 from tide_jax.calibration import work_folder
 from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
 from tide_jax.calibration.reading_plan import ReadingPlan
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.cli.progress import progress_bars
+from tide_jax.functional import Decoder
 from tide_jax.testing import tiny_config
 
 LENGTHS = tuple(np.random.default_rng(1).choice([6, 8, 15, 16, 30, 31, 32], 60))  # three widths of batches

@@ -18,8 +18,9 @@ from test_cli import ROOT, WORDS, Capture, model, printed, refusal  # noqa: F401
 import tide_jax
 import tide_jax.cli.main
 import tide_jax.risk.promise
-from tide_jax import GuaranteeError, Routers, TideError
+from tide_jax import Routers, TideError
 from tide_jax.calibration.collect import Sample
+from tide_jax.errors import GuaranteeError
 from tide_jax.risk.promise import Promise, set_aside
 
 QUICK = ("--checkpoint-interval", "1", "--bottleneck", "4", "--min-layers", "1", "--max-length", "16")

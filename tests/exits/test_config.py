@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from tiny_models import CONFIGS
 
-from tide_jax import CalibrationConfig, DecoderConfig, ExitConfig, TideError
+from tide_jax import CalibrationConfig, ExitConfig, TideError
 from tide_jax.config import exit_point_layers, layer_groups
+from tide_jax.functional import DecoderConfig
 from tide_jax.model.architecture import AttentionType, RopeConfig
 from tide_jax.testing import tiny_config
 

@@ -13,10 +13,11 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
+from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.deferred_fill import MOST_ROWS, is_faster
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
+from tide_jax.functional import Decoder, KVCache, decode_step, init_cache
 from tide_jax.generation import generate
 from tide_jax.generation.generate import StepOutput
 from tide_jax.model.architecture import AttentionType, RopeConfig
@@ -154,7 +155,7 @@ def test_steps_and_caches_are_those_of_projecting_at_once(name: str, queue_lengt
         assert list(ran) == sorted(ran, reverse=True)
         waited.add(int(t + 1 - ran[-1]))
         depths.add(int(found.layers_executed))
-        check_cache(found.cache, expected.cache, ran, ahead)
+        check_cache(found.cache.kv, expected.cache, ran, ahead)
     assert max(waited) < queue_length
     assert len(waited) > min(queue_length, 3) - 1, "queues of many lengths"
     assert len(depths) > 1

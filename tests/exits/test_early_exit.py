@@ -12,8 +12,9 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, tiny_model, with_parameters
 
-from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, init_cache
+from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.depth import run_depth
+from tide_jax.functional import Decoder, KVCache, init_cache
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.layers import DecoderLayer
 from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder

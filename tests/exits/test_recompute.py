@@ -12,9 +12,10 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, KVCache, TideError, decode_step, init_cache
+from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
+from tide_jax.functional import Decoder, KVCache, decode_step, init_cache
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -123,7 +124,7 @@ def test_the_cache_holds_the_full_models_rows_where_a_group_has_run(name: str) -
         assert list(ran) == sorted(ran, reverse=True)
         for layer in range(model.config.num_layers):
             group = min(layer // 2, len(ran) - 1)
-            for found, expected in ((cache.keys, full.keys), (cache.values, full.values)):
+            for found, expected in ((cache.kv.keys, full.keys), (cache.kv.values, full.values)):
                 got = np.asarray(found[layer][:, :, ahead : ahead + ran[group]])
                 np.testing.assert_allclose(got, expected[layer][:, :, : ran[group]], atol=2e-5)
     assert len(waited) > 3, "queues of many lengths"

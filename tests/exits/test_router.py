@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_models import tiny_model
 
-from tide_jax import Decoder, Routers, TideError
+from tide_jax import Routers, TideError
 from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.exits import router_file
 from tide_jax.exits.router import ExitHead, Router, RouterMetadata, model_identity
 from tide_jax.exits.router_file import round_columns, round_half
+from tide_jax.functional import Decoder
 from tide_jax.model.decoder import from_parameters, parameters
 from tide_jax.model.files.checkpoint import fingerprint
 from tide_jax.testing import random_routers, tiny_config

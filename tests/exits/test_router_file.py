@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_router import MODEL, made_for
 
-from tide_jax import ExitConfig, RiskGuarantee, Routers, TideError
+from tide_jax import ExitConfig, Routers, TideError
+from tide_jax.config import RiskGuarantee
 from tide_jax.exits import router_file
 from tide_jax.exits.router import model_identity
 

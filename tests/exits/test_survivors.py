@@ -13,12 +13,13 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, init_cache
+from tide_jax import TIDE, ExitConfig
 from tide_jax.exits import cache_fill, survivors
 from tide_jax.exits.depth import DepthOutput, run_depth
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
 from tide_jax.exits.survivors import survivor_sizes
+from tide_jax.functional import Decoder, init_cache
 from tide_jax.generation import generate
 from tide_jax.generation.generate import Prompt, StepOutput, prefill
 from tide_jax.model.layers import DecoderLayer

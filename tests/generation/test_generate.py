@@ -14,8 +14,9 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
-from tide_jax import TIDE, ExitConfig, TideError, decode_step, init_cache, prefill
+from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.exits import Exits
+from tide_jax.functional import decode_step, init_cache, prefill
 from tide_jax.generation.batch import pad_left
 from tide_jax.generation.generate import Prompt, Request, begin
 from tide_jax.generation.programs import Programs

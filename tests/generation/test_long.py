@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, tiny_model
 
-from tide_jax import TIDE, Decoder, ExitConfig, decode_step, init_cache, prefill
+from tide_jax import TIDE, ExitConfig
+from tide_jax.functional import Decoder, decode_step, init_cache, prefill
 from tide_jax.generation.generate import PREFILL_CHUNK, Prompt
 from tide_jax.model.attention.span import BLOCK
 from tide_jax.testing import constant_routers

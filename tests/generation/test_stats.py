@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tide_jax import ExitStats
+from tide_jax.generation.stats import ExitStats
 
 STATS = ExitStats.from_exit_layers(
     np.asarray([[3, 1, 1, 3], [3, 0, -1, -1]]), num_layers=4, layers_executed=13, steps=4, wall_time=2.0

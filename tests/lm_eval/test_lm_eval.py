@@ -18,6 +18,7 @@ from tiny_llama import CONFIG, random_tensors, save
 import tide_jax
 from convert import convert
 from tide_jax.exits.router import RouterMetadata, model_identity
+from tide_jax.functional import Decoder
 from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
 from tide_jax.testing import constant_routers, random_routers, tiny_config, tiny_decoder
 
@@ -43,18 +44,18 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def model() -> tide_jax.Decoder:
+def model() -> Decoder:
     return tiny_decoder(tiny_config(num_layers=4, max_positions=CONTEXT))
 
 
 @pytest.fixture(scope="module")
-def exiting(model: tide_jax.Decoder) -> tide_jax.TIDE:
+def exiting(model: Decoder) -> tide_jax.TIDE:
     routers = random_routers(model.config, interval=1, affine=True)
     return tide_jax.TIDE(model, routers, tide_jax.ExitConfig(**DIALS))
 
 
 @pytest.fixture(scope="module")
-def rows(model: tide_jax.Decoder) -> list[Continuation]:
+def rows(model: Decoder) -> list[Continuation]:
     """Of many lengths; some share all but their last token, one is what greedy decoding gives, one has no token."""
     rng = np.random.default_rng(0)
 
@@ -89,7 +90,7 @@ def same(found: list[Score], expected: list[tuple[float, bool, list[int]]]) -> N
     assert [(f.greedy, f.exit_layers.tolist()) for f in found] == [e[1:] for e in expected]
 
 
-def test_scores_are_those_of_all_logits(model: tide_jax.Decoder, rows: list[Continuation]) -> None:
+def test_scores_are_those_of_all_logits(model: Decoder, rows: list[Continuation]) -> None:
     engine = tide_jax.TIDE(model)
     found = score_continuations(engine, rows, batch_size=16)
     assert (found[-1].log_likelihood, found[-1].greedy, len(found[-1].exit_layers)) == (0.0, True, 0)

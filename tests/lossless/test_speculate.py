@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_models import random_prompts, routed_engine, tiny_model
 
-from tide_jax import TIDE, DriftMonitor, PassCosts, TideError, generate_lossless, measure_pass_costs
+from tide_jax import TIDE, DriftMonitor, TideError
+from tide_jax.functional import PassCosts, generate_lossless, measure_pass_costs
 from tide_jax.generation.batch import bucket, eos_table, pad_left
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.logit_rules import make_rules

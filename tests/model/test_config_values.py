@@ -22,7 +22,8 @@ from convert import convert
 from convert.architecture import decoder_config
 from convert.parity.tiny import tiny_config
 from convert.sources.text_model import text_decoder
-from tide_jax import TIDE, Decoder, DecoderConfig, TideError
+from tide_jax import TIDE, TideError
+from tide_jax.functional import Decoder, DecoderConfig
 from tide_jax.model.activations import ACTIVATIONS, KNOWN_ACTIVATIONS
 from tide_jax.model.architecture_parts import GatedActivation, PlainActivation, UngatedActivation
 from tide_jax.model.files.checkpoint import load, load_config

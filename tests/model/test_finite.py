@@ -15,8 +15,9 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 
 import tide_jax
 from convert import convert, export
-from tide_jax import TIDE, CalibrationConfig, Decoder, ExitConfig
+from tide_jax import TIDE, CalibrationConfig, ExitConfig
 from tide_jax.errors import TideError
+from tide_jax.functional import Decoder
 from tide_jax.lm_eval.continuations import Continuation, score_continuations
 from tide_jax.model.files.shards import checked_cast
 from tide_jax.testing import constant_routers, random_routers, tiny_config

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, random_prompts, tiny_model
 
-from tide_jax import TIDE, ExitConfig, PassCosts, RiskGuarantee, Routers
+from tide_jax import TIDE, ExitConfig, Routers
+from tide_jax.config import RiskGuarantee
 from tide_jax.exits.cache_fill import fill_rows, unsupported
 from tide_jax.exits.router import RouterMetadata, model_identity
+from tide_jax.functional import PassCosts
 from tide_jax.model import ops
 from tide_jax.model import rounding as rounding_module
 from tide_jax.model.architecture import AttentionType, HeadTransform, MoEConfig

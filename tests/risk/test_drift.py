@@ -14,8 +14,10 @@ import pytest
 from brute_force import BruteForce
 from tiny_models import random_prompts, tiny_model, with_parameters
 
-from tide_jax import TIDE, DriftMonitor, DriftReport, ExitConfig, RiskGuarantee, TideError
+from tide_jax import TIDE, DriftMonitor, ExitConfig, TideError
+from tide_jax.config import RiskGuarantee
 from tide_jax.drift.confidence_sequence import ConfidenceSequence, RiskTest
+from tide_jax.generation.stats import DriftReport
 from tide_jax.testing import random_routers, tiny_config
 
 # ---------------------------------------------------------------------------------------------------------- statistics

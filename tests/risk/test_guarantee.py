@@ -12,9 +12,12 @@ import pytest
 from tiny_models import random_prompts, tiny_model, with_parameters
 
 import tide_jax
-from tide_jax import TIDE, Decoder, ExitConfig, GuaranteeError, RiskGuarantee, Routers, TideError
+from tide_jax import TIDE, ExitConfig, Routers, TideError
 from tide_jax.calibration.collect import Sample
+from tide_jax.config import RiskGuarantee
+from tide_jax.errors import GuaranteeError
 from tide_jax.exits.router import Router
+from tide_jax.functional import Decoder
 from tide_jax.model.decoder import parameters
 from tide_jax.risk.answers import TextAnswers
 from tide_jax.risk.guarantee import THRESHOLDS

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tide_jax import ExitConfig, RiskGuarantee, TideError
+from tide_jax import ExitConfig, TideError
+from tide_jax.config import RiskGuarantee
 from tide_jax.risk.statistics import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
 
 # ------------------------------------------------------------------------------------------------------------ p-values

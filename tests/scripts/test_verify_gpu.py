@@ -29,8 +29,8 @@ from scripts.gpu import timing as gpu_timing
 from scripts.gpu.kernel_hash import kernel_hash
 from scripts.gpu.table import gpu_table
 from scripts.plots import gpu as plot_gpu
-from tide_jax import decode_step
 from tide_jax.exits.depth import run_depth
+from tide_jax.functional import decode_step
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
 ROOT = Path(__file__).resolve().parents[2]

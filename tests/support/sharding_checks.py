@@ -23,7 +23,8 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 
 import tide_jax
 import tide_jax.cli.main
-from tide_jax import TIDE, DriftMonitor, ExitConfig, PassCosts
+from tide_jax import TIDE, DriftMonitor, ExitConfig
+from tide_jax.functional import Decoder, PassCosts, init_cache
 from tide_jax.generation.generate import advance, begin
 from tide_jax.generation.programs import Programs
 from tide_jax.model.decoder import from_parameters, parameters
@@ -153,7 +154,7 @@ def uneven_axes_stay_whole() -> None:
     assert held["embed.kernel"] == (259, 64)
 
 
-def kept(model: tide_jax.Decoder) -> dict[str, jax.Array]:
+def kept(model: Decoder) -> dict[str, jax.Array]:
     """Parameters as they lie on the devices, by dotted path."""
     return {_dotted(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
 
@@ -167,11 +168,11 @@ def shard_shape(array: jax.Array) -> tuple[int, ...]:
 
 def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any], str]:
     """What a device holds of the cache in the first three steps, and the program of a step."""
-    call, held = engine._call(prompts, max_new_tokens=new), []
+    call, held = engine._call(prompts, None, max_new_tokens=new), []
     arguments = (call.prompt, call.request, call.exits)
     state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity)
     for _ in range(3):
-        held.append({shard_shape(a) for a in (*state.cache.keys, *state.cache.values)})
+        held.append({shard_shape(a) for a in (*keys_and_values(state.cache).keys, *keys_and_values(state.cache).values)})
         arguments = (state, call.request, call.exits)
         state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1)
     # One program: a step's result goes into the next as it is.
@@ -184,7 +185,7 @@ def cache_is_split() -> None:
     held, _ = steps_of(engine_of("even", "2x4").with_config(kv_strategy="recompute"), PROMPTS, NEW)
     assert held == [{(4, 2, 39, 8)}] * 3, held
     with jax.set_mesh(tide_jax.make_mesh("2x4")):  # for those who call the pure functions
-        cache = tide_jax.init_cache(EVEN, 8, 16, np.dtype(np.float32))
+        cache = init_cache(EVEN, 8, 16, np.dtype(np.float32))
         assert {shard_shape(a) for a in (*cache.keys, *cache.values)} == {(4, 2, 16, 8)}
 
 

@@ -20,10 +20,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 from tide_jax.exits.depth import DepthOutput
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState
-from tide_jax.exits.queue import Left, Pending, Queue, pending_of
+from tide_jax.exits.queue import Pending, Queue, QueuedCache
 from tide_jax.exits.walk import Loop, Walk, groups_of
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.sharding import mesh_of
 
@@ -45,15 +44,15 @@ def deferred_step(
     model: Decoder,
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
-    cache: KVCache,
+    cache: QueuedCache,
     exits: Exits,
-) -> tuple[DepthOutput, KVCache]:
+) -> tuple[DepthOutput, QueuedCache]:
     """Decodes one token of each row with exits, projecting missing cache rows of a group before the group runs.
 
     Args:
       tokens: token ids.
       positions: position of each token in its row, -1 for rows without a token.
-      cache: earlier tokens, with `pending` made for these exits.
+      cache: earlier tokens, from `init_cache` for these exits.
       exits: routers and settings.
 
     Returns:
@@ -63,8 +62,8 @@ def deferred_step(
     groups = groups_of(model, exits)
     queue, code_size = Queue.start(cache, groups, positions), exits.code_size
     newest = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
-    walk = Walk(model, groups, exits, positions >= 1, cache, positions)
-    return _Deferred(walk, queue.positions).run(newest)
+    walk = Walk(model, groups, exits, positions >= 1, cache.kv, positions)
+    return _Deferred(walk, queue.positions).run(newest, cache)
 
 
 class _Deferred(NamedTuple):
@@ -78,46 +77,46 @@ class _Deferred(NamedTuple):
     walk: Walk
     window: Int[Array, "B Q"]
 
-    def run(self, newest: TokenState) -> tuple[DepthOutput, KVCache]:
+    def run(self, newest: TokenState, cache: QueuedCache) -> tuple[DepthOutput, QueuedCache]:
         """Alternates between running groups and filling rows; one turn is enough if no row is missing."""
-        start = self.walk.start(newest), self.walk.cache
+        start = self.walk.start(newest), cache
         loop, cache = lax.while_loop(lambda c: self._unfinished(*c), lambda c: self._turn(*c), start)
         # Append the newest token. Its rows are computed where a group ran, projected after a fill, zero where it waits.
         done = jnp.arange(len(self.walk.groups), dtype=jnp.int32) < loop.group
-        before, new = pending_of(cache), self.walk.rows.by_layer(loop.rows)
+        before, new = cache.pending, self.walk.rows.by_layer(loop.rows)
         executed = jnp.max(loop.state.exit_layers, initial=-1) + 1
-        cache = cache._replace(pending=None).append(new, self.window[:, -1:])
+        kv = cache.kv.append(new, self.window[:, -1:])
         # Push the token's exit state onto the queue, for groups that still have to project its rows.
         slots = self._slots(loop.state, before)
         assert slots.code is not None
-        dtype, ran = before.states.dtype, jnp.where(done, cache.length, before.ran)
-        pending = Pending(slots.x.astype(dtype), ran, Left(slots.exit_layers, slots.code.astype(dtype)))
+        dtype, ran = before.states.dtype, jnp.where(done, kv.length, before.ran)
+        pending = Pending(slots.x.astype(dtype), ran, slots.exit_layers, slots.code.astype(dtype))
         out = DepthOutput(loop.state.states, loop.state.exit_layers, new, executed)
-        return out, cache._replace(pending=pending)
+        return out, QueuedCache(kv, pending)
 
-    def _unfinished(self, loop: Loop, cache: KVCache) -> Bool[Array, ""]:
+    def _unfinished(self, loop: Loop, cache: QueuedCache) -> Bool[Array, ""]:
         """Whether a token still needs a group, or the queue has to be emptied before the next step."""
         left = loop.group < len(self.walk.groups)
         return left & (self._queue(cache).full | jnp.any(loop.state.active))
 
-    def _turn(self, loop: Loop, cache: KVCache) -> tuple[Loop, KVCache]:
+    def _turn(self, loop: Loop, cache: QueuedCache) -> tuple[Loop, QueuedCache]:
         """Runs groups up to the first one with missing rows, then fills all missing rows."""
-        ran = pending_of(cache).ran
+        ran = cache.pending.ran
 
         def ready(s: Loop) -> Bool[Array, ""]:
-            return (s.group < len(self.walk.groups)) & jnp.any(s.state.active) & (ran[s.group] == cache.length)
+            return (s.group < len(self.walk.groups)) & jnp.any(s.state.active) & (ran[s.group] == cache.kv.length)
 
-        loop = self.walk._replace(cache=cache).run(loop, ready)
+        loop = self.walk._replace(cache=cache.kv).run(loop, ready)
         # An `if` as a loop of at most one turn: a while loop updates the cache in place, without a copy.
         fill = self._unfinished(loop, cache), loop, cache
         return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), *self._filled(*c[1:])), fill)[1:]
 
-    def _filled(self, loop: Loop, cache: KVCache) -> tuple[Loop, KVCache]:
+    def _filled(self, loop: Loop, cache: QueuedCache) -> tuple[Loop, QueuedCache]:
         """Projects the waiting rows of the groups that are left.
 
         The newest tokens are included only once all of them have exited.
         """
-        queue, pending, count = self._queue(cache), pending_of(cache), len(self.walk.groups)
+        queue, pending, count = self._queue(cache), cache.pending, len(self.walk.groups)
         slots = self._slots(loop.state, pending)
         # Project the exit states of the whole queue for every group from `loop.group` on.
         start = self.walk.start(slots)._replace(group=loop.group)
@@ -125,25 +124,26 @@ class _Deferred(NamedTuple):
         rows = self.walk.fill(start, places, lambda g: queue.waits(g) & there).rows
         # Write the rows of earlier tokens; `ran` counts the new slot too if its token has exited.
         done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
-        ran = jnp.where(done, cache.length + gone.astype(jnp.int32), pending.ran)
-        cache = queue.filled(self.walk.rows.by_layer(rows), done)._replace(pending=pending._replace(ran=ran))
+        ran = jnp.where(done, cache.kv.length + gone.astype(jnp.int32), pending.ran)
+        cache = QueuedCache(queue.filled(self.walk.rows.by_layer(rows), done), pending._replace(ran=ran))
         # The new slot is appended only at the end of the step: its rows join those of the loop.
         own = (done & gone)[:, None, None, None, None, None]
         keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
         values = jnp.where(own, rows.values[:, :, :, :, -1:], loop.rows.values)
         return loop._replace(rows=KeyValue(keys, values)), cache
 
-    def _queue(self, cache: KVCache) -> Queue:
+    def _queue(self, cache: QueuedCache) -> Queue:
         return Queue(cache, self.walk.groups, self.window)
 
     def _slots(self, newest: TokenState, pending: Pending) -> TokenState:
         """Exit states of the queue's tokens, with the newest token of each row at the end."""
-        assert pending.left is not None
+        assert pending.exit_layers is not None
+        assert pending.code is not None
         assert newest.code is not None
         return newest._replace(
             x=_pushed(pending.states, newest.x),
-            code=_pushed(pending.left.code, newest.code),
-            exit_layers=_pushed(pending.left.exit_layers, newest.exit_layers),
+            code=_pushed(pending.code, newest.code),
+            exit_layers=_pushed(pending.exit_layers, newest.exit_layers),
         )
 
 

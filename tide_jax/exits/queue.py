@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.checks import whole_number
@@ -27,34 +28,21 @@ QUEUE_LENGTH = 8
 """Tokens whose deep layers may wait, the newest included; one pass over the weights runs them all."""
 
 
-class Left(NamedTuple):
-    """Inputs for projecting the newest Q slots' keys and values in layers that they skipped.
-
-    Attributes:
-      exit_layers: index of the last layer that each slot ran, int32; -1 where there is no token.
-      code: exit states, projected to the translators' rank R; R is 0 without translators.
-    """
-
-    exit_layers: Int[Array, "B Q"]
-    code: Float[Array, "B Q R"]
-
-
 class Pending(NamedTuple):
     """Tokens that exited and whose deep keys and values are not computed yet.
-
-    A group of layers always processes all tokens that wait for it. So the tokens that wait for a group are those after
-    its last run: the newest slots, without gaps.
 
     Attributes:
       states: residual stream of the newest Q slots, each after the last group that ran it.
       ran: number of slots that each group of layers has processed, int32; never more than the group before.
-      left: set if groups project the keys and values of exited tokens (`tide_jax.exits.deferred_fill`); None if groups
-        run these tokens (``kv_strategy="recompute"``).
+      exit_layers: index of the last layer that each slot ran, int32, -1 where there is no token; None if groups run
+        waiting tokens (``kv_strategy="recompute"``) and need no projection.
+      code: exit states, projected to the translators' rank R (0 without translators); None as for `exit_layers`.
     """
 
     states: Float[Array, "B Q D"]
     ran: Int[Array, " groups"]
-    left: Left | None = None
+    exit_layers: Int[Array, "B Q"] | None = None
+    code: Float[Array, "B Q R"] | None = None
 
     @property
     def queue_length(self) -> int:
@@ -64,37 +52,58 @@ class Pending(NamedTuple):
     @property
     def code_size(self) -> int | None:
         """Size of the translators' code; None where tokens wait for their layers to run."""
-        return None if self.left is None else self.left.code.shape[2]
+        return None if self.code is None else self.code.shape[2]
+
+
+class QueuedCache(NamedTuple):
+    """A cache whose newest slots may wait for deep layers.
+
+    Attributes:
+      kv: keys and values; Q - 1 empty slots lie ahead of the first token, so that the newest Q slots always exist.
+      pending: what the waiting slots need.
+    """
+
+    kv: KVCache
+    pending: Pending
+
+    def append_complete(self, new: KeyValue, positions: Int[Array, "B T"]) -> QueuedCache:
+        """Appends slots that have run all layers, when nothing waits; arguments as in `KVCache.append`."""
+        kv = self.kv.append(new, positions)
+        return QueuedCache(kv, self.pending._replace(ran=jnp.broadcast_to(kv.length, self.pending.ran.shape)))
+
+
+AnyCache = KVCache | QueuedCache
+"""The cache that `init_cache` makes for given exits."""
 
 
 class Queue(NamedTuple):
     """The newest Q cache slots during a decode step, the step's own token included.
 
     Attributes:
-      cache: the cache before the step, with `pending`.
-      groups: the layer groups of `pending.ran`.
+      cache: the cache before the step.
+      groups: the layer groups of `Pending.ran`.
       positions: positions of the Q slots, -1 for empty slots.
     """
 
-    cache: KVCache
+    cache: QueuedCache
     groups: tuple[range, ...]
     positions: Int[Array, "B Q"]
 
     @classmethod
-    def start(cls, cache: KVCache, groups: tuple[range, ...], positions: Int[Array, "B 1"]) -> Queue:
+    def start(cls, cache: QueuedCache, groups: tuple[range, ...], positions: Int[Array, "B 1"]) -> Queue:
         """The queue after adding one token to each row, at the given positions."""
-        earlier = newest_positions(cache, pending_of(cache).queue_length - 1)
+        earlier = newest_positions(cache.kv, cache.pending.queue_length - 1)
         return cls(cache, groups, jnp.concatenate([earlier, positions], axis=1))
 
     @property
     def pending(self) -> Pending:
         """Pending tokens of the cache."""
-        return pending_of(self.cache)
+        return self.cache.pending
 
     @property
     def length(self) -> Int[Array, ""]:
         """Cache slots in use after the step."""
-        return self.cache.length + 1
+        return self.cache.kv.length + 1
 
     @property
     def first(self) -> Int[Array, ""]:
@@ -116,11 +125,12 @@ class Queue(NamedTuple):
 
     def complete(self, g: int) -> KVCache:
         """The cache with the slots that group `g` has not processed marked empty."""
-        slots = jnp.arange(self.cache.capacity, dtype=jnp.int32)[None]
-        return self.cache._replace(positions=jnp.where(slots < self.pending.ran[g], self.cache.positions, -1))
+        kv = self.cache.kv
+        slots = jnp.arange(kv.capacity, dtype=jnp.int32)[None]
+        return kv._replace(positions=jnp.where(slots < self.pending.ran[g], kv.positions, -1))
 
     def filled(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
-        """Writes key and value rows of waiting slots into the cache.
+        """Keys and values with the rows of waiting slots written.
 
         Args:
           new: ``[L, B, KV, Q, channels]``, rows of the queue's slots.
@@ -139,9 +149,10 @@ class Queue(NamedTuple):
         def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
             return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))
 
-        return self.cache._replace(keys=write(self.cache.keys, new.keys), values=write(self.cache.values, new.values))
+        kv = self.cache.kv
+        return kv._replace(keys=write(kv.keys, new.keys), values=write(kv.values, new.values))
 
-    def written(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> KVCache:
+    def written(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> QueuedCache:
         """Writes rows like `filled` and appends the step's tokens.
 
         Args:
@@ -149,13 +160,12 @@ class Queue(NamedTuple):
           states: residual stream of the queue's slots, each after the last group that ran it.
         """
         zero, pending = jnp.int32(0), self.pending
-        return self.filled(new, done)._replace(
-            positions=lax.dynamic_update_slice(self.cache.positions, self.positions, (zero, self.first)),
+        kv = self.filled(new, done)._replace(
+            positions=lax.dynamic_update_slice(self.cache.kv.positions, self.positions, (zero, self.first)),
             length=self.length,
-            pending=pending._replace(
-                states=states.astype(pending.states.dtype), ran=jnp.where(done, self.length, pending.ran)
-            ),
         )
+        ran = jnp.where(done, self.length, pending.ran)
+        return QueuedCache(kv, pending._replace(states=states.astype(pending.states.dtype), ran=ran))
 
     def _after(self, ran: Int[Array, " n"]) -> Bool[Array, "n Q"]:
         """For each count in `ran`, the queue's slots at or beyond that many cache slots."""
@@ -166,11 +176,11 @@ def init_cache(
     config: DecoderConfig,
     batch: int,
     capacity: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     *,
     exits: Exits | None = None,
     queue_length: int = QUEUE_LENGTH,
-) -> KVCache:
+) -> AnyCache:
     """An empty cache of at least `capacity` slots for `batch` rows, on the mesh of ``jax.set_mesh`` if there is one.
 
     Args:
@@ -185,22 +195,21 @@ def init_cache(
         return empty_cache(config, batch, capacity, dtype)
     # The newest slots are rewritten when their deep layers run. Empty slots before the first token keep them inside.
     ahead, groups = queue_length - 1, len(exits.routers.exit_points) + 1
-    left = None
+    states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
+    pending = Pending(states, jnp.full((groups,), ahead, jnp.int32))
     if exits.projects_later:
         nowhere = jnp.full((batch, queue_length), -1, jnp.int32)
-        left = Left(nowhere, jnp.zeros((batch, queue_length, exits.code_size), dtype))
-    states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
-    pending = Pending(states, jnp.full((groups,), ahead, jnp.int32), left)
-    return empty_cache(config, batch, capacity, dtype, ahead=ahead)._replace(pending=pending)
+        pending = pending._replace(exit_layers=nowhere, code=jnp.zeros((batch, queue_length, exits.code_size), dtype))
+    return QueuedCache(empty_cache(config, batch, capacity, dtype, ahead=ahead), pending)
 
 
-def check_cache(cache: KVCache, exits: Exits | None) -> None:
+def check_cache(cache: AnyCache, exits: Exits | None) -> None:
     """Raises TideError unless a cache was made for these exits."""
-    pending, wanted = cache.pending, exits is not None and exits.queues
-    fits = (pending is not None) == wanted
-    if pending is not None and exits is not None and wanted:
+    fits = isinstance(cache, QueuedCache) == (exits is not None and exits.queues)
+    if fits and isinstance(cache, QueuedCache) and exits is not None:
         code_size = exits.code_size if exits.projects_later else None
-        fits = (len(pending.ran), pending.code_size) == (len(exits.routers.exit_points) + 1, code_size)
+        found = len(cache.pending.ran), cache.pending.code_size
+        fits = found == (len(exits.routers.exit_points) + 1, code_size)
     if not fits:
         raise TideError(
             "the cache was made for other exits: tokens wait in it in another way, or not at all; make it with "
@@ -208,10 +217,9 @@ def check_cache(cache: KVCache, exits: Exits | None) -> None:
         )
 
 
-def pending_of(cache: KVCache) -> Pending:
-    """Pending tokens of a cache that has a queue."""
-    assert cache.pending is not None
-    return cache.pending
+def keys_and_values(cache: AnyCache) -> KVCache:
+    """The keys and values of a cache of either kind."""
+    return cache.kv if isinstance(cache, QueuedCache) else cache
 
 
 def pass_widths(most: int) -> tuple[int, ...]:

@@ -16,9 +16,8 @@ from jaxtyping import Array, Int
 from tide_jax.exits.depth import DepthOutput
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState
-from tide_jax.exits.queue import Queue
+from tide_jax.exits.queue import Queue, QueuedCache
 from tide_jax.exits.walk import Walk, groups_of
-from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 
@@ -26,9 +25,9 @@ def recompute_step(
     model: Decoder,
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
-    cache: KVCache,
+    cache: QueuedCache,
     exits: Exits,
-) -> tuple[DepthOutput, KVCache]:
+) -> tuple[DepthOutput, QueuedCache]:
     """Decodes one token of each row with exits; groups that run also process the tokens waiting for them.
 
     Rows share the queue: a group that any row needs runs the waiting and the newest tokens of all rows.
@@ -36,7 +35,7 @@ def recompute_step(
     Args:
       tokens: token ids.
       positions: position of each token in its row, -1 for rows without a token.
-      cache: earlier tokens, with `pending` made for these exits.
+      cache: earlier tokens, from `init_cache` for these exits.
       exits: routers and settings.
 
     Returns:
@@ -51,7 +50,7 @@ def recompute_step(
     x = jnp.concatenate([queue.pending.states[:, 1:].astype(newest.dtype), newest], axis=1)
     state = TokenState.start(newest, positions)._replace(x=x)
     # Run groups while a token is active; a full queue runs all of them.
-    walk = Walk(model, groups, exits, positions >= 1, cache, queue.positions, runs_on=True, queue=queue)
+    walk = Walk(model, groups, exits, positions >= 1, cache.kv, queue.positions, runs_on=True, queue=queue)
     loop = walk.run(walk.start(state), lambda s: (s.group < count) & (queue.full | jnp.any(s.state.active)))
     new, done = walk.rows.by_layer(loop.rows), jnp.arange(count, dtype=jnp.int32) < loop.group
     out = DepthOutput(loop.state.states, loop.state.exit_layers, new, walk.rows.layers_before(loop.group))

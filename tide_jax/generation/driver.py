@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +72,7 @@ class Reading(NamedTuple):
     drafts: DraftStats | None = None
 
 
+@runtime_checkable
 class Decoding(Protocol):
     """One way to decode a call: its pure functions as compiled programs, and how to read their results.
 

@@ -17,12 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tide_jax.exits.deferred_fill import deferred_step
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.exits import Exits
-from tide_jax.exits.queue import check_cache, init_cache
+from tide_jax.exits.queue import AnyCache, QueuedCache, check_cache, init_cache, keys_and_values
 from tide_jax.exits.recompute import recompute_step
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.logit_rules import LogitRules, RowText, rule_on
 from tide_jax.generation.sampling import Sampling, sample
-from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
@@ -42,7 +41,7 @@ class StepOutput(NamedTuple):
     """
 
     logits: Float[Array, "B V"]
-    cache: KVCache
+    cache: AnyCache
     exit_layers: Int[Array, " B"]
     layers_executed: Int[Array, ""]
     finite: Bool[Array, " B"]
@@ -136,7 +135,7 @@ class GenerationState(NamedTuple):
     seen: Bool[Array, "B V"]
     exit_layers: Int[Array, " B"]
     layers_executed: Int[Array, ""]
-    cache: KVCache
+    cache: AnyCache
     text: Int[Array, "B S"] | None = None
 
 
@@ -161,7 +160,7 @@ class Generated(NamedTuple):
     finite: Bool[Array, " B"]
 
 
-def prefill(model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None = None) -> StepOutput:
+def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None = None) -> StepOutput:
     """Runs the prompts and fills an empty cache; the output is that of the last prompt token of each row.
 
     Prompts longer than `PREFILL_CHUNK` tokens run in chunks of that size, which bounds the memory of attention scores.
@@ -171,13 +170,16 @@ def prefill(model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None 
     # Rotary frequencies that depend on the length need the whole prompt in one chunk.
     chunk = width if model.config.length_changes_rope else min(width, PREFILL_CHUNK)
 
-    def run(start: Int[Array, ""] | int, size: int, earlier: KVCache | None) -> StepOutput:
+    def run(start: Int[Array, ""] | int, size: int, earlier: AnyCache | None) -> StepOutput:
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, start, size, axis=1)
 
         tokens, places = cut(prompt.tokens), cut(positions)
-        out = run_depth(model, tokens, places, earlier, exits, survivors=True)
-        grown = (cache if earlier is None else earlier).append(out.new, places)
+        seen = None if earlier is None else keys_and_values(earlier)
+        out = run_depth(model, tokens, places, seen, exits, survivors=True)
+        before = cache if earlier is None else earlier
+        queued = isinstance(before, QueuedCache)
+        grown = before.append_complete(out.new, places) if queued else before.append(out.new, places)
         finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
 
@@ -196,7 +198,7 @@ def prefill(model: Decoder, prompt: Prompt, cache: KVCache, exits: Exits | None 
 
 def decode_step(
     model: Decoder,
-    cache: KVCache,
+    cache: AnyCache,
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     active: Bool[Array, " B"],
@@ -217,12 +219,13 @@ def decode_step(
     """
     positions = jnp.where(active, positions, -1)[:, None]
     check_cache(cache, exits)
-    if exits is not None and exits.queues:
+    if exits is not None and isinstance(cache, QueuedCache):
         step = deferred_step if exits.projects_later else recompute_step
         out, cache = step(model, tokens[:, None], positions, cache, exits)
     else:
-        out = run_depth(model, tokens[:, None], positions, cache, exits)
-        cache = cache.append(out.new, positions)
+        kv = keys_and_values(cache)
+        out = run_depth(model, tokens[:, None], positions, kv, exits)
+        cache = kv.append(out.new, positions)
     logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
     return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)
 

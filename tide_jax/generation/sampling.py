@@ -12,11 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, UInt32
 
 from tide_jax.checks import whole_number
 from tide_jax.model.generation_settings import sampling_dial
 from tide_jax.model.ops import likeliest
+
+RowKeys = Key[Array, " N"] | UInt32[Array, "N k"]
+"""A random key for each row, of the new style or the old."""
 
 
 class Sampling(NamedTuple):
@@ -81,13 +84,13 @@ def sample(
     return sample_rows(lambda: row_keys(key, rows), logits, sampling, seen, rule)
 
 
-def row_keys(key: PRNGKeyArray, rows: Int[Array, "..."]) -> PRNGKeyArray:
+def row_keys(key: PRNGKeyArray, rows: Int[Array, " N"]) -> RowKeys:
     """Random keys for rows of a batch."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 def sample_rows(
-    keys: Callable[[], PRNGKeyArray],
+    keys: Callable[[], RowKeys],
     logits: Float[Array, "B V"],
     sampling: Sampling,
     seen: Bool[Array, "B V"],

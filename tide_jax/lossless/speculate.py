@@ -191,7 +191,7 @@ def generate_lossless(
       model: the decoder.
       prompt: left-padded prompts.
       request: sampling settings, end-of-sequence ids, number of new tokens.
-      costs: measured seconds of a pass (`tide_jax.measure_pass_costs`).
+      costs: measured seconds of a pass (`tide_jax.lossless.costs`).
       control: acceptance rates learned by earlier generations; None starts from the prior.
       capacity: static upper bound of `request.max_new_tokens`.
       most_slots: most tokens of a row in one pass, the newest included.

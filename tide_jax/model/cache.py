@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tide_jax.model.architecture import DecoderConfig
@@ -29,16 +30,14 @@ class KVCache(NamedTuple):
       keys, values: one array per layer, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated. Latent
         attention stores everything in the keys (see `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the position of the token in each slot, -1 where empty.
-      length: number of slots written so far (the same for all rows), int32 scalar. With `pending`, the empty slots at
-        the front, which its window needs, count as written, here and in `Pending.ran`.
-      pending: slots whose deep layers have yet to run; None if every slot is complete.
+      length: number of slots written so far (the same for all rows), int32 scalar; empty slots ahead of the first
+        token count as written.
     """
 
     keys: tuple[Float[Array, "B KV S hk"], ...]
     values: tuple[Float[Array, "B KV S hv"], ...]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
-    pending: Any = None
 
     @property
     def capacity(self) -> int:
@@ -52,14 +51,10 @@ class KVCache(NamedTuple):
     def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
         """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
 
-        The caller ensures that ``length + T <= capacity`` and that nothing is pending.
+        The caller ensures that ``length + T <= capacity``.
         """
         zero = jnp.int32(0)
         start = (zero, zero, self.length, zero)
-        length = self.length + jnp.int32(positions.shape[1])
-        pending = self.pending
-        if pending is not None:
-            pending = pending._replace(ran=jnp.broadcast_to(length, pending.ran.shape))
 
         def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
             return tuple(lax.dynamic_update_slice(a, r.astype(a.dtype), start) for a, r in zip(old, rows, strict=True))
@@ -68,8 +63,7 @@ class KVCache(NamedTuple):
             keys=write(self.keys, new.keys),
             values=write(self.values, new.values),
             positions=lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), (zero, self.length)),
-            length=length,
-            pending=pending,
+            length=self.length + jnp.int32(positions.shape[1]),
         )
 
 
@@ -78,7 +72,7 @@ def newest_positions(cache: KVCache, count: int) -> Int[Array, "B count"]:
     return lax.dynamic_slice_in_dim(cache.positions, cache.length - count, count, axis=1)
 
 
-def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype, *, ahead: int = 0) -> KVCache:
+def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike, *, ahead: int = 0) -> KVCache:
     """An empty cache of at least `capacity` slots for `batch` rows, on the mesh of ``jax.set_mesh`` if there is one.
 
     Args:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tide_jax.errors import TideError, listed
@@ -51,7 +52,7 @@ class Decoder(nnx.Module):
         known (`tide_jax.model.files.checkpoint.fingerprint`).
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.float_fingerprint: str | None = None
         d, e, late = config.hidden_size, config.embedding_size, config.project_after_norm
@@ -289,7 +290,7 @@ def from_parameters(
     config: DecoderConfig,
     tensors: Iterable[tuple[str, np.ndarray | Array]],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     mesh: Mesh | None = None,
     stored: bool = False,
     weights: Weights = "float",
@@ -361,7 +362,7 @@ class _OneKey(NamedTuple):
         return self.key
 
 
-def _abstract(config: DecoderConfig, dtype: jnp.dtype = jnp.float32, weights: Weights = "float") -> Decoder:
+def _abstract(config: DecoderConfig, dtype: DTypeLike = jnp.float32, weights: Weights = "float") -> Decoder:
     """The model's structure with shapes but no values."""
 
     def make() -> Decoder:
@@ -381,7 +382,7 @@ def _known_shape(leaf: nnx.Variable) -> tuple[int, ...]:
     return shape if axes is None else shape[len(shape) - axes :] + shape[: len(shape) - axes]
 
 
-def _placed(path: str, tensor: np.ndarray | Array, dtype: jnp.dtype, mesh: Mesh | None) -> Array:
+def _placed(path: str, tensor: np.ndarray | Array, dtype: DTypeLike, mesh: Mesh | None) -> Array:
     if mesh is None:
         same = isinstance(tensor, np.ndarray) and tensor.dtype == dtype
         return jax.device_put(tensor, may_alias=True) if same else jnp.asarray(tensor, dtype)

@@ -84,11 +84,8 @@ CACHE: Mapping[str, Axes] = {
     "*.keys.*": ("rows", "kv_heads", None, None),
     "*.values.*": ("rows", "kv_heads", None, None),
     "*.positions": ("rows", None),
-    "*.pending.states": ("rows", None, None),
-    "*.pending.left.exit_layers": ("rows", None),
-    "*.pending.left.code": ("rows", None, None),
 }
-"""Logical axes of the arrays of a `tide_jax.KVCache`."""
+"""Logical axes of the arrays of a `KVCache`."""
 
 
 def make_mesh(shape: str | tuple[int, int]) -> Mesh:

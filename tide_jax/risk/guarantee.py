@@ -18,9 +18,9 @@ from tide_jax.calibration.collect import Progress, Sample, tokenise
 from tide_jax.checks import instance_of, real_number, share, whole_number
 from tide_jax.config import CalibrationConfig, ExitConfig, RiskGuarantee
 from tide_jax.engine import TIDE
-from tide_jax.errors import TideError
+from tide_jax.errors import GuaranteeError, TideError
 from tide_jax.risk.answers import TextAnswers, TextReader
-from tide_jax.risk.statistics import GuaranteeError, fixed_sequence_test, hb_p_value, smallest_sample
+from tide_jax.risk.statistics import fixed_sequence_test, hb_p_value, smallest_sample
 from tide_jax.risk.threshold_path import threshold_path
 
 Threshold = float | tuple[float, ...]

@@ -12,12 +12,12 @@ from tide_jax.calibration.collect import Progress, Sample
 from tide_jax.checks import share, whole_number
 from tide_jax.config import CalibrationConfig, ExitConfig, KVStrategy
 from tide_jax.engine import TIDE
-from tide_jax.errors import TideError
+from tide_jax.errors import GuaranteeError, TideError
 from tide_jax.exits.router import RouterMetadata, Routers
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.decoder import Decoder
 from tide_jax.risk.guarantee import guarantee, pilot_texts
-from tide_jax.risk.statistics import GuaranteeError, smallest_sample
+from tide_jax.risk.statistics import smallest_sample
 
 Loss = Literal["disagreement", "nll"]
 

@@ -14,11 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tide_jax.checks import open_share, share, whole_number
-from tide_jax.errors import TideError
-
-
-class GuaranteeError(TideError):
-    """No setting qualifies for the promise: there are too few texts, or none passed the test."""
+from tide_jax.errors import GuaranteeError
 
 
 def hb_p_value(mean_loss: float, count: int, risk: float) -> float:
