@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.config import KVStrategy
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState
-from tide_jax.exits.survivors import run_survivors
 from tide_jax.exits.walk import Walk, anyone_active, groups_of
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.attention.span import KeyValue
@@ -47,7 +46,6 @@ def run_depth(
     exits: Exits | None = None,
     *,
     may_exit: Bool[Array, "B T"] | None = None,
-    survivors: bool = False,
 ) -> DepthOutput:
     """Forward pass that runs each token up to its exit.
 
@@ -59,8 +57,6 @@ def run_depth(
         skipped and their cache rows projected; with "recompute" all layers run, for exact rows.
       may_exit: tokens that may exit early. The token at position 0 never may: it serves as attention sink
         (Xiao et al. 2023, arXiv:2309.17453), and later tokens depend on its deep keys and values.
-      survivors: whether deep layers run only for the tokens that have not exited (`tide_jax.exits.survivors`). Same
-        result to rounding, longer compilation. No effect on short rows, without exits, or with "recompute".
 
     Raises:
       TideError: unknown `exits.kv_strategy`.
@@ -75,10 +71,7 @@ def run_depth(
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
     walk, count = Walk(model, groups, exits, may_exit, cache, positions, runs_on=exact), len(groups)
     # Run groups until every token has exited; with "recompute", run all groups for exact cache rows.
-    if skips and survivors:
-        loop = run_survivors(walk, walk.start(state), anyone_active(count))
-    else:
-        loop = walk.run(walk.start(state), (lambda s: s.group < count) if exact else anyone_active(count))
+    loop = walk.run(walk.start(state), (lambda s: s.group < count) if exact else anyone_active(count))
     executed = walk.rows.layers_before(loop.group)
     # Fill the cache rows of the groups that did not run.
     if skips:

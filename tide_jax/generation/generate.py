@@ -176,7 +176,7 @@ def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None
 
         tokens, places = cut(prompt.tokens), cut(positions)
         seen = None if earlier is None else keys_and_values(earlier)
-        out = run_depth(model, tokens, places, seen, exits, survivors=True)
+        out = run_depth(model, tokens, places, seen, exits)
         before = cache if earlier is None else earlier
         queued = isinstance(before, QueuedCache)
         grown = before.append_complete(out.new, places) if queued else before.append(out.new, places)
