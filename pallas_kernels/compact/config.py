@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels.exit_step.shapes import power_of_two
+from pallas_kernels.common import power_of_two
 
 _WIDEST = 4096
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.exit_step.shapes import DTYPES, MAX_ELEMENTS
+from pallas_kernels.common import DTYPES, MAX_ELEMENTS
 
 MAX_ROWS = 1 << 16
 
