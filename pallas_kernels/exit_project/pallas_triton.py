@@ -92,8 +92,8 @@ def _kernel(
     def _write() -> None:
         y = layout.load_row(x_ref, start)
         if head is not None:
-            product, bias = layout.load_row(head.product, start), layout.load_parameter(head.bias)
-            y = layout.rms_normalise(y, settings.eps) + product + bias
+            y = layout.rms_normalise(y, settings.eps)
+            y = y + layout.load_row(head.product, start) + layout.load_parameter(head.bias)
             # Round to the model's dtype between head and norm, as the reference does.
             y = y.astype(x_ref.dtype).astype(jnp.float32)
         y = _apply_norm(layout, y, final_norm, settings).astype(out_ref.dtype)

@@ -161,7 +161,7 @@ class Routers:
 
     def scores(self, exit_point: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
         """Router scores of N tokens, float32."""
-        return router_scores(x, *self.routers[exit_point], eps=eps)
+        return router_scores(x, self.routers[exit_point], eps=eps)
 
     def without_metadata(self) -> Routers:
         """The same weights without metadata, so that fits of one shape share compiled programs."""
