@@ -31,7 +31,7 @@ class Choices(NamedTuple):
     """The implementations of one operation.
 
     Attributes:
-      operation: its name, which is also its folder's and its function's.
+      operation: its name, for messages, which is also its folder's.
       names: all implementations.
       on_gpu: those that run only on a GPU. None tries them there in this order, then the reference.
       proven: whether all of `on_gpu` gave correct results on a GPU; if None, ``proven.json`` says so for each. Unproven

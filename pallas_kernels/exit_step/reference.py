@@ -13,7 +13,7 @@ from pallas_kernels.common import NormKind, normalise
 
 
 class Router(NamedTuple):
-    """Router of one exit point: ``sigmoid(up . silu(down^T norm(x) + down_bias) + up_bias)``, float32."""
+    """Router of one exit point. It scores a row x: ``sigmoid(up . silu(down^T norm(x) + down_bias) + up_bias)``."""
 
     down: Float[Array, "D H"]
     down_bias: Float[Array, " H"]
