@@ -8,7 +8,7 @@ import importlib.resources
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,7 +23,7 @@ _MODULES = {
 """The optional import that each implementation needs."""
 
 
-class Unfit(ValueError):
+class ImplementationError(ValueError):
     """The named implementation can't run here, or not with these arguments."""
 
 
@@ -31,7 +31,7 @@ class Choices(NamedTuple):
     """The implementations of one operation.
 
     Attributes:
-      operation: its name, for messages.
+      operation: its name, for messages, which is also its folder's.
       names: all implementations.
       on_gpu: those that run only on a GPU. None tries them there in this order, then the reference.
       proven: whether all of `on_gpu` gave correct results on a GPU; if None, ``proven.json`` says so for each. Unproven
@@ -69,27 +69,39 @@ class Choices(NamedTuple):
         """Whether `name` means plain JAX in this process, whatever the arguments."""
         return name == "reference" or (name is None and not self._automatic())
 
-    def choose(self, name: str | None, misfit: Callable[[str], str | None]) -> str:
+    def choose(self, name: str | None, argument_refusal: Callable[[str], str | None]) -> str:
         """The implementation to run.
+
+        None chooses the reference, except on a GPU with proven kernels (`proven`): there it chooses the first one that
+        can be imported and takes the arguments, or else the reference, with a warning in the log.
 
         Args:
           name: the caller's choice; None chooses by platform.
-          misfit: for a name, the reason why its kernel can't take the arguments; None if it can.
+          argument_refusal: for a name, the reason why its kernel can't take the arguments; None if it can.
 
         Raises:
-          Unfit: `name` can't run here; the message has the reason.
+          ImplementationError: `name` can't run here; the message has the reason.
         """
         if name is not None:
-            reason = self.refusal(name) or (misfit(name) if name != "reference" else None)
+            reason = self.refusal(name) or (argument_refusal(name) if name != "reference" else None)
             if reason is not None:
-                raise Unfit(reason)
+                raise ImplementationError(reason)
             return name
         for candidate in self._automatic():
-            reason = self.refusal(candidate) or misfit(candidate)
+            reason = self.refusal(candidate) or argument_refusal(candidate)
             if reason is None:
                 return candidate
             _warn_once(reason)
         return "reference"
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The operation's function in implementation `name`, from that implementation's module; imports no other.
+
+        A module has its implementation's name, except that "pallas_interpret" is `pallas_triton` with ``interpret``.
+        """
+        file = "pallas_triton" if name == "pallas_interpret" else name
+        function = getattr(importlib.import_module(f"pallas_kernels.{self.operation}.{file}"), self.operation)
+        return functools.partial(function, interpret=True) if name == "pallas_interpret" else function
 
     def _automatic(self) -> tuple[str, ...]:
         """Implementations that None tries in this process: on a GPU, the proven ones of `on_gpu`; elsewhere none."""

@@ -94,6 +94,13 @@ def test_rooms_build_on_lower_ones(path: Path) -> None:
     assert {name.split(".")[1] for name in ours(path)} <= lower
 
 
+@pytest.mark.parametrize("path", [path for path in MODULES if path.parts[0] == "pallas_kernels"], ids=str)
+def test_no_operation_imports_another(path: Path) -> None:
+    """Operations share only the files beside their folders, and those know no operation."""
+    folders = {name.split(".")[1] for name in ours(path) if (ROOT / "pallas_kernels" / name.split(".")[1]).is_dir()}
+    assert folders <= set(path.parts[1:-1])
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     """Not even inside a function: such a circle is two modules that are one."""
     imports = {".".join(path.with_suffix("").parts): ours(path) for path in MODULES if path.name != "__init__.py"}

@@ -17,54 +17,46 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.exit_project.config import warps
-from pallas_kernels.exit_project.reference import AffineHead, FinalNorm, FinalNormKind, mapped_rows
-from pallas_kernels.exit_step.shapes import power_of_two
+from pallas_kernels.common import NormSettings, NormWeights, power_of_two, row_warps
+from pallas_kernels.exit_project.reference import AffineHead, head_product
 
 
 def exit_project(
     x: Float[Array, "N D"],
     head: AffineHead | None,
-    final_norm: FinalNorm,
+    final_norm: NormWeights,
     exits: Bool[Array, " N"],
     out: Float[Array, "N D"],
     *,
-    eps: float,
-    norm: FinalNormKind = "rms",
-    unit_offset: bool = False,
+    settings: NormSettings,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
     """Same result as the reference within rounding; `interpret` runs the kernel with XLA, on any platform."""
-    size = x.shape[1]
-    block = power_of_two(size)
-    plan = _Plan(size, block, eps, norm, unit_offset)
-    head_part = None if head is None else _HeadPart(mapped_rows(x, head, eps).reshape(-1), head.bias)
+    layout = _RowLayout(x.shape[1], power_of_two(x.shape[1]))
+    head_inputs = None if head is None else _HeadInputs(head_product(x, head, settings.eps).reshape(-1), head.bias)
     rows = pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, layout, settings),
         grid=(x.shape[0],),
         out_shape=jax.ShapeDtypeStruct((out.size,), out.dtype),
         input_output_aliases={0: 0},
-        compiler_params=plt.CompilerParams(num_warps=warps(block), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=row_warps(layout.block), num_stages=1),
         interpret=interpret,
         name="exit_project",
-    )(out.reshape(-1), x.reshape(-1), exits, head_part, final_norm)
+    )(out.reshape(-1), x.reshape(-1), exits, head_inputs, final_norm)
     return rows.reshape(out.shape)
 
 
-class _Plan(NamedTuple):
-    """Static part of a call; `block` is `size`, rounded up to a power of two."""
+class _RowLayout(NamedTuple):
+    """A row of `size` channels in a program's block: `block` is `size`, rounded up to a power of two."""
 
     size: int
     block: int
-    eps: float
-    norm: FinalNormKind
-    unit_offset: bool
 
-    def row(self, ref: Any, start: Array) -> Float[Array, " block"]:
+    def load_row(self, ref: Any, start: Array) -> Float[Array, " block"]:
         """A row of a flat array, in float32. In a flat array, a power-of-two block may extend past the end of a row."""
         return plt.load(ref.at[pl.ds(start, self.block)], mask=self.inside(), other=0.0).astype(jnp.float32)
 
-    def parameter(self, ref: Any) -> Float[Array, " block"]:
+    def load_parameter(self, ref: Any) -> Float[Array, " block"]:
         """A parameter that all rows share, in float32."""
         at = jnp.arange(self.block, dtype=jnp.int32)
         return plt.load(ref.at[at], mask=self.inside(), other=0.0).astype(jnp.float32)
@@ -73,40 +65,50 @@ class _Plan(NamedTuple):
         """Mask of the block's channels that exist."""
         return jnp.arange(self.block, dtype=jnp.int32) < self.size
 
-    def scaled(self, y: Float[Array, " block"]) -> Float[Array, " block"]:
+    def rms_normalise(self, y: Float[Array, " block"], eps: float) -> Float[Array, " block"]:
         """RMSNorm without a gain; channels past the end must be zero."""
-        return y * lax.rsqrt(jnp.sum(y * y) / self.size + self.eps)
+        return y * lax.rsqrt(jnp.sum(y * y) / self.size + eps)
 
 
-class _HeadPart(NamedTuple):
-    mapped: Any
+class _HeadInputs(NamedTuple):
+    product: Any
     bias: Any
 
 
 def _kernel(
-    plan: _Plan, _: Any, x_ref: Any, exits_ref: Any, head: _HeadPart | None, final_norm: FinalNorm, out_ref: Any
+    layout: _RowLayout,
+    settings: NormSettings,
+    _: Any,
+    x_ref: Any,
+    exits_ref: Any,
+    head: _HeadInputs | None,
+    final_norm: NormWeights,
+    out_ref: Any,
 ) -> None:
     row = pl.program_id(0)
-    start = row * plan.size
+    start = row * layout.size
 
     @pl.when(exits_ref[row])
     def _write() -> None:
-        y = plan.row(x_ref, start)
+        y = layout.load_row(x_ref, start)
         if head is not None:
-            y = plan.scaled(y) + plan.row(head.mapped, start) + plan.parameter(head.bias)
+            y = layout.rms_normalise(y, settings.eps)
+            y = y + layout.load_row(head.product, start) + layout.load_parameter(head.bias)
             # Round to the model's dtype between head and norm, as the reference does.
             y = y.astype(x_ref.dtype).astype(jnp.float32)
-        y = _final(plan, y, final_norm).astype(out_ref.dtype)
-        plt.store(out_ref.at[pl.ds(start, plan.block)], y, mask=plan.inside())
+        y = _apply_norm(layout, y, final_norm, settings).astype(out_ref.dtype)
+        plt.store(out_ref.at[pl.ds(start, layout.block)], y, mask=layout.inside())
 
 
-def _final(plan: _Plan, y: Float[Array, " block"], final_norm: FinalNorm) -> Float[Array, " block"]:
-    if plan.norm == "none":
+def _apply_norm(
+    layout: _RowLayout, y: Float[Array, " block"], weights: NormWeights, settings: NormSettings
+) -> Float[Array, " block"]:
+    if settings.kind == "none":
         return y
-    if plan.norm == "layer":
-        y = jnp.where(plan.inside(), y - jnp.sum(y) / plan.size, 0.0)
-    y = plan.scaled(y)
-    if final_norm.scale is not None:
-        scale = plan.parameter(final_norm.scale)
-        y = y * (1.0 + scale if plan.unit_offset else scale)
-    return y if final_norm.bias is None else y + plan.parameter(final_norm.bias)
+    if settings.kind == "layer":
+        y = jnp.where(layout.inside(), y - jnp.sum(y) / layout.size, 0.0)
+    y = layout.rms_normalise(y, settings.eps)
+    if weights.scale is not None:
+        scale = layout.load_parameter(weights.scale)
+        y = y * (1.0 + scale if settings.unit_offset else scale)
+    return y if weights.bias is None else y + layout.load_parameter(weights.bias)

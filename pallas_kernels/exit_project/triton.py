@@ -8,21 +8,18 @@ import triton.language as tl
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import jax_triton_call
-from pallas_kernels.exit_project.config import warps
-from pallas_kernels.exit_project.reference import AffineHead, FinalNorm, FinalNormKind, mapped_rows
-from pallas_kernels.exit_step.shapes import power_of_two
+from pallas_kernels.common import NormSettings, NormWeights, power_of_two, row_warps
+from pallas_kernels.exit_project.reference import AffineHead, head_product
 
 
 def exit_project(
     x: Float[Array, "N D"],
     head: AffineHead | None,
-    final_norm: FinalNorm,
+    final_norm: NormWeights,
     exits: Bool[Array, " N"],
     out: Float[Array, "N D"],
     *,
-    eps: float,
-    norm: FinalNormKind = "rms",
-    unit_offset: bool = False,
+    settings: NormSettings,
 ) -> Float[Array, "N D"]:
     """Same result as the reference within rounding.
 
@@ -32,20 +29,20 @@ def exit_project(
     rows, size = x.shape
     block = power_of_two(size)
     # A missing parameter still needs a pointer; the kernel never reads it.
-    mapped, bias = (x, x) if head is None else (mapped_rows(x, head, eps), head.bias)
-    learned = tuple(x if parameter is None else parameter for parameter in final_norm)
-    constants = {"D": size, "BLOCK": block, "SIZE": float(size), "EPS": eps, "HEAD": head is not None, "NORM": norm}
-    constants |= {"OFFSET": float(unit_offset)}
+    product, bias = (x, x) if head is None else (head_product(x, head, settings.eps), head.bias)
+    parameters = tuple(x if parameter is None else parameter for parameter in final_norm)
+    constants = {"D": size, "BLOCK": block, "SIZE": float(size), "HEAD": head is not None}
+    constants |= {"EPS": settings.eps, "NORM": settings.kind, "OFFSET": float(settings.unit_offset)}
     constants |= {"SCALE": final_norm.scale is not None, "BIAS": final_norm.bias is not None}
     outputs = (jax.ShapeDtypeStruct(out.shape, out.dtype),)
-    inputs = x, exits, out, mapped, bias, *learned
-    (found,) = jax_triton_call.run(_kernel, inputs, outputs, grid=(rows,), warps=warps(block), constants=constants)
+    inputs = x, exits, out, product, bias, *parameters
+    (found,) = jax_triton_call.run(_kernel, inputs, outputs, grid=(rows,), warps=row_warps(block), constants=constants)
     return found
 
 
 @triton.jit
 def _kernel(
-    x, exits, out, mapped, head_bias, scale, bias, found,
+    x, exits, out, product, head_bias, scale, bias, found,
     D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, EPS: tl.constexpr, HEAD: tl.constexpr,
     NORM: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +52,7 @@ def _kernel(
         y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if HEAD:
             y = y * tl.rsqrt(tl.sum(y * y, axis=0) / SIZE + EPS)
-            y += tl.load(mapped + at, mask=inside, other=0.0).to(tl.float32)
+            y += tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
             y += tl.load(head_bias + columns, mask=inside, other=0.0).to(tl.float32)
             y = y.to(x.dtype.element_ty).to(tl.float32)
         if NORM == "layer":

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind, decide
-from pallas_kernels.exit_step.shapes import MOSAIC_COLUMNS as COLUMNS
-from pallas_kernels.exit_step.shapes import Problem
+from pallas_kernels.common import NormKind
+from pallas_kernels.exit_step.plan import MOSAIC_COLUMNS as COLUMNS
+from pallas_kernels.exit_step.plan import Problem
+from pallas_kernels.exit_step.reference import ExitRows, ExitStep, Gate, Router, decide
 
 ROWS = 64
 """Rows per program, as the matrix instruction requires."""
@@ -30,15 +31,10 @@ MAX_SPLITS = 16
 
 def exit_step(
     x: Float[Array, "N D"],
-    down: Float[Array, "D H"],
-    down_bias: Float[Array, " H"],
-    up: Float[Array, " H"],
-    up_bias: Float[Array, ""],
-    threshold: Float[Array, ""],
+    router: Router,
+    gate: Gate,
     rows: ExitRows,
     *,
-    layer: int,
-    min_layers: Int[Array, ""],
     eps: float,
     norm: NormKind = "rms",
     interpret: Any = None,
@@ -51,24 +47,24 @@ def exit_step(
       splits: number of programs that share rows, a divisor of the number of 64-channel blocks; chosen for the GPU if
         omitted.
     """
-    problem = Problem.of(x, down, norm)
+    problem = Problem.of(x, router, norm)
     # Pad rows to blocks of 64 and the router's columns to the kernel's width.
     missing, narrow = -problem.rows % ROWS, problem.mosaic_hidden - problem.hidden
-    plan = _Plan(problem, splits or _splits(problem, (problem.rows + missing) // ROWS))
+    shares = _Shares(problem, splits or _choose_splits(problem, (problem.rows + missing) // ROWS))
     x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
-    weights = down.astype(jnp.float32)
-    weights = jnp.pad(weights, ((0, 0), (0, narrow))) if narrow else weights
-    squares, products = _launch(plan, interpret, x, weights)
+    down, down_bias, up, up_bias = (a.astype(jnp.float32) for a in router)
+    down = jnp.pad(down, ((0, 0), (0, narrow))) if narrow else down
+    squares, products = _launch(shares, interpret, x, down)
     # Sum the splits, then apply the norm's factor and the rest of the router.
     factor = lax.rsqrt(jnp.sum(squares, axis=0) / problem.size + eps)[: problem.rows, None]
     hidden = jnp.sum(products, axis=0)[: problem.rows, : problem.hidden] * factor
-    hidden = jax.nn.silu(hidden + down_bias.astype(jnp.float32)[None, :])
-    logits = jnp.dot(hidden, up.astype(jnp.float32), precision=lax.Precision.HIGHEST) + up_bias.astype(jnp.float32)
-    return decide(jax.nn.sigmoid(logits), threshold, rows, layer=layer, min_layers=min_layers)
+    hidden = jax.nn.silu(hidden + down_bias[None, :])
+    logits = jnp.dot(hidden, up, precision=lax.Precision.HIGHEST) + up_bias
+    return decide(jax.nn.sigmoid(logits), gate, rows)
 
 
-class _Plan(NamedTuple):
-    """Static part of a call."""
+class _Shares(NamedTuple):
+    """How `splits` programs share the channels of a block of rows."""
 
     problem: Problem
     splits: int
@@ -79,7 +75,7 @@ class _Plan(NamedTuple):
         return self.problem.size // (COLUMNS * self.splits)
 
 
-def _splits(problem: Problem, row_blocks: int) -> int:
+def _choose_splits(problem: Problem, row_blocks: int) -> int:
     """Enough programs to keep the GPU busy, all with the same number of channels."""
     tiles = problem.size // COLUMNS
     wanted = max(1, min(MAX_SPLITS, gpu.current().multiprocessors // row_blocks))
@@ -87,37 +83,37 @@ def _splits(problem: Problem, row_blocks: int) -> int:
 
 
 def _launch(
-    plan: _Plan, interpret: Any, x: Float[Array, "M D"], weights: Float[Array, "D K"]
+    shares: _Shares, interpret: Any, x: Float[Array, "M D"], weights: Float[Array, "D K"]
 ) -> tuple[Float[Array, "S M"], Float[Array, "S M K"]]:
     """Sums of squares and products, each over some of the channels."""
-    count, width, parts = x.shape[0], plan.problem.mosaic_hidden, plan.problem.weight_parts
-    outputs = (plan.splits, count), (plan.splits, count, width)
+    count, width, parts = x.shape[0], shares.problem.mosaic_hidden, shares.problem.weight_parts
+    outputs = (shares.splits, count), (shares.splits, count, width)
     scratch = {
-        "x_tiles": _shared((2, ROWS, COLUMNS), x.dtype),
-        "weight_tiles": _shared((2, COLUMNS, width), jnp.float32),
-        "part_tiles": _shared((2, parts, COLUMNS, width), x.dtype),
-        "products": _shared((ROWS, width), jnp.float32),
+        "x_tiles": _shared_memory((2, ROWS, COLUMNS), x.dtype),
+        "weight_tiles": _shared_memory((2, COLUMNS, width), jnp.float32),
+        "part_tiles": _shared_memory((2, parts, COLUMNS, width), x.dtype),
+        "products": _shared_memory((ROWS, width), jnp.float32),
         "squares": plgpu.SMEM((ROWS,), jnp.float32),
         "arrived": plgpu.Barrier(num_arrivals=2, num_barriers=2),
     }
     return plgpu.kernel(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, shares),
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs),
         scratch_types=scratch,
-        grid=(count // ROWS, plan.splits),
+        grid=(count // ROWS, shares.splits),
         grid_names=("rows", "split"),
         interpret=interpret,
     )(x, weights)
 
 
-def _shared(shape: tuple[int, ...], dtype: Any) -> Any:
+def _shared_memory(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the layout of the matrix instruction: tiles of 8 rows by 128 bytes, swizzled."""
     tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
 
 def _kernel(
-    plan: _Plan,
+    shares: _Shares,
     x_ref: Any,
     weights_ref: Any,
     squares_out: Any,
@@ -134,7 +130,7 @@ def _kernel(
     rows = pl.ds(lax.axis_index("rows") * ROWS, ROWS)
 
     def fetch(tile: Array | int, slot: Array | int) -> None:
-        columns = pl.ds((split * plan.tiles + tile) * COLUMNS, COLUMNS)
+        columns = pl.ds((split * shares.tiles + tile) * COLUMNS, COLUMNS)
         plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], x_tiles.at[slot], arrived.at[slot])
         plgpu.copy_gmem_to_smem(weights_ref.at[columns, :], weight_tiles.at[slot], arrived.at[slot])
 
@@ -143,15 +139,15 @@ def _kernel(
         slot = lax.rem(tile, 2) if not isinstance(tile, int) else tile % 2
         plgpu.barrier_wait(arrived.at[slot])
         wide = x_tiles[slot].astype(jnp.float32)
-        _cut(plan, weight_tiles[slot], part_tiles.at[slot])
+        _split_weights(shares.problem, weight_tiles[slot], part_tiles.at[slot])
         # All warps have now read and multiplied the previous tile, so its memory is free.
         plgpu.commit_smem()
 
-        @pl.when(tile + 1 < plan.tiles)
+        @pl.when(tile + 1 < shares.tiles)
         def _prefetch() -> None:
             fetch(tile + 1, 1 - slot)
 
-        for part in range(plan.problem.weight_parts):
+        for part in range(shares.problem.weight_parts):
             plgpu.wgmma(sums, x_tiles.at[slot], part_tiles.at[slot, part])
         plgpu.wgmma_wait(0)
         return jnp.sum(wide * wide, axis=1)
@@ -159,20 +155,22 @@ def _kernel(
     def project(sums: Any) -> tuple[Array, Array]:
         fetch(0, 0)
         first = multiply(0, sums)
-        total = lax.fori_loop(1, plan.tiles, lambda tile, total: total + multiply(tile, sums), first)
+        total = lax.fori_loop(1, shares.tiles, lambda tile, total: total + multiply(tile, sums), first)
         return total, sums[...]
 
-    squares[...], products[...] = pl.run_scoped(project, plgpu.WGMMAAccumulatorRef((ROWS, plan.problem.mosaic_hidden)))
+    squares[...], products[...] = pl.run_scoped(
+        project, plgpu.WGMMAAccumulatorRef((ROWS, shares.problem.mosaic_hidden))
+    )
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(squares, squares_out.at[split, rows])
     plgpu.copy_smem_to_gmem(products, products_out.at[split, rows, :])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _cut(plan: _Plan, weights: Float[Array, "C K"], parts: Any) -> None:
+def _split_weights(problem: Problem, weights: Float[Array, "C K"], parts: Any) -> None:
     """Writes float32 weights as 16-bit parts, highest part first."""
-    for part in range(plan.problem.weight_parts):
-        bits = lax.bitcast_convert_type(weights, jnp.int32) & jnp.int32(plan.problem.part_mask)
+    for part in range(problem.weight_parts):
+        bits = lax.bitcast_convert_type(weights, jnp.int32) & jnp.int32(problem.part_mask)
         high = lax.bitcast_convert_type(bits, jnp.float32)
         parts[part] = high.astype(parts.dtype)
         weights = weights - high

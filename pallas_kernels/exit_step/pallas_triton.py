@@ -10,24 +10,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.exit_step.config import Blocks
-from pallas_kernels.exit_step.plan import Plan, Stage
-from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind
+from pallas_kernels.common import NormKind
+from pallas_kernels.exit_step.plan import Blocks, Plan, Problem, Stage
+from pallas_kernels.exit_step.reference import ExitRows, ExitStep, Gate, Router
 
 
 def exit_step(
     x: Float[Array, "N D"],
-    down: Float[Array, "D H"],
-    down_bias: Float[Array, " H"],
-    up: Float[Array, " H"],
-    up_bias: Float[Array, ""],
-    threshold: Float[Array, ""],
+    router: Router,
+    gate: Gate,
     rows: ExitRows,
     *,
-    layer: int,
-    min_layers: Int[Array, ""],
     eps: float,
     norm: NormKind = "rms",
     interpret: bool = False,
@@ -39,9 +34,8 @@ def exit_step(
       interpret: runs the kernel's operations with XLA, on any platform.
       blocks: block sizes; chosen for the GPU if omitted.
     """
-    plan = Plan.of(x, down, eps, norm, blocks)
-    launch = functools.partial(_launch, plan, interpret)
-    return plan.run(launch, x, down, down_bias, up, up_bias, threshold, rows, layer, min_layers)
+    plan = Plan.of(Problem.of(x, router, norm), eps, blocks)
+    return plan.run(functools.partial(_launch, plan, interpret), x, router, gate, rows)
 
 
 def _launch(plan: Plan, interpret: bool, stage: Stage, inputs: Sequence[Array]) -> Sequence[Array]:

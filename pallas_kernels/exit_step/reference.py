@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-NormKind = Literal["rms", "layer"]
+from pallas_kernels.common import NormKind, normalise
+
+
+class Router(NamedTuple):
+    """Router of one exit point. It scores a row x: ``sigmoid(up . silu(down^T norm(x) + down_bias) + up_bias)``."""
+
+    down: Float[Array, "D H"]
+    down_bias: Float[Array, " H"]
+    up: Float[Array, " H"]
+    up_bias: Float[Array, ""]
+
+
+class Gate(NamedTuple):
+    """What an active row that may exit must pass to exit.
+
+    Attributes:
+      threshold: the score must be above this, float32 scalar.
+      layer: index, from 0, of the layer that active rows have just run.
+      min_layers: the number of layers that every row runs, int32 scalar.
+    """
+
+    threshold: Float[Array, ""]
+    layer: int | Int[Array, ""]
+    min_layers: Int[Array, ""]
 
 
 class ExitRows(NamedTuple):
@@ -45,62 +68,30 @@ class ExitStep(NamedTuple):
     any_active: Bool[Array, ""]
 
 
-def rms_normalise(x: Float[Array, "N D"], eps: float) -> Float[Array, "N D"]:
-    """RMSNorm without a gain, in float32 (the gain is folded into the next matrix)."""
-    x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-
-
-def normalise(x: Float[Array, "N D"], norm: NormKind, eps: float) -> Float[Array, "N D"]:
-    """RMSNorm or LayerNorm without gain and bias, in float32."""
-    if norm == "layer":
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return rms_normalise(x, eps)
-
-
-def router_scores(
-    x: Float[Array, "N D"],
-    down: Float[Array, "D H"],
-    down_bias: Float[Array, " H"],
-    up: Float[Array, " H"],
-    up_bias: Float[Array, ""],
-    *,
-    eps: float,
-    norm: NormKind = "rms",
-) -> Float[Array, " N"]:
+def router_scores(x: Float[Array, "N D"], router: Router, *, eps: float, norm: NormKind = "rms") -> Float[Array, " N"]:
     """``sigmoid(up . silu(down^T norm(x) + down_bias) + up_bias)``, all in float32."""
-    hidden = jnp.dot(normalise(x, norm, eps), down.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    hidden = jax.nn.silu(hidden + down_bias.astype(jnp.float32)[None, :])
-    logit = jnp.dot(hidden, up.astype(jnp.float32), precision=lax.Precision.HIGHEST) + up_bias.astype(jnp.float32)
-    return jax.nn.sigmoid(logit)
+    down, down_bias, up, up_bias = (a.astype(jnp.float32) for a in router)
+    hidden = jax.nn.silu(jnp.dot(normalise(x, norm, eps), down, precision=lax.Precision.HIGHEST) + down_bias[None, :])
+    return jax.nn.sigmoid(jnp.dot(hidden, up, precision=lax.Precision.HIGHEST) + up_bias)
 
 
 def exit_step(
     x: Float[Array, "N D"],
-    down: Float[Array, "D H"],
-    down_bias: Float[Array, " H"],
-    up: Float[Array, " H"],
-    up_bias: Float[Array, ""],
-    threshold: Float[Array, ""],
+    router: Router,
+    gate: Gate,
     rows: ExitRows,
     *,
-    layer: int,
-    min_layers: Int[Array, ""],
     eps: float,
     norm: NormKind = "rms",
 ) -> ExitStep:
-    """Active rows exit if they may, have run `min_layers` layers and score above the threshold."""
-    scores = router_scores(x, down, down_bias, up, up_bias, eps=eps, norm=norm)
-    return decide(scores, threshold, rows, layer=layer, min_layers=min_layers)
+    """Active rows exit if they may, have run `Gate.min_layers` layers and score above the threshold."""
+    return decide(router_scores(x, router, eps=eps, norm=norm), gate, rows)
 
 
-def decide(
-    scores: Float[Array, " N"], threshold: Float[Array, ""], rows: ExitRows, *, layer: int, min_layers: Int[Array, ""]
-) -> ExitStep:
+def decide(scores: Float[Array, " N"], gate: Gate, rows: ExitRows) -> ExitStep:
     """The exit decisions that follow from the scores."""
-    candidates = rows.active & rows.may_exit & (jnp.int32(layer + 1) >= min_layers)
-    exits = candidates & (scores > threshold)
+    candidates = rows.active & rows.may_exit & (jnp.int32(gate.layer + 1) >= gate.min_layers)
+    exits = candidates & (scores > gate.threshold)
     active = rows.active & ~exits
-    exit_layers = jnp.where(rows.active, jnp.int32(layer), rows.exit_layers)
+    exit_layers = jnp.where(rows.active, jnp.int32(gate.layer), rows.exit_layers)
     return ExitStep(scores, exits, active, exit_layers, jnp.any(exits), jnp.any(active))

@@ -11,25 +11,20 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import jax_triton_call
-from pallas_kernels.exit_step.config import Blocks
-from pallas_kernels.exit_step.plan import Plan, Stage
-from pallas_kernels.exit_step.reference import ExitRows, ExitStep, NormKind
+from pallas_kernels.common import NormKind
+from pallas_kernels.exit_step.plan import Blocks, Plan, Problem, Stage
+from pallas_kernels.exit_step.reference import ExitRows, ExitStep, Gate, Router
 
 
 def exit_step(
     x: Float[Array, "N D"],
-    down: Float[Array, "D H"],
-    down_bias: Float[Array, " H"],
-    up: Float[Array, " H"],
-    up_bias: Float[Array, ""],
-    threshold: Float[Array, ""],
+    router: Router,
+    gate: Gate,
     rows: ExitRows,
     *,
-    layer: int,
-    min_layers: Int[Array, ""],
     eps: float,
     norm: NormKind = "rms",
     blocks: Blocks | None = None,
@@ -39,9 +34,8 @@ def exit_step(
     Args:
       blocks: block sizes; chosen for the GPU if omitted.
     """
-    plan = Plan.of(x, down, eps, norm, blocks)
-    launch = functools.partial(_launch, plan)
-    return plan.run(launch, x, down, down_bias, up, up_bias, threshold, rows, layer, min_layers)
+    plan = Plan.of(Problem.of(x, router, norm), eps, blocks)
+    return plan.run(functools.partial(_launch, plan), x, router, gate, rows)
 
 
 def _launch(plan: Plan, stage: Stage, inputs: Sequence[Array]) -> Sequence[Array]:

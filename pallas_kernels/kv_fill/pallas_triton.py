@@ -17,15 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.exit_step.shapes import power_of_two
-from pallas_kernels.kv_fill.config import warps
-from pallas_kernels.kv_fill.reference import InputNorm, KVRows, Projection, Rotary, Settings, projected
+from pallas_kernels.common import power_of_two, row_warps
+from pallas_kernels.kv_fill.reference import KVRows, KVWeights, Rotary, Settings, project
 
 
 def kv_fill(
     x: Float[Array, "B T D"],
-    norm: InputNorm,
-    projection: Projection,
+    weights: KVWeights,
     rotary: Rotary | None,
     fill: Bool[Array, "B T"],
     out: KVRows,
@@ -34,21 +32,21 @@ def kv_fill(
     interpret: bool = False,
 ) -> KVRows:
     """Same result as the reference within rounding; `interpret` runs the kernel with XLA, on any platform."""
-    heads, _, channels, _ = projection.kernel.shape
+    heads, _, channels, _ = weights.projection.shape
     half = 0 if rotary is None else rotary.cos.shape[-1]
-    plan = _Plan(x.shape[1], heads, channels, half, settings)
+    layout = _Layout(x.shape[1], heads, channels, half, settings)
     tables = None if rotary is None else Rotary(rotary.cos.reshape(-1), rotary.sin.reshape(-1))
-    bias = None if projection.bias is None else projection.bias.reshape(-1)
-    flat = projected(x, norm, projection, settings).reshape(-1)
+    bias = None if weights.bias is None else weights.bias.reshape(-1)
+    product = project(x, weights, settings.norm).reshape(-1)
     found = pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, layout),
         grid=(x.shape[0] * x.shape[1],),
         out_shape=tuple(jax.ShapeDtypeStruct((a.size,), a.dtype) for a in out),
         input_output_aliases={0: 0, 1: 1},
-        compiler_params=plt.CompilerParams(num_warps=warps(plan.height * power_of_two(channels)), num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=row_warps(layout.height * power_of_two(channels)), num_stages=1),
         interpret=interpret,
         name="kv_fill",
-    )(*(a.reshape(-1) for a in out), flat, fill.reshape(-1), bias, projection.key_norm, tables)
+    )(*(a.reshape(-1) for a in out), product, fill.reshape(-1), bias, weights.key_norm, tables)
     return KVRows(*(a.reshape(old.shape) for a, old in zip(found, out, strict=True)))
 
 
@@ -59,8 +57,11 @@ class _Channels(NamedTuple):
     there: Bool[Array, "H C"]
 
 
-class _Plan(NamedTuple):
-    """Static part of a call: `tokens` per row and `heads` of `channels`, of which the first ``2 * half`` rotate."""
+class _Layout(NamedTuple):
+    """Where a token's numbers lie in flat arrays.
+
+    There are `tokens` per row and `heads` of `channels`, of which the first ``2 * half`` rotate.
+    """
 
     tokens: int
     heads: int
@@ -77,7 +78,7 @@ class _Plan(NamedTuple):
         """Indices of the block's heads."""
         return jnp.arange(self.height, dtype=jnp.int32)[:, None]
 
-    def some(self, start: int, count: int, step: int = 1) -> _Channels:
+    def select(self, start: int, count: int, step: int = 1) -> _Channels:
         """`count` channels from `start`, `step` apart."""
         numbers = jnp.arange(power_of_two(count), dtype=jnp.int32)
         there = (self.heads_at() < self.heads) & (numbers < count)[None, :]
@@ -87,16 +88,16 @@ class _Plan(NamedTuple):
         """A key's channels: the two parts that rotate into each other, and the rest."""
         step = 2 if self.settings.interleaved else 1
         second = 1 if self.settings.interleaved else self.half
-        parts = [self.some(start, self.half, step) for start in (0, second) if self.half]
+        parts = [self.select(start, self.half, step) for start in (0, second) if self.half]
         rest = self.channels - 2 * self.half
-        return [*parts, self.some(2 * self.half, rest)] if rest else parts
+        return [*parts, self.select(2 * self.half, rest)] if rest else parts
 
 
 def _kernel(
-    plan: _Plan,
+    layout: _Layout,
     _: Any,
     __: Any,
-    projected_ref: Any,
+    product_ref: Any,
     fill_ref: Any,
     bias_ref: Any,
     gain_ref: Any,
@@ -108,47 +109,47 @@ def _kernel(
 
     def read(which: int, part: _Channels) -> Float[Array, "H C"]:
         """Keys (0) or values (1) plus bias, rounded as the model rounds them, in float32."""
-        within = (plan.heads_at() * 2 + which) * plan.channels + part.at[None, :]
-        y = _load(projected_ref, token * (plan.heads * 2 * plan.channels) + within, part.there)
+        within = (layout.heads_at() * 2 + which) * layout.channels + part.at[None, :]
+        y = _load(product_ref, token * (layout.heads * 2 * layout.channels) + within, part.there)
         if bias_ref is None:
             return y
-        return _rounded(y + _load(bias_ref, within, part.there), projected_ref)
+        return _round(y + _load(bias_ref, within, part.there), product_ref)
 
     def write(ref: Any, part: _Channels, rows: Float[Array, "H C"]) -> None:
-        row, column = token // plan.tokens, token % plan.tokens
-        heads = (row * plan.heads + plan.heads_at()) * plan.tokens + column
-        rows = _rounded(rows, projected_ref)
-        plt.store(ref.at[heads * plan.channels + part.at[None, :]], rows.astype(ref.dtype), mask=part.there)
+        row, column = token // layout.tokens, token % layout.tokens
+        heads = (row * layout.heads + layout.heads_at()) * layout.tokens + column
+        rows = _round(rows, product_ref)
+        plt.store(ref.at[heads * layout.channels + part.at[None, :]], rows.astype(ref.dtype), mask=part.there)
 
     @pl.when(fill_ref[token])
     def _fill() -> None:
-        values = plan.some(0, plan.channels)
+        values = layout.select(0, layout.channels)
         write(values_out, values, read(1, values))
-        parts = plan.parts()
+        parts = layout.parts()
         keys = [read(0, part) for part in parts]
         if gain_ref is not None:
-            keys = _normed(plan, keys, parts, gain_ref)
-            keys = [_rounded(key, projected_ref) for key in keys]
+            keys = _apply_key_norm(layout, keys, parts, gain_ref)
+            keys = [_round(key, product_ref) for key in keys]
         if tables is not None:
-            keys = [*_turned(plan, token, keys[0], keys[1], tables), *keys[2:]]
+            keys = [*_rotate(layout, token, keys[0], keys[1], tables), *keys[2:]]
         for part, key in zip(parts, keys, strict=True):
             write(keys_out, part, key)
 
 
-def _normed(plan: _Plan, keys: list[Array], parts: list[_Channels], gain_ref: Any) -> list[Array]:
+def _apply_key_norm(layout: _Layout, keys: list[Array], parts: list[_Channels], gain_ref: Any) -> list[Array]:
     """RMSNorm over all channels of a head."""
     squares = sum(jnp.sum(key * key, axis=1) for key in keys)
-    factor = lax.rsqrt(squares / plan.channels + plan.settings.key_eps)[:, None]
+    factor = lax.rsqrt(squares / layout.channels + layout.settings.key_eps)[:, None]
     gains = [_load(gain_ref, jnp.broadcast_to(part.at[None, :], part.there.shape), part.there) for part in parts]
-    offset = 1.0 if plan.settings.key_unit_offset else 0.0
+    offset = 1.0 if layout.settings.key_unit_offset else 0.0
     return [key * factor * (offset + gain) for key, gain in zip(keys, gains, strict=True)]
 
 
-def _turned(
-    plan: _Plan, token: Array, first: Float[Array, "H C"], second: Float[Array, "H C"], tables: Rotary
+def _rotate(
+    layout: _Layout, token: Array, first: Float[Array, "H C"], second: Float[Array, "H C"], tables: Rotary
 ) -> tuple[Array, Array]:
     at = jnp.arange(first.shape[1], dtype=jnp.int32)
-    cos, sin = (_load(table, token * plan.half + at, at < plan.half)[None, :] for table in tables)
+    cos, sin = (_load(table, token * layout.half + at, at < layout.half)[None, :] for table in tables)
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -156,5 +157,5 @@ def _load(ref: Any, at: Int[Array, "..."], there: Bool[Array, "..."]) -> Float[A
     return plt.load(ref.at[at], mask=there, other=0.0).astype(jnp.float32)
 
 
-def _rounded(y: Array, ref: Any) -> Array:
+def _round(y: Array, ref: Any) -> Array:
     return y.astype(ref.dtype).astype(jnp.float32)

@@ -1,8 +1,8 @@
 """The product's kernel in LLVM's intermediate representation, generated for one kind of CPU.
 
-A tile multiplies some rows of x by some rows of weights. It keeps one or two vectors of partial sums for each pair.
-With two, lane l of the first vector adds the products ``l, l + 2 lanes, l + 4 lanes...``, and the second vector adds
-those in between. The order of additions does not depend on the tile, so a row's bits do not depend on the other rows.
+A tile multiplies some rows of x by some rows of weights. It keeps a vector of partial sums for each pair; lane l adds
+the products ``l, l + lanes, l + 2 lanes...``. The order of additions does not depend on the tile, so a row's bits do
+not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ class Shape(NamedTuple):
 
     Attributes:
       lanes: float32 numbers in a vector.
-      sums: vectors of partial sums for a row and an output.
       tiles: sorted by descending rows; the last has one row.
       pause: the instruction with which a waiting thread yields the core's resources; empty if there is none.
     """
 
     lanes: int
-    sums: int
     tiles: tuple[Tile, ...]
     pause: str
 
@@ -64,16 +62,15 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
 
     It computes ``out[r, n] = scale[n] * sum_k x[r, k] w[n, k]``.
     """
-    lanes, halves = shape.lanes, range(shape.sums)
+    lanes = shape.lanes
     vector, (stored, _) = f"<{lanes} x float>", WEIGHTS[weights]
-    step = shape.sums * lanes
     cells = [(r, b) for r in range(tile.rows) for b in range(tile.outputs)]
-    sums = [f"{r}.{b}.{h}" for r, b in cells for h in halves]
+    sums = [f"{r}.{b}" for r, b in cells]
     lines = [
         f"define internal void @tile_{weights}_{tile.rows}_{tile.outputs}(ptr noalias %x, ptr noalias %w, "
         "ptr noalias %scale, ptr noalias %out, i64 %depth, i64 %outputs, i64 %first, i64 %last) {",
         "entry:",
-        f"  %whole = urem i64 %depth, {step}",
+        f"  %whole = urem i64 %depth, {lanes}",
         "  %end = sub i64 %depth, %whole",
         "  br label %output",
         "output:",
@@ -96,15 +93,13 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
         "  %k = phi i64 [ 0, %output ], [ %k.next, %inner ]",
     ]
     lines += [f"  %s{s} = phi {vector} [ zeroinitializer, %output ], [ %t{s}, %inner ]" for s in sums]
-    lines += _prefetch(tile, weights, step)
-    for h in halves:
-        lines += [f"  %k{h} = add i64 %k, {h * lanes}"]
-        lines += _multiply_add(lanes, tile, weights, f"%k{h}", None, "a", h, "s", "t")
+    lines += _prefetch(lanes, tile, weights)
+    lines += _multiply_add(lanes, tile, weights, "%k", None, "a", "s", "t")
     lines += [
-        f"  %k.next = add i64 %k, {step}",
+        f"  %k.next = add i64 %k, {lanes}",
         "  %more = icmp ult i64 %k.next, %end",
         "  br i1 %more, label %inner, label %rest",
-        # The rest of the depth, in masked vectors whose other lanes are zero.
+        # The rest of the depth, in a masked vector whose other lanes are zero.
         "rest:",
     ]
     lines += [f"  %u{s} = phi {vector} [ zeroinitializer, %output ], [ %t{s}, %inner ]" for s in sums]
@@ -115,10 +110,9 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
         f"  %left0 = insertelement <{lanes} x i64> poison, i64 %whole, i64 0",
         f"  %left = shufflevector <{lanes} x i64> %left0, <{lanes} x i64> poison, <{lanes} x i32> zeroinitializer",
     ]
-    for h in halves:
-        numbers = ", ".join(f"i64 {lane + h * lanes}" for lane in range(lanes))
-        lines += [f"  %mask{h} = icmp ult <{lanes} x i64> <{numbers}>, %left", f"  %e{h} = add i64 %end, {h * lanes}"]
-        lines += _multiply_add(lanes, tile, weights, f"%e{h}", f"%mask{h}", "z", h, "u", "q")
+    numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+    lines += [f"  %mask = icmp ult <{lanes} x i64> <{numbers}>, %left"]
+    lines += _multiply_add(lanes, tile, weights, "%end", "%mask", "z", "u", "q")
     lines += ["  br label %written", "written:"]
     lines += [f"  %f{s} = phi {vector} [ %u{s}, %rest ], [ %q{s}, %tail ]" for s in sums]
     for b in range(tile.outputs):
@@ -129,11 +123,7 @@ def _tile(shape: Shape, tile: Tile, weights: str) -> str:
             ]
     for r, b in cells:
         cell = f"{r}.{b}"
-        whole = f"%f{cell}.0"
-        if shape.sums == 2:
-            lines += [f"  %both{cell} = fadd {vector} %f{cell}.0, %f{cell}.1"]
-            whole = f"%both{cell}"
-        lines += _tree(lanes, cell, whole)
+        lines += _tree(lanes, cell, f"%f{cell}")
         total = f"%total{cell}"
         if weights == "s8":
             lines += [f"  %scaled{cell} = fmul float {total}, %factor{b}"]
@@ -159,7 +149,7 @@ LINE = 64
 """Bytes in a cache line."""
 
 
-def _prefetch(tile: Tile, weights: str, step: int) -> list[str]:
+def _prefetch(lanes: int, tile: Tile, weights: str) -> list[str]:
     """Prefetches the next tile's weights, in memory order.
 
     Reading several rows in parallel makes more streams than the hardware prefetcher follows. Without this, two rows are
@@ -168,9 +158,9 @@ def _prefetch(tile: Tile, weights: str, step: int) -> list[str]:
     stored, size = WEIGHTS[weights]
     if tile.outputs == 1:
         return []
-    taken = step * tile.outputs
+    step = lanes * tile.outputs
     lines = [f"  %ahead = mul i64 %k, {tile.outputs}"]
-    for i in range(-(-taken * size // LINE)):
+    for i in range(-(-step * size // LINE)):
         lines += [
             f"  %ahead{i} = add i64 %ahead, {i * LINE // size}",
             f"  %line{i} = getelementptr {stored}, ptr %following, i64 %ahead{i}",
@@ -180,18 +170,18 @@ def _prefetch(tile: Tile, weights: str, step: int) -> list[str]:
 
 
 def _multiply_add(
-    lanes: int, tile: Tile, weights: str, k: str, mask: str | None, prefix: str, half: int, old: str, new: str
+    lanes: int, tile: Tile, weights: str, k: str, mask: str | None, prefix: str, old: str, new: str
 ) -> list[str]:
     """Code that adds the products of one vector along the depth to every pair's partial sums."""
     lines = []
     vector = f"<{lanes} x float>"
     for b in range(tile.outputs):
-        lines += _weights(lanes, weights, f"%{prefix}w{b}.{half}", f"%row{b}", k, mask)
+        lines += _weights(lanes, weights, f"%{prefix}w{b}", f"%row{b}", k, mask)
     for r in range(tile.rows):
-        lines += _row(lanes, r, f"%{prefix}x{r}.{half}", k, mask)
+        lines += _row(lanes, r, f"%{prefix}x{r}", k, mask)
         lines += [
-            f"  %{new}{r}.{b}.{half} = call {vector} @llvm.fma.v{lanes}f32({vector} %{prefix}x{r}.{half}, "
-            f"{vector} %{prefix}w{b}.{half}, {vector} %{old}{r}.{b}.{half})"
+            f"  %{new}{r}.{b} = call {vector} @llvm.fma.v{lanes}f32({vector} %{prefix}x{r}, "
+            f"{vector} %{prefix}w{b}, {vector} %{old}{r}.{b})"
             for b in range(tile.outputs)
         ]
     return lines

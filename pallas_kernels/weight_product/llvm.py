@@ -57,18 +57,18 @@ def _derivative(
 
 
 @functools.cache
-def unavailable() -> str | None:
+def refusal() -> str | None:
     """Reason why the kernel can't run in this process, found by running it once; None if it can."""
     try:
         _register(_compiled().address)
         with ThreadPoolExecutor(max_workers=1) as elsewhere:  # a new thread, because the caller may be tracing
-            right = elsewhere.submit(_runs_right).result()
+            right = elsewhere.submit(_is_right).result()
     except Exception as error:  # whatever LLVM, the interface or XLA raise: XLA's own product is always available
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None if right else "its results are wrong on this machine"
 
 
-def _runs_right() -> bool:
+def _is_right() -> bool:
     x, weights = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.int8).reshape(4, 3)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         (found,) = weight_products(jnp.asarray(x), ((jnp.asarray(weights), jnp.full((4,), 0.5, jnp.float32)),))
@@ -109,8 +109,8 @@ def _shape(features: dict[str, bool], architecture: str) -> Shape:
     """Tile sizes for the vector registers: 32 of 512 bits, 16 of 256, or 16 to 32 of 128."""
     pause = _PAUSE.get(architecture, "")
     if features.get("avx512f"):
-        return Shape(16, 1, (Tile(8, 3), Tile(4, 4), Tile(2, 1), Tile(1, 1)), pause)
-    return Shape(8 if features.get("avx2") else 4, 1, (Tile(4, 2), Tile(2, 2), Tile(1, 1)), pause)
+        return Shape(16, (Tile(8, 3), Tile(4, 4), Tile(2, 1), Tile(1, 1)), pause)
+    return Shape(8 if features.get("avx2") else 4, (Tile(4, 2), Tile(2, 2), Tile(1, 1)), pause)
 
 
 def _cache_file(key: str) -> Path | None:

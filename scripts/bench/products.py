@@ -26,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
-from pallas_kernels.weight_product import turned_off
+from pallas_kernels.weight_product import kernel_off
 from scripts.bench.decode import engine_variant
 from scripts.bench.memory_floor import reader
 from scripts.reporting import machine, save
@@ -104,7 +104,7 @@ def product_variant(weights: jax.Array, scale: jax.Array, rows: int, *, own: boo
         return lax.scan(body, x, weights)[0]
 
     x = jnp.ones((rows, weights.shape[-1]), jnp.float32)
-    with contextlib.nullcontext() if own else turned_off():
+    with contextlib.nullcontext() if own else kernel_off():
         program = loop.lower(weights, x).compile()
 
     def run() -> float:
@@ -130,12 +130,12 @@ def bench_model(source: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def without_own(model: Decoder, batch: int, steps: int) -> Callable[[], float]:
-    """Decoding with XLA's products. Every run must stay inside `turned_off`; otherwise the program is traced again."""
-    with turned_off():
+    """Decoding with XLA's products. Every run must stay inside `kernel_off`; otherwise the program is traced again."""
+    with kernel_off():
         inside = engine_variant(model, None, batch, steps)
 
     def run() -> float:
-        with turned_off():
+        with kernel_off():
             return inside()
 
     return run

@@ -18,6 +18,7 @@ from pallas_kernels import compact
 from pallas_kernels import exit_project as project
 from pallas_kernels import exit_step as step
 from pallas_kernels import kv_fill as fill
+from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.selection import Choices
 
 HIDDEN = 128
@@ -119,13 +120,15 @@ def _step_arguments(shape: Shape, random: np.random.Generator) -> Arguments:
     up = _drawn(random, (HIDDEN,), 4 * HIDDEN**-0.5)
     masks = (jnp.asarray(random.random(shape.rows) < 0.9) for _ in range(2))
     rows = step.ExitRows(*masks, jnp.asarray(random.integers(0, LAYER, shape.rows), jnp.int32))
-    threshold, least = jnp.float32(THRESHOLD), jnp.int32(MIN_LAYERS)
-    return states(shape), down, _drawn(random, (HIDDEN,), 0.1), up, jnp.float32(0.1), threshold, rows, least
+    router = step.Router(down, _drawn(random, (HIDDEN,), 0.1), up, jnp.float32(0.1))
+    return states(shape), router, step.Gate(jnp.float32(THRESHOLD), LAYER, jnp.int32(MIN_LAYERS)), rows
 
 
-def _step(implementation: str, *arguments: Any) -> step.ExitStep:
-    *given, least = arguments
-    return step.exit_step(*given, layer=LAYER, min_layers=least, eps=EPS, implementation=implementation)
+def _step(
+    implementation: str, x: jax.Array, router: step.Router, gate: step.Gate, rows: step.ExitRows
+) -> step.ExitStep:
+    gate = gate._replace(layer=LAYER)  # static, as in an engine
+    return step.exit_step(x, router, gate, rows, eps=EPS, implementation=implementation)
 
 
 def _step_bytes(shape: Shape) -> int:
@@ -151,13 +154,13 @@ def _project_arguments(affine: bool, shape: Shape, random: np.random.Generator) 
     if affine:
         factor = _drawn(random, (shape.size, shape.size), shape.size**-0.5, shape.dtype)
         head = project.AffineHead((factor,), _drawn(random, (shape.size,), 0.1, shape.dtype))
-    norm = project.FinalNorm(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
+    norm = NormWeights(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
     exits = jnp.arange(shape.rows) % 2 == 0
     return states(shape), head, norm, exits, jnp.full((shape.rows, shape.size), 0.5, shape.dtype)
 
 
 def _project(implementation: str, *arguments: Any) -> jax.Array:
-    return project.exit_project(*arguments, eps=EPS, implementation=implementation)
+    return project.exit_project(*arguments, settings=NormSettings(EPS), implementation=implementation)
 
 
 def _project_bytes(affine: bool, shape: Shape) -> int:
@@ -229,17 +232,18 @@ _HEADS, _CHANNELS = 8, 128
 
 
 def _fill_arguments(shape: Shape, random: np.random.Generator) -> Arguments:
-    norm = fill.InputNorm(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
-    kernel = _drawn(random, (_HEADS, 2, _CHANNELS, shape.size), shape.size**-0.5, shape.dtype)
+    norm = NormWeights(_drawn(random, (shape.size,), 0.1, shape.dtype) + jnp.asarray(1, shape.dtype))
+    projection = _drawn(random, (_HEADS, 2, _CHANNELS, shape.size), shape.size**-0.5, shape.dtype)
     angles = jnp.asarray(random.uniform(0, 6, (shape.rows, 1, _CHANNELS // 2)), jnp.float32)
     buffer = jnp.full((shape.rows, _HEADS, 1, _CHANNELS), 0.5, shape.dtype)
     written = (jnp.arange(shape.rows) % 2 == 0)[:, None]
     rotary = fill.Rotary(jnp.cos(angles), jnp.sin(angles))
-    return states(shape)[:, None], norm, fill.Projection(kernel), rotary, written, fill.KVRows(buffer, buffer)
+    weights = fill.KVWeights(norm, projection)
+    return states(shape)[:, None], weights, rotary, written, fill.KVRows(buffer, buffer)
 
 
 def _fill(implementation: str, *arguments: Any) -> fill.KVRows:
-    return fill.kv_fill(*arguments, settings=fill.Settings(EPS), implementation=implementation)
+    return fill.kv_fill(*arguments, settings=fill.Settings(NormSettings(EPS)), implementation=implementation)
 
 
 def _fill_bytes(shape: Shape) -> int:
@@ -248,8 +252,9 @@ def _fill_bytes(shape: Shape) -> int:
 
 
 def _fill_difference(found: fill.KVRows, wanted: fill.KVRows, given: Arguments) -> Difference:
-    stays = ~np.asarray(given[4])[:, 0]
-    pairs = [(np.asarray(a), np.asarray(b), np.asarray(c)) for a, b, c in zip(found, wanted, given[5], strict=True)]
+    *_, filled, before = given
+    stays = ~np.asarray(filled)[:, 0]
+    pairs = [(np.asarray(a), np.asarray(b), np.asarray(c)) for a, b, c in zip(found, wanted, before, strict=True)]
     flips = sum(int(np.sum(a[stays] != before[stays])) for a, _, before in pairs)
     return Difference(max(worst(a, b) for a, b, _ in pairs), flips)
 
@@ -274,7 +279,7 @@ OPS = (
         _fill,
         _fill_bytes,
         _fill_difference,
-        in_place=5,
+        in_place=4,
         tolerance=rounding,
     ),
     _projection("exit_project, affine head", affine=True, only=lambda s: s.size <= 4096 and s.rows <= 256),

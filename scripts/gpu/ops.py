@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pallas_kernels.selection import Unfit
+from pallas_kernels.selection import ImplementationError
 from scripts.gpu.op_table import Op, Shape
 from scripts.gpu.timing import Budget, Overhead, Spread, looped, repeated
 from scripts.reporting import reason
@@ -127,7 +127,7 @@ def _start(
         arguments = _arguments(op, shape)
         lowered = jax.jit(looped(functools.partial(op.call, name), iterations, op.in_place)).lower(*arguments)
         spent = time.perf_counter() - start
-    except Unfit as error:  # an argument that a kernel declares unsupported is not a failure
+    except ImplementationError as error:  # an argument that a kernel declares unsupported is not a failure
         return _row(op, shape, name) | {"refused": str(error)}
     except Exception as error:
         return _row(op, shape, name) | {"compiled": False, "error": reason(error)}

@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from tiny_models import CONFIGS, tiny_model
 
+from pallas_kernels import exit_step as package
 from pallas_kernels import gpu, selection
-from pallas_kernels.exit_step import ExitRows, ExitStep, api, config, exit_step, pallas_triton, reference
-from pallas_kernels.exit_step.config import Blocks, choose_blocks
-from pallas_kernels.exit_step.shapes import Problem
+from pallas_kernels.exit_step import ExitRows, ExitStep, Gate, Router, exit_step, pallas_triton, plan, reference
+from pallas_kernels.exit_step.plan import Blocks, Problem, choose_blocks
 from tide_jax import TIDE, ExitConfig
 from tide_jax.errors import TideError
 from tide_jax.testing import random_routers
@@ -29,36 +29,37 @@ WHOLE, SPLIT = Blocks(16, 32, 1), Blocks(16, 32, 3)
 
 
 def arguments_of(rows: int, size: int, hidden: int, dtype: Any, seed: int = 0) -> tuple[Any, ...]:
-    """States, router, threshold and rows; the threshold lies amid the scores."""
+    """States, router, gate and rows; the threshold lies amid the scores."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(rows, size)) * np.exp(rng.normal(size=(rows, 1))) + 0.3, dtype)
     shapes = ((size, hidden), (hidden,), (hidden,), ())
-    router = tuple(jnp.asarray(2 * rng.normal(size=s) / np.sqrt(max(1, *s, 1)), jnp.float32) for s in shapes)
-    threshold = jnp.median(reference.router_scores(x, *router, eps=EPS))
+    router = Router(*(jnp.asarray(2 * rng.normal(size=s) / np.sqrt(max(1, *s, 1)), jnp.float32) for s in shapes))
+    threshold = jnp.median(reference.router_scores(x, router, eps=EPS))
     masks = (jnp.asarray(rng.random(rows) < 0.8) for _ in range(2))
-    return x, *router, threshold, ExitRows(*masks, jnp.asarray(rng.integers(0, 4, rows), jnp.int32))
+    state = ExitRows(*masks, jnp.asarray(rng.integers(0, 4, rows), jnp.int32))
+    return x, router, gate_of(threshold), state
+
+
+def gate_of(threshold: Any, min_layers: int = LAYER + 1) -> Gate:
+    return Gate(threshold, LAYER, jnp.int32(min_layers))
 
 
 @functools.partial(jax.jit, static_argnames=("blocks", "norm"))
-def interpreted(arguments: tuple[Any, ...], blocks: Blocks, min_layers: int = LAYER + 1, norm: Any = "rms") -> ExitStep:
-    settings = settings_of({"min_layers": jnp.asarray(min_layers, jnp.int32), "norm": norm})
-    return pallas_triton.exit_step(*arguments, **settings, interpret=True, blocks=blocks)
+def interpreted(arguments: tuple[Any, ...], blocks: Blocks, norm: Any = "rms") -> ExitStep:
+    return pallas_triton.exit_step(*arguments, eps=EPS, norm=norm, interpret=True, blocks=blocks)
 
 
-def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
-    return {"layer": LAYER, "min_layers": jnp.int32(LAYER + 1), "eps": EPS} | changes
-
-
-def assert_is_the_reference(arguments: tuple[Any, ...], found: ExitStep, **settings: Any) -> None:
+def assert_is_the_reference(arguments: tuple[Any, ...], found: ExitStep, norm: Any = "rms") -> None:
     """Scores within rounding; everything else follows exactly from them."""
-    expected = reference.exit_step(*arguments, **settings_of(settings))
+    _, _, gate, rows = arguments
+    expected = reference.exit_step(*arguments, eps=EPS, norm=norm)
     np.testing.assert_allclose(found.scores, expected.scores, atol=3e-6, rtol=0)
-    clear = np.abs(np.asarray(expected.scores) - float(arguments[5])) > 1e-5
+    clear = np.abs(np.asarray(expected.scores) - float(gate.threshold)) > 1e-5
     for name in ("exits", "active", "exit_layers"):
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(np.asarray(ours)[clear], np.asarray(theirs)[clear], err_msg=name)
-    np.testing.assert_array_equal(found.active, arguments[6].active & ~found.exits)
+    np.testing.assert_array_equal(found.active, rows.active & ~found.exits)
     assert found.any_exits == found.exits.any()
     assert found.any_active == found.active.any()
 
@@ -81,14 +82,15 @@ def test_layer_norm_of_states_far_from_zero(blocks: Blocks, dtype: Any) -> None:
 
 @pytest.mark.parametrize("blocks", [WHOLE, SPLIT], ids=["whole", "split"])
 def test_a_score_must_exceed_the_threshold(blocks: Blocks) -> None:
-    x, *router, _, rows = arguments_of(20, 70, 16, jnp.float32)
-    scores = interpreted((x, *router, jnp.float32(0.5), rows), blocks).scores
-    found = interpreted((x, *router, scores[7], rows), blocks)
+    x, router, _, rows = arguments_of(20, 70, 16, jnp.float32)
+    half = gate_of(jnp.float32(0.5))
+    scores = interpreted((x, router, half, rows), blocks).scores
+    found = interpreted((x, router, gate_of(scores[7]), rows), blocks)
     np.testing.assert_array_equal(found.exits, rows.active & rows.may_exit & (scores > scores[7]))
-    still = tuple(jnp.zeros_like(a) for a in router)
-    assert not interpreted((x, *still, jnp.float32(0.5), rows), blocks).any_exits
-    below = jnp.float32(np.nextafter(np.float32(0.5), np.float32(0)))
-    np.testing.assert_array_equal(interpreted((x, *still, below, rows), blocks).exits, rows.active & rows.may_exit)
+    still = jax.tree.map(jnp.zeros_like, router)
+    assert not interpreted((x, still, half, rows), blocks).any_exits
+    below = gate_of(jnp.float32(np.nextafter(np.float32(0.5), np.float32(0))))
+    np.testing.assert_array_equal(interpreted((x, still, below, rows), blocks).exits, rows.active & rows.may_exit)
 
 
 @pytest.mark.parametrize("blocks", [WHOLE, SPLIT], ids=["whole", "split"])
@@ -105,11 +107,12 @@ def test_rows_without_numbers_stay_and_leave_others_alone(blocks: Blocks, dtype:
 
 
 def test_no_row_leaves_before_min_layers() -> None:
-    arguments = arguments_of(9, 40, 16, jnp.float32)
-    assert interpreted(arguments, SPLIT).any_exits
-    found = interpreted(arguments, SPLIT, LAYER + 2)
+    x, router, gate, rows = arguments_of(9, 40, 16, jnp.float32)
+    assert interpreted((x, router, gate, rows), SPLIT).any_exits
+    later = x, router, gate_of(gate.threshold, min_layers=LAYER + 2), rows
+    found = interpreted(later, SPLIT)
     assert not found.any_exits
-    assert_is_the_reference(arguments, found, min_layers=jnp.int32(LAYER + 2))
+    assert_is_the_reference(later, found)
 
 
 def test_the_largest_states_and_zeros_are_scored() -> None:
@@ -120,10 +123,10 @@ def test_the_largest_states_and_zeros_are_scored() -> None:
 
 def test_sixteen_bit_states_lose_nothing_of_the_router() -> None:
     """One bfloat16 product with the weights rounded would be off by a thousand times as much."""
-    x, down, *others = arguments_of(16, 512, 64, jnp.bfloat16)
-    found = interpreted((x, down, *others), SPLIT).scores
-    rounded = reference.router_scores(x, down.astype(jnp.bfloat16), *others[:3], eps=EPS)
-    exact = reference.router_scores(x, down, *others[:3], eps=EPS)
+    x, router, *others = arguments_of(16, 512, 64, jnp.bfloat16)
+    found = interpreted((x, router, *others), SPLIT).scores
+    rounded = reference.router_scores(x, router._replace(down=router.down.astype(jnp.bfloat16)), eps=EPS)
+    exact = reference.router_scores(x, router, eps=EPS)
     assert np.abs(rounded - exact).max() > 100 * np.abs(found - exact).max()
 
 
@@ -132,17 +135,14 @@ def test_sixteen_bit_states_lose_nothing_of_the_router() -> None:
 
 def test_none_is_the_reference_on_a_cpu() -> None:
     arguments = arguments_of(4, 40, 16, jnp.float32)
-    settings = settings_of({})
-    assert not gpu_lowering.kernel_equations(functools.partial(exit_step, **settings), *arguments)
-    for ours, theirs in zip(
-        exit_step(*arguments, **settings), reference.exit_step(*arguments, **settings), strict=True
-    ):
+    assert not gpu_lowering.kernel_equations(functools.partial(exit_step, eps=EPS), *arguments)
+    for ours, theirs in zip(exit_step(*arguments, eps=EPS), reference.exit_step(*arguments, eps=EPS), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_interpreted_kernel_is_an_implementation() -> None:
     arguments = arguments_of(4, 40, 16, jnp.float32)
-    assert_is_the_reference(arguments, exit_step(*arguments, **settings_of({}), implementation="pallas_interpret"))
+    assert_is_the_reference(arguments, exit_step(*arguments, eps=EPS, implementation="pallas_interpret"))
 
 
 def test_an_engine_with_the_kernel_writes_the_same() -> None:
@@ -166,35 +166,35 @@ def test_an_engine_says_why_a_kernel_cannot_run_here() -> None:
 @pytest.mark.parametrize("name", ["pallas_triton", "triton", "mosaic_gpu"])
 def test_a_kernel_that_cannot_run_here_says_why(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' runs on a GPU, this process computes on a cpu"):
-        exit_step(*arguments_of(4, 40, 16, jnp.float32), **settings_of({}), implementation=name)
+        exit_step(*arguments_of(4, 40, 16, jnp.float32), eps=EPS, implementation=name)
 
 
 @pytest.mark.parametrize(
     "rows, hidden, reason", [(0, 16, "no rows"), (4, 300, "routers up to 256 wide, not 300")], ids=["rows", "hidden"]
 )
 def test_shapes_that_no_kernel_takes_are_named(rows: int, hidden: int, reason: str) -> None:
-    x, *router, _, state = arguments_of(max(rows, 1), 40, hidden, jnp.float32)
-    arguments = x[:rows], *router, jnp.float32(0.5), ExitRows(*(a[:rows] for a in state))
+    x, router, gate, state = arguments_of(max(rows, 1), 40, hidden, jnp.float32)
+    arguments = x[:rows], router, gate, ExitRows(*(a[:rows] for a in state))
     with pytest.raises(ValueError, match=reason):
-        exit_step(*arguments, **settings_of({}), implementation="pallas_interpret")
-    assert exit_step(*arguments, **settings_of({})).scores.shape == (rows,)
+        exit_step(*arguments, eps=EPS, implementation="pallas_interpret")
+    assert exit_step(*arguments, eps=EPS).scores.shape == (rows,)
 
 
 def test_kernels_leave_float64_to_the_reference() -> None:
-    assert "not float64" in str(Problem(1, 8, 1, np.dtype(np.float64)).misfit())
+    assert "not float64" in str(Problem(1, 8, 1, np.dtype(np.float64)).refusal())
 
 
 def test_on_a_gpu_none_is_a_kernel_and_falls_back_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def kernels() -> bool:
-        call = functools.partial(exit_step, **settings_of({}))
+        call = functools.partial(exit_step, eps=EPS)
         return bool(gpu_lowering.kernel_equations(call, *arguments_of(4, 40, 16, jnp.float32)))
 
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=False))
+    monkeypatch.setattr(package, "IMPLEMENTATIONS", package.IMPLEMENTATIONS._replace(proven=False))
     assert not kernels(), "no GPU has run them yet"
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=True))
+    monkeypatch.setattr(package, "IMPLEMENTATIONS", package.IMPLEMENTATIONS._replace(proven=True))
     assert kernels()
     monkeypatch.setattr(selection, "_import_error", lambda module: f"ModuleNotFoundError: {module}")
     selection._warn_once.cache_clear()
@@ -221,7 +221,7 @@ def test_blocks_cover_the_channels_and_keep_the_gpu_busy(rows: int, size: int, d
 
 def test_measured_blocks_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     best = Blocks(32, 128, 7, 8)
-    monkeypatch.setattr(config, "MEASURED", {("9.0", "bfloat16", "rms", 4096, 2): best})
+    monkeypatch.setattr(plan, "MEASURED", {("9.0", "bfloat16", "rms", 4096, 2): best})
     assert choose_blocks(Problem(20, 4096, 128, jnp.dtype(jnp.bfloat16)), gpu.DEFAULT) == best
     assert choose_blocks(Problem(99, 4096, 128, jnp.dtype(jnp.bfloat16)), gpu.DEFAULT) != best
 
@@ -234,13 +234,14 @@ def abstract(rows: int, size: int, hidden: int, dtype: Any) -> tuple[Any, ...]:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     state = ExitRows(of((rows,), jnp.bool_), of((rows,), jnp.bool_), of((rows,), jnp.int32))
-    return of((rows, size), dtype), of((size, hidden)), of((hidden,)), of((hidden,)), of(()), of(()), state
+    router = Router(of((size, hidden)), of((hidden,)), of((hidden,)), of(()))
+    return of((rows, size), dtype), router, Gate(of(()), of((), jnp.int32), of((), jnp.int32)), state
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [63, 576, 1024, 2048, 3584, 4096, 5120, 8192])
 def test_kernel_lowers_for_cuda(size: int, dtype: Any) -> None:
-    kernel = functools.partial(pallas_triton.exit_step, **settings_of({}))
+    kernel = functools.partial(pallas_triton.exit_step, eps=EPS)
     for rows, hidden in ((1, 128), (37, 96), (65536, 128)):
         blocks = choose_blocks(Problem(rows, size, hidden, jnp.dtype(dtype)), gpu.current())
         text = gpu_lowering.lower(kernel, *abstract(rows, size, hidden, dtype))
@@ -249,14 +250,14 @@ def test_kernel_lowers_for_cuda(size: int, dtype: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_lowers_for_cuda(dtype: Any) -> None:
-    kernel = functools.partial(pallas_triton.exit_step, **settings_of({"norm": "layer"}))
+    kernel = functools.partial(pallas_triton.exit_step, eps=EPS, norm="layer")
     for rows in (1, 65536):
         assert gpu_lowering.KERNEL_CALL in gpu_lowering.lower(kernel, *abstract(rows, 576, 128, dtype))
 
 
 def test_lowering_refuses_what_the_gpu_cannot_do() -> None:
     """Interpreted, both kernels run: only lowering tells."""
-    odd = functools.partial(pallas_triton.exit_step, **settings_of({}), blocks=Blocks(16, 48, 1))
+    odd = functools.partial(pallas_triton.exit_step, eps=EPS, blocks=Blocks(16, 48, 1))
     with pytest.raises(ValueError, match="power of 2"):
         gpu_lowering.lower(odd, *abstract(16, 96, 16, jnp.float32))
     arguments = arguments_of(16, 96, 16, jnp.float32)
@@ -280,7 +281,7 @@ def test_lowering_refuses_what_the_gpu_cannot_do() -> None:
 def test_loads_are_defined_and_products_exact(rows: int, dtype: Any, norm: str) -> None:
     """A masked load without a value for the rest is undefined on a GPU, and a product of float32 numbers is TF32
     there unless it asks for more. Interpreted, neither shows."""
-    kernel = functools.partial(pallas_triton.exit_step, **settings_of({"norm": norm}))
+    kernel = functools.partial(pallas_triton.exit_step, eps=EPS, norm=norm)
     equations = gpu_lowering.kernel_equations(kernel, *abstract(rows, 576, 96, dtype))
     assert not gpu_lowering.undefined_loads(equations)
     products = [equation for equation in equations if equation.primitive.name == "dot_general"]

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import pytest
 from triton_compiler import ARCHITECTURES, Compiled, compiled, compiled_twins
 
+from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.compact import Partition
 from pallas_kernels.compact import pallas_triton as compact
-from pallas_kernels.exit_project import AffineHead, FinalNorm
+from pallas_kernels.exit_project import AffineHead
 from pallas_kernels.exit_project import pallas_triton as exit_project
-from pallas_kernels.exit_step import ExitRows
+from pallas_kernels.exit_step import ExitRows, Gate, Router
 from pallas_kernels.exit_step import pallas_triton as exit_step
-from pallas_kernels.exit_step.config import Blocks
-from pallas_kernels.kv_fill import InputNorm, KVRows, Projection, Rotary, Settings
+from pallas_kernels.exit_step.plan import Blocks
+from pallas_kernels.kv_fill import KVRows, KVWeights, Rotary, Settings
 from pallas_kernels.kv_fill import pallas_triton as kv_fill
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -46,10 +47,10 @@ def step(
     function: Callable[..., Any], rows: int, dtype: Any, size: int = 4096, hidden: int = 128, **settings: Any
 ) -> tuple[Any, ...]:
     """An exit step and its arguments."""
-    kernel = functools.partial(function, layer=3, min_layers=jnp.int32(2), eps=1e-5, **settings)
+    kernel = functools.partial(function, eps=1e-5, **settings)
     state = ExitRows(of((rows,), jnp.bool_), of((rows,), jnp.bool_), of((rows,), jnp.int32))
-    router = of((size, hidden)), of((hidden,)), of((hidden,)), of(())
-    return kernel, of((rows, size), dtype), *router, of(()), state
+    router = Router(of((size, hidden)), of((hidden,)), of((hidden,)), of(()))
+    return kernel, of((rows, size), dtype), router, Gate(of(()), of((), jnp.int32), of((), jnp.int32)), state
 
 
 def check_step(kernels: dict[str, Compiled], dtype: Any) -> Compiled:
@@ -111,9 +112,9 @@ def test_blocks_that_are_too_tall_spill(tmp_path: Path) -> None:
 
 def projection(function: Callable[..., Any], dtype: Any, size: int) -> tuple[Any, ...]:
     """An exit projection and its arguments."""
-    kernel = functools.partial(function, eps=1e-5, norm="layer")
+    kernel = functools.partial(function, settings=NormSettings(1e-5, "layer"))
     head = AffineHead((of((size, 8), dtype), of((8, size), dtype)), of((size,), dtype))
-    states, final_norm = of((64, size), dtype), FinalNorm(of((size,), dtype), of((size,), dtype))
+    states, final_norm = of((64, size), dtype), NormWeights(of((size,), dtype), of((size,), dtype))
     return kernel, states, head, final_norm, of((64,), jnp.bool_), states
 
 
@@ -165,12 +166,13 @@ def test_compaction_copies_sixteen_bytes_at_once(tmp_path: Path, architecture: i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 128, 64)])
 def test_kv_fill(tmp_path: Path, architecture: int, dtype: Any, heads: int, channels: int, half: int) -> None:
-    weights = of((heads, 2, channels, 32), dtype), of((heads, 2, channels), dtype), of((channels,), dtype)
+    projection = of((heads, 2, channels, 32), dtype), of((heads, 2, channels), dtype), of((channels,), dtype)
+    weights = KVWeights(NormWeights(), *projection)
     rows = of((2, heads, 64, channels), dtype)
-    kernel = functools.partial(kv_fill.kv_fill, settings=Settings(1e-5))
+    kernel = functools.partial(kv_fill.kv_fill, settings=Settings(NormSettings(1e-5)))
     tables = Rotary(of((2, 64, half)), of((2, 64, half)))
-    arguments = of((2, 64, 32), dtype), InputNorm(), Projection(*weights), tables, of((2, 64), jnp.bool_)
-    (made,) = compiled(tmp_path, architecture, kernel, *arguments, KVRows(rows, rows)).values()
+    arguments = of((2, 64, 32), dtype), weights, tables, of((2, 64), jnp.bool_), KVRows(rows, rows)
+    (made,) = compiled(tmp_path, architecture, kernel, *arguments).values()
     assert not made.spilled
     assert made.count(r"ld\.global\.v4")
     assert made.count(r"st\.global\.v4")

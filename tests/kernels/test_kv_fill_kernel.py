@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, tiny_model
 
+from pallas_kernels import kv_fill as package
 from pallas_kernels import selection
-from pallas_kernels.kv_fill import (
-    InputNorm,
-    KVRows,
-    Projection,
-    Rotary,
-    Settings,
-    api,
-    kv_fill,
-    pallas_triton,
-    reference,
-)
+from pallas_kernels.common import NormSettings, NormWeights
+from pallas_kernels.kv_fill import KVRows, KVWeights, Rotary, Settings, kv_fill, pallas_triton, reference
 from tide_jax.exits import cache_fill
 from tide_jax.exits.cache_fill import fill_rows, unsupported
 from tide_jax.model.architecture import AttentionType, QKNorm, RopeConfig
@@ -32,7 +24,7 @@ from tide_jax.testing import tiny_config
 
 EPS = 1e-5
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
-PLAIN = Settings(EPS)
+PLAIN = Settings(NormSettings(EPS))
 
 
 def arguments_of(
@@ -47,14 +39,14 @@ def arguments_of(
     size: int = 24,
     fill: float = 0.6,
 ) -> tuple[Any, ...]:
-    """States, norm, projection, rotary tables, tokens to fill and buffers."""
+    """States, weights, rotary tables, tokens to fill and buffers."""
     rng = np.random.default_rng(channels)
 
     def normal(*shape: int, scale: float = 1.0, kind: Any = dtype) -> jax.Array:
         return jnp.asarray(scale * rng.normal(size=shape), kind)
 
     shape = tokens[0], heads, tokens[1], channels
-    projection = Projection(
+    projection = (
         normal(heads, 2, channels, size, scale=size**-0.5),
         normal(heads, 2, channels) if bias else None,
         normal(channels) if key_norm else None,
@@ -63,14 +55,16 @@ def arguments_of(
     rotary = Rotary(*(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))) if half else None
     chosen = jnp.asarray(rng.random(tokens) < fill)
     out = KVRows(normal(*shape), normal(*shape))
-    return normal(*tokens, size, scale=3.0), InputNorm(normal(size)), projection, rotary, chosen, out
+    x = normal(*tokens, size, scale=3.0)
+    return x, KVWeights(NormWeights(normal(size)), *projection), rotary, chosen, out
 
 
 def assert_is_the_reference(arguments: tuple[Any, ...], found: KVRows, settings: Settings = PLAIN) -> None:
     """Within rounding where tokens are filled, untouched elsewhere."""
     expected = reference.kv_fill(*arguments, settings=settings)
-    fill = np.asarray(arguments[4])
-    for ours, theirs, before in zip(found, expected, arguments[5], strict=True):
+    *_, fill, out = arguments
+    fill = np.asarray(fill)
+    for ours, theirs, before in zip(found, expected, out, strict=True):
         assert ours.dtype == theirs.dtype == before.dtype
         tolerance = {"float32": 1e-5, "bfloat16": 1.6e-2, "float16": 2e-3}[ours.dtype.name]
         ours, theirs, before = (np.asarray(a, np.float32).swapaxes(1, 2) for a in (ours, theirs, before))
@@ -175,16 +169,18 @@ def test_kernel_is_the_reference(
     dtype: Any,
 ) -> None:
     arguments = arguments_of(tokens, heads, channels, dtype, half=half, bias=bias, key_norm=key_norm)
-    settings = Settings(EPS, key_eps=1e-3, key_unit_offset=interleaved, interleaved=interleaved)
+    settings = Settings(NormSettings(EPS), key_eps=1e-3, key_unit_offset=interleaved, interleaved=interleaved)
     found = kv_fill(*arguments, settings=settings, implementation="pallas_interpret")
     assert_is_the_reference(arguments, found, settings)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer", "none"])
 def test_every_norm_in_front(kind: Any) -> None:
-    x, _, *others = arguments_of((2, 3), 2, 8, jnp.float32, half=4)
-    for norm in (InputNorm(), InputNorm(jnp.full((24,), 0.5)), InputNorm(jnp.full((24,), 0.5), jnp.ones((24,)))):
-        arguments, settings = (x, norm, *others), Settings(EPS, norm=kind, unit_offset=kind == "rms")
+    x, weights, *others = arguments_of((2, 3), 2, 8, jnp.float32, half=4)
+    scale, bias = jnp.full((24,), 0.5), jnp.ones((24,))
+    settings = Settings(NormSettings(EPS, kind, unit_offset=kind == "rms"))
+    for norm in (NormWeights(), NormWeights(scale), NormWeights(scale, bias)):
+        arguments = x, weights._replace(norm=norm), *others
         found = kv_fill(*arguments, settings=settings, implementation="pallas_interpret")
         assert_is_the_reference(arguments, found, settings)
 
@@ -194,17 +190,17 @@ def test_all_tokens_or_none(fill: float) -> None:
     arguments = arguments_of((2, 5), 3, 16, jnp.float32, half=4, fill=fill)
     found = kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
     assert_is_the_reference(arguments, found)
-    assert np.array_equal(found.keys, arguments[5].keys) == (fill == 0.0)
+    assert np.array_equal(found.keys, arguments[4].keys) == (fill == 0.0)
 
 
 def test_tokens_that_are_not_filled_may_hold_anything() -> None:
-    x, norm, projection, rotary, fill, out = arguments_of((2, 9), 3, 20, jnp.float32, half=5, bias=True)
+    x, weights, rotary, fill, out = arguments_of((2, 9), 3, 20, jnp.float32, half=5, bias=True)
     spoilt = jnp.where(fill[:, :, None], x, jnp.nan)
     marked = KVRows(*(jnp.where(fill[:, None, :, None], jnp.nan, a) for a in out))
-    arguments = spoilt, norm, projection, rotary, fill, marked
+    arguments = spoilt, weights, rotary, fill, marked
     found = kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
     assert all(np.isfinite(a).all() for a in found)
-    assert_is_the_reference((x, norm, projection, rotary, fill, marked), found)
+    assert_is_the_reference((x, weights, rotary, fill, marked), found)
 
 
 def test_the_buffers_keep_their_own_dtype() -> None:
@@ -221,27 +217,27 @@ def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: 
 
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
     assert not kernels()
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS._replace(proven=True))
+    monkeypatch.setattr(package, "IMPLEMENTATIONS", package.IMPLEMENTATIONS._replace(proven=True))
     assert kernels()
 
 
 def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
-    x, norm, projection, rotary, fill, out = arguments_of((1, 4), 2, 16, jnp.float32, half=8)
+    x, weights, rotary, fill, out = arguments_of((1, 4), 2, 16, jnp.float32, half=8)
     with pytest.raises(ValueError, match="'pallas_triton' runs on a GPU, this process computes on a cpu"):
-        kv_fill(x, norm, projection, rotary, fill, out, settings=PLAIN, implementation="pallas_triton")
+        kv_fill(x, weights, rotary, fill, out, settings=PLAIN, implementation="pallas_triton")
 
     def filled(*arguments: Any) -> KVRows:
         return kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret")
 
     wide = jnp.zeros((1, 2, 4, 8))
     with pytest.raises(ValueError, match="keys and values of one shape"):
-        filled(x, norm, projection, rotary, fill, KVRows(out.keys, wide))
+        filled(x, weights, rotary, fill, KVRows(out.keys, wide))
     with pytest.raises(ValueError, match="float32, float16 and bfloat16, not int32"):
-        filled(x, norm, projection, rotary, fill, KVRows(out.keys, out.values.astype(jnp.int32)))
+        filled(x, weights, rotary, fill, KVRows(out.keys, out.values.astype(jnp.int32)))
     with pytest.raises(ValueError, match="32 rotary channels do not fit keys of 16"):
-        filled(x, norm, projection, Rotary(*(jnp.zeros((1, 4, 16)),) * 2), fill, out)
+        filled(x, weights, Rotary(*(jnp.zeros((1, 4, 16)),) * 2), fill, out)
     with pytest.raises(ValueError, match="at least one token"):
-        filled(x[:, :0], norm, projection, None, fill[:, :0], KVRows(*(a[:, :, :0] for a in out)))
+        filled(x[:, :0], weights, None, fill[:, :0], KVRows(*(a[:, :, :0] for a in out)))
     with pytest.raises(ValueError, match="up to 16384 numbers, not 130 heads of 128"):
         filled(*arguments_of((1, 1), 130, 128, jnp.float32))
 
@@ -254,7 +250,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
 def test_kernel_lowers_for_cuda(heads: int, channels: int, half: int, dtype: Any) -> None:
     for tokens, extra in (((1, 1), False), ((4, 300), True)):
         arguments = arguments_of((1, 1), heads, channels, dtype, half=half, bias=extra, key_norm=extra)
-        x, norm, projection, rotary, fill, out = arguments
+        x, weights, rotary, fill, out = arguments
 
         def many(a: jax.Array, tokens: tuple[int, int] = tokens) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((*tokens, *a.shape[2:]), a.dtype)
@@ -262,7 +258,7 @@ def test_kernel_lowers_for_cuda(heads: int, channels: int, half: int, dtype: Any
         def rows(a: jax.Array, tokens: tuple[int, int] = tokens) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((tokens[0], heads, tokens[1], channels), a.dtype)
 
-        given = many(x), norm, projection, jax.tree.map(many, rotary), many(fill), jax.tree.map(rows, out)
+        given = many(x), weights, jax.tree.map(many, rotary), many(fill), jax.tree.map(rows, out)
         kernel = functools.partial(pallas_triton.kv_fill, settings=PLAIN._replace(interleaved=extra))
         assert gpu_lowering.lower(kernel, *given).count(gpu_lowering.KERNEL_CALL) == 1
         assert not gpu_lowering.undefined_loads(gpu_lowering.kernel_equations(kernel, *given))

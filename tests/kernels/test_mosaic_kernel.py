@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params  # JAX has no public way to it
-from test_exit_step_kernel import abstract, arguments_of, assert_is_the_reference, settings_of
+from test_exit_step_kernel import EPS, abstract, arguments_of, assert_is_the_reference
 from tiny_models import tiny_config, tiny_model
 
 from pallas_kernels import gpu, selection
@@ -24,7 +24,7 @@ DTYPES = [jnp.bfloat16, jnp.float16]
 
 
 def interpreted(arguments: tuple[Any, ...], **settings: Any) -> Any:
-    return mosaic_gpu.exit_step(*arguments, **settings_of(settings), interpret=params.InterpretGPUParams())
+    return mosaic_gpu.exit_step(*arguments, eps=EPS, **settings, interpret=params.InterpretGPUParams())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_what_the_kernel_cannot_do_is_refused(
 ) -> None:
     sizes = {"rows": 4, "size": 128, "hidden": 16, "dtype": jnp.bfloat16} | settings
     norm = sizes.pop("norm", "rms")
-    call = functools.partial(exit_step, **settings_of({"norm": norm}), implementation="mosaic_gpu")
+    call = functools.partial(exit_step, eps=EPS, norm=norm, implementation="mosaic_gpu")
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
     with pytest.raises(ValueError, match=reason):
         jax.eval_shape(call, *abstract(**sizes))
@@ -70,7 +70,7 @@ def test_what_the_kernel_cannot_do_is_refused(
 
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def scored() -> Any:
-        call = functools.partial(exit_step, **settings_of({}), implementation="mosaic_gpu")
+        call = functools.partial(exit_step, eps=EPS, implementation="mosaic_gpu")
         return jax.eval_shape(lambda *a: call(*a), *abstract(4, 128, 16, jnp.bfloat16)).scores
 
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
@@ -82,7 +82,7 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_written_is_committed_before_it_is_multiplied_or_copied() -> None:
     """Interpreted, it does not show."""
-    kernel = functools.partial(mosaic_gpu.exit_step, **settings_of({}))
+    kernel = functools.partial(mosaic_gpu.exit_step, eps=EPS)
     jaxpr = jax.make_jaxpr(kernel)(*abstract(64, 256, 128, jnp.bfloat16)).jaxpr
     committed, readers = True, 0
     for name in (equation.primitive.name for equation in gpu_lowering.equations(jaxpr)):
@@ -98,7 +98,7 @@ def test_what_is_written_is_committed_before_it_is_multiplied_or_copied() -> Non
 def test_kernel_lowers_for_cuda(dtype: Any) -> None:
     for rows, size, hidden in ((1, 576, 128), (37, 4096, 96), (65536, 4096, 128), (4096, 8192, 16)):
         text = gpu_lowering.lower(
-            functools.partial(mosaic_gpu.exit_step, **settings_of({})), *abstract(rows, size, hidden, dtype)
+            functools.partial(mosaic_gpu.exit_step, eps=EPS), *abstract(rows, size, hidden, dtype)
         )
         assert text.count("mosaic_gpu_v2") == 1
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import selection
-from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, api, exit_step, reference
+from pallas_kernels.exit_step import IMPLEMENTATIONS, ExitStep, exit_step, reference
 from scripts import verify_gpu
 from scripts.gpu import decode as gpu_decode
 from scripts.gpu import model as gpu_model
@@ -222,7 +222,7 @@ def test_rows_that_stay_have_to_stay() -> None:
 
 def test_every_operation_has_its_row() -> None:
     assert {op.choices.operation for op in gpu_op_table.OPS} == set(gpu_targets.OPERATIONS)
-    folders = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/api.py")}
+    folders = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/reference.py")}
     on_gpu = {name for name in folders if importlib.import_module(f"pallas_kernels.{name}").IMPLEMENTATIONS.on_gpu}
     assert on_gpu == set(gpu_targets.OPERATIONS)
 
@@ -453,12 +453,12 @@ def test_the_picture_needs_a_gpus_results(tmp_path: Path, report: Report, monkey
 
 def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def chosen() -> str:
-        exit_step(*given, layer=1, min_layers=least, eps=1e-5)
+        exit_step(*given, eps=1e-5)
         return names[-1]
 
     names = list[str]()
-    *given, least = gpu_op_table.OPS[0].make(gpu_op_table.Shape(2, 8, "float32"), np.random.default_rng(0))
-    monkeypatch.setattr(api, "_function", lambda name: names.append(name) or reference.exit_step)
+    given = gpu_op_table.OPS[0].make(gpu_op_table.Shape(2, 8, "float32"), np.random.default_rng(0))
+    monkeypatch.setattr(selection.Choices, "function", lambda _, name: names.append(name) or reference.exit_step)
     monkeypatch.setattr(selection, "_import_error", lambda module: None)
     monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["triton"]})
     assert chosen() == "reference", "on a processor"

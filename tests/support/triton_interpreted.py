@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from pallas_kernels import jax_triton_call
+from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.compact import partition
 from pallas_kernels.compact import reference as compact_reference
 from pallas_kernels.compact import triton as compact_twin
-from pallas_kernels.exit_project import AffineHead, FinalNorm
+from pallas_kernels.exit_project import AffineHead
 from pallas_kernels.exit_project import reference as project_reference
 from pallas_kernels.exit_project import triton as project_twin
-from pallas_kernels.exit_step import ExitRows, reference, triton
-from pallas_kernels.exit_step.config import Blocks
-from pallas_kernels.kv_fill import InputNorm, KVRows, Projection, Rotary, Settings
+from pallas_kernels.exit_step import ExitRows, Gate, Router, reference, triton
+from pallas_kernels.exit_step.plan import Blocks
+from pallas_kernels.kv_fill import KVRows, KVWeights, Rotary, Settings
 from pallas_kernels.kv_fill import reference as fill_reference
 from pallas_kernels.kv_fill import triton as fill_twin
 
@@ -54,21 +55,21 @@ def compare(rows: int, size: int, hidden: int, dtype: Any, blocks: Blocks, norm:
     x = jnp.asarray(3 * rng.normal(size=(rows, size)) + (20 if norm == "layer" else 0), dtype)
     x = x.at[rows // 2].multiply(jnp.asarray(1e-3 if rows > 1 else 1, dtype))  # a row that `eps` matters for
     shapes = ((size, hidden), (hidden,), (hidden,), ())
-    router = [jnp.asarray(2 * rng.normal(size=s) / np.sqrt(max(1, *s, 1)), jnp.float32) for s in shapes]
-    threshold = jnp.median(reference.router_scores(x, *router, eps=1e-5, norm=norm))
+    router = Router(*(jnp.asarray(2 * rng.normal(size=s) / np.sqrt(max(1, *s, 1)), jnp.float32) for s in shapes))
+    threshold = jnp.median(reference.router_scores(x, router, eps=1e-5, norm=norm))
     masks = (jnp.asarray(rng.random(rows) < 0.8) for _ in range(2))
     state = ExitRows(*masks, jnp.asarray(rng.integers(0, 4, rows), jnp.int32))
-    arguments, settings = (x, *router, threshold, state), {"layer": 5, "eps": 1e-5, "norm": norm}
-    found = triton.exit_step(*arguments, **settings, min_layers=jnp.int32(6), blocks=blocks)
-    expected = reference.exit_step(*arguments, **settings, min_layers=jnp.int32(6))
+    gate, settings = Gate(threshold, 5, jnp.int32(6)), {"eps": 1e-5, "norm": norm}
+    found = triton.exit_step(x, router, gate, state, **settings, blocks=blocks)
+    expected = reference.exit_step(x, router, gate, state, **settings)
     np.testing.assert_allclose(found.scores, expected.scores, atol=3e-6, rtol=0)
     clear = np.abs(np.asarray(expected.scores) - float(threshold)) > 1e-5
     for ours, theirs in zip(found[1:4], expected[1:4], strict=True):
         np.testing.assert_array_equal(np.asarray(ours)[clear], np.asarray(theirs)[clear])
-    early = triton.exit_step(*arguments, **settings, min_layers=jnp.int32(7), blocks=blocks)
+    early = triton.exit_step(x, router, gate._replace(min_layers=jnp.int32(7)), state, **settings, blocks=blocks)
     assert not early.any_exits, "rows that have run 6 layers of 7"
-    equal = (*arguments[:5], found.scores[0], state)
-    again = triton.exit_step(*equal, **settings, min_layers=jnp.int32(6), blocks=blocks)
+    equal = gate._replace(threshold=found.scores[0])
+    again = triton.exit_step(x, router, equal, state, **settings, blocks=blocks)
     np.testing.assert_array_equal(again.exits, state.active & state.may_exit & (found.scores > found.scores[0]))
 
 
@@ -81,13 +82,13 @@ def compare_projection(dtype: Any, norm: Any, rank: int | None, learned: bool) -
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     head = None if rank is None else AffineHead((normal(70, rank), normal(rank, 70)), normal(70))
-    final_norm = FinalNorm(normal(70), normal(70)) if learned else FinalNorm()
+    final_norm = NormWeights(normal(70), normal(70)) if learned else NormWeights()
     exits, out = jnp.asarray([True, False, True, False, True]), normal(5, 70)
     out = out.astype(jnp.float32) if norm == "none" else out
     arguments = normal(5, 70).at[2].multiply(jnp.asarray(1e-3, dtype)), head, final_norm, exits, out
-    settings = {"eps": 1e-5, "norm": norm, "unit_offset": rank is None}
-    found = project_twin.exit_project(*arguments, **settings)
-    expected = project_reference.exit_project(*arguments, **settings)
+    settings = NormSettings(1e-5, norm, unit_offset=rank is None)
+    found = project_twin.exit_project(*arguments, settings=settings)
+    expected = project_reference.exit_project(*arguments, settings=settings)
     tolerance = 1e-5 if dtype == jnp.float32 else 4e-3
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=tolerance)
     np.testing.assert_array_equal(found[~exits], out[~exits])
@@ -118,7 +119,7 @@ def compare_fill(dtype: Any, heads: int, channels: int, half: int, learned: bool
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    projection = Projection(
+    projection = (
         0.2 * normal(heads, 2, channels, 24),
         normal(heads, 2, channels) if learned else None,
         normal(channels) if learned else None,
@@ -128,8 +129,8 @@ def compare_fill(dtype: Any, heads: int, channels: int, half: int, learned: bool
     fill = jnp.asarray(rng.random((2, 5)) < 0.6)
     out = KVRows(*(normal(2, heads, 5, channels) for _ in range(2)))
     x = jnp.where(fill[:, :, None], normal(2, 5, 24), jnp.nan)
-    settings = Settings(1e-5, key_eps=1e-5, interleaved=interleaved, key_unit_offset=interleaved)
-    arguments = x, InputNorm(normal(24)), projection, rotary, fill, out
+    settings = Settings(NormSettings(1e-5), key_eps=1e-5, interleaved=interleaved, key_unit_offset=interleaved)
+    arguments = x, KVWeights(NormWeights(normal(24)), *projection), rotary, fill, out
     found = fill_twin.kv_fill(*arguments, settings=settings)
     expected = fill_reference.kv_fill(*arguments, settings=settings)
     tolerance = 1e-5 if dtype == jnp.float32 else 4e-3

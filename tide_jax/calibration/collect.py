@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, Int
 
-from pallas_kernels.exit_step.reference import rms_normalise
+from pallas_kernels.common import rms_normalise
 from tide_jax.calibration.data_parallel import Placement
 from tide_jax.calibration.reading_plan import ReadingPlan, Sample, assign, digest, padded
 from tide_jax.calibration.reservoir import Allocate, Reservoir

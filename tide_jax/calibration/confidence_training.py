@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.exit_step.reference import router_scores
+from pallas_kernels.exit_step import router_scores
 from tide_jax.calibration.collect import Progress
 from tide_jax.calibration.exit_heads import in_chunks
 from tide_jax.calibration.gradient_step import apply_gradients
@@ -76,7 +76,7 @@ def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -
 def _compute(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, "N F"]:
     assert routers.candidates is not None
     x, eps = states.astype(model.dtype), model.config.norm_eps
-    first = router_scores(x, *routers.routers[exit_point], eps=eps)
+    first = router_scores(x, routers.routers[exit_point], eps=eps)
     out = model.final_norm(routers.exit_state(exit_point, x[None], eps=eps))
     return features(model, routers.candidates.rows, out, first[None])[0]
 

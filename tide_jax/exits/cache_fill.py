@@ -8,8 +8,8 @@ import logging
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.kv_fill import IMPLEMENTATIONS, InputNorm, KVRows, Projection, Rotary, Settings, kv_fill
-from pallas_kernels.kv_fill.reference import InputNormKind
+from pallas_kernels.common import NormSettings, NormWeights
+from pallas_kernels.kv_fill import IMPLEMENTATIONS, KVRows, KVWeights, Rotary, Settings, kv_fill
 from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.layers import DecoderLayer
@@ -52,14 +52,16 @@ def fill_rows(
     empty = jnp.zeros((x.shape[0], heads, x.shape[1], channels), x.dtype)
     gain = None if attention.k_norm is None else attention.k_norm.scale
     bias = attention.kv.bias
-    projection = Projection(
-        attention.kv.weights(x.dtype), None if bias is None else bias[...], None if gain is None else gain[...]
+    weights = KVWeights(
+        _norm_weights(norm),
+        attention.kv.weights(x.dtype),
+        None if bias is None else bias[...],
+        None if gain is None else gain[...],
     )
     rotary = None if context.cos is None or context.sin is None else Rotary(context.cos, context.sin)
     rows = kv_fill(
         x,
-        _learned(norm),
-        projection,
+        weights,
         rotary,
         fill,
         KVRows(empty, empty),
@@ -91,19 +93,19 @@ def unsupported(layer: DecoderLayer) -> str | None:
     return next((reason for reason, found in reasons.items() if found), None)
 
 
-def _learned(norm: Norm | None) -> InputNorm:
+def _norm_weights(norm: Norm | None) -> NormWeights:
     if norm is None:
-        return InputNorm()
-    return InputNorm(*(None if parameter is None else parameter[...] for parameter in (norm.scale, norm.bias)))
+        return NormWeights()
+    return NormWeights(*(None if parameter is None else parameter[...] for parameter in (norm.scale, norm.bias)))
 
 
 def _settings(attention: Attention, norm: Norm | None) -> Settings:
     key_norm = attention.k_norm
-    kind: InputNormKind = "none" if norm is None else "layer" if norm.kind == "layer" else "rms"
+    before = NormSettings(0.0, "none")
+    if norm is not None:
+        before = NormSettings(norm.eps, "layer" if norm.kind == "layer" else "rms", norm.unit_offset)
     return Settings(
-        eps=0.0 if norm is None else norm.eps,
-        norm=kind,
-        unit_offset=norm is not None and norm.unit_offset,
+        before,
         key_eps=0.0 if key_norm is None else key_norm.eps,
         key_unit_offset=key_norm is not None and key_norm.unit_offset,
         interleaved=attention.interleaved,

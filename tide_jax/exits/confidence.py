@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.exit_project import IMPLEMENTATIONS, AffineHead, FinalNorm, exit_project
-from pallas_kernels.exit_step.reference import router_scores
+from pallas_kernels.common import NormSettings, NormWeights
+from pallas_kernels.exit_project import IMPLEMENTATIONS, AffineHead, exit_project
+from pallas_kernels.exit_step import router_scores
 from tide_jax.exits.router import Routers
 from tide_jax.model.decoder import Decoder, HeadRows
 from tide_jax.model.ops import likeliest
@@ -79,12 +80,10 @@ def _exit_states(
     states = exit_project(
         rows,
         None if routers.heads is None else AffineHead(*routers.heads[exit_point]),
-        FinalNorm(*(None if parameter is None else parameter[...] for parameter in learned)),
+        NormWeights(*(None if parameter is None else parameter[...] for parameter in learned)),
         passed.reshape(-1),
         jnp.zeros_like(rows),
-        eps=config.norm_eps,
-        norm=config.norm if config.final_norm else "none",
-        unit_offset=config.norm_unit_offset,
+        settings=NormSettings(config.norm_eps, config.norm if config.final_norm else "none", config.norm_unit_offset),
         implementation=IMPLEMENTATIONS.own(implementation),
     )
     return states.reshape(x.shape)
@@ -92,7 +91,7 @@ def _exit_states(
 
 def exit_scores(model: Decoder, routers: Routers, exit_point: int, x: Float[Array, "N D"]) -> ExitAnswers:
     """Final scores ``[1, N]`` and exit states ``[1, N, D]`` of tokens, running router and second look."""
-    first = router_scores(x, *routers.routers[exit_point], eps=model.config.norm_eps)
+    first = router_scores(x, routers.routers[exit_point], eps=model.config.norm_eps)
     return second_look(model, routers, exit_point, x[None], first[None])
 
 

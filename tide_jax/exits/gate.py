@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.exit_step import ExitRows, exit_step
+from pallas_kernels.exit_step import ExitRows, Gate, exit_step
 from tide_jax.exits.confidence import second_look
 from tide_jax.exits.exits import Exits
 from tide_jax.model.decoder import Decoder
@@ -63,18 +63,13 @@ def decide(
     """
     # Stage 1: score the active tokens with the router. With a second look, its screen is the threshold.
     shape, x = state.active.shape, state.newest
-    router = exits.routers.routers[exit_point]
     looks, threshold = exits.routers.confidence, exits.thresholds[exit_point]
+    screen = threshold if looks is None else looks[exit_point].screen(threshold)
     step = exit_step(
         x.reshape(-1, x.shape[-1]),
-        router.down,
-        router.down_bias,
-        router.up,
-        router.up_bias,
-        threshold if looks is None else looks[exit_point].screen(threshold),
+        exits.routers.routers[exit_point],
+        Gate(screen, exits.routers.exit_points[exit_point], exits.min_layers),
         ExitRows(*(a.reshape(-1) for a in (state.active, may_exit, state.exit_layers))),
-        layer=exits.routers.exit_points[exit_point],
-        min_layers=exits.min_layers,
         eps=model.config.norm_eps,
         implementation=exits.implementation,
     )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.exit_step.reference import rms_normalise, router_scores
+from pallas_kernels.common import rms_normalise
+from pallas_kernels.exit_step import Router, router_scores
 from tide_jax.checks import instance_of, path_like, whole_number
 from tide_jax.config import ExitConfig
 from tide_jax.errors import TideError
@@ -22,16 +23,6 @@ from tide_jax.model.decoder import Decoder, HeadRows
 from tide_jax.model.files.checkpoint import fingerprint
 from tide_jax.model.ops import matmul
 from tide_jax.model.sharding import mesh_of, shard, whole_channels
-
-
-class Router(NamedTuple):
-    """Router of one exit point: ``sigmoid(up . silu(down^T rmsnorm(x) + down_bias) + up_bias)``, float32."""
-
-    down: Float[Array, "D H"]
-    down_bias: Float[Array, " H"]
-    up: Float[Array, " H"]
-    up_bias: Float[Array, ""]
-
 
 FEATURES = 4
 """Input features of the second look for each token, see `tide_jax.exits.confidence.features`."""
@@ -170,7 +161,7 @@ class Routers:
 
     def scores(self, exit_point: int, x: Float[Array, "N D"], *, eps: float) -> Float[Array, " N"]:
         """Router scores of N tokens, float32."""
-        return router_scores(x, *self.routers[exit_point], eps=eps)
+        return router_scores(x, self.routers[exit_point], eps=eps)
 
     def without_metadata(self) -> Routers:
         """The same weights without metadata, so that fits of one shape share compiled programs."""
