@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.architecture import family_of
-from convert.configuration.older_names import with_older_names
+from convert.configuration.older_names import add_older_names
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
 from convert.output.replacement import check_spared, files_of, replacing
 from convert.output.stored import as_stored
@@ -239,7 +239,7 @@ def export(
     with replacing(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
         source.write_side_files(partial)
         settings = _with_dtype(source.config, stored.name) | {"dtype": stored.name}
-        write_json(partial / "config.json", with_older_names(settings))
+        write_json(partial / "config.json", add_older_names(settings))
         check_spared(partial, destination, EXPORT_FILE)
         with ShardWriter(partial, layout) as writer:
             done = 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.configuration.settings import configuration
+from convert.configuration.settings import build_configuration
 from convert.configuration.sizes import check_sizes
 from convert.sources.base import Source, steps_of
 from tide_jax.errors import TideError
@@ -86,7 +86,7 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        whole = configuration(CONFIG_MAPPING[model_type], source.config)
+        whole = build_configuration(CONFIG_MAPPING[model_type], source.config)
     except Exception:  # unrelated classes, from its validators; the next reader of the configuration reports them
         return None
     if whole.is_encoder_decoder:
