@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from convert.architecture import Architecture, architecture_of
 from convert.output.own_scales import scales_by_path
-from convert.output.replacement import check_spared, files_of, is_free, replacing
+from convert.output.replacement import check_no_foreign_files, files_of, is_free, replace_directory
 from convert.output.rounded import RoundedPlan
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.output.writer import Layout, ShardWriter, plan_layout
 from convert.probe.run import verify_probed
 from convert.sources.base import Source
@@ -27,7 +27,7 @@ from convert.sources.open import open_source
 from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights
-from convert.weights.rules import Piece, Plan, coverage
+from convert.weights.rules import Piece, Plan, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
@@ -142,12 +142,12 @@ def convert(
     def check() -> None:
         check_destination(destination, overwrite, is_converted, "a converted model")
 
-    # Check the destination before the slow work; `replacing` checks it again before the result moves there.
+    # Check the destination before the slow work; `replace_directory` checks it again before the result moves there.
     check()
     # Plan: map every source tensor to parameters, and lay these out in files.
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
+    plan = to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
     stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
     runs_in = _running_dtype(stored, architecture) if dtype is None else stored
     rounded = RoundedPlan(plan, config) if kept == "int8" else None
@@ -172,7 +172,7 @@ def convert(
     if dry_run:
         return report
     # Write the small files first, so that a bad destination fails before the weights are written.
-    with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
+    with replace_directory(destination, layout.total_bytes, check, RECORD_FILE) as partial:
         settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": stored.name}
         if runs_in != stored:
             settings[RUNNING_DTYPE_KEY] = runs_in.name
@@ -180,12 +180,12 @@ def convert(
             settings[WEIGHTS_KEY] = kept
         source.write_side_files(partial)
         _write_config(source, settings, partial)
-        check_spared(partial, destination, RECORD_FILE)
+        check_no_foreign_files(partial, destination, RECORD_FILE)
         _write_weights(source, rounded or _FloatPlan(plan, config), layout, partial, progress)
         # The fingerprint is known once all integers are written, so config.json is written again.
         if rounded is not None and (name := rounded.fingerprint()) is not None:
             _write_config(source, settings | {FINGERPRINT_KEY: name}, partial)
-        # Verify before `replacing` moves the folder into place: a failed check leaves no model behind.
+        # Verify before `replace_directory` moves the folder into place: a failed check leaves no model behind.
         if verify:
             if rounded is not None:
                 verify_weights(partial, config, _assembled(source, plan, config, kept, stored))
@@ -228,7 +228,7 @@ def open_model(
     source = _open(source_ref, adapter, revision)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
+    plan = to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
     target = (
         _running_dtype(parse_dtype(_source_dtype(source, plan)), architecture) if dtype is None else parse_dtype(dtype)
     )

@@ -17,12 +17,12 @@ import numpy as np
 from convert.architecture import family_of
 from convert.configuration.older_names import add_older_names
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
-from convert.output.replacement import check_spared, files_of, replacing
-from convert.output.stored import as_stored
-from convert.output.writer import ShardWriter, plan_layout, split
+from convert.output.replacement import check_no_foreign_files, files_of, replace_directory
+from convert.output.stored import to_model_layout
+from convert.output.writer import ShardWriter, plan_layout, split_slot
 from convert.probe.rules import from_json
 from convert.sources.huggingface import copy_side_files
-from convert.weights.rules import Piece, Rule, coverage
+from convert.weights.rules import Piece, Rule, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
@@ -101,7 +101,7 @@ class ConvertedSource:
         # Rebuild the conversion's plan from its record, and check that the files have the parameters the plan expects.
         recorded = _recorded_tensors(directory / RECORD_FILE)
         try:
-            plan = as_stored(coverage(recorded, self._rules(), self._decoder), self._decoder)
+            plan = to_model_layout(plan_conversion(recorded, self._rules(), self._decoder), self._decoder)
         except TideError as error:
             raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
         check_types(directory, self._parameters.infos, self._axes)
@@ -178,7 +178,7 @@ class ConvertedSource:
         }
 
     def _read_slot(self, piece: Piece) -> np.ndarray:
-        leading, inner = split(piece.slot)
+        leading, inner = split_slot(piece.slot)
         if (axes := self._axes.get(piece.path)) is None:
             return self._parameters.read(piece.path, leading)[inner]
         integers = self._parameters.read_stored(piece.path, leading)
@@ -236,11 +236,11 @@ def export(
         shards=tuple(layout.shards),
         ignored=source.ignored,
     )
-    with replacing(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
+    with replace_directory(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
         source.write_side_files(partial)
         settings = _with_dtype(source.config, stored.name) | {"dtype": stored.name}
         write_json(partial / "config.json", add_older_names(settings))
-        check_spared(partial, destination, EXPORT_FILE)
+        check_no_foreign_files(partial, destination, EXPORT_FILE)
         with ShardWriter(partial, layout) as writer:
             done = 0
             for name in shapes:

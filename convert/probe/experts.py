@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.probe.rules import Assigned, Channels, Oriented, Slices
 from convert.probe.trace import Trace
-from convert.weights.rules import Target, whole
+from convert.weights.rules import Target, whole_tensor
 from tide_jax.model.activations import gated
 
 
@@ -175,11 +175,11 @@ def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights
         if len(part.names) > 1:
             for expert, name in enumerate(part.names):
                 slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
-                assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+                assigned.setdefault(name, []).append(Target(part.path, part.take or whole_tensor, slot))
             continue
         name, slot = next(iter(part.names)), f":, {part.slot}" if part.slot else ""
-        assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+        assigned.setdefault(name, []).append(Target(part.path, part.take or whole_tensor, slot))
         for expert, matrix in enumerate(part.stack(weights)):
             slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
-            take = Oriented() if matrix.ndim == 2 else whole
+            take = Oriented() if matrix.ndim == 2 else whole_tensor
             slices[f"{name}[{expert}]{part.slot}"] = matrix.T, Target(part.path, take, slot)

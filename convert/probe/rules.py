@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.probe.heads import Heads
 from convert.probe.trace import Linear, NormCall
-from convert.weights.rules import Rule, Take, Target, whole
+from convert.weights.rules import Rule, Take, Target, whole_tensor
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 
@@ -82,7 +82,7 @@ _TAKES = {kind.__name__: kind for kind in (Channels, Inputs, Oriented, Shaped)}
 
 def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") -> None:
     """Adds a whole linear map; `slot` indexes the parameter without the kernel's input axis."""
-    take = Oriented() if linear.transposed else whole
+    take = Oriented() if linear.transposed else whole_tensor
     _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
     if linear.bias is not None:
         _add(assigned, linear.bias, Target(f"{path}.bias", slot=slot))
@@ -120,10 +120,10 @@ def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[
     """Adds a norm's weights, reshaped if `shape` is given."""
     for name, part in ((norm.scale, "scale"), (norm.bias, "bias")) if norm is not None else ():
         if name is not None:
-            _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
+            _add(assigned, name, Target(f"{path}.{part}", whole_tensor if shape is None else Shaped(shape)))
 
 
-def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole) -> None:
+def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole_tensor) -> None:
     """Adds one parameter."""
     _add(assigned, name, Target(path, take))
 
@@ -141,7 +141,7 @@ def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
 
 
 def _target_json(target: Target) -> dict[str, Any]:
-    take = {} if target.take is whole else {"kind": type(target.take).__name__, **vars(target.take)}
+    take = {} if target.take is whole_tensor else {"kind": type(target.take).__name__, **vars(target.take)}
     return {"path": target.path, "slot": target.slot, "take": take}
 
 
@@ -156,4 +156,4 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 def _target(values: Mapping[str, Any]) -> Target:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
     kind = fields.pop("kind", None)
-    return Target(values["path"], whole if kind is None else _TAKES[kind](**fields), values["slot"])
+    return Target(values["path"], whole_tensor if kind is None else _TAKES[kind](**fields), values["slot"])

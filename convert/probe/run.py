@@ -26,7 +26,7 @@ from convert.probe.rules import to_json
 from convert.probe.trace import MATCH, Trace, distance
 from convert.sources.base import Source
 from convert.verify import TOLERANCE, Verification, check_spread, compared, excess
-from convert.weights.rules import Rule, coverage
+from convert.weights.rules import Rule, plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder, from_parameters
@@ -190,7 +190,7 @@ def _first_difference(reference: Reference, model: Decoder) -> str:
 
 def _assembled(source: Source, probed: Probed) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each parameter in float32, assembled from its pieces."""
-    plan = coverage(source.tensors, probed.rules, probed.config)
+    plan = plan_conversion(source.tensors, probed.rules, probed.config)
     for path, pieces in plan.by_path().items():
         parameter = np.empty(plan.shapes[path], np.float32)
         for piece in pieces:

@@ -18,7 +18,7 @@ from convert.architecture import decoder_config
 from convert.families import FAMILIES, REFUSED
 from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.open import open_source
-from convert.weights.rules import Target, coverage, ignore, move
+from convert.weights.rules import Target, ignore, move, plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
@@ -88,14 +88,14 @@ def test_a_tensor_that_two_rules_match(source: Path) -> None:
     opened = HuggingFaceSource(source)
     rules = (*FAMILIES["llama"].rules, ignore(r"model\.norm\.weight", "for the test"))
     with pytest.raises(TideError, match=r"model\.norm\.weight \[12\] matches 2 rules, expected one"):
-        coverage(opened.tensors, rules, decoder_config(opened))
+        plan_conversion(opened.tensors, rules, decoder_config(opened))
 
 
 def test_a_slot_outside_the_parameter(source: Path) -> None:
     opened = HuggingFaceSource(source)
     rules = (*FAMILIES["llama"].rules, move("extra.{row}", Target("embed.kernel", slot="{row}")))
     with pytest.raises(TideError, match=r"extra\.19 \[12\] would fill embed\.kernel\[19\], outside \[19, 12\]"):
-        coverage({**opened.tensors, "extra.19": TensorInfo((12,), "F32")}, rules, decoder_config(opened))
+        plan_conversion({**opened.tensors, "extra.19": TensorInfo((12,), "F32")}, rules, decoder_config(opened))
 
 
 # ---- bad input, one line each ----
@@ -242,7 +242,7 @@ def test_invalid_config_value(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2", "n_layer": 1, "add_cross_attention": True}, "add_cross_attention=True"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ({"hidden_act": "mish"}, "activation 'mish' is not implemented"),
+        ({"hidden_act": "mish"}, "activation 'mish' is not supported, expected one of"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type 'spiral'"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantised with aqlm"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer type chunked_attention"),

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from convert.architecture import architecture_of
 from convert.conversion import _open
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.sources.gguf.file import read_header
-from convert.weights.rules import coverage
+from convert.weights.rules import plan_conversion
 from tide_jax.errors import TideError
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "150"))
@@ -114,7 +114,7 @@ class Written:
             if source.config != self.config or source.tensors != self.infos:
                 architecture = architecture_of(source)
                 config = architecture.config
-                as_stored(coverage(source.tensors, architecture.rules, config), config)
+                to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
                 assert all(math.isfinite(number) for number in numbers_in(config.to_dict()))
             self.config, self.infos = source.config, source.tensors
             tensors = {name: source.read(name) for name in source.tensors}

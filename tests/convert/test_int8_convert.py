@@ -21,10 +21,10 @@ from convert import convert as convert_checkpoint
 from convert import export, open_model, verify
 from convert.families import FAMILIES
 from convert.output.rounded import RoundedPlan
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.output.writer import ShardWriter
 from convert.sources.open import open_source
-from convert.weights.rules import Target, coverage, move
+from convert.weights.rules import Target, move, plan_conversion
 from tide_jax import TideError
 from tide_jax.cli.inspection import describe, text_table
 from tide_jax.model.decoder import Decoder, parameters, stored_parameters
@@ -133,7 +133,7 @@ def test_outputs_that_come_in_parts_are_put_together(tmp_path: Path) -> None:
     source = open_source(save(tmp_path / "source", tensors))
     rules = (*FAMILIES["llama"].rules, move("part.{i}", Target("layers.1.mlp.down.kernel", slot="{i}")))
     config = load_config(tmp_path / "plain")
-    plan = RoundedPlan(as_stored(coverage(source.tensors, rules, config), config), config)
+    plan = RoundedPlan(to_model_layout(plan_conversion(source.tensors, rules, config), config), config)
     with ShardWriter(tmp_path, plan.layout(np.dtype(np.float32), 1e9)) as writer:
         written = sum(plan.write(source, writer))
     file = load_file(tmp_path / "model.safetensors")

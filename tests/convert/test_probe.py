@@ -21,7 +21,7 @@ from convert.probe.decoder import decoder_of
 from convert.probe.rules import from_json
 from convert.probe.run import probe
 from convert.sources.open import open_source
-from convert.weights.rules import coverage
+from convert.weights.rules import plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 
@@ -415,7 +415,7 @@ def test_a_probed_weight_map_can_be_kept_and_written_back_through(tmp_path: Path
     assert [(rule.pattern, rule.targets, rule.reason) for rule in rules] == [
         (rule.pattern, rule.targets, rule.reason) for rule in probed.rules
     ]
-    for name, pieces in coverage(source.tensors, rules, probed.config).by_source().items():
+    for name, pieces in plan_conversion(source.tensors, rules, probed.config).by_source().items():
         tensor = source.read(name)
         views = [piece.take(tensor, probed.config) for piece in pieces]
         assert all(np.shares_memory(view, tensor) for view in views)

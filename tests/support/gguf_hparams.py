@@ -20,7 +20,7 @@ class HParams(dict[str, Any]):
         return self.find("num_key_value_heads", "num_kv_heads", default=self.heads)
 
     @property
-    def layers(self) -> int:
+    def layer_rules(self) -> int:
         return self.find("num_hidden_layers", "n_layer", "n_layers")
 
     @property
