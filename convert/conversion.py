@@ -22,7 +22,7 @@ from convert.output.stored import to_model_layout
 from convert.output.writer import Layout, ShardWriter, plan_layout
 from convert.probe.run import verify_probed
 from convert.sources.base import Source
-from convert.sources.lora import with_adapter
+from convert.sources.lora import merge_adapter
 from convert.sources.open import open_source
 from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
@@ -164,7 +164,7 @@ def convert(
         parameters=sum(map(math.prod, plan.shapes.values())),
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
-        ignored=plan.ignored | getattr(source, "left_out", {}),
+        ignored=plan.ignored | getattr(source, "ignored", {}),
         probed=architecture.probed,
         dry_run=dry_run,
         weights=kept,
@@ -252,7 +252,7 @@ def open_config(source_ref: str | Path, *, revision: str | None = None) -> Decod
 
 def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> Source:
     base = open_source(source_ref, revision=revision)
-    return text_decoder(base if adapter is None else with_adapter(base, adapter))
+    return text_decoder(base if adapter is None else merge_adapter(base, adapter))
 
 
 def _assembled(

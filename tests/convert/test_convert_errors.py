@@ -279,7 +279,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_hub_id_without_network(tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="could not be had from the Hugging Face hub"):
+    with pytest.raises(TideError, match="could not be downloaded from the Hugging Face hub"):
         open_source("nobody/no-such-model")
 
 

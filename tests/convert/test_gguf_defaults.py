@@ -17,7 +17,7 @@ from test_gguf_architectures import CASES
 from convert.parity.tiny import save_tiny
 from convert.sources.gguf import defaults as gguf_defaults
 from convert.sources.gguf.architectures import ARCHITECTURES
-from convert.sources.gguf.defaults import COMMON, OF, REQUIRED
+from convert.sources.gguf.defaults import BY_ARCHITECTURE, COMMON, REQUIRED
 from convert.sources.gguf.file import StoredTensor, read_model
 from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.kinds import HYPERPARAMETERS
@@ -80,10 +80,10 @@ def test_a_key_left_out_means_the_default_or_is_asked_for(recipe: str, model: Ca
         if key in SAY_NOTHING or name in TOLD_OTHERWISE.get(key, ()):
             assert found == whole, key
             continue
-        entry = OF.get(name, {}).get(key, COMMON.get(key, REQUIRED))
+        entry = BY_ARCHITECTURE.get(name, {}).get(key, COMMON.get(key, REQUIRED))
         if entry is REQUIRED:
             assert isinstance(found, str), key
-            assert f"lacks {name}.{key}, expected in every such file" in found
+            assert f"lacks {name}.{key}, which every such file has" in found
             continue
         rest = {other: value for other, value in metadata.items() if other != f"{name}.{key}"}
         if callable(entry) and isinstance(found, str) and " lacks " in found:
@@ -108,9 +108,9 @@ def test_senseless_values_are_refused_in_one_line_or_harmless(recipe: str, model
 
 
 def test_every_default_has_a_type_and_a_range() -> None:
-    keys = set(COMMON).union(*OF.values())
+    keys = set(COMMON).union(*BY_ARCHITECTURE.values())
     assert keys - set(HYPERPARAMETERS) == set()
-    assert set(OF) <= set(ARCHITECTURES)
+    assert set(BY_ARCHITECTURE) <= set(ARCHITECTURES)
 
 
 def caps(attention: float | None, final: float | None) -> dict[str, Any]:
