@@ -20,7 +20,7 @@ from convert.output.replacement import check_no_foreign_files, files_of, is_free
 from convert.output.rounded import RoundedPlan
 from convert.output.stored import to_model_layout
 from convert.output.writer import Layout, ShardWriter, plan_layout
-from convert.probe.run import verify_probed
+from convert.probe.run import verify_probed_model
 from convert.sources.base import Source
 from convert.sources.lora import merge_adapter
 from convert.sources.open import open_source
@@ -193,7 +193,7 @@ def convert(
             if architecture.probed is None:
                 verification = verify_conversion(source, model, stored)
             else:
-                verification = verify_probed(source, model, stored, trust_remote_code=trust_remote_code)
+                verification = verify_probed_model(source, model, stored, trust_remote_code=trust_remote_code)
             report = dataclasses.replace(report, verification=verification)
         _write_record(source, report, partial)
     return report

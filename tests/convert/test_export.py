@@ -139,11 +139,11 @@ def test_bfloat16_in_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_heads_tied_and_not(model_type: str, has_tied_head: bool, tmp_path: Path) -> None:
+def test_heads_tied_and_not(model_type: str, tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from convert.parity.tiny import save_tiny
 
-    reference = save_tiny(model_type, tmp_path / "source", tie_word_embeddings=has_tied_head)
+    reference = save_tiny(model_type, tmp_path / "source", tie_word_embeddings=tied)
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     export(tmp_path / "converted", tmp_path / "hf")
     assert_same_logits(reference, tmp_path / "hf")

@@ -32,8 +32,8 @@ def error_of(path: Path) -> str:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights(tmp_path: Path, architecture: str, has_tied_head: bool) -> None:
-    expected = write_model(tmp_path / "m.gguf", architecture, has_tied_head)
+def test_weights(tmp_path: Path, architecture: str, tied: bool) -> None:
+    expected = write_model(tmp_path / "m.gguf", architecture, tied)
     source = GGUFSource(tmp_path / "m.gguf")
     assert set(source.tensors) == set(expected)
     codes = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -43,7 +43,7 @@ def test_weights(tmp_path: Path, architecture: str, has_tied_head: bool) -> None
         assert source.tensors[name].shape == values.shape == read.shape
         assert source.tensors[name].dtype == codes[read.dtype.name]
         np.testing.assert_array_equal(read, values, err_msg=name)
-    assert source.config["tie_word_embeddings"] is has_tied_head
+    assert source.config["tie_word_embeddings"] is tied
     assert source.config["attention_bias"] is (architecture == "qwen2")
 
 
@@ -76,7 +76,7 @@ def test_weights_and_config_are_what_transformers_reads(tmp_path: Path, architec
     pytest.importorskip("accelerate", reason="transformers' own GGUF reader needs accelerate")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    write_model(tmp_path / "m.gguf", architecture, has_tied_head=False, extra=lambda w: w.add_vocab_size(320))
+    write_model(tmp_path / "m.gguf", architecture, tied=False, extra=lambda w: w.add_vocab_size(320))
     source = GGUFSource(tmp_path / "m.gguf")
     config = AutoConfig.for_model(**source.config)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, config=config)

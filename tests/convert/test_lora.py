@@ -189,14 +189,14 @@ def test_names_without_the_models_prefix(tmp_path: Path) -> None:
 # ---- tied heads, new tokens ----
 
 
-def has_tied_head(directory: Path) -> Path:
+def tied(directory: Path) -> Path:
     tensors = random_tensors()
     del tensors["lm_head.weight"]
     return save(directory, tensors, tie_word_embeddings=True)
 
 
 def test_of_a_tied_pair_the_adapter_may_change_one(tmp_path: Path) -> None:
-    source = has_tied_head(tmp_path / "source")
+    source = tied(tmp_path / "source")
     base = random_tensors()[f"{EMBED}.weight"]
     a, b = pair(12, 19)
     names = (f"base_model.model.{EMBED}.lora_embedding_{letter}" for letter in "AB")
@@ -221,16 +221,14 @@ def test_a_tied_pair_stays_tied(kind: str, tmp_path: Path) -> None:
             {"ensure_weight_tying": True},
         ),
     }[kind]
-    model = open_model(
-        has_tied_head(tmp_path / "source"), adapter=save_adapter(tmp_path / "adapter", tensors, **settings)
-    )
+    model = open_model(tied(tmp_path / "source"), adapter=save_adapter(tmp_path / "adapter", tensors, **settings))
     assert "head.kernel" not in parameters(model)
     assert bool(jnp.all(model.embed.kernel[...] == random_tensors()[f"{EMBED}.weight"])) == (kind == "kept")
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_more_tokens_than_the_base_has(tie: bool, tmp_path: Path) -> None:
-    source = has_tied_head(tmp_path / "source") if tie else save(tmp_path / "source")
+    source = tied(tmp_path / "source") if tie else save(tmp_path / "source")
     longer = RNG.standard_normal((21, 12)).astype(np.float32)
     tensors = {f"base_model.model.{name}.weight": longer for name in (EMBED, HEAD)}
     adapter = save_adapter(tmp_path / "adapter", tensors, modules_to_save=["embed_tokens", "lm_head"])
@@ -359,7 +357,7 @@ def test_no_adapter_there(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tie", [True, False])
 def test_the_merged_model_is_verified(tie: bool, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    source = has_tied_head(tmp_path / "source") if tie else save(tmp_path / "source")
+    source = tied(tmp_path / "source") if tie else save(tmp_path / "source")
     a, b = pair(12, 19)
     embedding = {f"base_model.model.{EMBED}.lora_embedding_A": a, f"base_model.model.{EMBED}.lora_embedding_B": b}
     adapter = save_adapter(tmp_path / "adapter", linear(Q, *pair(18, 12)) | embedding)
@@ -423,8 +421,8 @@ def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                has_tied_head = "lm_head" in name and settings.get("ensure_weight_tying")
-                parameter.add_(0 if has_tied_head else 0.2 * torch.randn(parameter.shape))
+                tied = "lm_head" in name and settings.get("ensure_weight_tying")
+                parameter.add_(0 if tied else 0.2 * torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "adapter")
     tokens = np.arange(4, 34).reshape(2, 15)
 

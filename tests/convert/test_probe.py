@@ -348,7 +348,7 @@ def test_the_transformer_of_torch_is_found_out(tmp_path: Path) -> None:
 
 def test_own_code_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
     source = save_custom(tmp_path / "untrusted", _GPT_LIKE)
-    with pytest.raises(TideError, match=r"brings its own Python code \(modeling_acme.AcmeLM\).*--trust-remote-code"):
+    with pytest.raises(TideError, match=r"contains its own Python code \(modeling_acme.AcmeLM\).*--trust-remote-code"):
         probe(open_source(source))
     assert not (source / "ran").exists()
 
@@ -375,7 +375,7 @@ def test_nothing_to_measure_against_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     known = json.loads(path.read_text())
     path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["AcmeLM"]}))
-    with pytest.raises(TideError, match=r"or architectures AcmeLM, and .* brings no code of its own"):
+    with pytest.raises(TideError, match=r"knows neither it nor architectures AcmeLM, and .* contains no code of its own"):
         probe(open_source(tmp_path))
     path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(TideError, match="transformers' GPT2LMHeadModel"):

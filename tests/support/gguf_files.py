@@ -82,7 +82,7 @@ def save(writer: GGUFWriter) -> None:
 def write_model(
     path: Path,
     architecture: str = "llama",
-    has_tied_head: bool = True,
+    tied: bool = True,
     extra: Any = None,
     tensors: bool = True,
     vocab: int = 320,
@@ -96,7 +96,7 @@ def write_model(
         "model.embed_tokens.weight": ("token_embd.weight", rng.normal(size=(vocab, HIDDEN)), Kind.Q8_0),
         "model.norm.weight": ("output_norm.weight", rng.normal(size=HIDDEN), Kind.F32),
     }
-    if not has_tied_head:
+    if not tied:
         values["lm_head.weight"] = ("output.weight", rng.normal(size=(vocab, HIDDEN)), Kind.F16)
     for layer in range(LAYERS):
         values |= block_tensors(layer, architecture, rng)

@@ -20,7 +20,7 @@ class HParams(dict[str, Any]):
         return self.find("num_key_value_heads", "num_kv_heads", default=self.heads)
 
     @property
-    def layer_rules(self) -> int:
+    def layers(self) -> int:
         return self.find("num_hidden_layers", "n_layer", "n_layers")
 
     @property

@@ -106,7 +106,7 @@ def gpt2(prefix_space: bool = False) -> Tokenizer:
     return byte_level(pre_tokenizers.ByteLevel(add_prefix_space=prefix_space), prefix_space=prefix_space)
 
 
-def split_slot(digits: str, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+def split(digits: str, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
     """Llama 3's and Qwen2's: words of a regular expression, then bytes."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -167,9 +167,9 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "smollm": smollm,
     "gpt2": gpt2,
     "gpt2 with a space in front": lambda: gpt2(prefix_space=True),
-    "llama3": lambda: split_slot(r"\p{N}{1,3}"),
-    "qwen2": lambda: split_slot(r"\p{N}", normalizers.NFC()),
-    "lower case": lambda: split_slot(r"\p{N}", normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+    "llama3": lambda: split(r"\p{N}{1,3}"),
+    "qwen2": lambda: split(r"\p{N}", normalizers.NFC()),
+    "lower case": lambda: split(r"\p{N}", normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
     "llama2": llama2,
     "llama2 without a space in front": lambda: llama2(prefix_space=False),
     "unigram": lambda: metaspace("always"),
