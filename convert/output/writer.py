@@ -112,7 +112,7 @@ class ShardWriter:
         """Writes `piece` into ``name[slot]``, cast to the parameter's dtype; returns the number of bytes.
 
         Args:
-          first: row at which `piece` begins, along the first axis of ``name[slot]``.
+          first_row: row at which `piece` begins, along the first axis of ``name[slot]``.
 
         Raises:
           TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.

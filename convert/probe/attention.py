@@ -25,7 +25,7 @@ class AttentionSpec:
     Attributes:
       arrangement: arrangement of queries, keys and values.
       kind: flags of one layer.
-      seen: `kind` with the small windows that the reference runs with.
+      reference_kind: `kind` with the small windows that the reference runs with.
       softcap, clip: flags of the decoder.
     """
 

@@ -24,7 +24,7 @@ class Places:
       layers: each layer's destinations; target paths are relative to the layer.
       slices: each layer's parts of stacked parameters.
       outside: destinations of all other parameters.
-      left_out: parameters the decoder does not need, with the reason.
+      ignored: parameters the decoder does not need, with the reason.
     """
 
     weights: Mapping[str, np.ndarray]

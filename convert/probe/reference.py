@@ -28,7 +28,7 @@ class Reference:
 
     Attributes:
       model: the PyTorch module.
-      route: origin of its code, for the report.
+      origin: origin of its code, for the report.
       hf: its configuration object.
       windows: maps the small size of each attention window, chosen to be visible in a short row, to its true size.
     """

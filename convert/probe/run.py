@@ -25,7 +25,7 @@ from convert.probe.reference import Reference, load_reference
 from convert.probe.rules import to_json
 from convert.probe.trace import MATCH, Trace, distance
 from convert.sources.base import Source
-from convert.verify import TOLERANCE, Verification, check_spread, compared, excess
+from convert.verify import TOLERANCE, Verification, check_spread, compare_logits, describe_excess
 from convert.weights.rules import Rule, plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
@@ -86,14 +86,14 @@ def probe(source: Source, *, trust_remote_code: bool = False) -> ProbeResult:
 
 
 def verify_probed_model(
-    source: Source, model: Decoder, stored: np.dtype, *, trust_remote_code: bool = False
+    source: Source, model: Decoder, stored_dtype: np.dtype, *, trust_remote_code: bool = False
 ) -> Verification:
     """Compares a converted model's logits with those of the code it was probed against.
 
     Args:
       source: the source that was converted.
       model: the converted model, loaded in float32.
-      stored: dtype of the stored weights; the reference's weights are rounded to it too.
+      stored_dtype: dtype of the stored weights; the reference's weights are rounded to it too.
 
     Raises:
       TideError: as `convert.verify.verify_conversion`.
@@ -103,11 +103,11 @@ def verify_probed_model(
     reference = load_reference(source, trust_remote_code=trust_remote_code, small_windows=False)
     with torch.no_grad():
         for parameter in reference.model.parameters():
-            parameter.copy_(parameter.to(getattr(torch, stored.name)))
+            parameter.copy_(parameter.to(getattr(torch, stored_dtype.name)))
     proof = _compare_on_random_tokens(reference, model)
-    if (excess_text := excess(proof)) is not None:
+    if (excess := describe_excess(proof)) is not None:
         raise TideError(
-            f"logits differ {excess_text}, over {proof.tokens} tokens: nothing was written, please report the model"
+            f"logits differ {excess}, over {proof.tokens} tokens: nothing was written, please report the model"
         )
     return proof
 
@@ -161,7 +161,7 @@ def _compare_on_random_tokens(reference: Reference, model: Decoder) -> Verificat
     reference.logits(tokens[0, :2])  # dynamic rotary embeddings remember the longest row until a short one resets them
     expected = np.concatenate([reference.logits(tokens[0]), reference.logits(tokens[1, start:])])
     check_spread("the probed model", expected)
-    return compared(found, expected, length, model.weights)
+    return compare_logits(found, expected, length, model.weights)
 
 
 def _difference_message(proof: Verification) -> str:

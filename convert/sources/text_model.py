@@ -43,7 +43,7 @@ class TextSource:
     """The text decoder of a multimodal checkpoint, under the names of a stand-alone decoder.
 
     Attributes:
-      left_out: the tensors of the other parts, with the reason.
+      ignored: the tensors of the other parts, with the reason.
     """
 
     def __init__(self, whole: Source, text_config: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def test_destination_exists(source: Path, tmp_path: Path) -> None:
 def test_overwrite_spares_what_is_no_conversion(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert "something else than a converted model" in refusal(source, overwrite=True)
+    assert "does not hold a converted model" in refusal(source, overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 

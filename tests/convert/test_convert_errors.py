@@ -228,13 +228,13 @@ def test_what_says_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any
 
 def test_a_state_space_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="mamba"))
-    assert "model_type 'mamba' does not convert: it is a recurrent (state-space) model" in message
+    assert "model_type 'mamba' is not supported: it is a recurrent (state-space) model" in message
     assert set(REFUSED).isdisjoint(FAMILIES)
 
 
 def test_invalid_config_value(tmp_path: Path) -> None:
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "source", rms_norm_eps="small"))
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "other", hidden_size="twelve"))
+    assert "config.json is not valid for llama" in refusal(save(tmp_path / "source", rms_norm_eps="small"))
+    assert "config.json is not valid for llama" in refusal(save(tmp_path / "other", hidden_size="twelve"))
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
     longest = read_config(tmp_path / "source").get("max_position_embeddings", 0)
     if config.max_positions < longest and not config.learned_positions:
         message = refusal(tmp_path / "converted")
-        assert f"was converted for {config.max_positions} tokens, not {longest}, without " in message
+        assert f"was converted for {config.max_positions} of {longest} tokens, without " in message
         return
     report = export(tmp_path / "converted", tmp_path / "hf")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "hf"))
@@ -365,7 +365,7 @@ def test_not_converted(source: Path, tmp_path: Path) -> None:
 
 
 def test_overwrite_spares_what_is_no_export(converted: Path, source: Path, tmp_path: Path) -> None:
-    assert "something else than an export" in refusal(converted, destination=source, overwrite=True)
+    assert "does not hold an export" in refusal(converted, destination=source, overwrite=True)
     assert "exists and is not empty" in refusal(converted, destination=source)
     assert (source / "model.safetensors").exists()
 
@@ -373,7 +373,7 @@ def test_overwrite_spares_what_is_no_export(converted: Path, source: Path, tmp_p
 def test_conversions_without_a_list_of_tensors(converted: Path) -> None:
     record = json.loads((converted / "conversion.json").read_text())
     (converted / "conversion.json").write_text(json.dumps(record | {"source_tensors": {"a": [1, 2, 3]}}))
-    assert "source_tensors are no [dtype, shape] pairs: convert the checkpoint again" in refusal(converted)
+    assert "its source_tensors are not [dtype, shape] pairs: convert the checkpoint again" in refusal(converted)
     del record["source_tensors"]
     (converted / "conversion.json").write_text(json.dumps(record))
     assert "an older version made it: convert the checkpoint again" in refusal(converted)
@@ -408,7 +408,7 @@ def test_conversions_that_do_more_than_move(take: Any, tmp_path: Path, monkeypat
     monkeypatch.setitem(FAMILIES, "llama", with_final_norm(take))
     convert_checkpoint(save(tmp_path / "source"), tmp_path / "converted")
     message = refusal(tmp_path / "converted")
-    assert message == "model.norm.weight cannot be exported: its conversion is more than a rearrangement"
+    assert message == "model.norm.weight cannot be exported: its conversion does more than rearrange numbers"
 
 
 def test_numbers_the_conversion_dropped_are_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

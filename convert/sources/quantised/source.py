@@ -39,7 +39,7 @@ class QuantisedSource:
     computes in float32 without rounding, so a conversion to float32 keeps the exact dequantised values.
 
     Attributes:
-      left_out: stored tensors that quantise activations and are not needed, with the reason.
+      ignored: stored tensors that quantise activations and are not needed, with the reason.
 
     Raises:
       TideError: the method, or a variant of it, is not supported; a part of a weight is missing or malformed.
