@@ -95,7 +95,7 @@ class AttentionPieces:
     vectors: tuple[str, ...]
 
     @property
-    def attend(self) -> np.ndarray:
+    def output(self) -> np.ndarray:
         """Output of attention, [T, H * hd]."""
         return self.out.inputs if self.sub_norm is None else self.sub_norm.inputs
 
