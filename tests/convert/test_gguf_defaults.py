@@ -88,7 +88,7 @@ def test_a_key_left_out_means_the_default_or_is_asked_for(recipe: str, model: Ca
         rest = {other: value for other, value in metadata.items() if other != f"{name}.{key}"}
         if callable(entry) and isinstance(found, str) and " lacks " in found:
             continue  # a default that the other values do not give
-        default = gguf_defaults.default(Hyperparameters(Path("m.gguf"), name, rest, tensors), key)
+        default = gguf_defaults.default_value(Hyperparameters(Path("m.gguf"), name, rest, tensors), key)
         if default is not None:
             assert found == config_of(made, **{key: default}), key
 
