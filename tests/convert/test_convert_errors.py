@@ -63,13 +63,13 @@ def misfit(path: Path, *cases: str) -> str:
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_told(case: str, tmp_path: Path) -> None:
+def test_every_misfit_is_named(case: str, tmp_path: Path) -> None:
     message = misfit(tmp_path / "source", case)
     assert MISFITS[case][1] in message
     assert "1 problem: " in message
 
 
-def test_of_many_misfits_the_first_three_are_told(tmp_path: Path) -> None:
+def test_the_first_three_of_many_misfits_are_named(tmp_path: Path) -> None:
     """The configuration of another model misfits everywhere."""
     message = misfit(tmp_path / "source", *MISFITS)
     assert "7 problems: source tensor" in message
@@ -122,7 +122,7 @@ def test_index_lists_tensors_that_are_not_there(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("values", [3, [1], None, {"file": "x"}])
-def test_index_maps_to_what_is_no_file_name(values: Any, tmp_path: Path) -> None:
+def test_index_maps_to_something_other_than_file_names(values: Any, tmp_path: Path) -> None:
     index = save_sharded(tmp_path / "source") / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": values}}))
     assert "maps tensors to something else than file names" in refusal(index.parent)
@@ -222,7 +222,7 @@ def test_an_encoder_decoder_is_refused_with_the_reason(tmp_path: Path) -> None:
     "values",
     [{"model_type": ["llama"]}, {"model_type": 7}, {"architectures": 5}, {"architectures": "A"}, {"auto_map": ["A"]}],
 )
-def test_what_says_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_key_that_decides_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any], tmp_path: Path) -> None:
     assert f"config.json has {next(iter(values))}=" in refusal(save(tmp_path / "source", **values))
 
 
@@ -273,7 +273,7 @@ def test_unknown_dtype(source: Path) -> None:
     assert "choose one of float32, bfloat16, float16" in refusal(source, dtype="int8")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_source(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "absent.gguf does not exist" in refusal(tmp_path / "absent.gguf")
 
@@ -299,7 +299,7 @@ def test_special_tokens_that_are_no_ids(name: str, value: Any, source: Path) -> 
 
 
 @pytest.mark.parametrize("outside", [-1, 19])
-def test_special_tokens_outside_the_vocabulary_are_left_out(
+def test_special_tokens_outside_the_vocabulary_are_ignored(
     outside: int, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"eos_token_id": [outside, 7], "pad_token_id": outside}

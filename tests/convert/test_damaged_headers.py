@@ -337,10 +337,10 @@ def test_a_storage_type_of_which_less_would_do(model: Written) -> None:
     assert not model.changed(changed)
 
 
-def test_what_follows_the_last_gguf_tensor(model: Written) -> None:
+def test_bytes_after_the_last_gguf_tensor(model: Written) -> None:
     assert not model.changed(model.content + b"\0" * 64)
 
 
-def test_a_gguf_name_that_comes_twice(model: Written) -> None:
+def test_a_duplicate_gguf_tensor_name(model: Written) -> None:
     assert not model.changed(model.content.replace(b"blk.0.ffn_up", b"blk.0.attn_q"))
     assert not model.changed(model.content.replace(b"llama.context_length", b"llama.embedding_leng"))

@@ -272,7 +272,7 @@ def test_side_files_and_configuration(source: Path, tmp_path: Path) -> None:
     assert load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"].dtype == ml_dtypes.bfloat16
 
 
-def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+def test_ignored_tensors_are_reported(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
@@ -364,7 +364,7 @@ def test_not_converted(source: Path, tmp_path: Path) -> None:
     assert "is not a converted model" in refusal(tmp_path / "absent")
 
 
-def test_overwrite_spares_what_is_no_export(converted: Path, source: Path, tmp_path: Path) -> None:
+def test_overwrite_spares_directories_that_are_no_export(converted: Path, source: Path, tmp_path: Path) -> None:
     assert "does not hold an export" in refusal(converted, destination=source, overwrite=True)
     assert "exists and is not empty" in refusal(converted, destination=source)
     assert (source / "model.safetensors").exists()
@@ -404,7 +404,7 @@ def with_final_norm(take: Any) -> Family:
 
 
 @pytest.mark.parametrize("take", [lambda a, c: a * 2, lambda a, c: np.broadcast_to(a[:1], 12)])
-def test_conversions_that_do_more_than_move(take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversions_that_do_arithmetic(take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "llama", with_final_norm(take))
     convert_checkpoint(save(tmp_path / "source"), tmp_path / "converted")
     message = refusal(tmp_path / "converted")

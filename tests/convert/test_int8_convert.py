@@ -124,7 +124,7 @@ def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeyp
     same(load(tmp_path / "blocks"), load(tmp_path / "out"))
 
 
-def test_outputs_that_come_in_parts_are_put_together(tmp_path: Path) -> None:
+def test_outputs_in_several_tensors_are_assembled(tmp_path: Path) -> None:
     """Tensors for a slice of the inputs each: no family's, but a weight map may have them."""
     tensors = random_tensors()
     down = tensors.pop("model.layers.1.mlp.down_proj.weight")
@@ -185,7 +185,7 @@ def test_exports_of_experts(tmp_path: Path) -> None:
 # ---- verification
 
 
-def test_verification_tells_what_rounding_changes(source: Path, tmp_path: Path) -> None:
+def test_verification_measures_what_rounding_changes(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     proof = convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True).verification
     assert proof is not None
@@ -352,7 +352,7 @@ def test_weights_that_are_none(weights: Any, source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_floats_cannot_be_had_of_integers(folder: Path) -> None:
+def test_integers_cannot_be_loaded_as_floats(folder: Path) -> None:
     with pytest.raises(TideError, match="holds int8 weights, and weights='float' asks for floats: leave") as caught:
         load(folder, weights="float")
     assert str(folder) in str(caught.value)

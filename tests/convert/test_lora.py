@@ -195,7 +195,7 @@ def tied(directory: Path) -> Path:
     return save(directory, tensors, tie_word_embeddings=True)
 
 
-def test_of_a_tied_pair_the_adapter_may_change_one(tmp_path: Path) -> None:
+def test_an_adapter_may_change_one_of_two_tied_tensors(tmp_path: Path) -> None:
     source = tied(tmp_path / "source")
     base = random_tensors()[f"{EMBED}.weight"]
     a, b = pair(12, 19)

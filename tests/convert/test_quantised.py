@@ -289,7 +289,7 @@ def test_the_dequantised_model_is_verified(tmp_path: Path) -> None:
     assert report.verification is not None
 
 
-def test_what_quantises_activations_is_left_out_and_said(tmp_path: Path) -> None:
+def test_activation_scales_are_ignored_and_reported(tmp_path: Path) -> None:
     save(tmp_path / "source", one_scale, {"quant_method": "fp8"})
     report = convert(tmp_path / "source", tmp_path / "out")
     assert len(report.ignored) == 7
@@ -408,9 +408,7 @@ def test_an_honest_label_gives_no_warning(bits: int, tmp_path: Path, caplog: pyt
     assert not caplog.records
 
 
-def test_zeros_that_nothing_tells_are_read_as_labelled_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ambiguous_zeros_are_read_as_labelled_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lopsided(weight: np.ndarray) -> tuple[Parts, np.ndarray]:
         return gptq(4, "gptq_v2")(np.abs(weight))
 

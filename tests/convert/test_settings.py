@@ -122,7 +122,7 @@ def test_keys_that_a_family_does_not_declare_change_nothing(model_type: str, val
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_what_models_read_and_do_not_declare_is_known(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeclared_keys_that_models_read_are_listed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs transformers' model and looks at what it asks its configuration for."""
     config = tiny_config(model_type)
     found: set[str] = set()
