@@ -191,7 +191,7 @@ def reference_model(source: Source) -> Any:
         return _reference_class(file.parent).from_pretrained(file.parent, dtype=torch.float32, **gguf)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise TideError(f"transformers cannot load {source.description} to verify against: {reason}") from error
+        raise TideError(f"transformers cannot load {source.description} for the comparison: {reason}") from error
 
 
 def _model_from_read_weights(source: Source) -> Any:

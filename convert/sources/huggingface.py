@@ -47,7 +47,7 @@ class HuggingFaceSource:
         self.config = read_json(directory / "config.json")
         _check_types(directory, self.config)
         if CONFIG_KEY in self.config:
-            raise TideError(f"{directory} is a converted model already: load it with tide_jax.load")
+            raise TideError(f"{directory} is already a converted model: load it with tide_jax.load")
         generation = directory / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._shards = ShardedTensors(directory)

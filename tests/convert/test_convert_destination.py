@@ -39,7 +39,7 @@ def test_overwrite_spares_directories_that_are_no_conversion(source: Path, tmp_p
 
 def test_converted_models_are_not_converted_again(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "once")
-    assert "is a converted model already" in refusal(tmp_path / "once")
+    assert "is already a converted model" in refusal(tmp_path / "once")
 
 
 def test_unwritable_destination(source: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def _move(place: To, stored: StoredTensor, config: Config) -> dict[str, View]:
     if "{i}" not in place.name:
         return {place.name: _whole_view(stored, place.undo, config)}
     if stored.shape[0] > _MAX_ENTRIES:
-        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected {_MAX_ENTRIES} at the most")
+        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected at most {_MAX_ENTRIES}")
     return {
         place.name.replace("{i}", str(index)): _whole_view(stored.item(index), place.undo, config)
         for index in range(stored.shape[0])
@@ -168,7 +168,7 @@ def _join(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     stack = found[0][1].shape[0] if first.stacked else 1
     if stack > _MAX_ENTRIES:
         # The shape of one entry of the stack: the parts joined along their axis.
-        raise ValueError(f"{first.name} has {stack} entries, expected {_MAX_ENTRIES} at the most")
+        raise ValueError(f"{first.name} has {stack} entries, expected at most {_MAX_ENTRIES}")
     shapes = [_entry(part, stored, 0).shape(config) for part, stored in found]
     lengths = [shape[first.axis] for shape in shapes]
     entry = (*shapes[0][: first.axis], sum(lengths), *shapes[0][first.axis + 1 :])
@@ -176,7 +176,9 @@ def _join(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     # Each entry of each part goes to its slot in the stack.
     for number, (part, stored) in enumerate(found):
         if first.stacked and stored.shape[0] != stack:
-            raise ValueError(f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected as many")
+            raise ValueError(
+                f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected equal numbers"
+            )
         start = sum(lengths[:number])
         along = slice(number, None, len(found)) if part.alternating else slice(start, start + lengths[number])
         inside = (*[slice(None)] * part.axis, along)
