@@ -30,24 +30,17 @@ from tide_jax.tokenizer.files import tokenizer_in
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_SUPPORTED_SETTINGS = (
+_READ_KEYS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora"),
     *("trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "peft_type"),
 )
-_TRAINING_SETTINGS = (  # describes the training, or which modules were adapted, which the stored names tell too
+_TRAINING_KEYS = (  # describes the training, or which modules were adapted, which the stored names tell too
     *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_version"),
     *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "modules_to_tie"),
     *("target_modules_to_tie", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "merge_weights"),
 )
-_SUPPORTED_INITIAL_WEIGHTS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # others change the base weights first
+_SUPPORTED_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights first
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -64,7 +57,7 @@ _COMMON_NAME_PATTERNS = {  # for models without a table entry: multimodal and pr
     "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
 }
 _BLOCK_ROWS = 4096
-_PATTERN_TIMEOUT_SECONDS = 1.0
+_TIMEOUT_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,10 +218,8 @@ class LoRASource:
 
     def _scale(self, module: str, low_rank: tuple[str, str] | None) -> float:
         settings = self._settings
-        rank = whole_number("r", _value_for_module(settings, "rank_pattern", module, settings.get("r")), 1)
-        alpha = real_number(
-            "lora_alpha", _value_for_module(settings, "alpha_pattern", module, settings.get("lora_alpha"))
-        )
+        rank = whole_number("r", _module_value(settings, "rank_pattern", module, settings.get("r")), 1)
+        alpha = real_number("lora_alpha", _module_value(settings, "alpha_pattern", module, settings.get("lora_alpha")))
         if low_rank is not None and (found := self._adapter.infos[low_rank[0]].shape[:1]) != (rank,):
             raise TideError(
                 f"the adapter {self._directory} has {low_rank[0]} of rank {found[0] if found else 0}, expected {rank} "
@@ -317,10 +308,7 @@ class LoRASource:
         names = (re.sub(r"\(\?:.*?\)\?", "", pattern).replace("\\", "") for pattern in patterns)
         head = next((name for name in names if self._fills(name, "head.kernel")), None)
         if head is None:
-            raise TideError(
-                f"the adapter {self._directory} changes the token embedding but not the head tied to it: merge it with "
-                "PEFT first"
-            )
+            raise TideError(f"the adapter {self._directory} changes an embedding but not its tied head: merge it first")
         return {head: _Change(embedding.start, {k: v for k, v in embedding.parts.items() if k == "base"})}
 
     def _has_token_axis(self, name: str) -> bool:
@@ -352,14 +340,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     if (kind := settings.get("peft_type")) != "LORA":
         found = f"an adapter of type {shortened(kind)!r}"
         raise TideError(f"{directory} is {found}, only LORA is supported: merge it with PEFT first")
-    if (start := settings.get("init_lora_weights")) not in _SUPPORTED_INITIAL_WEIGHTS:
+    if (start := settings.get("init_lora_weights")) not in _SUPPORTED_STARTS:
         raise TideError(
             f"{directory} was trained from init_lora_weights={shortened(start)!r}, which changes the base's weights: "
             "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion"
         )
-    if unknown := sorted(
-        key for key, value in settings.items() if value and key not in _SUPPORTED_SETTINGS + _TRAINING_SETTINGS
-    ):
+    if unknown := sorted(key for key, value in settings.items() if value and key not in _READ_KEYS + _TRAINING_KEYS):
         given = shortened(", ".join(unknown), 120)
         raise TideError(f"{directory} uses {given}, which is not supported: merge it with PEFT first")
     return settings
@@ -381,15 +367,13 @@ def _group_by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[st
     return targets
 
 
-def _value_for_module(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+def _module_value(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """A module's own value: that of the first pattern that matches its name or the end of it, as in PEFT."""
     patterns = settings.get(key) or {}
     try:
         # Patterns are untrusted and may backtrack without end; `re` has no time limit.
         matches = (
-            value
-            for p, value in patterns.items()
-            if regex.match(rf"(.*\.)?({p})$", module, timeout=_PATTERN_TIMEOUT_SECONDS)
+            value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_TIMEOUT_SECONDS)
         )
         return next(matches, default)
     except (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, OverflowError) as error:

@@ -217,12 +217,12 @@ def test_verification_finds_a_wrong_model(source: Path, tmp_path: Path, monkeypa
 def test_measures_of_a_comparison() -> None:
     expected = np.log([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
     found = np.log([[0.25, 0.5, 0.25], [0.125, 0.75, 0.125]])
-    proof = verify.compared(found, expected, 2, "int8")
+    proof = verify.compare_logits(found, expected, 2, "int8")
     assert proof.divergence == pytest.approx(0.5 * 0.25 * np.log(2))
     assert proof.agreement == 0.5
-    assert verify.excess(proof) is not None
-    assert verify.compared(found, expected, 2, "float").divergence is None
-    assert verify.excess(verify.compared(expected, expected, 2, "int8")) is None
+    assert verify.describe_excess(proof) is not None
+    assert verify.compare_logits(found, expected, 2, "float").divergence is None
+    assert verify.describe_excess(verify.compare_logits(expected, expected, 2, "int8")) is None
 
 
 # ---- the command line
