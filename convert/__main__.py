@@ -38,7 +38,7 @@ def add_command(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert a Hugging Face or GGUF checkpoint",
-        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
+        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory that tide_jax loads.",
         epilog=_EPILOG.replace("python -m", "tide-jax"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,8 +55,8 @@ def add_export_command(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="CONVERTED", help="directory that 'tide-jax convert' made")
-    parser.add_argument("destination", metavar="DST", help="directory to make")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the conversion's own")
+    parser.add_argument("destination", metavar="DST", help="directory to write")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the conversion's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at DST")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=_run_export, modules=("convert.exporting",))
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m convert",
-        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory tide_jax loads.",
+        description="Converts a Hugging Face directory, a hub id or a GGUF file into a directory that tide_jax loads.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -82,9 +82,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="checkpoint directory, hub id (org/name or org/name@revision) or .gguf file"
     )
-    parser.add_argument("destination", metavar="DST", help="directory to make")
-    parser.add_argument("--adapter", help="LoRA adapter to merge: a directory PEFT saved, or its hub id")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's own")
+    parser.add_argument("destination", metavar="DST", help="directory to write")
+    parser.add_argument("--adapter", help="LoRA adapter to merge: a directory that PEFT saved, or a hub id")
+    parser.add_argument("--dtype", choices=_DTYPES, help="dtype of the written weights (default: the checkpoint's)")
     parser.add_argument(
         "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers (default: float)"
     )
@@ -92,7 +92,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python code the checkpoint brings, to convert a model type transformers does not know",
+        help="run the Python code in the checkpoint, to convert a model type that transformers does not know",
     )
     parser.add_argument("--dry-run", action="store_true", help="check names and shapes, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion at DST")
@@ -131,11 +131,11 @@ def _run_export(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             progress=functools.partial(progress, "exporting"),
         )
-    print(json.dumps(report.to_dict(), indent=2) if args.json else "\n".join(_written("wrote", report)))
+    print(json.dumps(report.to_dict(), indent=2) if args.json else "\n".join(_report_lines("wrote", report)))
     return 0
 
 
-def _written(verb: str, report: Any) -> list[str]:
+def _report_lines(verb: str, report: Any) -> list[str]:
     """Report lines: one for the files written, one for each reason why tensors were left out."""
     kind = report.dtype if getattr(report, "weights", "float") == "float" else f"{report.dtype} with int8 weights"
     shards = f"{len(report.shards)} file{'s' if len(report.shards) > 1 else ''}"
@@ -146,17 +146,17 @@ def _written(verb: str, report: Any) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, reason in report.ignored.items():
         names.setdefault(reason, []).append(name)
-    return [summary, *(f"  left out {_several(group)}: {reason}" for reason, group in names.items())]
+    return [summary, *(f"  left out {_summarise_names(group)}: {reason}" for reason, group in names.items())]
 
 
-def _several(names: Sequence[str]) -> str:
+def _summarise_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} tensors ({names[0]}, ...)"
 
 
 def _summary(report: Any) -> str:
-    lines = _written("would write" if report.dry_run else "wrote", report)
+    lines = _report_lines("would write" if report.dry_run else "wrote", report)
     if report.probed is not None:
-        lines.append("  the model type is in no table: probed, and logits equal those of the model's own code")
+        lines.append("  the model type is in no table: it was probed, and its logits equal those of its own code")
         if (assumed := report.probed.get("assumed")) is not None:
             lines.append(f"  assumed {assumed}")
     if (proof := report.verification) is not None:

@@ -12,7 +12,7 @@ from convert.configuration.settings import read_settings
 from convert.configuration.sizes import check_sizes
 from convert.families import FAMILIES, REFUSED, Family
 from convert.sources.base import Source
-from convert.tied import rules_for, settle_head
+from convert.tied import resolve_tied_head, rules_for
 from convert.weights.rules import Rule
 from tide_jax.errors import TideError, shortened
 from tide_jax.model.architecture import DecoderConfig
@@ -27,16 +27,16 @@ def family_of(source: Source) -> Family:
     if model_type is None:
         raise TideError(f"{source.description}: config.json has no model_type, expected one such as 'llama'; add it")
     if model_type in REFUSED:
-        raise TideError(f"{source.description}: model_type {model_type!r} does not convert: {REFUSED[model_type]}")
+        raise TideError(f"{source.description}: model_type {model_type!r} is not supported: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise TideError(f"{source.description}: {_unknown(model_type)}")
+        raise TideError(f"{source.description}: {_describe_unknown_type(model_type)}")
     return FAMILIES[model_type]
 
 
-def _unknown(model_type: str) -> str:
+def _describe_unknown_type(model_type: str) -> str:
     close = difflib.get_close_matches(model_type, FAMILIES, n=3)
-    listed = f"close are {', '.join(close)}" if close else "docs/families.md lists them"
-    return f"model_type {shortened(repr(model_type))} is in no table ({listed})"
+    hint = f"similar are {', '.join(close)}" if close else "docs/families.md lists them"
+    return f"model_type {shortened(repr(model_type))} is in no table ({hint})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def architecture_of(source: Source, *, trust_remote_code: bool = False) -> Archi
     try:
         probed = probe(source, trust_remote_code=trust_remote_code)
     except TideError as error:
-        raise TideError(f"{_unknown(model_type)}; {error}") from error
+        raise TideError(f"{_describe_unknown_type(model_type)}; {error}") from error
     return Architecture(_with_token_ids(source, source.config, probed.config), probed.rules, probed.report)
 
 
@@ -89,7 +89,7 @@ def _check_decoder(source: Source) -> None:
     if source.config.get("is_encoder_decoder", known):
         raise TideError(
             f"{source.description}: model_type {model_type!r} is an encoder and a decoder that reads the encoder's "
-            "output; only decoders that stand alone convert"
+            "output; only stand-alone decoders can be converted"
         )
 
 
@@ -109,7 +109,7 @@ def decoder_config(source: Source) -> DecoderConfig:
         config.check()
     except TideError as error:
         raise TideError(f"{source.description}: config.json gives {error}; correct it") from error
-    config = settle_head(source, config, family.rules)
+    config = resolve_tied_head(source, config, family.rules)
     return _with_token_ids(source, hf.to_dict(), config)
 
 
@@ -131,7 +131,7 @@ def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tupl
         raise TideError(f"{source.description}: {name} is {shown}, expected a token id or a list of them; correct it")
     # Published checkpoints write -1 or the vocabulary size for "none". The model can produce neither.
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
-        logger.warning("%s=%s is outside the vocabulary of %d tokens and left out", name, outside, vocab_size)
+        logger.warning("%s=%s is outside the vocabulary of %d tokens and is ignored", name, outside, vocab_size)
     return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
@@ -149,5 +149,5 @@ def _transformers_config(source: Source) -> Any:
         raise TideError(f"{source.description}: {error}") from error
     except Exception as error:  # the validators raise several unrelated classes
         raise TideError(
-            f"{source.description}: config.json is not a valid {model_type} one: {shortened(error, 120)}; correct it"
+            f"{source.description}: config.json is not valid for {model_type}: {shortened(error, 120)}; correct it"
         ) from error

@@ -16,18 +16,18 @@ from jax.sharding import Mesh
 
 from convert.architecture import Architecture, architecture_of
 from convert.output.own_scales import scales_by_path
-from convert.output.replacement import check_spared, files_of, is_free, replacing
+from convert.output.replacement import check_no_foreign_files, files_of, is_free, replace_directory
 from convert.output.rounded import RoundedPlan
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.output.writer import Layout, ShardWriter, plan_layout
-from convert.probe.run import verify_probed
+from convert.probe.run import verify_probed_model
 from convert.sources.base import Source
-from convert.sources.lora import with_adapter
+from convert.sources.lora import merge_adapter
 from convert.sources.open import open_source
 from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights
-from convert.weights.rules import Piece, Plan, coverage
+from convert.weights.rules import Piece, Plan, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
@@ -48,7 +48,7 @@ from tide_jax.model.rounding import Weights, checked_weights
 
 Progress = Callable[[int, int], None]
 RECORD_FILE = "conversion.json"
-_VERSIONED = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
+_RECORDED_PACKAGES = ("tide_jax", "jax", "transformers", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,64 +136,64 @@ def convert(
     path_like("destination", destination)
     if verify:
         require_torch()
-    kept: Weights = checked_weights(weights) or "float"
+    weight_format: Weights = checked_weights(weights) or "float"
     source, destination = _open(source_ref, adapter, revision), Path(destination).expanduser()
 
     def check() -> None:
         check_destination(destination, overwrite, is_converted, "a converted model")
 
-    # Check the destination before the slow work; `replacing` checks it again before the result moves there.
+    # Check the destination before the slow work; `replace_directory` checks it again before the result moves there.
     check()
     # Plan: map every source tensor to parameters, and lay these out in files.
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
-    stored = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
-    runs_in = _running_dtype(stored, architecture) if dtype is None else stored
-    rounded = RoundedPlan(plan, config) if kept == "int8" else None
+    plan = to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
+    stored_dtype = parse_dtype(_source_dtype(source, plan) if dtype is None else dtype)
+    running_dtype = _running_dtype(stored_dtype, architecture) if dtype is None else stored_dtype
+    rounded = RoundedPlan(plan, config) if weight_format == "int8" else None
     if rounded is None:
-        layout = plan_layout(plan.shapes, stored, max_shard_bytes)
+        layout = plan_layout(plan.shapes, stored_dtype, max_shard_bytes)
     else:
-        layout = rounded.layout(stored, max_shard_bytes)
+        layout = rounded.layout(stored_dtype, max_shard_bytes)
         log_kept(config)
     report = ConversionReport(
         source=source.description,
         destination=str(destination),
         model_type=config.model_type,
-        dtype=stored.name,
+        dtype=stored_dtype.name,
         parameters=sum(map(math.prod, plan.shapes.values())),
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
-        ignored=plan.ignored | getattr(source, "left_out", {}),
+        ignored=plan.ignored | getattr(source, "ignored", {}),
         probed=architecture.probed,
         dry_run=dry_run,
-        weights=kept,
+        weights=weight_format,
     )
     if dry_run:
         return report
     # Write the small files first, so that a bad destination fails before the weights are written.
-    with replacing(destination, layout.total_bytes, check, RECORD_FILE) as partial:
-        settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": stored.name}
-        if runs_in != stored:
-            settings[RUNNING_DTYPE_KEY] = runs_in.name
+    with replace_directory(destination, layout.total_bytes, check, RECORD_FILE) as partial:
+        settings = {"format": FORMAT, "decoder": config.to_dict(), "dtype": stored_dtype.name}
+        if running_dtype != stored_dtype:
+            settings[RUNNING_DTYPE_KEY] = running_dtype.name
         if rounded is not None:
-            settings[WEIGHTS_KEY] = kept
+            settings[WEIGHTS_KEY] = weight_format
         source.write_side_files(partial)
         _write_config(source, settings, partial)
-        check_spared(partial, destination, RECORD_FILE)
+        check_no_foreign_files(partial, destination, RECORD_FILE)
         _write_weights(source, rounded or _FloatPlan(plan, config), layout, partial, progress)
         # The fingerprint is known once all integers are written, so config.json is written again.
         if rounded is not None and (name := rounded.fingerprint()) is not None:
             _write_config(source, settings | {FINGERPRINT_KEY: name}, partial)
-        # Verify before `replacing` moves the folder into place: a failed check leaves no model behind.
+        # Verify before `replace_directory` moves the folder into place: a failed check leaves no model behind.
         if verify:
             if rounded is not None:
-                verify_weights(partial, config, _assembled(source, plan, config, kept, stored))
+                verify_weights(partial, config, _assemble_parameters(source, plan, config, weight_format, stored_dtype))
             model = load(partial, "float32")
             if architecture.probed is None:
-                verification = verify_conversion(source, model, stored)
+                verification = verify_conversion(source, model, stored_dtype)
             else:
-                verification = verify_probed(source, model, stored, trust_remote_code=trust_remote_code)
+                verification = verify_probed_model(source, model, stored_dtype, trust_remote_code=trust_remote_code)
             report = dataclasses.replace(report, verification=verification)
         _write_record(source, report, partial)
     return report
@@ -224,23 +224,23 @@ def open_model(
     Raises:
       TideError: as `convert`.
     """
-    kept: Weights = checked_weights(weights) or "float"
+    weight_format: Weights = checked_weights(weights) or "float"
     source = _open(source_ref, adapter, revision)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
-    plan = as_stored(coverage(source.tensors, architecture.rules, config), config)
+    plan = to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
     target = (
         _running_dtype(parse_dtype(_source_dtype(source, plan)), architecture) if dtype is None else parse_dtype(dtype)
     )
-    if kept == "int8":
+    if weight_format == "int8":
         log_kept(config)
     return from_parameters(
         config,
-        _assembled(source, plan, config, kept, target),
+        _assemble_parameters(source, plan, config, weight_format, target),
         dtype=target,
         mesh=mesh,
         stored=True,
-        weights=kept,
+        weights=weight_format,
         own_scales=scales_by_path(source, plan, config),
     )
 
@@ -252,20 +252,20 @@ def open_config(source_ref: str | Path, *, revision: str | None = None) -> Decod
 
 def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> Source:
     base = open_source(source_ref, revision=revision)
-    return text_decoder(base if adapter is None else with_adapter(base, adapter))
+    return text_decoder(base if adapter is None else merge_adapter(base, adapter))
 
 
-def _assembled(
-    source: Source, plan: Plan, config: DecoderConfig, kept: Weights, floats: np.dtype
+def _assemble_parameters(
+    source: Source, plan: Plan, config: DecoderConfig, weight_format: Weights, floats: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each parameter, assembled from its pieces: in float32 if it will be rounded, else in `floats`."""
-    rounded = rounded_axes(config) if kept == "int8" else {}
+    rounded = rounded_axes(config) if weight_format == "int8" else {}
     for path, pieces in plan.by_path().items():
         dtype = np.dtype(np.float32) if path in rounded else floats
         parameter = np.empty(plan.shapes[path], dtype)
         for piece in pieces:
-            taken = piece.take(source.read(piece.source), config)
-            parameter[piece.slot] = checked_cast(taken, dtype, piece.source)
+            part = piece.take(source.read(piece.source), config)
+            parameter[piece.slot] = checked_cast(part, dtype, piece.source)
         yield path, parameter
 
 
@@ -275,14 +275,14 @@ def _source_dtype(source: Source, plan: Plan) -> str:
     for name in plan.by_source():
         info = source.tensors[name]
         sizes[info.dtype] = sizes.get(info.dtype, 0) + math.prod(info.shape)
-    common = max(sizes, key=sizes.__getitem__)
-    return DTYPES[common].name if common in DTYPES else "float32"
+    most_common = max(sizes, key=sizes.__getitem__)
+    return DTYPES[most_common].name if most_common in DTYPES else "float32"
 
 
-def _running_dtype(stored: np.dtype, architecture: Architecture) -> np.dtype:
+def _running_dtype(stored_dtype: np.dtype, architecture: Architecture) -> np.dtype:
     """Default dtype to run in: the stored dtype, but bfloat16 if activations overflow float16."""
-    overflows = architecture.overflows_float16 and stored == np.float16
-    return parse_dtype("bfloat16") if overflows else stored
+    overflows = architecture.overflows_float16 and stored_dtype == np.float16
+    return parse_dtype("bfloat16") if overflows else stored_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +298,8 @@ class _FloatPlan:
 
     def _write(self, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
         """Writes one source tensor to every parameter that uses it; returns the number of bytes."""
-        taken = [piece.take(tensor, self.config) for piece in pieces]
-        return sum(writer.write(p.path, p.slot, part, p.source) for p, part in zip(pieces, taken, strict=True))
+        parts = [piece.take(tensor, self.config) for piece in pieces]
+        return sum(writer.write(p.path, p.slot, part, p.source) for p, part in zip(pieces, parts, strict=True))
 
 
 def _write_weights(
@@ -334,7 +334,7 @@ def _write_record(source: Source, report: ConversionReport, directory: Path) -> 
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages a conversion depends on, for its record."""
-    return {name: _version(name) for name in _VERSIONED}
+    return {name: _version(name) for name in _RECORDED_PACKAGES}
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -359,8 +359,8 @@ def check_destination(destination: Path, overwrite: bool, replaceable: Callable[
     if not destination.exists() or (destination.is_dir() and is_free(destination)):
         return
     if not destination.is_dir():
-        raise TideError(f"{destination} is a file: expected a directory to make")
+        raise TideError(f"{destination} is a file: expected a new directory")
     if not overwrite:
         raise TideError(f"{destination} exists and is not empty: choose another destination or pass --overwrite")
     if not replaceable(destination):
-        raise TideError(f"{destination} holds something else than {kind}: choose another destination")
+        raise TideError(f"{destination} does not hold {kind}: choose another destination")

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from convert.architecture import family_of
-from convert.configuration.older_names import with_older_names
+from convert.configuration.older_names import add_older_names
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
-from convert.output.replacement import check_spared, files_of, replacing
-from convert.output.stored import as_stored
-from convert.output.writer import ShardWriter, plan_layout, split
+from convert.output.replacement import check_no_foreign_files, files_of, replace_directory
+from convert.output.stored import to_model_layout
+from convert.output.writer import ShardWriter, plan_layout, split_slot
 from convert.probe.rules import from_json
 from convert.sources.huggingface import copy_side_files
-from convert.weights.rules import Piece, Rule, coverage
+from convert.weights.rules import Piece, Rule, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
@@ -35,7 +35,7 @@ from tide_jax.model.rounding import check_scales, scale_path
 from tide_jax.tokenizer.files import tokenizer_in
 
 EXPORT_FILE = "export.json"
-_AGAIN = "convert the checkpoint again"
+_CONVERT_AGAIN = "convert the checkpoint again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +82,13 @@ class ConvertedSource:
       TideError: not a converted directory, damaged, or made by a version with another weight map.
     """
 
-    def __init__(self, named: Path) -> None:
-        if not is_converted(named):
-            raise TideError(f"{named} is not a converted model: expected a directory 'tide-jax convert' made")
-        self._directory = directory = model_directory(named)
+    def __init__(self, path: Path) -> None:
+        if not is_converted(path):
+            raise TideError(f"{path} is not a converted model: expected a directory that 'tide-jax convert' made")
+        self._directory = directory = model_directory(path)
         self._decoder = load_config(directory)
         self._parameters = ShardedTensors(directory)
-        self.description = str(named)
+        self.description = str(path)
         self.config = read_json(directory / "config.json")
         settings = self.config.pop(CONFIG_KEY)
         self.dtype = parse_dtype(settings["dtype"])
@@ -99,11 +99,11 @@ class ConvertedSource:
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self.files = self._parameters.files
         # Rebuild the conversion's plan from its record, and check that the files have the parameters the plan expects.
-        recorded = _recorded_tensors(directory / RECORD_FILE)
+        recorded = _read_recorded_tensors(directory / RECORD_FILE)
         try:
-            plan = as_stored(coverage(recorded, self._rules(), self._decoder), self._decoder)
+            plan = to_model_layout(plan_conversion(recorded, self._rules(), self._decoder), self._decoder)
         except TideError as error:
-            raise TideError(f"{directory} was converted with another weight map: {_AGAIN} ({error})") from error
+            raise TideError(f"{directory} was converted with another weight map: {_CONVERT_AGAIN} ({error})") from error
         check_types(directory, self._parameters.infos, self._axes)
         _check_shapes(directory, self._parameters.infos, plan.shapes | self._scale_shapes(plan.shapes))
         self._pieces = plan.by_source()
@@ -124,18 +124,18 @@ class ConvertedSource:
             if np.shares_memory(view, tensor) and view.flags.writeable:
                 view[...] = self._read_slot(piece)
             else:  # heads that are not adjacent have no view
-                tensor.reshape(-1)[self._places(piece, tensor.shape)] = self._read_slot(piece)
+                tensor.reshape(-1)[self._indices(piece, tensor.shape)] = self._read_slot(piece)
         return tensor
 
-    def _places(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
+    def _indices(self, piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
         """Indices into the source tensor for the elements of a slot, found by rearranging an array of indices."""
         indices = np.arange(math.prod(shape)).reshape(shape)
-        places = piece.take(indices, self._decoder)
+        positions = piece.take(indices, self._decoder)
         # A pure rearrangement commutes with adding 1 and uses no element twice.
-        moved = np.array_equal(piece.take(indices + 1, self._decoder), places + 1)
-        if not moved or np.unique(places).size != places.size:
-            raise TideError(f"{piece.source} cannot be exported: its conversion is more than a rearrangement")
-        return places
+        moved = np.array_equal(piece.take(indices + 1, self._decoder), positions + 1)
+        if not moved or np.unique(positions).size != positions.size:
+            raise TideError(f"{piece.source} cannot be exported: its conversion does more than rearrange numbers")
+        return positions
 
     def _rules(self) -> tuple[Rule, ...]:
         """Weight map of the conversion: the family's, or the one found by probing."""
@@ -157,8 +157,8 @@ class ConvertedSource:
         if self.ignored and not table and isinstance(longest, int) and self._decoder.max_positions < longest:
             name, reason = next(iter(self.ignored.items()))
             raise TideError(
-                f"{self.description} cannot be exported: it was converted for {self._decoder.max_positions} tokens, "
-                f"not {longest}, without {name} ({reason})"
+                f"{self.description} cannot be exported: it was converted for {self._decoder.max_positions} of "
+                f"{longest} tokens, without {name} ({reason})"
             )
 
     def _unused_parts(self) -> dict[str, str]:
@@ -178,15 +178,15 @@ class ConvertedSource:
         }
 
     def _read_slot(self, piece: Piece) -> np.ndarray:
-        leading, inner = split(piece.slot)
+        leading, inner = split_slot(piece.slot)
         if (axes := self._axes.get(piece.path)) is None:
             return self._parameters.read(piece.path, leading)[inner]
         integers = self._parameters.read_stored(piece.path, leading)
         name = scale_path(piece.path)
         scale = check_scales(name, self._parameters.read(name), self.description)
         # A scale has size 1 along the axes it covers.
-        place = tuple(0 if axis in axes else index for axis, index in enumerate(leading))
-        return (integers.astype(np.float32) * np.expand_dims(scale, axes)[place])[inner]
+        position = tuple(0 if axis in axes else index for axis, index in enumerate(leading))
+        return (integers.astype(np.float32) * np.expand_dims(scale, axes)[position])[inner]
 
 
 def export(
@@ -218,29 +218,29 @@ def export(
     path_like("source", converted_dir)
     path_like("destination", destination)
     source, destination = ConvertedSource(Path(converted_dir).expanduser()), Path(destination).expanduser()
-    stored = source.dtype if dtype is None else parse_dtype(dtype)
+    stored_dtype = source.dtype if dtype is None else parse_dtype(dtype)
 
     def check() -> None:
         check_destination(destination, overwrite, _is_export, "an export")
 
     check()
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    layout = dataclasses.replace(plan_layout(shapes, stored, max_shard_bytes), framework="pt")
+    layout = dataclasses.replace(plan_layout(shapes, stored_dtype, max_shard_bytes), framework="pt")
     report = ExportReport(
         source=source.description,
         destination=str(destination),
         model_type=source.config["model_type"],
-        dtype=stored.name,
-        parameters=layout.total_bytes // stored.itemsize,
+        dtype=stored_dtype.name,
+        parameters=layout.total_bytes // stored_dtype.itemsize,
         bytes=layout.total_bytes,
         shards=tuple(layout.shards),
         ignored=source.ignored,
     )
-    with replacing(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
+    with replace_directory(destination, layout.total_bytes, check, EXPORT_FILE) as partial:
         source.write_side_files(partial)
-        settings = _with_dtype(source.config, stored.name) | {"dtype": stored.name}
-        write_json(partial / "config.json", with_older_names(settings))
-        check_spared(partial, destination, EXPORT_FILE)
+        settings = _set_dtype(source.config, stored_dtype.name) | {"dtype": stored_dtype.name}
+        write_json(partial / "config.json", add_older_names(settings))
+        check_no_foreign_files(partial, destination, EXPORT_FILE)
         with ShardWriter(partial, layout) as writer:
             done = 0
             for name in shapes:
@@ -255,21 +255,25 @@ def export(
     return report
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Sets the dtype of a config.json and its nested parts, under whichever of the two names is in use."""
-    written = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    written = {key: _set_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return written | {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)}
 
 
-def _recorded_tensors(path: Path) -> dict[str, TensorInfo]:
+def _read_recorded_tensors(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of the original checkpoint's tensors, from the conversion's record."""
     recorded = read_json(path).get("source_tensors")
     if not isinstance(recorded, dict):
-        raise TideError(f"{path} does not list the original checkpoint's tensors, an older version made it: {_AGAIN}")
+        raise TideError(
+            f"{path} does not list the original checkpoint's tensors because an older version made it: {_CONVERT_AGAIN}"
+        )
     try:
         return {name: TensorInfo(tuple(map(int, shape)), str(dtype)) for name, (dtype, shape) in recorded.items()}
     except (TypeError, ValueError) as error:
-        raise TideError(f"{path} is damaged, source_tensors are no [dtype, shape] pairs: {_AGAIN}") from error
+        raise TideError(
+            f"{path} is damaged, its source_tensors are not [dtype, shape] pairs: {_CONVERT_AGAIN}"
+        ) from error
 
 
 def _check_shapes(directory: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -278,7 +282,7 @@ def _check_shapes(directory: Path, found: Mapping[str, TensorInfo], expected: Ma
         name = different[0]
         raise TideError(
             f"{directory} holds {len(different)} parameters that do not fit its configuration ({name} has shape "
-            f"{shapes.get(name)}, expected {expected.get(name)}): {_AGAIN}"
+            f"{shapes.get(name)}, expected {expected.get(name)}): {_CONVERT_AGAIN}"
         )
 
 

@@ -25,8 +25,8 @@ and the mean divergence in nats. Rounding moves tiny random models by 0.01 to 0.
 experts are chosen. One matrix with shifted rows moves them by at least 0.16 and 0.4, unless it belongs to a single
 expert; that case is found by `convert.verify_weights`. The largest difference over all tokens can't serve as a bound: a
 token whose experts change may differ by half of the range."""
-_LENGTH, _LONGEST = 64, 256
-_BY_LENGTH = ("dynamic", "longrope")  # their rotary frequencies depend on the longest row
+_SHORTEST_ROW, _LONGEST_ROW = 64, 256
+_LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")  # their rotary frequencies depend on the longest row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,19 @@ class Verification:
     agreement: float | None = None
 
 
-def compared(found: np.ndarray, expected: np.ndarray, row_length: int, weights: Weights) -> Verification:
+def compare_logits(found: np.ndarray, expected: np.ndarray, row_length: int, weights: Weights) -> Verification:
     """Compares logits [N, V] with the reference's; `weights` are the model's."""
     difference, logit_range = float(np.abs(found - expected).max()), float(expected.max() - expected.min())
     measures = {}
     if weights == "int8":
         measures["typical"] = float(np.median(np.abs(found - expected).max(axis=1))) / logit_range
-        log_p, log_q = (_log_shares(logits) for logits in (expected, found))
+        log_p, log_q = (_log_softmax(logits) for logits in (expected, found))
         measures["divergence"] = float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1)))
         measures["agreement"] = float(np.mean(found.argmax(axis=1) == expected.argmax(axis=1)))
     return Verification(difference, logit_range, difference / logit_range, len(found), row_length, **measures)
 
 
-def excess(proof: Verification) -> str | None:
+def describe_excess(proof: Verification) -> str | None:
     """Describes by how much a model exceeds its bounds; None if it is within them."""
     if proof.typical is None or proof.divergence is None:
         within = proof.relative <= TOLERANCE
@@ -81,7 +81,7 @@ def excess(proof: Verification) -> str | None:
     return None
 
 
-def _log_shares(logits: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -90,49 +90,49 @@ def require_torch() -> None:
     """Raises TideError if the packages that verification needs are missing."""
     missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise TideError(f"--verify compares with transformers' PyTorch models: run `pip install {' '.join(missing)}`")
+        raise TideError(f"--verify needs transformers' PyTorch models: run `pip install {' '.join(missing)}`")
 
 
-def verify_conversion(source: Source, model: Decoder, stored: np.dtype) -> Verification:
+def verify_conversion(source: Source, model: Decoder, stored_dtype: np.dtype) -> Verification:
     """Compares logits on random tokens, in two rows of unequal length.
 
     Args:
       source: the source that was converted.
       model: the converted model, loaded in float32.
-      stored: dtype of the stored weights. The reference's weights are rounded to it too, so that one tolerance fits
-        every dtype.
+      stored_dtype: dtype of the stored weights. The reference's weights are rounded to it too, so that one tolerance
+        fits every dtype.
 
     Raises:
       TideError: the logits differ by more than `TOLERANCE` of their range (for 8-bit weights by more than
         `INT8_TOLERANCE` or `INT8_DIVERGENCE`), or prove nothing: not finite, or the same for all tokens.
     """
     tokens, mask = _random_batch(model.config)
-    together = any(kind.rope and kind.rope.kind in _BY_LENGTH for kind in model.config.attention_types)
-    expected = _reference_logits(source, stored, tokens, mask, together)
+    as_one_batch = any(kind.rope and kind.rope.kind in _LENGTH_DEPENDENT_ROPES for kind in model.config.attention_types)
+    expected = _reference_logits(source, stored_dtype, tokens, mask, as_one_batch)
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
     found = np.asarray(model(jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)))[mask]
     check_spread(source.description, expected)
-    proof = compared(found, expected, mask.shape[1], model.weights)
-    if (far := excess(proof)) is not None:
+    proof = compare_logits(found, expected, mask.shape[1], model.weights)
+    if (excess := describe_excess(proof)) is not None:
         raise TideError(
-            f"the converted model's logits differ from transformers' {far}: nothing was written, please report the "
+            f"the converted model's logits differ from transformers' {excess}: nothing was written, please report the "
             "model"
         )
     return proof
 
 
-def check_spread(described: str, logits: np.ndarray) -> None:
-    """Raises TideError if a reference's logits [N, V] could not reveal a difference; `described` names the model."""
+def check_spread(description: str, logits: np.ndarray) -> None:
+    """Raises TideError if a reference's logits [N, V] could not reveal a difference; `description` names the model."""
     if not np.isfinite(logits).all():
         raise TideError(
-            f"the reference's logits of {described} are NaN or infinite: nothing was written, the checkpoint is "
+            f"the reference's logits of {description} are NaN or infinite: nothing was written; the checkpoint is "
             "damaged, download or copy it again"
         )
     spread, largest = float((logits.max(axis=1) - logits.min(axis=1)).max()), float(np.abs(logits).max())
     if spread <= 1e-6 * largest:  # within rounding; also catches all zeros
         raise TideError(
-            f"the reference's logits of {described} are the same for every token, which proves nothing: nothing was "
-            "written, the weights are not a trained model's"
+            f"the reference's logits of {description} are the same for every token, which proves nothing: nothing was "
+            "written, expected the weights of a trained model"
         )
 
 
@@ -150,23 +150,23 @@ def _random_batch(config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
 def _row_length(config: DecoderConfig) -> int:
     """A row length beyond small attention windows and small original rotary lengths."""
     windows = [kind.window or 0 for kind in config.attention_types]
-    originals = [kind.rope.original_max_positions for kind in config.attention_types if kind.rope]
-    reachable = [length for length in windows + originals if length < _LONGEST]
-    return min(_LONGEST, max(_LENGTH, 2 * max(reachable, default=0)))
+    original_lengths = [kind.rope.original_max_positions for kind in config.attention_types if kind.rope]
+    reachable = [length for length in windows + original_lengths if length < _LONGEST_ROW]
+    return min(_LONGEST_ROW, max(_SHORTEST_ROW, 2 * max(reachable, default=0)))
 
 
 def _reference_logits(
-    source: Source, stored: np.dtype, tokens: np.ndarray, mask: np.ndarray, together: bool
+    source: Source, stored_dtype: np.dtype, tokens: np.ndarray, mask: np.ndarray, as_one_batch: bool
 ) -> np.ndarray:
-    """Logits of the real tokens [N, V]: each row run alone, which suits every family, or `together` with padding."""
+    """Logits of the real tokens [N, V]: each row alone, which suits every family, or `as_one_batch` with padding."""
     import torch
 
     with quiet_transformers():
         reference = reference_model(source).eval()
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter.copy_(parameter.to(getattr(torch, stored.name)))
-        if not together:
+            parameter.copy_(parameter.to(getattr(torch, stored_dtype.name)))
+        if not as_one_batch:
             rows = [torch.tensor(row[real])[None] for row, real in zip(tokens, mask, strict=True)]
             return np.concatenate([reference(input_ids=row).logits[0].float().numpy() for row in rows])
         attention_mask = torch.tensor(mask.astype(np.int64))
@@ -184,17 +184,17 @@ def reference_model(source: Source) -> Any:
     import torch
 
     if getattr(source, "rewritten", False):
-        return _model_of_read_weights(source)
+        return _model_from_read_weights(source)
     file = source.files[0]
     gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
     try:
         return _reference_class(file.parent).from_pretrained(file.parent, dtype=torch.float32, **gguf)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise TideError(f"transformers cannot load {source.description} to verify against: {reason}") from error
+        raise TideError(f"transformers cannot load {source.description} for the comparison: {reason}") from error
 
 
-def _model_of_read_weights(source: Source) -> Any:
+def _model_from_read_weights(source: Source) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -53,7 +53,7 @@ def _check_integers(
     worst = np.unravel_index(int(np.argmax(error)), error.shape)
     if not error[worst] <= TOLERANCE:
         found = f"is up to {error[worst]:.3g} rounding steps away from the checkpoint's numbers"
-        raise _refusal(f"output {_shown(path, worst)} {found}", f"at most {TOLERANCE}")
+        raise _mismatch_error(f"output {_format_index(path, worst)} {found}", f"at most {TOLERANCE}")
 
 
 def _errors(integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -71,12 +71,14 @@ def _check_floats(path: str, found: np.ndarray, expected: np.ndarray) -> None:
     differ = found != expected
     if differ.any():
         worst = np.unravel_index(int(np.argmax(differ)), differ.shape)
-        raise _refusal(f"{_shown(path, worst)} is {float(found[worst]):.9g}", f"{float(expected[worst]):.9g}")
+        raise _mismatch_error(
+            f"{_format_index(path, worst)} is {float(found[worst]):.9g}", f"{float(expected[worst]):.9g}"
+        )
 
 
-def _shown(path: str, index: tuple[np.intp, ...]) -> str:
+def _format_index(path: str, index: tuple[np.intp, ...]) -> str:
     return f"{shortened(path, 100)}[{', '.join(str(int(i)) for i in index)}]"
 
 
-def _refusal(found: str, expected: str) -> TideError:
+def _mismatch_error(found: str, expected: str) -> TideError:
     return TideError(f"the written {found}, expected {expected}: nothing was written, please report the model")

@@ -13,8 +13,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_THETA = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
-_NESTED = {
+_ROTARY_BASE_NAMES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
+_NESTED_ROTARY_BASE_NAMES = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
@@ -22,16 +22,16 @@ _NESTED = {
 }
 """transformers 4's names of the rotary base for full attention and for sliding windows, where layers differ in it.
 Other models with settings per layer type exist only in transformers 5, where `rope_scaling` means something else."""
-_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-_THREE_FIELDS = ("phi3", "phi4_multimodal")
+_ROTATED_SHARE_NAMES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+_THREE_FIELD_TYPES = ("phi3", "phi4_multimodal")
 """Models whose transformers 4 class accepts only a type and two lists of factors in `rope_scaling`."""
-_OWN_FIELDS = ("rope_theta", "partial_rotary_factor")
-_PLAIN = (None, "default")
+_SEPARATE_FIELDS = ("rope_theta", "partial_rotary_factor")
+_UNSCALED = (None, "default")
 
 
-def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def add_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Adds the older name of every setting that has one, also in nested parts. Existing keys keep their values."""
-    parts = {key: with_older_names(value) for key, value in config.items() if _is_part(value)}
+    parts = {key: add_older_names(value) for key, value in config.items() if _is_config_part(value)}
     named = {**config, **parts}
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
@@ -39,39 +39,42 @@ def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not rope:
         return named
-    return _rotary(str(config.get("model_type")), rope) | named
+    return _older_rotary_settings(str(config.get("model_type")), rope) | named
 
 
-def _is_part(value: Any) -> bool:
+def _is_config_part(value: Any) -> bool:
     return isinstance(value, dict) and "model_type" in value
 
 
-def _rotary(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+def _older_rotary_settings(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     """Older names of rotary settings. `rope` is flat, or nested by layer type."""
     full, local = rope, dict[str, Any]()
-    names = _THETA.get(model_type, "rope_theta"), None
+    names = _ROTARY_BASE_NAMES.get(model_type, "rope_theta"), None
     if any(isinstance(value, Mapping) for value in rope.values()):
-        if model_type not in _NESTED:
+        if model_type not in _NESTED_ROTARY_BASE_NAMES:
             return {}
         full, local = rope.get("full_attention") or {}, rope.get("sliding_attention") or {}
-        names = _NESTED[model_type]
-    share = _SHARE.get(model_type, "partial_rotary_factor"), full.get("partial_rotary_factor")
-    found = (names[0], full.get("rope_theta")), (names[1], local.get("rope_theta")), share
-    return {name: value for name, value in found if name and value is not None} | _scaling(model_type, full)
+        names = _NESTED_ROTARY_BASE_NAMES[model_type]
+    share = _ROTATED_SHARE_NAMES.get(model_type, "partial_rotary_factor"), full.get("partial_rotary_factor")
+    named_values = (names[0], full.get("rope_theta")), (names[1], local.get("rope_theta")), share
+    bases = {name: value for name, value in named_values if name and value is not None}
+    return bases | _older_scaling_settings(model_type, full)
 
 
-def _scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+def _older_scaling_settings(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type"))
-    if kind in _PLAIN:
+    if kind in _UNSCALED:
         return {"rope_scaling": None}
-    scaling = {key: value for key, value in rope.items() if key not in _OWN_FIELDS}
+    scaling = {key: value for key, value in rope.items() if key not in _SEPARATE_FIELDS}
     original = {name: scaling[name] for name in ("original_max_position_embeddings",) if name in scaling}
-    if model_type not in _THREE_FIELDS:
+    if model_type not in _THREE_FIELD_TYPES:
         return {"rope_scaling": scaling} | (original if kind == "longrope" else {})
-    extra = set(scaling) - {"rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings"}
-    if extra:  # transformers 5 would read the older name and lose these settings
+    unreadable = set(scaling) - {"rope_type", "type", "short_factor", "long_factor", "original_max_position_embeddings"}
+    if unreadable:  # transformers 5 would read the older name and lose these settings
         logger.warning(
-            "transformers 4 can't read %s of %s; it needs transformers 5", ", ".join(sorted(extra)), model_type
+            "transformers 4 can't read %s of %s: load the checkpoint with transformers 5",
+            ", ".join(sorted(unreadable)),
+            model_type,
         )
         return {}
     factors = {name: scaling[name] for name in ("short_factor", "long_factor") if name in scaling}

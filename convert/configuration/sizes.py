@@ -18,8 +18,8 @@ _BOUNDS: tuple[tuple[int, int, str], ...] = (
     (0, MOST_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_topk"),
     (0, 2**16, "num_labels"),  # transformers builds a table of this length
 )
-_BOUND_OF = {name: (low, high) for low, high, names in _BOUNDS for name in names.split()}
-_LAYERS = re.compile(r"(.*_)?layers?|depth")
+_BOUNDS_BY_NAME = {name: (low, high) for low, high, names in _BOUNDS for name in names.split()}
+_LAYER_COUNT = re.compile(r"(.*_)?layers?|depth")
 
 
 def check_sizes(values: Mapping[str, Any]) -> None:
@@ -28,8 +28,8 @@ def check_sizes(values: Mapping[str, Any]) -> None:
     Raises:
       TideError: a count is outside its bounds.
     """
-    for name, value in _numbers(values):
-        low, high = _BOUND_OF.get(name, (None, MOST_LAYERS if _LAYERS.fullmatch(name) else None))
+    for name, value in _integers(values):
+        low, high = _BOUNDS_BY_NAME.get(name, (None, MOST_LAYERS if _LAYER_COUNT.fullmatch(name) else None))
         if high is not None and value > high:
             raise TideError(f"config.json has {name}={shortened(value)}, expected {high} or less; correct it")
         # Check lower bounds at the top level only: a nested part that is left out may lack what a decoder needs.
@@ -37,7 +37,7 @@ def check_sizes(values: Mapping[str, Any]) -> None:
             raise TideError(f"config.json has {name}={shortened(value)}, expected {low} or more; correct it")
 
 
-def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yields each integer with its key, at any depth."""
     waiting: list[Mapping[str, Any]] = [values]
     while waiting:

@@ -29,7 +29,7 @@ class Family:
     overflows_float16: bool = False
 
 
-def first(hf: Any, *names: str) -> Any:
+def first_set(hf: Any, *names: str) -> Any:
     """Returns the first of several fields that exists and is set, else None."""
     return next((value for name in names if (value := getattr(hf, name, None)) is not None), None)
 
@@ -42,7 +42,7 @@ def head_dim(hf: Any) -> int:
 def norm_eps(hf: Any) -> float:
     """The eps that norms add to the mean square."""
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
-    return first(hf, *names)
+    return first_set(hf, *names)
 
 
 def require(hf: Any, **values: Any) -> None:
@@ -56,7 +56,7 @@ def require(hf: Any, **values: Any) -> None:
             raise TideError(f"{hf.model_type} with {name}={found!r} is not supported, only {name}={value!r}")
 
 
-def rotary(
+def rotary_layers(
     hf: Any,
     layer_types: Sequence[str] | None = None,
     scale: float | None = None,
@@ -76,7 +76,10 @@ def rotary(
     """
     kinds = layer_types or ["full_attention"] * hf.num_hidden_layers
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise TideError(f"{hf.model_type} with layer type {', '.join(sorted(unknown))} is not supported")
+        raise TideError(
+            f"{hf.model_type} with layer type {', '.join(sorted(unknown))} is not supported, only full_attention and "
+            "sliding_attention"
+        )
     width = head_dim(hf)
 
     def attention(layer: int, kind: str) -> AttentionType:
@@ -97,8 +100,8 @@ def with_rope(layer: AttentionType, **changes: Any) -> AttentionType:
     return dataclasses.replace(layer, rope=dataclasses.replace(layer.rope, **changes))
 
 
-def unrotated(hf: Any, scale: float | None = None, **flags: Any) -> list[AttentionType]:
-    """Returns each layer's attention, without rotary embedding; see `rotary` for the arguments."""
+def layers_without_rope(hf: Any, scale: float | None = None, **flags: Any) -> list[AttentionType]:
+    """Returns each layer's attention, without rotary embedding; see `rotary_layers` for the arguments."""
     return [AttentionType(scale=head_dim(hf) ** -0.5 if scale is None else scale, **flags)] * hf.num_hidden_layers
 
 
@@ -116,7 +119,7 @@ def static_ntk(hf: Any, layers: Sequence[AttentionType]) -> list[AttentionType]:
     return [with_rope(layer, kind="default", theta=theta, factor=1.0, max_positions=0) for layer in layers]
 
 
-def windowed(hf: Any) -> list[str]:
+def uniform_layer_types(hf: Any) -> list[str]:
     """Layer types of families that use a sliding window in every layer or in none."""
     kind = "full_attention" if getattr(hf, "sliding_window", None) is None else "sliding_attention"
     return [kind] * hf.num_hidden_layers
@@ -141,20 +144,20 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
         "hidden_size": hf.hidden_size,
         "num_layers": hf.num_hidden_layers,
         "num_heads": hf.num_attention_heads,
-        "num_kv_heads": first(hf, "num_key_value_heads", "num_attention_heads"),
+        "num_kv_heads": first_set(hf, "num_key_value_heads", "num_attention_heads"),
         "head_dim": head_dim(hf),
-        "intermediate_size": first(hf, "intermediate_size"),
-        "max_positions": first(hf, "max_position_embeddings"),
+        "intermediate_size": first_set(hf, "intermediate_size"),
+        "max_positions": first_set(hf, "max_position_embeddings"),
         "attention_types": types,
         "attention_pattern": tuple(types.index(layer) for layer in layers),
         "norm_eps": norm_eps(hf),
-        "activation": first(hf, "hidden_activation", "hidden_act", "activation_function"),
+        "activation": first_set(hf, "hidden_activation", "hidden_act", "activation_function"),
         "tie_embeddings": bool(hf.tie_word_embeddings),
     }
     fields |= flags
     if fields["activation"] not in KNOWN_ACTIVATIONS:
         found = shortened(repr(fields["activation"]))
-        raise TideError(f"activation {found} is not implemented, only {', '.join(sorted(KNOWN_ACTIVATIONS))}")
+        raise TideError(f"activation {found} is not supported, expected one of {', '.join(sorted(KNOWN_ACTIVATIONS))}")
     return DecoderConfig(**fields)
 
 

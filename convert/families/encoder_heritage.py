@@ -12,12 +12,12 @@ from convert.families.base import (
     biases,
     decoder,
     head_dim,
+    layers_without_rope,
     learned_positions,
     plain_layer_norm,
     require,
-    unrotated,
 )
-from convert.weights.parts import Names, attention, layers, linear, plain_mlp, tied, untied
+from convert.weights.parts import Names, attention, has_own_head, has_tied_head, layer_rules, linear, plain_mlp
 from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import AttentionType, DecoderConfig, HeadTransform, RopeConfig
@@ -39,7 +39,7 @@ def _encoder(hf: Any, attention_types: list[AttentionType] | None = None, **flag
         "head_transform": HeadTransform(hf.hidden_act),
         "head_bias": True,
     }
-    return decoder(hf, attention_types or unrotated(hf), **shared | plain_layer_norm() | flags)
+    return decoder(hf, attention_types or layers_without_rope(hf), **shared | plain_layer_norm() | flags)
 
 
 def _bert(hf: Any, **flags: Any) -> DecoderConfig:
@@ -65,7 +65,7 @@ def _megatron_bert(hf: Any) -> DecoderConfig:
 
 
 def _electra(hf: Any) -> DecoderConfig:
-    return _bert(hf, head_transform=HeadTransform("gelu"), **_narrow(hf, hf.embedding_size))
+    return _bert(hf, head_transform=HeadTransform("gelu"), **_embedding_width_flags(hf, hf.embedding_size))
 
 
 def _rembert(hf: Any) -> DecoderConfig:
@@ -76,10 +76,10 @@ def _rembert(hf: Any) -> DecoderConfig:
 
 def _roformer(hf: Any) -> DecoderConfig:
     rope = RopeConfig(theta=10000.0, rotary_dim=head_dim(hf), interleaved=True, values=hf.rotary_value)
-    return _encoder(hf, unrotated(hf, rope=rope), **_narrow(hf, hf.embedding_size))
+    return _encoder(hf, layers_without_rope(hf, rope=rope), **_embedding_width_flags(hf, hf.embedding_size))
 
 
-def _narrow(hf: Any, width: int) -> dict[str, Any]:
+def _embedding_width_flags(hf: Any, width: int) -> dict[str, Any]:
     """Flags for embeddings whose width differs from the layers'."""
     return {} if width == hf.hidden_size else {"embedding_size": width, "project_after_norm": True}
 
@@ -107,7 +107,7 @@ def _norm(name: str, path: str) -> Names:
     return {f"{name}.weight": weight, f"{name}.bias": bias, f"{name}.gamma": weight, f"{name}.beta": bias}
 
 
-def _moved(names: Names, prefix: str) -> tuple[Rule, ...]:
+def _move_all(names: Names, prefix: str) -> tuple[Rule, ...]:
     return tuple(move(f"{prefix}{name}", *targets) for name, targets in names.items())
 
 
@@ -128,7 +128,7 @@ _LAYER: Names = {
     **_norm("attention.LayerNorm", "pre_attention_norm"),
     **_norm("intermediate.LayerNorm", "pre_mlp_norm"),
 }
-_MODEL: Names = {
+_OUTER: Names = {
     "embeddings.word_embeddings.weight": (Target("embed.kernel"),),
     "embeddings.position_embeddings.weight": (Target("positions.kernel"),),
     "embeddings.token_type_embeddings.weight": (Target("added.kernel", _first_row, "0"),),
@@ -142,33 +142,33 @@ _MODEL: Names = {
 }
 
 
-def _transform(dense: str, norm: str) -> tuple[Rule, ...]:
-    return _moved({**linear(dense, "head_transform.dense"), **_norm(norm, "head_transform.norm")}, "")
+def _head_transform_rules(dense: str, norm: str) -> tuple[Rule, ...]:
+    return _move_all({**linear(dense, "head_transform.dense"), **_norm(norm, "head_transform.norm")}, "")
 
 
-def _head(out: str, bias: str | None = None) -> tuple[Rule, ...]:
+def _head_rules(out: str, bias: str | None = None) -> tuple[Rule, ...]:
     """Rules for the output projection; `bias` names its bias if the projection is tied to the embedding."""
     rules = (
-        move(f"{out}.weight", Target("head.kernel"), when=untied),
-        ignore(move(f"{out}.weight").pattern, "tied to the token embedding", when=tied),
+        move(f"{out}.weight", Target("head.kernel"), when=has_own_head),
+        ignore(move(f"{out}.weight").pattern, "tied to the token embedding", when=has_tied_head),
     )
     if bias is None:
         return (*rules, move(f"{out}.bias", Target("head.bias")))
     return (
         *rules,
-        move(f"{out}.bias", Target("head.bias"), when=untied),
-        ignore(move(f"{out}.bias").pattern, f"tied to {bias}", when=tied),
-        move(bias, Target("head.bias"), when=tied),
-        ignore(move(bias).pattern, f"{out}.bias is the one that is added", when=untied),
+        move(f"{out}.bias", Target("head.bias"), when=has_own_head),
+        ignore(move(f"{out}.bias").pattern, f"tied to {bias}", when=has_tied_head),
+        move(bias, Target("head.bias"), when=has_tied_head),
+        ignore(move(bias).pattern, f"{out}.bias is the one that is added", when=has_own_head),
     )
 
 
-def _weights(prefix: str, head: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def _weight_rules(prefix: str, head: tuple[Rule, ...]) -> tuple[Rule, ...]:
     optional = rf"({prefix}\.)?"
     return (
         *head,
-        *_moved(_MODEL, f"[{prefix}.]"),
-        *layers(f"[{prefix}.]encoder.layer", _LAYER),
+        *_move_all(_OUTER, f"[{prefix}.]"),
+        *layer_rules(f"[{prefix}.]encoder.layer", _LAYER),
         ignore(rf"{optional}encoder\.layer\.\d+\.crossattention\..*", "attends to an encoder, which is left out"),
         ignore(rf"{optional}pooler\..*|cls\.seq_relationship\..*", "serves classification"),
         ignore(rf"{optional}embeddings\.(position_ids|token_type_ids)", "a range of numbers"),
@@ -176,33 +176,39 @@ def _weights(prefix: str, head: tuple[Rule, ...]) -> tuple[Rule, ...]:
     )
 
 
-_CLS = (
-    *_transform("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
-    *_head("cls.predictions.decoder", "cls.predictions.bias"),
+_CLS_HEAD = (
+    *_head_transform_rules("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    *_head_rules("cls.predictions.decoder", "cls.predictions.bias"),
 )
-_LM_HEAD = (*_transform("lm_head.dense", "lm_head.layer_norm"), *_head("lm_head.decoder", "lm_head.bias"))
-_GENERATOR = (
-    *_transform("generator_predictions.dense", "generator_predictions.LayerNorm"),
-    *_head("generator_lm_head"),
+_LM_HEAD = (
+    *_head_transform_rules("lm_head.dense", "lm_head.layer_norm"),
+    *_head_rules("lm_head.decoder", "lm_head.bias"),
 )
-_REMBERT = (*_transform("cls.predictions.dense", "cls.predictions.LayerNorm"), *_head("cls.predictions.decoder"))
-_IMAGES = ignore(r"git\.(image_encoder|visual_projection|img_temporal_embedding)\..*", "reads images")
-ROBERTA = _weights("roberta", _LM_HEAD)
+_GENERATOR_HEAD = (
+    *_head_transform_rules("generator_predictions.dense", "generator_predictions.LayerNorm"),
+    *_head_rules("generator_lm_head"),
+)
+_REMBERT_HEAD = (
+    *_head_transform_rules("cls.predictions.dense", "cls.predictions.LayerNorm"),
+    *_head_rules("cls.predictions.decoder"),
+)
+_IMAGE_PARTS = ignore(r"git\.(image_encoder|visual_projection|img_temporal_embedding)\..*", "reads images")
+ROBERTA = _weight_rules("roberta", _LM_HEAD)
 FAMILIES: dict[str, Family] = {
     **seq2seq.FAMILIES,
-    "bert": Family(_bert, _weights("bert", _CLS)),
-    "bert-generation": Family(_without_segments, _weights("bert", _LM_HEAD)),
-    "git": Family(_without_segments, (*_weights("git", _head("output")), _IMAGES)),
-    "ernie": Family(_ernie, _weights("ernie", _CLS)),
-    "big_bird": Family(_big_bird, _weights("bert", _CLS)),
-    "megatron-bert": Family(_megatron_bert, _weights("bert", _CLS)),
-    "electra": Family(_electra, _weights("electra", _GENERATOR)),
-    "rembert": Family(_rembert, _weights("rembert", _REMBERT)),
-    "roformer": Family(_roformer, _weights("roformer", _CLS)),
+    "bert": Family(_bert, _weight_rules("bert", _CLS_HEAD)),
+    "bert-generation": Family(_without_segments, _weight_rules("bert", _LM_HEAD)),
+    "git": Family(_without_segments, (*_weight_rules("git", _head_rules("output")), _IMAGE_PARTS)),
+    "ernie": Family(_ernie, _weight_rules("ernie", _CLS_HEAD)),
+    "big_bird": Family(_big_bird, _weight_rules("bert", _CLS_HEAD)),
+    "megatron-bert": Family(_megatron_bert, _weight_rules("bert", _CLS_HEAD)),
+    "electra": Family(_electra, _weight_rules("electra", _GENERATOR_HEAD)),
+    "rembert": Family(_rembert, _weight_rules("rembert", _REMBERT_HEAD)),
+    "roformer": Family(_roformer, _weight_rules("roformer", _CLS_HEAD)),
     "roberta": Family(_roberta, ROBERTA),
     "camembert": Family(_roberta, ROBERTA),
     "xlm-roberta": Family(_roberta, ROBERTA),
-    "data2vec-text": Family(_roberta, _weights("data2vec_text", _LM_HEAD)),
-    "roberta-prelayernorm": Family(_roberta_prelayernorm, _weights("roberta_prelayernorm", _LM_HEAD)),
+    "data2vec-text": Family(_roberta, _weight_rules("data2vec_text", _LM_HEAD)),
+    "roberta-prelayernorm": Family(_roberta_prelayernorm, _weight_rules("roberta_prelayernorm", _LM_HEAD)),
     "xlm-roberta-xl": Family(_xlm_roberta_xl, ROBERTA),
 }

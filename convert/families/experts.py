@@ -11,29 +11,29 @@ from convert.families.base import (
     Family,
     biases,
     decoder,
-    first,
+    first_set,
     head_dim,
+    layers_without_rope,
     require,
     rms_qk_norm,
-    rotary,
+    rotary_layers,
     static_ntk,
-    unrotated,
-    windowed,
+    uniform_layer_types,
     with_rope,
 )
-from convert.families.mixtures import WITHOUT_MTP, mixture, several, sparse_steps, sparse_types
+from convert.families.mixtures import WITHOUT_MTP, marked_sparse_layers, mixture, shared_width, sparse_step_layers
 from convert.weights import takes
 from convert.weights.parts import (
     MIXTRAL_EXPERTS,
     POST_NORMS,
     PRE_NORMS,
     fused_qkv,
-    layers,
+    layer_rules,
     linear,
     llama_weights,
     mlp,
     norm,
-    outside,
+    outer_rules,
 )
 from convert.weights.rules import Target
 from tide_jax.errors import TideError
@@ -41,30 +41,31 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig, MoEConfig,
 
 
 def _mixtral(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, windowed(hf)), moe=mixture(hf, hf.num_local_experts))
+    return decoder(hf, rotary_layers(hf, uniform_layer_types(hf)), moe=mixture(hf, hf.num_local_experts))
 
 
 def _qwen2_moe(hf: Any) -> DecoderConfig:
     moe = mixture(
         hf,
         hf.num_experts,
-        layers=sparse_steps(hf),
+        layers=sparse_step_layers(hf),
         renormalise=hf.norm_topk_prob,
         shared_size=hf.shared_expert_intermediate_size,
         shared_gate=True,
     )
-    return decoder(hf, rotary(hf, hf.layer_types), moe=moe, qkv_bias=hf.qkv_bias)
+    return decoder(hf, rotary_layers(hf, hf.layer_types), moe=moe, qkv_bias=hf.qkv_bias)
 
 
 def _qwen3_moe(hf: Any) -> DecoderConfig:
-    moe = mixture(hf, hf.num_experts, layers=sparse_steps(hf), renormalise=hf.norm_topk_prob)
-    return decoder(hf, rotary(hf, windowed(hf), qk_norm=rms_qk_norm(hf)), moe=moe, **biases(hf.attention_bias))
+    moe = mixture(hf, hf.num_experts, layers=sparse_step_layers(hf), renormalise=hf.norm_topk_prob)
+    layers = rotary_layers(hf, uniform_layer_types(hf), qk_norm=rms_qk_norm(hf))
+    return decoder(hf, layers, moe=moe, **biases(hf.attention_bias))
 
 
 def _olmoe(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
-        rotary(hf, qk_norm=rms_qk_norm(hf, all_heads=True)),
+        rotary_layers(hf, qk_norm=rms_qk_norm(hf, all_heads=True)),
         moe=mixture(hf, hf.num_experts, renormalise=hf.norm_topk_prob),
         clip_qkv=getattr(hf, "clip_qkv", None),
         **biases(hf.attention_bias),
@@ -93,7 +94,7 @@ def _phimoe(hf: Any) -> DecoderConfig:
 
 def _phimoe_attention(hf: Any) -> list[AttentionType]:
     """Replaces the usual attention factor of longrope by the configuration's."""
-    layers, settings = rotary(hf, windowed(hf)), hf.rope_parameters
+    layers, settings = rotary_layers(hf, uniform_layer_types(hf)), hf.rope_parameters
     if settings["rope_type"] == "default":
         return layers
     short, long = settings["short_mscale"], settings["long_mscale"]
@@ -105,13 +106,14 @@ def _phimoe_attention(hf: Any) -> list[AttentionType]:
 
 
 def _granitemoe(hf: Any) -> DecoderConfig:
-    return _granite(hf, rotary(hf, scale=hf.attention_multiplier))
+    return _granite_mixture(hf, rotary_layers(hf, scale=hf.attention_multiplier))
 
 
 def _granitemoe_swa(hf: Any) -> DecoderConfig:
     thetas = hf.layer_rope_theta
-    layers = rotary(hf, hf.layer_types, hf.attention_multiplier, no_rope=[not theta for theta in thetas], sinks=True)
-    return _granite(
+    no_rope = [not theta for theta in thetas]
+    layers = rotary_layers(hf, hf.layer_types, hf.attention_multiplier, no_rope=no_rope, sinks=True)
+    return _granite_mixture(
         hf, [with_rope(a, theta=float(theta)) if theta else a for a, theta in zip(layers, thetas, strict=True)]
     )
 
@@ -125,19 +127,19 @@ def _granitemoehybrid(hf: Any) -> DecoderConfig:
         )
     scale = hf.attention_multiplier
     rotated = hf.position_embedding_type == "rope"
-    layers = rotary(hf, scale=scale) if rotated else unrotated(hf, scale)
+    layers = rotary_layers(hf, scale=scale) if rotated else layers_without_rope(hf, scale)
     flags = {} if rotated else {"positions": "none"}
     if not hf.num_local_experts:
-        return _scaled(hf, layers, intermediate_size=hf.shared_intermediate_size, **flags)
-    return _granite(hf, layers, **flags)
+        return _scaled_decoder(hf, layers, intermediate_size=hf.shared_intermediate_size, **flags)
+    return _granite_mixture(hf, layers, **flags)
 
 
-def _granite(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
+def _granite_mixture(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
     shared = getattr(hf, "shared_intermediate_size", 0)
-    return _scaled(hf, layers, moe=mixture(hf, hf.num_local_experts, shared_size=shared), **flags)
+    return _scaled_decoder(hf, layers, moe=mixture(hf, hf.num_local_experts, shared_size=shared), **flags)
 
 
-def _scaled(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
+def _scaled_decoder(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
     return decoder(
         hf,
         layers,
@@ -152,11 +154,10 @@ def _scaled(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig
 def _ernie4_5_moe(hf: Any) -> DecoderConfig:
     start, end, interval = hf.moe_layer_start_index, hf.moe_layer_end_index, hf.moe_layer_interval
     layers = tuple(i for i in range(hf.num_hidden_layers) if start <= i <= end and (i + 1) % interval == 0)
-    moe = mixture(
-        hf, hf.moe_num_experts, layers=layers, correction="score", shared_size=several(hf, hf.moe_num_shared_experts)
-    )
+    shared = shared_width(hf, hf.moe_num_shared_experts)
+    moe = mixture(hf, hf.moe_num_experts, layers=layers, correction="score", shared_size=shared)
     bias = bool(hf.use_bias)
-    return decoder(hf, rotary(hf, interleaved=True), moe=moe, mlp_bias=bias, head_bias=bias, **biases(bias))
+    return decoder(hf, rotary_layers(hf, interleaved=True), moe=moe, mlp_bias=bias, head_bias=bias, **biases(bias))
 
 
 def _flex_olmo(hf: Any) -> DecoderConfig:
@@ -164,29 +165,29 @@ def _flex_olmo(hf: Any) -> DecoderConfig:
 
 
 def _mellum(hf: Any) -> DecoderConfig:
-    moe = mixture(hf, hf.num_experts, layers=sparse_types(hf), renormalise=hf.norm_topk_prob)
-    layers = rotary(hf, hf.layer_types, qk_norm=rms_qk_norm(hf))
+    moe = mixture(hf, hf.num_experts, layers=marked_sparse_layers(hf), renormalise=hf.norm_topk_prob)
+    layers = rotary_layers(hf, hf.layer_types, qk_norm=rms_qk_norm(hf))
     return decoder(hf, layers, moe=moe, **biases(hf.attention_bias))
 
 
 def _hunyuan_v1_moe(hf: Any) -> DecoderConfig:
     moe = mixture(
         hf,
-        _same(hf, "num_experts"),
-        experts_per_token=_same(hf, "moe_topk"),
+        _equal_in_all_layers(hf, "num_experts"),
+        experts_per_token=_equal_in_all_layers(hf, "moe_topk"),
         intermediate_size=hf.intermediate_size,
         shared_size=hf.intermediate_size,
     )
-    layers = static_ntk(hf, rotary(hf, qk_norm=rms_qk_norm(hf, after_rope=True)))
+    layers = static_ntk(hf, rotary_layers(hf, qk_norm=rms_qk_norm(hf, after_rope=True)))
     return decoder(hf, layers, moe=moe, **biases(hf.attention_bias))
 
 
-def _same(hf: Any, name: str) -> int:
+def _equal_in_all_layers(hf: Any, name: str) -> int:
     """A number, or the value shared by all layers if it is a list. Raises TideError if layers differ."""
     value = getattr(hf, name)
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
-        raise TideError(f"{hf.model_type} with {name}={value!r} is not supported, only with the same for all layers")
+        raise TideError(f"{hf.model_type} with {name}={value!r} is not supported, only one value for all layers")
     return values.pop()
 
 
@@ -201,11 +202,11 @@ def _cohere2_moe(hf: Any) -> DecoderConfig:
     moe = mixture(
         hf,
         hf.num_experts,
-        layers=sparse_types(hf),
+        layers=marked_sparse_layers(hf),
         score=hf.expert_selection_fn,
         renormalise=hf.expert_selection_fn == "softmax" or hf.norm_topk_prob,
         scale=share,
-        shared_size=several(hf, hf.num_shared_experts),
+        shared_size=shared_width(hf, hf.num_shared_experts),
         shared_scale=share,
     )
     rotated_prefix = hf.prefix_dense_sliding_window_pattern == 1
@@ -213,9 +214,9 @@ def _cohere2_moe(hf: Any) -> DecoderConfig:
     no_rope = [kind == "full_attention" and not (block == "dense" and rotated_prefix) for kind, block in kinds]
     return decoder(
         hf,
-        rotary(hf, hf.layer_types, no_rope=no_rope, interleaved=True),
+        rotary_layers(hf, hf.layer_types, no_rope=no_rope, interleaved=True),
         moe=moe,
-        intermediate_size=first(hf, "prefix_dense_intermediate_size", "intermediate_size"),
+        intermediate_size=first_set(hf, "prefix_dense_intermediate_size", "intermediate_size"),
         norm="layer" if hf.rms_norm_eps is None else "rms",
         parallel_residual=True,
         shared_norm=True,
@@ -230,9 +231,9 @@ def _aria_text(hf: Any) -> DecoderConfig:
         hf,
         hf.moe_num_experts,
         experts_per_token=hf.moe_topk,
-        shared_size=several(hf, hf.moe_num_shared_experts),
+        shared_size=shared_width(hf, hf.moe_num_shared_experts),
     )
-    return decoder(hf, rotary(hf), moe=moe, mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
+    return decoder(hf, rotary_layers(hf), moe=moe, mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
 
 
 def _dbrx(hf: Any) -> DecoderConfig:
@@ -241,7 +242,7 @@ def _dbrx(hf: Any) -> DecoderConfig:
     theta = getattr(attention, "rope_theta", None) or hf.rope_parameters["rope_theta"]
     return decoder(
         hf,
-        [with_rope(layer, theta=float(theta)) for layer in rotary(hf)],
+        [with_rope(layer, theta=float(theta)) for layer in rotary_layers(hf)],
         moe=MoEConfig(
             num_experts=ffn.moe_num_experts,
             experts_per_token=ffn.moe_top_k,
@@ -260,7 +261,7 @@ def _gpt_oss(hf: Any) -> DecoderConfig:
     require(hf, swiglu_alpha=1.702)
     return decoder(
         hf,
-        rotary(hf, hf.layer_types, sinks=True),
+        rotary_layers(hf, hf.layer_types, sinks=True),
         moe=mixture(hf, hf.num_local_experts, router_bias=True, expert_bias=True),
         activation="swiglu_oai",
         activation_limit=hf.swiglu_limit,
@@ -299,7 +300,7 @@ def _jetmoe(hf: Any) -> DecoderConfig:
     experts = mixture(hf, hf.num_local_experts)
     return decoder(
         hf,
-        rotary(hf),
+        rotary_layers(hf),
         moe=dataclasses.replace(experts, output_bias=True),
         attention_experts=experts,
         layer_norm_eps=1e-6,
@@ -309,10 +310,10 @@ def _jetmoe(hf: Any) -> DecoderConfig:
 GRANITE_EXPERTS = {
     **linear("block_sparse_moe.router.layer", "mlp.router"),
     "block_sparse_moe.input_linear.weight": (Target("mlp.experts.gate_up", takes.stacked_halves),),
-    "block_sparse_moe.output_linear.weight": (Target("mlp.experts.down", takes.transposed),),
+    "block_sparse_moe.output_linear.weight": (Target("mlp.experts.down", takes.transpose),),
     **linear("block_sparse_moe.router", "mlp.router"),
     "block_sparse_moe.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.stacked_halves),),
-    "block_sparse_moe.experts.down_proj": (Target("mlp.experts.down", takes.transposed),),
+    "block_sparse_moe.experts.down_proj": (Target("mlp.experts.down", takes.transpose),),
 }
 GRANITE_SHARED = {
     **linear("shared_mlp.input_linear", "mlp.shared.gate_up", takes.halves),
@@ -325,8 +326,8 @@ GRANITE_DENSE = {
 GRANITE = llama_weights(PRE_NORMS, GRANITE_EXPERTS, GRANITE_SHARED)
 GRANITE_HYBRID = (
     *llama_weights(PRE_NORMS, GRANITE_EXPERTS),
-    *layers("[model.]layers", GRANITE_SHARED, when=lambda config: config.moe is not None),
-    *layers("[model.]layers", GRANITE_DENSE, when=lambda config: config.moe is None),
+    *layer_rules("[model.]layers", GRANITE_SHARED, when=lambda config: config.moe is not None),
+    *layer_rules("[model.]layers", GRANITE_DENSE, when=lambda config: config.moe is None),
 )
 GPT_OSS_EXPERTS = {
     "mlp.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.alternating_halves),),
@@ -345,7 +346,7 @@ ARIA_EXPERTS = {
     "mlp.experts.fc1.weight": (Target("mlp.experts.gate_up", takes.split_halves),),
     "mlp.experts.fc2.weight": (Target("mlp.experts.down"),),
 }
-ERNIE_CORRECTION = {"mlp.moe_statics.e_score_correction_bias": (Target("mlp.correction", takes.flat),)}
+ERNIE_CORRECTION = {"mlp.moe_statics.e_score_correction_bias": (Target("mlp.correction", takes.flatten),)}
 HUNYUAN_EXPERTS = {**linear("mlp.gate.wg", "mlp.router"), **mlp("mlp.shared_mlp", "mlp.shared")}
 JETMOE = {
     **linear("self_attention.experts.router.layer", "attention.router"),
@@ -355,12 +356,12 @@ JETMOE = {
     "self_attention.kv_proj.weight": (Target("attention.kv.kernel", takes.keys_values),),
     **linear("mlp.router.layer", "mlp.router"),
     "mlp.input_linear.weight": (Target("mlp.experts.gate_up", takes.stacked_halves),),
-    "mlp.output_linear.weight": (Target("mlp.experts.down", takes.transposed),),
+    "mlp.output_linear.weight": (Target("mlp.experts.down", takes.transpose),),
     "mlp.bias": (Target("mlp.output_bias"),),
 }
 DBRX = (
-    *outside("transformer.wte", "transformer.norm_f"),
-    *layers(
+    *outer_rules("transformer.wte", "transformer.norm_f"),
+    *layer_rules(
         "transformer.blocks",
         norm("norm_attn_norm.norm_1", "pre_attention_norm"),
         norm("norm_attn_norm.norm_2", "pre_mlp_norm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.configuration.rope import rope_config
-from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary
+from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary_layers
 from convert.weights import takes
 from convert.weights.parts import SANDWICH_NORMS, linear, llama_weights
 from convert.weights.rules import Target
@@ -14,27 +14,27 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig
 
 def _gemma_like(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
     require(hf, use_bidirectional_attention=False)
-    fixed = {"norm_unit_offset": True, "embedding_scale": hf.hidden_size**0.5} | biases(hf.attention_bias)
-    return decoder(hf, layers, **fixed, **flags)
+    common = {"norm_unit_offset": True, "embedding_scale": hf.hidden_size**0.5} | biases(hf.attention_bias)
+    return decoder(hf, layers, **common, **flags)
 
 
 def _gemma(hf: Any) -> DecoderConfig:
     # transformers does not read hidden_activation, which some checkpoints also have
-    return _gemma_like(hf, rotary(hf), activation=hf.hidden_act)
+    return _gemma_like(hf, rotary_layers(hf), activation=hf.hidden_act)
 
 
 def _gemma2(hf: Any) -> DecoderConfig:
-    return _capped(hf, norm_placement="sandwich")
+    return _decoder_with_softcaps(hf, norm_placement="sandwich")
 
 
 def _vaultgemma(hf: Any) -> DecoderConfig:
-    return _capped(hf)
+    return _decoder_with_softcaps(hf)
 
 
-def _capped(hf: Any, **flags: Any) -> DecoderConfig:
+def _decoder_with_softcaps(hf: Any, **flags: Any) -> DecoderConfig:
     return _gemma_like(
         hf,
-        rotary(hf, hf.layer_types, hf.query_pre_attn_scalar**-0.5),
+        rotary_layers(hf, hf.layer_types, hf.query_pre_attn_scalar**-0.5),
         attention_softcap=hf.attn_logit_softcapping,
         logit_softcap=hf.final_logit_softcapping,
         **flags,
@@ -46,7 +46,7 @@ def _gemma3(hf: Any) -> DecoderConfig:
     qk_norm = rms_qk_norm(hf, unit_offset=True)
     return _gemma_like(
         hf,
-        rotary(hf, hf.layer_types, hf.query_pre_attn_scalar**-0.5, qk_norm=qk_norm),
+        rotary_layers(hf, hf.layer_types, hf.query_pre_attn_scalar**-0.5, qk_norm=qk_norm),
         norm_placement="sandwich",
         logit_softcap=hf.final_logit_softcapping,
     )
@@ -68,14 +68,14 @@ def _gemma4(hf: Any) -> DecoderConfig:
 
 
 def _gemma4_attention(hf: Any, layer: int, kind: str) -> AttentionType:
-    sliding, own = kind == "sliding_attention", hf.per_layer_config[layer]
+    sliding, layer_config = kind == "sliding_attention", hf.per_layer_config[layer]
     return AttentionType(
         scale=1.0,
         window=hf.sliding_window if sliding else None,
-        rope=rope_config(hf, own.head_dim, kind),
+        rope=rope_config(hf, layer_config.head_dim, kind),
         qk_norm=rms_qk_norm(hf),
-        head_dim=own.head_dim,
-        num_kv_heads=own.num_key_value_heads,
+        head_dim=layer_config.head_dim,
+        num_kv_heads=layer_config.num_key_value_heads,
         value_norm=True,
         keys_as_values=hf.attention_k_eq_v and not sliding,
     )

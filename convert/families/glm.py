@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.families.base import Family, biases, decoder, rotary
+from convert.families.base import Family, biases, decoder, rotary_layers
 from convert.weights.parts import llama_weights, norm
 from tide_jax.model.architecture import DecoderConfig
 
 
 def _glm(hf: Any, **flags: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, interleaved=True), **biases(hf.attention_bias, out=False), **flags)
+    return decoder(hf, rotary_layers(hf, interleaved=True), **biases(hf.attention_bias, out=False), **flags)
 
 
 def _glm4(hf: Any) -> DecoderConfig:

@@ -11,11 +11,11 @@ from convert.families.base import (
     biases,
     decoder,
     head_dim,
+    layers_without_rope,
     learned_positions,
     plain_layer_norm,
     require,
-    rotary,
-    unrotated,
+    rotary_layers,
 )
 from convert.weights import takes
 from convert.weights.parts import (
@@ -23,12 +23,12 @@ from convert.weights.parts import (
     Names,
     attention,
     fused_qkv,
-    layers,
+    ignore_sinusoidal_table,
+    layer_rules,
     linear,
     norm,
-    outside,
+    outer_rules,
     plain_mlp,
-    sinusoidal_table,
 )
 from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.errors import TideError
@@ -37,18 +37,18 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 _Q, _KV = 0, slice(1, 3)
 
 
-def _inner(hf: Any) -> int:
+def _mlp_width(hf: Any) -> int:
     return hf.n_inner or 4 * hf.hidden_size
 
 
 def _gpt2(hf: Any) -> DecoderConfig:
     require(hf, add_cross_attention=False)
     scale = head_dim(hf) ** -0.5 if hf.scale_attn_weights else 1.0
-    by_layer = getattr(hf, "scale_attn_by_inverse_layer_idx", False)
+    scale_by_layer = getattr(hf, "scale_attn_by_inverse_layer_idx", False)
     return decoder(
         hf,
-        [AttentionType(scale=scale / (i + 1) if by_layer else scale) for i in range(hf.num_hidden_layers)],
-        intermediate_size=_inner(hf),
+        [AttentionType(scale=scale / (i + 1) if scale_by_layer else scale) for i in range(hf.num_hidden_layers)],
+        intermediate_size=_mlp_width(hf),
         **learned_positions(hf.max_position_embeddings),
         **plain_layer_norm(),
     )
@@ -57,7 +57,7 @@ def _gpt2(hf: Any) -> DecoderConfig:
 def _openai_gpt(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
-        unrotated(hf),
+        layers_without_rope(hf),
         intermediate_size=4 * hf.hidden_size,
         activation="gelu_new" if hf.afn == "gelu" else hf.afn,
         norm_placement="residual",
@@ -88,8 +88,8 @@ def _gptj(hf: Any) -> DecoderConfig:
     rope = RopeConfig(theta=10000.0, rotary_dim=hf.rotary_dim, interleaved=True)
     return decoder(
         hf,
-        unrotated(hf, rope=rope),
-        intermediate_size=_inner(hf),
+        layers_without_rope(hf, rope=rope),
+        intermediate_size=_mlp_width(hf),
         parallel_residual=True,
         shared_norm=True,
         head_bias=True,
@@ -100,14 +100,14 @@ def _gptj(hf: Any) -> DecoderConfig:
 def _gpt_neox(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
-        rotary(hf),
+        rotary_layers(hf),
         parallel_residual=hf.use_parallel_residual,
         **plain_layer_norm(**biases(hf.attention_bias)),
     )
 
 
 def _gpt_neox_japanese(hf: Any) -> DecoderConfig:
-    *body, last = rotary(hf)
+    *body, last = rotary_layers(hf)
     return decoder(
         hf,
         [*body, dataclasses.replace(last, out_bias=True)],
@@ -120,7 +120,7 @@ def _ctrl(hf: Any) -> DecoderConfig:
     require(hf, layer_norm_epsilon=1e-6)  # what its layers use, whatever the configuration says of the final norm
     return decoder(
         hf,
-        unrotated(hf),
+        layers_without_rope(hf),
         intermediate_size=hf.dff,
         activation="relu",
         positions="sinusoidal",
@@ -145,23 +145,23 @@ _CAUSAL_MASK = ignore(
     "a causal mask",
 )
 _POSITIONS = move("[transformer.]wpe.weight", Target("positions.kernel"))
-_TOP = (*outside("[transformer.]wte", "[transformer.]ln_f"), _POSITIONS, _CAUSAL_MASK)
+_TOP = (*outer_rules("[transformer.]wte", "[transformer.]ln_f"), _POSITIONS, _CAUSAL_MASK)
 _LN: Names = {**norm("ln_1", "pre_attention_norm"), **norm("ln_2", "pre_mlp_norm")}
 _CONV1D: Names = {
     **fused_qkv("attn.c_attn", takes.blocks(3, _Q), takes.blocks(3, _KV)),
     **linear("attn.c_proj", "attention.out", takes.conv1d_in),
     **_conv1d_mlp("mlp.c_fc", "mlp.c_proj"),
 }
-GPT2 = (*_TOP, *layers("[transformer.]h", _LN, _CONV1D))
+GPT2 = (*_TOP, *layer_rules("[transformer.]h", _LN, _CONV1D))
 OPENAI_GPT = (
-    *outside("[transformer.]tokens_embed", "[transformer.]ln_f"),
+    *outer_rules("[transformer.]tokens_embed", "[transformer.]ln_f"),
     move("[transformer.]positions_embed.weight", Target("positions.kernel")),
     _CAUSAL_MASK,
-    *layers("[transformer.]h", norm("ln_1", "post_attention_norm"), norm("ln_2", "post_mlp_norm"), _CONV1D),
+    *layer_rules("[transformer.]h", norm("ln_1", "post_attention_norm"), norm("ln_2", "post_mlp_norm"), _CONV1D),
 )
 GPT_BIGCODE = (
     *_TOP,
-    *layers(
+    *layer_rules(
         "[transformer.]h",
         _LN,
         fused_qkv("attn.c_attn", takes.grouped_q, takes.grouped_kv),
@@ -171,29 +171,29 @@ GPT_BIGCODE = (
 )
 GPT_NEO = (
     *_TOP,
-    *layers("[transformer.]h", _LN, attention("attn.attention"), plain_mlp("mlp.c_fc", "mlp.c_proj")),
+    *layer_rules("[transformer.]h", _LN, attention("attn.attention"), plain_mlp("mlp.c_fc", "mlp.c_proj")),
 )
 _CODEGEN_QKV: Names = {
     "attn.qkv_proj.weight": (
-        Target("attention.q.kernel", takes.device_blocks(0)),
-        Target("attention.kv.kernel", takes.device_blocks(2), ":, :, 0"),
-        Target("attention.kv.kernel", takes.device_blocks(1), ":, :, 1"),
+        Target("attention.q.kernel", takes.codegen_blocks(0)),
+        Target("attention.kv.kernel", takes.codegen_blocks(2), ":, :, 0"),
+        Target("attention.kv.kernel", takes.codegen_blocks(1), ":, :, 1"),
     )
 }
 GPTJ = (
     *_TOP,
-    *layers("[transformer.]h", _LN, attention("attn"), _CODEGEN_QKV, plain_mlp("mlp.fc_in", "mlp.fc_out")),
+    *layer_rules("[transformer.]h", _LN, attention("attn"), _CODEGEN_QKV, plain_mlp("mlp.fc_in", "mlp.fc_out")),
 )
 
 
 def _gpt_neox_weights(prefix: str) -> tuple[Rule, ...]:
     return (
-        *outside(f"[{prefix}.]embed_in", f"[{prefix}.]final_layer_norm", "embed_out"),
+        *outer_rules(f"[{prefix}.]embed_in", f"[{prefix}.]final_layer_norm", "embed_out"),
         _CAUSAL_MASK,
-        *layers(
+        *layer_rules(
             f"[{prefix}.]layers",
             PRE_NORMS,
-            fused_qkv("attention.query_key_value", takes.interleaved(_Q), takes.interleaved(_KV)),
+            fused_qkv("attention.query_key_value", takes.fused_by_head(_Q), takes.fused_by_head(_KV)),
             linear("attention.dense", "attention.out", takes.heads_in),
             {"attention.dense_bias": (Target("attention.out.bias"),)},
             plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
@@ -202,9 +202,9 @@ def _gpt_neox_weights(prefix: str) -> tuple[Rule, ...]:
 
 
 CTRL = (
-    *outside("[transformer.]w", "[transformer.]layernorm"),
-    sinusoidal_table("[transformer.]pos_encoding"),
-    *layers(
+    *outer_rules("[transformer.]w", "[transformer.]layernorm"),
+    ignore_sinusoidal_table("[transformer.]pos_encoding"),
+    *layer_rules(
         "[transformer.]h",
         norm("layernorm1", "pre_attention_norm"),
         norm("layernorm2", "pre_mlp_norm"),

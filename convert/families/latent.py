@@ -7,8 +7,15 @@ import logging
 import math
 from typing import Any
 
-from convert.families.base import Family, biases, decoder, rotary
-from convert.families.mixtures import WITHOUT_MTP, after, corrected, mixture, several, sparse_types
+from convert.families.base import Family, biases, decoder, rotary_layers
+from convert.families.mixtures import (
+    WITHOUT_MTP,
+    layers_after,
+    marked_sparse_layers,
+    mixture,
+    shared_width,
+    sigmoid_mixture,
+)
 from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, llama_weights, norm
 from convert.weights.rules import ignore
 from tide_jax.errors import TideError
@@ -17,7 +24,7 @@ from tide_jax.model.architecture import DecoderConfig, LatentConfig, MoEConfig
 logger = logging.getLogger(__name__)
 
 
-def _latent(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
+def _latent_decoder(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
     """A decoder with latent attention. `head_dim` of these configurations covers only the rotated part."""
     head = hf.qk_nope_head_dim + hf.qk_rope_head_dim
     latent = LatentConfig(
@@ -27,7 +34,7 @@ def _latent(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
         rope_dim=hf.qk_rope_head_dim,
         value_dim=hf.v_head_dim,
     )
-    layers = rotary(hf, scale=head**-0.5 * _temperature(hf) ** 2, interleaved=interleaved)
+    layers = rotary_layers(hf, scale=head**-0.5 * _temperature(hf) ** 2, interleaved=interleaved)
     return decoder(
         hf,
         layers,
@@ -56,54 +63,56 @@ def _deepseek_v2(hf: Any) -> DecoderConfig:
     moe = mixture(
         hf,
         hf.n_routed_experts,
-        layers=after(hf, hf.first_k_dense_replace),
+        layers=layers_after(hf, hf.first_k_dense_replace),
         renormalise=False,
         scale=hf.routed_scaling_factor,
         groups=hf.n_group if grouped else 1,
         groups_kept=hf.topk_group if grouped else 1,
         group_score="max",
-        shared_size=several(hf, hf.n_shared_experts),
+        shared_size=shared_width(hf, hf.n_shared_experts),
     )
-    return _latent(hf, interleaved=True, moe=moe, mlp_bias=hf.mlp_bias)
+    return _latent_decoder(hf, interleaved=True, moe=moe, mlp_bias=hf.mlp_bias)
 
 
 def _deepseek_v3(hf: Any) -> DecoderConfig:
-    return _latent(hf, interleaved=hf.rope_interleave, moe=_experts(hf, after(hf, hf.first_k_dense_replace)))
+    return _latent_decoder(
+        hf, interleaved=hf.rope_interleave, moe=_experts(hf, layers_after(hf, hf.first_k_dense_replace))
+    )
 
 
 def _glm4_moe_lite(hf: Any) -> DecoderConfig:
-    return _latent(hf, interleaved=hf.rope_interleave, moe=_experts(hf, sparse_types(hf)))
+    return _latent_decoder(hf, interleaved=hf.rope_interleave, moe=_experts(hf, marked_sparse_layers(hf)))
 
 
 def _axk1(hf: Any) -> DecoderConfig:
-    moe = _experts(hf, sparse_types(hf), output_norm=True)
-    return _latent(hf, interleaved=hf.rope_interleave, moe=moe)
+    moe = _experts(hf, marked_sparse_layers(hf), output_norm=True)
+    return _latent_decoder(hf, interleaved=hf.rope_interleave, moe=moe)
 
 
 def _experts(hf: Any, layers: tuple[int, ...], **flags: Any) -> MoEConfig:
-    shared = several(hf, hf.n_shared_experts)
-    return corrected(hf, hf.n_routed_experts, layers=layers, shared_size=shared, **flags)
+    shared = shared_width(hf, hf.n_shared_experts)
+    return sigmoid_mixture(hf, hf.n_routed_experts, layers=layers, shared_size=shared, **flags)
 
 
 def _sparse_attention(hf: Any) -> DecoderConfig:
     """Decoder whose indexer picks `index_topk` keys for each query; contexts up to that length need no indexer."""
-    config = _latent(hf, interleaved=True, moe=_experts(hf, sparse_types(hf)))
+    config = _latent_decoder(hf, interleaved=True, moe=_experts(hf, marked_sparse_layers(hf)))
     if hf.index_topk >= config.max_positions:
         return config
     logger.warning(
-        "%s attends to %d tokens at the most, chosen by an indexer that is not implemented: the context is cut from %d "
-        "to %d tokens, where nothing needs to be chosen",
+        "%s attends to at most %d tokens, which an indexer chooses; the indexer is not implemented, so the context is "
+        "cut from %d to %d tokens, where no choice is needed",
         *(hf.model_type, hf.index_topk, config.max_positions, hf.index_topk),
     )
     return dataclasses.replace(config, max_positions=hf.index_topk)
 
 
 def _youtu(hf: Any) -> DecoderConfig:
-    return _latent(hf, interleaved=hf.rope_interleave)
+    return _latent_decoder(hf, interleaved=hf.rope_interleave)
 
 
 def _minicpm3(hf: Any) -> DecoderConfig:
-    return _latent(
+    return _latent_decoder(
         hf,
         interleaved=False,
         embedding_scale=float(hf.scale_emb),

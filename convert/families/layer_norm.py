@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.families.base import Family, biases, decoder, norm_eps, plain_layer_norm, rotary, windowed
+from convert.families.base import (
+    Family,
+    biases,
+    decoder,
+    norm_eps,
+    plain_layer_norm,
+    rotary_layers,
+    uniform_layer_types,
+)
 from convert.families.llama import UNGATED
 from convert.weights import takes
 from convert.weights.parts import (
     PRE_NORMS,
     attention,
-    embedding_norm,
+    embedding_norm_rules,
     fused_qkv,
-    layers,
+    layer_rules,
     linear,
     llama_weights,
     norm,
-    outside,
+    outer_rules,
     plain_mlp,
 )
 from convert.weights.rules import Target, move
@@ -31,23 +39,27 @@ def _nemotron(hf: Any) -> DecoderConfig:
 
 def _jais2(hf: Any, **flags: Any) -> DecoderConfig:
     flags = plain_layer_norm(mlp_bias=hf.mlp_bias, **biases(hf.attention_bias), **flags)
-    return decoder(hf, rotary(hf), **flags)
+    return decoder(hf, rotary_layers(hf), **flags)
 
 
 def _starcoder2(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, windowed(hf)), **plain_layer_norm(mlp_bias=hf.use_bias, **biases(hf.use_bias)))
+    return decoder(
+        hf,
+        rotary_layers(hf, uniform_layer_types(hf)),
+        **plain_layer_norm(mlp_bias=hf.use_bias, **biases(hf.use_bias)),
+    )
 
 
 def _persimmon(hf: Any) -> DecoderConfig:
     qk_norm = QKNorm(kind="layer", eps=norm_eps(hf), bias=True) if hf.qk_layernorm else None
-    return decoder(hf, rotary(hf, qk_norm=qk_norm), **plain_layer_norm())
+    return decoder(hf, rotary_layers(hf, qk_norm=qk_norm), **plain_layer_norm())
 
 
 def _stablelm(hf: Any) -> DecoderConfig:
     qk_norm = QKNorm(kind="layer", eps=norm_eps(hf), per_head=True) if hf.qk_layernorm else None
     return decoder(
         hf,
-        rotary(hf, qk_norm=qk_norm),
+        rotary_layers(hf, qk_norm=qk_norm),
         norm="layer",
         norm_bias=True,
         parallel_residual=hf.use_parallel_residual,
@@ -59,7 +71,7 @@ def _stablelm(hf: Any) -> DecoderConfig:
 def _modernbert(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
-        rotary(hf, hf.layer_types),
+        rotary_layers(hf, hf.layer_types),
         norm="layer",
         norm_bias=hf.norm_bias,
         embedding_norm=True,
@@ -73,9 +85,9 @@ def _modernbert(hf: Any) -> DecoderConfig:
 
 PERSIMMON = llama_weights(
     PRE_NORMS,
-    fused_qkv("self_attn.query_key_value", takes.interleaved(_Q), takes.interleaved(_KV)),
+    fused_qkv("self_attn.query_key_value", takes.fused_by_head(_Q), takes.fused_by_head(_KV)),
     plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    top=outside("[model.]embed_tokens", "[model.]final_layernorm"),
+    top=outer_rules("[model.]embed_tokens", "[model.]final_layernorm"),
 )
 STABLELM = llama_weights(
     PRE_NORMS,
@@ -85,13 +97,13 @@ STABLELM = llama_weights(
     },
 )
 MODERNBERT = (
-    *outside("[model.]embeddings.tok_embeddings", "[model.]final_norm", "decoder"),
-    *embedding_norm("[model.]embeddings.norm"),
-    move("lm_head.dense.weight", Target("head_transform.dense.kernel", takes.transposed)),
+    *outer_rules("[model.]embeddings.tok_embeddings", "[model.]final_norm", "decoder"),
+    *embedding_norm_rules("[model.]embeddings.norm"),
+    move("lm_head.dense.weight", Target("head_transform.dense.kernel", takes.transpose)),
     move("lm_head.dense.bias", Target("head_transform.dense.bias")),
     move("lm_head.norm.weight", Target("head_transform.norm.scale")),
     move("lm_head.norm.bias", Target("head_transform.norm.bias")),
-    *layers(
+    *layer_rules(
         "[model.]layers",
         norm("attn_norm", "pre_attention_norm"),
         norm("mlp_norm", "pre_mlp_norm"),

@@ -6,16 +6,25 @@ import dataclasses
 import math
 from typing import Any
 
-from convert.families.base import Family, biases, decoder, require, rms_qk_norm, rotary, static_ntk, windowed
+from convert.families.base import (
+    Family,
+    biases,
+    decoder,
+    require,
+    rms_qk_norm,
+    rotary_layers,
+    static_ntk,
+    uniform_layer_types,
+)
 from convert.weights import takes
-from convert.weights.parts import PRE_NORMS, attention, layers, linear, llama_weights, norm, outside, plain_mlp
+from convert.weights.parts import PRE_NORMS, attention, layer_rules, linear, llama_weights, norm, outer_rules, plain_mlp
 from convert.weights.rules import Target, ignore
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig, QueryScaling
 
 
 def _llama(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf), mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
+    return decoder(hf, rotary_layers(hf), mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
 
 
 def _arcee(hf: Any) -> DecoderConfig:
@@ -23,67 +32,69 @@ def _arcee(hf: Any) -> DecoderConfig:
 
 
 def _seed_oss(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf), mlp_bias=hf.mlp_bias, **biases(hf.attention_bias, out=hf.attention_out_bias))
+    return decoder(hf, rotary_layers(hf), mlp_bias=hf.mlp_bias, **biases(hf.attention_bias, out=hf.attention_out_bias))
 
 
 def _smollm3(hf: Any) -> DecoderConfig:
     no_rope = [not rotated for rotated in hf.no_rope_layers]
-    kinds = rotary(hf, hf.layer_types, no_rope=no_rope)
+    kinds = rotary_layers(hf, hf.layer_types, no_rope=no_rope)
     return decoder(hf, kinds, mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
 
 
 def _helium(hf: Any) -> DecoderConfig:
-    kinds = rotary(hf, interleaved=True)
+    kinds = rotary_layers(hf, interleaved=True)
     return decoder(hf, kinds, mlp_bias=hf.mlp_bias, **biases(hf.attention_bias, out=False))
 
 
 def _ernie4_5(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, interleaved=True), mlp_bias=bool(hf.use_bias), **biases(bool(hf.use_bias)))
+    return decoder(hf, rotary_layers(hf, interleaved=True), mlp_bias=bool(hf.use_bias), **biases(bool(hf.use_bias)))
 
 
 def _mistral(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, windowed(hf)))
+    return decoder(hf, rotary_layers(hf, uniform_layer_types(hf)))
 
 
 def _ministral(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, hf.layer_types))
+    return decoder(hf, rotary_layers(hf, hf.layer_types))
 
 
 def _ministral3(hf: Any) -> DecoderConfig:
     settings = hf.rope_parameters
     beta, period = settings.get("llama_4_scaling_beta"), settings.get("original_max_position_embeddings")
     scaling = QueryScaling(float(beta), float(period)) if beta and period else None
-    return decoder(hf, rotary(hf, windowed(hf), query_scaling=scaling))
+    return decoder(hf, rotary_layers(hf, uniform_layer_types(hf), query_scaling=scaling))
 
 
 def _cwm(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, hf.layer_types), mlp_bias=hf.mlp_bias)
+    return decoder(hf, rotary_layers(hf, hf.layer_types), mlp_bias=hf.mlp_bias)
 
 
 def _qwen2(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, hf.layer_types), qkv_bias=True)
+    return decoder(hf, rotary_layers(hf, hf.layer_types), qkv_bias=True)
 
 
 def _qwen3(hf: Any) -> DecoderConfig:
     return decoder(
-        hf, rotary(hf, getattr(hf, "layer_types", None), qk_norm=rms_qk_norm(hf)), **biases(hf.attention_bias)
+        hf, rotary_layers(hf, getattr(hf, "layer_types", None), qk_norm=rms_qk_norm(hf)), **biases(hf.attention_bias)
     )
 
 
 def _hunyuan(hf: Any) -> DecoderConfig:
-    kinds = static_ntk(hf, rotary(hf, qk_norm=rms_qk_norm(hf, after_rope=True)))
+    kinds = static_ntk(hf, rotary_layers(hf, qk_norm=rms_qk_norm(hf, after_rope=True)))
     return decoder(hf, kinds, **biases(hf.attention_bias))
 
 
 def _apertus(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf, qk_norm=rms_qk_norm(hf)), mlp_gated=False, **biases(hf.attention_bias))
+    return decoder(hf, rotary_layers(hf, qk_norm=rms_qk_norm(hf)), mlp_gated=False, **biases(hf.attention_bias))
 
 
 def _diffllama(hf: Any) -> DecoderConfig:
     if hf.num_key_value_heads % 2:
-        raise TideError(f"num_key_value_heads={hf.num_key_value_heads}: diffllama needs an even number")
+        raise TideError(
+            f"diffllama with num_key_value_heads={hf.num_key_value_heads} is not supported, only an even number"
+        )
     initial = [0.8 - 0.6 * math.exp(-0.3 * layer) for layer in range(hf.num_hidden_layers)]
-    kinds = [dataclasses.replace(kind, differential=d) for kind, d in zip(rotary(hf), initial, strict=True)]
+    kinds = [dataclasses.replace(kind, differential=d) for kind, d in zip(rotary_layers(hf), initial, strict=True)]
     return decoder(hf, kinds, **biases(hf.attention_bias))
 
 
@@ -91,7 +102,7 @@ def _doge(hf: Any) -> DecoderConfig:
     require(hf, is_moe=False)  # its router mixes the tokens of a batch
     return decoder(
         hf,
-        rotary(hf, windowed(hf), qk_norm=rms_qk_norm(hf), dynamic_mask=True),
+        rotary_layers(hf, uniform_layer_types(hf), qk_norm=rms_qk_norm(hf), dynamic_mask=True),
         # longer contexts mask some keys depending on their content
         max_positions=min(hf.max_position_embeddings, hf.keep_window_size),
         residual_weights=True,
@@ -103,11 +114,11 @@ def _doge(hf: Any) -> DecoderConfig:
 def _moshi(hf: Any) -> DecoderConfig:
     # transformers' window only shortens the cache; up to that length both ways to run a text agree
     positions = min(hf.max_position_embeddings, hf.sliding_window or hf.max_position_embeddings)
-    return decoder(hf, rotary(hf), intermediate_size=hf.ffn_dim // 2, max_positions=positions, extra_tokens=1)
+    return decoder(hf, rotary_layers(hf), intermediate_size=hf.ffn_dim // 2, max_positions=positions, extra_tokens=1)
 
 
 def _bitnet(hf: Any) -> DecoderConfig:
-    return decoder(hf, rotary(hf), sub_norm=True, **biases(hf.attention_bias))
+    return decoder(hf, rotary_layers(hf), sub_norm=True, **biases(hf.attention_bias))
 
 
 UNGATED = llama_weights(PRE_NORMS, plain_mlp("mlp.up_proj", "mlp.down_proj"))
@@ -115,7 +126,7 @@ APERTUS = llama_weights(
     {**norm("attention_layernorm", "pre_attention_norm"), **norm("feedforward_layernorm", "pre_mlp_norm")},
     plain_mlp("mlp.up_proj", "mlp.down_proj"),
     {
-        f"mlp.act_fn.{name}": (Target(f"mlp.act.{name}", takes.single),)
+        f"mlp.act_fn.{name}": (Target(f"mlp.act.{name}", takes.one_element_vector),)
         for name in ("alpha_p", "alpha_n", "beta", "eps")
     },
 )
@@ -142,9 +153,9 @@ DOGE = llama_weights(
     },
 )
 MOSHI = (
-    *outside("[decoder.][model.]embed_tokens", "[decoder.][model.]norm", "[decoder.]lm_head"),
+    *outer_rules("[decoder.][model.]embed_tokens", "[decoder.][model.]norm", "[decoder.]lm_head"),
     ignore(r"(embed_tokens\.\d+|depth_decoder|audio_encoder)\..*", "belongs to the audio streams"),
-    *layers(
+    *layer_rules(
         "[decoder.][model.]layers",
         PRE_NORMS,
         attention("self_attn", "q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),

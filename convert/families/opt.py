@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.families.base import Family, biases, decoder, learned_positions, plain_layer_norm, unrotated
+from convert.families.base import Family, biases, decoder, layers_without_rope, learned_positions, plain_layer_norm
 from convert.weights.parts import (
     FAIRSEQ,
     FAIRSEQ_POST_NORMS,
     FAIRSEQ_PRE_NORMS,
-    layers,
-    outside,
-    projections,
-    sinusoidal_table,
+    ignore_sinusoidal_table,
+    layer_rules,
+    outer_rules,
+    width_projection_rules,
 )
 from convert.weights.rules import Target, ignore, move
 from tide_jax.errors import TideError
@@ -26,7 +26,7 @@ def _opt(hf: Any) -> DecoderConfig:
     before, affine = hf.do_layer_norm_before, hf.layer_norm_elementwise_affine
     return decoder(
         hf,
-        unrotated(hf),
+        layers_without_rope(hf),
         embedding_size=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
         intermediate_size=hf.ffn_dim,
         norm_eps=EPS,
@@ -43,7 +43,7 @@ def _xglm(hf: Any) -> DecoderConfig:
         raise TideError(f"xglm with pad_token_id={hf.pad_token_id} is not supported, only one below {_OFFSET}")
     return decoder(
         hf,
-        unrotated(hf),
+        layers_without_rope(hf),
         intermediate_size=hf.ffn_dim,
         norm_eps=EPS,
         positions="sinusoidal",
@@ -57,7 +57,7 @@ def _xglm(hf: Any) -> DecoderConfig:
 def _biogpt(hf: Any) -> DecoderConfig:
     return decoder(
         hf,
-        unrotated(hf),
+        layers_without_rope(hf),
         norm_eps=EPS,
         embedding_scale=hf.hidden_size**0.5 if hf.scale_embedding else None,
         **learned_positions(hf.max_position_embeddings, _OFFSET),
@@ -68,23 +68,23 @@ def _biogpt(hf: Any) -> DecoderConfig:
 VERSION = ignore(r"(model\.)?(decoder\.)?version", "a version number")
 OPT = (
     VERSION,
-    *outside("[model.]decoder.embed_tokens", "[model.]decoder.final_layer_norm"),
+    *outer_rules("[model.]decoder.embed_tokens", "[model.]decoder.final_layer_norm"),
     move("[model.]decoder.embed_positions.weight", Target("positions.kernel")),
-    *projections("[model.]decoder.project_in", "[model.]decoder.project_out"),
-    *layers("[model.]decoder.layers", FAIRSEQ),
-    *layers("[model.]decoder.layers", FAIRSEQ_PRE_NORMS, when=lambda config: config.norm_placement == "pre"),
-    *layers("[model.]decoder.layers", FAIRSEQ_POST_NORMS, when=lambda config: config.norm_placement != "pre"),
+    *width_projection_rules("[model.]decoder.project_in", "[model.]decoder.project_out"),
+    *layer_rules("[model.]decoder.layers", FAIRSEQ),
+    *layer_rules("[model.]decoder.layers", FAIRSEQ_PRE_NORMS, when=lambda config: config.norm_placement == "pre"),
+    *layer_rules("[model.]decoder.layers", FAIRSEQ_POST_NORMS, when=lambda config: config.norm_placement != "pre"),
 )
 XGLM = (
     VERSION,
-    *outside("[model.]embed_tokens", "[model.]layer_norm"),
-    sinusoidal_table("[model.]embed_positions.weights"),
-    *layers("[model.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
+    *outer_rules("[model.]embed_tokens", "[model.]layer_norm"),
+    ignore_sinusoidal_table("[model.]embed_positions.weights"),
+    *layer_rules("[model.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
 )
 BIOGPT = (
-    *outside("[biogpt.]embed_tokens", "[biogpt.]layer_norm", "output_projection"),
+    *outer_rules("[biogpt.]embed_tokens", "[biogpt.]layer_norm", "output_projection"),
     move("[biogpt.]embed_positions.weight", Target("positions.kernel")),
-    *layers("[biogpt.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
+    *layer_rules("[biogpt.]layers", FAIRSEQ, FAIRSEQ_PRE_NORMS),
 )
 FAMILIES: dict[str, Family] = {
     "opt": Family(_opt, OPT),

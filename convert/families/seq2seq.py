@@ -12,9 +12,9 @@ from convert.weights.parts import (
     FAIRSEQ_POST_NORMS,
     FAIRSEQ_PRE_NORMS,
     Names,
-    embedding_norm,
-    layers,
-    outside,
+    embedding_norm_rules,
+    layer_rules,
+    outer_rules,
 )
 from convert.weights.rules import Rule, Target, ignore, move
 from tide_jax.model.architecture import AttentionType, DecoderConfig
@@ -87,33 +87,35 @@ def _whisper(hf: Any) -> DecoderConfig:
     return _decoder(hf, pre_norm=True, key_bias=False, embedding_scale=None, **positions)
 
 
-def _weights(norms: Names, *more: Names, final_norm: str = "layer_norm", head: str = "lm_head") -> tuple[Rule, ...]:
+def _weight_rules(
+    norms: Names, *more: Names, final_norm: str = "layer_norm", head: str = "lm_head"
+) -> tuple[Rule, ...]:
     prefix = "[model.]decoder."
     table = f"{prefix}embed_positions.weight"
 
-    def learned(config: DecoderConfig) -> bool:
+    def has_learned_positions(config: DecoderConfig) -> bool:
         return config.positions == "learned"
 
-    def computed(config: DecoderConfig) -> bool:
+    def has_computed_positions(config: DecoderConfig) -> bool:
         return config.positions == "sinusoidal"
 
     return (
-        *outside(f"{prefix}embed_tokens", f"{prefix}{final_norm}", head),
-        *(embedding_norm(f"{prefix}layernorm_embedding") if final_norm != "layernorm_embedding" else ()),
-        move(table, Target("positions.kernel"), when=learned),
-        ignore(move(table).pattern, "sinusoidal positions are computed", when=computed),
+        *outer_rules(f"{prefix}embed_tokens", f"{prefix}{final_norm}", head),
+        *(embedding_norm_rules(f"{prefix}layernorm_embedding") if final_norm != "layernorm_embedding" else ()),
+        move(table, Target("positions.kernel"), when=has_learned_positions),
+        ignore(move(table).pattern, "sinusoidal positions are computed", when=has_computed_positions),
         ignore(r"(model\.)?decoder\.layers\.\d+\.encoder_attn.*", "attends to an encoder, which is left out"),
         ignore(r"(model\.)?(encoder|shared)\..*", "belongs to the encoder, which is left out"),
         VERSION,
         ignore("final_logits_bias", "a decoder that runs without its encoder does not add it"),
-        *layers(f"{prefix}layers", FAIRSEQ, norms, *more),
+        *layer_rules(f"{prefix}layers", FAIRSEQ, norms, *more),
     )
 
 
-BART, MBART = _weights(FAIRSEQ_POST_NORMS), _weights(FAIRSEQ_PRE_NORMS)
-BIGBIRD_PEGASUS = _weights(FAIRSEQ_PRE_NORMS, final_norm="layernorm_embedding")
-TROCR = _weights(FAIRSEQ_POST_NORMS, head="output_projection")
-WHISPER = _weights(
+BART, MBART = _weight_rules(FAIRSEQ_POST_NORMS), _weight_rules(FAIRSEQ_PRE_NORMS)
+BIGBIRD_PEGASUS = _weight_rules(FAIRSEQ_PRE_NORMS, final_norm="layernorm_embedding")
+TROCR = _weight_rules(FAIRSEQ_POST_NORMS, head="output_projection")
+WHISPER = _weight_rules(
     FAIRSEQ_PRE_NORMS,
     {"self_attn.v_proj.bias": (Target("attention.value_bias", takes.heads_bias),)},
     head="proj_out",

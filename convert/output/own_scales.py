@@ -17,7 +17,7 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import rounded_axes
 
 
-def holds_outputs(piece: Piece, axes: tuple[int, ...]) -> bool:
+def has_whole_outputs(piece: Piece, axes: tuple[int, ...]) -> bool:
     """Whether a piece has all inputs of the outputs it fills; `axes` are those a product sums over."""
     return all(isinstance(index, slice) for axis, index in enumerate(piece.slot) if axis in axes)
 
@@ -38,8 +38,8 @@ def own_scales(source: Source, piece: Piece, summed: tuple[int, ...], config: De
     """
     if (steps := steps_of(source, piece.source)) is None:
         return None
-    taken = piece.take(steps, config)
-    least, most = taken.min(axis=summed), taken.max(axis=summed)
+    selected = piece.take(steps, config)
+    least, most = selected.min(axis=summed), selected.max(axis=summed)
     return np.where(least == most, most, np.float32(0))
 
 
@@ -49,11 +49,11 @@ def scales_by_path(source: Source, plan: Plan, config: DecoderConfig) -> Callabl
 
     def scales(path: str) -> np.ndarray | None:
         shape = plan.shapes[path]
-        found = np.zeros([size for axis, size in enumerate(shape) if axis not in axes[path]], np.float32)
+        result = np.zeros([size for axis, size in enumerate(shape) if axis not in axes[path]], np.float32)
         for piece in pieces[path]:
             summed, slot = axes_in_slot(piece.slot, axes[path])
-            own = own_scales(source, piece, summed, config) if holds_outputs(piece, axes[path]) else None
-            found[slot] = 0 if own is None else own
-        return found if found.any() else None
+            own = own_scales(source, piece, summed, config) if has_whole_outputs(piece, axes[path]) else None
+            result[slot] = 0 if own is None else own
+        return result if result.any() else None
 
     return scales

@@ -27,7 +27,7 @@ from tide_jax.temporaries import discard, is_temporary, locked, temporary_folder
 _CONFIG = "config.json"
 _STALE, _LINK = ".stale.json", ".link"  # in a committed folder: files to remove; temporary name of a new link
 _WORK = "tide_jax"  # folder inside an existing directory that receives its new content
-_EARLIER_VERSIONS_WROTE = (
+_FILES_OF_EARLIER_VERSIONS = (
     *(_CONFIG, "generation_config.json", SINGLE_FILE, INDEX_FILE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -35,7 +35,7 @@ _EARLIER_VERSIONS_WROTE = (
 
 
 @contextlib.contextmanager
-def replacing(destination: Path, size: int, check: Callable[[], None], record: str) -> Iterator[Path]:
+def replace_directory(destination: Path, size: int, check: Callable[[], None], record: str) -> Iterator[Path]:
     """Yields a folder whose files move to `destination` on success; the folder is removed on any failure.
 
     Args:
@@ -51,7 +51,7 @@ def replacing(destination: Path, size: int, check: Callable[[], None], record: s
     """
     place = Path(os.path.realpath(destination))
     try:
-        with _staged(place) as partial:
+        with _staging_folder(place) as partial:
             if (free := shutil.disk_usage(partial).free) < size:
                 raise OSError(errno.ENOSPC, f"{size} bytes needed, {free} free")
             yield partial
@@ -59,8 +59,10 @@ def replacing(destination: Path, size: int, check: Callable[[], None], record: s
             _commit(partial, place, record)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise TideError(f"no space left for {destination} ({error.strerror}): free some") from error
-        raise TideError(f"{destination} cannot be written ({error.strerror or error}): choose another") from error
+            raise TideError(f"no space left for {destination} ({error.strerror}): free some space") from error
+        raise TideError(
+            f"{destination} cannot be written ({error.strerror or error}): choose another destination"
+        ) from error
 
 
 def is_free(directory: Path) -> bool:
@@ -73,10 +75,10 @@ def files_of(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
-def check_spared(partial: Path, destination: Path, record: str) -> None:
+def check_no_foreign_files(partial: Path, destination: Path, record: str) -> None:
     """Raises TideError if a file of `partial` would replace a file in `destination` that no run wrote."""
-    in_the_way = [name for name in files_of(partial) if os.path.lexists(destination / name)]
-    if foreign := sorted(set(in_the_way) - _written(destination, record)):
+    existing = [name for name in files_of(partial) if os.path.lexists(destination / name)]
+    if foreign := sorted(set(existing) - _files_of_earlier_runs(destination, record)):
         raise TideError(
             f"{destination} holds {foreign[0]}, which no conversion wrote and this one would replace: move it away, or "
             "choose another destination"
@@ -84,11 +86,11 @@ def check_spared(partial: Path, destination: Path, record: str) -> None:
 
 
 @contextlib.contextmanager
-def _staged(place: Path) -> Iterator[Path]:
+def _staging_folder(place: Path) -> Iterator[Path]:
     """Yields a new folder on the same disk as `place`."""
     if place.is_dir():
         with locked(place):
-            _finish(place)
+            _finish_commit(place)
         with temporary_folder(place, _WORK) as partial:
             yield partial
         return
@@ -118,16 +120,16 @@ def _commit(partial: Path, place: Path, record: str) -> None:
                 raise
     # The directory exists: commit with one rename inside it, then move the files out.
     with locked(place):
-        _finish(place)
-        check_spared(partial, place, record)
-        stale = _written(place, record) - set(files_of(partial))
+        _finish_commit(place)
+        check_no_foreign_files(partial, place, record)
+        stale = _files_of_earlier_runs(place, record) - set(files_of(partial))
         (partial / _STALE).write_text(json.dumps(sorted(stale)), encoding="utf-8")
         partial.rename(place / COMMITTED)
         _sync(place)
-        _finish(place)
+        _finish_commit(place)
 
 
-def _finish(place: Path) -> None:
+def _finish_commit(place: Path) -> None:
     """Moves the files of a committed folder to their places. May be interrupted anywhere and called again."""
     folder = place / COMMITTED
     if not folder.is_dir():
@@ -140,12 +142,12 @@ def _finish(place: Path) -> None:
     for name in sorted(names, key=lambda name: name == _CONFIG):
         if name == _CONFIG:
             _remove_stale(place, folder)
-        _put(folder / name, place / name, folder / _LINK)
+        _link_or_copy(folder / name, place / name, folder / _LINK)
     _sync(place)
     discard(folder, _WORK)
 
 
-def _put(source: Path, target: Path, link: Path) -> None:
+def _link_or_copy(source: Path, target: Path, link: Path) -> None:
     """Makes `target` a link to `source` in one step, or a copy if the file system has no links."""
     if target.exists() and target.samefile(source):  # renaming one link of a file onto another does nothing
         return
@@ -171,7 +173,7 @@ def _remove_stale(place: Path, folder: Path) -> None:
                 path.parent.rmdir()
 
 
-def _written(directory: Path, record: str) -> set[str]:
+def _files_of_earlier_runs(directory: Path, record: str) -> set[str]:
     """Names of the files that earlier runs wrote into a directory."""
     try:
         values = read_json(directory / record)
@@ -179,7 +181,7 @@ def _written(directory: Path, record: str) -> set[str]:
         values = {}
     listed, shards = values.get("files"), values.get("shards")
     if not isinstance(listed, list):
-        listed = [record, *_EARLIER_VERSIONS_WROTE, *(shards if isinstance(shards, list) else [])]
+        listed = [record, *_FILES_OF_EARLIER_VERSIONS, *(shards if isinstance(shards, list) else [])]
     return {name for name in listed if isinstance(name, str) and is_inside(name)}
 
 

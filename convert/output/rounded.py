@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.output.own_scales import axes_in_slot, holds_outputs, own_scales
+from convert.output.own_scales import axes_in_slot, has_whole_outputs, own_scales
 from convert.output.writer import Layout, ShardWriter, plan_layout
 from convert.sources.base import Source
 from convert.weights.rules import Piece, Plan, Slot
@@ -39,14 +39,14 @@ class RoundedPlan:
     """A plan in the model's layout, with integers and scales for rounded parameters.
 
     Args:
-      plan: plan of the floats in the model's layout (`convert.output.stored.as_stored`).
+      plan: plan of the floats in the model's layout (`convert.output.stored.to_model_layout`).
       config: the architecture.
     """
 
     def __init__(self, plan: Plan, config: DecoderConfig) -> None:
         self._plan, self._config, self._axes = plan, config, rounded_axes(config)
         self._samples = Samples(plan.shapes, kernel_input_axes(config))
-        self._whole = {p.path for p in plan.pieces if not holds_outputs(p, self._axes.get(p.path, ()))}
+        self._assembled_paths = {p.path for p in plan.pieces if not has_whole_outputs(p, self._axes.get(p.path, ()))}
 
     def layout(self, dtype: np.dtype, max_shard_bytes: float) -> Layout:
         """Lays out all parameters in files; scales follow their integers."""
@@ -64,32 +64,34 @@ class RoundedPlan:
         """Writes all parameters; yields the number of bytes after each source tensor."""
         # Pieces with whole outputs are rounded and written at once.
         for name, pieces in self._plan.by_source().items():
-            if now := [piece for piece in pieces if piece.path not in self._whole]:
-                yield self._write_taken(source, source.read(name), now, writer)
+            if ready := [piece for piece in pieces if piece.path not in self._assembled_paths]:
+                yield self._write_pieces(source, source.read(name), ready, writer)
         # The other parameters are assembled in memory first.
         by_path = self._plan.by_path()
-        for path in sorted(self._whole):
-            yield self._write(_Part(path, (), self._put_together(source, path, by_path[path]), path), writer)
+        for path in sorted(self._assembled_paths):
+            yield self._write(_Part(path, (), self._assemble(source, path, by_path[path]), path), writer)
 
     def fingerprint(self) -> str | None:
         """Fingerprint of the floats; complete once everything is written."""
         return self._samples.digest(self._config)
 
-    def _write_taken(self, source: Source, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
-        taken = [_Part(p.path, p.slot, p.take(tensor, self._config), p.source, self._own(source, p)) for p in pieces]
-        return sum(self._write(part, writer) for part in taken)
+    def _write_pieces(self, source: Source, tensor: np.ndarray, pieces: list[Piece], writer: ShardWriter) -> int:
+        selected = [
+            _Part(p.path, p.slot, p.take(tensor, self._config), p.source, self._own_scales(source, p)) for p in pieces
+        ]
+        return sum(self._write(part, writer) for part in selected)
 
-    def _own(self, source: Source, piece: Piece) -> np.ndarray | None:
+    def _own_scales(self, source: Source, piece: Piece) -> np.ndarray | None:
         """The checkpoint's own scales for a piece, if any."""
         if (axes := self._axes.get(piece.path)) is None:
             return None
         return own_scales(source, piece, axes_in_slot(piece.slot, axes)[0], self._config)
 
-    def _put_together(self, source: Source, path: str, pieces: list[Piece]) -> np.ndarray:
+    def _assemble(self, source: Source, path: str, pieces: list[Piece]) -> np.ndarray:
         floats = np.empty(self._plan.shapes[path], np.float32)
         for piece in pieces:
-            taken = piece.take(source.read(piece.source), self._config)
-            floats[piece.slot] = checked_cast(taken, _FLOAT32, piece.source)
+            selected = piece.take(source.read(piece.source), self._config)
+            floats[piece.slot] = checked_cast(selected, _FLOAT32, piece.source)
         return floats
 
     def _write(self, part: _Part, writer: ShardWriter) -> int:

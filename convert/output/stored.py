@@ -17,7 +17,7 @@ from tide_jax.model.ops import stored_order
 
 
 @dataclasses.dataclass(frozen=True)
-class _Turned:
+class _TransposedTake:
     """A take followed by a transposition."""
 
     take: Take
@@ -27,7 +27,7 @@ class _Turned:
         return self.take(array, config).transpose(self.order)
 
 
-def as_stored(plan: Plan, config: DecoderConfig) -> Plan:
+def to_model_layout(plan: Plan, config: DecoderConfig) -> Plan:
     """The same plan for parameters in the model's layout."""
     inputs = kernel_input_axes(config)
     orders = {path: stored_order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
@@ -35,13 +35,13 @@ def as_stored(plan: Plan, config: DecoderConfig) -> Plan:
         path: tuple(shape[axis] for axis in orders[path]) if path in orders else shape
         for path, shape in plan.shapes.items()
     }
-    pieces = tuple(_turned(p, orders[p.path]) if p.path in orders else p for p in plan.pieces)
+    pieces = tuple(_transpose_piece(p, orders[p.path]) if p.path in orders else p for p in plan.pieces)
     return dataclasses.replace(plan, shapes=shapes, pieces=pieces)
 
 
-def _turned(piece: Piece, order: tuple[int, ...]) -> Piece:
+def _transpose_piece(piece: Piece, order: tuple[int, ...]) -> Piece:
     slot: Slot = piece.slot + (slice(None),) * (len(order) - len(piece.slot))
-    kept = [axis for axis, index in enumerate(slot) if isinstance(index, slice)]  # axes of the take's result
-    axes = tuple(kept.index(axis) for axis in order if axis in kept)
-    turned = tuple(slot[axis] for axis in order)
-    return dataclasses.replace(piece, slot=turned, take=_Turned(piece.take, axes))
+    kept_axes = [axis for axis, index in enumerate(slot) if isinstance(index, slice)]  # axes of the take's result
+    axes = tuple(kept_axes.index(axis) for axis in order if axis in kept_axes)
+    transposed_slot = tuple(slot[axis] for axis in order)
+    return dataclasses.replace(piece, slot=transposed_slot, take=_TransposedTake(piece.take, axes))

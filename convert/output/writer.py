@@ -22,7 +22,7 @@ from tide_jax.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked
 
 _BLOCK_BYTES = 32 * 2**20
 _ALIGNMENT = 64  # of tensors in a file; XLA uses memory with this alignment without a copy
-_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {np.dtype(np.int8): "I8"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +108,11 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str, first: int = 0) -> int:
+    def write(self, name: str, slot: Slot, piece: np.ndarray, source: str, first_row: int = 0) -> int:
         """Writes `piece` into ``name[slot]``, cast to the parameter's dtype; returns the number of bytes.
 
         Args:
-          first: row at which `piece` begins, along the first axis of ``name[slot]``.
+          first_row: row at which `piece` begins, along the first axis of ``name[slot]``.
 
         Raises:
           TideError: the piece, which came from tensor `source`, holds NaN or infinity, or overflows the dtype.
@@ -120,7 +120,7 @@ class ShardWriter:
         shard, offset = self._places[name]
         shape, dtype = self._layout.shapes[name], self._layout.dtype_of(name)
         # Leading integers of the slot are a byte offset; the rest is applied row by row.
-        leading, inner = split(slot)
+        leading, inner = split_slot(slot)
         for index in leading:
             shape = shape[1:]
             offset += index * _bytes(shape, dtype)
@@ -129,7 +129,7 @@ class ShardWriter:
         rows = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, len(piece), rows):
             part = checked_cast(piece[start : start + rows], dtype, source)
-            self._write_rows(shard, offset + (first + start) * row_bytes, (len(part), *row), inner, part)
+            self._write_rows(shard, offset + (first_row + start) * row_bytes, (len(part), *row), inner, part)
         return piece.size * dtype.itemsize
 
     def sync(self) -> None:
@@ -156,7 +156,11 @@ class ShardWriter:
         for name in sorted(names, key=lambda name: self._layout.nbytes(name) % _ALIGNMENT > 0):
             end = begin + self._layout.nbytes(name)
             shape = list(self._layout.shapes[name])
-            header[name] = {"dtype": _NAMES[self._layout.dtype_of(name)], "shape": shape, "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": _DTYPE_NAMES[self._layout.dtype_of(name)],
+                "shape": shape,
+                "data_offsets": [begin, end],
+            }
             begin = end
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -174,7 +178,7 @@ def _bytes(shape: Sequence[int], dtype: np.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def split(slot: Slot) -> tuple[tuple[int, ...], Slot]:
+def split_slot(slot: Slot) -> tuple[tuple[int, ...], Slot]:
     """Splits a slot into its leading integers and the rest."""
     count = next((i for i, index in enumerate(slot) if isinstance(index, slice)), len(slot))
     return tuple(int(i) for i in slot[:count] if isinstance(i, int)), slot[count:]

@@ -29,7 +29,7 @@ from tide_jax.model.files.checkpoint import load
 from tide_jax.model.layers import DecoderLayer, KeyValue
 from tide_jax.testing import constant_routers
 
-_LEAST_RANGE = 2.0
+_MIN_LOGIT_RANGE = 2.0
 _PATHS = ("prefill", "padded", "decode", "forced_exit", "mixed_exit")
 
 
@@ -74,7 +74,7 @@ class ParityReport:
         ]
         if self.greedy_tokens != NEW_TOKENS:
             found.append(f"greedy: {self.greedy_tokens} of {NEW_TOKENS} tokens are equal")
-        if not self.logit_range >= _LEAST_RANGE:
+        if not self.logit_range >= _MIN_LOGIT_RANGE:
             found.append(f"the logits hardly differ, by {self.logit_range:.1e}: nothing was tested")
         return tuple(found)
 
@@ -92,7 +92,7 @@ def measure_parity(checkpoint: str | Path) -> ParityReport:
         model_type = convert(checkpoint, Path(directory) / "converted", dtype="float32").model_type
         model = load(Path(directory) / "converted", "float32")
     try:
-        return _compare(model_type, model, Reference(checkpoint, together=_stretched(model)))
+        return _compare(model_type, model, Reference(checkpoint, as_one_batch=_has_length_dependent_ropes(model)))
     finally:
         for program in _PROGRAMS:
             program.clear_cache()  # can't be reused for the next model, and takes 30 MB
@@ -100,26 +100,28 @@ def measure_parity(checkpoint: str | Path) -> ParityReport:
 
 def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityReport:
     batch = random_batch(model.config.vocab_size)
-    nobody, everybody, some = np.zeros_like(batch.mask), np.ones_like(batch.mask), _some(batch)
-    expected, states = reference.logits_and_states(batch, _middle(model))
-    at_middle = np.where((batch.positions >= 1)[..., None], _head(model, jnp.asarray(states)), expected)
+    no_exits, all_exits, random_exits = np.zeros_like(batch.mask), np.ones_like(batch.mask), _random_exits(batch)
+    expected, states = reference.logits_and_states(batch, _middle_layer(model))
+    at_middle = np.where((batch.positions >= 1)[..., None], _run_head(model, jnp.asarray(states)), expected)
     spread = float(np.ptp(expected[batch.mask]))
-    prefill, text = _prefill(model, batch)
-    decode, steps = _steps(model, batch, nobody), reference.steps(batch)
+    prefill, text = _run_prefill(model, batch)
+    decode, steps = _run_steps(model, batch, no_exits), reference.steps(batch)
 
-    def relative(found: np.ndarray, wanted: np.ndarray, where: np.ndarray = batch.mask) -> float:
-        return float(np.abs(found - wanted)[where].max()) / max(spread, 1e-30)
+    def relative(found: np.ndarray, expected_logits: np.ndarray, where: np.ndarray = batch.mask) -> float:
+        return float(np.abs(found - expected_logits)[where].max()) / max(spread, 1e-30)
 
-    def whole(found: np.ndarray, wanted: np.ndarray) -> float:
-        return relative(found[:WHOLE_ROWS], wanted[:WHOLE_ROWS], batch.mask[:WHOLE_ROWS])
+    def whole(found: np.ndarray, expected_logits: np.ndarray) -> float:
+        return relative(found[:WHOLE_ROWS], expected_logits[:WHOLE_ROWS], batch.mask[:WHOLE_ROWS])
 
     def padded(found: np.ndarray) -> float:
         return relative(found[WHOLE_ROWS:], expected[WHOLE_ROWS:], batch.mask[WHOLE_ROWS:])
 
     # If frequencies depend on the length, so do cached keys: one pass and many passes differ by design.
-    one_pass = _stretched(model)
+    one_pass = _has_length_dependent_ropes(model)
     forced = (
-        _pass(model, batch, _empty_cache(model, batch), everybody)[0] if one_pass else _steps(model, batch, everybody)
+        _run_pass(model, batch, _empty_cache(model, batch), all_exits)[0]
+        if one_pass
+        else _run_steps(model, batch, all_exits)
     )
     return ParityReport(
         model_type=model_type,
@@ -127,26 +129,26 @@ def _compare(model_type: str, model: Decoder, reference: Reference) -> ParityRep
         padded=padded(prefill) if one_pass else max(padded(prefill), padded(decode)),
         decode=whole(decode, expected if steps is None else steps),
         forced_exit=relative(forced, at_middle),
-        mixed_exit=relative(_steps(model, batch, some), _walk(model, batch, some)),
-        greedy_tokens=_equal_tokens(text, reference.greedy(batch)),
+        mixed_exit=relative(_run_steps(model, batch, random_exits), _walk_layers(model, batch, random_exits)),
+        greedy_tokens=_count_equal_tokens(text, reference.greedy(batch)),
         logit_range=spread,
     )
 
 
-def _stretched(model: Decoder) -> bool:
+def _has_length_dependent_ropes(model: Decoder) -> bool:
     """Whether rotary frequencies depend on the length of the text."""
     ropes = [kind.rope for kind in model.config.attention_types if kind.rope is not None]
     return any(rope.kind in ("dynamic", "longrope") for rope in ropes)
 
 
-def _some(batch: Batch) -> np.ndarray:
+def _random_exits(batch: Batch) -> np.ndarray:
     """A random choice of tokens. In every third column all rows exit, so that deep layers are skipped."""
     chosen = np.random.default_rng(11).integers(0, 2, batch.mask.shape).astype(bool)
     chosen[:, ::3] = True
     return chosen
 
 
-def _equal_tokens(found: np.ndarray, expected: np.ndarray) -> int:
+def _count_equal_tokens(found: np.ndarray, expected: np.ndarray) -> int:
     """Leading columns that are equal in all of the expected rows."""
     return int(np.cumprod((found[: len(expected)] == expected).all(axis=0)).sum())
 
@@ -156,13 +158,13 @@ _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_le
 
 
 @_jit
-def _forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Array, "B T V"], KeyValue]:
+def _run_forward(model: Decoder, tokens: Array, positions: Array) -> tuple[Float[Array, "B T V"], KeyValue]:
     x, rows = model.run_layers(tokens, positions, None)
     return model.logits(model.final_norm(x)), rows
 
 
 @_jit
-def _depth(
+def _run_depth(
     model: Decoder, tokens: Array, positions: Array, cache: KVCache, routers: Routers, may_exit: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
     """Logits and exit layers when every token that may exit does so at the first exit point."""
@@ -171,39 +173,39 @@ def _depth(
 
 
 @_jit
-def _head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def _run_head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     return model.logits(model.final_norm(states))
 
 
-def _prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _run_prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Logits of one pass at full depth, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
-    logits, rows = _forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
+    logits, rows = _run_forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
     cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions))
     text = [np.argmax(logits[:, -1:], axis=-1).astype(np.int32)]
     for n in range(1, NEW_TOKENS):
         ones = np.ones_like(text[-1], bool)
-        out, cache = _pass(model, Batch(text[-1], batch.positions[:, -1:] + np.int32(n), ones), cache, ~ones)
+        out, cache = _run_pass(model, Batch(text[-1], batch.positions[:, -1:] + np.int32(n), ones), cache, ~ones)
         text.append(np.argmax(out, axis=-1).astype(np.int32))
     return np.asarray(logits), np.concatenate(text, axis=1)
 
 
-def _steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
+def _run_steps(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
     """Logits [B, T, V], one token at a time through the cache; tokens that may exit do so at the middle layer."""
     cache, logits = _empty_cache(model, batch), []
     for t in range(batch.tokens.shape[1]):
-        out, cache = _pass(model, batch.column(t), cache, may_exit[:, t : t + 1])
+        out, cache = _run_pass(model, batch.column(t), cache, may_exit[:, t : t + 1])
         logits.append(out)
     return np.concatenate(logits, axis=1)
 
 
-def _pass(model: Decoder, batch: Batch, cache: KVCache, may_exit: np.ndarray) -> tuple[np.ndarray, KVCache]:
+def _run_pass(model: Decoder, batch: Batch, cache: KVCache, may_exit: np.ndarray) -> tuple[np.ndarray, KVCache]:
     """Logits [B, T, V] of one pass, NaN for tokens that exited at another than the middle layer; and the new cache."""
-    middle = _middle(model)
+    middle = _middle_layer(model)
     routers = constant_routers(model.config, interval=middle + 1)
     arrays = (jnp.asarray(a) for a in (batch.tokens, batch.positions))
-    logits, layers, cache = _depth(model, *arrays, cache, routers, jnp.asarray(may_exit))
-    leave = may_exit & (batch.positions >= 1)
-    expected = np.where(batch.mask, np.where(leave, middle, model.config.num_layers - 1), -1)
+    logits, layers, cache = _run_depth(model, *arrays, cache, routers, jnp.asarray(may_exit))
+    exits = may_exit & (batch.positions >= 1)
+    expected = np.where(batch.mask, np.where(exits, middle, model.config.num_layers - 1), -1)
     return np.where((np.asarray(layers) == expected)[..., None], np.asarray(logits), np.nan), cache
 
 
@@ -212,12 +214,12 @@ def _empty_cache(model: Decoder, batch: Batch) -> KVCache:
     return init_cache(model.config, rows, length + NEW_TOKENS, jnp.dtype(jnp.float32))
 
 
-def _middle(model: Decoder) -> int:
+def _middle_layer(model: Decoder) -> int:
     return (model.config.num_layers - 1) // 2
 
 
-def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
-    """Computes the logits of `_steps`, one token and one layer at a time.
+def _walk_layers(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
+    """Computes the logits of `_run_steps`, one token and one layer at a time.
 
     It has no groups and no cache: keys and values are in Python lists. A token that exited keeps its state, and deeper
     layers only compute its keys and values.
@@ -226,42 +228,44 @@ def _walk(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarray:
     heads, *channels = model.config.cache_shape
     empty = KeyValue(*(jnp.zeros((rows, heads, 1, c), jnp.float32) for c in channels))
     memory = [[empty] * length for _ in model.layers]  # full length from the start, so that shapes never change
-    leave = may_exit & (batch.positions >= 1)
+    exits = may_exit & (batch.positions >= 1)
     states = []
     for t in range(length):
         now = batch.column(t)
-        seen = np.where(np.arange(length) < t, batch.positions, np.int32(-1))
-        x, contexts = _enter(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, seen)))
+        cached_positions = np.where(np.arange(length) < t, batch.positions, np.int32(-1))
+        x, contexts = _embed(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, cached_positions)))
         for i, layer in enumerate(model.layers):
-            left = leave[:, t] & (i > _middle(model))
-            x, memory[i][t] = _advance(layer, x, contexts, memory[i], jnp.asarray(left))
+            exited = exits[:, t] & (i > _middle_layer(model))
+            x, memory[i][t] = _run_layer(layer, x, contexts, memory[i], jnp.asarray(exited))
         states.append(x)
-    return np.asarray(_head(model, jnp.concatenate(states, axis=1)))
+    return np.asarray(_run_head(model, jnp.concatenate(states, axis=1)))
 
 
-class _Slots(NamedTuple):
+class _CachedPositions(NamedTuple):
     """The part of a cache that `Decoder.contexts` reads."""
 
     positions: Int[Array, "B S"]
 
 
 @_jit
-def _enter(model: Decoder, tokens: Array, positions: Array, seen: Array) -> tuple[Float[Array, "B 1 D"], Any]:
-    """The states before the first layer, and the contexts with which layers attend to the positions in `seen`."""
-    slots: Any = _Slots(seen)
+def _embed(
+    model: Decoder, tokens: Array, positions: Array, cached_positions: Array
+) -> tuple[Float[Array, "B 1 D"], Any]:
+    """The states before the first layer, and the contexts with which layers attend to `cached_positions`."""
+    slots: Any = _CachedPositions(cached_positions)
     return model.embed_tokens(tokens, positions), model.contexts(positions, slots)
 
 
 @_jit
-def _advance(
-    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue], left: Bool[Array, " B"]
+def _run_layer(
+    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue], exited: Bool[Array, " B"]
 ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
     """Runs a layer on one token of each row. Rows that exited keep their state and only give keys and values."""
     cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
     y, new = layer(x, contexts, cached)
-    kept = layer.project_kv(x, contexts)
-    new = KeyValue(*(jnp.where(left[:, None, None, None], a, b) for a, b in zip(kept, new, strict=True)))
-    return jnp.where(left[:, None, None], x, y), new
+    exit_rows = layer.project_kv(x, contexts)
+    new = KeyValue(*(jnp.where(exited[:, None, None, None], a, b) for a, b in zip(exit_rows, new, strict=True)))
+    return jnp.where(exited[:, None, None], x, y), new
 
 
-_PROGRAMS: tuple[Any, ...] = (_forward, _depth, _head, _enter, _advance)
+_PROGRAMS: tuple[Any, ...] = (_run_forward, _run_depth, _run_head, _embed, _run_layer)

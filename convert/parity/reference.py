@@ -46,10 +46,10 @@ class Reference:
 
     Args:
       checkpoint: path of the checkpoint.
-      together: run the batch as one, padded; otherwise each length separately, like a user with one prompt.
+      as_one_batch: run the batch as one, padded; otherwise each length separately, like a user with one prompt.
     """
 
-    def __init__(self, checkpoint: str | Path, together: bool) -> None:
+    def __init__(self, checkpoint: str | Path, as_one_batch: bool) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -60,7 +60,7 @@ class Reference:
             if AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type == "falcon"
             else "eager"
         )
-        self._together = together
+        self._together = as_one_batch
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=kind
         ).eval()
@@ -69,28 +69,28 @@ class Reference:
 
     def logits_and_states(self, batch: Batch, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits [B, T, V] and the residual stream after a layer [B, T, D]; zeros for padding."""
-        fired: dict[str, np.ndarray] = {}
+        outputs: dict[str, np.ndarray] = {}
 
         def watch(name: str, module: Any) -> Any:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
-                fired.setdefault(name, (output[0] if isinstance(output, (tuple, list)) else output).numpy())
+                outputs.setdefault(name, (output[0] if isinstance(output, (tuple, list)) else output).numpy())
 
             return module.register_forward_hook(hook)
 
         handles = [watch(name, module) for name, module in self._nth_modules(layer)]
         logits, states = [], []
-        for rows in self._parts(batch):
-            fired.clear()
+        for rows in self._split_batch(batch):
+            outputs.clear()
             logits.append(self._run(rows))
-            states.append(fired[min(fired, key=lambda name: name.count("."))])
+            states.append(outputs[min(outputs, key=lambda name: name.count("."))])
         for handle in handles:
             handle.remove()
-        return _padded(logits), _padded(states)
+        return _join_padded(logits), _join_padded(states)
 
     def steps(self, batch: Batch) -> np.ndarray | None:
         """Logits of rows without padding, one token at a time through transformers' cache; None if it has no cache."""
         cache, logits, name = None, [], cache_name(self._model)
-        for column in self._ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
+        for column in self._to_ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
             with self._torch.no_grad():
                 out = self._model(input_ids=column, **{name: cache}, use_cache=True)
             cache = getattr(out, name, None)
@@ -105,20 +105,22 @@ class Reference:
         They come from `generate` if its text agrees with logits computed without a cache. It does not in families whose
         `forward` starts positions at another number than `generate`; there, each token comes from a pass over the text.
         """
-        prompt = self._ids(batch.tokens[:WHOLE_ROWS])
+        prompt = self._to_ids(batch.tokens[:WHOLE_ROWS])
         text = self._model.generate(prompt, max_new_tokens=NEW_TOKENS)
-        if not self._together and not bool((self._best(text)[:, -NEW_TOKENS - 1 : -1] == text[:, -NEW_TOKENS:]).all()):
+        if not self._together and not bool(
+            (self._best_tokens(text)[:, -NEW_TOKENS - 1 : -1] == text[:, -NEW_TOKENS:]).all()
+        ):
             text = prompt
             for _ in range(NEW_TOKENS):
-                text = self._torch.cat([text, self._best(text)[:, -1:]], dim=1)
+                text = self._torch.cat([text, self._best_tokens(text)[:, -1:]], dim=1)
         return text.numpy()[:, prompt.shape[1] :]
 
-    def _best(self, ids: Any) -> Any:
+    def _best_tokens(self, ids: Any) -> Any:
         """Most probable next token after each token."""
         with self._torch.no_grad():
             return self._model(input_ids=ids).logits.argmax(-1)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
+    def _split_batch(self, batch: Batch) -> list[Batch]:
         """Batches to run at once: rows of equal length, or the whole batch."""
         if self._together:
             return [batch]
@@ -131,9 +133,9 @@ class Reference:
             mask = self._torch.tensor(batch.mask.astype(np.int64))
             inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         with self._torch.no_grad():
-            return self._model(input_ids=self._ids(batch.tokens), **inputs).logits.numpy()
+            return self._model(input_ids=self._to_ids(batch.tokens), **inputs).logits.numpy()
 
-    def _ids(self, tokens: np.ndarray) -> Any:
+    def _to_ids(self, tokens: np.ndarray) -> Any:
         return self._torch.tensor(np.asarray(tokens, np.int64))
 
     def _nth_modules(self, index: int) -> list[tuple[str, Any]]:
@@ -151,7 +153,7 @@ def cache_name(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _padded(parts: list[np.ndarray]) -> np.ndarray:
+def _join_padded(parts: list[np.ndarray]) -> np.ndarray:
     """Joins rows of several lengths in one array, padded on the left."""
     longest = max(part.shape[1] for part in parts)
     return np.concatenate([np.pad(part, ((0, 0), (longest - part.shape[1], 0), (0, 0))) for part in parts])

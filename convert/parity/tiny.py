@@ -70,7 +70,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
     if model_type not in CONFIG_MAPPING:
         raise TideError(f"model type {model_type!r} is not known to the installed transformers; check the spelling")
-    fields = _shrunk(CONFIG_MAPPING[model_type], _merged(TYPES.get(model_type, {}), overrides))
+    fields = _small_fields(CONFIG_MAPPING[model_type], _merge(TYPES.get(model_type, {}), overrides))
     return CONFIG_MAPPING[model_type](**fields)
 
 
@@ -96,7 +96,7 @@ def save_tiny(
     config = tiny_config(model_type, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _untrained(config)
+        model = _random_model(config)
         _randomise(model, torch)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
     if type(model.config) is not type(config):  # the model has only the text part, the checkpoint is the whole
@@ -111,15 +111,15 @@ def text_type(model_type: str) -> str:
     return tiny_config(model_type).get_text_config(decoder=True).model_type
 
 
-def _untrained(config: Any) -> Any:
+def _random_model(config: Any) -> Any:
     """The causal language model of a configuration; for a text part, the model class of the whole."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in models:
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    wholes = (kind for kind in models if kind.sub_configs.get("text_config") is type(config))
-    if (whole := next(wholes, None)) is None:
+    whole_classes = (kind for kind in models if kind.sub_configs.get("text_config") is type(config))
+    if (whole := next(whole_classes, None)) is None:
         raise TideError(f"transformers has no causal language model of type {config.model_type!r}")
     return models[whole]._from_config(config, attn_implementation="eager")
 
@@ -140,18 +140,18 @@ def _randomise(model: Any, torch: Any) -> None:
                 tensor.copy_(noise * (0.3 if tensor.ndim == 1 else width))
 
 
-def _shrunk(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _small_fields(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a small configuration: common fields, then small parts, then `overrides`."""
     names = [field.name for field in dataclasses.fields(config_class)]
     common = _COMMON | _LATENT if "kv_lora_rank" in names else _COMMON
     fields = {name: common[name] for name in names if name in common}
-    for name, part in _parts(config_class, overrides).items():
+    for name, part in _part_classes(config_class, overrides).items():
         named = {"model_type": part.model_type} if part.model_type else {}
-        fields[name] = _shrunk(part, TYPES.get(part.model_type, {})) | named
-    return _merged(fields, overrides)
+        fields[name] = _small_fields(part, TYPES.get(part.model_type, {})) | named
+    return _merge(fields, overrides)
 
 
-def _parts(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _part_classes(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration classes of a composite model's parts: those named in `overrides`, else the defaults."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -161,10 +161,10 @@ def _parts(config_class: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not type(None)}
 
 
-def _merged(fields: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merges `over` into `fields`, dictionaries recursively."""
+def _merge(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges `overrides` into `fields`, dictionaries recursively."""
     merged = dict(fields)
-    for name, value in over.items():
+    for name, value in overrides.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
+        merged[name] = _merge(merged[name], value) if both else value
     return merged

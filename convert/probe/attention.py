@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from convert.probe import axes
-from convert.probe.heads import Arrangement, Heads, arrangements, head_counts, repeated
-from convert.probe.numbers import fitted_scale, mixed, rotated
-from convert.probe.trace import CLEAR, MATCH, Linear, NormCall, Trace, distance, normed, same
+from convert.probe.heads import Arrangement, Heads, arrangements, head_counts, repeat_heads
+from convert.probe.numbers import attend, fit_scale, rotate
+from convert.probe.trace import CERTAIN_MATCH, MATCH, Linear, NormCall, Trace, apply_norm, distance, nearly_equal
 from tide_jax.model.architecture import AttentionType, QKNorm
 
-_Norm = Callable[[np.ndarray], np.ndarray]
-_BEFORE_WINDOWS = 6
+_NormFunction = Callable[[np.ndarray], np.ndarray]
+_ROWS_BEFORE_WINDOWS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,19 @@ class AttentionSpec:
     Attributes:
       arrangement: arrangement of queries, keys and values.
       kind: flags of one layer.
-      seen: `kind` with the small windows that the reference runs with.
+      reference_kind: `kind` with the small windows that the reference runs with.
       softcap, clip: flags of the decoder.
     """
 
     arrangement: Arrangement
     kind: AttentionType
-    seen: AttentionType
+    reference_kind: AttentionType
     softcap: float | None = None
     clip: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionFound:
+class FoundAttention:
     """A layer's attention.
 
     Attributes:
@@ -95,14 +95,14 @@ class AttentionPieces:
     vectors: tuple[str, ...]
 
     @property
-    def mixed(self) -> np.ndarray:
+    def output(self) -> np.ndarray:
         """Output of attention, [T, H * hd]."""
         return self.out.inputs if self.sub_norm is None else self.sub_norm.inputs
 
 
 def find_attention(
     trace: Trace, pieces: AttentionPieces, hints: Sequence[AttentionSpec]
-) -> tuple[AttentionFound | None, float]:
+) -> tuple[FoundAttention | None, float]:
     """Returns a layer's attention, or None if no candidate matches, and the closest candidate's error.
 
     Args:
@@ -111,11 +111,11 @@ def find_attention(
     search = _Search(trace, pieces)
     for spec in hints:
         search.try_full(spec)
-        if search.error <= CLEAR:
+        if search.error <= CERTAIN_MATCH:
             return search.best, search.error
     for candidate in _candidates(trace, pieces):
         search.explore(candidate)
-        if search.error <= CLEAR:
+        if search.error <= CERTAIN_MATCH:
             break
     return (search.best if search.error <= MATCH else None), search.error
 
@@ -123,12 +123,12 @@ def find_attention(
 def _candidates(trace: Trace, pieces: AttentionPieces) -> Iterator[tuple[Arrangement, Linear | None]]:
     """Yields arrangements, with each linear map as the gate and without a gate."""
     gates: list[Linear | None] = [None, *pieces.projections] if len(pieces.projections) > 1 else [None]
-    for heads in head_counts(trace, pieces.mixed.shape[1]):
-        width = pieces.mixed.shape[1] // heads
+    for heads in head_counts(trace, pieces.output.shape[1]):
+        width = pieces.output.shape[1] // heads
         for gate in gates:
-            left = [linear for linear in pieces.projections if linear is not gate]
+            remaining = [linear for linear in pieces.projections if linear is not gate]
             if gate is None or gate.output.shape[1] in (heads, heads * width):
-                for arrangement in arrangements(left, heads, width):
+                for arrangement in arrangements(remaining, heads, width):
                     yield arrangement, gate
 
 
@@ -137,125 +137,129 @@ class _Search:
 
     def __init__(self, trace: Trace, pieces: AttentionPieces) -> None:
         self.trace, self.pieces = trace, pieces
-        self.best: AttentionFound | None = None
+        self.best: FoundAttention | None = None
         self.error = np.inf
 
     def try_full(self, spec: AttentionSpec) -> None:
         """Measures one complete candidate."""
         for gate in (None, *self.pieces.projections):
-            left = [linear for linear in self.pieces.projections if linear is not gate]
-            if len(left) == len(spec.arrangement.roles) and _fits(spec.arrangement, left):
-                layer = _Layer(self.trace, self.pieces, spec.arrangement, gate)
-                self._keep(layer, spec)
+            remaining = [linear for linear in self.pieces.projections if linear is not gate]
+            if len(remaining) == len(spec.arrangement.roles) and _sizes_fit(spec.arrangement, remaining):
+                layer = _ArrangedLayer(self.trace, self.pieces, spec.arrangement, gate)
+                self._keep_if_closer(layer, spec)
 
     def explore(self, candidate: tuple[Arrangement, Linear | None]) -> None:
         """Measures the candidates of one arrangement, flag by flag, if its values are right."""
-        layer = _Layer(self.trace, self.pieces, *candidate)
+        layer = _ArrangedLayer(self.trace, self.pieces, *candidate)
         for clip in axes.clips(self.trace):
             if layer.values_fit(clip):
                 self._explore_flags(layer, clip)
-                if self.error <= CLEAR:
+                if self.error <= CERTAIN_MATCH:
                     return
 
-    def _explore_flags(self, layer: _Layer, clip: float | None) -> None:
+    def _explore_flags(self, layer: _ArrangedLayer, clip: float | None) -> None:
         """Chooses all flags on the first tokens, which no window affects, and then the window."""
         # Choose all flags but the window.
         best, least = None, np.inf
         for spec in layer.specs(clip):
-            error = layer.error(spec, _BEFORE_WINDOWS)
+            error = layer.error(spec, _ROWS_BEFORE_WINDOWS)
             if error < least:
                 best, least = spec, error
-            if error <= CLEAR:
+            if error <= CERTAIN_MATCH:
                 break
         if best is None:
             return
-        self._keep(layer, best)
+        self._keep_if_closer(layer, best)
         if least > MATCH:
             return
         # Try each window on the full row.
         for field, seen, true in axes.windows(self.trace):
             kind, small = (dataclasses.replace(best.kind, **{field: size}) for size in (true, seen))
-            self._keep(layer, dataclasses.replace(best, kind=kind, seen=small))
+            self._keep_if_closer(layer, dataclasses.replace(best, kind=kind, reference_kind=small))
 
-    def _keep(self, layer: _Layer, spec: AttentionSpec) -> None:
+    def _keep_if_closer(self, layer: _ArrangedLayer, spec: AttentionSpec) -> None:
         error = layer.error(spec, None)
         if error < self.error:
-            self.best, self.error = layer.found(spec, error), error
+            self.best, self.error = layer.result(spec, error), error
 
 
-class _Layer:
+class _ArrangedLayer:
     """Recorded numbers of a layer under one arrangement of its heads."""
 
     def __init__(self, trace: Trace, pieces: AttentionPieces, arrangement: Arrangement, gate: Linear | None) -> None:
         self.trace, self.pieces, self.arrangement, self.gate = trace, pieces, arrangement, gate
         heads, width = arrangement.heads, arrangement.width
-        self.q, self.k, self.v = arrangement.of([linear for linear in pieces.projections if linear is not gate])
-        self.expected = pieces.mixed.reshape(-1, heads, width)
-        self.open = np.ones((len(self.expected), 1, 1), np.float32)
+        self.q, self.k, self.v = arrangement.split_heads(
+            [linear for linear in pieces.projections if linear is not gate]
+        )
+        self.expected = pieces.output.reshape(-1, heads, width)
+        self.gate_values = np.ones((len(self.expected), 1, 1), np.float32)
         if gate is not None:
-            self.open = (1 / (1 + np.exp(-gate.output))).reshape(len(self.expected), heads, -1)
+            self.gate_values = (1 / (1 + np.exp(-gate.output))).reshape(len(self.expected), heads, -1)
         self.sinks = next((n for n in pieces.vectors if trace.weights[n].shape == (heads,)), None)
         self.norms = _qk_norms(pieces.norms, self.q.output, self.k.output)
 
     def values_fit(self, clip: float | None) -> bool:
         """Checks the first token: it sees only itself, so its attention output must be its values."""
-        values = repeated(_clipped(self.v.output[:1], clip), self.arrangement.heads) * self.open[:1]
+        values = repeat_heads(_clip(self.v.output[:1], clip), self.arrangement.heads) * self.gate_values[:1]
         return self.sinks is not None or distance(values, self.expected[:1]) <= MATCH
 
     def specs(self, clip: float | None) -> Iterator[AttentionSpec]:
         """Candidates without windows. The scale is fitted; with a score cap, scales come from the configuration."""
         trace, heads, width = self.trace, self.arrangement.heads, self.arrangement.width
         known = axes.scales(trace, width, self.pieces.out.output.shape[1], self.pieces.index)
-        places = axes.positions(trace, heads, width)
-        for norm, cap, place in itertools.product(self._norm_flags(), axes.softcaps(trace), places):
-            kind = AttentionType(1.0, qk_norm=norm, sinks=self.sinks is not None, **place)
-            spec = AttentionSpec(self.arrangement, kind, kind, cap, clip)
+        positions = axes.positions(trace, heads, width)
+        for norm, softcap, position in itertools.product(self._norm_flags(), axes.softcaps(trace), positions):
+            kind = AttentionType(1.0, qk_norm=norm, sinks=self.sinks is not None, **position)
+            spec = AttentionSpec(self.arrangement, kind, kind, softcap, clip)
             scales = known
-            if cap is None and not kind.alibi_bfloat16:
-                fitted = fitted_scale(*self._placed(spec, 2), self.expected[:2] / self.open[:2], kind)
-                scales = known[:1] if fitted is None else [axes.nearest(trace, fitted, known)]
+            if softcap is None and not kind.alibi_bfloat16:
+                fitted = fit_scale(*self._prepare(spec, 2), self.expected[:2] / self.gate_values[:2], kind)
+                scales = known[:1] if fitted is None else [axes.nearest_known(trace, fitted, known)]
             for scale in scales:
                 scaled = dataclasses.replace(kind, scale=scale)
-                yield dataclasses.replace(spec, kind=scaled, seen=scaled)
+                yield dataclasses.replace(spec, kind=scaled, reference_kind=scaled)
 
     def _norm_flags(self) -> list[QKNorm | None]:
         """Flags of the recorded norms of queries and keys; else no norm, or norms without weights and module."""
         if self.norms is not None:
-            return [_flags(self.norms, self.arrangement)]
-        eps = [*(v for v in self.trace.numbers("eps") if 0 < v < 0.01), float(np.finfo(np.float32).eps)]
-        bare = [QKNorm(eps=e, scale=False, after_rope=late) for late in (True, False) for e in dict.fromkeys(eps)]
+            return [_qk_norm_flags(self.norms, self.arrangement)]
+        eps = [*(v for v in self.trace.numbers_named("eps") if 0 < v < 0.01), float(np.finfo(np.float32).eps)]
+        bare = [QKNorm(eps=e, scale=False, after_rope=after) for after in (True, False) for e in dict.fromkeys(eps)]
         return [None, *bare]
 
     def error(self, spec: AttentionSpec, rows: int | None) -> float:
         """Error of a candidate at the input of the output projection, in the first `rows` rows."""
         sinks = None if self.sinks is None else self.trace.weights[self.sinks]
-        found = mixed(*self._placed(spec, rows), spec.seen, spec.softcap, sinks)
-        return distance(found * self.open[:rows], self.expected[:rows])
+        found = attend(*self._prepare(spec, rows), spec.reference_kind, spec.softcap, sinks)
+        return distance(found * self.gate_values[:rows], self.expected[:rows])
 
-    def _placed(self, spec: AttentionSpec, rows: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _prepare(self, spec: AttentionSpec, rows: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries and keys after norm, clipping and rotation; clipped values."""
         flags = spec.kind.qk_norm
 
-        def placed(part: Heads, which: int) -> np.ndarray:
+        def prepare_heads(part: Heads, which: int) -> np.ndarray:
             norm = (lambda x: x) if flags is None else self._norm(flags, which)
-            early, late = (lambda x: x, norm) if flags is not None and flags.after_rope else (norm, lambda x: x)
-            return late(rotated(_clipped(early(part.output[:rows]), spec.clip), spec.seen.rope, len(part.output)))
+            before, after = (lambda x: x, norm) if flags is not None and flags.after_rope else (norm, lambda x: x)
+            return after(
+                rotate(_clip(before(part.output[:rows]), spec.clip), spec.reference_kind.rope, len(part.output))
+            )
 
-        return placed(self.q, 0), placed(self.k, 1), _clipped(self.v.output[:rows], spec.clip)
+        return prepare_heads(self.q, 0), prepare_heads(self.k, 1), _clip(self.v.output[:rows], spec.clip)
 
-    def _norm(self, flags: QKNorm, which: int) -> _Norm:
+    def _norm(self, flags: QKNorm, which: int) -> _NormFunction:
         """The norm of queries (0) or keys (1), as a function of heads [T, N, hd]."""
         if self.norms is None:
-            return lambda x: normed(x, flags.kind, flags.eps)
+            return lambda x: apply_norm(x, flags.kind, flags.eps)
         call = self.norms.calls[which]
         flat = call.inputs.ndim == 2
         return lambda x: call.apply(x.reshape(len(x), -1) if flat else x, self.trace.weights).reshape(x.shape)
 
-    def found(self, spec: AttentionSpec, error: float) -> AttentionFound:
+    def result(self, spec: AttentionSpec, error: float) -> FoundAttention:
         """Result for an accepted candidate."""
         norms = (None, None) if self.norms is None else self.norms.calls
         pieces = self.pieces
-        return AttentionFound(
+        return FoundAttention(
             spec, self.q, self.k, self.v, pieces.out, *norms, pieces.sub_norm, self.gate, self.sinks, error
         )
 
@@ -284,11 +288,12 @@ def _reads(norm: NormCall, heads: np.ndarray) -> bool:
         return False
     swapped = heads.swapaxes(0, 1)
     return any(
-        x.shape == norm.inputs.shape and same(x, norm.inputs) for x in (heads, swapped, heads.reshape(len(heads), -1))
+        x.shape == norm.inputs.shape and nearly_equal(x, norm.inputs)
+        for x in (heads, swapped, heads.reshape(len(heads), -1))
     )
 
 
-def _flags(norms: _QKNorms, arrangement: Arrangement) -> QKNorm:
+def _qk_norm_flags(norms: _QKNorms, arrangement: Arrangement) -> QKNorm:
     norm = norms.calls[0]
     all_heads = norm.inputs.ndim == 2 and arrangement.heads > 1
     return QKNorm(
@@ -303,12 +308,12 @@ def _flags(norms: _QKNorms, arrangement: Arrangement) -> QKNorm:
     )
 
 
-def _fits(arrangement: Arrangement, linears: Sequence[Linear]) -> bool:
+def _sizes_fit(arrangement: Arrangement, linears: Sequence[Linear]) -> bool:
     """Whether the linear maps have the numbers of outputs that an arrangement requires."""
     counts = {"q": arrangement.heads, "k": arrangement.kv_heads, "v": arrangement.kv_heads}
-    sizes = [arrangement.width * sum(counts[role] for role in held) for held in arrangement.roles]
+    sizes = [arrangement.width * sum(counts[role] for role in map_roles) for map_roles in arrangement.roles]
     return sizes == [linear.output.shape[1] for linear in linears]
 
 
-def _clipped(x: np.ndarray, limit: float | None) -> np.ndarray:
+def _clip(x: np.ndarray, limit: float | None) -> np.ndarray:
     return x if limit is None else np.clip(x, -limit, limit)

@@ -22,7 +22,7 @@ def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
         RopeConfig(theta=theta, rotary_dim=dim)
         for dim, theta in itertools.product(_rotary_dims(trace, width), _thetas(trace))
     ]
-    found = [*_declared(trace, width), *plain]
+    found = [*_declared_ropes(trace, width), *plain]
     likely = [dataclasses.replace(rope, interleaved=paired) for paired in (False, True) for rope in found]
     reversed_ = [dataclasses.replace(rope, reverse=True) for rope in likely]
     return list(dict.fromkeys([*likely, None, *reversed_]))
@@ -30,16 +30,16 @@ def _ropes(trace: Trace, width: int) -> list[RopeConfig | None]:
 
 def scales(trace: Trace, width: int, hidden: int, layer: int) -> list[float]:
     """Factors that query-key products may have."""
-    named = [abs(v) for v in trace.settings.values() if v]
-    found = [width**-0.5, 1.0, *(f(v) for v in named for f in (float, lambda v: v**-0.5, lambda v: 1 / v))]
+    from_settings = [abs(v) for v in trace.settings.values() if v]
+    found = [width**-0.5, 1.0, *(f(v) for v in from_settings for f in (float, lambda v: v**-0.5, lambda v: 1 / v))]
     found += [1 / width, hidden**-0.5, width**-0.5 / (layer + 1)]
     return list(dict.fromkeys(found))
 
 
-def nearest(trace: Trace, fitted: float, known: Sequence[float]) -> float:
+def nearest_known(trace: Trace, fitted: float, known: Sequence[float]) -> float:
     """Replaces a fitted number by the known number it approximates, if any."""
     best = min(known, key=lambda value: abs(value - fitted))
-    return best if abs(best - fitted) <= 1e-3 * abs(best) else trace.exact(fitted)
+    return best if abs(best - fitted) <= 1e-3 * abs(best) else trace.snap_to_known(fitted)
 
 
 def positions(trace: Trace, heads: int, width: int) -> list[dict[str, Any]]:
@@ -51,19 +51,19 @@ def positions(trace: Trace, heads: int, width: int) -> list[dict[str, Any]]:
 
 def softcaps(trace: Trace) -> list[float | None]:
     """Caps for attention scores."""
-    return [None, *(float(v) for v in trace.numbers("cap") if v > 0)]
+    return [None, *(float(v) for v in trace.numbers_named("cap") if v > 0)]
 
 
 def clips(trace: Trace) -> list[float | None]:
     """Clamps for queries, keys and values. If the numbers never reach a clamp, the configuration decides."""
-    declared = [float(v) for v in trace.numbers("clip_?qkv|qkv_?clip") if v > 0]
-    return [*declared, None, *(float(v) for v in trace.numbers("clip|clamp") if v > 0)]
+    declared = [float(v) for v in trace.numbers_named("clip_?qkv|qkv_?clip") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers_named("clip|clamp") if v > 0)]
 
 
 def limits(trace: Trace) -> list[float | None]:
     """Clamps for gated activations. If the numbers never reach a clamp, the configuration decides."""
-    declared = [float(v) for v in trace.numbers("(glu|act|mlp|activation)_limit") if v > 0]
-    return [*declared, None, *(float(v) for v in trace.numbers("limit|clamp") if v > 0)]
+    declared = [float(v) for v in trace.numbers_named("(glu|act|mlp|activation)_limit") if v > 0]
+    return [*declared, None, *(float(v) for v in trace.numbers_named("limit|clamp") if v > 0)]
 
 
 def windows(trace: Trace) -> Iterator[tuple[str, int, int]]:
@@ -75,17 +75,17 @@ def windows(trace: Trace) -> Iterator[tuple[str, int, int]]:
 
 
 def _thetas(trace: Trace) -> list[float]:
-    named = [v for v in trace.numbers("theta|base|freq|rope|rotary") if v >= 100]
-    return list(dict.fromkeys([*map(float, named), _THETA]))
+    from_settings = [v for v in trace.numbers_named("theta|base|freq|rope|rotary") if v >= 100]
+    return list(dict.fromkeys([*map(float, from_settings), _THETA]))
 
 
 def _rotary_dims(trace: Trace, width: int) -> list[int]:
-    named = trace.numbers("rot|rope|pct|partial")
-    sizes: Sequence[float] = [*(v if v > 1 else v * width for v in named), width, width / 2, width / 4]
+    from_settings = trace.numbers_named("rot|rope|pct|partial")
+    sizes: Sequence[float] = [*(v if v > 1 else v * width for v in from_settings), width, width / 2, width / 4]
     return list(dict.fromkeys(int(d) for d in sizes if 2 <= d <= width and int(d) == d and d % 2 == 0))
 
 
-def _declared(trace: Trace, width: int) -> Iterator[RopeConfig]:
+def _declared_ropes(trace: Trace, width: int) -> Iterator[RopeConfig]:
     """Rotary embeddings that the configuration declares in transformers' format."""
     hf = trace.reference.hf
     text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from convert.probe.rules import Assigned, Channels, Oriented, Slices
+from convert.probe.rules import Assignments, Channels, Oriented, Slices
 from convert.probe.trace import Trace
-from convert.weights.rules import Target, whole
+from convert.weights.rules import Target, whole_tensor
 from tide_jax.model.activations import gated
 
 
@@ -57,47 +57,51 @@ class Experts:
         biases = [bias.stack(trace.weights)[:, None] for bias in self.biases]
         if biases:
             hidden = [part + bias for part, bias in zip(hidden, biases, strict=False)]
-        mixed = np.asarray(gated(activation, jnp.asarray(hidden[0]), jnp.asarray(hidden[1]), limit))
-        out = np.matmul(mixed, down)
+        activated = np.asarray(gated(activation, jnp.asarray(hidden[0]), jnp.asarray(hidden[1]), limit))
+        out = np.matmul(activated, down)
         return out + biases[2] if biases else out
 
 
 def find_experts(trace: Trace, layer: str, width: int) -> list[Experts]:
     """Every way to read a layer's parameters as experts, plausible ones first; empty if there are none."""
-    own = {name: w for name, w in trace.weights.items() if name.startswith(f"{layer}.")}
-    return [*_stacked(own, width), *_numbered(own, layer, width)]
+    parameters = {name: w for name, w in trace.weights.items() if name.startswith(f"{layer}.")}
+    return [*_stacked_experts(parameters, width), *_numbered_experts(parameters, layer, width)]
 
 
-def _stacked(own: Mapping[str, np.ndarray], width: int) -> Iterator[Experts]:
+def _stacked_experts(parameters: Mapping[str, np.ndarray], width: int) -> Iterator[Experts]:
     """Experts in parameters [E, ., .]."""
-    cubes = {name: w for name, w in own.items() if w.ndim == 3 and len(w) > 1 and width in w.shape[1:]}
+    cubes = {name: w for name, w in parameters.items() if w.ndim == 3 and len(w) > 1 and width in w.shape[1:]}
     for (fused, a), (down, b) in itertools.permutations(cubes.items(), 2):
         for fused_out, down_out in itertools.product((1, 2), (1, 2)):  # the axis of outputs
             size = b.shape[3 - down_out]
             fits = a.shape[3 - fused_out] == width == b.shape[down_out] and a.shape[fused_out] == 2 * size
-            for gate, up in _both((fused,), fused_out == 1, size) if fits and len(a) == len(b) else ():
-                yield _with_flat_biases(own, Experts(gate, up, _down((down,), down_out == 1)), size, width)
+            for gate, up in _gate_and_up((fused,), fused_out == 1, size) if fits and len(a) == len(b) else ():
+                yield _add_flat_biases(parameters, Experts(gate, up, _down((down,), down_out == 1)), size, width)
     for gate, up, down in itertools.permutations(cubes, 3):
-        if own[gate].shape == own[up].shape:
-            yield _separate((gate,), (up,), (down,), own[gate].shape[2] == width, own[down].shape[1] == width)
+        if parameters[gate].shape == parameters[up].shape:
+            yield _separate_projections(
+                (gate,), (up,), (down,), parameters[gate].shape[2] == width, parameters[down].shape[1] == width
+            )
 
 
-def _numbered(own: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
+def _numbered_experts(parameters: Mapping[str, np.ndarray], layer: str, width: int) -> Iterator[Experts]:
     """Experts in modules ``parent.0``, ``parent.1``... whose parameters have equal shapes."""
-    for found in _lists(own, layer).values():
+    for found in _numbered_matrices(parameters, layer).values():
         for (fused, a), (down, b) in itertools.permutations(found.items(), 2):
             fits = b[0] == width and a == (2 * b[1], width)
-            for gate, up in _both(fused, True, b[1]) if fits else ():
-                yield _with_biases(own, Experts(gate, up, _down(down, True)))
+            for gate, up in _gate_and_up(fused, True, b[1]) if fits else ():
+                yield _add_biases(parameters, Experts(gate, up, _down(down, True)))
         for (gate, a), (up, b), (down, c) in itertools.permutations(found.items(), 3):
             if a == b == c[::-1] and a[1] == width:
-                yield _with_biases(own, _separate(gate, up, down, True, True))
+                yield _add_biases(parameters, _separate_projections(gate, up, down, True, True))
 
 
-def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[str, ...], tuple[int, int]]]:
+def _numbered_matrices(
+    parameters: Mapping[str, np.ndarray], layer: str
+) -> dict[str, dict[tuple[str, ...], tuple[int, int]]]:
     """For each parent of numbered modules: matrices with the same name in all of them, and their shape."""
     lists: dict[tuple[str, str], dict[int, str]] = {}
-    for name, weight in own.items():
+    for name, weight in parameters.items():
         parts = name.removeprefix(f"{layer}.").split(".")
         number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
         if number is not None and weight.ndim == 2:
@@ -105,21 +109,21 @@ def _lists(own: Mapping[str, np.ndarray], layer: str) -> dict[str, dict[tuple[st
             lists.setdefault(key, {})[int(parts[number])] = name
     members: dict[str, dict[tuple[str, ...], tuple[int, int]]] = {}
     for (parent, _), names in lists.items():
-        shapes = {(own[name].shape[0], own[name].shape[1]) for name in names.values()}
+        shapes = {(parameters[name].shape[0], parameters[name].shape[1]) for name in names.values()}
         if len(names) > 1 and sorted(names) == list(range(len(names))) and len(shapes) == 1:
             members.setdefault(parent, {})[tuple(names[i] for i in sorted(names))] = shapes.pop()
     return members
 
 
-def _both(names: tuple[str, ...], transposed: bool, size: int) -> Iterator[tuple[Projection, Projection]]:
+def _gate_and_up(names: tuple[str, ...], transposed: bool, size: int) -> Iterator[tuple[Projection, Projection]]:
     """Gate and up projections in one parameter: halves or pairs, either one first."""
     for pairs, swapped in itertools.product((False, True), (False, True)):
-        takes = [_half(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
+        takes = [_gate_or_up(transposed, size, pairs, part ^ swapped) for part in (0, 1)]
         gate, up = (Projection(names, take, "mlp.experts.gate_up", f":, {i}") for i, take in enumerate(takes))
         yield gate, up
 
 
-def _half(transposed: bool, size: int, pairs: bool, which: int) -> Channels:
+def _gate_or_up(transposed: bool, size: int, pairs: bool, which: int) -> Channels:
     return Channels(transposed, which, size, 2, 1) if pairs else Channels(transposed, which * size, 1, size, size)
 
 
@@ -127,7 +131,7 @@ def _down(names: tuple[str, ...], transposed: bool) -> Projection:
     return Projection(names, Oriented() if transposed else None, "mlp.experts.down", "")
 
 
-def _separate(
+def _separate_projections(
     gate: tuple[str, ...], up: tuple[str, ...], down: tuple[str, ...], transposed: bool, down_transposed: bool
 ) -> Experts:
     take = Oriented() if transposed else None
@@ -135,25 +139,25 @@ def _separate(
     return Experts(first, second, _down(down, down_transposed))
 
 
-def _with_flat_biases(own: Mapping[str, np.ndarray], experts: Experts, size: int, width: int) -> Experts:
+def _add_flat_biases(parameters: Mapping[str, np.ndarray], experts: Experts, size: int, width: int) -> Experts:
     """Adds the biases [E, 2 F] and [E, D] of stacked experts, if there are any."""
-    count = len(own[experts.down.names[0]])
-    flat = {name: w.shape for name, w in own.items() if "bias" in name}
-    of_both = next((name for name, shape in flat.items() if shape == (count, 2 * size)), None)
-    of_down = next((name for name, shape in flat.items() if name != of_both and shape == (count, width)), None)
-    if of_both is None or of_down is None:
+    count = len(parameters[experts.down.names[0]])
+    flat = {name: w.shape for name, w in parameters.items() if "bias" in name}
+    gate_up_bias = next((name for name, shape in flat.items() if shape == (count, 2 * size)), None)
+    down_bias = next((name for name, shape in flat.items() if name != gate_up_bias and shape == (count, width)), None)
+    if gate_up_bias is None or down_bias is None:
         return experts
-    return _biased(experts, ((of_both,), (of_both,), (of_down,)))
+    return _set_biases(experts, ((gate_up_bias,), (gate_up_bias,), (down_bias,)))
 
 
-def _with_biases(own: Mapping[str, np.ndarray], experts: Experts) -> Experts:
+def _add_biases(parameters: Mapping[str, np.ndarray], experts: Experts) -> Experts:
     """Adds the biases beside the weights, if all weights have one."""
     weights = (experts.gate, experts.up, experts.down)
     names = tuple(tuple(f"{name.removesuffix('weight')}bias" for name in part.names) for part in weights)
-    return _biased(experts, names) if all(name in own for part in names for name in part) else experts
+    return _set_biases(experts, names) if all(name in parameters for part in names for name in part) else experts
 
 
-def _biased(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
+def _set_biases(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
     takes = [
         dataclasses.replace(part.take, transposed=False) if isinstance(part.take, Channels) else None
         for part in (experts.gate, experts.up, experts.down)
@@ -166,7 +170,9 @@ def _biased(experts: Experts, names: Sequence[tuple[str, ...]]) -> Experts:
     return dataclasses.replace(experts, biases=biases)
 
 
-def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights: Mapping[str, np.ndarray]) -> None:
+def expert_tensors(
+    assignments: Assignments, slices: Slices, experts: Experts, weights: Mapping[str, np.ndarray]
+) -> None:
     """Adds the places of the experts' parameters, and to `slices` those of single experts in stacked parameters.
 
     A checkpoint may store experts one by one where the reference stacks them.
@@ -175,11 +181,11 @@ def expert_tensors(assigned: Assigned, slices: Slices, experts: Experts, weights
         if len(part.names) > 1:
             for expert, name in enumerate(part.names):
                 slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
-                assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+                assignments.setdefault(name, []).append(Target(part.path, part.take or whole_tensor, slot))
             continue
         name, slot = next(iter(part.names)), f":, {part.slot}" if part.slot else ""
-        assigned.setdefault(name, []).append(Target(part.path, part.take or whole, slot))
+        assignments.setdefault(name, []).append(Target(part.path, part.take or whole_tensor, slot))
         for expert, matrix in enumerate(part.stack(weights)):
             slot = f"{expert}, {part.slot}" if part.slot else f"{expert}"
-            take = Oriented() if matrix.ndim == 2 else whole
+            take = Oriented() if matrix.ndim == 2 else whole_tensor
             slices[f"{name}[{expert}]{part.slot}"] = matrix.T, Target(part.path, take, slot)

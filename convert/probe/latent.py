@@ -9,8 +9,18 @@ import numpy as np
 
 from convert.probe import axes
 from convert.probe.heads import head_counts
-from convert.probe.numbers import fitted_scale, mixed, rotated
-from convert.probe.trace import CLEAR, MATCH, Linear, NormCall, Trace, distance, equal, factor, same
+from convert.probe.numbers import attend, fit_scale, rotate
+from convert.probe.trace import (
+    CERTAIN_MATCH,
+    MATCH,
+    Linear,
+    NormCall,
+    Trace,
+    distance,
+    exactly_equal,
+    fit_factor,
+    nearly_equal,
+)
 from tide_jax.model.architecture import AttentionType, LatentConfig
 
 
@@ -24,7 +34,7 @@ class LatentSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentFound:
+class FoundLatentAttention:
     """A layer's latent attention.
 
     Attributes:
@@ -60,7 +70,7 @@ class LatentFound:
 
 def find_latent(
     trace: Trace, index: int, linears: Sequence[Linear], norms: Sequence[NormCall], out: Linear
-) -> tuple[LatentFound | None, float] | None:
+) -> tuple[FoundLatentAttention | None, float] | None:
     """Returns a layer's latent attention, or None if no candidate matches, and the closest candidate's error.
 
     Returns just None if no linear map reads a normed part of another one's output.
@@ -69,20 +79,20 @@ def find_latent(
       linears: linear maps left for attention, without the output projection.
       norms: norms of the layer.
     """
-    shape = _shape(linears, norms)
+    shape = _find_low_rank_maps(linears, norms)
     if shape is None:
         return None
     best, least = None, np.inf
     for found in _candidates(trace, index, shape, out):
         if found.error < least:
             best, least = found, found.error
-        if least <= CLEAR:
+        if least <= CERTAIN_MATCH:
             break
     return (best if least <= MATCH else None), least
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
+class _LowRankMaps:
     """Which linear maps and norms feed each other."""
 
     q_down: Linear | None
@@ -95,40 +105,40 @@ class _Shape:
     kv_scale: float
 
 
-def _shape(linears: Sequence[Linear], norms: Sequence[NormCall]) -> _Shape | None:
+def _find_low_rank_maps(linears: Sequence[Linear], norms: Sequence[NormCall]) -> _LowRankMaps | None:
     for kv_up in linears:
-        source = _source(kv_up, linears, norms, part=True)
+        source = _find_source(kv_up, linears, norms, part=True)
         if source is None:
             continue
         kv_down, kv_norm, kv_scale = source
         for q in (x for x in linears if x not in (kv_up, kv_down)):
-            if equal(q.inputs, kv_down.inputs) and len(linears) == 3:
-                return _Shape(None, None, q, 1.0, kv_down, kv_norm, kv_up, kv_scale)
-            below = _source(q, linears, norms, part=False)
-            if below is not None and len(linears) == 4:
-                return _Shape(below[0], below[1], q, below[2], kv_down, kv_norm, kv_up, kv_scale)
+            if exactly_equal(q.inputs, kv_down.inputs) and len(linears) == 3:
+                return _LowRankMaps(None, None, q, 1.0, kv_down, kv_norm, kv_up, kv_scale)
+            bottleneck = _find_source(q, linears, norms, part=False)
+            if bottleneck is not None and len(linears) == 4:
+                return _LowRankMaps(bottleneck[0], bottleneck[1], q, bottleneck[2], kv_down, kv_norm, kv_up, kv_scale)
     return None
 
 
-def _source(
+def _find_source(
     reader: Linear, linears: Sequence[Linear], norms: Sequence[NormCall], *, part: bool
 ) -> tuple[Linear, NormCall, float] | None:
     """Finds a map whose (leading) outputs a norm reads, where `reader` reads the norm's output times a number."""
     for norm in norms:
         if norm.output.shape != reader.inputs.shape:
             continue
-        scale = factor(reader.inputs, norm.output)
-        if not same(np.float32(scale) * norm.output, reader.inputs):
+        scale = fit_factor(reader.inputs, norm.output)
+        if not nearly_equal(np.float32(scale) * norm.output, reader.inputs):
             continue
         size = norm.inputs.shape[1]
         for linear in linears:
-            cut = linear.output.shape[1] > size
-            if linear is not reader and part == cut and same(linear.output[:, :size], norm.inputs):
+            is_partial = linear.output.shape[1] > size
+            if linear is not reader and part == is_partial and nearly_equal(linear.output[:, :size], norm.inputs):
                 return linear, norm, scale
     return None
 
 
-def _candidates(trace: Trace, index: int, shape: _Shape, out: Linear) -> Iterator[LatentFound]:
+def _candidates(trace: Trace, index: int, shape: _LowRankMaps, out: Linear) -> Iterator[FoundLatentAttention]:
     rank = shape.kv_norm.inputs.shape[1]
     rope_dim = shape.kv_down.output.shape[1] - rank
     for heads in head_counts(trace, out.inputs.shape[1]):
@@ -143,15 +153,15 @@ def _candidates(trace: Trace, index: int, shape: _Shape, out: Linear) -> Iterato
             rope_dim=rope_dim,
             value_dim=value_dim,
             norm_eps=shape.kv_norm.eps,
-            q_scale=trace.exact(shape.q_scale),
-            kv_scale=trace.exact(shape.kv_scale),
+            q_scale=trace.snap_to_known(shape.q_scale),
+            kv_scale=trace.snap_to_known(shape.kv_scale),
         )
-        yield from _placed(trace, index, shape, out, heads, latent)
+        yield from _rotation_candidates(trace, index, shape, out, heads, latent)
 
 
-def _placed(
-    trace: Trace, index: int, shape: _Shape, out: Linear, heads: int, latent: LatentConfig
-) -> Iterator[LatentFound]:
+def _rotation_candidates(
+    trace: Trace, index: int, shape: _LowRankMaps, out: Linear, heads: int, latent: LatentConfig
+) -> Iterator[FoundLatentAttention]:
     """Candidates for one arrangement of the heads: each rotation with its fitted scale."""
     length, nope = len(out.inputs), latent.nope_dim
     expected = out.inputs.reshape(length, heads, -1)
@@ -163,20 +173,20 @@ def _placed(
         return
     known = axes.scales(trace, nope + latent.rope_dim, out.output.shape[1], index)
     shared = shape.kv_down.output[:, None, latent.kv_rank :]
-    for place in axes.positions(trace, heads, latent.rope_dim):
-        rope = place.get("rope")
-        if place.get("alibi"):
+    for position in axes.positions(trace, heads, latent.rope_dim):
+        rope = position.get("rope")
+        if position.get("alibi"):
             continue
-        turned = np.repeat(rotated(shared, rope, length), heads, axis=1)
-        keys = np.concatenate([kv[..., :nope], turned], axis=-1)
-        queries = np.concatenate([q[..., :nope], rotated(q[..., nope:], rope, length)], axis=-1)
+        rotated_keys = np.repeat(rotate(shared, rope, length), heads, axis=1)
+        keys = np.concatenate([kv[..., :nope], rotated_keys], axis=-1)
+        queries = np.concatenate([q[..., :nope], rotate(q[..., nope:], rope, length)], axis=-1)
         kind = AttentionType(1.0, rope=rope)
-        fitted = fitted_scale(queries[:2], keys[:2], values[:2], expected[:2], kind)
+        fitted = fit_scale(queries[:2], keys[:2], values[:2], expected[:2], kind)
         if fitted is None:
             continue
-        kind = dataclasses.replace(kind, scale=axes.nearest(trace, fitted, known))
-        error = distance(mixed(queries, keys, values, kind, None, None), expected)
-        yield LatentFound(
+        kind = dataclasses.replace(kind, scale=axes.nearest_known(trace, fitted, known))
+        error = distance(attend(queries, keys, values, kind, None, None), expected)
+        yield FoundLatentAttention(
             LatentSpec(heads, latent, kind), shape.q_down, shape.q_norm, shape.q, shape.kv_down, shape.kv_norm,
             shape.kv_up, out, error,
         )  # fmt: skip

@@ -8,28 +8,28 @@ from typing import NamedTuple, NoReturn, get_args
 
 import numpy as np
 
-from convert.probe.attention import AttentionFound, AttentionPieces, find_attention
-from convert.probe.latent import LatentFound, find_latent
-from convert.probe.mlp import MLPFound, find_mlp
-from convert.probe.moe import MoEFound, find_moe
+from convert.probe.attention import AttentionPieces, FoundAttention, find_attention
+from convert.probe.latent import FoundLatentAttention, find_latent
+from convert.probe.mlp import FoundMLP, find_mlp
+from convert.probe.moe import FoundMoE, find_moe
 from convert.probe.trace import (
     MATCH,
     Linear,
     NormCall,
     Trace,
-    bare_norm,
     distance,
-    equal,
-    factor,
+    exactly_equal,
+    find_bare_norm,
+    fit_factor,
+    nearly_equal,
     parameter_owner,
-    same,
 )
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import NormPlacement
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerFound:
+class FoundLayer:
     """Result for one decoder layer.
 
     Attributes:
@@ -38,8 +38,8 @@ class LayerFound:
       placement, parallel, shared, residual_scale: flags of the decoder.
     """
 
-    attention: AttentionFound | LatentFound
-    mlp: MLPFound | MoEFound
+    attention: FoundAttention | FoundLatentAttention
+    mlp: FoundMLP | FoundMoE
     norms: dict[str, NormCall]
     placement: NormPlacement
     parallel: bool
@@ -47,11 +47,11 @@ class LayerFound:
     residual_scale: float
 
 
-class Diverged(TideError):
+class DivergenceError(TideError):
     """No candidate matches what a layer computes."""
 
 
-def find_layer(trace: Trace, index: int, hints: Sequence[LayerFound]) -> LayerFound:
+def find_layer(trace: Trace, index: int, hints: Sequence[FoundLayer]) -> FoundLayer:
     """Finds out what one layer computes.
 
     Args:
@@ -63,13 +63,13 @@ def find_layer(trace: Trace, index: int, hints: Sequence[LayerFound]) -> LayerFo
     return _Layer(trace, index).find(hints)
 
 
-def diverged(where: str, what: str, error: float) -> NoReturn:
-    """Raises `Diverged`; `error` is the closest candidate's."""
+def raise_divergence(where: str, what: str, error: float) -> NoReturn:
+    """Raises `DivergenceError`; `error` is the closest candidate's."""
     by = f"the closest candidate differs by {error:.1e} of the range" if np.isfinite(error) else "no candidate fits"
-    raise Diverged(f"{where} diverges first: {what}, {by}")
+    raise DivergenceError(f"{where} diverges first: {what}, {by}")
 
 
-class _Step(NamedTuple):
+class _ResidualAdd(NamedTuple):
     """A residual add: ``start + scale * added`` should equal `total`."""
 
     start: np.ndarray
@@ -81,9 +81,9 @@ class _Layer:
     def __init__(self, trace: Trace, index: int) -> None:
         self.trace, self.index = trace, index
         name = trace.layers[index]
-        call, parts = trace.call(name), trace.inside(name)
+        call, parts = trace.find_call(name), trace.parts_inside(name)
         self.x, self.y = call.inputs, call.output
-        self.order = [id(part) for part in parts].index
+        self.call_order = [id(part) for part in parts].index
         self.linears = [part for part in parts if isinstance(part, Linear) and len(part.inputs) == len(self.x)]
         self.norms = [part for part in parts if isinstance(part, NormCall)]
         owners = {part.name for part in parts}
@@ -93,108 +93,116 @@ class _Layer:
             if parameter.startswith(f"{name}.") and weight.ndim == 1 and parameter_owner(parameter) not in owners
         )
 
-    def find(self, hints: Sequence[LayerFound]) -> LayerFound:
+    def find(self, hints: Sequence[FoundLayer]) -> FoundLayer:
         mlp = self.feed_forward(hints)
         attention = self.attention([x for x in self.linears if not mlp.owns(x)], hints)
         # Try every placement of norms and residual adds, and keep the closest.
         plans = [
-            self.plan(attention, mlp, placement, parallel)
+            self.try_placement(attention, mlp, placement, parallel)
             for placement in get_args(NormPlacement)
             for parallel in ((False, True) if placement == "pre" else (False,))
         ]
         error, found = min(plans, key=lambda plan: plan[0])
         if found is None or error > MATCH:
             self.fail("no placement of norms and residual adds gives its output", error)
-        return dataclasses.replace(found, residual_scale=self.trace.exact(found.residual_scale))
+        return dataclasses.replace(found, residual_scale=self.trace.snap_to_known(found.residual_scale))
 
-    def feed_forward(self, hints: Sequence[LayerFound]) -> MLPFound | MoEFound:
+    def feed_forward(self, hints: Sequence[FoundLayer]) -> FoundMLP | FoundMoE:
         """Returns the mixture of experts if the layer has experts, else the dense feed-forward block."""
-        hint = next((layer.mlp for layer in hints if isinstance(layer.mlp, MoEFound)), None)
+        hint = next((layer.mlp for layer in hints if isinstance(layer.mlp, FoundMoE)), None)
         mixture = find_moe(self.trace, self.trace.layers[self.index], [*self.linears, *self.norms], hint)
         if mixture is not None:
             if mixture[0] is None:
-                self.fail("no mixture of experts gives what the block of the experts gives", mixture[1])
+                self.fail("no mixture of experts gives the output of the experts' block", mixture[1])
             return mixture[0]
         found, error = find_mlp(self.trace, self.linears, self.norms, self.x.shape[1])
         if found is None:
-            self.fail("no feed-forward block gives what its last linear map reads", error)
+            self.fail("no feed-forward block gives the input of its last linear map", error)
         return found
 
     def fail(self, what: str, error: float) -> NoReturn:
-        diverged(f"layer {self.index}", what, error)
+        raise_divergence(f"layer {self.index}", what, error)
 
-    def attention(self, left: Sequence[Linear], hints: Sequence[LayerFound]) -> AttentionFound | LatentFound:
+    def attention(
+        self, remaining: Sequence[Linear], hints: Sequence[FoundLayer]
+    ) -> FoundAttention | FoundLatentAttention:
         """Finds attention among the linear maps that are not the feed-forward block's."""
-        outs = [x for x in left if x.output.shape[1] == self.x.shape[1]]
-        if len(left) < 2 or not outs:
-            self.fail(f"{len(left)} linear maps are left for attention", np.inf)
+        outs = [x for x in remaining if x.output.shape[1] == self.x.shape[1]]
+        if len(remaining) < 2 or not outs:
+            self.fail(
+                f"{len(remaining)} linear maps are left for attention, expected projections and an output projection",
+                np.inf,
+            )
         out = outs[-1]
-        projections = tuple(x for x in left if x is not out)
+        projections = tuple(x for x in remaining if x is not out)
         low_rank = find_latent(self.trace, self.index, projections, self.norms, out)
         if low_rank is not None:
             if low_rank[0] is None:
-                self.fail("no kind of latent attention gives what its output projection reads", low_rank[1])
+                self.fail("no kind of latent attention gives the input of its output projection", low_rank[1])
             return low_rank[0]
-        if stray := [x.name for x in projections if not equal(x.inputs, projections[0].inputs)]:
-            self.fail(f"{', '.join(stray)} read something else than the other projections", np.inf)
-        between = self.order(id(projections[0])), self.order(id(out))
-        norms = tuple(norm for norm in self.norms if between[0] < self.order(id(norm)) < between[1])
-        pieces = AttentionPieces(self.index, projections, out, norms, self.giving(out.inputs, ()), self.vectors)
-        specs = dict.fromkeys(h.attention.spec for h in hints if isinstance(h.attention, AttentionFound))
+        if others := [x.name for x in projections if not exactly_equal(x.inputs, projections[0].inputs)]:
+            self.fail(f"{', '.join(others)} do not read the input of the other projections", np.inf)
+        between = self.call_order(id(projections[0])), self.call_order(id(out))
+        norms = tuple(norm for norm in self.norms if between[0] < self.call_order(id(norm)) < between[1])
+        pieces = AttentionPieces(
+            self.index, projections, out, norms, self.norm_with_output(out.inputs, ()), self.vectors
+        )
+        specs = dict.fromkeys(h.attention.spec for h in hints if isinstance(h.attention, FoundAttention))
         found, error = find_attention(self.trace, pieces, list(specs))
         if found is None:
-            self.fail("no kind of attention gives what its output projection reads", error)
+            self.fail("no kind of attention gives the input of its output projection", error)
         return found
 
-    def plan(
+    def try_placement(
         self,
-        attention: AttentionFound | LatentFound,
-        mlp: MLPFound | MoEFound,
+        attention: FoundAttention | FoundLatentAttention,
+        mlp: FoundMLP | FoundMoE,
         placement: NormPlacement,
         parallel: bool,
-    ) -> tuple[float, LayerFound | None]:
+    ) -> tuple[float, FoundLayer | None]:
         """Returns one placement of norms and adds with its error; the error is infinite if a norm is missing."""
         reads, gives = [attention.inputs, mlp.inputs], [attention.out.output, mlp.output]
-        shared = parallel and equal(*reads)
+        shared = parallel and exactly_equal(*reads)
         norms: dict[str, NormCall | None] = {}
         # Norms after a sublayer: the stream receives their outputs.
         if placement in ("post", "sandwich"):
-            found = [self.reading(output) for output in gives]
+            found = [self.norm_with_input(output) for output in gives]
             norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
             gives = [output if norm is None else norm.output for norm, output in zip(found, gives, strict=True)]
         # Norms before a sublayer: the stream is their input.
         if placement in ("pre", "sandwich"):
-            once = np.float32(factor(self.y - self.x, gives[0] + gives[1]))  # the stream gains the sum of both outputs
-            found = [self.giving(inputs, (self.x, self.x + once * gives[0])) for inputs in reads]
+            # The stream gains the sum of both outputs.
+            sum_scale = np.float32(fit_factor(self.y - self.x, gives[0] + gives[1]))
+            found = [self.norm_with_output(inputs, (self.x, self.x + sum_scale * gives[0])) for inputs in reads]
             norms |= dict(zip(("pre_attention_norm", "pre_mlp_norm"), found[: 1 if shared else 2], strict=False))
             reads = [inputs if norm is None else norm.inputs for norm, inputs in zip(found, reads, strict=True)]
         totals = [reads[1], self.y]
         # Norms after the add: they read the sum.
         if placement == "residual":
             sums = self.x + gives[0], reads[1] + gives[1]
-            found = [self.giving(total, (added,)) for total, added in zip(totals, sums, strict=True)]
+            found = [self.norm_with_output(total, (added,)) for total, added in zip(totals, sums, strict=True)]
             norms |= dict(zip(("post_attention_norm", "post_mlp_norm"), found, strict=True))
             totals = [total if norm is None else norm.inputs for norm, total in zip(found, totals, strict=True)]
         present = {name: norm for name, norm in norms.items() if norm is not None}
         if len(present) < len(norms):
             return np.inf, None
         # Check the residual adds themselves, with one fitted scale.
-        steps = [_Step(self.x, gives[0], totals[0]), _Step(reads[1], gives[1], totals[1])]
+        steps = [_ResidualAdd(self.x, gives[0], totals[0]), _ResidualAdd(reads[1], gives[1], totals[1])]
         if parallel:
-            steps = [_Step(self.x, gives[0] + gives[1], self.y)]
-        scale = factor(steps[-1].total - steps[-1].start, steps[-1].added)
+            steps = [_ResidualAdd(self.x, gives[0] + gives[1], self.y)]
+        scale = fit_factor(steps[-1].total - steps[-1].start, steps[-1].added)
         errors = [distance(step.start + np.float32(scale) * step.added, step.total) for step in steps]
         errors += [distance(stream, self.x) for stream in (reads if parallel else reads[:1])]
-        return max(errors), LayerFound(attention, mlp, present, placement, parallel, shared, scale)
+        return max(errors), FoundLayer(attention, mlp, present, placement, parallel, shared, scale)
 
-    def giving(self, output: np.ndarray, streams: Sequence[np.ndarray]) -> NormCall | None:
+    def norm_with_output(self, output: np.ndarray, streams: Sequence[np.ndarray]) -> NormCall | None:
         """Returns the norm with this output: a recorded one, else one that code without a module ran on a stream."""
-        recorded = next((norm for norm in self.norms if equal(norm.output, output)), None)
-        if recorded is not None or any(same(stream, output) for stream in streams):
+        recorded = next((norm for norm in self.norms if exactly_equal(norm.output, output)), None)
+        if recorded is not None or any(nearly_equal(stream, output) for stream in streams):
             return recorded
-        bare = (bare_norm(self.trace, stream, output, self.vectors) for stream in streams)
+        bare = (find_bare_norm(self.trace, stream, output, self.vectors) for stream in streams)
         return next((norm for norm in bare if norm is not None), None)
 
-    def reading(self, inputs: np.ndarray) -> NormCall | None:
+    def norm_with_input(self, inputs: np.ndarray) -> NormCall | None:
         """Returns the norm with this input."""
-        return next((norm for norm in self.norms if equal(norm.inputs, inputs)), None)
+        return next((norm for norm in self.norms if exactly_equal(norm.inputs, inputs)), None)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.probe import axes
-from convert.probe.trace import MATCH, Linear, NormCall, Trace, distance, same
+from convert.probe.trace import MATCH, Linear, NormCall, Trace, distance, nearly_equal
 from tide_jax.model.activations import ACTIVATIONS, SWIGLU_OAI, gated
 
 ACTIVATION_NAMES = tuple({function: name for name, function in reversed(ACTIVATIONS.items())}.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class MLPFound:
+class FoundMLP:
     """A feed-forward block.
 
     Attributes:
@@ -57,7 +57,7 @@ class MLPFound:
         """Output of the block."""
         return self.down.output
 
-    def parts(self) -> tuple[np.ndarray | None, np.ndarray]:
+    def gate_and_up(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Outputs of the gate (None if there is none) and of `up`, [T, F]."""
         if self.layout is None:
             return (None if self.gate is None else self.gate.output), self.up.output
@@ -68,49 +68,51 @@ class MLPFound:
 
 def find_mlp(
     trace: Trace, linears: Sequence[Linear], norms: Sequence[NormCall], width: int
-) -> tuple[MLPFound | None, float]:
+) -> tuple[FoundMLP | None, float]:
     """Returns the feed-forward block among a layer's linear maps, or None, and the closest candidate's error.
 
     Args:
       width: width of the residual stream.
     """
     limits = axes.limits(trace)
-    tried = (
-        _measured(shape, activation, limit)
-        for shape in _shapes(linears, norms, width)
+    candidates = (
+        _measure(shape, activation, limit)
+        for shape in _combinations(linears, norms, width)
         for activation in (*ACTIVATION_NAMES, SWIGLU_OAI)
         for limit in limits
         if shape.gate is not None or (limit is None and activation != SWIGLU_OAI)
     )
-    best = min(tried, key=lambda found: found.error, default=None)
+    best = min(candidates, key=lambda found: found.error, default=None)
     error = np.inf if best is None else best.error
     return (best if error <= MATCH else None), error
 
 
-def _shapes(linears: Sequence[Linear], norms: Sequence[NormCall], width: int) -> Iterator[MLPFound]:
+def _combinations(linears: Sequence[Linear], norms: Sequence[NormCall], width: int) -> Iterator[FoundMLP]:
     """Combinations of linear maps whose sizes fit together."""
     for last, down in enumerate(linears):
         if down.output.shape[1] != width:
             continue
-        sub_norm = next((n for n in norms if n.output.shape == down.inputs.shape and same(n.output, down.inputs)), None)
+        sub_norm = next(
+            (n for n in norms if n.output.shape == down.inputs.shape and nearly_equal(n.output, down.inputs)), None
+        )
         sources = [x for x in linears[:last] if len(x.output) == len(down.output)]
         size = down.inputs.shape[1]
         for up in sources:
             if up.output.shape[1] == 2 * size:
                 for layout in ("halves", "pairs"):
                     for swapped in (False, True):
-                        yield MLPFound(up, up, down, layout, swapped, sub_norm=sub_norm)
+                        yield FoundMLP(up, up, down, layout, swapped, sub_norm=sub_norm)
             if up.output.shape[1] != size:
                 continue
-            yield MLPFound(None, up, down, sub_norm=sub_norm)
+            yield FoundMLP(None, up, down, sub_norm=sub_norm)
             for gate in sources:
                 if gate is not up and gate.output.shape == up.output.shape and np.array_equal(gate.inputs, up.inputs):
-                    yield MLPFound(gate, up, down, sub_norm=sub_norm)
+                    yield FoundMLP(gate, up, down, sub_norm=sub_norm)
 
 
-def _measured(found: MLPFound, activation: str, limit: float | None) -> MLPFound:
+def _measure(found: FoundMLP, activation: str, limit: float | None) -> FoundMLP:
     """Adds the error to a candidate."""
-    gate, up = found.parts()
+    gate, up = found.gate_and_up()
     hidden = found.down.inputs if found.sub_norm is None else found.sub_norm.inputs
     if gate is None:
         out = ACTIVATIONS[activation](jnp.asarray(up))

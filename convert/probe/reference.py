@@ -17,9 +17,9 @@ from convert.quiet import quiet_transformers
 from convert.sources.base import Source
 from tide_jax.errors import TideError
 
-_AUTO = "AutoModelForCausalLM"
+_AUTO_CLASS = "AutoModelForCausalLM"
 _SMALL_WINDOW = 7
-_NO_WINDOWS = ("layer", "pattern", "stride")
+_NOT_WINDOW_WORDS = ("layer", "pattern", "stride")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Reference:
 
     Attributes:
       model: the PyTorch module.
-      route: origin of its code, for the report.
+      origin: origin of its code, for the report.
       hf: its configuration object.
       windows: maps the small size of each attention window, chosen to be visible in a short row, to its true size.
     """
 
     model: Any
-    route: str
+    origin: str
     hf: Any
     windows: Mapping[int, int]
 
@@ -44,28 +44,28 @@ class Reference:
 
         ids = torch.tensor(tokens[None], dtype=torch.int64)
         with torch.no_grad():
-            out = self.model(ids, **_arguments(self.model, ids))
+            out = self.model(ids, **_forward_arguments(self.model, ids))
         logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
         if logits is None:
             logits = out[0] if isinstance(out, tuple | list) else out
         if not isinstance(logits, torch.Tensor) or logits.ndim != 3 or logits.shape[1] != len(tokens):
-            raise TideError(f"{self.route} does not give logits [B, T, V] of every token, so nothing can be compared")
+            raise TideError(f"{self.origin} does not give logits [B, T, V] of every token, so nothing can be compared")
         return logits[0].float().numpy()
 
 
-def _arguments(model: Any, ids: Any) -> dict[str, Any]:
+def _forward_arguments(model: Any, ids: Any) -> dict[str, Any]:
     """Required arguments of a model's forward besides tokens, and `use_cache=False` if it has that argument."""
     import torch
 
-    taken = dict(list(inspect.signature(model.forward).parameters.items())[1:])
-    given: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
-    for name, parameter in taken.items():
+    parameters = dict(list(inspect.signature(model.forward).parameters.items())[1:])
+    arguments: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             if "mask" in name:
-                given[name] = torch.ones_like(ids)
+                arguments[name] = torch.ones_like(ids)
             elif "pos" in name:
-                given[name] = torch.arange(ids.shape[1])[None]
-    return given
+                arguments[name] = torch.arange(ids.shape[1])[None]
+    return arguments
 
 
 def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bool) -> Reference:
@@ -79,22 +79,22 @@ def load_reference(source: Source, *, trust_remote_code: bool, small_windows: bo
     Raises:
       TideError: there is no code for the model, it is not trusted, or it does not load this checkpoint.
     """
-    build = _route(source, trust_remote_code)
+    code = _choose_code(source, trust_remote_code)
     try:
-        hf = build.config()
-        windows = _cut_windows(hf) if small_windows else {}
-        model, missing = build.model(hf)
+        hf = code.config()
+        windows = _shrink_windows(hf) if small_windows else {}
+        model, missing = code.model(hf)
     except TideError:
         raise
     except Exception as error:  # the checkpoint's own code may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise TideError(f"{build.name} cannot load {source.description} to probe it: {reason}") from error
+        raise TideError(f"{code.name} cannot load {source.description} to probe it: {reason}") from error
     if missing:
         raise TideError(
-            f"{build.name} does not fit {source.description}: {len(missing)} of its weights are not in the checkpoint "
+            f"{code.name} does not fit {source.description}: {len(missing)} of its weights are not in the checkpoint "
             f"({', '.join(sorted(missing)[:3])}), so it cannot say what the model computes"
         )
-    return Reference(model.float().eval(), build.name, hf, windows)
+    return Reference(model.float().eval(), code.name, hf, windows)
 
 
 class _KnownClass:
@@ -110,17 +110,17 @@ class _KnownClass:
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
         """The model, and the names of its weights that the checkpoint lacks."""
-        return self.loaded(self.model_class, hf)
+        return self.load(self.model_class, hf)
 
-    def loaded(self, model_class: Any, hf: Any, **options: Any) -> tuple[Any, set[str]]:
+    def load(self, model_class: Any, hf: Any, **options: Any) -> tuple[Any, set[str]]:
         import torch
 
-        place: Any = self.directory
+        directory: Any = self.directory
         if getattr(self.source, "rewritten", False):  # has a merged adapter or dequantised weights
-            place, options = None, options | {"state_dict": _tensors(self.source)}
+            directory, options = None, options | {"state_dict": _tensors(self.source)}
         options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         with quiet_transformers():
-            model, info = model_class.from_pretrained(place, config=hf, **options)
+            model, info = model_class.from_pretrained(directory, config=hf, **options)
         return model, set(info["missing_keys"])
 
 
@@ -133,7 +133,7 @@ class _KnownType(_KnownClass):
         return AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
-        return self.loaded(self.model_class, hf, trust_remote_code=False)
+        return self.load(self.model_class, hf, trust_remote_code=False)
 
 
 class _OwnCode(_KnownType):
@@ -155,12 +155,12 @@ class _OwnCode(_KnownType):
 
     def model(self, hf: Any) -> tuple[Any, set[str]]:
         if getattr(self.source, "rewritten", False):
-            return self._by_hand(hf)
+            return self._build_and_copy(hf)
         try:
-            return self.loaded(self.model_class, hf, trust_remote_code=True)
+            return self.load(self.model_class, hf, trust_remote_code=True)
         except Exception as first:  # code for other versions of transformers, or independent of it
             try:
-                return self._by_hand(hf)
+                return self._build_and_copy(hf)
             except Exception:
                 raise first from None
 
@@ -169,7 +169,7 @@ class _OwnCode(_KnownType):
 
         return get_class_from_dynamic_module(self.reference, str(self.directory))
 
-    def _by_hand(self, hf: Any) -> tuple[Any, set[str]]:
+    def _build_and_copy(self, hf: Any) -> tuple[Any, set[str]]:
         """Builds the module and copies the checkpoint's tensors into it by name."""
         model, tensors = self._own_class()(hf), _tensors(self.source)
         model.load_state_dict(tensors, strict=False)
@@ -184,17 +184,17 @@ def _tensors(source: Source) -> dict[str, Any]:
     return {name: torch.from_numpy(source.read(name).astype(np.float32)) for name in source.tensors}
 
 
-def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
+def _choose_code(source: Source, trust_remote_code: bool) -> _KnownClass:
     """Chooses the source of a checkpoint's modelling code."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     values = source.config
-    model_type, own = values.get("model_type"), (values.get("auto_map") or {}).get(_AUTO)
+    model_type, own = values.get("model_type"), (values.get("auto_map") or {}).get(_AUTO_CLASS)
     known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if own is not None and not known and not trust_remote_code:
         raise TideError(
-            f"{source.description} brings its own Python code ({own}): read that code, then let "
-            "'tide-jax convert SRC DST --trust-remote-code' run it and probe what it computes"
+            f"{source.description} contains its own Python code ({own}): read that code; if you trust it, run "
+            "'tide-jax convert SRC DST --trust-remote-code'"
         )
     _require_torch(source)
     import transformers
@@ -210,7 +210,7 @@ def _route(source: Source, trust_remote_code: bool) -> _KnownClass:
             return _KnownClass(source, f"transformers' {name}", found)
     classes = f"architectures {', '.join(names)}" if names else "any architectures"
     raise TideError(
-        f"neither does the installed transformers know it or {classes}, and {source.description} brings no code of its "
+        f"the installed transformers knows neither it nor {classes}, and {source.description} contains no code of its "
         "own"
     )
 
@@ -219,17 +219,17 @@ def _require_torch(source: Source) -> None:
     missing = [name for name in ("torch", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise TideError(
-            f"{source.description} would have to be probed, with its own model in PyTorch: run `pip install "
+            f"{source.description} can only be converted by running its own model in PyTorch: run `pip install "
             f"{' '.join(missing)}` first"
         )
 
 
-def _cut_windows(hf: Any) -> dict[int, int]:
+def _shrink_windows(hf: Any) -> dict[int, int]:
     """Gives each window longer than a few tokens its own short length; returns the true lengths by short ones."""
     cut: dict[int, int] = {}
     for part in (hf, *(getattr(hf, name, None) for name in getattr(hf, "sub_configs", {}))):
         for name, value in vars(part).items() if part is not None else ():
-            is_window = ("window" in name or "chunk" in name) and not any(word in name for word in _NO_WINDOWS)
+            is_window = ("window" in name or "chunk" in name) and not any(word in name for word in _NOT_WINDOW_WORDS)
             if is_window and isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 small = next((s for s, v in cut.items() if v == value), min(value, _SMALL_WINDOW + 2 * len(cut)))
                 cut[small] = value

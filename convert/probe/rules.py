@@ -11,11 +11,11 @@ import numpy as np
 
 from convert.probe.heads import Heads
 from convert.probe.trace import Linear, NormCall
-from convert.weights.rules import Rule, Take, Target, whole
+from convert.weights.rules import Rule, Take, Target, whole_tensor
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 
-Assigned = dict[str, list[Target]]
+Assignments = dict[str, list[Target]]
 """Destinations of each parameter of the reference."""
 
 
@@ -80,56 +80,56 @@ class Shaped:
 _TAKES = {kind.__name__: kind for kind in (Channels, Inputs, Oriented, Shaped)}
 
 
-def add_linear(assigned: Assigned, linear: Linear, path: str, slot: str = "") -> None:
+def add_linear(assignments: Assignments, linear: Linear, path: str, slot: str = "") -> None:
     """Adds a whole linear map; `slot` indexes the parameter without the kernel's input axis."""
-    take = Oriented() if linear.transposed else whole
-    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    take = Oriented() if linear.transposed else whole_tensor
+    _add(assignments, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
     if linear.bias is not None:
-        _add(assigned, linear.bias, Target(f"{path}.bias", slot=slot))
+        _add(assignments, linear.bias, Target(f"{path}.bias", slot=slot))
 
 
-def add_channels(assigned: Assigned, linear: Linear, path: str, take: Channels, slot: str = "") -> None:
+def add_channels(assignments: Assignments, linear: Linear, path: str, take: Channels, slot: str = "") -> None:
     """Adds some outputs of a linear map."""
-    _add(assigned, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
+    _add(assignments, linear.weight, Target(f"{path}.kernel", take, f":, {slot}" if slot else ""))
     if linear.bias is not None:
-        _add(assigned, linear.bias, Target(f"{path}.bias", dataclasses.replace(take, transposed=False), slot))
+        _add(assignments, linear.bias, Target(f"{path}.bias", dataclasses.replace(take, transposed=False), slot))
 
 
-def add_heads(assigned: Assigned, heads: Heads, path: str, part: str = "") -> None:
+def add_heads(assignments: Assignments, heads: Heads, path: str, part: str = "") -> None:
     """Adds heads of a projection; `part` is the slot behind the heads' axis."""
     linear, width, starts = heads.linear, heads.width, heads.starts
     strides = {b - a for a, b in itertools.pairwise(starts)} or {width}
     stride = next(iter(strides))
     if len(strides) == 1 and linear.output.shape[1] % stride == 0 and starts[0] % stride + width <= stride:
         take = Channels(linear.transposed, starts[0], len(starts), stride, width, heads=True)
-        add_channels(assigned, linear, path, take, f":, {part}" if part else "")
+        add_channels(assignments, linear, path, take, f":, {part}" if part else "")
         return
     for head, start in enumerate(starts):  # heads that are not evenly spaced have no view
         take = Channels(linear.transposed, start, 1, width, width)
-        add_channels(assigned, linear, path, take, f"{head}, {part}" if part else f"{head}")
+        add_channels(assignments, linear, path, take, f"{head}, {part}" if part else f"{head}")
 
 
-def add_out(assigned: Assigned, linear: Linear, path: str, heads: int) -> None:
+def add_output_projection(assignments: Assignments, linear: Linear, path: str, heads: int) -> None:
     """Adds the output projection of attention."""
-    _add(assigned, linear.weight, Target(f"{path}.kernel", Inputs(linear.transposed, heads)))
+    _add(assignments, linear.weight, Target(f"{path}.kernel", Inputs(linear.transposed, heads)))
     if linear.bias is not None:
-        _add(assigned, linear.bias, Target(f"{path}.bias"))
+        _add(assignments, linear.bias, Target(f"{path}.bias"))
 
 
-def add_norm(assigned: Assigned, norm: NormCall | None, path: str, shape: tuple[int, ...] | None = None) -> None:
+def add_norm(assignments: Assignments, norm: NormCall | None, path: str, shape: tuple[int, ...] | None = None) -> None:
     """Adds a norm's weights, reshaped if `shape` is given."""
     for name, part in ((norm.scale, "scale"), (norm.bias, "bias")) if norm is not None else ():
         if name is not None:
-            _add(assigned, name, Target(f"{path}.{part}", whole if shape is None else Shaped(shape)))
+            _add(assignments, name, Target(f"{path}.{part}", whole_tensor if shape is None else Shaped(shape)))
 
 
-def add_tensor(assigned: Assigned, name: str, path: str, take: Take = whole) -> None:
+def add_tensor(assignments: Assignments, name: str, path: str, take: Take = whole_tensor) -> None:
     """Adds one parameter."""
-    _add(assigned, name, Target(path, take))
+    _add(assignments, name, Target(path, take))
 
 
-def _add(assigned: Assigned, name: str, target: Target) -> None:
-    assigned.setdefault(name, []).append(target)
+def _add(assignments: Assignments, name: str, target: Target) -> None:
+    assignments.setdefault(name, []).append(target)
 
 
 def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def to_json(rules: Sequence[Rule]) -> list[dict[str, Any]]:
 
 
 def _target_json(target: Target) -> dict[str, Any]:
-    take = {} if target.take is whole else {"kind": type(target.take).__name__, **vars(target.take)}
+    take = {} if target.take is whole_tensor else {"kind": type(target.take).__name__, **vars(target.take)}
     return {"path": target.path, "slot": target.slot, "take": take}
 
 
@@ -156,4 +156,4 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
 def _target(values: Mapping[str, Any]) -> Target:
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values["take"].items()}
     kind = fields.pop("kind", None)
-    return Target(values["path"], whole if kind is None else _TAKES[kind](**fields), values["slot"])
+    return Target(values["path"], whole_tensor if kind is None else _TAKES[kind](**fields), values["slot"])

@@ -19,10 +19,10 @@ from tide_jax.model.architecture import NormKind
 
 MATCH = 5e-5
 """Largest difference, as a share of the range, at which two arrays count as equal."""
-CLEAR = 3e-6
+CERTAIN_MATCH = 3e-6
 """A difference so small that no further candidates are tried."""
-_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-20, float(np.finfo(np.float32).eps))
-_ROUNDING = 5e-7
+_COMMON_EPS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-20, float(np.finfo(np.float32).eps))
+_ROUNDING_ERROR = 5e-7
 
 
 def distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -33,17 +33,17 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return worst / max(float(np.ptp(expected)), 1e-30) if np.isfinite(worst) else np.inf
 
 
-def same(found: np.ndarray, expected: np.ndarray) -> bool:
+def nearly_equal(found: np.ndarray, expected: np.ndarray) -> bool:
     """Whether two arrays are equal up to rounding."""
     return distance(found, expected) <= MATCH
 
 
-def equal(a: np.ndarray, b: np.ndarray) -> bool:
+def exactly_equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two recorded arrays hold the same numbers."""
     return a is b or (a.shape == b.shape and np.array_equal(a, b))
 
 
-def factor(change: np.ndarray, added: np.ndarray) -> float:
+def fit_factor(change: np.ndarray, added: np.ndarray) -> float:
     """Factor of `added` in `change`, by least squares."""
     return float(np.vdot(change, added) / max(float(np.vdot(added, added)), 1e-30))
 
@@ -86,7 +86,7 @@ class NormCall(Call):
     def apply(self, x: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
         """Applies the norm to another input."""
         scale, bias = (None if name is None else weights[name] for name in (self.scale, self.bias))
-        return normed(x, self.kind, self.eps, scale, bias, self.unit_offset)
+        return apply_norm(x, self.kind, self.eps, scale, bias, self.unit_offset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +122,15 @@ class Trace:
     reference: Reference
     unexplained: list[float] = dataclasses.field(default_factory=list)
 
-    def inside(self, module: str) -> list[Call]:
+    def parts_inside(self, module: str) -> list[Call]:
         """Parts that ran inside a module."""
         return [part for part in self.parts if part.name.startswith(f"{module}.")]
 
-    def call(self, module: str) -> Call:
+    def find_call(self, module: str) -> Call:
         """The call of a module."""
         return next(call for call in self.calls if call.name == module)
 
-    def exact(self, measured: float) -> float:
+    def snap_to_known(self, measured: float) -> float:
         """Replaces a measured factor by the number it approximates: from the configuration, or with few digits.
 
         A number without an explanation is remembered, so that other layers use exactly the same one.
@@ -145,16 +145,16 @@ class Trace:
             self.unexplained.append(measured)
         return measured if found is None else found
 
-    def eps(self) -> list[float]:
+    def eps_candidates(self) -> list[float]:
         """Candidates for the eps of norms, the configuration's numbers first."""
-        return list(dict.fromkeys([*(v for v in self.settings.values() if 0 < v < 0.01), *_EPS]))
+        return list(dict.fromkeys([*(v for v in self.settings.values() if 0 < v < 0.01), *_COMMON_EPS]))
 
-    def numbers(self, pattern: str) -> list[float]:
+    def numbers_named(self, pattern: str) -> list[float]:
         """Numbers of the configuration whose field name matches the regular expression."""
         return list(dict.fromkeys(v for name, v in self.settings.items() if re.search(pattern, name)))
 
 
-def normed(
+def apply_norm(
     x: np.ndarray,
     kind: NormKind,
     eps: float,
@@ -171,7 +171,7 @@ def normed(
     return (y if bias is None else y + bias).astype(np.float32)
 
 
-def norm_call(
+def find_norm(
     call: Call, own: Sequence[str], weights: Mapping[str, np.ndarray], eps: Iterable[float]
 ) -> NormCall | None:
     """Returns the norm that gives a module's output, or None."""
@@ -181,7 +181,7 @@ def norm_call(
     roles: list[tuple[str | None, str | None]] = [(names[0] if names else None, None)]
     if len(names) == 2:
         roles = [(names[0], names[1]), (names[1], names[0])]
-    tried = [
+    candidates = [
         NormCall(
             call.name, call.inputs, call.output, kind, e, scale, bias, offset, weights[scale].shape if scale else ()
         )
@@ -190,13 +190,15 @@ def norm_call(
         for scale, bias in roles
         for offset in ((False, True) if scale else (False,))
     ]
-    errors = [distance(norm.apply(call.inputs, weights), call.output) for norm in tried]
+    errors = [distance(norm.apply(call.inputs, weights), call.output) for norm in candidates]
     # Several eps may be too small to matter; the first one tried is the most likely.
-    likely = min(errors) + _ROUNDING
-    return next((n for n, e in zip(tried, errors, strict=True) if e <= min(likely, MATCH)), None)
+    tolerance = min(errors) + _ROUNDING_ERROR
+    return next((n for n, e in zip(candidates, errors, strict=True) if e <= min(tolerance, MATCH)), None)
 
 
-def bare_norm(trace: Trace, inputs: np.ndarray, output: np.ndarray, vectors: Sequence[str] = ()) -> NormCall | None:
+def find_bare_norm(
+    trace: Trace, inputs: np.ndarray, output: np.ndarray, vectors: Sequence[str] = ()
+) -> NormCall | None:
     """Returns the norm without a module that maps one array to another, if there is one.
 
     Args:
@@ -204,7 +206,7 @@ def bare_norm(trace: Trace, inputs: np.ndarray, output: np.ndarray, vectors: Seq
     """
     fitting = [name for name in vectors if trace.weights[name].shape == inputs.shape[-1:]]
     for own in ((), *((name,) for name in fitting), *itertools.combinations(fitting, 2)):
-        norm = norm_call(Call("", inputs, output), own, trace.weights, trace.eps())
+        norm = find_norm(Call("", inputs, output), own, trace.weights, trace.eps_candidates())
         if norm is not None:
             return norm
     return None

@@ -24,7 +24,7 @@ class Source(Protocol):
       tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
       files: the weight files, for hashing.
 
-    Some sources have more attributes. `left_out` maps the tensors in the files that the source hides to the reason.
+    Some sources have more attributes. `ignored` maps the tensors in the files that the source hides to the reason.
     `rewritten` is true if the tensors differ from those that transformers reads from the files. `steps` exists if the
     source holds integers (`steps_of`).
     """

@@ -22,10 +22,10 @@ TOKENIZER_FILES = (
     "processor_config.json",
     "config.json",  # names the tokenizer's class if no other file does
 )
-_LEFT_OUT = ["original/*", "consolidated*"]
-_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+_IGNORED_FILES = ["original/*", "consolidated*"]
+_WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w.+/-]+))?")
-_REASON = 120  # longest quote from the hub client's message, in characters
+_REASON_CHARACTERS = 120  # longest quote from the hub client's message, in characters
 
 
 def local_directory(
@@ -47,7 +47,7 @@ def local_directory(
     """
     path = Path(reference).expanduser()
     if path.exists() and revision is not None:
-        raise TideError(f"{path} is on disk: revision={revision!r} is of hub ids, leave it out")
+        raise TideError(f"{path} is on disk and has no revisions: leave out revision={revision!r}")
     if path.is_dir():
         return path
     if path.exists():
@@ -56,22 +56,22 @@ def local_directory(
     if found is None:
         raise TideError(f"{path} does not exist: expected {expected} or a hub id")
     if revision is not None and found["revision"] not in (None, revision):
-        raise TideError(f"{reference} names a revision, and revision={revision!r} is another one: give one of them")
+        raise TideError(f"{reference} names one revision and revision={revision!r} another: give only one of them")
     return _download(found["repository"], revision or found["revision"], files)
 
 
 def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    left_out = _LEFT_OUT if "*.safetensors" in files else _LEFT_OUT + _WEIGHTS
+    ignored = _IGNORED_FILES if "*.safetensors" in files else _IGNORED_FILES + _WEIGHT_FILES
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=left_out)
+            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=ignored)
         )
     except Exception as error:  # the hub client's errors share no base class, and httpx's get through too
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:_REASON_CHARACTERS]
         name = repository if revision is None else f"{repository}@{revision}"
         raise TideError(
-            f"{name!r} is no local path and could not be had from the Hugging Face hub ({reason}): check the name and "
-            "the network, or give a directory"
+            f"{name!r} is not a local path and could not be downloaded from the Hugging Face hub ({reason}): check the "
+            "name and the network, or give a directory"
         ) from error

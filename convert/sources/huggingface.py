@@ -47,7 +47,7 @@ class HuggingFaceSource:
         self.config = read_json(directory / "config.json")
         _check_types(directory, self.config)
         if CONFIG_KEY in self.config:
-            raise TideError(f"{directory} is a converted model already: load it with tide_jax.load")
+            raise TideError(f"{directory} is already a converted model: load it with tide_jax.load")
         generation = directory / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         self._shards = ShardedTensors(directory)
@@ -91,21 +91,24 @@ def copy_side_files(source: Path, destination: Path) -> None:
         may be passed on.
     """
     for path in sorted({path for pattern in _SIDE_FILES for path in source.glob(pattern) if path.is_file()}):
-        _check_own(path, source)
+        _check_link_target(path, source)
         copy = destination / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
 
 
-def _check_own(path: Path, directory: Path) -> None:
+def _check_link_target(path: Path, directory: Path) -> None:
     """Raises TideError if a file is a link out of its directory; links into the repository's hub cache are fine."""
-    place = Path(os.path.realpath(directory))
-    own = [place]
-    for folder in (place, *place.parents):  # .../models--org--name/snapshots/revision links to .../blobs
+    real_directory = Path(os.path.realpath(directory))
+    allowed = [real_directory]
+    for folder in (
+        real_directory,
+        *real_directory.parents,
+    ):  # .../models--org--name/snapshots/revision links to .../blobs
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-            own.append(folder.parent.parent / "blobs")
+            allowed.append(folder.parent.parent / "blobs")
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(folder) for folder in own):
+    if not any(target.is_relative_to(folder) for folder in allowed):
         raise TideError(
-            f"{path} is a link to {target}, outside of its checkpoint: put a copy there if it belongs to it"
+            f"{path} is a link to {target}, outside its checkpoint: replace the link by a copy, or delete it"
         )

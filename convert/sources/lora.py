@@ -30,17 +30,17 @@ from tide_jax.tokenizer.files import tokenizer_in
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_USED = (
+_READ_KEYS = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_dora"),
     *("trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "peft_type"),
 )
-_HARMLESS = (  # describes the training, or which modules were adapted, which the stored names tell too
+_TRAINING_KEYS = (  # describes the training, or which modules were adapted, which the stored names tell too
     *("auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save", "peft_version"),
     *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "modules_to_tie"),
     *("target_modules_to_tie", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "merge_weights"),
 )
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights first
+_SUPPORTED_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights first
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -52,12 +52,12 @@ _ROLES = {
     "base_layer.weight": "base",
 }
 _PAIRS = {"a": "b", "embedding_a": "embedding_b"}
-_USUAL_NAMES = {  # for models without a table entry: multimodal and probed ones
+_COMMON_NAME_PATTERNS = {  # for models without a table entry: multimodal and probed ones
     "embed.kernel": r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight",
     "head.kernel": r"(.*\.)?(lm_head|embed_out)\.weight",
 }
 _BLOCK_ROWS = 4096
-_PATTERN_SECONDS = 1.0
+_TIMEOUT_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class _Change:
     rows: tuple[int, ...] = ()
 
     @property
-    def whole(self) -> str | None:
+    def replacement(self) -> str | None:
         """The adapter's tensor that replaces the base's."""
         return self.parts.get("replaced", self.parts.get("base"))
 
@@ -89,7 +89,7 @@ class _Change:
         return next(((self.parts[a], self.parts[b]) for a, b in _PAIRS.items() if a in self.parts), None)
 
 
-def with_adapter(base: Source, reference: str | Path) -> LoRASource:
+def merge_adapter(base: Source, reference: str | Path) -> LoRASource:
     """Returns a checkpoint with an adapter merged into it.
 
     Args:
@@ -126,9 +126,9 @@ class LoRASource:
         self.description = f"{base.description} with the adapter {directory}"
         self.config = dict(base.config)
         self.generation_config = base.generation_config
-        self.left_out: dict[str, str] = getattr(base, "left_out", {})
+        self.ignored: dict[str, str] = getattr(base, "ignored", {})
         self.files = [*base.files, *self._adapter.files]
-        self._changes = self._planned()
+        self._changes = self._plan_changes()
         changed = {name: self._changed_info(name, change) for name, change in self._changes.items()}
         self.tensors: Mapping[str, TensorInfo] = {**base.tensors, **changed}
 
@@ -137,7 +137,7 @@ class LoRASource:
         change = self._changes.get(name)
         if change is None:
             return self._base.read(name)
-        tensor = self._base.read(change.start) if change.whole is None else self._adapter.read(change.whole)
+        tensor = self._base.read(change.start) if change.replacement is None else self._adapter.read(change.replacement)
         if change.parts.keys() <= {"replaced", "base"}:
             return tensor
         tensor = tensor.astype(np.float32)
@@ -171,20 +171,20 @@ class LoRASource:
 
     # ---- planning, from names and shapes ----
 
-    def _planned(self) -> dict[str, _Change]:
+    def _plan_changes(self) -> dict[str, _Change]:
         heads = self._base_names("head.kernel")
         keep_tied = not heads and bool(self._settings.get("ensure_weight_tying"))
         changes: dict[str, _Change] = {}
-        for target, parts in _by_target(self._adapter.infos).items():
+        for target, parts in _group_by_target(self._adapter.infos).items():
             if keep_tied and self._fills(target, "head.kernel"):
                 continue  # stored twice
-            name, start = self._located(target)
-            changes[name] = self._change(name, start, parts, target.rpartition(".")[0])
+            name, start = self._locate(target)
+            changes[name] = self._plan_change(name, start, parts, target.rpartition(".")[0])
         if not heads and not keep_tied and not any(self._fills(name, "head.kernel") for name in changes):
-            changes |= self._head_apart(changes)
+            changes |= self._separate_head(changes)
         return changes
 
-    def _located(self, target: str) -> tuple[str, str]:
+    def _locate(self, target: str) -> tuple[str, str]:
         """Name of the tensor that an adapter changes, and of the base's tensor that it starts from."""
         tensors = self._base.tensors
         if target in tensors:
@@ -200,26 +200,26 @@ class LoRASource:
             f"belongs to {shortened(target, 70)}, which the base does not have; give the base that it was trained on"
         )
 
-    def _change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
+    def _plan_change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
         change = _Change(start, parts)
         for one, other in (*_PAIRS.items(), *((b, a) for a, b in _PAIRS.items())):
             if one in parts and other not in parts:
-                raise TideError(f"the adapter {self._directory} has {parts[one]} without its pair: get it again")
+                raise TideError(f"the adapter {self._directory} has {parts[one]} without its counterpart: get it again")
         if change.low_rank is not None or "added" in parts:
             change = dataclasses.replace(change, scale=self._scale(module, change.low_rank))
         if change.low_rank is not None:
-            change = dataclasses.replace(change, transposed=self._is_transposed(name, change))
+            change = dataclasses.replace(change, transposed=self._is_in_out(name, change))
             self._check_magnitude(change)
         if "rows" in parts:
             change = dataclasses.replace(change, rows=self._token_rows(module, parts["rows"], name, change))
         if "added" in parts:
-            self._check_shape(parts["added"], self._start_shape(name, change))
+            self._check_shape(parts["added"], self._base_shape(name, change))
         return change
 
     def _scale(self, module: str, low_rank: tuple[str, str] | None) -> float:
         settings = self._settings
-        rank = whole_number("r", _by_pattern(settings, "rank_pattern", module, settings.get("r")), 1)
-        alpha = real_number("lora_alpha", _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha")))
+        rank = whole_number("r", _module_value(settings, "rank_pattern", module, settings.get("r")), 1)
+        alpha = real_number("lora_alpha", _module_value(settings, "alpha_pattern", module, settings.get("lora_alpha")))
         if low_rank is not None and (found := self._adapter.infos[low_rank[0]].shape[:1]) != (rank,):
             raise TideError(
                 f"the adapter {self._directory} has {low_rank[0]} of rank {found[0] if found else 0}, expected {rank} "
@@ -227,10 +227,10 @@ class LoRASource:
             )
         return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
-    def _is_transposed(self, name: str, change: _Change) -> bool:
+    def _is_in_out(self, name: str, change: _Change) -> bool:
         assert change.low_rank is not None
         shapes = [self._adapter.infos[part].shape for part in change.low_rank]
-        shape = self._start_shape(name, change)
+        shape = self._base_shape(name, change)
         inner, outer = shapes[0][1:], shapes[1][:1]
         # The adapter's flag describes only the module that PEFT wrapped last.
         in_out = self._settings.get("fan_in_fan_out") or self._base.config.get("model_type") in CONV1D_TYPES
@@ -260,7 +260,7 @@ class LoRASource:
         indices = self._settings.get("trainable_token_indices")
         if isinstance(indices, dict):
             indices = next((found for key, found in indices.items() if f".{module}".endswith(f".{key}")), None)
-        shape = self._start_shape(name, change)
+        shape = self._base_shape(name, change)
         if not isinstance(indices, list) or not all(isinstance(i, int) and 0 <= i < shape[0] for i in indices):
             raise TideError(
                 f"the adapter {self._directory} has {part}, expected token ids below {shape[0]} for it in "
@@ -269,14 +269,14 @@ class LoRASource:
         self._check_shape(part, (len(indices), *shape[1:]))
         return tuple(indices)
 
-    def _start_shape(self, name: str, change: _Change) -> tuple[int, ...]:
+    def _base_shape(self, name: str, change: _Change) -> tuple[int, ...]:
         """Shape of a tensor before the change. The adapter's embedding or head may have more tokens than the base's."""
         base = self._base.tensors[change.start].shape
-        if change.whole is None:
+        if change.replacement is None:
             return base
-        found = self._adapter.infos[change.whole].shape
-        if found != base and not (self._counts_tokens(name) and found[1:] == base[1:]):
-            self._check_shape(change.whole, base)
+        found = self._adapter.infos[change.replacement].shape
+        if found != base and not (self._has_token_axis(name) and found[1:] == base[1:]):
+            self._check_shape(change.replacement, base)
         return found
 
     def _check_shape(self, part: str, expected: tuple[int, ...]) -> None:
@@ -287,12 +287,12 @@ class LoRASource:
             )
 
     def _changed_info(self, name: str, change: _Change) -> TensorInfo:
-        shape = self._start_shape(name, change)
-        if self._counts_tokens(name) and "vocab_size" in self.config:
+        shape = self._base_shape(name, change)
+        if self._has_token_axis(name) and "vocab_size" in self.config:
             self.config["vocab_size"] = shape[0]
         return TensorInfo(shape, self._base.tensors[change.start].dtype)
 
-    def _head_apart(self, changes: Mapping[str, _Change]) -> dict[str, _Change]:
+    def _separate_head(self, changes: Mapping[str, _Change]) -> dict[str, _Change]:
         """Separates the head of a base that ties it to the embedding, if the adapter changes only the embedding.
 
         The new head keeps the base's embedding. With a new vocabulary, or if single tokens were trained, both stay
@@ -301,17 +301,17 @@ class LoRASource:
         embedding = next((changes[name] for name in self._embeddings if name in changes), None)
         if embedding is None or (embedding.low_rank is None and "replaced" not in embedding.parts):
             return {}
-        if self._start_shape(self._embeddings[0], embedding) != self._base.tensors[embedding.start].shape:
+        if self._base_shape(self._embeddings[0], embedding) != self._base.tensors[embedding.start].shape:
             return {}
         patterns = (pattern for pattern in self._patterns("head.kernel"))
         # A rule's pattern names one tensor, apart from optional groups.
         names = (re.sub(r"\(\?:.*?\)\?", "", pattern).replace("\\", "") for pattern in patterns)
         head = next((name for name in names if self._fills(name, "head.kernel")), None)
         if head is None:
-            raise TideError(f"the adapter {self._directory} changes the token embedding but not the head tied to it")
+            raise TideError(f"the adapter {self._directory} changes an embedding but not its tied head: merge it first")
         return {head: _Change(embedding.start, {k: v for k, v in embedding.parts.items() if k == "base"})}
 
-    def _counts_tokens(self, name: str) -> bool:
+    def _has_token_axis(self, name: str) -> bool:
         return self._fills(name, "embed.kernel") or self._fills(name, "head.kernel")
 
     def _base_names(self, path: str) -> list[str]:
@@ -324,7 +324,7 @@ class LoRASource:
     def _patterns(self, path: str) -> list[str]:
         family = FAMILIES.get(self._base.config.get("model_type", ""))
         if family is None:
-            return [_USUAL_NAMES[path]]
+            return [_COMMON_NAME_PATTERNS[path]]
         return [rule.pattern for rule in family.rules if any(target.path == path for target in rule.targets)]
 
     def _float32(self, part: str) -> np.ndarray:
@@ -340,18 +340,18 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     if (kind := settings.get("peft_type")) != "LORA":
         found = f"an adapter of type {shortened(kind)!r}"
         raise TideError(f"{directory} is {found}, only LORA is supported: merge it with PEFT first")
-    if (start := settings.get("init_lora_weights")) not in _PLAIN_STARTS:
+    if (start := settings.get("init_lora_weights")) not in _SUPPORTED_STARTS:
         raise TideError(
             f"{directory} was trained from init_lora_weights={shortened(start)!r}, which changes the base's weights: "
             "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion"
         )
-    if unknown := sorted(key for key, value in settings.items() if value and key not in _USED + _HARMLESS):
+    if unknown := sorted(key for key, value in settings.items() if value and key not in _READ_KEYS + _TRAINING_KEYS):
         given = shortened(", ".join(unknown), 120)
         raise TideError(f"{directory} uses {given}, which is not supported: merge it with PEFT first")
     return settings
 
 
-def _by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
+def _group_by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dict[str, str]]:
     """Groups the adapter's tensors by the tensor they change, under the model's names, and by role."""
     targets: dict[str, dict[str, str]] = {}
     for stored in names:
@@ -367,17 +367,17 @@ def _by_target(names: Sequence[str] | Mapping[str, TensorInfo]) -> dict[str, dic
     return targets
 
 
-def _by_pattern(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+def _module_value(settings: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """A module's own value: that of the first pattern that matches its name or the end of it, as in PEFT."""
     patterns = settings.get(key) or {}
     try:
         # Patterns are untrusted and may backtrack without end; `re` has no time limit.
         matches = (
-            value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_PATTERN_SECONDS)
+            value for p, value in patterns.items() if regex.match(rf"(.*\.)?({p})$", module, timeout=_TIMEOUT_SECONDS)
         )
         return next(matches, default)
     except (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, OverflowError) as error:
-        raise TideError(f"adapter_config.json has a senseless {key} ({shortened(error)}): correct it") from error
+        raise TideError(f"adapter_config.json has an invalid {key} ({shortened(error)}): correct it") from error
 
 
 def _add_product(tensor: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:

@@ -47,7 +47,7 @@ def open_tokenizer(reference: str | Path, *, revision: str | None = None) -> Any
     path = _gguf_file(reference, revision)
     if path is None:
         path = local_directory(reference, "a directory with a tokenizer, a .gguf file", revision, TOKENIZER_FILES)
-        if (path / "tokenizer.json").is_file() or (weights := _only_gguf(path)) is None:
+        if (path / "tokenizer.json").is_file() or (weights := _single_gguf(path)) is None:
             return tokenizer_in(path)
         path = weights
     return tokenizer_of(path)
@@ -61,11 +61,11 @@ def _gguf_file(reference: str | Path, revision: str | None) -> Path | None:
     if not path.is_file():
         raise TideError(f"{path} does not exist: expected a GGUF file")
     if revision is not None:
-        raise TideError(f"{path} is on disk: revision={revision!r} is of hub ids, leave it out")
+        raise TideError(f"{path} is on disk and has no revisions: leave out revision={revision!r}")
     return path
 
 
-def _only_gguf(directory: Path) -> Path | None:
+def _single_gguf(directory: Path) -> Path | None:
     """The only GGUF model of a directory, or its first part; None if there is no such file or several."""
     weights = sorted(directory.glob("*.gguf"))
     models = {re.sub(r"-\d{5}-of-", "-of-", weight.name) for weight in weights}
@@ -73,15 +73,15 @@ def _only_gguf(directory: Path) -> Path | None:
 
 
 def _open_directory(path: Path) -> Source:
-    if (weights := _only_gguf(path)) is not None:
+    if (weights := _single_gguf(path)) is not None:
         return GGUFSource(weights)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
-        raise _adapter_alone(path)
+        raise _adapter_error(path)
     source = HuggingFaceSource(path)
     return QuantisedSource(source) if source.config.get("quantization_config") else source
 
 
-def _adapter_alone(path: Path) -> TideError:
+def _adapter_error(path: Path) -> TideError:
     base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path") or "the checkpoint it was trained on"
-    here = " (which is there)" if Path(str(base)).expanduser().is_dir() else ""
-    return TideError(f"{path} is an adapter, not a checkpoint: convert its base {base}{here}, with adapter={path}")
+    hint = " (which is a directory here)" if Path(str(base)).expanduser().is_dir() else ""
+    return TideError(f"{path} is an adapter, not a checkpoint: convert its base {base}{hint}, with adapter={path}")

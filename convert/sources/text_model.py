@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.configuration.settings import configuration
+from convert.configuration.settings import build_configuration
 from convert.configuration.sizes import check_sizes
 from convert.sources.base import Source, steps_of
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
 logger = logging.getLogger(__name__)
-_TEXT = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.(?:model\.)?")
-_HEAD = re.compile(r"(?:language_model\.)?lm_head\.(?:weight|bias)")
+_TEXT_PREFIX = re.compile(r"(?:^|(?<=\.))(?:language_model|text_model)\.(?:model\.)?")
+_HEAD_NAME = re.compile(r"(?:language_model\.)?lm_head\.(?:weight|bias)")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OTHER = re.compile(
+_OTHER_PARTS = re.compile(
     r"(model\.)?(vision|visual|image|video|audio|speech|vq|mm_|multi_modal|multimodal|merger|connector).*"
 )
 
@@ -43,7 +43,7 @@ class TextSource:
     """The text decoder of a multimodal checkpoint, under the names of a stand-alone decoder.
 
     Attributes:
-      left_out: the tensors of the other parts, with the reason.
+      ignored: the tensors of the other parts, with the reason.
     """
 
     def __init__(self, whole: Source, text_config: dict[str, Any]) -> None:
@@ -53,11 +53,11 @@ class TextSource:
         reason = f"belongs to another part of the multimodal {whole.config['model_type']}"
         self.rewritten = getattr(whole, "rewritten", False)
         others = {name: reason for name in whole.tensors if name not in set(self._stored.values())}
-        self.left_out: dict[str, str] = getattr(whole, "left_out", {}) | others
+        self.ignored: dict[str, str] = getattr(whole, "ignored", {}) | others
         self.tensors: Mapping[str, TensorInfo] = {name: whole.tensors[stored] for name, stored in self._stored.items()}
         self.config = text_config
         self.description = f"{whole.description} (the text decoder of {whole.config['model_type']})"
-        logger.info("%s: %d tensors of other parts are left out", self.description, len(self.left_out))
+        logger.info("%s: %d tensors of other parts are left out", self.description, len(self.ignored))
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
@@ -86,7 +86,7 @@ def _text_config(source: Source) -> dict[str, Any] | None:
     if model_type not in CONFIG_MAPPING:
         return None
     try:
-        whole = configuration(CONFIG_MAPPING[model_type], source.config)
+        whole = build_configuration(CONFIG_MAPPING[model_type], source.config)
     except Exception:  # unrelated classes, from its validators; the next reader of the configuration reports them
         return None
     if whole.is_encoder_decoder:
@@ -96,26 +96,28 @@ def _text_config(source: Source) -> dict[str, Any] | None:
         return None
     # transformers' generate reads these from the whole configuration first, and from the text part if unset.
     outer = whole.to_dict()
-    ends = {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
+    token_ids = {name: outer[name] for name in _TOKEN_IDS if outer.get(name) is not None}
     # The head belongs to the whole, but older checkpoints mark it as tied only in the text part. If the two disagree, a
     # stored head decides (see `convert.tied`); a head that neither ties must be stored.
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, text))
-    return text.to_dict() | ends | {"tie_word_embeddings": bool(tied)}
+    return text.to_dict() | token_ids | {"tie_word_embeddings": bool(tied)}
 
 
 def _text_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Maps names of the stand-alone text decoder's tensors to their stored names."""
-    if any(_TEXT.search(name) for name in tensors):
-        return {_alone(name): name for name in tensors if _TEXT.search(name) or _HEAD.fullmatch(name)}
-    return {name: name for name in tensors if not _OTHER.fullmatch(name)}
+    if any(_TEXT_PREFIX.search(name) for name in tensors):
+        return {
+            _decoder_name(name): name for name in tensors if _TEXT_PREFIX.search(name) or _HEAD_NAME.fullmatch(name)
+        }
+    return {name: name for name in tensors if not _OTHER_PARTS.fullmatch(name)}
 
 
-def _alone(name: str) -> str:
+def _decoder_name(name: str) -> str:
     """Returns the name that a tensor has in the text decoder alone.
 
     ``model.language_model.layers.0...`` and ``language_model.model.layers.0...`` become ``model.layers.0...``.
     """
-    found = _TEXT.search(name)
-    if found is None or _HEAD.fullmatch(name):
+    found = _TEXT_PREFIX.search(name)
+    if found is None or _HEAD_NAME.fullmatch(name):
         return name.removeprefix("language_model.")
     return f"model.{name[found.end() :]}"

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from convert.weights import takes
-from convert.weights.rules import Rule, Take, Target, ignore, move, whole
+from convert.weights.rules import Rule, Take, Target, ignore, move, whole_tensor
 from tide_jax.model.architecture import DecoderConfig
 
 Names = Mapping[str, tuple[Target, ...]]
 
 
-def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | None = None, slot: str = "") -> Names:
+def linear(name: str, path: str, weight: Take = takes.transpose, bias: Take | None = None, slot: str = "") -> Names:
     """Names of a Linear's weight and bias; `slot` indexes the parameter without the kernel's input axis."""
     kernel_slot = f":, {slot}" if slot else ""
     return {
@@ -25,7 +25,7 @@ def linear(name: str, path: str, weight: Take = takes.transposed, bias: Take | N
     }
 
 
-def norm(name: str, path: str, take: Take = whole) -> Names:
+def norm(name: str, path: str, take: Take = whole_tensor) -> Names:
     """Names of a norm's weight and bias."""
     return {
         f"{name}.weight": (Target(f"{path}.scale", take),),
@@ -61,9 +61,9 @@ def experts(name: str, gate: str = "gate_proj", up: str = "up_proj", down: str =
     """Experts stored one by one."""
     each = f"{name}.{{expert}}"
     return {
-        f"{each}.{gate}.weight": (Target("mlp.experts.gate_up", takes.transposed, "{expert}, :, 0"),),
-        f"{each}.{up}.weight": (Target("mlp.experts.gate_up", takes.transposed, "{expert}, :, 1"),),
-        f"{each}.{down}.weight": (Target("mlp.experts.down", takes.transposed, "{expert}"),),
+        f"{each}.{gate}.weight": (Target("mlp.experts.gate_up", takes.transpose, "{expert}, :, 0"),),
+        f"{each}.{up}.weight": (Target("mlp.experts.gate_up", takes.transpose, "{expert}, :, 1"),),
+        f"{each}.{down}.weight": (Target("mlp.experts.down", takes.transpose, "{expert}"),),
     }
 
 
@@ -75,7 +75,7 @@ def fused_qkv(name: str, q: Take, kv: Take) -> Names:
     }
 
 
-def layers(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | None = None) -> tuple[Rule, ...]:
+def layer_rules(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | None = None) -> tuple[Rule, ...]:
     """Rules for the layers' tensors; target paths are relative to the layer."""
     names = {name: targets for part in parts for name, targets in part.items()}
     return tuple(
@@ -88,48 +88,48 @@ def layers(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | N
     )
 
 
-def untied(config: DecoderConfig) -> bool:
+def has_own_head(config: DecoderConfig) -> bool:
     """Whether the head has its own weights."""
     return not config.tie_embeddings
 
 
-def tied(config: DecoderConfig) -> bool:
+def has_tied_head(config: DecoderConfig) -> bool:
     """Whether the head is the embedding."""
     return config.tie_embeddings
 
 
-def outside(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, ...]:
+def outer_rules(embed: str, final_norm: str, head: str = "lm_head") -> tuple[Rule, ...]:
     """Rules for the embedding, the final norm and the head."""
     return (
         move(f"{embed}.weight", Target("embed.kernel")),
         move(f"{final_norm}.weight", Target("final_norm.scale")),
         move(f"{final_norm}.bias", Target("final_norm.bias")),
-        move(f"{head}.weight", Target("head.kernel"), when=untied),
+        move(f"{head}.weight", Target("head.kernel"), when=has_own_head),
         move(f"{head}.bias", Target("head.bias")),
-        ignore(move(f"{head}.weight").pattern, "tied to the token embedding", when=tied),
+        ignore(move(f"{head}.weight").pattern, "tied to the token embedding", when=has_tied_head),
         ignore(r".*rotary_emb\.inv_freq", "rotary frequencies are computed from the configuration"),
     )
 
 
-def embedding_norm(name: str) -> tuple[Rule, ...]:
+def embedding_norm_rules(name: str) -> tuple[Rule, ...]:
     """Rules for the norm after the embedding."""
     return move(f"{name}.weight", Target("embedding_norm.scale")), move(f"{name}.bias", Target("embedding_norm.bias"))
 
 
-def projections(into: str, out: str) -> tuple[Rule, ...]:
+def width_projection_rules(into: str, out: str) -> tuple[Rule, ...]:
     """Rules for the projections between the embeddings' width and the layers'."""
     return (
-        move(f"{into}.weight", Target("project_in.kernel", takes.transposed)),
-        move(f"{out}.weight", Target("project_out.kernel", takes.transposed)),
+        move(f"{into}.weight", Target("project_in.kernel", takes.transpose)),
+        move(f"{out}.weight", Target("project_out.kernel", takes.transpose)),
     )
 
 
-def sinusoidal_table(name: str) -> Rule:
+def ignore_sinusoidal_table(name: str) -> Rule:
     """Ignores a table of sinusoidal positions, which the model computes."""
     return ignore(move(name).pattern, "sinusoidal positions are computed")
 
 
-OUTSIDE = outside("[model.]embed_tokens", "[model.]norm")
+OUTER_RULES = outer_rules("[model.]embed_tokens", "[model.]norm")
 ATTENTION: Names = {
     **linear("self_attn.q_proj", "attention.q", takes.heads_out, takes.heads_bias),
     **linear("self_attn.k_proj", "attention.kv", takes.heads_out, takes.heads_bias, slot=":, 0"),
@@ -198,7 +198,7 @@ SANDWICH_NORMS: Names = {
 
 
 def llama_weights(
-    norms: Names = PRE_NORMS, *more: Names, attention: Names = ATTENTION, top: tuple[Rule, ...] = OUTSIDE
+    norms: Names = PRE_NORMS, *more: Names, attention: Names = ATTENTION, top: tuple[Rule, ...] = OUTER_RULES
 ) -> tuple[Rule, ...]:
     """Weight map for checkpoints named like Llama's, with dense, fused or expert feed-forward blocks.
 
@@ -206,7 +206,7 @@ def llama_weights(
       norms: names of the norms.
       more: further names inside a layer.
     """
-    return (*top, *layers("[model.]layers", norms, attention, MLP, EXPERTS, *more))
+    return (*top, *layer_rules("[model.]layers", norms, attention, MLP, EXPERTS, *more))
 
 
 LLAMA = llama_weights()

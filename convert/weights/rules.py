@@ -1,8 +1,8 @@
 """Weight maps as data: which source tensor fills which slot of which parameter, and a proof that everything fits.
 
 A rule matches source tensor names; its targets say where the tensor goes. Several tensors may fill slots of one
-parameter (keys and values share a kernel), and one tensor may fill several parameters (a fused projection). `coverage`
-plans a whole conversion from names and shapes alone, before any weight is read.
+parameter (keys and values share a kernel), and one tensor may fill several parameters (a fused projection).
+`plan_conversion` plans a whole conversion from names and shapes alone, before any weight is read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters
 from tide_jax.model.files.shards import TensorInfo
 
-_ROOM = 220  # characters in an error message for the listed problems
+_PROBLEM_CHARACTERS = 220  # characters in an error message for the listed problems
 Take = Callable[[np.ndarray, DecoderConfig], np.ndarray]
 Slot = tuple[int | slice, ...]
 
 
-def whole(array: np.ndarray, config: DecoderConfig) -> np.ndarray:
+def whole_tensor(array: np.ndarray, config: DecoderConfig) -> np.ndarray:
     """The unchanged tensor."""
     return array
 
@@ -40,7 +40,7 @@ class Target:
     """
 
     path: str
-    take: Take = whole
+    take: Take = whole_tensor
     slot: str = ""
 
 
@@ -106,14 +106,14 @@ class Plan:
 
     def by_source(self) -> dict[str, list[Piece]]:
         """Pieces of each source tensor."""
-        return _group(self.pieces, lambda piece: piece.source)
+        return _group_pieces(self.pieces, lambda piece: piece.source)
 
     def by_path(self) -> dict[str, list[Piece]]:
         """Pieces of each parameter."""
-        return _group(self.pieces, lambda piece: piece.path)
+        return _group_pieces(self.pieces, lambda piece: piece.path)
 
 
-def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: DecoderConfig) -> Plan:
+def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: DecoderConfig) -> Plan:
     """Matches every source tensor with a rule and every parameter with its sources, without reading data.
 
     Raises:
@@ -137,17 +137,17 @@ def coverage(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], config: D
         if not rule.targets:
             ignored[name] = rule.reason
         for piece in (_piece(name, match, target) for target in rule.targets):
-            if (outside := _outside(piece, shapes)) is not None:
-                problems.append(f"source tensor {name} {list(info.shape)} would fill {outside}")
+            if (missing := _missing_place(piece, shapes)) is not None:
+                problems.append(f"source tensor {name} {list(info.shape)} would fill {missing}")
                 continue
-            problems += _misfit(piece, info, shapes[piece.path], config)
+            problems += _shape_problems(piece, info, shapes[piece.path], config)
             pieces.append(piece)
     # Each slot of each parameter needs exactly one piece.
-    problems += _filling(shapes, pieces)
+    problems += _fill_problems(shapes, pieces)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        told = listed(problems, width=_ROOM // min(len(problems), 3))
-        raise TideError(f"the checkpoint does not fit its configuration, {count}: {told}")
+        listed_problems = listed(problems, width=_PROBLEM_CHARACTERS // min(len(problems), 3))
+        raise TideError(f"the checkpoint does not fit its configuration, {count}: {listed_problems}")
     return Plan(shapes, tuple(pieces), ignored)
 
 
@@ -156,8 +156,8 @@ def _matches(
 ) -> list[tuple[re.Match[str], Rule]]:
     """Rules that apply to a tensor."""
     matches = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
-    past = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
-    return past or [(match, rule) for match, rule in matches if not rule.past_layers]
+    past_last_layer = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
+    return past_last_layer or [(match, rule) for match, rule in matches if not rule.past_layers]
 
 
 def _piece(name: str, match: re.Match[str], target: Target) -> Piece:
@@ -167,7 +167,7 @@ def _piece(name: str, match: re.Match[str], target: Target) -> Piece:
     return Piece(name, target.path.format(**groups), slot, target.take)
 
 
-def _outside(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _missing_place(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Describes a piece's destination if the model has no such place; else None."""
     if piece.path not in shapes:
         return f"{piece.path}, which the model does not have"
@@ -177,7 +177,7 @@ def _outside(piece: Piece, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return f"{piece.path}{_brackets(piece.slot)}, outside {list(shape)}"
 
 
-def _misfit(piece: Piece, info: TensorInfo, shape: tuple[int, ...], config: DecoderConfig) -> list[str]:
+def _shape_problems(piece: Piece, info: TensorInfo, shape: tuple[int, ...], config: DecoderConfig) -> list[str]:
     """Why a tensor can't fill its slot, tested on dummy arrays that take no memory."""
     expected = _dummy(shape)[piece.slot].shape
     problem = f"source tensor {piece.source} has shape {list(info.shape)}"
@@ -193,17 +193,17 @@ def _dummy(shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(np.zeros((), np.int8), shape)
 
 
-def _filling(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> list[str]:
+def _fill_problems(shapes: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> list[str]:
     """Parameters and slots that nothing fills, or several pieces fill."""
-    by_path = _group(pieces, lambda piece: piece.path)
+    by_path = _group_pieces(pieces, lambda piece: piece.path)
     problems: list[str] = []
     for path, shape in shapes.items():
         filling = by_path.get(path, [])
         count = _fill_count(shape, [piece.slot for piece in filling])
-        for slot in _slots(count > 1):
+        for slot in _mask_to_slots(count > 1):
             sources = ", ".join(piece.source for piece in filling if _overlap(piece.slot, slot))
             problems.append(f"parameter {path}{_brackets(slot)} is filled more than once, by {sources}")
-        for slot in _slots(count == 0):
+        for slot in _mask_to_slots(count == 0):
             expected = list(_dummy(shape)[slot].shape)
             problems.append(f"parameter {path}{_brackets(slot)} {expected} has no source tensor")
     return problems
@@ -218,11 +218,11 @@ def _fill_count(shape: tuple[int, ...], slots: Sequence[Slot]) -> np.ndarray:
     return count
 
 
-def _slots(chosen: np.ndarray) -> list[Slot]:
+def _mask_to_slots(mask: np.ndarray) -> list[Slot]:
     """Converts the True entries of a fill count's mask to slots."""
     return [
-        _trim(tuple(int(i) if size > 1 else slice(None) for i, size in zip(index, chosen.shape, strict=True)))
-        for index in np.argwhere(chosen)
+        _trim(tuple(int(i) if size > 1 else slice(None) for i, size in zip(index, mask.shape, strict=True)))
+        for index in np.argwhere(mask)
     ]
 
 
@@ -240,7 +240,7 @@ def _brackets(slot: Slot) -> str:
     return "[" + ", ".join(":" if isinstance(i, slice) else str(i) for i in slot) + "]" if slot else ""
 
 
-def _group(items: Iterable[Piece], key: Callable[[Piece], str]) -> dict[str, list[Piece]]:
+def _group_pieces(items: Iterable[Piece], key: Callable[[Piece], str]) -> dict[str, list[Piece]]:
     groups: dict[str, list[Piece]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

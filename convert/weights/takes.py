@@ -13,7 +13,7 @@ from convert.weights.rules import Take
 from tide_jax.model.architecture import DecoderConfig
 
 
-def transposed(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+def transpose(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """[out, in] to [in, out]; of experts, [E, out, in] to [E, in, out]."""
     return a.swapaxes(-1, -2)
 
@@ -57,12 +57,12 @@ def heads_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.reshape(-1, c.head_dim) if own else a
 
 
-def single(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+def one_element_vector(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """A scalar to a vector of one."""
     return a.reshape(1)
 
 
-def gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+def attention_gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Gate of the attention output, [heads * hd, D] to [D, heads, hd] or [heads, D] to [D, heads, 1]."""
     return a.T.reshape(a.shape[1], -1, 1 if c.attention_gate == "head" else c.head_dim)
 
@@ -114,7 +114,7 @@ def experts_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.reshape(c.moe.num_experts, -1, a.shape[-1])
 
 
-def flat(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+def flatten(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Drops leading axes of size 1: [1, E] to [E]."""
     return a.reshape(-1)
 
@@ -126,13 +126,13 @@ def blocks(parts: int, pick: int | slice) -> Take:
     """
 
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        picked = a.reshape(*a.shape[:-1], parts, c.num_heads, c.head_dim)[..., pick, :, :]
-        return picked if isinstance(pick, int) else picked.swapaxes(-3, -2)
+        selected = a.reshape(*a.shape[:-1], parts, c.num_heads, c.head_dim)[..., pick, :, :]
+        return selected if isinstance(pick, int) else selected.swapaxes(-3, -2)
 
     return take
 
 
-def interleaved(pick: int | slice) -> Take:
+def fused_by_head(pick: int | slice) -> Take:
     """From queries, keys and values fused by head in a Linear [H * (q, k, v) * hd, ...]: [..., H, (picked), hd]."""
 
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
@@ -141,7 +141,7 @@ def interleaved(pick: int | slice) -> Take:
     return take
 
 
-def device_blocks(pick: int) -> Take:
+def codegen_blocks(pick: int) -> Take:
     """One role of CodeGen's Linear [3 * H * hd, D], which has four blocks of queries, values and keys: [D, H, hd].
 
     Blocks of one role are not adjacent, so this is a copy.
@@ -159,15 +159,15 @@ def grouped_q(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 
     A view if there is one group, or one query per group.
     """
-    return _grouped(a, c)[..., :-2, :].reshape(*a.shape[:0:-1], c.num_heads, c.head_dim)
+    return _split_groups(a, c)[..., :-2, :].reshape(*a.shape[:0:-1], c.num_heads, c.head_dim)
 
 
 def grouped_kv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Keys and values of a grouped Linear [KV * (g + 2) * hd, ...]: [..., KV, 2, hd]."""
-    return _grouped(a, c)[..., -2:, :]
+    return _split_groups(a, c)[..., -2:, :]
 
 
-def _grouped(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+def _split_groups(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.T.reshape(*a.shape[:0:-1], c.num_kv_heads, c.num_heads // c.num_kv_heads + 2, c.head_dim)
 
 

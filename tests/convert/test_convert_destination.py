@@ -30,16 +30,16 @@ def test_destination_exists(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != before
 
 
-def test_overwrite_spares_what_is_no_conversion(source: Path, tmp_path: Path) -> None:
+def test_overwrite_spares_directories_that_are_no_conversion(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert "something else than a converted model" in refusal(source, overwrite=True)
+    assert "does not hold a converted model" in refusal(source, overwrite=True)
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
 def test_converted_models_are_not_converted_again(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "once")
-    assert "is a converted model already" in refusal(tmp_path / "once")
+    assert "is already a converted model" in refusal(tmp_path / "once")
 
 
 def test_unwritable_destination(source: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_leftovers_of_killed_runs_are_removed_and_those_of_live_ones_stay(source
     assert not (tmp_path / "out" / "model-00007-of-00009.safetensors").exists()
 
 
-def test_of_two_conversions_at_once_the_first_to_end_stays(source: Path, tmp_path: Path) -> None:
+def test_the_first_of_two_concurrent_conversions_stays(source: Path, tmp_path: Path) -> None:
     started: list[Path] = []
 
     def convert_again(done: int, total: int) -> None:

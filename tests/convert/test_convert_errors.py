@@ -18,7 +18,7 @@ from convert.architecture import decoder_config
 from convert.families import FAMILIES, REFUSED
 from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.open import open_source
-from convert.weights.rules import Target, coverage, ignore, move
+from convert.weights.rules import Target, ignore, move, plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
@@ -63,13 +63,13 @@ def misfit(path: Path, *cases: str) -> str:
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_is_told(case: str, tmp_path: Path) -> None:
+def test_every_misfit_is_named(case: str, tmp_path: Path) -> None:
     message = misfit(tmp_path / "source", case)
     assert MISFITS[case][1] in message
     assert "1 problem: " in message
 
 
-def test_of_many_misfits_the_first_three_are_told(tmp_path: Path) -> None:
+def test_the_first_three_of_many_misfits_are_named(tmp_path: Path) -> None:
     """The configuration of another model misfits everywhere."""
     message = misfit(tmp_path / "source", *MISFITS)
     assert "7 problems: source tensor" in message
@@ -88,14 +88,14 @@ def test_a_tensor_that_two_rules_match(source: Path) -> None:
     opened = HuggingFaceSource(source)
     rules = (*FAMILIES["llama"].rules, ignore(r"model\.norm\.weight", "for the test"))
     with pytest.raises(TideError, match=r"model\.norm\.weight \[12\] matches 2 rules, expected one"):
-        coverage(opened.tensors, rules, decoder_config(opened))
+        plan_conversion(opened.tensors, rules, decoder_config(opened))
 
 
 def test_a_slot_outside_the_parameter(source: Path) -> None:
     opened = HuggingFaceSource(source)
     rules = (*FAMILIES["llama"].rules, move("extra.{row}", Target("embed.kernel", slot="{row}")))
     with pytest.raises(TideError, match=r"extra\.19 \[12\] would fill embed\.kernel\[19\], outside \[19, 12\]"):
-        coverage({**opened.tensors, "extra.19": TensorInfo((12,), "F32")}, rules, decoder_config(opened))
+        plan_conversion({**opened.tensors, "extra.19": TensorInfo((12,), "F32")}, rules, decoder_config(opened))
 
 
 # ---- bad input, one line each ----
@@ -122,7 +122,7 @@ def test_index_lists_tensors_that_are_not_there(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("values", [3, [1], None, {"file": "x"}])
-def test_index_maps_to_what_is_no_file_name(values: Any, tmp_path: Path) -> None:
+def test_index_maps_to_something_other_than_file_names(values: Any, tmp_path: Path) -> None:
     index = save_sharded(tmp_path / "source") / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": values}}))
     assert "maps tensors to something else than file names" in refusal(index.parent)
@@ -222,19 +222,19 @@ def test_an_encoder_decoder_is_refused_with_the_reason(tmp_path: Path) -> None:
     "values",
     [{"model_type": ["llama"]}, {"model_type": 7}, {"architectures": 5}, {"architectures": "A"}, {"auto_map": ["A"]}],
 )
-def test_what_says_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_key_that_decides_how_to_read_the_rest_has_the_wrong_type(values: dict[str, Any], tmp_path: Path) -> None:
     assert f"config.json has {next(iter(values))}=" in refusal(save(tmp_path / "source", **values))
 
 
 def test_a_state_space_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="mamba"))
-    assert "model_type 'mamba' does not convert: it is a recurrent (state-space) model" in message
+    assert "model_type 'mamba' is not supported: it is a recurrent (state-space) model" in message
     assert set(REFUSED).isdisjoint(FAMILIES)
 
 
 def test_invalid_config_value(tmp_path: Path) -> None:
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "source", rms_norm_eps="small"))
-    assert "config.json is not a valid llama one" in refusal(save(tmp_path / "other", hidden_size="twelve"))
+    assert "config.json is not valid for llama" in refusal(save(tmp_path / "source", rms_norm_eps="small"))
+    assert "config.json is not valid for llama" in refusal(save(tmp_path / "other", hidden_size="twelve"))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_invalid_config_value(tmp_path: Path) -> None:
     [
         ({"model_type": "gpt2", "n_layer": 1, "add_cross_attention": True}, "add_cross_attention=True"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        ({"hidden_act": "mish"}, "activation 'mish' is not implemented"),
+        ({"hidden_act": "mish"}, "activation 'mish' is not supported, expected one of"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope_type 'spiral'"),
         ({"quantization_config": {"quant_method": "aqlm"}}, "quantised with aqlm"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 2}, "layer type chunked_attention"),
@@ -273,13 +273,13 @@ def test_unknown_dtype(source: Path) -> None:
     assert "choose one of float32, bfloat16, float16" in refusal(source, dtype="int8")
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_source(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "absent.gguf does not exist" in refusal(tmp_path / "absent.gguf")
 
 
 def test_hub_id_without_network(tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="could not be had from the Hugging Face hub"):
+    with pytest.raises(TideError, match="could not be downloaded from the Hugging Face hub"):
         open_source("nobody/no-such-model")
 
 
@@ -299,7 +299,7 @@ def test_special_tokens_that_are_no_ids(name: str, value: Any, source: Path) -> 
 
 
 @pytest.mark.parametrize("outside", [-1, 19])
-def test_special_tokens_outside_the_vocabulary_are_left_out(
+def test_special_tokens_outside_the_vocabulary_are_ignored(
     outside: int, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {"eos_token_id": [outside, 7], "pad_token_id": outside}

@@ -45,7 +45,7 @@ def test_links_that_leave_the_checkpoint(name: str, kind: str, source: Path, sec
         raise AssertionError("no weight is read")
 
     message = refusal(source, progress=never)
-    assert f"{name} is a link to {secret}, outside of its checkpoint" in message
+    assert f"{name} is a link to {secret}, outside its checkpoint" in message
     assert not (source.parent / "out").exists()
 
 
@@ -78,13 +78,13 @@ def test_links_of_the_hub_cache(source: Path, secret: Path, tmp_path: Path) -> N
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
     other = in_hub_cache(source, tmp_path / "cache" / "models--org--name" / "inner")
     (other / "tokenizer.json").symlink_to(secret)
-    assert "outside of its checkpoint" in refusal(other, destination=tmp_path / "other")
+    assert "outside its checkpoint" in refusal(other, destination=tmp_path / "other")
 
 
 def test_exports_copy_nothing_from_elsewhere(source: Path, secret: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "converted")
     (tmp_path / "converted" / "tokenizer.json").symlink_to(secret)
-    with pytest.raises(tide_jax.TideError, match="outside of its checkpoint"):
+    with pytest.raises(tide_jax.TideError, match="outside its checkpoint"):
         export(tmp_path / "converted", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

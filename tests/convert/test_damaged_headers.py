@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 
 from convert.architecture import architecture_of
 from convert.conversion import _open
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.sources.gguf.file import read_header
-from convert.weights.rules import coverage
+from convert.weights.rules import plan_conversion
 from tide_jax.errors import TideError
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "150"))
@@ -114,7 +114,7 @@ class Written:
             if source.config != self.config or source.tensors != self.infos:
                 architecture = architecture_of(source)
                 config = architecture.config
-                as_stored(coverage(source.tensors, architecture.rules, config), config)
+                to_model_layout(plan_conversion(source.tensors, architecture.rules, config), config)
                 assert all(math.isfinite(number) for number in numbers_in(config.to_dict()))
             self.config, self.infos = source.config, source.tensors
             tensors = {name: source.read(name) for name in source.tensors}
@@ -337,10 +337,10 @@ def test_a_storage_type_of_which_less_would_do(model: Written) -> None:
     assert not model.changed(changed)
 
 
-def test_what_follows_the_last_gguf_tensor(model: Written) -> None:
+def test_bytes_after_the_last_gguf_tensor(model: Written) -> None:
     assert not model.changed(model.content + b"\0" * 64)
 
 
-def test_a_gguf_name_that_comes_twice(model: Written) -> None:
+def test_a_duplicate_gguf_tensor_name(model: Written) -> None:
     assert not model.changed(model.content.replace(b"blk.0.ffn_up", b"blk.0.attn_q"))
     assert not model.changed(model.content.replace(b"llama.context_length", b"llama.embedding_leng"))

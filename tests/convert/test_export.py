@@ -22,8 +22,8 @@ import tide_jax.cli.main
 import tide_jax.model.files.checkpoint
 from convert import convert as convert_checkpoint
 from convert import export
-from convert.configuration.older_names import with_older_names
-from convert.configuration.settings import configuration
+from convert.configuration.older_names import add_older_names
+from convert.configuration.settings import build_configuration
 from convert.families import FAMILIES, Family
 from convert.weights.rules import Rule, Target
 from tide_jax.errors import TideError
@@ -112,7 +112,7 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
     longest = read_config(tmp_path / "source").get("max_position_embeddings", 0)
     if config.max_positions < longest and not config.learned_positions:
         message = refusal(tmp_path / "converted")
-        assert f"was converted for {config.max_positions} tokens, not {longest}, without " in message
+        assert f"was converted for {config.max_positions} of {longest} tokens, without " in message
         return
     report = export(tmp_path / "converted", tmp_path / "hf")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "hf"))
@@ -177,7 +177,7 @@ def same_rotation(written: dict[str, Any], original: dict[str, Any]) -> bool:
     """Whether the installed transformers reads the same rotary settings with the older names beside the new ones."""
     from transformers import CONFIG_MAPPING
 
-    found = [configuration(CONFIG_MAPPING[c["model_type"]], c).to_dict() for c in (written, original)]
+    found = [build_configuration(CONFIG_MAPPING[c["model_type"]], c).to_dict() for c in (written, original)]
     return found[0].get("rope_parameters") == found[1].get("rope_parameters")
 
 
@@ -187,7 +187,7 @@ def same_rotation(written: dict[str, Any], original: dict[str, Any]) -> bool:
 def test_rotary_settings_under_the_names_of_transformers_4(model_type: str) -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
     config = {"model_type": model_type, "dtype": "float16", "rope_parameters": rope}
-    written = with_older_names(config)
+    written = add_older_names(config)
     assert written == config | {
         "torch_dtype": "float16",
         OLDER_THETA.get(model_type, "rope_theta"): 500.0,
@@ -203,7 +203,7 @@ def test_rotary_settings_under_the_names_of_transformers_4(model_type: str) -> N
 )
 def test_scaling_under_the_name_of_transformers_4(name: str, kind: str, settings: dict[str, Any]) -> None:
     config = {"model_type": name, "rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **settings}}
-    written = with_older_names(config)
+    written = add_older_names(config)
     assert written["rope_scaling"] == {"rope_type": kind, **settings}
     assert same_rotation(written, config)
 
@@ -212,11 +212,11 @@ def test_settings_of_two_kinds_of_layers() -> None:
     full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
     nested = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 77.0}}
     config = {"model_type": "gemma3_text", "rope_parameters": nested}
-    written = with_older_names(config)
+    written = add_older_names(config)
     older = {"rope_theta": 1e6, "rope_local_base_freq": 77.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     assert written == config | older
     assert same_rotation(written, config)
-    assert with_older_names({"model_type": "gemma3", "text_config": config})["text_config"] == written
+    assert add_older_names({"model_type": "gemma3", "text_config": config})["text_config"] == written
 
 
 def test_long_rope_of_phi_3_has_three_fields() -> None:
@@ -224,19 +224,19 @@ def test_long_rope_of_phi_3_has_three_fields() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.5, **FACTORS}
     rope["original_max_position_embeddings"] = 16
     config = {"model_type": "phi3", **sizes, "rope_parameters": rope}
-    written = with_older_names(config)
+    written = add_older_names(config)
     assert written["rope_scaling"] == {"type": "longrope", **FACTORS}
     assert written["original_max_position_embeddings"] == 16
-    assert with_older_names(config | {"model_type": "llama"})["rope_scaling"] == {
+    assert add_older_names(config | {"model_type": "llama"})["rope_scaling"] == {
         key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
     }
 
 
 def test_words_of_transformers_4_stay_as_they_are() -> None:
     config = {"model_type": "llama", "torch_dtype": "float32", "rope_theta": 500.0, "rope_scaling": None}
-    assert with_older_names(config) == config | {"dtype": "float32"}
+    assert add_older_names(config) == config | {"dtype": "float32"}
     both = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    assert with_older_names(both) == both | {"dtype": "float32"}
+    assert add_older_names(both) == both | {"dtype": "float32"}
 
 
 def test_tensors_are_the_source_s(source: Path, converted: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_side_files_and_configuration(source: Path, tmp_path: Path) -> None:
     assert load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"].dtype == ml_dtypes.bfloat16
 
 
-def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+def test_ignored_tensors_are_reported(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
@@ -364,8 +364,8 @@ def test_not_converted(source: Path, tmp_path: Path) -> None:
     assert "is not a converted model" in refusal(tmp_path / "absent")
 
 
-def test_overwrite_spares_what_is_no_export(converted: Path, source: Path, tmp_path: Path) -> None:
-    assert "something else than an export" in refusal(converted, destination=source, overwrite=True)
+def test_overwrite_spares_directories_that_are_no_export(converted: Path, source: Path, tmp_path: Path) -> None:
+    assert "does not hold an export" in refusal(converted, destination=source, overwrite=True)
     assert "exists and is not empty" in refusal(converted, destination=source)
     assert (source / "model.safetensors").exists()
 
@@ -373,7 +373,7 @@ def test_overwrite_spares_what_is_no_export(converted: Path, source: Path, tmp_p
 def test_conversions_without_a_list_of_tensors(converted: Path) -> None:
     record = json.loads((converted / "conversion.json").read_text())
     (converted / "conversion.json").write_text(json.dumps(record | {"source_tensors": {"a": [1, 2, 3]}}))
-    assert "source_tensors are no [dtype, shape] pairs: convert the checkpoint again" in refusal(converted)
+    assert "its source_tensors are not [dtype, shape] pairs: convert the checkpoint again" in refusal(converted)
     del record["source_tensors"]
     (converted / "conversion.json").write_text(json.dumps(record))
     assert "an older version made it: convert the checkpoint again" in refusal(converted)
@@ -404,11 +404,11 @@ def with_final_norm(take: Any) -> Family:
 
 
 @pytest.mark.parametrize("take", [lambda a, c: a * 2, lambda a, c: np.broadcast_to(a[:1], 12)])
-def test_conversions_that_do_more_than_move(take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversions_that_do_arithmetic(take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "llama", with_final_norm(take))
     convert_checkpoint(save(tmp_path / "source"), tmp_path / "converted")
     message = refusal(tmp_path / "converted")
-    assert message == "model.norm.weight cannot be exported: its conversion is more than a rearrangement"
+    assert message == "model.norm.weight cannot be exported: its conversion does more than rearrange numbers"
 
 
 def test_numbers_the_conversion_dropped_are_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "m.gguf", "mamba")
-    assert "'mamba', supported are llama, internlm2" in error_of(tmp_path / "m.gguf")
+    assert "'mamba', expected llama, internlm2" in error_of(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.005, 0.02, 0.5, 0.99])
@@ -302,7 +302,7 @@ def test_swapped_parts(tmp_path: Path) -> None:
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
-    assert "says it is part 1 of 3, expected 0 of 3" in error_of(first)
+    assert "says that it is part 1 of 3, expected part 0 of 3" in error_of(first)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 this is a zip", b"GG"])

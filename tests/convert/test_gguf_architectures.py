@@ -188,7 +188,7 @@ def test_every_architecture_is_tried() -> None:
     assert {MODEL_ARCH_NAMES[RECIPES[recipe].arch] for recipe, _, _ in CASES} == set(ARCHITECTURES)
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+def test_layers_that_predict_further_tokens_are_ignored(tmp_path: Path) -> None:
     save_tiny("glm4_moe", tmp_path / "hf", num_nextn_predict_layers=0)
 
     def change(writer: GGUFWriter) -> None:

@@ -17,7 +17,7 @@ from test_gguf_architectures import CASES
 from convert.parity.tiny import save_tiny
 from convert.sources.gguf import defaults as gguf_defaults
 from convert.sources.gguf.architectures import ARCHITECTURES
-from convert.sources.gguf.defaults import COMMON, OF, REQUIRED
+from convert.sources.gguf.defaults import BY_ARCHITECTURE, COMMON, REQUIRED
 from convert.sources.gguf.file import StoredTensor, read_model
 from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.kinds import HYPERPARAMETERS
@@ -71,7 +71,7 @@ def keys_of(made: Model) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", sorted(recipe for recipe, *_ in RECIPES_ONCE.values()))
-def test_a_key_left_out_means_the_default_or_is_asked_for(recipe: str, model: Callable[[str], Model]) -> None:
+def test_a_missing_key_means_the_default_or_is_required(recipe: str, model: Callable[[str], Model]) -> None:
     made = model(recipe)
     name, metadata, tensors = made
     whole = config_of(made)
@@ -80,15 +80,15 @@ def test_a_key_left_out_means_the_default_or_is_asked_for(recipe: str, model: Ca
         if key in SAY_NOTHING or name in TOLD_OTHERWISE.get(key, ()):
             assert found == whole, key
             continue
-        entry = OF.get(name, {}).get(key, COMMON.get(key, REQUIRED))
+        entry = BY_ARCHITECTURE.get(name, {}).get(key, COMMON.get(key, REQUIRED))
         if entry is REQUIRED:
             assert isinstance(found, str), key
-            assert f"lacks {name}.{key}, expected in every such file" in found
+            assert f"lacks {name}.{key}, which every such file has" in found
             continue
         rest = {other: value for other, value in metadata.items() if other != f"{name}.{key}"}
         if callable(entry) and isinstance(found, str) and " lacks " in found:
             continue  # a default that the other values do not give
-        default = gguf_defaults.default(Hyperparameters(Path("m.gguf"), name, rest, tensors), key)
+        default = gguf_defaults.default_value(Hyperparameters(Path("m.gguf"), name, rest, tensors), key)
         if default is not None:
             assert found == config_of(made, **{key: default}), key
 
@@ -108,9 +108,9 @@ def test_senseless_values_are_refused_in_one_line_or_harmless(recipe: str, model
 
 
 def test_every_default_has_a_type_and_a_range() -> None:
-    keys = set(COMMON).union(*OF.values())
+    keys = set(COMMON).union(*BY_ARCHITECTURE.values())
     assert keys - set(HYPERPARAMETERS) == set()
-    assert set(OF) <= set(ARCHITECTURES)
+    assert set(BY_ARCHITECTURE) <= set(ARCHITECTURES)
 
 
 def caps(attention: float | None, final: float | None) -> dict[str, Any]:
@@ -171,13 +171,13 @@ def test_defaults_are_those_of_llama_cpp(
         ("glm4moe", "feed_forward_length"),
     ],
 )
-def test_what_llama_cpp_wants_is_asked_for(recipe: str, key: str, model: Callable[[str], Model]) -> None:
+def test_keys_that_llama_cpp_requires_are_required(recipe: str, key: str, model: Callable[[str], Model]) -> None:
     found = config_of(model(recipe), **{key: None, "attention.layer_norm_epsilon": None})
     assert isinstance(found, str)
     assert " lacks " in found
 
 
-def test_experts_as_wide_together_as_the_dense_layer(model: Callable[[str], Model]) -> None:
+def test_experts_are_together_as_wide_as_the_dense_layer(model: Callable[[str], Model]) -> None:
     made = model("qwen2moe")
     used = made[1]["qwen2moe.expert_used_count"]
     changes = {"expert_feed_forward_length": None, "expert_shared_feed_forward_length": None}
@@ -186,11 +186,11 @@ def test_experts_as_wide_together_as_the_dense_layer(model: Callable[[str], Mode
     assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (20, 20 * used)
 
 
-def test_a_factor_of_attention_is_not_passed_over(model: Callable[[str], Model]) -> None:
+def test_an_attention_factor_is_not_ignored(model: Callable[[str], Model]) -> None:
     assert "rope.scaling.attn_factor=1.5" in str(config_of(model("llama"), **{"rope.scaling.attn_factor": 1.5}))
 
 
-def test_yarn_from_the_context_where_the_original_one_is_left_out(model: Callable[[str], Model]) -> None:
+def test_yarn_uses_the_context_length_if_the_original_one_is_missing(model: Callable[[str], Model]) -> None:
     changes = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "context_length": 640}
     config = config_of(model("llama"), **changes, **{"rope.scaling.original_context_length": None})
     assert isinstance(config, dict)
@@ -198,6 +198,6 @@ def test_yarn_from_the_context_where_the_original_one_is_left_out(model: Callabl
 
 
 @pytest.mark.parametrize("count", [4, 6, 2**16 - 1])
-def test_another_number_of_layers_than_there_are(count: int, model: Callable[[str], Model]) -> None:
+def test_a_wrong_number_of_layers(count: int, model: Callable[[str], Model]) -> None:
     found = config_of(model("qwen2"), block_count=count)
     assert f"expected block_count={count}" in str(found)

@@ -110,11 +110,11 @@ def test_byte_level_ids_are_those_of_the_transformers_class(pre: str, name: str)
 
 
 @pytest.mark.parametrize("said", [{}, {"tokenizer.ggml.pre": ""}])
-def test_a_file_that_does_not_say_how_text_is_cut(said: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_does_not_name_its_pretokenizer(said: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """It is cut as llama.cpp does: punctuation first, then GPT-2's words, then digits by threes; with a warning."""
     unsaid = build_tokenizer(bpe_metadata(None) | said)
     assert len(caplog.records) == 1
-    assert "does not say how its tokenizer cuts text (tokenizer.ggml.pre)" in caplog.text
+    assert "does not say how its tokenizer splits text (tokenizer.ggml.pre)" in caplog.text
     words = [word for word, _ in unsaid.pre_tokenizer.pre_tokenize_str("It's 12345 ok!\n\nx")]
     assert words == ["It", "'", "s", "Ġ", "123", "45", "Ġok", "!", "Ċ", "Ċ", "x"]
     caplog.clear()

@@ -135,7 +135,7 @@ def test_revisions_on_the_command_line(hub: Hub, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert tide_jax.cli.main.main(["inspect", f"{REPOSITORY}@v9"]) == 2
     message = capsys.readouterr().err
-    assert f"'{REPOSITORY}@v9' is no local path and could not be had" in message
+    assert f"'{REPOSITORY}@v9' is not a local path and could not be downloaded" in message
     assert len(message) <= 300
 
 
@@ -144,9 +144,9 @@ def test_a_revision_of_files_on_disk_is_refused(hub: Hub, tmp_path: Path) -> Non
     (tmp_path / "m.gguf").write_bytes(b"")
     for source in (tmp_path / "files", tmp_path / "out", tmp_path / "m.gguf"):
         for load in (tide_jax.load, tide_jax.load_tokenizer, tide_jax.model.files.checkpoint.load_config):
-            with pytest.raises(TideError, match="is of hub ids, leave it out"):
+            with pytest.raises(TideError, match="is on disk and has no revisions: leave out revision='main'"):
                 load(source, revision="main")
-    with pytest.raises(TideError, match="give one of them"):
+    with pytest.raises(TideError, match="give only one of them"):
         tide_jax.load_tokenizer(f"{REPOSITORY}@main", revision="v1.0")
     for wrong in (f"{REPOSITORY}@", "@main", f"{REPOSITORY}@a@b", f"{REPOSITORY}@a b"):
         with pytest.raises(TideError, match="does not exist"):

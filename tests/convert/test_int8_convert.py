@@ -21,10 +21,10 @@ from convert import convert as convert_checkpoint
 from convert import export, open_model, verify
 from convert.families import FAMILIES
 from convert.output.rounded import RoundedPlan
-from convert.output.stored import as_stored
+from convert.output.stored import to_model_layout
 from convert.output.writer import ShardWriter
 from convert.sources.open import open_source
-from convert.weights.rules import Target, coverage, move
+from convert.weights.rules import Target, move, plan_conversion
 from tide_jax import TideError
 from tide_jax.cli.inspection import describe, text_table
 from tide_jax.model.decoder import Decoder, parameters, stored_parameters
@@ -124,7 +124,7 @@ def test_tensors_are_rounded_one_at_a_time(source: Path, tmp_path: Path, monkeyp
     same(load(tmp_path / "blocks"), load(tmp_path / "out"))
 
 
-def test_outputs_that_come_in_parts_are_put_together(tmp_path: Path) -> None:
+def test_outputs_in_several_tensors_are_assembled(tmp_path: Path) -> None:
     """Tensors for a slice of the inputs each: no family's, but a weight map may have them."""
     tensors = random_tensors()
     down = tensors.pop("model.layers.1.mlp.down_proj.weight")
@@ -133,7 +133,7 @@ def test_outputs_that_come_in_parts_are_put_together(tmp_path: Path) -> None:
     source = open_source(save(tmp_path / "source", tensors))
     rules = (*FAMILIES["llama"].rules, move("part.{i}", Target("layers.1.mlp.down.kernel", slot="{i}")))
     config = load_config(tmp_path / "plain")
-    plan = RoundedPlan(as_stored(coverage(source.tensors, rules, config), config), config)
+    plan = RoundedPlan(to_model_layout(plan_conversion(source.tensors, rules, config), config), config)
     with ShardWriter(tmp_path, plan.layout(np.dtype(np.float32), 1e9)) as writer:
         written = sum(plan.write(source, writer))
     file = load_file(tmp_path / "model.safetensors")
@@ -185,7 +185,7 @@ def test_exports_of_experts(tmp_path: Path) -> None:
 # ---- verification
 
 
-def test_verification_tells_what_rounding_changes(source: Path, tmp_path: Path) -> None:
+def test_verification_measures_what_rounding_changes(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     proof = convert_checkpoint(source, tmp_path / "out", weights="int8", verify=True).verification
     assert proof is not None
@@ -217,12 +217,12 @@ def test_verification_finds_a_wrong_model(source: Path, tmp_path: Path, monkeypa
 def test_measures_of_a_comparison() -> None:
     expected = np.log([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
     found = np.log([[0.25, 0.5, 0.25], [0.125, 0.75, 0.125]])
-    proof = verify.compared(found, expected, 2, "int8")
+    proof = verify.compare_logits(found, expected, 2, "int8")
     assert proof.divergence == pytest.approx(0.5 * 0.25 * np.log(2))
     assert proof.agreement == 0.5
-    assert verify.excess(proof) is not None
-    assert verify.compared(found, expected, 2, "float").divergence is None
-    assert verify.excess(verify.compared(expected, expected, 2, "int8")) is None
+    assert verify.describe_excess(proof) is not None
+    assert verify.compare_logits(found, expected, 2, "float").divergence is None
+    assert verify.describe_excess(verify.compare_logits(expected, expected, 2, "int8")) is None
 
 
 # ---- the command line
@@ -352,7 +352,7 @@ def test_weights_that_are_none(weights: Any, source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_floats_cannot_be_had_of_integers(folder: Path) -> None:
+def test_integers_cannot_be_loaded_as_floats(folder: Path) -> None:
     with pytest.raises(TideError, match="holds int8 weights, and weights='float' asks for floats: leave") as caught:
         load(folder, weights="float")
     assert str(folder) in str(caught.value)

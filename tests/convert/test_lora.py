@@ -195,7 +195,7 @@ def tied(directory: Path) -> Path:
     return save(directory, tensors, tie_word_embeddings=True)
 
 
-def test_of_a_tied_pair_the_adapter_may_change_one(tmp_path: Path) -> None:
+def test_an_adapter_may_change_one_of_two_tied_tensors(tmp_path: Path) -> None:
     source = tied(tmp_path / "source")
     base = random_tensors()[f"{EMBED}.weight"]
     a, b = pair(12, 19)
@@ -284,7 +284,7 @@ def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytes
     expected = f"{adapter} is an adapter, not a checkpoint: convert its base someone/base, with --adapter {adapter}"
     assert capsys.readouterr().err == f"error: {expected}\n"
     save_adapter(adapter, {}, base_model_name_or_path=str(source))
-    with pytest.raises(TideError, match=r"convert its base .*source \(which is there\), with"):
+    with pytest.raises(TideError, match=r"convert its base .*source \(which is a directory here\), with"):
         open_source(adapter)
 
 
@@ -311,7 +311,7 @@ def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytes
             "[2, 18] and its pair [12, 2] do not multiply to model.layers.1.self_attn.q_proj",
         ),
         (linear(Q, *pair(18, 12, 3)), {}, "of rank 3, expected 2 as its adapter_config.json says"),
-        ({f"base_model.model.{Q}.lora_A.weight": np.zeros((2, 12), np.float32)}, {}, "without its pair"),
+        ({f"base_model.model.{Q}.lora_A.weight": np.zeros((2, 12), np.float32)}, {}, "without its counterpart"),
         ({"base_model.model.model.norm.weight": np.zeros(13, np.float32)}, {}, "has shape [13], expected [12]"),
         (
             {f"base_model.model.{HEAD}.weight": np.zeros((21, 13), np.float32)},
@@ -327,13 +327,13 @@ def test_an_adapter_is_no_checkpoint(source: Path, tmp_path: Path, capsys: pytes
         ({}, {"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the base's weights"),
         ({}, {"layer_replication": [[0, 2]], "use_qalora": True}, "uses layer_replication, use_qalora, which is not"),
         (linear(Q, *pair(18, 12)), {"r": "two"}, "r='two' must be a whole number"),
-        (linear(Q, *pair(18, 12)), {"alpha_pattern": {"(": 2}}, "senseless alpha_pattern"),
+        (linear(Q, *pair(18, 12)), {"alpha_pattern": {"(": 2}}, "invalid alpha_pattern"),
         (
             linear(Q, *pair(18, 12)),
             {"alpha_pattern": {"(.|..|...)+(.|..)+[A-Z]": 2}},
             "alpha_pattern (regex timed",
         ),
-        (linear(Q, *pair(18, 12)), {"alpha_pattern": ["q_proj"]}, "senseless alpha_pattern"),
+        (linear(Q, *pair(18, 12)), {"alpha_pattern": ["q_proj"]}, "invalid alpha_pattern"),
     ],
 )
 def test_refused(

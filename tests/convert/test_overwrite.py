@@ -129,7 +129,7 @@ def test_a_users_file_in_the_way_is_refused_before_the_work(sources: dict[str, P
     assert not any(is_temporary(path.name) for path in out.iterdir())
 
 
-def test_exports_spare_as_well(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_exports_spare_other_files_too(sources: dict[str, Path], tmp_path: Path) -> None:
     for name, source in sources.items():
         convert(source, tmp_path / f"converted-{name}")
     out = tmp_path / "out"
@@ -157,9 +157,7 @@ def test_through_a_link(sources: dict[str, Path], tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "new", "old"]
 
 
-def test_into_the_folder_one_works_in(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_into_the_working_directory(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = os.stat(".").st_ino
@@ -195,7 +193,7 @@ def test_onto_a_mount_point(sources: dict[str, Path], tmp_path: Path, monkeypatc
     assert not any(is_temporary(path.name) for path in mount.iterdir())
 
 
-def test_room_is_looked_for_where_the_model_goes(
+def test_free_space_is_checked_at_the_destination(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "disk" / "out").mkdir(parents=True)
@@ -247,7 +245,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_whether_a_run_lives_is_told_by_its_lock(exists: bool, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_lock_shows_whether_a_run_is_alive(exists: bool, sources: dict[str, Path], tmp_path: Path) -> None:
     """Two containers have the same process ids: the one in a folder's name says nothing."""
     out, name = tmp_path / "out", "out"
     parent = tmp_path
@@ -271,7 +269,7 @@ def test_whether_a_run_lives_is_told_by_its_lock(exists: bool, sources: dict[str
     assert found(out) == "old"
 
 
-def test_of_two_at_once_the_later_stays_whole(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_the_later_of_two_concurrent_runs_stays_complete(sources: dict[str, Path], tmp_path: Path) -> None:
     out, started = tmp_path / "out", list[str]()
     convert(sources["new"], out)
 

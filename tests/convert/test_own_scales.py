@@ -177,7 +177,7 @@ def as_matrices(file: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_integers_are_taken_over(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_of_the_checkpoint_are_kept(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = save(tmp_path / "source", CASES[name])
     convert(tmp_path / "source", tmp_path / "out", weights="int8", dtype="float32")
     found = as_matrices(load_file(tmp_path / "out" / "model.safetensors"))

@@ -21,7 +21,7 @@ from convert.probe.decoder import decoder_of
 from convert.probe.rules import from_json
 from convert.probe.run import probe
 from convert.sources.open import open_source
-from convert.weights.rules import coverage
+from convert.weights.rules import plan_conversion
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 
@@ -300,7 +300,7 @@ def save_custom(directory: Path, network: str, **changes: Any) -> Path:
     return directory
 
 
-def test_a_renamed_llama_with_its_own_code_is_found_out(tmp_path: Path) -> None:
+def test_a_renamed_llama_with_its_own_code_is_probed(tmp_path: Path) -> None:
     probed = probe(open_source(save_custom(tmp_path / "acme", _LLAMA_LIKE)), trust_remote_code=True)
     config = probed.config
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (6, 2, 8)
@@ -311,7 +311,7 @@ def test_a_renamed_llama_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
-def test_a_gpt_with_its_own_code_is_found_out(tmp_path: Path) -> None:
+def test_a_gpt_with_its_own_code_is_probed(tmp_path: Path) -> None:
     probed = probe(open_source(save_custom(tmp_path / "acme_gpt", _GPT_LIKE)), trust_remote_code=True)
     config = probed.config
     assert (config.norm, config.positions, config.learned_positions) == ("layer", "learned", 40)
@@ -320,7 +320,7 @@ def test_a_gpt_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
-def test_a_mixture_with_its_own_code_is_found_out(tmp_path: Path) -> None:
+def test_a_mixture_with_its_own_code_is_probed(tmp_path: Path) -> None:
     source = save_custom(tmp_path / "acme_mix", _MIXTURE, attention_window=30, num_selected=2, cap=20.0)
     probed = probe(open_source(source), trust_remote_code=True)
     config = probed.config
@@ -332,7 +332,7 @@ def test_a_mixture_with_its_own_code_is_found_out(tmp_path: Path) -> None:
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
-def test_code_without_modules_is_found_out(tmp_path: Path) -> None:
+def test_code_without_modules_is_probed(tmp_path: Path) -> None:
     probed = probe(open_source(save_custom(tmp_path / "acme_raw", _WITHOUT_MODULES)), trust_remote_code=True)
     config = probed.config
     assert (config.activation, config.norm_unit_offset, config.residual_scale) == ("relu2", True, 0.4)
@@ -340,7 +340,7 @@ def test_code_without_modules_is_found_out(tmp_path: Path) -> None:
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
-def test_the_transformer_of_torch_is_found_out(tmp_path: Path) -> None:
+def test_the_transformer_of_torch_is_probed(tmp_path: Path) -> None:
     probed = probe(open_source(save_custom(tmp_path / "acme_torch", _OF_TORCH)), trust_remote_code=True)
     assert (probed.config.norm_placement, probed.config.final_norm) == ("residual", False)
     assert probed.report["verification"]["relative"] < TOLERANCE
@@ -348,19 +348,19 @@ def test_the_transformer_of_torch_is_found_out(tmp_path: Path) -> None:
 
 def test_own_code_runs_only_when_it_is_trusted(tmp_path: Path) -> None:
     source = save_custom(tmp_path / "untrusted", _GPT_LIKE)
-    with pytest.raises(TideError, match=r"brings its own Python code \(modeling_acme.AcmeLM\).*--trust-remote-code"):
+    with pytest.raises(TideError, match=r"contains its own Python code \(modeling_acme.AcmeLM\).*--trust-remote-code"):
         probe(open_source(source))
     assert not (source / "ran").exists()
 
 
-def test_what_no_candidate_gives_is_refused_by_its_layer(tmp_path: Path) -> None:
+def test_an_unknown_computation_is_refused_naming_its_layer(tmp_path: Path) -> None:
     source = save_custom(tmp_path / "twisted", _LLAMA_LIKE, twisted_layer=1)
     with pytest.raises(TideError, match=r"layer 1 diverges first: .* differs by \d\.\de[-+]\d+ of the range") as raised:
         probe(open_source(source), trust_remote_code=True)
     assert "\n" not in str(raised.value)
 
 
-def test_a_known_class_under_a_new_model_type_is_found_out(tmp_path: Path) -> None:
+def test_a_known_class_under_a_new_model_type_is_probed(tmp_path: Path) -> None:
     save_tiny("qwen2", tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "acme_lm"}))
@@ -370,12 +370,12 @@ def test_a_known_class_under_a_new_model_type_is_found_out(tmp_path: Path) -> No
     assert probed.report["verification"]["relative"] < TOLERANCE
 
 
-def test_nothing_to_measure_against_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_reference_code_is_refused(tmp_path: Path) -> None:
     save_tiny("qwen2", tmp_path)
     path = tmp_path / "config.json"
     known = json.loads(path.read_text())
     path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["AcmeLM"]}))
-    with pytest.raises(TideError, match=r"or architectures AcmeLM, and .* brings no code of its own"):
+    with pytest.raises(TideError, match=r"nor architectures AcmeLM, and .* contains no code of its own"):
         probe(open_source(tmp_path))
     path.write_text(json.dumps(known | {"model_type": "acme_lm", "architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(TideError, match="transformers' GPT2LMHeadModel"):
@@ -383,7 +383,7 @@ def test_nothing_to_measure_against_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "phi", "glm", "gemma3_text", "mixtral", "youtu"])
-def test_a_family_is_found_out_as_the_table_has_it(tmp_path: Path, model_type: str) -> None:
+def test_probing_a_family_gives_its_table_entry(tmp_path: Path, model_type: str) -> None:
     save_tiny(model_type, tmp_path)
     source = open_source(tmp_path)
     probed, known = probe(source), decoder_config(source)
@@ -415,7 +415,7 @@ def test_a_probed_weight_map_can_be_kept_and_written_back_through(tmp_path: Path
     assert [(rule.pattern, rule.targets, rule.reason) for rule in rules] == [
         (rule.pattern, rule.targets, rule.reason) for rule in probed.rules
     ]
-    for name, pieces in coverage(source.tensors, rules, probed.config).by_source().items():
+    for name, pieces in plan_conversion(source.tensors, rules, probed.config).by_source().items():
         tensor = source.read(name)
         views = [piece.take(tensor, probed.config) for piece in pieces]
         assert all(np.shares_memory(view, tensor) for view in views)

@@ -17,7 +17,7 @@ from test_lora import linear, save_adapter
 from tiny_llama import refusal
 
 from convert import convert, export, open_model
-from convert.sources.lora import with_adapter
+from convert.sources.lora import merge_adapter
 from convert.sources.open import open_source
 from tide_jax.model.decoder import parameters
 
@@ -289,7 +289,7 @@ def test_the_dequantised_model_is_verified(tmp_path: Path) -> None:
     assert report.verification is not None
 
 
-def test_what_quantises_activations_is_left_out_and_said(tmp_path: Path) -> None:
+def test_activation_scales_are_ignored_and_reported(tmp_path: Path) -> None:
     save(tmp_path / "source", one_scale, {"quant_method": "fp8"})
     report = convert(tmp_path / "source", tmp_path / "out")
     assert len(report.ignored) == 7
@@ -300,7 +300,7 @@ def test_an_adapter_on_quantised_weights(tmp_path: Path) -> None:
     expected = save(tmp_path / "source", four_bits("nf4", nested=True), _BNB4)
     a, b = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 64), (64, 2)))
     adapter = save_adapter(tmp_path / "adapter", linear(Q.removesuffix(".weight"), a, b))
-    merged = with_adapter(open_source(tmp_path / "source"), adapter)
+    merged = merge_adapter(open_source(tmp_path / "source"), adapter)
     np.testing.assert_allclose(merged.read(Q), expected[Q] + 2.5 * b @ a, rtol=1e-5, atol=1e-6)
     assert str(parameters(open_model(tmp_path / "source", adapter=adapter))["embed.kernel"].dtype) == "bfloat16"
 
@@ -351,7 +351,7 @@ def test_a_dequantised_checkpoint_that_kept_its_settings_is_plain(
 ) -> None:
     directory = tiny_llama.save(tmp_path / "source", plain(), **SIZES, quantization_config=settings)
     source = open_source(directory)
-    assert "but they are plain numbers and are read so" in caplog.text
+    assert "but they are plain numbers and are read as such" in caplog.text
     for name, value in plain().items():
         np.testing.assert_array_equal(source.read(name), value)
     assert "quantization_config" not in source.config
@@ -360,7 +360,7 @@ def test_a_dequantised_checkpoint_that_kept_its_settings_is_plain(
 def test_packed_numbers_that_the_settings_do_not_explain(tmp_path: Path) -> None:
     tensors = plain() | {Q: np.zeros((64, 32), np.uint8)}
     tiny_llama.save(tmp_path / "source", tensors, **SIZES, quantization_config=_gptq(4))
-    assert "weights quantised with gptq, as config.json says, are not there" in refusal(tmp_path / "source")
+    assert "config.json says that the weights are quantised with gptq, but none is" in refusal(tmp_path / "source")
 
 
 # ---- labels that lie ----
@@ -408,9 +408,7 @@ def test_an_honest_label_gives_no_warning(bits: int, tmp_path: Path, caplog: pyt
     assert not caplog.records
 
 
-def test_zeros_that_nothing_tells_are_read_as_labelled_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ambiguous_zeros_are_read_as_labelled_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def lopsided(weight: np.ndarray) -> tuple[Parts, np.ndarray]:
         return gptq(4, "gptq_v2")(np.abs(weight))
 
@@ -452,12 +450,12 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
     ("quantise", "settings", "reason"),
     [
         (_three_bits, _gptq(3), "qweight has weights of 3 bits, only 2, 4 and 8 are supported"),
-        (_outside, _gptq(4), "g_idx names groups outside the 2 there are"),
+        (_outside, _gptq(4), "g_idx names groups beyond the 2 in the file"),
         (_without("scales", gptq(4)), _gptq(4), "q_proj.qweight comes without model.layers.0.self_attn.q_proj.scales"),
         (_with("qzeros", np.zeros((2, 2), np.int32), gptq(4)), _gptq(4), "qzeros has shape [2, 2], expected [2, 8]"),
         (_with("qweight", np.zeros((8, 64), np.int64), gptq(4)), _gptq(4), "qweight has dtype I64, expected I32"),
-        (gptq(4, group="by position"), _gptq(4, 16), "scales has 2 groups, expected those of 16 in 64 inputs"),
-        (awq, _AWQ | {"group_size": 128}, "has 4 groups, expected those of 128 in 64 inputs"),
+        (gptq(4, group="by position"), _gptq(4, 16), "scales has 2 groups, expected groups of 16 in 64 inputs"),
+        (awq, _AWQ | {"group_size": 128}, "has 4 groups, expected groups of 128 in 64 inputs"),
         (_with(_STATE, np.array([7], np.uint8), four_bits("nf4", False)), _BNB4, "does not say how"),
         (_without("weight", four_bits("nf4", False)), _BNB4, "comes without model.layers.0.self_attn.q_proj.weight"),
         (_with("weight", np.zeros((7, 1), np.uint8), four_bits("nf4", False)), _BNB4, "does not hold 4096 numbers"),

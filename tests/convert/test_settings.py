@@ -19,7 +19,7 @@ from convert.configuration.undeclared import HEAD_DIM, HEAD_DIM_OF_ROTATION
 from convert.families import FAMILIES
 from convert.parity.measure import measure_parity
 from convert.parity.reference import random_batch
-from convert.parity.tiny import VOCAB, _untrained, save_tiny, tiny_config
+from convert.parity.tiny import VOCAB, _random_model, save_tiny, tiny_config
 from convert.verify import TOLERANCE
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
@@ -122,7 +122,7 @@ def test_keys_that_a_family_does_not_declare_change_nothing(model_type: str, val
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_what_models_read_and_do_not_declare_is_known(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeclared_keys_that_models_read_are_listed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs transformers' model and looks at what it asks its configuration for."""
     config = tiny_config(model_type)
     found: set[str] = set()
@@ -139,7 +139,7 @@ def test_what_models_read_and_do_not_declare_is_known(model_type: str, monkeypat
         pytest.skip("transformers has no causal language model of this type by itself")
     monkeypatch.setattr(PreTrainedConfig, "__getattribute__", recording)
     with torch.no_grad():
-        _untrained(config).eval()(input_ids=torch.tensor([[5, 6, 7, 8]]))
+        _random_model(config).eval()(input_ids=torch.tensor([[5, 6, 7, 8]]))
     read_by_model = found - HARMLESS - OF_ROPE - set(vars(type(config)()))
     expected = {"head_dim"} if model_type in HEAD_DIM | HEAD_DIM_OF_ROTATION else set()
     assert read_by_model == expected

@@ -146,9 +146,7 @@ def test_bounds_of_logits_alone_miss_an_expert(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", SOURCES)
-def test_what_was_written_right_passes(
-    kind: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_correct_folder_passes(kind: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SOURCES[kind](tmp_path / "source")
     convert_with(source, nothing, monkeypatch, dtype=dtype, max_shard_bytes=700)
 
@@ -164,7 +162,7 @@ def test_families(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["compressed, integers", "compressed, zeros", "gptq", "bitsandbytes"])
-def test_integers_that_were_taken_over(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_kept_from_the_checkpoint(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_quantised(tmp_path / "source", CASES[name], low=-128)
     written = convert_with(tmp_path / "source", nothing, monkeypatch)
     assert load_file(written / "model.safetensors")["layers.0.mlp.down.kernel"].dtype == np.int8

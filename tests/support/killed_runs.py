@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import convert
-from convert.output.replacement import replacing
+from convert.output.replacement import replace_directory
 
 ALWAYS = 10**9
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -76,7 +76,7 @@ def write_text_model(name: str, destination: Path) -> None:
     if name == "old":
         shards = (f"model-{i}-of-3.safetensors" for i in range(1, 4))
         files = ["config.json", "tokenizer.json", *shards, "templates/one.jinja"]
-    with replacing(destination, 0, lambda: None, "conversion.json") as partial:
+    with replace_directory(destination, 0, lambda: None, "conversion.json") as partial:
         (partial / "templates").mkdir()
         for file in files:
             (partial / file).write_text(f"{name} {file}")

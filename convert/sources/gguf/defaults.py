@@ -2,9 +2,9 @@
 
 A missing key means llama.cpp's default, not transformers'. The values come from https://github.com/ggml-org/llama.cpp:
 `llama_model_base::load_hparams` in src/llama-model.cpp for `COMMON`, the initial values in src/llama-hparams.h, and
-`load_arch_hparams` in src/models/<architecture>.cpp (until 2026 a case of `load_hparams`) for `OF`. A default is a
-value, a function of the file, or `REQUIRED` if llama.cpp refuses the file or cannot run it. Keys that this package
-doesn't need, such as `rope.dimension_sections`, may be missing here even if llama.cpp requires them.
+`load_arch_hparams` in src/models/<architecture>.cpp (until 2026 a case of `load_hparams`) for `BY_ARCHITECTURE`. A
+default is a value, a function of the file, or `REQUIRED` if llama.cpp refuses the file or cannot run it. Keys that this
+package doesn't need, such as `rope.dimension_sections`, may be missing here even if llama.cpp requires them.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ def _mean_width(hp: Hyperparameters) -> int:
     """Width of a head: model width over number of heads."""
     width = hp.peek("embedding_length") // hp.peek("attention.head_count")
     if width < 1:
-        raise hp.refuse("attention.head_count is more than embedding_length, expected less")
+        raise hp.unsupported_error("attention.head_count is more than embedding_length, expected less")
     return width
 
 
-def _dense_width(hp: Hyperparameters) -> None:
+def _required_dense_width(hp: Hyperparameters) -> None:
     """Raises TideError if a tensor needs the missing width, else returns None.
 
     llama.cpp's default is 0, which fits no dense layer, and no experts without a width of their own.
     """
     if hp.has("*ffn_up.weight") or hp.peek("expert_feed_forward_length") is None:
-        raise hp.lacks("feed_forward_length")
+        raise hp.missing_key_error("feed_forward_length")
 
 
 def _share_of_experts(hp: Hyperparameters) -> int:
     """Width of an expert: all experts that a token uses are together as wide as the dense layer."""
-    return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.required(
+    return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.raise_missing_key(
         "expert_feed_forward_length"
     )
 
 
-def _deepseek_scores(hp: Hyperparameters) -> int:
+def _deepseek_scoring(hp: Hyperparameters) -> int:
     """Softmax as in V2, whose files leave the key out; sigmoids in GLM 4.7 Flash, recognised by its sizes."""
-    vocabulary = len(hp.metadata.get("tokenizer.ggml.tokens", ())) or hp.given("vocab_size")
+    vocabulary = len(hp.metadata.get("tokenizer.ggml.tokens", ())) or hp.stated_value("vocab_size")
     return 2 if hp.layers in (47, 48) and vocabulary == 154880 else 1
 
 
@@ -65,7 +65,7 @@ COMMON: Defaults = {
     "nextn_predict_layers": 0,
     "context_length": REQUIRED,
     "embedding_length": REQUIRED,
-    "feed_forward_length": _dense_width,
+    "feed_forward_length": _required_dense_width,
     "attention.head_count": REQUIRED,  # 0 would be a model without attention
     "attention.head_count_kv": _same_as("attention.head_count"),
     "attention.key_length": _mean_width,
@@ -108,13 +108,13 @@ _GRANITE: Defaults = {
     "embedding_scale": 0.0,  # not applied
     "attention.scale": 0.0,  # 1 / sqrt(width of a head)
 }
-_WIDTH_OF_EXPERTS_ALONE: Defaults = {"feed_forward_length": None, "expert_feed_forward_length": _share_of_experts}
-_EXPERTS_BEHIND_DENSE_LAYERS: Defaults = {
+_EXPERT_WIDTHS: Defaults = {"feed_forward_length": None, "expert_feed_forward_length": _share_of_experts}
+_EXPERTS_AFTER_DENSE_LAYERS: Defaults = {
     "expert_feed_forward_length": REQUIRED,
     "expert_shared_count": REQUIRED,
 }
 
-OF: dict[str, Defaults] = {
+BY_ARCHITECTURE: dict[str, Defaults] = {
     "mistral3": {"attention.temperature_scale": 0.0},
     "granite": _GRANITE,
     "granitemoe": _GRANITE | {"expert_shared_feed_forward_length": 0},
@@ -138,7 +138,7 @@ OF: dict[str, Defaults] = {
         "attention.sliding_window_pattern": 4,
     },
     # llama.cpp's converter writes all of these.
-    "exaone-moe": _EXPERTS_BEHIND_DENSE_LAYERS
+    "exaone-moe": _EXPERTS_AFTER_DENSE_LAYERS
     | {
         "attention.sliding_window": REQUIRED,
         "attention.sliding_window_pattern": 4,
@@ -172,14 +172,14 @@ OF: dict[str, Defaults] = {
         "final_logit_softcapping": 30.0,
         "rope.dimension_count_swa": _same_as("rope.dimension_count"),
     },
-    "qwen2moe": _WIDTH_OF_EXPERTS_ALONE
+    "qwen2moe": _EXPERT_WIDTHS
     | {
         "expert_shared_feed_forward_length": lambda hp: (
-            hp.peek("feed_forward_length") or hp.required("expert_shared_feed_forward_length")
+            hp.peek("feed_forward_length") or hp.raise_missing_key("expert_shared_feed_forward_length")
         )
     },
-    "qwen3moe": _WIDTH_OF_EXPERTS_ALONE,
-    "qwen3vlmoe": _WIDTH_OF_EXPERTS_ALONE,
+    "qwen3moe": _EXPERT_WIDTHS,
+    "qwen3vlmoe": _EXPERT_WIDTHS,
     "hunyuan-moe": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_shared_count": 1},
     "ernie4_5-moe": {
         "expert_feed_forward_length": REQUIRED,
@@ -195,30 +195,30 @@ OF: dict[str, Defaults] = {
     },
     # llama.cpp reads the scoring function as optional here, but fails without one when it computes the scores.
     "minimax-m2": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_gating_func": REQUIRED},
-    "dots1": _EXPERTS_BEHIND_DENSE_LAYERS
+    "dots1": _EXPERTS_AFTER_DENSE_LAYERS
     | {"expert_gating_func": REQUIRED, "expert_weights_scale": REQUIRED, "leading_dense_block_count": REQUIRED},
-    "glm4moe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "expert_weights_scale": REQUIRED},
-    "afmoe": _EXPERTS_BEHIND_DENSE_LAYERS | {"expert_gating_func": 2, "attention.sliding_window_pattern": 4},
+    "glm4moe": _EXPERTS_AFTER_DENSE_LAYERS | {"expert_gating_func": 2, "expert_weights_scale": REQUIRED},
+    "afmoe": _EXPERTS_AFTER_DENSE_LAYERS | {"expert_gating_func": 2, "attention.sliding_window_pattern": 4},
     "llama4": {
         "feed_forward_length": REQUIRED,
         "expert_feed_forward_length": REQUIRED,
         "interleave_moe_layer_step": REQUIRED,
         "attention.sliding_window": 8192,
     },
-    "deepseek2": _EXPERTS_BEHIND_DENSE_LAYERS
+    "deepseek2": _EXPERTS_AFTER_DENSE_LAYERS
     | {
         "attention.q_lora_rank": None,  # required, except for models recognised by their sizes; here the tensors tell
         "attention.kv_lora_rank": REQUIRED,
         "attention.key_length_mla": _same_as("attention.key_length"),
         "attention.value_length_mla": _same_as("attention.value_length"),
-        "expert_gating_func": _deepseek_scores,
+        "expert_gating_func": _deepseek_scoring,
     },
 }
 
 
-def default(hp: Hyperparameters, key: str) -> Any:
+def default_value(hp: Hyperparameters, key: str) -> Any:
     """Returns the meaning of a missing key. Raises TideError if the key must be present."""
-    entry = OF.get(hp.architecture, {}).get(key, COMMON.get(key, REQUIRED))
+    entry = BY_ARCHITECTURE.get(hp.architecture, {}).get(key, COMMON.get(key, REQUIRED))
     if entry is REQUIRED:
-        raise hp.lacks(key)
+        raise hp.missing_key_error(key)
     return entry(hp) if callable(entry) else entry

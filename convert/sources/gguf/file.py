@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 
 from tide_jax.errors import TideError
 
-_PLAIN = {
+_FLOAT_DTYPES = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
@@ -28,7 +28,7 @@ _SCALAR_DTYPES = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "<u8", "
 _SCALARS = dict(zip((*range(8), 10, 11, 12), _SCALAR_DTYPES, strict=True))
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # No model comes near these limits. A header that claims more is refused before memory of that size is allocated.
-_ITEMS, _STRING_BYTES, _NAME_BYTES, _AXES = 2**25, 2**24, 2**16, 4
+_MAX_ITEMS, _MAX_STRING_BYTES, _MAX_NAME_BYTES, _MAX_AXES = 2**25, 2**24, 2**16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredTensor:
     @property
     def dtype(self) -> str:
         """Name, as in safetensors files, of the dtype that `read_tensor` returns."""
-        return self.kind.name if self.kind in _PLAIN else "F32"
+        return self.kind.name if self.kind in _FLOAT_DTYPES else "F32"
 
     def rows(self, start: int, stop: int) -> StoredTensor:
         """A range of the first axis; for a tensor with one axis only if it is not quantised."""
@@ -67,7 +67,7 @@ class _Cursor:
     def __init__(self, data: np.ndarray, position: int) -> None:
         self.data = data
         self.position = position
-        self.items = _ITEMS
+        self.items = _MAX_ITEMS
 
     def count(self, what: str) -> int:
         """Reads how many items follow. Their sum over a header is limited, because each becomes a Python object."""
@@ -91,7 +91,7 @@ class _Cursor:
     def integer(self, width: int = 4) -> int:
         return int.from_bytes(self.take(width), "little")
 
-    def string(self, longest: int = _STRING_BYTES) -> str:
+    def string(self, longest: int = _MAX_STRING_BYTES) -> str:
         if (size := self.integer(8)) > longest:
             raise ValueError(f"it claims to hold a string of {size} bytes")
         return self.take(size).decode("utf-8")
@@ -113,26 +113,26 @@ class _Cursor:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Reads name, torch shape, number of the storage type, and offset from the start of the data section."""
-        name = self.string(_NAME_BYTES)
-        if not 1 <= (axes := self.integer()) <= _AXES:
-            raise ValueError(f"tensor {shown(name)} has {axes} axes, expected 1 to {_AXES}")
+        name = self.string(_MAX_NAME_BYTES)
+        if not 1 <= (axes := self.integer()) <= _MAX_AXES:
+            raise ValueError(f"tensor {shorten(name)} has {axes} axes, expected 1 to {_MAX_AXES}")
         extents = self.values("<u8", axes).tolist()
         if min(extents) < 1:
-            raise ValueError(f"tensor {shown(name)} has an axis of length 0")
+            raise ValueError(f"tensor {shorten(name)} has an axis of length 0")
         return name, tuple(reversed(extents)), self.integer(), self.integer(8)
 
     def pairs(self, count: int) -> dict[str, Any]:
         """Reads key-value pairs."""
         pairs: dict[str, Any] = {}
         for _ in range(count):
-            key = self.string(_NAME_BYTES)
+            key = self.string(_MAX_NAME_BYTES)
             if key in pairs:
-                raise ValueError(f"it says {shown(key)} twice")
+                raise ValueError(f"it has the key {shorten(key)} twice")
             pairs[key] = self.value(GGUFValueType(self.integer()))
         return pairs
 
 
-def shown(value: Any, longest: int = 60) -> str:
+def shorten(value: Any, longest: int = 60) -> str:
     """A value from a file, shortened to part of a line."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
@@ -165,7 +165,7 @@ def read_model(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Stored
     metadata, tensors = read_header(path)
     count = metadata.get("split.count", 1)
     if type(count) is not int or not 0 <= count < 2**16:
-        raise TideError(f"{path} has split.count={shown(count)}, expected a number of parts: get it again")
+        raise TideError(f"{path} has split.count={shorten(count)}, expected a number of parts: get it again")
     if count <= 1:
         return [path], metadata, tensors
     paths = _part_paths(path, count)
@@ -173,14 +173,14 @@ def read_model(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, Stored
     for number, (part, (pairs, _)) in enumerate(zip(paths, headers, strict=True)):
         found = pairs.get("split.no"), pairs.get("split.count")
         if found != (number, count):
-            said = f"part {shown(found[0])} of {shown(found[1])}"
-            raise TideError(f"{part} says it is {said}, expected {number} of {count}")
+            stated = f"part {shorten(found[0])} of {shorten(found[1])}"
+            raise TideError(f"{part} says that it is {stated}, expected part {number} of {count}: get it again")
     merged = {name: stored for _, tensors in headers for name, stored in tensors.items()}
-    held = sum(len(tensors) for _, tensors in headers)
-    expected = headers[0][0].get("split.tensors.count", held)
-    if len(merged) != expected or held != expected:
+    tensor_count = sum(len(tensors) for _, tensors in headers)
+    expected = headers[0][0].get("split.tensors.count", tensor_count)
+    if len(merged) != expected or tensor_count != expected:
         raise TideError(
-            f"the {count} parts of {path} hold {len(merged)} tensors, expected {shown(expected)}: get them again"
+            f"the {count} parts of {path} hold {len(merged)} tensors, expected {shorten(expected)}: get them again"
         )
     return paths, headers[0][0], merged
 
@@ -194,8 +194,8 @@ def _part_paths(path: Path, count: int) -> list[Path]:
         )
     paths = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     if missing := [part.name for part in paths if not part.is_file()]:
-        absent = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise TideError(f"{path} is one of {count} parts, expected {absent} beside it: get all parts")
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise TideError(f"{path} is one of {count} parts, expected {listed} beside it: get all parts")
     return paths
 
 
@@ -209,7 +209,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         headers = [cursor.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 2**20:
-            raise ValueError(f"general.alignment is {shown(alignment)}, expected a power of two")
+            raise ValueError(f"general.alignment is {shorten(alignment)}, expected a power of two")
     except (ValueError, TypeError, ArithmeticError) as error:
         raise TideError(
             f"{path} is truncated or damaged ({error}), expected a whole GGUF file: get it again"
@@ -226,33 +226,33 @@ def _locate(
     """
     file_size = len(data)
 
-    def padded(position: int, behind: str) -> int:
+    def skip_padding(position: int, previous: str) -> int:
         end = -(-position // alignment) * alignment
         if data[position:end].any():
             raise TideError(
-                f"{path} is damaged: bytes {position} to {end}, behind {behind}, are not zero, expected padding: "
+                f"{path} is damaged: bytes {position} to {end} after {previous} are not zero, expected padding: "
                 "get it again"
             )
         return end
 
-    position = start = padded(header_end, "its header")
+    position = start = skip_padding(header_end, "its header")
     tensors: dict[str, StoredTensor] = {}
     for name, shape, number, offset in headers:
-        kind, size = _stored_as(path, name, shape, number)
+        kind, size = _storage_of(path, name, shape, number)
         if name in tensors:
-            raise TideError(f"{path} is damaged: it has two tensors {shown(name)}, expected one: get it again")
+            raise TideError(f"{path} is damaged: it has two tensors {shorten(name)}, expected one: get it again")
         if start + offset != position:
             raise TideError(
-                f"{path} is damaged: tensor {shown(name)} begins at byte {start + offset}, expected {position}, behind "
-                "the one before it: get it again"
+                f"{path} is damaged: tensor {shorten(name)} begins at byte {start + offset}, expected {position}, "
+                "right after the tensor before it: get it again"
             )
         if position + size > file_size:
             raise TideError(
-                f"{path} is truncated: tensor {shown(name)} ends at byte {position + size}, the file at {file_size}: "
+                f"{path} is truncated: tensor {shorten(name)} ends at byte {position + size}, the file at {file_size}: "
                 "get it again"
             )
         tensors[name] = StoredTensor(path, shape, kind, position, size)
-        position = padded(position + size, f"tensor {shown(name)}")
+        position = skip_padding(position + size, f"tensor {shorten(name)}")
     if file_size > position:
         raise TideError(
             f"{path} is damaged: {file_size - position} bytes follow its last tensor, expected none: get it again"
@@ -260,14 +260,14 @@ def _locate(
     return tensors
 
 
-def _stored_as(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
+def _storage_of(path: Path, name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantizationType, int]:
     """Storage type and size in bytes. Raises TideError if the type is not readable or does not fit the shape."""
     kind = _storage_type(path, name, number)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise TideError(
-            f"{path} is damaged: tensor {shown(name)} of shape {list(shape)} can't be {kind.name}, blocks of {block}: "
-            "get it again"
+            f"{path} is damaged: tensor {shorten(name)} of shape {list(shape)} can't be {kind.name}, whose blocks have "
+            f"{block} numbers: get it again"
         )
     return kind, math.prod(shape) // block * block_bytes
 
@@ -275,11 +275,11 @@ def _stored_as(path: Path, name: str, shape: tuple[int, ...], number: int) -> tu
 def _storage_type(path: Path, name: str, number: int) -> GGMLQuantizationType:
     try:
         kind = GGMLQuantizationType(number)
-        if kind not in _PLAIN:
+        if kind not in _FLOAT_DTYPES:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except (ValueError, NotImplementedError) as error:
         raise TideError(
-            f"{path}: tensor {shown(name)} is stored as {_type_name(number)}, which can't be dequantised; "
+            f"{path}: tensor {shorten(name)} is stored as {_type_name(number)}, which can't be dequantised; "
             "expected F32, F16, BF16 or a quantisation such as Q8_0 or Q4_K: use another file of this model"
         ) from error
     return kind
@@ -302,7 +302,7 @@ def read_tensor(stored: StoredTensor) -> np.ndarray:
     except OSError as error:
         raise TideError(f"{stored.path} can't be read any more ({error}): put it back") from error
     if raw.size != stored.size:
-        raise TideError(f"{stored.path} is shorter than when it was opened: leave it alone during a conversion")
-    if stored.kind in _PLAIN:
-        return raw.view(_PLAIN[stored.kind]).reshape(stored.shape)
+        raise TideError(f"{stored.path} became shorter after it was opened: do not change it during a conversion")
+    if stored.kind in _FLOAT_DTYPES:
+        return raw.view(_FLOAT_DTYPES[stored.kind]).reshape(stored.shape)
     return dequantize(raw.reshape(*stored.shape[:-1], -1), stored.kind)

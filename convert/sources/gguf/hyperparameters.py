@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.gguf.defaults import default
-from convert.sources.gguf.file import StoredTensor, read_tensor, shown
-from convert.sources.gguf.kinds import check
+from convert.sources.gguf.defaults import default_value
+from convert.sources.gguf.file import StoredTensor, read_tensor, shorten
+from convert.sources.gguf.kinds import check_values
 from convert.sources.gguf.tensors import layer_of
 from tide_jax.errors import TideError
 
@@ -35,18 +35,18 @@ class Hyperparameters:
     def __init__(
         self, path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
     ) -> None:
-        check(path, architecture, metadata)
+        check_values(path, architecture, metadata)
         self.path = path
         self.architecture = architecture
         self.metadata = metadata
         self.tensors = tensors
         prefix = f"{architecture}."
-        self._said = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-        self._asked: set[str] = set()
+        self._stated = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
+        self._taken: set[str] = set()
         self.extra_layers = self.take("nextn_predict_layers")
         self.layers = self.take("block_count") - self.extra_layers
         if self.layers < 1:
-            raise self.refuse(f"nextn_predict_layers={self.extra_layers}: expected fewer than block_count")
+            raise self.unsupported_error(f"nextn_predict_layers={self.extra_layers}: expected fewer than block_count")
 
     def take(self, key: str) -> Any:
         """Takes a value; a list with one entry per layer counts as one number if all are equal.
@@ -54,39 +54,41 @@ class Hyperparameters:
         Raises:
           TideError: it differs between layers, or the file lacks a required key.
         """
-        self._asked.add(key)
+        self._taken.add(key)
         return self.peek(key)
 
     def take_list(self, key: str) -> Any:
         """Takes a value that may be a list with one entry per layer."""
-        self._asked.add(key)
-        return self._said[key] if key in self._said else default(self, key)
+        self._taken.add(key)
+        return self._stated[key] if key in self._stated else default_value(self, key)
 
-    def once(self, key: str, instead: Any = None) -> Any:
-        """`take`, but returns `instead` if the key was already taken."""
-        return instead if key in self._asked else self.take(key)
+    def take_once(self, key: str, default: Any = None) -> Any:
+        """`take`, but returns `default` if the key was already taken."""
+        return default if key in self._taken else self.take(key)
 
     def peek(self, key: str) -> Any:
         """Returns the value of `take` without marking the key as taken."""
-        value = self._said[key] if key in self._said else default(self, key)
+        value = self._stated[key] if key in self._stated else default_value(self, key)
         if not isinstance(value, list):
             return value
         if len(set(value)) != 1:
-            raise self.refuse(f"{key} differs between layers, expected one value")
+            raise self.unsupported_error(f"{key} differs between layers, expected one value")
         return value[0]
 
-    def given(self, key: str) -> Any:
+    def stated_value(self, key: str) -> Any:
         """The file's own value, without taking it; None if it has none."""
-        return self._said.get(key)
+        return self._stated.get(key)
 
     def expect(self, key: str, *values: Any) -> None:
         """Raises TideError if the file's value, or the default of a missing key, is not one of `values`."""
         if (found := self.take(key)) not in values:
-            raise self.refuse(f"{key}={shown(found)}: not supported, expected {' or '.join(map(repr, values))}")
+            raise self.unsupported_error(
+                f"{key}={shorten(found)}: not supported, expected {' or '.join(map(repr, values))}"
+            )
 
     def ignore(self, *keys: str) -> None:
         """Marks keys as taken that carry no new information."""
-        self._asked.update(keys)
+        self._taken.update(keys)
 
     def has(self, *names: str) -> bool:
         """Whether the first layer has one of these tensors; for names with ``*``, whether any layer has one."""
@@ -103,27 +105,29 @@ class Hyperparameters:
         stored = self.tensors.get(name)
         return None if stored is None else read_tensor(stored)
 
-    def lacks(self, key: str) -> TideError:
+    def missing_key_error(self, key: str) -> TideError:
         """The error for a missing key that the model's computation depends on."""
-        return TideError(f"{self.path} lacks {self.architecture}.{key}, expected in every such file: get it again")
+        return TideError(f"{self.path} lacks {self.architecture}.{key}, which every such file has: get it again")
 
-    def required(self, key: str) -> Any:
+    def raise_missing_key(self, key: str) -> Any:
         """Raises TideError; for defaults that can't be derived from the file's other values."""
-        raise self.lacks(key)
+        raise self.missing_key_error(key)
 
-    def refuse(self, what: str) -> TideError:
+    def unsupported_error(self, what: str) -> TideError:
         """The error for a value that is not supported."""
         return TideError(f"{self.path}: {self.architecture}.{what}; use the model's Hugging Face checkpoint instead")
 
     def check_all_taken(self) -> None:
         """Raises TideError if a value of the file was never taken, or its number of layers is not the stated one."""
-        if left := sorted(self._said.keys() - self._asked):
-            keys = ", ".join(shown(key) for key in left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            raise self.refuse(f"{keys}: not supported, expected only known settings")
+        if unknown := sorted(self._stated.keys() - self._taken):
+            keys = ", ".join(shorten(key) for key in unknown[:3]) + (
+                f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            )
+            raise self.unsupported_error(f"{keys}: not supported, expected only known settings")
         numbers = {layer_of(name)[0] for name in self.tensors} - {None}
         # A file may lack the layers that predict tokens further ahead.
         if not self.layers <= len(numbers) <= self.layers + self.extra_layers:
-            said = self.layers + self.extra_layers
+            stated = self.layers + self.extra_layers
             raise TideError(
-                f"{self.path} has tensors of {len(numbers)} layers, expected block_count={said}: get it again"
+                f"{self.path} has tensors of {len(numbers)} layers, expected block_count={stated}: get it again"
             )

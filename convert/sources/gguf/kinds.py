@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
-from convert.sources.gguf.file import shown
+from convert.sources.gguf.file import shorten
 from tide_jax.errors import TideError
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**31)]
@@ -128,28 +128,29 @@ _CHECKS = {name: TypeAdapter(kind) for name, kind in (HYPERPARAMETERS | GENERAL)
 _TOKEN_ID = TypeAdapter(Count)
 
 
-def check(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
+def check_values(path: Path, architecture: str, metadata: Mapping[str, Any]) -> None:
     """Raises TideError if the value of a known key has another type or is outside any model's range."""
     prefix = f"{architecture}."
     for key, value in metadata.items():
         name = key.removeprefix(prefix) if key.startswith(prefix) else key
         if key.startswith(_TOKEN) and key.endswith("_token_id"):
-            _check(path, key, _TOKEN_ID, value)
+            _check_value(path, key, _TOKEN_ID, value)
         elif key in GENERAL:
-            _check(path, key, _CHECKS[key], value)
+            _check_value(path, key, _CHECKS[key], value)
         elif name != key and name in HYPERPARAMETERS:
             if value == []:
-                raise TideError(f"{path} has {shown(key)}=[], expected a value; get the file again")
+                raise TideError(f"{path} has {shorten(key)}=[], expected a value; get the file again")
             for one in value if isinstance(value, list) else (value,):
-                _check(path, key, _CHECKS[name], one)
+                _check_value(path, key, _CHECKS[name], one)
 
 
-def _check(path: Path, key: str, kind: TypeAdapter[Any], value: Any) -> None:
+def _check_value(path: Path, key: str, kind: TypeAdapter[Any], value: Any) -> None:
     try:
         kind.validate_python(value)
     except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        where = "".join(f"[{place}]" for place in wrong["loc"] if isinstance(place, int))
+        problem = error.errors(include_url=False)[0]
+        where = "".join(f"[{place}]" for place in problem["loc"] if isinstance(place, int))
         raise TideError(
-            f"{path} has {shown(key)}{where}={shown(wrong['input'], 40)}: {shown(wrong['msg'], 80)}; get the file again"
+            f"{path} has {shorten(key)}{where}={shorten(problem['input'], 40)}: {shorten(problem['msg'], 80)}; get the "
+            "file again"
         ) from None

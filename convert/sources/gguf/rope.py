@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.gguf.file import shown
+from convert.sources.gguf.file import shorten
 from convert.sources.gguf.hyperparameters import Hyperparameters
 
 _KINDS = ("none", "linear", "yarn", "longrope")
@@ -32,27 +32,29 @@ def rope_parameters(hp: Hyperparameters, width: int, context: int) -> dict[str, 
     hp.ignore("rope.scaling.finetuned", "rope.scale_linear")
     factor, kind = hp.take("rope.scaling.factor"), hp.take("rope.scaling.type")
     if kind not in _KINDS:
-        raise hp.refuse(f"rope.scaling.type={shown(kind)}: not known, expected {', '.join(_KINDS)}")
-    stated = hp.given("rope.scaling.original_context_length")
+        raise hp.unsupported_error(f"rope.scaling.type={shorten(kind)}: not known, expected {', '.join(_KINDS)}")
+    stated = hp.stated_value("rope.scaling.original_context_length")
     original, attention = hp.take("rope.scaling.original_context_length"), hp.take("rope.scaling.attn_factor")
     # Frequency divisors in the file have precedence over the named kind of scaling.
     factors = hp.vector("rope_freqs.weight")
     if factors is not None and not np.all(factors == 1.0):
         if factor not in (0.0, 1.0):
-            raise hp.refuse(f"rope.scaling.factor={factor}: not supported together with rope_freqs.weight")
+            raise hp.unsupported_error(f"rope.scaling.factor={factor}: not supported together with rope_freqs.weight")
         return rope | _llama3(hp, rope["rope_theta"], factors, width, stated or 8192)
     long, short = hp.vector("rope_factors_long.weight"), hp.vector("rope_factors_short.weight")
     if long is not None and short is not None:
         return rope | _longrope(long, short, attention, context, original or context)
     if attention != 1.0:
-        raise hp.refuse(f"rope.scaling.attn_factor={attention}: not supported without longrope's factors, expected 1.0")
+        raise hp.unsupported_error(
+            f"rope.scaling.attn_factor={attention}: not supported without longrope's factors, expected 1.0"
+        )
     if kind == "none" or factor in (0.0, 1.0):
         return rope
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return rope | _yarn(hp, factor, original)
-    raise hp.refuse(
+    raise hp.unsupported_error(
         f"rope.scaling.type={kind!r}: not supported without longrope's factors, expected none, linear or yarn"
     )
 
@@ -91,7 +93,7 @@ def _llama3(hp: Hyperparameters, theta: float, factors: np.ndarray, width: int, 
     TideError if no stretch factor gives these divisors.
     """
     if factors.shape != (width // 2,):
-        raise hp.refuse(f"rope: rope_freqs.weight has shape {list(factors.shape)}, expected [{width // 2}]")
+        raise hp.unsupported_error(f"rope: rope_freqs.weight has shape {list(factors.shape)}, expected [{width // 2}]")
     factor = float(str(np.float32(factors.max())))
     wavelengths = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
     for low, high in ((1.0, 4.0), (1.0, 1.0)):
@@ -106,4 +108,4 @@ def _llama3(hp: Hyperparameters, theta: float, factors: np.ndarray, width: int, 
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    raise hp.refuse("rope: rope_freqs.weight doesn't follow Llama 3's rotary scaling, expected such factors")
+    raise hp.unsupported_error("rope: rope_freqs.weight doesn't follow Llama 3's rotary scaling, expected such factors")

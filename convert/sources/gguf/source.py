@@ -14,9 +14,9 @@ import numpy as np
 
 from convert.sources.gguf import tokenizer as gguf_tokenizer
 from convert.sources.gguf.architectures import ARCHITECTURES, Architecture
-from convert.sources.gguf.file import StoredTensor, read_model, shown
+from convert.sources.gguf.file import StoredTensor, read_model, shorten
 from convert.sources.gguf.hyperparameters import Hyperparameters
-from convert.sources.gguf.tensors import Place, arrange, layer_of, whole_names
+from convert.sources.gguf.tensors import Place, arrange, complete_names, layer_of
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
@@ -57,7 +57,7 @@ class GGUFSource:
             raise
         except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TideError(
-                f"{path} has senseless metadata ({shown(str(error))}), expected a language model: get it again"
+                f"{path} has invalid metadata ({shorten(str(error))}), expected a language model: get it again"
             ) from error
         self.tensors: Mapping[str, TensorInfo] = {key: view.info for key, view in self._views.items()} | {
             key: TensorInfo(values.shape, "F32") for key, values in self._constants.items()
@@ -104,8 +104,8 @@ def _architecture(path: Path, metadata: Mapping[str, Any]) -> tuple[str, Archite
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise TideError(
-            f"{path} has the GGUF architecture {shown(repr(name))}, supported are {', '.join(list(ARCHITECTURES)[:6])} "
-            f"and {len(ARCHITECTURES) - 6} more; use the model's Hugging Face checkpoint instead"
+            f"{path} has the GGUF architecture {shorten(repr(name))}, expected {', '.join(list(ARCHITECTURES)[:6])} "
+            f"or one of {len(ARCHITECTURES) - 6} more; use the model's Hugging Face checkpoint instead"
         )
     return name, ARCHITECTURES[name]
 
@@ -129,12 +129,12 @@ def _places(
         names, prefix = (architecture.top, "") if layer is None else (block, f"{architecture.layers}.{layer}.")
         module, dot, kind = rest.rpartition(".")
         if rest in names:
-            places[name] = whole_names(names[rest], prefix, ""), tensor
+            places[name] = complete_names(names[rest], prefix, ""), tensor
         elif module in names:
-            places[name] = whole_names(names[module], prefix, dot + kind), tensor
+            places[name] = complete_names(names[module], prefix, dot + kind), tensor
         else:
             raise TideError(
-                f"{hp.path}: tensor {shown(name)} is not known in the architecture {hp.architecture}; "
+                f"{hp.path}: tensor {shorten(name)} is not known in the architecture {hp.architecture}; "
                 "use the model's Hugging Face checkpoint instead"
             )
     return places

@@ -14,10 +14,10 @@ from tide_jax.model.files.shards import TensorInfo
 
 Config = Mapping[str, Any]
 Undo = Callable[[np.ndarray, Config], np.ndarray]
-_STACK = 2**16  # limit for experts or heads of a layer, far above any model's
+_MAX_ENTRIES = 2**16  # limit for experts or heads of a layer, far above any model's
 
 
-def as_stored(a: np.ndarray, c: Config) -> np.ndarray:
+def keep_layout(a: np.ndarray, c: Config) -> np.ndarray:
     """The unchanged tensor."""
     return a
 
@@ -33,7 +33,7 @@ class To:
     """
 
     name: str
-    undo: Undo = as_stored
+    undo: Undo = keep_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PartOf:
     name: str
     index: int
     axis: int = 0
-    undo: Undo = as_stored
+    undo: Undo = keep_layout
     stacked: bool = True
     alternating: bool = False
     flat: bool = False
@@ -128,47 +128,47 @@ def arrange(places: Mapping[str, tuple[Place, StoredTensor]], config: Config) ->
         if isinstance(place, PartOf):
             parts.setdefault(place.name, []).append((place, stored))
         elif isinstance(place, Split):
-            views |= _split(place, stored, config)
+            views |= _split_rows(place, stored, config)
         else:
-            views |= _moved(To(place) if isinstance(place, str) else place, stored, config)
-    return views | {name: _joined(found, config) for name, found in parts.items()}
+            views |= _move(To(place) if isinstance(place, str) else place, stored, config)
+    return views | {name: _join(found, config) for name, found in parts.items()}
 
 
-def _moved(place: To, stored: StoredTensor, config: Config) -> dict[str, View]:
+def _move(place: To, stored: StoredTensor, config: Config) -> dict[str, View]:
     if "{i}" not in place.name:
-        return {place.name: _whole(stored, place.undo, config)}
-    if stored.shape[0] > _STACK:
-        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected {_STACK} at the most")
+        return {place.name: _whole_view(stored, place.undo, config)}
+    if stored.shape[0] > _MAX_ENTRIES:
+        raise ValueError(f"{place.name} has {stored.shape[0]} entries, expected at most {_MAX_ENTRIES}")
     return {
-        place.name.replace("{i}", str(index)): _whole(stored.item(index), place.undo, config)
+        place.name.replace("{i}", str(index)): _whole_view(stored.item(index), place.undo, config)
         for index in range(stored.shape[0])
     }
 
 
-def _whole(stored: StoredTensor, undo: Undo, config: Config) -> View:
+def _whole_view(stored: StoredTensor, undo: Undo, config: Config) -> View:
     piece = _Piece(stored, undo)
     shape = piece.shape(config)
     return View(TensorInfo(shape, stored.dtype), (piece,), shape)
 
 
-def _split(place: Split, stored: StoredTensor, config: Config) -> dict[str, View]:
+def _split_rows(place: Split, stored: StoredTensor, config: Config) -> dict[str, View]:
     sizes = place.sizes(config)
     if sum(sizes) != stored.shape[0]:
         raise ValueError(f"{', '.join(place.names)} have {stored.shape[0]} rows together, expected {sum(sizes)}")
     ends = np.cumsum(sizes).tolist()
     return {
-        name: _whole(stored.rows(end - size, end), as_stored, config)
+        name: _whole_view(stored.rows(end - size, end), keep_layout, config)
         for name, size, end in zip(place.names, sizes, ends, strict=True)
     }
 
 
-def _joined(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
+def _join(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     found = sorted(found, key=lambda part: part[0].index)
     first = found[0][0]
     stack = found[0][1].shape[0] if first.stacked else 1
-    if stack > _STACK:
+    if stack > _MAX_ENTRIES:
         # The shape of one entry of the stack: the parts joined along their axis.
-        raise ValueError(f"{first.name} has {stack} entries, expected {_STACK} at the most")
+        raise ValueError(f"{first.name} has {stack} entries, expected at most {_MAX_ENTRIES}")
     shapes = [_entry(part, stored, 0).shape(config) for part, stored in found]
     lengths = [shape[first.axis] for shape in shapes]
     entry = (*shapes[0][: first.axis], sum(lengths), *shapes[0][first.axis + 1 :])
@@ -176,7 +176,9 @@ def _joined(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     # Each entry of each part goes to its slot in the stack.
     for number, (part, stored) in enumerate(found):
         if first.stacked and stored.shape[0] != stack:
-            raise ValueError(f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected as many")
+            raise ValueError(
+                f"the parts of {part.name} have {stack} and {stored.shape[0]} entries, expected equal numbers"
+            )
         start = sum(lengths[:number])
         along = slice(number, None, len(found)) if part.alternating else slice(start, start + lengths[number])
         inside = (*[slice(None)] * part.axis, along)
@@ -191,7 +193,7 @@ def _entry(part: PartOf, stored: StoredTensor, index: int) -> _Piece:
     return _Piece(stored.item(index) if part.stacked else stored, part.undo)
 
 
-def whole_names(place: Place, prefix: str, suffix: str) -> Place:
+def complete_names(place: Place, prefix: str, suffix: str) -> Place:
     """Adds `prefix` to a place's names, and `suffix` if they are names of modules."""
     if isinstance(place, str):
         return f"{prefix}{place}{suffix}"

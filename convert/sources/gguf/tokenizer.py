@@ -22,7 +22,7 @@ from tokenizers import (
     processors,
 )
 
-from convert.sources.gguf.ends import end_ids
+from convert.sources.gguf.ends import end_token_ids
 from convert.sources.gguf.pretokenizers import PRE_TOKENIZERS
 from tide_jax.errors import TideError
 from tide_jax.tokenizer.chat_files import DEFAULT, by_name
@@ -72,7 +72,7 @@ def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     A model ends at every token at which llama.cpp ends: `eos_token_id` is one id or a list, the end of sequence first.
     """
     ids = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_IDS.items()}
-    ends = end_ids(metadata)
+    ends = end_token_ids(metadata)
     values = {
         "bos_token_id": ids["bos_token"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
@@ -115,13 +115,13 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
+def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if not name:
         name = "default"
         logger.warning(
-            "the GGUF file does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is cut by llama.cpp's "
-            "default, which may not be the model's; get a newer file, or pass a Hugging Face tokenizer"
+            "the GGUF file does not say how its tokenizer splits text (tokenizer.ggml.pre), so llama.cpp's default is "
+            "used, which may not be the model's; get a newer file, or pass a Hugging Face tokenizer"
         )
     if name not in PRE_TOKENIZERS:
         raise TideError(
@@ -129,7 +129,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
             "pass a Hugging Face tokenizer of the same model instead"
         )
     pre = PRE_TOKENIZERS[name]
-    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    merges = [_split_merge(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -138,13 +138,13 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
-    if template := _template(metadata, add_bos=pre.add_bos):
+    if template := _special_token_template(metadata, add_bos=pre.add_bos):
         steps.append(template)
     tokenizer.post_processor = processors.Sequence(steps)
     return tokenizer
 
 
-def _pair(merge: str) -> tuple[str, str]:
+def _split_merge(merge: str) -> tuple[str, str]:
     # A leading space belongs to the token: the separator is the first space after it.
     cut = merge.find(" ", 1)
     return merge[:cut], merge[cut + 1 :]
@@ -157,14 +157,14 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
                 f"tokenizer.ggml.{key} is not supported with the 'llama' tokenizer; "
                 "pass a Hugging Face tokenizer of the same model instead"
             )
-    return _space_marked(metadata, _merges_from_scores(metadata))
+    return _space_marked_bpe(metadata, _merges_from_scores(metadata))
 
 
 def _gemma4(metadata: Mapping[str, Any]) -> Tokenizer:
-    return _space_marked(metadata, [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())])
+    return _space_marked_bpe(metadata, [_split_merge(merge) for merge in metadata.get("tokenizer.ggml.merges", ())])
 
 
-def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) -> Tokenizer:
+def _space_marked_bpe(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) -> Tokenizer:
     """BPE over the whole text, with spaces replaced by a mark; unknown characters fall back to bytes."""
     tokenizer = Tokenizer(
         models.BPE(
@@ -183,7 +183,7 @@ def _space_marked(metadata: Mapping[str, Any], merges: list[tuple[str, str]]) ->
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    if template := _template(metadata, add_bos=True):
+    if template := _special_token_template(metadata, add_bos=True):
         tokenizer.post_processor = template
     return tokenizer
 
@@ -209,7 +209,7 @@ def _merges_from_scores(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(tokens[left], tokens[right]) for _, _, left, right in sorted(merges)]
 
 
-def _template(metadata: Mapping[str, Any], add_bos: bool) -> processors.TemplateProcessing | None:
+def _special_token_template(metadata: Mapping[str, Any], add_bos: bool) -> processors.TemplateProcessing | None:
     """Adds begin and end tokens if the file asks for them; `add_bos` applies if it does not say."""
     tokens = _tokens(metadata)
     begin = _token(metadata, tokens, "bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
@@ -234,7 +234,7 @@ def _add_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
     write it.
     """
     tokens = _tokens(metadata)
-    ends = set(end_ids(metadata))
+    ends = set(end_token_ids(metadata))
     types = [_CONTROL if i in ends else kind for i, kind in enumerate(_token_types(metadata, len(tokens)))]
     added = [
         AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
@@ -284,4 +284,4 @@ def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | No
     return tokens[index]
 
 
-_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
+_BUILDERS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece, "gemma4": _gemma4}

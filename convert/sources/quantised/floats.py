@@ -20,54 +20,54 @@ from convert.sources.quantised.parts import (
     Settings,
     Stored,
     apply_scales,
+    block_indices,
     check_parts,
-    matrix,
-    modules,
-    refusal,
+    find_modules,
+    matrix_shape,
     scale_dtype,
-    spread,
+    unsupported_error,
 )
 from tide_jax.errors import TideError, shortened
 from tide_jax.model.files.shards import DTYPES, TensorInfo
 
-_SCALES = (*DTYPES, "F8_E8M0", "U8")
-_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+_SCALE_DTYPES = (*DTYPES, "F8_E8M0", "U8")
+_DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 # Sign, two exponent bits, one mantissa bit.
-_E2M1 = np.array([s * v for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)
+_E2M1_VALUES = np.array([s * v for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], np.float32)
 
 
 def bitsandbytes(stored: Stored, settings: Settings) -> dict[str, Packed]:
     """4-bit weights with a table of 16 values, and 8-bit weights with a scale per output."""
-    return _four_bits(stored) | _eight_bits(stored)
+    return _find_four_bit(stored) | _find_eight_bit(stored)
 
 
-def _four_bits(stored: Stored) -> dict[str, Packed]:
+def _find_four_bit(stored: Stored) -> dict[str, Packed]:
     packed: dict[str, Packed] = {}
     for kind in ("nf4", "fp4"):
         state_part = f"quant_state.bitsandbytes__{kind}"
         nested = ("nested_absmax", "nested_quant_map")
-        for weight, parts in modules(stored, state_part, ("absmax", "quant_map"), nested):
+        for weight, parts in find_modules(stored, state_part, ("absmax", "quant_map"), nested):
             if weight not in stored.tensors:
                 raise TideError(f"{stored.description}: {parts[state_part]} comes without {weight}: download it again")
-            state = _state(stored, parts[state_part], weight)
+            state = _read_quant_state(stored, parts[state_part], weight)
             count, blocks = math.prod(state["shape"]), -(-math.prod(state["shape"]) // state["blocksize"])
             shapes = {"absmax": (blocks,), "quant_map": (16,), "nested_quant_map": (256,)}
             check_parts(stored, parts, {"absmax": ("U8",) if "nested_absmax" in parts else ("F32",)}, shapes)
             info = stored.tensors[weight]
             itemsize = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}.get(info.dtype, 0)
             if math.prod(info.shape) * itemsize != -(-count // 2):
-                raise refusal(
+                raise unsupported_error(
                     stored, f"{weight} {list(info.shape)} {info.dtype} does not hold {count} numbers of 4 bits"
                 )
             packed[weight] = Packed(
-                TensorInfo(tuple(state["shape"]), _NAMES.get(state["dtype"], "F32")),
+                TensorInfo(tuple(state["shape"]), _DTYPE_NAMES.get(state["dtype"], "F32")),
                 (weight, *parts.values()),
-                functools.partial(_read_four_bits, stored, weight, parts, state),
+                functools.partial(_read_four_bit, stored, weight, parts, state),
             )
     return packed
 
 
-def _state(stored: Stored, name: str, weight: str) -> dict[str, Any]:
+def _read_quant_state(stored: Stored, name: str, weight: str) -> dict[str, Any]:
     """Reads the JSON that describes how a weight was packed."""
     try:
         state = json.loads(stored.read_stored(name).tobytes())
@@ -85,7 +85,7 @@ def _state(stored: Stored, name: str, weight: str) -> dict[str, Any]:
     return state
 
 
-def _read_four_bits(stored: Stored, weight: str, parts: dict[str, str], state: dict[str, Any]) -> np.ndarray:
+def _read_four_bit(stored: Stored, weight: str, parts: dict[str, str], state: dict[str, Any]) -> np.ndarray:
     maxima = stored.read_stored(parts["absmax"])
     if "nested_absmax" in parts:
         codes, table = maxima, stored.read_stored(parts["nested_quant_map"])
@@ -100,17 +100,19 @@ def _read_four_bits(stored: Stored, weight: str, parts: dict[str, str], state: d
     return numbers[: math.prod(state["shape"])].reshape(state["shape"])
 
 
-def _eight_bits(stored: Stored) -> dict[str, Packed]:
+def _find_eight_bit(stored: Stored) -> dict[str, Packed]:
     packed: dict[str, Packed] = {}
-    for _, parts in modules(stored, "SCB", ("weight",), ("weight_format",)):
-        out, inputs = matrix(stored, parts["weight"])
+    for _, parts in find_modules(stored, "SCB", ("weight",), ("weight_format",)):
+        out, inputs = matrix_shape(stored, parts["weight"])
         check_parts(stored, parts, {"weight": ("I8",), "SCB": ("F32",)}, {"SCB": (out,)})
         if "weight_format" in parts and (form := int(stored.read_stored(parts["weight_format"]).reshape(-1)[0])):
-            raise refusal(stored, f"{parts['weight']} is laid out for a kernel (weight_format {form}, expected 0)")
+            raise unsupported_error(
+                stored, f"{parts['weight']} is laid out for a kernel (weight_format {form}, expected 0)"
+            )
         packed[parts["weight"]] = Packed(
             TensorInfo((out, inputs), "F32"),
             tuple(parts.values()),
-            functools.partial(_read_eight_bits, stored, parts, out, inputs),
+            functools.partial(_read_eight_bit, stored, parts, out, inputs),
             functools.partial(_eight_bit_scales, stored, parts),
         )
     return packed
@@ -120,7 +122,7 @@ def _eight_bit_scales(stored: Stored, parts: dict[str, str]) -> np.ndarray:
     return stored.read_stored(parts["SCB"])[:, None] / np.float32(127)
 
 
-def _read_eight_bits(stored: Stored, parts: dict[str, str], out: int, inputs: int) -> np.ndarray:
+def _read_eight_bit(stored: Stored, parts: dict[str, str], out: int, inputs: int) -> np.ndarray:
     scales = _eight_bit_scales(stored, parts)
     return apply_scales(stored.read_stored(parts["weight"]), scales, np.arange(out), np.zeros(inputs, np.int64))
 
@@ -129,7 +131,7 @@ def fp8(stored: Stored, settings: Settings) -> dict[str, Packed]:
     """8-bit floats with a scale for each block of weights, or one scale for all."""
     default = (1, 32) if settings.get("quant_method") == "mxfp8" else (128, 128)
     block = settings.get("weight_block_size") or default
-    return _scaled(stored, "weight_scale_inv", ("F8_E4M3",), block)
+    return _find_scaled(stored, "weight_scale_inv", ("F8_E4M3",), block)
 
 
 def plain_numbers(stored: Stored, weights: Settings) -> dict[str, Packed]:
@@ -137,21 +139,23 @@ def plain_numbers(stored: Stored, weights: Settings) -> dict[str, Packed]:
     strategy, group = weights.get("strategy"), weights.get("group_size")
     block = {"tensor": None, "channel": (1, None), "group": (1, group), "block": weights.get("block_structure")}
     if strategy not in block:
-        raise refusal(stored, f"scales by {shortened(strategy)} are not supported")
-    return _scaled(stored, "weight_scale", ("F8_E4M3", "I8"), block[strategy])
+        raise unsupported_error(stored, f"scales by {shortened(strategy)} are not supported")
+    return _find_scaled(stored, "weight_scale", ("F8_E4M3", "I8"), block[strategy])
 
 
-def _scaled(stored: Stored, scale: str, dtypes: Sequence[str], block: Sequence[int | None] | None) -> dict[str, Packed]:
+def _find_scaled(
+    stored: Stored, scale: str, dtypes: Sequence[str], block: Sequence[int | None] | None
+) -> dict[str, Packed]:
     """Weights whose part `scale` has a scale for each block; `block` is the size (None: a whole axis)."""
     packed: dict[str, Packed] = {}
-    for _, parts in modules(stored, scale, ("weight",), ("weight_zero_point",)):
-        out, inputs = matrix(stored, parts["weight"])
+    for _, parts in find_modules(stored, scale, ("weight",), ("weight_zero_point",)):
+        out, inputs = matrix_shape(stored, parts["weight"])
         grid = stored.tensors[parts[scale]].shape
         rows, columns = block if block and math.prod(grid) != 1 else (None, None)
         sizes = (rows or out, columns or inputs)
         expected = (-(-out // sizes[0]), -(-inputs // sizes[1]))
         shapes = {} if math.prod(grid) == math.prod(expected) == 1 else {scale: expected, "weight_zero_point": expected}
-        check_parts(stored, parts, {"weight": dtypes, scale: _SCALES, "weight_zero_point": ("I8",)}, shapes)
+        check_parts(stored, parts, {"weight": dtypes, scale: _SCALE_DTYPES, "weight_zero_point": ("I8",)}, shapes)
         integers = stored.tensors[parts["weight"]].dtype == "I8"
         by_output = integers and expected in ((out, 1), (1, 1))
         packed[parts["weight"]] = Packed(
@@ -176,7 +180,7 @@ def _read_scaled(
     scales = _block_scales(stored, parts[scale], grid)
     zeros = stored.read_stored(parts["weight_zero_point"]).reshape(grid) if "weight_zero_point" in parts else None
     numbers = stored.read_stored(parts["weight"])
-    rows, columns = (spread(count, 1, size) for count, size in zip(numbers.shape, sizes, strict=True))
+    rows, columns = (block_indices(count, 1, size) for count, size in zip(numbers.shape, sizes, strict=True))
     return apply_scales(numbers, scales, rows, columns, zeros)
 
 
@@ -190,7 +194,7 @@ def mxfp4(stored: Stored, settings: Settings) -> dict[str, Packed]:
         parts = {"blocks": name, "scales": f"{weight}_scales"}
         shape = stored.tensors[name].shape
         if parts["scales"] not in stored.tensors or len(shape) != 4 or shape[3] != 16:
-            raise refusal(stored, f"{name} {list(shape)} has no blocks of 16 bytes with {parts['scales']}")
+            raise unsupported_error(stored, f"{name} {list(shape)} has no blocks of 16 bytes with {parts['scales']}")
         check_parts(stored, parts, {"blocks": ("U8",), "scales": ("U8", "F8_E8M0")}, {"scales": shape[:3]})
         experts, out, blocks, _ = shape
         packed[weight] = Packed(
@@ -203,7 +207,7 @@ def mxfp4(stored: Stored, settings: Settings) -> dict[str, Packed]:
 
 def _read_mxfp4(stored: Stored, parts: dict[str, str]) -> np.ndarray:
     # A byte's low half comes first.
-    pairs = np.stack([np.tile(_E2M1, 16), np.repeat(_E2M1, 16)], axis=-1).astype(ml_dtypes.bfloat16)
+    pairs = np.stack([np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=-1).astype(ml_dtypes.bfloat16)
     blocks = stored.read_stored(parts["blocks"])
     scales = stored.read_stored(parts["scales"]).view(ml_dtypes.float8_e8m0fnu).astype(ml_dtypes.bfloat16)
     experts = np.empty((*blocks.shape[:2], 32 * blocks.shape[2]), ml_dtypes.bfloat16)

@@ -47,12 +47,12 @@ class Packed:
 Method = Callable[[Stored, Settings], dict[str, Packed]]
 
 
-def refusal(stored: Stored, what: str) -> TideError:
+def unsupported_error(stored: Stored, what: str) -> TideError:
     """An error for an unsupported feature, with the remedy."""
     return TideError(f"{stored.description}: {what}: convert the unquantised checkpoint, or a GGUF file")
 
 
-def modules(
+def find_modules(
     stored: Stored, first: str, needed: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields modules that store a part called `first`, each with the names of its parts.
@@ -65,8 +65,8 @@ def modules(
         if not module or part:
             continue
         parts = {first: name} | {p: f"{module}.{p}" for p in (*needed, *optional) if f"{module}.{p}" in stored.tensors}
-        if absent := [p for p in needed if p not in parts]:
-            raise TideError(f"{stored.description}: {name} comes without {module}.{absent[0]}: download it again")
+        if missing := [p for p in needed if p not in parts]:
+            raise TideError(f"{stored.description}: {name} comes without {module}.{missing[0]}: download it again")
         yield module, parts
 
 
@@ -77,16 +77,16 @@ def check_parts(
     for part, name in parts.items():
         info = stored.tensors[name]
         if part in dtypes and info.dtype not in dtypes[part]:
-            raise refusal(stored, f"{name} has dtype {info.dtype}, expected {' or '.join(dtypes[part])}")
+            raise unsupported_error(stored, f"{name} has dtype {info.dtype}, expected {' or '.join(dtypes[part])}")
         if part in shapes and info.shape != tuple(shapes[part]):
-            raise refusal(stored, f"{name} has shape {list(info.shape)}, expected {list(shapes[part])}")
+            raise unsupported_error(stored, f"{name} has shape {list(info.shape)}, expected {list(shapes[part])}")
 
 
-def matrix(stored: Stored, name: str) -> tuple[int, int]:
+def matrix_shape(stored: Stored, name: str) -> tuple[int, int]:
     """Shape of a tensor with two axes. Raises TideError for other tensors."""
     shape = stored.tensors[name].shape
     if len(shape) != 2:
-        raise refusal(stored, f"{name} has shape {list(shape)}, expected two axes")
+        raise unsupported_error(stored, f"{name} has shape {list(shape)}, expected two axes")
     return shape[0], shape[1]
 
 
@@ -115,15 +115,15 @@ def scales_by_output(
 
 
 def unpack_words(words: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """Unpacks unsigned integers [rows, words * per] from 32-bit words [rows, words] of `per` numbers, low bits first.
+    """Unpacks unsigned integers [rows, words * n] from 32-bit words [rows, words] of n numbers each, low bits first.
 
     `order` gives the position among the unpacked numbers for each number in a word.
     """
-    per = 32 // bits
+    numbers_per_word = 32 // bits
     unsigned = words.view(np.uint32)
-    numbers = np.empty((words.shape[0], words.shape[1] * per), np.uint8)
-    for i, place in enumerate(order or range(per)):
-        numbers[:, place::per] = (unsigned >> np.uint32(bits * i)) & np.uint32(2**bits - 1)
+    numbers = np.empty((words.shape[0], words.shape[1] * numbers_per_word), np.uint8)
+    for i, position in enumerate(order or range(numbers_per_word)):
+        numbers[:, position::numbers_per_word] = (unsigned >> np.uint32(bits * i)) & np.uint32(2**bits - 1)
     return numbers
 
 
@@ -152,6 +152,6 @@ def apply_scales(
     return result
 
 
-def spread(count: int, blocks: int, size: int | None = None) -> np.ndarray:
+def block_indices(count: int, blocks: int, size: int | None = None) -> np.ndarray:
     """Index of the block for each of `count` places, with `blocks` blocks of equal size."""
     return np.arange(count) // (size or -(-count // blocks))

@@ -59,7 +59,7 @@ class QuantisationSettings(TypedDict, total=False):
 _SETTINGS = TypeAdapter(QuantisationSettings)
 
 
-def problem(settings: dict[str, Any]) -> str | None:
+def describe_problem(settings: dict[str, Any]) -> str | None:
     """Describes the first invalid setting in a few words; None if all are valid."""
     try:
         _SETTINGS.validate_python(settings)

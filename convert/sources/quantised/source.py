@@ -16,16 +16,16 @@ import numpy as np
 from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.quantised.floats import bitsandbytes, fp8, mxfp4, plain_numbers
 from convert.sources.quantised.integers import awq, gptq, packed_integers
-from convert.sources.quantised.parts import Method, Packed, Settings, Stored, refusal
-from convert.sources.quantised.settings import problem
+from convert.sources.quantised.parts import Method, Packed, Settings, Stored, unsupported_error
+from convert.sources.quantised.settings import describe_problem
 from tide_jax.errors import shortened
 from tide_jax.model.files.shards import DTYPES, TensorInfo
 
 logger = logging.getLogger(__name__)
 CONFIG_KEY = "quantization_config"
-_PLAIN = (*DTYPES, "F64")
+_PLAIN_DTYPES = (*DTYPES, "F64")
 # Scales of activations and caches; conversion drops them, because the model computes both without quantisation.
-_OF_ACTIVATIONS = re.compile(
+_ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_zero_point|activation_scale|output_scale|[qkv]_scale|[kv]_zero_point)"
 )
 
@@ -39,7 +39,7 @@ class QuantisedSource:
     computes in float32 without rounding, so a conversion to float32 keeps the exact dequantised values.
 
     Attributes:
-      left_out: stored tensors that quantise activations and are not needed, with the reason.
+      ignored: stored tensors that quantise activations and are not needed, with the reason.
 
     Raises:
       TideError: the method, or a variant of it, is not supported; a part of a weight is missing or malformed.
@@ -54,10 +54,10 @@ class QuantisedSource:
         self.config = {key: value for key, value in stored.config.items() if key != CONFIG_KEY}
         self.generation_config = stored.generation_config
         parts = {part: name for name, weight in self._weights.items() for part in weight.parts}
-        rest = [name for name in stored.tensors if name not in parts]
-        self.left_out = {name: "quantises activations" for name in rest if _OF_ACTIVATIONS.fullmatch(name)}
+        unpacked = [name for name in stored.tensors if name not in parts]
+        self.ignored = {name: "quantises activations" for name in unpacked if _ACTIVATION_SCALES.fullmatch(name)}
         # In the order of the files; a weight takes the place of its first part.
-        names = dict.fromkeys(parts.get(name, name) for name in stored.tensors if name not in self.left_out)
+        names = dict.fromkeys(parts.get(name, name) for name in stored.tensors if name not in self.ignored)
         self.tensors: Mapping[str, TensorInfo] = {
             name: self._weights[name].info if name in self._weights else stored.tensors[name] for name in names
         }
@@ -90,17 +90,17 @@ def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
     forms = {group.get("format") or settings.get("format") for group in groups}
     schemes = [group["weights"] for group in groups if group.get("weights")]
     if len(forms) != 1 or not schemes or any(scheme != schemes[0] for scheme in schemes):
-        raise refusal(stored, "compressed-tensors weights quantised in several ways are not supported")
+        raise unsupported_error(stored, "compressed-tensors weights quantised in several ways are not supported")
     for key in ("sparsity_config", "transform_config"):
         if settings.get(key) and settings[key].get("format", key) != "dense":
-            raise refusal(stored, f"compressed-tensors weights with a {key} are not supported")
+            raise unsupported_error(stored, f"compressed-tensors weights with a {key} are not supported")
     form, scheme = forms.pop(), schemes[0]
     if form == "pack-quantized":
         size = scheme.get("group_size") if scheme.get("strategy") == "group" else None
         return packed_integers(stored, scheme.get("num_bits", 8), size)
     if form in ("float-quantized", "int-quantized", "naive-quantized") and scheme.get("num_bits", 8) == 8:
         return plain_numbers(stored, scheme)
-    raise refusal(stored, f"compressed-tensors weights in the format {shortened(form)!r} are not supported")
+    raise unsupported_error(stored, f"compressed-tensors weights in the format {shortened(form)!r} are not supported")
 
 
 METHODS: dict[str, Method] = {
@@ -116,22 +116,24 @@ METHODS: dict[str, Method] = {
 
 def _packed_weights(stored: Stored, settings: Any) -> dict[str, Packed]:
     if not isinstance(settings, dict):
-        raise refusal(stored, f"config.json has {CONFIG_KEY}={shortened(repr(settings))}, expected an object")
-    if (wrong := problem(settings)) is not None:
-        raise refusal(stored, f"config.json's {CONFIG_KEY} has {wrong}")
+        raise unsupported_error(stored, f"config.json has {CONFIG_KEY}={shortened(repr(settings))}, expected an object")
+    if (problem := describe_problem(settings)) is not None:
+        raise unsupported_error(stored, f"config.json's {CONFIG_KEY} has {problem}")
     old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = settings.get("quant_method", "bitsandbytes" if old else None)
     if method not in METHODS:
-        named = shortened(method or "an unknown method")
-        raise refusal(stored, f"weights quantised with {named} are not supported, only with {', '.join(METHODS)}")
+        method_name = shortened(method or "an unknown method")
+        raise unsupported_error(
+            stored, f"weights quantised with {method_name} are not supported, only with {', '.join(METHODS)}"
+        )
     weights = METHODS[method](stored, settings)
     if weights:
         return weights
-    if not all(info.dtype in _PLAIN for info in stored.tensors.values()):
-        raise refusal(stored, f"weights quantised with {method}, as config.json says, are not there")
+    if not all(info.dtype in _PLAIN_DTYPES for info in stored.tensors.values()):
+        raise unsupported_error(stored, f"config.json says that the weights are quantised with {method}, but none is")
     logger.warning(
-        "%s: config.json says its weights are quantised with %s, but they are plain numbers and are read so: "
-        "a dequantised checkpoint, it seems, that kept its %s",
+        "%s: config.json says that the weights are quantised with %s, but they are plain numbers and are read as "
+        "such; the checkpoint seems to have kept its %s when it was dequantised",
         stored.description,
         method,
         CONFIG_KEY,

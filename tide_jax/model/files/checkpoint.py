@@ -163,7 +163,7 @@ def _is_converted(source: str | Path, revision: str | None) -> bool:
     """`is_converted`. Raises TideError for a converted directory with a revision: only hub ids have revisions."""
     converted = is_converted(source)
     if converted and revision is not None:
-        raise TideError(f"{source} is a directory on disk: revision={revision!r} is of hub ids, leave it out")
+        raise TideError(f"{source} is on disk and has no revisions: leave out revision={revision!r}")
     return converted
 
 

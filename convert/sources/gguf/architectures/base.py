@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources.gguf.defaults import default
+from convert.sources.gguf.defaults import default_value
 from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.rope import rope_parameters
 from convert.sources.gguf.tensors import Config, Place, To, Undo
@@ -71,7 +71,7 @@ LLAMA: Names = {**PRE_NORMS, **ATTENTION, **MLP}
 # ------------------------------------------------------------------------------------------------ arrangements to undo
 
 
-def _halves(heads: str) -> Undo:
+def _undo_rotary_pairs(heads: str) -> Undo:
     """Reorders rows [heads, half, 2] back to [heads, 2, half], flattened.
 
     llama.cpp rotates neighbouring rows of a head together, transformers row i with row ``i + half``.
@@ -84,35 +84,35 @@ def _halves(heads: str) -> Undo:
     return undo
 
 
-def minus_one(a: np.ndarray, c: Config) -> np.ndarray:
+def subtract_one(a: np.ndarray, c: Config) -> np.ndarray:
     """Undoes the added one in norms of the form ``1 + weight``."""
     return a - np.ones((), a.dtype)
 
 
-def transposed(a: np.ndarray, c: Config) -> np.ndarray:
+def transpose(a: np.ndarray, c: Config) -> np.ndarray:
     """Swaps the axes of a matrix."""
     return a.T
 
 
-def head_by_head(a: np.ndarray, c: Config) -> np.ndarray:
+def group_by_head(a: np.ndarray, c: Config) -> np.ndarray:
     """Reorders rows [(q, k, v), heads, head_dim] to [heads, (q, k, v), head_dim], flattened."""
     parts = a.reshape(3, c["num_attention_heads"], -1, *a.shape[1:])
     return parts.swapaxes(0, 1).reshape(a.shape)
 
 
 PERMUTED: Names = {
-    "attn_q": To("self_attn.q_proj", _halves("num_attention_heads")),
-    "attn_k": To("self_attn.k_proj", _halves("num_key_value_heads")),
+    "attn_q": To("self_attn.q_proj", _undo_rotary_pairs("num_attention_heads")),
+    "attn_k": To("self_attn.k_proj", _undo_rotary_pairs("num_key_value_heads")),
 }
 PERMUTED_WEIGHTS: Names = {
-    "attn_q.weight": To("self_attn.q_proj.weight", _halves("num_attention_heads")),
-    "attn_k.weight": To("self_attn.k_proj.weight", _halves("num_key_value_heads")),
+    "attn_q.weight": To("self_attn.q_proj.weight", _undo_rotary_pairs("num_attention_heads")),
+    "attn_k.weight": To("self_attn.k_proj.weight", _undo_rotary_pairs("num_key_value_heads")),
 }
 
 
-def shifted(names: Names, *modules: str) -> Names:
+def shift_norms(names: Names, *modules: str) -> Names:
     """`names`, with one subtracted from the weights of the norms in `modules`."""
-    return {**names, **{f"{module}.weight": To(f"{names[module]}.weight", minus_one) for module in modules}}
+    return {**names, **{f"{module}.weight": To(f"{names[module]}.weight", subtract_one) for module in modules}}
 
 
 # ------------------------------------------------------------------------------------------------ configuration values
@@ -141,23 +141,25 @@ def decoder(
         head_dim = hp.take("attention.key_length")
         hp.expect("attention.value_length", head_dim)
     hp.expect("attention.causal", True)
-    if (window := hp.once("attention.sliding_window")) and window < context:
-        raise hp.refuse(f"attention.sliding_window={window}: not supported, expected attention to all tokens")
-    if count := hp.once("expert_count"):
-        raise hp.refuse(f"expert_count={count}: not supported, expected 0")
+    if (window := hp.take_once("attention.sliding_window")) and window < context:
+        raise hp.unsupported_error(
+            f"attention.sliding_window={window}: not supported, expected attention to all tokens"
+        )
+    if count := hp.take_once("expert_count"):
+        raise hp.unsupported_error(f"expert_count={count}: not supported, expected 0")
     hp.ignore("vocab_size", "attention.sliding_window_pattern", "expert_used_count")
     common = {
         "model_type": model_type,
         "vocab_size": vocab_size(hp),
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": hp.once("feed_forward_length") or None,
+        "intermediate_size": hp.take_once("feed_forward_length") or None,
         "num_hidden_layers": hp.layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": hp.once("attention.head_count_kv", heads),
+        "num_key_value_heads": hp.take_once("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rope_parameters": rotary(hp, head_dim, context, partial) if rope is None else rope,
+        "rope_parameters": rotary_settings(hp, head_dim, context, partial) if rope is None else rope,
         "tie_word_embeddings": "output.weight" not in hp.tensors,
     }
     return {name: value for name, value in common.items() if value is not None and name not in without} | fields
@@ -167,44 +169,44 @@ def vocab_size(hp: Hyperparameters) -> int:
     """Number of rows of the embedding. Raises TideError if it is missing."""
     embedding = hp.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise hp.refuse("token_embd.weight is missing, expected a whole language model")
+        raise hp.unsupported_error("token_embd.weight is missing, expected a whole language model")
     return embedding.shape[0]
 
 
-def rotary(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
+def rotary_settings(hp: Hyperparameters, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
     """Rotary settings. Raises TideError if only a part of each head is rotated and the family rotates all of it."""
     width = hp.take("rope.dimension_count")
     if width != head_dim and not partial:
-        raise hp.refuse(f"rope.dimension_count={width}: expected the head width {head_dim}")
+        raise hp.unsupported_error(f"rope.dimension_count={width}: expected the head width {head_dim}")
     rope = rope_parameters(hp, width, context)
-    if (local := hp.once("rope.freq_base_swa", rope["rope_theta"])) != rope["rope_theta"]:
-        raise hp.refuse(f"rope.freq_base_swa={local}: not supported, expected {rope['rope_theta']}")
+    if (local := hp.take_once("rope.freq_base_swa", rope["rope_theta"])) != rope["rope_theta"]:
+        raise hp.unsupported_error(f"rope.freq_base_swa={local}: not supported, expected {rope['rope_theta']}")
     # Set it even for whole heads: some families' configurations rotate only a part by default.
-    return rope | {"partial_rotary_factor": _share(width, head_dim)} if partial else rope
+    return rope | {"partial_rotary_factor": _rotated_share(width, head_dim)} if partial else rope
 
 
-def _share(part: int, whole: int) -> float:
+def _rotated_share(part: int, whole: int) -> float:
     """The fraction that gives `part` when its product with `whole` is truncated to an integer."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, math.inf)
 
 
-def rms(hp: Hyperparameters) -> dict[str, Any]:
+def rms_norm_eps(hp: Hyperparameters) -> dict[str, Any]:
     """The eps of RMS norms."""
     return {"rms_norm_eps": hp.take("attention.layer_norm_rms_epsilon")}
 
 
-def layer_norm(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
+def layer_norm_eps(hp: Hyperparameters, name: str = "layer_norm_eps") -> dict[str, Any]:
     """The eps of LayerNorms, under the family's name for it."""
     return {name: hp.take("attention.layer_norm_epsilon")}
 
 
-def biases(hp: Hyperparameters) -> dict[str, Any]:
+def bias_settings(hp: Hyperparameters) -> dict[str, Any]:
     """Llama's bias switches."""
     return {"attention_bias": hp.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": hp.has("ffn_up.bias")}
 
 
-def multipliers(hp: Hyperparameters) -> dict[str, Any]:
+def granite_multipliers(hp: Hyperparameters) -> dict[str, Any]:
     """Granite's multipliers; in a file 0 means not applied.
 
     Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned. Models that could have
@@ -221,31 +223,32 @@ def multipliers(hp: Hyperparameters) -> dict[str, Any]:
     }
 
 
-def local_rotary(hp: Hyperparameters) -> dict[str, Any]:
+def local_rotary_settings(hp: Hyperparameters) -> dict[str, Any]:
     """Rotary settings of layers with a window, which have no scaling."""
     return {"rope_type": "default", "rope_theta": hp.take("rope.freq_base_swa")}
 
 
-def clamp(hp: Hyperparameters) -> float | None:
+def qkv_clamp(hp: Hyperparameters) -> float | None:
     """Limit at which queries, keys and values are clipped; None if there is none, which is 0 in a file."""
     return hp.take("attention.clamp_kqv") or None
 
 
 def inner_size(hp: Hyperparameters) -> int:
     """Hidden width of an MLP without a gate, from its matrix: the converter writes four times the model's width."""
-    stated = hp.once("feed_forward_length")
+    stated = hp.take_once("feed_forward_length")
     up = hp.tensors.get("blk.0.ffn_up.weight")
     return stated if up is None else up.shape[0]
 
 
-def sliding(hp: Hyperparameters) -> dict[str, Any]:
+def window_settings(hp: Hyperparameters) -> dict[str, Any]:
     """The window and the layers that use it: those in a list, or all layers but the last of each period."""
     window = hp.take("attention.sliding_window")
     pattern = hp.take_list("attention.sliding_window_pattern")
     if not window:
         return {"sliding_window": None, "layer_types": ["full_attention"] * hp.layers}
     if isinstance(pattern, bool) or (isinstance(pattern, list) and len(pattern) < hp.layers):
-        raise hp.refuse(f"attention.sliding_window_pattern is no period and no list of {hp.layers} layers")
+        problem = f"attention.sliding_window_pattern is neither a period nor a list of {hp.layers} layers"
+        raise hp.unsupported_error(problem)
     if isinstance(pattern, list):
         slides = [bool(flag) for flag in pattern[: hp.layers]]
     else:
@@ -254,19 +257,19 @@ def sliding(hp: Hyperparameters) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": kinds}
 
 
-def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "softmax") -> dict[str, Any]:
+def expert_settings(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "softmax") -> dict[str, Any]:
     """Number of experts, number per token, and width.
 
     Args:
       count: config.json's name for the number of experts.
       scores: the only scoring function of the family, "softmax" or "sigmoid".
     """
-    number, found = {"softmax": 1, "sigmoid": 2}[scores], scoring(hp)
+    number, found = {"softmax": 1, "sigmoid": 2}[scores], scoring_function(hp)
     if found != number:
-        raise hp.refuse(f"expert_gating_func={found}: not supported, expected {number}")
+        raise hp.unsupported_error(f"expert_gating_func={found}: not supported, expected {number}")
     total, used, width = hp.take("expert_count"), hp.take("expert_used_count"), hp.take("expert_feed_forward_length")
     if not 1 <= used <= total:
-        raise hp.refuse(
+        raise hp.unsupported_error(
             f"expert_used_count={used}: not supported with expert_count={total}, expected 1 or more of them"
         )
     return {
@@ -276,12 +279,12 @@ def experts(hp: Hyperparameters, count: str = "num_experts", *, scores: str = "s
     }
 
 
-def scoring(hp: Hyperparameters) -> int:
+def scoring_function(hp: Hyperparameters) -> int:
     """llama.cpp's number for the function that scores experts: 1 softmax, 2 sigmoid; 0 in a file means the default."""
-    return hp.take("expert_gating_func") or default(hp, "expert_gating_func")
+    return hp.take("expert_gating_func") or default_value(hp, "expert_gating_func")
 
 
-def groups(hp: Hyperparameters) -> dict[str, Any]:
+def expert_groups(hp: Hyperparameters) -> dict[str, Any]:
     """Number of groups of experts and how many of them a token uses; 1 and 1 if there are no groups."""
     return {
         "n_group": hp.take("expert_group_count") or 1,

@@ -17,19 +17,19 @@ from convert.sources.gguf.architectures.base import (
     TOP,
     Architecture,
     Names,
-    biases,
-    clamp,
+    bias_settings,
     decoder,
+    granite_multipliers,
     inner_size,
-    layer_norm,
-    local_rotary,
-    multipliers,
-    rms,
-    shifted,
-    sliding,
+    layer_norm_eps,
+    local_rotary_settings,
+    qkv_clamp,
+    rms_norm_eps,
+    shift_norms,
+    window_settings,
 )
 from convert.sources.gguf.architectures.mixtures import MIXTRAL_EXPERTS, mixtral
-from convert.sources.gguf.file import shown
+from convert.sources.gguf.file import shorten
 from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.tensors import Split, To
 
@@ -45,15 +45,15 @@ _HUNYUAN: Names = {
 
 def _llama(hp: Hyperparameters) -> Values:
     """Llama and Mistral, or Mixtral if there are experts."""
-    return mixtral(hp) if hp.peek("expert_count") else decoder(hp, "llama", **rms(hp), **biases(hp))
+    return mixtral(hp) if hp.peek("expert_count") else decoder(hp, "llama", **rms_norm_eps(hp), **bias_settings(hp))
 
 
 def _exaone(hp: Hyperparameters) -> Values:
     """Llama except for the name; its converter stored the eps of RMS norms as that of LayerNorms."""
-    stated = hp.given("attention.layer_norm_epsilon")
+    stated = hp.stated_value("attention.layer_norm_epsilon")
     hp.ignore("attention.layer_norm_epsilon")
-    eps = hp.given("attention.layer_norm_rms_epsilon") or stated
-    values = decoder(hp, "llama", **biases(hp), **({"rms_norm_eps": eps} if eps else rms(hp)))
+    eps = hp.stated_value("attention.layer_norm_rms_epsilon") or stated
+    values = decoder(hp, "llama", **bias_settings(hp), **({"rms_norm_eps": eps} if eps else rms_norm_eps(hp)))
     hp.ignore("attention.layer_norm_rms_epsilon")
     return values
 
@@ -61,9 +61,9 @@ def _exaone(hp: Hyperparameters) -> Values:
 def _mistral3(hp: Hyperparameters) -> Values:
     """Mistral Small 3.1, or Ministral 3 if queries grow with their position."""
     if not (beta := hp.take("attention.temperature_scale")):
-        return decoder(hp, "mistral", **rms(hp), sliding_window=None)
+        return decoder(hp, "mistral", **rms_norm_eps(hp), sliding_window=None)
     scale = hp.take("rope.scaling.yarn_log_multiplier")
-    values = decoder(hp, "ministral3", **rms(hp))
+    values = decoder(hp, "ministral3", **rms_norm_eps(hp))
     scales = {"mscale": scale, "mscale_all_dim": scale} if scale else {}
     values["rope_parameters"] |= {"llama_4_scaling_beta": beta} | scales
     return values
@@ -73,7 +73,7 @@ def _qwen(model_type: str) -> Any:
     def config(hp: Hyperparameters) -> Values:
         # For text, all sections of Qwen-VL's rotary embedding have equal positions.
         hp.ignore("rope.dimension_sections", "n_deepstack_layers", "pooling_type")
-        return decoder(hp, model_type, **rms(hp), **biases(hp))
+        return decoder(hp, model_type, **rms_norm_eps(hp), **bias_settings(hp))
 
     return config
 
@@ -81,12 +81,14 @@ def _qwen(model_type: str) -> Any:
 def _granite(hp: Hyperparameters) -> Values:
     hp.ignore("expert_shared_feed_forward_length")
     width = inner_size(hp)
-    return decoder(hp, "granite", **rms(hp), **biases(hp), **multipliers(hp), intermediate_size=width)
+    return decoder(
+        hp, "granite", **rms_norm_eps(hp), **bias_settings(hp), **granite_multipliers(hp), intermediate_size=width
+    )
 
 
 def _minicpm(hp: Hyperparameters) -> Values:
     """Granite under another name. Older files have no multipliers; they get MiniCPM 2B's."""
-    values = decoder(hp, "granite", **rms(hp), **biases(hp))
+    values = decoder(hp, "granite", **rms_norm_eps(hp), **bias_settings(hp))
     return values | {
         "attention_multiplier": values["head_dim"] ** -0.5,
         "embedding_multiplier": hp.take("embedding_scale") or 1.0,
@@ -96,23 +98,25 @@ def _minicpm(hp: Hyperparameters) -> Values:
 
 
 def _glm(hp: Hyperparameters) -> Values:
-    return decoder(hp, "glm", **rms(hp), **biases(hp), partial=True)
+    return decoder(hp, "glm", **rms_norm_eps(hp), **bias_settings(hp), partial=True)
 
 
 def _glm4(hp: Hyperparameters) -> Values:
     hp.expect("rope.dimension_sections", None)
-    return decoder(hp, "glm4", **rms(hp), **biases(hp), partial=True)
+    return decoder(hp, "glm4", **rms_norm_eps(hp), **bias_settings(hp), partial=True)
 
 
 def _phi3(hp: Hyperparameters) -> Values:
     window = hp.take("attention.sliding_window") or None
-    values = decoder(hp, "phi3", **rms(hp), partial=True)
+    values = decoder(hp, "phi3", **rms_norm_eps(hp), partial=True)
     original = values["rope_parameters"].get("original_max_position_embeddings", values["max_position_embeddings"])
     return values | {"sliding_window": window, "original_max_position_embeddings": original}
 
 
 def _phi2(hp: Hyperparameters) -> Values:
-    return decoder(hp, "phi", **layer_norm(hp), intermediate_size=inner_size(hp), hidden_act="gelu_new", partial=True)
+    return decoder(
+        hp, "phi", **layer_norm_eps(hp), intermediate_size=inner_size(hp), hidden_act="gelu_new", partial=True
+    )
 
 
 def _query_key_value(c: Any) -> tuple[int, ...]:
@@ -124,7 +128,7 @@ def _stablelm(hp: Hyperparameters) -> Values:
     return decoder(
         hp,
         "stablelm",
-        **layer_norm(hp),
+        **layer_norm_eps(hp),
         use_parallel_residual=hp.take("use_parallel_residual"),
         use_qkv_bias=hp.has("attn_q.bias"),
         qk_layernorm=hp.has("attn_q_norm.weight"),
@@ -136,7 +140,7 @@ def _starcoder2(hp: Hyperparameters) -> Values:
     return decoder(
         hp,
         "starcoder2",
-        **layer_norm(hp, "norm_epsilon"),
+        **layer_norm_eps(hp, "norm_epsilon"),
         hidden_act="gelu_pytorch_tanh",
         use_bias=hp.has("attn_q.bias"),
         sliding_window=None,
@@ -145,69 +149,71 @@ def _starcoder2(hp: Hyperparameters) -> Values:
 
 def _olmo(hp: Hyperparameters) -> Values:
     hp.expect("attention.layer_norm_epsilon", 1e-5)
-    return decoder(hp, "olmo", **biases(hp), clip_qkv=clamp(hp))
+    return decoder(hp, "olmo", **bias_settings(hp), clip_qkv=qkv_clamp(hp))
 
 
 def _olmo2(hp: Hyperparameters) -> Values:
     """OLMo 2, or OLMo 3 if there is a window."""
-    window = sliding(hp)
+    window = window_settings(hp)
     if window["sliding_window"] is None:
-        return decoder(hp, "olmo2", **rms(hp), **biases(hp))
-    local = local_rotary(hp)
-    values = decoder(hp, "olmo3", **rms(hp), **biases(hp), **window)
+        return decoder(hp, "olmo2", **rms_norm_eps(hp), **bias_settings(hp))
+    local = local_rotary_settings(hp)
+    values = decoder(hp, "olmo3", **rms_norm_eps(hp), **bias_settings(hp), **window)
     return values | {"rope_parameters": {"full_attention": values["rope_parameters"], "sliding_attention": local}}
 
 
 def _exaone4(hp: Hyperparameters) -> Values:
-    window = sliding(hp)
-    return decoder(hp, "exaone4", **rms(hp), **window)
+    window = window_settings(hp)
+    return decoder(hp, "exaone4", **rms_norm_eps(hp), **window)
 
 
 def _smollm3(hp: Hyperparameters) -> Values:
     """SmolLM3: every fourth layer has no rotary embedding."""
     no_rope = [int((layer + 1) % 4 != 0) for layer in range(hp.layers)]
-    return decoder(hp, "smollm3", **rms(hp), **biases(hp), no_rope_layers=no_rope)
+    return decoder(hp, "smollm3", **rms_norm_eps(hp), **bias_settings(hp), no_rope_layers=no_rope)
 
 
 def _cohere(hp: Hyperparameters) -> Values:
     scale = {"logit_scale": hp.take("logit_scale"), "use_qk_norm": hp.has("attn_q_norm.weight")}
-    return decoder(hp, "cohere", **layer_norm(hp), **biases(hp), **scale)
+    return decoder(hp, "cohere", **layer_norm_eps(hp), **bias_settings(hp), **scale)
 
 
 def _cohere2(hp: Hyperparameters) -> Values:
     scale = hp.take("logit_scale")
-    return decoder(hp, "cohere2", **layer_norm(hp), **biases(hp), **sliding(hp), logit_scale=scale)
+    return decoder(hp, "cohere2", **layer_norm_eps(hp), **bias_settings(hp), **window_settings(hp), logit_scale=scale)
 
 
 def _nemotron(hp: Hyperparameters) -> Values:
     hp.ignore("attention.layer_norm_rms_epsilon")
-    return decoder(hp, "nemotron", **layer_norm(hp, "norm_eps"), **biases(hp), hidden_act="relu2", partial=True)
+    return decoder(
+        hp, "nemotron", **layer_norm_eps(hp, "norm_eps"), **bias_settings(hp), hidden_act="relu2", partial=True
+    )
 
 
 def _arcee(hp: Hyperparameters) -> Values:
     hp.ignore("pooling_type")
-    return decoder(hp, "arcee", **rms(hp), **biases(hp), hidden_act="relu2")
+    return decoder(hp, "arcee", **rms_norm_eps(hp), **bias_settings(hp), hidden_act="relu2")
 
 
 def _jais2(hp: Hyperparameters) -> Values:
-    return decoder(hp, "jais2", **layer_norm(hp), **biases(hp), hidden_act="relu2")
+    return decoder(hp, "jais2", **layer_norm_eps(hp), **bias_settings(hp), hidden_act="relu2")
 
 
 def _seed_oss(hp: Hyperparameters) -> Values:
     out = hp.has("attn_output.bias")
-    return decoder(hp, "seed_oss", **rms(hp), **biases(hp), attention_out_bias=out)
+    return decoder(hp, "seed_oss", **rms_norm_eps(hp), **bias_settings(hp), attention_out_bias=out)
 
 
 def _ernie4_5(hp: Hyperparameters) -> Values:
-    return decoder(hp, "ernie4_5", **rms(hp), use_bias=hp.has("attn_q.bias"))
+    return decoder(hp, "ernie4_5", **rms_norm_eps(hp), use_bias=hp.has("attn_q.bias"))
 
 
 def _hunyuan(hp: Hyperparameters) -> Values:
-    return decoder(hp, "hunyuan_v1_dense", **rms(hp), **biases(hp))
+    return decoder(hp, "hunyuan_v1_dense", **rms_norm_eps(hp), **bias_settings(hp))
 
 
 def _apertus(hp: Hyperparameters) -> Values:
-    return decoder(hp, "apertus", **rms(hp), **biases(hp), hidden_act="xielu")
+    return decoder(hp, "apertus", **rms_norm_eps(hp), **bias_settings(hp), hidden_act="xielu")
 
 
 def _xielu(hp: Hyperparameters) -> dict[str, np.ndarray]:
@@ -218,7 +224,7 @@ def _xielu(hp: Hyperparameters) -> dict[str, np.ndarray]:
         if isinstance(values, float):  # one value for all layers
             values = [values] * hp.layers
         if not isinstance(values, list) or len(values) != hp.layers:
-            raise hp.refuse(f"xielu.{name} is {shown(values)}, expected {hp.layers} numbers")
+            raise hp.unsupported_error(f"xielu.{name} is {shorten(values)}, expected {hp.layers} numbers")
         for layer, value in enumerate(values):
             tensors[f"model.layers.{layer}.mlp.act_fn.{name}"] = np.full(shape, value, np.float32)
     return tensors
@@ -267,7 +273,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(_smollm3, _LLAMA_PERMUTED),
     "command-r": Architecture(_cohere, LLAMA),
     "cohere2": Architecture(_cohere2, LLAMA),
-    "nemotron": Architecture(_nemotron, shifted(LLAMA, *PRE_NORMS), top=shifted(TOP, "output_norm")),
+    "nemotron": Architecture(_nemotron, shift_norms(LLAMA, *PRE_NORMS), top=shift_norms(TOP, "output_norm")),
     "arcee": Architecture(_arcee, _LLAMA_PERMUTED),
     "jais2": Architecture(_jais2, LLAMA),
     "seed_oss": Architecture(_seed_oss, {**LLAMA, "post_attention_norm": "post_attention_layernorm"}),

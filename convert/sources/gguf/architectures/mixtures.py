@@ -13,16 +13,16 @@ from convert.sources.gguf.architectures.base import (
     PERMUTED,
     Architecture,
     Names,
-    biases,
-    clamp,
+    bias_settings,
     decoder,
-    experts,
-    groups,
-    multipliers,
-    rms,
+    expert_groups,
+    expert_settings,
+    granite_multipliers,
+    qkv_clamp,
+    rms_norm_eps,
     routed_scale,
-    sliding,
-    transposed,
+    transpose,
+    window_settings,
 )
 from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.tensors import Config, PartOf, To
@@ -37,14 +37,14 @@ MIXTRAL_EXPERTS: Names = {
 _QWEN: Names = {**LLAMA, **EXPERTS}
 
 
-def as_row(a: np.ndarray, c: Config) -> np.ndarray:
+def to_row(a: np.ndarray, c: Config) -> np.ndarray:
     """A vector as a matrix with one row; some versions of llama.cpp's converter dropped such axes."""
     return a.reshape(1, -1)
 
 
 def mixtral(hp: Hyperparameters) -> Values:
     """Mixtral, which GGUF calls llama."""
-    values = decoder(hp, "mixtral", **rms(hp), **experts(hp, "num_local_experts"), sliding_window=None)
+    values = decoder(hp, "mixtral", **rms_norm_eps(hp), **expert_settings(hp, "num_local_experts"), sliding_window=None)
     values.pop("moe_intermediate_size", None)
     return values
 
@@ -54,8 +54,8 @@ def _qwen2_moe(hp: Hyperparameters) -> Values:
     return decoder(
         hp,
         "qwen2_moe",
-        **rms(hp),
-        **experts(hp),
+        **rms_norm_eps(hp),
+        **expert_settings(hp),
         qkv_bias=hp.has("attn_q.bias"),
         norm_topk_prob=False,
         shared_expert_intermediate_size=shared,
@@ -65,17 +65,25 @@ def _qwen2_moe(hp: Hyperparameters) -> Values:
 
 def _qwen3_moe(hp: Hyperparameters) -> Values:
     hp.ignore("rope.dimension_sections", "n_deepstack_layers", "expert_shared_feed_forward_length")
-    return decoder(hp, "qwen3_moe", **rms(hp), **biases(hp), **experts(hp), norm_topk_prob=True)
+    return decoder(hp, "qwen3_moe", **rms_norm_eps(hp), **bias_settings(hp), **expert_settings(hp), norm_topk_prob=True)
 
 
 def _olmoe(hp: Hyperparameters) -> Values:
-    return decoder(hp, "olmoe", **rms(hp), **biases(hp), **experts(hp), norm_topk_prob=False, clip_qkv=clamp(hp))
+    return decoder(
+        hp,
+        "olmoe",
+        **rms_norm_eps(hp),
+        **bias_settings(hp),
+        **expert_settings(hp),
+        norm_topk_prob=False,
+        clip_qkv=qkv_clamp(hp),
+    )
 
 
 def _phimoe(hp: Hyperparameters) -> Values:
     """Phi-3.5-MoE. A file has longrope's usual attention factor, not the one in the model's configuration."""
     window = hp.take("attention.sliding_window") or None
-    values = decoder(hp, "phimoe", **rms(hp), **biases(hp), **experts(hp, "num_local_experts"))
+    values = decoder(hp, "phimoe", **rms_norm_eps(hp), **bias_settings(hp), **expert_settings(hp, "num_local_experts"))
     rope = values["rope_parameters"]
     if rope["rope_type"] == "longrope":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
@@ -87,21 +95,21 @@ def _granite_moe(hp: Hyperparameters) -> Values:
     return decoder(
         hp,
         "granitemoeshared" if shared else "granitemoe",
-        **rms(hp),
-        **biases(hp),
-        **multipliers(hp),
-        **experts(hp, "num_local_experts"),
+        **rms_norm_eps(hp),
+        **bias_settings(hp),
+        **granite_multipliers(hp),
+        **expert_settings(hp, "num_local_experts"),
         **({"shared_intermediate_size": shared} if shared else {}),
     )
 
 
 def _ernie4_5_moe(hp: Hyperparameters) -> Values:
     hp.ignore("expert_shared_feed_forward_length")
-    moe = experts(hp, "moe_num_experts")
+    moe = expert_settings(hp, "moe_num_experts")
     return decoder(
         hp,
         "ernie4_5_moe",
-        **rms(hp),
+        **rms_norm_eps(hp),
         use_bias=hp.has("attn_q.bias"),
         moe_num_experts=moe["moe_num_experts"],
         moe_k=moe["num_experts_per_tok"],
@@ -115,12 +123,12 @@ def _ernie4_5_moe(hp: Hyperparameters) -> Values:
 def _hunyuan_moe(hp: Hyperparameters) -> Values:
     hp.ignore("expert_shared_feed_forward_length")
     hp.expect("expert_shared_count", 1)
-    moe = experts(hp)
+    moe = expert_settings(hp)
     return decoder(
         hp,
         "hunyuan_v1_moe",
-        **rms(hp),
-        **biases(hp),
+        **rms_norm_eps(hp),
+        **bias_settings(hp),
         num_experts=moe["num_experts"],
         moe_topk=moe["num_experts_per_tok"],
         moe_intermediate_size=moe["moe_intermediate_size"],
@@ -128,13 +136,13 @@ def _hunyuan_moe(hp: Hyperparameters) -> Values:
 
 
 def _gpt_oss(hp: Hyperparameters) -> Values:
-    window = sliding(hp)
-    moe = experts(hp, "num_local_experts")
+    window = window_settings(hp)
+    moe = expert_settings(hp, "num_local_experts")
     hp.ignore("feed_forward_length")
     values = decoder(
         hp,
         "gpt_oss",
-        **rms(hp),
+        **rms_norm_eps(hp),
         **window,
         attention_bias=hp.has("attn_q.bias"),
         intermediate_size=moe.pop("moe_intermediate_size"),
@@ -147,8 +155,8 @@ def _gpt_oss(hp: Hyperparameters) -> Values:
 
 
 def _dbrx(hp: Hyperparameters) -> Values:
-    moe = experts(hp)
-    values = decoder(hp, "dbrx", attn_config={"clip_qkv": clamp(hp)}, without=("hidden_act", "head_dim"))
+    moe = expert_settings(hp)
+    values = decoder(hp, "dbrx", attn_config={"clip_qkv": qkv_clamp(hp)}, without=("hidden_act", "head_dim"))
     hp.expect("attention.layer_norm_epsilon", 1e-5)
     values["attn_config"] |= {
         "kv_n_heads": values["num_key_value_heads"],
@@ -163,21 +171,21 @@ def _dbrx(hp: Hyperparameters) -> Values:
     return values | {"ffn_config": ffn, "max_seq_len": values["max_position_embeddings"]}
 
 
-def _experts_side_by_side(a: np.ndarray, c: Config) -> np.ndarray:
+def _join_experts(a: np.ndarray, c: Config) -> np.ndarray:
     """[experts, width, hidden] to [experts * width, hidden]."""
     return a.reshape(-1, c["hidden_size"])
 
 
-def _experts_back_to_back(a: np.ndarray, c: Config) -> np.ndarray:
+def _join_transposed_experts(a: np.ndarray, c: Config) -> np.ndarray:
     """[experts, hidden, width] to [experts * width, hidden]."""
     return a.swapaxes(1, 2).reshape(-1, c["hidden_size"])
 
 
 def _minimax_m2(hp: Hyperparameters) -> Values:
-    moe = experts(hp, "num_local_experts", scores="sigmoid")
+    moe = expert_settings(hp, "num_local_experts", scores="sigmoid")
     width = moe.pop("moe_intermediate_size")
     hp.ignore("feed_forward_length")
-    return decoder(hp, "minimax_m2", **rms(hp), **moe, intermediate_size=width, partial=True)
+    return decoder(hp, "minimax_m2", **rms_norm_eps(hp), **moe, intermediate_size=width, partial=True)
 
 
 def _afmoe(hp: Hyperparameters) -> Values:
@@ -187,9 +195,9 @@ def _afmoe(hp: Hyperparameters) -> Values:
     return decoder(
         hp,
         "afmoe",
-        **sliding(hp),
-        **rms(hp),
-        **experts(hp, scores="sigmoid"),
+        **window_settings(hp),
+        **rms_norm_eps(hp),
+        **expert_settings(hp, scores="sigmoid"),
         attention_bias=hp.has("attn_q.bias"),
         num_dense_layers=hp.take("leading_dense_block_count"),
         num_shared_experts=hp.take("expert_shared_count"),
@@ -199,24 +207,24 @@ def _afmoe(hp: Hyperparameters) -> Values:
 
 
 def _exaone_moe(hp: Hyperparameters) -> Values:
-    window = sliding(hp)
+    window = window_settings(hp)
     shared = hp.take("expert_shared_count")
-    values = _corrected(hp, "exaone_moe", "num_experts", num_shared_experts=shared, **window)
+    values = _sigmoid_decoder(hp, "exaone_moe", "num_experts", num_shared_experts=shared, **window)
     dense = values["first_k_dense_replace"]
     return values | {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (hp.layers - dense)}
 
 
-def _corrected(hp: Hyperparameters, model_type: str, count: str, **fields: Any) -> Values:
+def _sigmoid_decoder(hp: Hyperparameters, model_type: str, count: str, **fields: Any) -> Values:
     """Ordinary attention with DeepSeek-V3's experts."""
-    moe = experts(hp, count, scores="sigmoid")
+    moe = expert_settings(hp, count, scores="sigmoid")
     hp.ignore("expert_shared_feed_forward_length")
     return decoder(
         hp,
         model_type,
-        **rms(hp),
-        **biases(hp),
+        **rms_norm_eps(hp),
+        **bias_settings(hp),
         **moe,
-        **groups(hp),
+        **expert_groups(hp),
         norm_topk_prob=hp.take("expert_weights_norm"),
         routed_scaling_factor=routed_scale(hp),
         first_k_dense_replace=hp.take("leading_dense_block_count"),
@@ -228,11 +236,13 @@ def _glm4_moe(hp: Hyperparameters) -> Values:
     hp.expect("rope.dimension_sections", None)
     shared = hp.take("expert_shared_count")
     qk_norm = hp.has("attn_q_norm.weight")
-    return _corrected(hp, "glm4_moe", "n_routed_experts", n_shared_experts=shared, use_qk_norm=qk_norm, partial=True)
+    return _sigmoid_decoder(
+        hp, "glm4_moe", "n_routed_experts", n_shared_experts=shared, use_qk_norm=qk_norm, partial=True
+    )
 
 
 def _dots1(hp: Hyperparameters) -> Values:
-    return _corrected(hp, "dots1", "n_routed_experts", n_shared_experts=hp.take("expert_shared_count"))
+    return _sigmoid_decoder(hp, "dots1", "n_routed_experts", n_shared_experts=hp.take("expert_shared_count"))
 
 
 def _llama4(hp: Hyperparameters) -> Values:
@@ -243,14 +253,14 @@ def _llama4(hp: Hyperparameters) -> Values:
     """
     hp.ignore("leading_dense_block_count")
     whole = hp.take("attention.sliding_window") == 0
-    moe = experts(hp, "num_local_experts")
+    moe = expert_settings(hp, "num_local_experts")
     inner, wide = moe.pop("moe_intermediate_size"), hp.take("feed_forward_length")
     rotated = [int(whole or (layer + 1) % 4 != 0) for layer in range(hp.layers)]
     kinds = ["full_attention" if whole or not rotates else "chunked_attention" for rotates in rotated]
     return decoder(
         hp,
         "llama4_text",
-        **rms(hp),
+        **rms_norm_eps(hp),
         **moe,
         attention_bias=hp.has("attn_q.bias"),
         intermediate_size=inner,
@@ -266,7 +276,7 @@ def _llama4(hp: Hyperparameters) -> Values:
     )
 
 
-_GPT_OSS_GATE_UP = {"axis": 1, "undo": transposed, "alternating": True}
+_GPT_OSS_GATE_UP = {"axis": 1, "undo": transpose, "alternating": True}
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture(
         _qwen2_moe,
@@ -275,7 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
             "ffn_up_shexp": "mlp.shared_expert.up_proj",
             "ffn_down_shexp": "mlp.shared_expert.down_proj",
-            "ffn_gate_inp_shexp": To("mlp.shared_expert_gate", as_row),
+            "ffn_gate_inp_shexp": To("mlp.shared_expert_gate", to_row),
         },
     ),
     "qwen3moe": Architecture(_qwen3_moe, _QWEN),
@@ -298,7 +308,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "ernie4_5-moe": Architecture(
         _ernie4_5_moe,
-        {**_QWEN, "exp_probs_b.bias": To("mlp.moe_statics.e_score_correction_bias", as_row)},
+        {**_QWEN, "exp_probs_b.bias": To("mlp.moe_statics.e_score_correction_bias", to_row)},
     ),
     "hunyuan-moe": Architecture(
         _hunyuan_moe,
@@ -322,7 +332,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ffn_gate_inp": "mlp.router",
             "ffn_gate_exps.weight": PartOf("mlp.experts.gate_up_proj", 0, **_GPT_OSS_GATE_UP),
             "ffn_up_exps.weight": PartOf("mlp.experts.gate_up_proj", 1, **_GPT_OSS_GATE_UP),
-            "ffn_down_exps.weight": PartOf("mlp.experts.down_proj", 0, undo=transposed),
+            "ffn_down_exps.weight": PartOf("mlp.experts.down_proj", 0, undo=transpose),
             "ffn_gate_exps.bias": PartOf("mlp.experts.gate_up_proj_bias", 0, alternating=True),
             "ffn_up_exps.bias": PartOf("mlp.experts.gate_up_proj_bias", 1, alternating=True),
             "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
@@ -338,9 +348,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attn_output": "norm_attn_norm.attn.out_proj",
             "attn_output_norm": "norm_attn_norm.norm_2",
             "ffn_gate_inp": "ffn.router.layer",
-            "ffn_gate_exps.weight": To("ffn.experts.mlp.w1", _experts_side_by_side),
-            "ffn_up_exps.weight": To("ffn.experts.mlp.v1", _experts_side_by_side),
-            "ffn_down_exps.weight": To("ffn.experts.mlp.w2", _experts_back_to_back),
+            "ffn_gate_exps.weight": To("ffn.experts.mlp.w1", _join_experts),
+            "ffn_up_exps.weight": To("ffn.experts.mlp.v1", _join_experts),
+            "ffn_down_exps.weight": To("ffn.experts.mlp.w2", _join_transposed_experts),
         },
         top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
         layers="transformer.blocks",
@@ -374,9 +384,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             "ffn_up": "feed_forward.up_proj",
             "ffn_down": "feed_forward.down_proj",
             "ffn_gate_inp": "feed_forward.router",
-            "ffn_gate_exps.weight": PartOf("feed_forward.experts.gate_up_proj", 0, axis=1, undo=transposed),
-            "ffn_up_exps.weight": PartOf("feed_forward.experts.gate_up_proj", 1, axis=1, undo=transposed),
-            "ffn_down_exps.weight": PartOf("feed_forward.experts.down_proj", 0, undo=transposed),
+            "ffn_gate_exps.weight": PartOf("feed_forward.experts.gate_up_proj", 0, axis=1, undo=transpose),
+            "ffn_up_exps.weight": PartOf("feed_forward.experts.gate_up_proj", 1, axis=1, undo=transpose),
+            "ffn_down_exps.weight": PartOf("feed_forward.experts.down_proj", 0, undo=transpose),
             "ffn_gate_shexp": "feed_forward.shared_expert.gate_proj",
             "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
             "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
