@@ -49,8 +49,6 @@ quality: .venv/demo
 	$(BIN)/python -m scripts.bench.quality .demo/smollm2 propagate=.demo/quality.safetensors \
 		"recompute, tilted=recompute,tilt:.demo/quality.safetensors" --text $(HELD_OUT) \
 		--out scripts/results/quality.json
-	$(BIN)/python -m scripts.bench.prefill .demo/smollm2 .demo/quality.safetensors --text $(HELD_OUT) \
-		--out scripts/results/prefill.json
 	$(BIN)/python -m scripts.bench.drift .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
 

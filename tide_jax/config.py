@@ -143,9 +143,9 @@ class ExitConfig:
         at the token's true position (CALM, Schuster et al. 2022, section 3.3). "recompute" keeps exit states and runs
         the skipped layers for all of them at once when a later token needs these layers, or many wait. Keys and values
         are then the full model's, so an exit affects nothing but its own answer.
-      prefill_exits: lets prompt tokens exit, too. By default the prompt runs at full depth. A layer is skipped only once
-        all of the prompt's tokens have exited, so this is for measuring what exits change, as in lm-eval's scores of
-        single tokens, not for saving time.
+      prefill_exits: lets prompt tokens exit, too. By default the prompt runs at full depth. A layer is skipped only
+        once all of the prompt's tokens have exited, so this is for measuring what exits change, as in lm-eval's scores
+        of single tokens, not for saving time.
       guarantee: the promise that `tide_jax.guarantee` certified for exactly these settings; dropped for any others.
       threshold_tilt: how much higher the threshold of a deep exit point is than that of a shallow one, in [0, 1];
         requires a single number as `exit_threshold`. At 0 all thresholds are `exit_threshold`. At 1 the allowed

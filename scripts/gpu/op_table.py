@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compact
 from pallas_kernels import exit_project as project
 from pallas_kernels import exit_step as step
 from pallas_kernels import kv_fill as fill
@@ -189,46 +188,15 @@ def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda 
     )
 
 
-# compact: half of the rows are active
-
-
-def _partition(shape: Shape) -> compact.Partition:
-    return compact.partition((jnp.arange(shape.rows) % 2 == 0)[None])
-
-
-def _left(shape: Shape) -> int:
-    return -(-shape.rows // 2)
-
-
-def _gather_arguments(shape: Shape, _: np.random.Generator) -> Arguments:
-    return states(shape)[None], _partition(shape)
-
-
-def _gather(implementation: str, x: jax.Array, rows: compact.Partition) -> jax.Array:
-    return compact.gather_rows(x, rows, -(-x.shape[1] // 2), implementation=implementation)
-
-
-def _scatter_arguments(shape: Shape, _: np.random.Generator) -> Arguments:
-    out = jnp.full((1, shape.rows, shape.size), 0.5, shape.dtype)
-    return states(shape)[None, : _left(shape)], _partition(shape), out
-
-
-def _scatter(implementation: str, *arguments: Any) -> jax.Array:
-    return compact.scatter_rows(*arguments, implementation=implementation)
-
-
-def _moved_bytes(shape: Shape) -> int:
-    return 2 * _left(shape) * shape.bytes + 4 * _left(shape)
-
-
-def _moved_difference(found: jax.Array, wanted: jax.Array, _: Arguments) -> Difference:
-    return Difference(worst(found, wanted), int(np.sum(np.asarray(found) != np.asarray(wanted))))
-
-
 # kv_fill: one token in each of N rows; every other row is filled
 
 
 _HEADS, _CHANNELS = 8, 128
+
+
+def _left(shape: Shape) -> int:
+    """Rows that the cache fill writes: every other one."""
+    return -(-shape.rows // 2)
 
 
 def _fill_arguments(shape: Shape, random: np.random.Generator) -> Arguments:
@@ -262,16 +230,6 @@ def _fill_difference(found: fill.KVRows, wanted: fill.KVRows, given: Arguments) 
 OPS = (
     Op("exit_step", step.IMPLEMENTATIONS, _step_arguments, _step, _step_bytes, _step_difference),
     _projection("exit_project", affine=False),
-    Op("compact, gather", compact.IMPLEMENTATIONS, _gather_arguments, _gather, _moved_bytes, _moved_difference),
-    Op(
-        "compact, scatter",
-        compact.IMPLEMENTATIONS,
-        _scatter_arguments,
-        _scatter,
-        _moved_bytes,
-        _moved_difference,
-        in_place=2,
-    ),
     Op(
         "kv_fill",
         fill.IMPLEMENTATIONS,

@@ -143,7 +143,7 @@ def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: B
         report["decode"] = {"model": _facts(made), "plan": plan._asdict(), "rows": rows}
         _keep(args, report)
     if "prefill" in args.only:
-        plan = PrefillPlan(implementation=implementation)
+        plan = PrefillPlan()
         if args.tiny:
             plan = plan._replace(shapes=((1, 16),), rounds=1)
         report["prefill"] = run_prefill(made, plan, budget, progress)

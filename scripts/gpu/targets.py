@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 Report = dict[str, Any]
 NOT_RUN = "not yet run on a GPU"
-PAPER = {"prefill latency": 0.072, "throughput, batch 1": 0.066, "throughput, batch 8": 0.081}
-"""Savings and gains reported by the TIDE paper, for an 8B model on an A100."""
+PAPER = {"throughput, batch 1": 0.066, "throughput, batch 8": 0.081}
+"""Gains reported by the TIDE paper, for an 8B model on an A100."""
 PAPER_DEPTH = 0.93
 """Mean share of layers at which the paper's figures should be reached."""
 
 
-OPERATIONS = ("exit_step", "exit_project", "compact", "kv_fill")
+OPERATIONS = ("exit_step", "exit_project", "kv_fill")
 """Names of operations with kernels in results, up to a comma."""
 
 
@@ -56,18 +56,17 @@ def targets() -> tuple[Target, ...]:
         ),
         Target("loop against cond chain, batch 1", "both measured", _chain),
         *(
-            Target(f"{what}, mean depth {PAPER_DEPTH:.2f}", f"gains ≥ {share:.1%} (of at most {most(what):.1%})",
+            Target(f"{what}, mean depth {PAPER_DEPTH:.2f}", f"gains ≥ {share:.1%} (of at most {most():.1%})",
                    functools.partial(_gain, what))
             for what, share in PAPER.items()
         ),
-        Target("prefill, the paper's mix", "said beside the paper's 7.2%", _paper_mix),
         Target("SmolLM2, float32, greedy", "the same tokens from all implementations", _model),
     )  # fmt: skip
 
 
-def most(what: str, depth: float = PAPER_DEPTH) -> float:
+def most(depth: float = PAPER_DEPTH) -> float:
     """The largest possible gain at a mean depth, if layers take all the time and skipped ones take none."""
-    return 1 - depth if what.startswith("prefill") else 1 / depth - 1
+    return 1 / depth - 1
 
 
 def evaluate(report: Report) -> list[dict[str, Any]]:
@@ -81,14 +80,8 @@ def evaluate(report: Report) -> list[dict[str, Any]]:
 
 
 def gains(report: Report) -> list[dict[str, Any]]:
-    """Measured gains by mean depth: for prompts in latency (time saved), for decoding in throughput."""
-    found = [
-        {"measure": f"prefill latency, {row['tokens']} tokens", "depth": row["mean_depth"], "gain": row["latency_gain"],
-         "variant": row["variant"]}
-        for row in report.get("prefill") or []
-        if "latency_gain" in row and row.get("mean_depth", 1.0) < 1.0
-    ]  # fmt: skip
-    return found + [
+    """Measured gains in throughput, by mean depth."""
+    return [
         {"measure": f"throughput, batch {row['batch']}", "depth": row["mean_depth"], "gain": row["gain"],
          "variant": row["variant"]}
         for row in _decode_rows(report)
@@ -185,18 +178,6 @@ def _gain(what: str, report: Report) -> Found | None:
     reached = max((g["depth"] for g in rows if g["gain"] >= PAPER[what]), default=None)
     text += "; the paper's figure: " + ("not reached" if reached is None else f"at mean depth {reached:.2f}")
     return Found(text, best["gain"] >= PAPER[what])
-
-
-def _paper_mix(report: Report) -> Found | None:
-    rows = [
-        r for r in report.get("prefill") or [] if "latency_gain" in r and r["variant"].startswith("the paper's mix")
-    ]
-    if not rows:
-        return None
-    text = "; ".join(
-        f"{row['tokens']} tokens: {row['latency_gain']:+.1%} of at most {1 - row['mean_depth']:.1%}" for row in rows
-    )
-    return Found(text, None)
 
 
 def _model(report: Report) -> Found | None:

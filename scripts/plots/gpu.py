@@ -16,9 +16,6 @@ import numpy as np
 
 from scripts.gpu.targets import PAPER, PAPER_DEPTH, gains, most
 
-PAPER_MIX = 1 - 0.05 * (1 - 1 / 3)
-"""Mean depth of the paper's prompts, in which 5 % of the tokens exit at a third of the layers."""
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,9 +37,8 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    _panel(axes[0], report, "prefill latency", "time saved")
-    _panel(axes[1], report, "throughput", "throughput gained")
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    _panel(axis, report, "throughput", "throughput gained")
     figure.suptitle(f"{report['machine']['device']}, {report['machine']['date']}")
     figure.tight_layout()
     figure.savefig(picture)
@@ -57,14 +53,14 @@ def _panel(axis: Any, report: dict[str, Any], what: str, label: str) -> None:
     depths = np.linspace(min([g["depth"] for g in found], default=0.5), 1.0)
     axis.plot(
         depths,
-        [most(what, depth) for depth in depths],
+        [most(depth) for depth in depths],
         linestyle="--",
         color="grey",
         label="if layers were all the time",
     )
     for number, (name, gain) in enumerate((n, g) for n, g in PAPER.items() if n.startswith(what)):
-        at = PAPER_MIX if what == "prefill latency" else PAPER_DEPTH
-        axis.plot(at, gain, marker="*", markersize=13, linestyle="", color=f"C{number + 5}", label=f"paper, {name}")
+        style = {"marker": "*", "markersize": 13, "linestyle": "", "color": f"C{number + 5}"}
+        axis.plot(PAPER_DEPTH, gain, **style, label=f"paper, {name}")
     axis.axvline(PAPER_DEPTH, color="grey", linestyle=":", linewidth=1)
     axis.set(xlabel="mean share of the layers run", ylabel=label, title=what)
     axis.legend(fontsize="small")

@@ -74,30 +74,6 @@ def start_table() -> str:
     return "\n".join(lines)
 
 
-def prefill_table() -> str:
-    """Prompts whose tokens may exit, from scripts.bench.prefill."""
-    report = json.loads((RESULTS / "prefill.json").read_text())
-    method, compiled = report["method"], report["compile_seconds"]
-    fewer = {row["threshold"]: row for row in report["passes"] if row["way"] == "survivors"}
-    lines = [
-        f"{where(report['machine'])}; {method['prompts']} prompts of {method['tokens']} tokens, batch 1, at least "
-        f"{method['min_layers']} layers; full depth takes {1e3 * report['full_seconds']:.0f} ms. Medians of "
-        f"{method['rounds']} rounds; compiled in {compiled['full']:.0f} s without exits, {compiled['survivors']:.0f} s "
-        "with.",
-        "",
-        "| threshold | depth | time / full depth | the same where layers run all tokens | same next token |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for row in report["passes"]:
-        if row["way"] != "survivors":
-            few = fewer[row["threshold"]]
-            lines.append(
-                f"| {row['threshold']:.2f} | {few['depth']:.3f} | {few['time_over_full']:.2f} | "
-                f"{row['time_over_full']:.2f} | {few['same_next_token']:.0%} |"
-            )
-    return "\n".join(lines)
-
-
 def long_table() -> str:
     """Time per token along one long generation, from scripts.bench.long."""
     report = json.loads((RESULTS / "long.json").read_text())

@@ -18,8 +18,6 @@ import pytest
 from triton_compiler import ARCHITECTURES, Compiled, compiled, compiled_twins
 
 from pallas_kernels.common import NormSettings, NormWeights
-from pallas_kernels.compact import Partition
-from pallas_kernels.compact import pallas_triton as compact
 from pallas_kernels.exit_project import AffineHead
 from pallas_kernels.exit_project import pallas_triton as exit_project
 from pallas_kernels.exit_step import ExitRows, Gate, Router
@@ -144,22 +142,6 @@ def test_exit_project_in_triton(tmp_path: Path, dtype: Any, size: int) -> None:
     (made,) = compiled_twins(tmp_path, 90, *projection(triton.exit_project, dtype, size)).values()
     check_projection(made)
     assert made.wide_addresses
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [576, 4096])
-def test_compaction_copies_sixteen_bytes_at_once(tmp_path: Path, architecture: int, dtype: Any, size: int) -> None:
-    rows = Partition(of((2, 64), jnp.int32), of((2, 64), jnp.int32), of((2,), jnp.int32))
-    states, compacted = of((2, 64, size), dtype), of((2, 48, size), dtype)
-    gather = functools.partial(compact.gather_rows, size=48)
-    found = compiled(tmp_path, architecture, gather, states, rows)
-    found |= compiled(tmp_path, architecture, compact.scatter_rows, compacted, rows, states)
-    assert set(found) == {"compact_gather", "compact_scatter"}
-    for made in found.values():
-        assert not made.spilled
-        assert made.count(r"ld\.global\.v4")
-        assert made.count(r"st\.global\.v4")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

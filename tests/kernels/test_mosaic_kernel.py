@@ -109,5 +109,5 @@ def test_a_model_takes_it_for_the_exit_step_alone(monkeypatch: pytest.MonkeyPatc
     routers = random_routers(model.config, interval=1)
     exits = Exits.uniform(routers, 0.5, implementation="mosaic_gpu")
     positions = jnp.arange(128, dtype=jnp.int32)[None]
-    out = jax.eval_shape(lambda: run_depth(model, jnp.ones_like(positions), positions, None, exits, survivors=True))
+    out = jax.eval_shape(lambda: run_depth(model, jnp.ones_like(positions), positions, None, exits))
     assert out.states.shape == (1, 128, 64)

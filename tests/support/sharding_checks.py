@@ -24,6 +24,7 @@ from tiny_models import CONFIGS, random_prompts, tiny_model
 import tide_jax
 import tide_jax.cli.main
 from tide_jax import TIDE, DriftMonitor, ExitConfig
+from tide_jax.exits.queue import keys_and_values
 from tide_jax.functional import Decoder, PassCosts, init_cache
 from tide_jax.generation.generate import advance, begin
 from tide_jax.generation.programs import Programs
@@ -172,7 +173,8 @@ def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any
     arguments = (call.prompt, call.request, call.exits)
     state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity)
     for _ in range(3):
-        held.append({shard_shape(a) for a in (*keys_and_values(state.cache).keys, *keys_and_values(state.cache).values)})
+        kv = keys_and_values(state.cache)
+        held.append({shard_shape(a) for a in (*kv.keys, *kv.values)})
         arguments = (state, call.request, call.exits)
         state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1)
     # One program: a step's result goes into the next as it is.
