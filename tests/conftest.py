@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# LLVM need not polish programs that run once on a few numbers. For this process and those that it starts.
+# Compiling takes most of the tests' time, and programs here run once on a few numbers: LLVM need not polish them, and
+# XLA's older emitters compile a third faster. For this process and those that it starts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=fast_compile")
 
 import jax
 import pytest

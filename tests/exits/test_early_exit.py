@@ -255,7 +255,7 @@ def test_nothing_of_a_skipped_layer_reaches_the_output(monkeypatch: pytest.Monke
     # check has to be out of the way to see which tokens the damage reaches.
     with pytest.raises(TideError, match="logits are not finite"):
         bad(prompts)
-    monkeypatch.setattr("tide_jax.engine.check_finite", lambda *_: None)
+    monkeypatch.setattr("tide_jax.generation.scoring.check_finite", lambda *_: None)
     logits = np.asarray(bad(prompts).logits)
     assert np.isnan(logits[0, 0]).all()
     assert np.isfinite(logits[0, 1 : len(prompts[0])]).all()

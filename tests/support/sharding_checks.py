@@ -64,7 +64,7 @@ def engine_of(name: str, shape: str | None = None) -> TIDE:
     model = tiny_model(MODELS[name])
     routers = random_routers(model.config, interval=1, affine=True, translator_rank=4, model=model)
     engine = TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0), mesh=mesh)
-    engine._drafting._costs[len(PROMPTS)] = FREE  # measured costs would draft now this, now that
+    engine._learned._costs[len(PROMPTS)] = FREE  # measured costs would draft now this, now that
     return engine
 
 
@@ -309,7 +309,7 @@ def one_of_two(folder: Path, port: str, number: str) -> None:
     assert code == 0, code
     assert (jax.process_count(), jax.device_count()) == (2, 8)
     engine = engine_of("even", "2x4")
-    engine._drafting._costs.clear()  # measured by each, agreed on by both
+    engine._learned._costs.clear()  # measured by each, agreed on by both
     assert not engine.model.embed.kernel[...].is_fully_addressable
     for mode in ("lossless", "score"):
         for found, wanted in zip(run(engine, mode), alone("even", mode), strict=True):
