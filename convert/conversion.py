@@ -31,7 +31,7 @@ from convert.weights.rules import Piece, Plan, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import Decoder, from_parameters, rounded_axes
+from tide_jax.model.decoder import Decoder, from_parameters, summed_axes
 from tide_jax.model.files.checkpoint import (
     CONFIG_KEY,
     FINGERPRINT_KEY,
@@ -43,8 +43,8 @@ from tide_jax.model.files.checkpoint import (
     parse_dtype,
 )
 from tide_jax.model.files.converted_files import log_kept
-from tide_jax.model.files.shards import DTYPES, checked_cast
-from tide_jax.model.rounding import Weights, checked_weights
+from tide_jax.model.files.shards import DTYPES, cast_in_range
+from tide_jax.model.rounding import Weights, check_weights
 
 Progress = Callable[[int, int], None]
 RECORD_FILE = "conversion.json"
@@ -136,7 +136,7 @@ def convert(
     path_like("destination", destination)
     if verify:
         require_torch()
-    weight_format: Weights = checked_weights(weights) or "float"
+    weight_format: Weights = check_weights(weights) or "float"
     source, destination = _open(source_ref, adapter, revision), Path(destination).expanduser()
 
     def check() -> None:
@@ -224,7 +224,7 @@ def open_model(
     Raises:
       TideError: as `convert`.
     """
-    weight_format: Weights = checked_weights(weights) or "float"
+    weight_format: Weights = check_weights(weights) or "float"
     source = _open(source_ref, adapter, revision)
     architecture = architecture_of(source, trust_remote_code=trust_remote_code)
     config = architecture.config
@@ -259,13 +259,13 @@ def _assemble_parameters(
     source: Source, plan: Plan, config: DecoderConfig, weight_format: Weights, floats: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each parameter, assembled from its pieces: in float32 if it will be rounded, else in `floats`."""
-    rounded = rounded_axes(config) if weight_format == "int8" else {}
+    rounded = summed_axes(config) if weight_format == "int8" else {}
     for path, pieces in plan.by_path().items():
         dtype = np.dtype(np.float32) if path in rounded else floats
         parameter = np.empty(plan.shapes[path], dtype)
         for piece in pieces:
             part = piece.take(source.read(piece.source), config)
-            parameter[piece.slot] = checked_cast(part, dtype, piece.source)
+            parameter[piece.slot] = cast_in_range(part, dtype, piece.source)
         yield path, parameter
 
 

@@ -26,7 +26,7 @@ from convert.weights.rules import Piece, Rule, plan_conversion
 from tide_jax.checks import path_like
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
-from tide_jax.model.decoder import rounded_axes
+from tide_jax.model.decoder import summed_axes
 from tide_jax.model.files.checkpoint import CONFIG_KEY, WEIGHTS_KEY, is_converted, load_config, parse_dtype
 from tide_jax.model.files.converted_files import check_types
 from tide_jax.model.files.model_directory import model_directory
@@ -92,7 +92,7 @@ class ConvertedSource:
         self.config = read_json(directory / "config.json")
         settings = self.config.pop(CONFIG_KEY)
         self.dtype = parse_dtype(settings["dtype"])
-        self._axes = rounded_axes(self._decoder) if settings.get(WEIGHTS_KEY) == "int8" else {}
+        self._axes = summed_axes(self._decoder) if settings.get(WEIGHTS_KEY) == "int8" else {}
         if not self._decoder.tie_embeddings:
             self.config["tie_word_embeddings"] = False
         generation = directory / "generation_config.json"

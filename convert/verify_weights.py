@@ -14,9 +14,9 @@ import numpy as np
 
 from tide_jax.errors import TideError, shortened
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import rounded_axes
+from tide_jax.model.decoder import summed_axes
 from tide_jax.model.files.shards import ShardedTensors
-from tide_jax.model.rounding import blocks, restored, scale_path
+from tide_jax.model.rounding import blocks, floats_of, scale_path
 
 TOLERANCE = 0.501
 """In steps of ``max |w| / 127`` over the inputs of an output. Float32 products and quotients add an error of 1e-5
@@ -37,7 +37,7 @@ def verify_weights(directory: Path, config: DecoderConfig, expected: Iterable[tu
       TideError: an integer times its scale is more than `TOLERANCE` steps away from the source's number, or a float
         differs. The message names the parameter and the output.
     """
-    files, axes = ShardedTensors(directory), rounded_axes(config)
+    files, axes = ShardedTensors(directory), summed_axes(config)
     for path, floats in expected:
         found = files.read_stored(path)
         if path in axes:
@@ -61,7 +61,7 @@ def _errors(integers: np.ndarray, scale: np.ndarray, floats: np.ndarray, axes: t
     error = np.empty(scale.shape, np.float32)
     for block in blocks(floats, axes):
         outputs = ... if 0 in axes else block
-        distance = np.abs(restored(integers[block], scale[outputs], axes) - floats[block]).max(axis=axes)
+        distance = np.abs(floats_of(integers[block], scale[outputs], axes) - floats[block]).max(axis=axes)
         step = np.abs(floats[block]).max(axis=axes) / np.float32(127)
         error[outputs] = np.maximum(distance - _SMALLEST, 0) / np.maximum(step, _SMALLEST)
     return np.nan_to_num(error, nan=np.inf)

@@ -28,7 +28,7 @@ from tide_jax.generation.stats import ExitStats
 from tide_jax.generation.stop_strings import Stops
 from tide_jax.lossless.decoding import Learned, LosslessDecoding
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.sharding import checked_mesh, mesh_of, shard
+from tide_jax.model.sharding import check_mesh, mesh_of, shard
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ class TIDE:
         instance_of("model", model, Decoder)
         instance_of("routers", routers, Routers, or_none=True)
         instance_of("config", config, ExitConfig, or_none=True)
-        self._mesh = mesh_of(model) if mesh is None else checked_mesh(mesh)
+        self._mesh = mesh_of(model) if mesh is None else check_mesh(mesh)
         self.model = self._on_mesh(model)
         self.routers = routers
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))

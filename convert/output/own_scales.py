@@ -14,7 +14,7 @@ import numpy as np
 from convert.sources.base import Source, steps_of
 from convert.weights.rules import Piece, Plan, Slot
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import rounded_axes
+from tide_jax.model.decoder import summed_axes
 
 
 def has_whole_outputs(piece: Piece, axes: tuple[int, ...]) -> bool:
@@ -45,7 +45,7 @@ def own_scales(source: Source, piece: Piece, summed: tuple[int, ...], config: De
 
 def scales_by_path(source: Source, plan: Plan, config: DecoderConfig) -> Callable[[str], np.ndarray | None]:
     """Returns a function from a path to the parameter's scales, for `tide_jax.model.decoder.from_parameters`."""
-    axes, pieces = rounded_axes(config), plan.by_path()
+    axes, pieces = summed_axes(config), plan.by_path()
 
     def scales(path: str) -> np.ndarray | None:
         shape = plan.shapes[path]

@@ -16,8 +16,8 @@ from convert.output.writer import Layout, ShardWriter, plan_layout
 from convert.sources.base import Source
 from convert.weights.rules import Piece, Plan, Slot
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import kernel_input_axes, rounded_axes
-from tide_jax.model.files.shards import checked_cast
+from tide_jax.model.decoder import kernel_input_axes, summed_axes
+from tide_jax.model.files.shards import cast_in_range
 from tide_jax.model.fingerprints import Samples
 from tide_jax.model.rounding import blocks, round_weights, scale_path
 
@@ -44,7 +44,7 @@ class RoundedPlan:
     """
 
     def __init__(self, plan: Plan, config: DecoderConfig) -> None:
-        self._plan, self._config, self._axes = plan, config, rounded_axes(config)
+        self._plan, self._config, self._axes = plan, config, summed_axes(config)
         self._samples = Samples(plan.shapes, kernel_input_axes(config))
         self._assembled_paths = {p.path for p in plan.pieces if not has_whole_outputs(p, self._axes.get(p.path, ()))}
 
@@ -91,7 +91,7 @@ class RoundedPlan:
         floats = np.empty(self._plan.shapes[path], np.float32)
         for piece in pieces:
             selected = piece.take(source.read(piece.source), self._config)
-            floats[piece.slot] = checked_cast(selected, _FLOAT32, piece.source)
+            floats[piece.slot] = cast_in_range(selected, _FLOAT32, piece.source)
         return floats
 
     def _write(self, part: _Part, writer: ShardWriter) -> int:
@@ -103,7 +103,7 @@ class RoundedPlan:
         for block in blocks(part.floats, summed):
             floats, start = part.floats[block], block.start
             own = part.scales if part.scales is None or 0 in summed else part.scales[block]
-            integers, scale = round_weights(checked_cast(floats, floats.dtype, part.source), summed, own)
+            integers, scale = round_weights(cast_in_range(floats, floats.dtype, part.source), summed, own)
             written += writer.write(part.path, part.slot, integers, part.source, start)
             written += writer.write(scale_path(part.path), slot, scale, part.source, start)
         return written

@@ -13,7 +13,7 @@ import numpy as np
 from convert.weights.rules import Piece, Plan, Slot, Take
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import kernel_input_axes
-from tide_jax.model.ops import stored_order
+from tide_jax.model.ops import storage_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _TransposedTake:
 def to_model_layout(plan: Plan, config: DecoderConfig) -> Plan:
     """The same plan for parameters in the model's layout."""
     inputs = kernel_input_axes(config)
-    orders = {path: stored_order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
+    orders = {path: storage_order(len(plan.shapes[path]), axes) for path, axes in inputs.items()}
     shapes = {
         path: tuple(shape[axis] for axis in orders[path]) if path in orders else shape
         for path, shape in plan.shapes.items()

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convert.weights.rules import Slot
-from tide_jax.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, checked_cast
+from tide_jax.model.files.shards import DTYPES, INDEX_FILE, SINGLE_FILE, cast_in_range
 
 _BLOCK_BYTES = 32 * 2**20
 _ALIGNMENT = 64  # of tensors in a file; XLA uses memory with this alignment without a copy
@@ -128,7 +128,7 @@ class ShardWriter:
         row_bytes = _bytes(row, dtype)
         rows = max(1, _BLOCK_BYTES // row_bytes)
         for start in range(0, len(piece), rows):
-            part = checked_cast(piece[start : start + rows], dtype, source)
+            part = cast_in_range(piece[start : start + rows], dtype, source)
             self._write_rows(shard, offset + (first_row + start) * row_bytes, (len(part), *row), inner, part)
         return piece.size * dtype.itemsize
 

@@ -12,7 +12,7 @@ import numpy as np
 from convert.probe.rules import Assignments, Channels, Oriented, Slices
 from convert.probe.trace import Trace
 from convert.weights.rules import Target, whole_tensor
-from tide_jax.model.activations import gated
+from tide_jax.model.activations import gated_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Experts:
         biases = [bias.stack(trace.weights)[:, None] for bias in self.biases]
         if biases:
             hidden = [part + bias for part, bias in zip(hidden, biases, strict=False)]
-        activated = np.asarray(gated(activation, jnp.asarray(hidden[0]), jnp.asarray(hidden[1]), limit))
+        activated = np.asarray(gated_activation(activation, jnp.asarray(hidden[0]), jnp.asarray(hidden[1]), limit))
         out = np.matmul(activated, down)
         return out + biases[2] if biases else out
 

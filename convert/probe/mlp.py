@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.probe import axes
 from convert.probe.trace import MATCH, Linear, NormCall, Trace, distance, nearly_equal
-from tide_jax.model.activations import ACTIVATIONS, SWIGLU_OAI, gated
+from tide_jax.model.activations import ACTIVATIONS, SWIGLU_OAI, gated_activation
 
 ACTIVATION_NAMES = tuple({function: name for name, function in reversed(ACTIVATIONS.items())}.values())
 
@@ -117,6 +117,6 @@ def _measure(found: FoundMLP, activation: str, limit: float | None) -> FoundMLP:
     if gate is None:
         out = ACTIVATIONS[activation](jnp.asarray(up))
     else:
-        out = gated(activation, jnp.asarray(gate), jnp.asarray(up), limit)
+        out = gated_activation(activation, jnp.asarray(gate), jnp.asarray(up), limit)
     error = distance(np.asarray(out), hidden)
     return dataclasses.replace(found, activation=activation, limit=limit, error=error)

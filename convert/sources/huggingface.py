@@ -14,7 +14,7 @@ from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
 from tide_jax.model.files.checkpoint import CONFIG_KEY
 from tide_jax.model.files.model_directory import model_directory
-from tide_jax.model.files.shards import ShardedTensors, TensorInfo, checked_cast
+from tide_jax.model.files.shards import ShardedTensors, TensorInfo, cast_in_range
 from tide_jax.tokenizer.files import tokenizer_in
 
 _SIDE_FILES = (
@@ -57,7 +57,7 @@ class HuggingFaceSource:
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor; rounds float64 to float32."""
         if self.tensors[name].dtype == "F64":
-            return checked_cast(self._shards.read_stored(name), np.dtype(np.float32), name)
+            return cast_in_range(self._shards.read_stored(name), np.dtype(np.float32), name)
         return self._shards.read(name)
 
     def read_stored(self, name: str) -> np.ndarray:

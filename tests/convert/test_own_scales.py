@@ -23,7 +23,7 @@ from tiny_hf import save_tiny
 from convert import convert, open_model
 from convert.sources.base import Source, steps_of
 from convert.sources.open import open_source
-from tide_jax.model.decoder import parameters, rounded_axes, stored_parameters
+from tide_jax.model.decoder import parameters, stored_parameters, summed_axes
 from tide_jax.model.files.checkpoint import load
 from tide_jax.model.rounding import round_weights
 
@@ -271,7 +271,7 @@ def test_scales_go_where_their_outputs_go(name: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr("convert.conversion.open_source", lambda *a, **k: OfIntegers(open_source(*a), FAMILIES[name]))
     floats, model = (open_model(tmp_path, "float32", weights=kind) for kind in ("float", "int8"))
     expected, found = parameters(floats), parameters(model)
-    rounded = [path for path in rounded_axes(model.config) if not path.startswith(("embed", "head"))]
+    rounded = [path for path in summed_axes(model.config) if not path.startswith(("embed", "head"))]
     differ = [path for path in rounded if not np.array_equal(found[path], expected[path])]
     assert (differ, len(rounded) > 5) == ([], True)
     assert all(np.abs(p.value).max() <= 99 for p in stored_parameters(model) if p.path in rounded)

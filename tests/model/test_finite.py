@@ -19,7 +19,7 @@ from tide_jax import TIDE, CalibrationConfig, ExitConfig
 from tide_jax.errors import TideError
 from tide_jax.functional import Decoder
 from tide_jax.lm_eval.continuations import Continuation, score_continuations
-from tide_jax.model.files.shards import checked_cast
+from tide_jax.model.files.shards import cast_in_range
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 3))
@@ -140,19 +140,19 @@ def test_the_default_dtype(model_type: str, expected: str, tmp_path: Path, monke
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_weight_beyond_all_training_is_damage(dtype: str, sign: float) -> None:
     stored = np.full((4, 3), -0.5 * sign).astype(jnp.dtype(dtype))
-    np.testing.assert_array_equal(checked_cast(stored, np.dtype(np.float32), "w"), np.float32(-0.5 * sign))
+    np.testing.assert_array_equal(cast_in_range(stored, np.dtype(np.float32), "w"), np.float32(-0.5 * sign))
     if dtype == "float16":  # it has no larger ones: what overflows it is said to
         with pytest.raises(TideError, match="tensor w overflows float16: use bfloat16 or float32"):
-            checked_cast(np.full((2,), 7e4 * sign, np.float32), np.dtype(np.float16), "w")
+            cast_in_range(np.full((2,), 7e4 * sign, np.float32), np.dtype(np.float16), "w")
         return
     stored[1, 2] = sign * 2.0**100
     with pytest.raises(TideError, match=r"tensor w holds a number as large as 1.3e\+30, expected none above 1e\+12"):
-        checked_cast(stored, np.dtype(np.float32), "w")
+        cast_in_range(stored, np.dtype(np.float32), "w")
     for broken in (np.nan, -np.nan, np.inf, -np.inf):
         stored[1, 2] = broken
         with pytest.raises(TideError, match="tensor w holds NaN or infinity"):
-            checked_cast(stored, np.dtype(np.float32), "w")
+            cast_in_range(stored, np.dtype(np.float32), "w")
 
 
 def test_no_weights_are_no_damage() -> None:
-    assert checked_cast(np.zeros((0, 3), np.float32), np.dtype(np.float16), "w").shape == (0, 3)
+    assert cast_in_range(np.zeros((0, 3), np.float32), np.dtype(np.float16), "w").shape == (0, 3)

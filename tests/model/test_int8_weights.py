@@ -22,11 +22,11 @@ from tide_jax.functional import PassCosts
 from tide_jax.model import ops
 from tide_jax.model import rounding as rounding_module
 from tide_jax.model.architecture import AttentionType, HeadTransform, MoEConfig
-from tide_jax.model.decoder import Decoder, from_parameters, parameters, rounded_axes, stored_parameters
+from tide_jax.model.decoder import Decoder, from_parameters, parameters, stored_parameters, summed_axes
 from tide_jax.model.files.checkpoint import fingerprint
 from tide_jax.model.moe import _by_row, _by_runs, _gathered, _integers_by_blocks, expert_matmul
 from tide_jax.model.ops import integer_sums, times_rows
-from tide_jax.model.rounding import kept_as_floats, restored, round_weights, scale_path
+from tide_jax.model.rounding import floats_of, kept_as_floats, round_weights, scale_path
 from tide_jax.risk.promise import exit_settings
 from tide_jax.testing import random_routers, tiny_config
 
@@ -116,7 +116,7 @@ def test_other_axes_are_rows_too(shape: tuple[int, ...], axes: tuple[int, ...]) 
     wanted, wanted_scale = by_formula(flat)
     np.testing.assert_array_equal(integers.transpose(*outputs, *axes).reshape(flat.shape), wanted)
     np.testing.assert_array_equal(scale, wanted_scale.reshape([shape[axis] for axis in outputs]))
-    assert np.abs(restored(integers, scale, axes) - weights).max() <= scale.max() * 0.501
+    assert np.abs(floats_of(integers, scale, axes) - weights).max() <= scale.max() * 0.501
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -188,7 +188,7 @@ def test_logits_are_those_of_the_floats_they_stand_for(name: str) -> None:
 def test_what_is_rounded_and_what_is_not(name: str) -> None:
     config = SWEEP[name]
     small = {p.path: p.value for p in stored_parameters(rounded(tiny_model(config)))}
-    axes = rounded_axes(config)
+    axes = summed_axes(config)
     integers = {path for path, value in small.items() if value.dtype == jnp.int8}
     assert integers == set(axes)
     for path in integers:

@@ -24,9 +24,9 @@ from convert import convert
 from tide_jax import TIDE, TideError
 from tide_jax.exits.router import ExitHead
 from tide_jax.model.architecture import MoEConfig
-from tide_jax.model.decoder import abstract_parameters, rounded_axes
+from tide_jax.model.decoder import abstract_parameters, summed_axes
 from tide_jax.model.rounding import scale_path
-from tide_jax.model.sharding import CACHE, PARAMETERS, RULES, _axes, _dotted
+from tide_jax.model.sharding import CACHE, PARAMETERS, RULES, _axes, _dotted_path
 from tide_jax.testing import random_routers, tiny_config
 
 PROGRAM = Path(sharding_checks.__file__)
@@ -118,13 +118,13 @@ def test_every_rule_is_of_use() -> None:
     configs = [*CONFIGS.values(), *(tiny_config(num_layers=1, **changes) for changes in more)]
     shapes = {f".{path}": len(shape) for config in configs for path, shape in abstract_parameters(config).items()}
     for config in configs:  # kernels' scales have no rules of their own
-        left = {f".{scale_path(path)}": shapes[f".{path}"] - len(axes) for path, axes in rounded_axes(config).items()}
+        left = {f".{scale_path(path)}": shapes[f".{path}"] - len(axes) for path, axes in summed_axes(config).items()}
         shapes |= {path: rank for path, rank in left.items() if not path.endswith(".scale")}
     model = tiny_model(CONFIGS["parallel"])
     routers = random_routers(model.config, interval=1, affine=True, translator_rank=2, model=model)
     low_rank = dataclasses.replace(routers, heads=(ExitHead((jnp.ones((48, 2)), jnp.ones((2, 48))), jnp.ones(48)),))
     for tree in (routers, low_rank):
-        shapes |= {f".{_dotted(path)}": leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        shapes |= {f".{_dotted_path(path)}": leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for pattern, axes in PARAMETERS.items():
         ranks = {rank for path, rank in shapes.items() if fnmatch.fnmatchcase(path, pattern)}
         assert ranks == {len(axes)}, pattern

@@ -29,7 +29,7 @@ from tide_jax.functional import Decoder, PassCosts, init_cache
 from tide_jax.generation.generate import advance, begin
 from tide_jax.generation.programs import Programs
 from tide_jax.model.decoder import from_parameters, parameters
-from tide_jax.model.sharding import _dotted, split_rows
+from tide_jax.model.sharding import _dotted_path, split_rows
 from tide_jax.testing import random_routers, tiny_config
 
 NEW = 12
@@ -157,7 +157,7 @@ def uneven_axes_stay_whole() -> None:
 
 def kept(model: Decoder) -> dict[str, jax.Array]:
     """Parameters as they lie on the devices, by dotted path."""
-    return {_dotted(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
+    return {_dotted_path(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
 
 
 def shard_shape(array: jax.Array) -> tuple[int, ...]:

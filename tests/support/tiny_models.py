@@ -154,15 +154,11 @@ def record_layers(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for number, layer in enumerate(model.layers):
         layer.number = number
 
-    def record(name: str) -> None:
-        run = getattr(DecoderLayer, name)
+    run = DecoderLayer.__call__
 
-        def recorded(layer: Any, *arguments: Any) -> Any:
-            jax.debug.callback(lambda: ran.append(layer.number))
-            return run(layer, *arguments)
+    def recorded(layer: Any, *arguments: Any) -> Any:
+        jax.debug.callback(lambda: ran.append(layer.number))
+        return run(layer, *arguments)
 
-        monkeypatch.setattr(DecoderLayer, name, recorded)
-
-    record("__call__")
-    record("run_on")
+    monkeypatch.setattr(DecoderLayer, "__call__", recorded)
     return ran

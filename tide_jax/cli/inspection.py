@@ -9,8 +9,8 @@ from typing import Any
 from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.exits.router import Routers
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import abstract_parameters, abstract_stored, rounded_axes
-from tide_jax.model.files.checkpoint import load, load_config, stored_as
+from tide_jax.model.decoder import abstract_parameters, stored_shapes, summed_axes
+from tide_jax.model.files.checkpoint import load, load_config, stored_precision
 from tide_jax.model.rounding import kept_as_floats, tensor_bytes
 from tide_jax.risk.promise import refusal
 
@@ -44,9 +44,9 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
         "context_length": config.context_length,
         "parameters": parameters,
         "bytes": {"float32": parameters * _FLOAT32, "bfloat16": parameters * 2},
-        "stored": stored_as(source),
+        "stored": stored_precision(source),
         "bytes_read": bytes_read(config),
-        "kept_as_floats": kept_as_floats(abstract_parameters(config), rounded_axes(config)),
+        "kept_as_floats": kept_as_floats(abstract_parameters(config), summed_axes(config)),
         "checkpoint_interval": interval,
         "exit_points": list(exit_points),
         "router_file_bytes": router_bytes(config, len(exit_points), bottleneck),
@@ -58,7 +58,7 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
 
 def bytes_read(config: DecoderConfig) -> dict[str, int]:
     """Bytes of weights that a token reads at full depth, by dtype, without and with 8-bit weights."""
-    shapes, axes = abstract_stored(config), rounded_axes(config)
+    shapes, axes = stored_shapes(config), summed_axes(config)
     read = {path: shape for path, shape in shapes.items() if not path.startswith(_LOOKED_UP)}
     if config.tie_embeddings:
         read["embed.kernel"] = shapes["embed.kernel"]

@@ -22,7 +22,7 @@ from tide_jax.errors import TideError
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import argmax_by_row
 from tide_jax.exits.exits import Exits
-from tide_jax.generation.batch import Rows, bucket
+from tide_jax.generation.batch import PromptRows, bucket
 from tide_jax.generation.programs import Programs
 from tide_jax.generation.stats import DriftReport, Status
 from tide_jax.model.decoder import Decoder
@@ -72,7 +72,7 @@ def generated(
     return [finished(p, row[:n]) for p, row, n in zip(prompts, tokens, lengths, strict=True)]
 
 
-def scored(rows: Rows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[Finished]:
+def scored(rows: PromptRows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[Finished]:
     """Finished sequences of a scoring call; every token that was allowed to exit counts."""
 
     def finished(row: int, prompt: int) -> Finished:

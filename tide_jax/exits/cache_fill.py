@@ -74,7 +74,7 @@ def fill_rows(
 def unsupported(layer: DecoderLayer) -> str | None:
     """Why the `kv_fill` kernel can't project the rows of a layer; None if it can."""
     attention = layer.attention
-    if not isinstance(attention, Attention) or type(attention).placed_kv is not Attention.placed_kv:
+    if not isinstance(attention, Attention) or type(attention).place_kv is not Attention.place_kv:
         return f"{type(attention).__name__} stores other rows than keys and values of its heads"
     norm = attention.k_norm
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)

@@ -38,7 +38,7 @@ class ExitAnswers(NamedTuple):
     states: Float[Array, "B T D"]
 
 
-def second_look(
+def score_answers(
     model: Decoder,
     routers: Routers,
     exit_point: int,
@@ -92,7 +92,7 @@ def _exit_states(
 def exit_scores(model: Decoder, routers: Routers, exit_point: int, x: Float[Array, "N D"]) -> ExitAnswers:
     """Final scores ``[1, N]`` and exit states ``[1, N, D]`` of tokens, running router and second look."""
     first = router_scores(x, routers.routers[exit_point], eps=model.config.norm_eps)
-    return second_look(model, routers, exit_point, x[None], first[None])
+    return score_answers(model, routers, exit_point, x[None], first[None])
 
 
 def features(

@@ -63,10 +63,10 @@ def deferred_step(
     queue, code_size = Queue.start(cache, groups, positions), exits.code_size
     newest = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
     walk = Walk(model, groups, exits, positions >= 1, cache.kv, positions)
-    return _Deferred(walk, queue.positions).run(newest, cache)
+    return _DeferredStep(walk, queue.positions).run(newest, cache)
 
 
-class _Deferred(NamedTuple):
+class _DeferredStep(NamedTuple):
     """One decode step: a walk that stops to project missing rows.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Deferred(NamedTuple):
     def run(self, newest: TokenState, cache: QueuedCache) -> tuple[DepthOutput, QueuedCache]:
         """Alternates between running groups and filling rows; one turn is enough if no row is missing."""
         start = self.walk.start(newest), cache
-        loop, cache = lax.while_loop(lambda c: self._unfinished(*c), lambda c: self._turn(*c), start)
+        loop, cache = lax.while_loop(lambda c: self._has_more(*c), lambda c: self._turn(*c), start)
         # Append the newest token. Its rows are computed where a group ran, projected after a fill, zero where it waits.
         done = jnp.arange(len(self.walk.groups), dtype=jnp.int32) < loop.group
         before, new = cache.pending, self.walk.rows.by_layer(loop.rows)
@@ -94,7 +94,7 @@ class _Deferred(NamedTuple):
         out = DepthOutput(loop.state.states, loop.state.exit_layers, new, executed)
         return out, QueuedCache(kv, pending)
 
-    def _unfinished(self, loop: Loop, cache: QueuedCache) -> Bool[Array, ""]:
+    def _has_more(self, loop: Loop, cache: QueuedCache) -> Bool[Array, ""]:
         """Whether a token still needs a group, or the queue has to be emptied before the next step."""
         left = loop.group < len(self.walk.groups)
         return left & (self._queue(cache).full | jnp.any(loop.state.active))
@@ -108,10 +108,10 @@ class _Deferred(NamedTuple):
 
         loop = self.walk._replace(cache=cache.kv).run(loop, ready)
         # An `if` as a loop of at most one turn: a while loop updates the cache in place, without a copy.
-        fill = self._unfinished(loop, cache), loop, cache
-        return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), *self._filled(*c[1:])), fill)[1:]
+        fill = self._has_more(loop, cache), loop, cache
+        return lax.while_loop(lambda c: c[0], lambda c: (jnp.bool_(False), *self._fill(*c[1:])), fill)[1:]
 
-    def _filled(self, loop: Loop, cache: QueuedCache) -> tuple[Loop, QueuedCache]:
+    def _fill(self, loop: Loop, cache: QueuedCache) -> tuple[Loop, QueuedCache]:
         """Projects the waiting rows of the groups that are left.
 
         The newest tokens are included only once all of them have exited.
@@ -121,11 +121,11 @@ class _Deferred(NamedTuple):
         # Project the exit states of the whole queue for every group from `loop.group` on.
         start = self.walk.start(slots)._replace(group=loop.group)
         places, there = self.walk.model.contexts(self.window, None), self.window >= 0
-        rows = self.walk.fill(start, places, lambda g: queue.waits(g) & there).rows
+        rows = self.walk.fill(start, places, lambda g: queue.waiting_slots(g) & there).rows
         # Write the rows of earlier tokens; `ran` counts the new slot too if its token has exited.
         done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
         ran = jnp.where(done, cache.kv.length + gone.astype(jnp.int32), pending.ran)
-        cache = QueuedCache(queue.filled(self.walk.rows.by_layer(rows), done), pending._replace(ran=ran))
+        cache = QueuedCache(queue.write_rows(self.walk.rows.by_layer(rows), done), pending._replace(ran=ran))
         # The new slot is appended only at the end of the step: its rows join those of the loop.
         own = (done & gone)[:, None, None, None, None, None]
         keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
@@ -141,12 +141,12 @@ class _Deferred(NamedTuple):
         assert pending.code is not None
         assert newest.code is not None
         return newest._replace(
-            x=_pushed(pending.states, newest.x),
-            code=_pushed(pending.code, newest.code),
-            exit_layers=_pushed(pending.exit_layers, newest.exit_layers),
+            x=_push(pending.states, newest.x),
+            code=_push(pending.code, newest.code),
+            exit_layers=_push(pending.exit_layers, newest.exit_layers),
         )
 
 
-def _pushed(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:
+def _push(window: Shaped[Array, "B Q ..."], newest: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B Q ..."]:
     """The window moved one slot on: drops the oldest entry, appends the newest."""
     return jnp.concatenate([window[:, 1:].astype(newest.dtype), newest], axis=1)

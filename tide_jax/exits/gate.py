@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.exit_step import ExitRows, Gate, exit_step
-from tide_jax.exits.confidence import second_look
+from tide_jax.exits.confidence import score_answers
 from tide_jax.exits.exits import Exits
 from tide_jax.model.decoder import Decoder
 
@@ -78,7 +78,7 @@ def decide(
 
     def exit_some(state: TokenState) -> TokenState:
         # Stage 2: score the tokens that passed; those above the threshold keep their output state and stop.
-        answers = second_look(
+        answers = score_answers(
             model, exits.routers, exit_point, x, first, passed=passed, implementation=exits.implementation
         )
         exiting = passed & (answers.scores > threshold)

@@ -115,21 +115,21 @@ class Queue(NamedTuple):
         """Whether the last group has to process its waiting slots in this step: the next step would drop one."""
         return self.length - self.pending.ran[-1] >= self.positions.shape[1]
 
-    def waiting(self, group: Int[Array, ""]) -> Int[Array, ""]:
+    def count_waiting(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """Number of slots that wait for a group, the step's own included."""
         return self.length - self.pending.ran[group]
 
-    def waits(self, g: int) -> Bool[Array, "1 Q"]:
+    def waiting_slots(self, g: int) -> Bool[Array, "1 Q"]:
         """Slots that wait for group `g`, the step's own included."""
         return self._after(self.pending.ran[g][None])
 
-    def complete(self, g: int) -> KVCache:
+    def without_waiting(self, g: int) -> KVCache:
         """The cache with the slots that group `g` has not processed marked empty."""
         kv = self.cache.kv
         slots = jnp.arange(kv.capacity, dtype=jnp.int32)[None]
         return kv._replace(positions=jnp.where(slots < self.pending.ran[g], kv.positions, -1))
 
-    def filled(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
+    def write_rows(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
         """Keys and values with the rows of waiting slots written.
 
         Args:
@@ -152,15 +152,15 @@ class Queue(NamedTuple):
         kv = self.cache.kv
         return kv._replace(keys=write(kv.keys, new.keys), values=write(kv.values, new.values))
 
-    def written(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> QueuedCache:
-        """Writes rows like `filled` and appends the step's tokens.
+    def write_step(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> QueuedCache:
+        """Writes rows like `write_rows` and appends the step's tokens.
 
         Args:
-          new, done: as in `filled`.
+          new, done: as in `write_rows`.
           states: residual stream of the queue's slots, each after the last group that ran it.
         """
         zero, pending = jnp.int32(0), self.pending
-        kv = self.filled(new, done)._replace(
+        kv = self.write_rows(new, done)._replace(
             positions=lax.dynamic_update_slice(self.cache.kv.positions, self.positions, (zero, self.first)),
             length=self.length,
         )

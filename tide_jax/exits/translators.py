@@ -70,11 +70,11 @@ class Translators(NamedTuple):
             return x
         count = entry.shift.shape[0]
         known = (exit_point >= 0) & (exit_point < count)
-        added = self._added(entry, code, jnp.clip(exit_point, 0, count - 1))
+        added = self._translation(entry, code, jnp.clip(exit_point, 0, count - 1))
         scale = jnp.sqrt(_mean_square(x) + eps)
         return jnp.where(known[:, :, None], x + (scale * added).astype(x.dtype), x)
 
-    def _added(self, entry: LayerTranslators, code: Array, exit_point: Array) -> Float[Array, "B T D"]:
+    def _translation(self, entry: LayerTranslators, code: Array, exit_point: Array) -> Float[Array, "B T D"]:
         shift = jnp.take(entry.shift.astype(jnp.float32), exit_point, axis=0, mode="clip")
         if self.rank == 0:
             return shift

@@ -145,7 +145,7 @@ class Walk(NamedTuple):
         def number(s: Loop) -> Int[Array, ""]:
             if self.queue is None:
                 return s.group
-            return s.group + count * pass_number(self.queue.waiting(s.group), widths[-1])
+            return s.group + count * pass_number(self.queue.count_waiting(s.group), widths[-1])
 
         return run_groups(more, branches, loop, choose=number)
 
@@ -167,8 +167,9 @@ class Walk(NamedTuple):
             before, waits, seen = state.x[:, -width:], None, contexts
             x = before
             if self.queue is not None and width > 1:
-                waits = self.queue.waits(g)[:, -width:]
-                seen = self.model.contexts(jnp.where(waits, self.positions[:, -width:], -1), self.queue.complete(g))
+                waits = self.queue.waiting_slots(g)[:, -width:]
+                positions = jnp.where(waits, self.positions[:, -width:], -1)
+                seen = self.model.contexts(positions, self.queue.without_waiting(g))
                 # Slots that do not wait are masked, but a mask does not stop NaN: set them to zero.
                 x = jnp.where(waits[:, :, None], before, jnp.zeros_like(before))
             # Run the layers. An exited token keeps its exit state, so that its rows equal those of state propagation

@@ -44,7 +44,7 @@ def row_bucket(rows: int, groups: int = 1) -> int:
     return -(-(rows // groups) // step) * step * groups
 
 
-class Rows(NamedTuple):
+class PromptRows(NamedTuple):
     """Prompts as a list of token id arrays, with their places in the user's array.
 
     Attributes:
@@ -61,7 +61,7 @@ class Rows(NamedTuple):
         return np.asarray([len(row) for row in self.rows], np.int32)
 
 
-def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
+def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> PromptRows:
     """Checks prompts: an int array [T] or [B, T], or a list of lists of any lengths, with an optional mask.
 
     Raises:
@@ -85,7 +85,7 @@ def to_rows(input_ids: Any, attention_mask: Any, config: DecoderConfig) -> Rows:
             raise TideError(
                 f"prompt {b} has {len(row)} tokens, the model's context holds {config.context_length}; shorten it"
             )
-    return Rows([row.astype(np.int32) for row in rows], mask)
+    return PromptRows([row.astype(np.int32) for row in rows], mask)
 
 
 def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray]:
@@ -178,7 +178,7 @@ def positions_of(mask: np.ndarray, width: int) -> Int[np.ndarray, "B W"]:
 
 def prompt_column(lengths: Any, batch: int) -> Int[np.ndarray, "B 1"]:
     """Prompt lengths as int32 [B, 1], from one length for all rows or one for each row."""
-    listed = _listed(lengths)
+    listed = _as_list(lengths)
     each = listed if isinstance(listed, list) else [listed] * batch
     if len(each) != batch:
         raise TideError(f"prompt_lengths has {len(each)} values, expected one, or one for each of the {batch} rows")
@@ -197,8 +197,8 @@ def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
       eos: None, an id, a list of ids for all rows, or a list of ids for each row.
       batch: number of rows.
     """
-    eos = [] if eos is None else _listed(eos)
-    rows = [_listed(ids) for ids in eos] if isinstance(eos, list) else [eos]
+    eos = [] if eos is None else _as_list(eos)
+    rows = [_as_list(ids) for ids in eos] if isinstance(eos, list) else [eos]
     nested = {isinstance(row, list) for row in rows}
     if len(nested) > 1:
         raise TideError("eos_token_id mixes ids and lists of ids; pass an id, a list of ids, or a list for each row")
@@ -211,7 +211,7 @@ def eos_table(eos: Any, batch: int) -> Int[np.ndarray, "B E"]:
     return np.asarray([ids + [-1] * (width - len(ids)) for ids in lists], np.int32)
 
 
-def _listed(values: Any) -> Any:
+def _as_list(values: Any) -> Any:
     """Arrays and collections as a list; other values unchanged."""
     if hasattr(values, "tolist"):
         return values.tolist()

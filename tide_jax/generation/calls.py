@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tide_jax.checks import whole_number
 from tide_jax.errors import TideError
 from tide_jax.exits.exits import Exits
-from tide_jax.generation.batch import Rows, bucket, eos_table, pad_left, pad_rows, row_bucket, to_rows
+from tide_jax.generation.batch import PromptRows, bucket, eos_table, pad_left, pad_rows, row_bucket, to_rows
 from tide_jax.generation.choice import Choice, choose
 from tide_jax.generation.driver import Call
 from tide_jax.generation.generate import Prompt, Request
@@ -85,7 +85,7 @@ def _pad_id(pad_token_id: Any, config: DecoderConfig) -> int:
     return next((p for p in (pad_token_id, config.pad_token_id) if p is not None), 0)
 
 
-def _limits(rows: Rows, choice: Choice, context: int) -> tuple[int, int]:
+def _limits(rows: PromptRows, choice: Choice, context: int) -> tuple[int, int]:
     """Most new tokens of any row, and most tokens of a row with its prompt; each row ends at the first it reaches.
 
     Raises:

@@ -62,9 +62,9 @@ def choose(
         named = settings_from({**config, "stop_strings": None}, "generation_config")
         named.warn("generation_config")
     of_call = {name: config.get(name) if arguments.get(name) is None else arguments[name] for name in _OF_THE_CALL}
-    own = named.updated(given)
+    own = named.override(given)
     # The checkpoint's settings fill in the rest.
-    settings = checkpoint.updated(own)
+    settings = checkpoint.override(own)
     sampling = _sampling(settings, own, _samples(of_call["do_sample"], arguments.get("temperature"), own))
     # As in transformers, `max_new_tokens` wins over `max_length`.
     new_tokens, length = of_call["max_new_tokens"], of_call["max_length"]

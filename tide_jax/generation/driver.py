@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 
 from tide_jax.errors import TideError
 from tide_jax.exits.exits import Exits
-from tide_jax.generation.batch import Rows, pad_rows
+from tide_jax.generation.batch import PromptRows, pad_rows
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import GenerationState, Prompt, Request, advance, begin, generate_tokens
 from tide_jax.generation.outputs import GenerateOutput, StreamStep
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     `prompt` may have more rows than `rows`: empty rows that pad the batch and do not appear in the result.
     """
 
-    rows: Rows
+    rows: PromptRows
     prompt: Prompt
     request: Request
     exits: Exits | None

@@ -151,37 +151,39 @@ def apply_rules(logits: Float[Array, "N V"], rules: LogitRules, text: RowText) -
     """Sets the logits of forbidden tokens to minus infinity, applying rules in transformers' order."""
     # Bad words, repeated n-grams, and ends of rows that are too short.
     vocabulary = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
-    ends = _marked(text.eos, logits.shape[-1])
+    ends = _mark_ids(text.eos, logits.shape[-1])
     banned = rules.bad[None] & ~ends
     if rules.sequences is not None:
-        banned = banned | _repeated(rules.sequences.ngram_size, text, logits.shape[-1])
-        banned = banned | _completed(rules.sequences.words, text, logits.shape[-1])
+        banned = banned | _ngram_completions(rules.sequences.ngram_size, text, logits.shape[-1])
+        banned = banned | _bad_word_completions(rules.sequences.words, text, logits.shape[-1])
     early = (text.length < rules.min_length) | (text.made < rules.min_new_tokens)
     banned = banned | (early[:, None] & ends)
     logits = jnp.where(banned, -jnp.inf, logits)
     # A forced token overrides the rules above; a suppressed token stays forbidden even if forced.
     after_one = (rules.forced_first >= 0) & (text.length == 1)
-    logits = _forced(logits, after_one, vocabulary == rules.forced_first)
+    logits = _force_tokens(logits, after_one, vocabulary == rules.forced_first)
     last = jnp.any(rules.forced_last) & text.last
-    logits = _forced(logits, last, rules.forced_last[None])
+    logits = _force_tokens(logits, last, rules.forced_last[None])
     # If the first new token is forced, `suppressed_first` applies to the second.
     begin = jnp.where((rules.forced_first >= 0) & (text.length - text.made == 1), jnp.int32(1), jnp.int32(0))
     suppressed = rules.suppressed[None] | ((text.made == begin)[:, None] & rules.suppressed_first[None])
     return jnp.where(suppressed, -jnp.inf, logits)
 
 
-def _forced(logits: Float[Array, "N V"], rows: Bool[Array, " N"], chosen: Bool[Array, "1 V"]) -> Float[Array, "N V"]:
+def _force_tokens(
+    logits: Float[Array, "N V"], rows: Bool[Array, " N"], chosen: Bool[Array, "1 V"]
+) -> Float[Array, "N V"]:
     return jnp.where(rows[:, None], jnp.where(chosen, 0.0, -jnp.inf), logits)
 
 
-def _marked(ids: Int[Array, "N E"], vocab_size: int) -> Bool[Array, "N V"]:
+def _mark_ids(ids: Int[Array, "N E"], vocab_size: int) -> Bool[Array, "N V"]:
     """One-hot mask of each row's ids; -1 sets nothing."""
     rows = jnp.arange(ids.shape[0])[:, None]
     outside = jnp.int32(vocab_size)
     return jnp.zeros((ids.shape[0], vocab_size), bool).at[rows, jnp.where(ids < 0, outside, ids)].set(True, mode="drop")
 
 
-def _repeated(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
+def _ngram_completions(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
     """Tokens that would complete an n-gram that already occurs in the row."""
     assert text.tokens is not None
     assert text.ends is not None
@@ -201,7 +203,7 @@ def _repeated(size: Int[Array, ""], text: RowText, vocab_size: int) -> Bool[Arra
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].max(same, mode="drop")
 
 
-def _completed(words: Int[Array, "W L"], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
+def _bad_word_completions(words: Int[Array, "W L"], text: RowText, vocab_size: int) -> Bool[Array, "N V"]:
     """Tokens that would complete a forbidden word: its other tokens are the row's newest ones."""
     assert text.tokens is not None
     assert text.ends is not None

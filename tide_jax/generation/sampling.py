@@ -126,21 +126,21 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
 
 def _top_k(logits: Float[Array, "B V"], k: Int[Array, ""]) -> Float[Array, "B V"]:
     """Keeps logits not below the k-th largest."""
-    keys, count = _ordered(logits), jnp.minimum(k, logits.shape[-1])
+    keys, count = _order_keys(logits), jnp.minimum(k, logits.shape[-1])
     cut = _largest(lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= count, logits.shape[0])
     return jnp.where(keys >= cut[:, None], logits, -jnp.inf)
 
 
 def _top_p(logits: Float[Array, "B V"], p: Float[Array, ""]) -> Float[Array, "B V"]:
     """Keeps the most likely tokens until their total probability reaches p, ties included."""
-    keys, probabilities = _ordered(logits), jax.nn.softmax(logits, axis=-1)
+    keys, probabilities = _order_keys(logits), jax.nn.softmax(logits, axis=-1)
     above = _largest(
         lambda t: jnp.sum(jnp.where(keys >= t[:, None], probabilities, 0.0), axis=-1) >= p, logits.shape[0]
     )
     return jnp.where(keys >= above[:, None], logits, -jnp.inf)
 
 
-def _ordered(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+def _order_keys(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
     """int32 keys with the same order as the floats."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.exits.depth import DepthOutput, run_depth
 from tide_jax.exits.exits import Exits
-from tide_jax.generation.batch import Rows, bucket, pad_rows, positions_of
+from tide_jax.generation.batch import PromptRows, bucket, pad_rows, positions_of
 from tide_jax.generation.calls import program_rows
 from tide_jax.generation.finite import check_finite, finite_rows
 from tide_jax.generation.outputs import ScoreOutput
@@ -23,7 +23,7 @@ def score_rows(
     model: Decoder,
     programs: Programs,
     mesh: Mesh | None,
-    rows: Rows,
+    rows: PromptRows,
     prompt: Int[np.ndarray, "B 1"],
     exits: Exits | None,
 ) -> ScoreOutput:

@@ -21,7 +21,7 @@ from tide_jax.lossless.speculate import (
     generate_lossless,
 )
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.sharding import agreed, fetch, mesh_context, mesh_of
+from tide_jax.model.sharding import fetch, from_first_process, mesh_context, mesh_of
 
 
 class Learned:
@@ -36,7 +36,7 @@ class Learned:
         start = time.perf_counter()
         if batch not in self._costs:
             with mesh_context(mesh_of(model)):
-                self._costs[batch] = agreed(measure_pass_costs(model, batch=batch))
+                self._costs[batch] = from_first_process(measure_pass_costs(model, batch=batch))
         return self._costs[batch], time.perf_counter() - start
 
     def control(self, batch: int) -> DraftControl:

@@ -26,7 +26,7 @@ from tide_jax.generation.logit_rules import rule_on
 from tide_jax.generation.sampling import sample
 from tide_jax.lossless.control import MOST_DRAFTS, DraftControl, PassCosts, Round, choose_drafts, step_seconds, update
 from tide_jax.lossless.drafts import Drafts, text_drafts
-from tide_jax.lossless.verify import Rows, answer, row_text, verify_drafts
+from tide_jax.lossless.verify import DraftedRows, row_text, run_full_model, verify_drafts
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
@@ -110,7 +110,7 @@ def begin_lossless(
     seen = prompt.seen(model.config.vocab_size)
     starts, ends = jnp.int32(width) - prompt.lengths, jnp.full((batch,), width, jnp.int32)
     # Draw the first token, and make room behind it for new tokens and drafts.
-    rows = Rows(prompt.tokens, starts, ends, jnp.int32(width), seen)
+    rows = DraftedRows(prompt.tokens, starts, ends, jnp.int32(width), seen)
     rule = rule_on(request.rules, lambda: row_text(rows, ends[:, None], request))
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + most_slots - 1))
@@ -121,7 +121,7 @@ def begin_lossless(
         width=jnp.int32(width),
         starts=starts,
         ends=ends + 1,
-        done=_ended(tokens, ends + 1, request) | (ends + 1 >= limit) | (prompt.lengths == 0),
+        done=_has_ended(tokens, ends + 1, request) | (ends + 1 >= limit) | (prompt.lengths == 0),
         finite=step.finite,
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
@@ -141,8 +141,8 @@ def advance_lossless(
     """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`."""
     # Draft, run the full model over the drafts, and keep those it confirms.
     new = _lay_out(model, state, request, costs, most_slots)
-    rows = Rows(new.row_tokens, state.starts, state.ends + new.drafted, state.width, state.seen)
-    answers = answer(model, rows, new.tokens, new.positions, new.count, state.cache, request)
+    rows = DraftedRows(new.row_tokens, state.starts, state.ends + new.drafted, state.width, state.seen)
+    answers = run_full_model(model, rows, new.tokens, new.positions, new.count, state.cache, request)
     found = verify_drafts(rows, answers, new.positions, state.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
     accepted = jnp.maximum(gained - 1, 0)  # the last token is the model's own
@@ -162,9 +162,9 @@ def advance_lossless(
     return state._replace(
         tokens=found.tokens,
         ends=found.ends,
-        done=state.done | _ended(found.tokens, found.ends, request) | (found.ends >= limit),
+        done=state.done | _has_ended(found.tokens, found.ends, request) | (found.ends >= limit),
         finite=state.finite & (state.done | answers.finite),
-        seen=_with_new(state, found.tokens, found.ends, most_slots),
+        seen=_add_seen(state, found.tokens, found.ends, most_slots),
         cache=found.cache,
         control=update(state.control, costs, model.config.num_layers, done),
         counts=DraftCounts(
@@ -266,12 +266,12 @@ def _usable(found: Drafts, ends: Int[Array, " B"], limit: Int[Array, " B"], requ
     return jnp.where(found.matched > 0, jnp.clip(limit - ends - 1, 0, before_end), 0)
 
 
-def _ended(tokens: Int[Array, "B S"], ends: Int[Array, " B"], request: Request) -> Bool[Array, " B"]:
+def _has_ended(tokens: Int[Array, "B S"], ends: Int[Array, " B"], request: Request) -> Bool[Array, " B"]:
     last = jnp.take_along_axis(tokens, ends[:, None] - 1, axis=1)
     return jnp.any(last == request.eos, axis=1)
 
 
-def _with_new(
+def _add_seen(
     state: LosslessState, tokens: Int[Array, "B S"], ends: Int[Array, " B"], most_slots: int
 ) -> Bool[Array, "B V"]:
     """`state.seen` with the new tokens, up to `ends`."""

@@ -26,7 +26,7 @@ from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 
-class Rows(NamedTuple):
+class DraftedRows(NamedTuple):
     """Rows of a batch, drafts included.
 
     Attributes:
@@ -57,11 +57,11 @@ class Answers(NamedTuple):
     new: KeyValue
 
 
-class Verified(NamedTuple):
+class Verification(NamedTuple):
     """Rows after verification: every token is the full model's.
 
     Attributes:
-      tokens, ends: as in `Rows`.
+      tokens, ends: as in `DraftedRows`.
       cache: the cache with the slots of accepted inputs.
     """
 
@@ -70,9 +70,9 @@ class Verified(NamedTuple):
     cache: KVCache
 
 
-def answer(
+def run_full_model(
     model: Decoder,
-    rows: Rows,
+    rows: DraftedRows,
     inputs: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
     count: Int[Array, ""],
@@ -96,17 +96,17 @@ def answer(
         tokens, places = inputs[:, :width], positions[:, :width]
         out = run_depth(model, tokens, places, cache)
         columns = jnp.where(places >= 0, places + 1 + rows.starts[:, None], 0)
-        drawn = draw(model, out.states, rows, columns, _seen(rows, tokens, places >= 0, request), request)
+        drawn = draw(model, out.states, rows, columns, _seen_before(rows, tokens, places >= 0, request), request)
         return Answers(
             tokens=jnp.pad(drawn, ((0, 0), (0, most - width))),
             finite=finite_rows(out.states, places >= 0),
-            new=KeyValue(*(_padded(a, most) for a in out.new)),
+            new=KeyValue(*(_pad_slots(a, most) for a in out.new)),
         )
 
     return lax.switch(pass_number(count, most), [lambda w=w: of_first(w) for w in pass_widths(most)])
 
 
-def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verified:
+def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verification:
     """Accepts drafts that match the full model's tokens and rolls the cache back past the first mismatch.
 
     Behind its accepted drafts, each running row gets one token of the full model.
@@ -131,7 +131,7 @@ def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], ca
     used = jnp.max(jnp.where(kept, slots + 1, 0))
     grown = cache.append(answers.new, jnp.where(kept, positions, -1))
     index = jnp.arange(rows.ends.shape[0])
-    return Verified(
+    return Verification(
         tokens=rows.tokens.at[index, column].set(jnp.where(running, correct, rows.tokens[index, column])),
         ends=jnp.where(running, column + 1, rows.ends),
         cache=grown._replace(length=cache.length + used),
@@ -141,7 +141,7 @@ def verify_drafts(rows: Rows, answers: Answers, positions: Int[Array, "B Q"], ca
 def draw(
     model: Decoder,
     states: Array,
-    rows: Rows,
+    rows: DraftedRows,
     columns: Int[Array, "B T"],
     seen: Bool[Array, "B T V"],
     request: Request,
@@ -171,7 +171,7 @@ def draw(
     return flat.reshape(batch, size)
 
 
-def row_text(rows: Rows, columns: Int[Array, "B T"], request: Request) -> RowText:
+def row_text(rows: DraftedRows, columns: Int[Array, "B T"], request: Request) -> RowText:
     """Input of the logit rules, one entry for each column: the row's tokens before it, drafts included."""
     size = columns.shape[1]
     made, length = (columns - rows.width).reshape(-1), (columns - rows.starts[:, None]).reshape(-1)
@@ -185,7 +185,9 @@ def row_text(rows: Rows, columns: Int[Array, "B T"], request: Request) -> RowTex
     )
 
 
-def _seen(rows: Rows, inputs: Int[Array, "B W"], ran: Bool[Array, "B W"], request: Request) -> Bool[Array, "B W V"]:
+def _seen_before(
+    rows: DraftedRows, inputs: Int[Array, "B W"], ran: Bool[Array, "B W"], request: Request
+) -> Bool[Array, "B W V"]:
     """Tokens that occur in the row before each drawn token, drafts included."""
     shape = (*inputs.shape, rows.seen.shape[-1])
 
@@ -197,6 +199,6 @@ def _seen(rows: Rows, inputs: Int[Array, "B W"], ran: Bool[Array, "B W"], reques
     return lax.cond(request.sampling.repetition_penalty == 1.0, lambda: plain, with_drafts)
 
 
-def _padded(rows: Array, most: int) -> Array:
+def _pad_slots(rows: Array, most: int) -> Array:
     """Key or value rows padded with zeros at the end to `most` slots."""
     return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, most - rows.shape[3]), (0, 0)))

@@ -42,7 +42,7 @@ SWIGLU_OAI, LEARNED = "swiglu_oai", "xielu"
 KNOWN_ACTIVATIONS = (*ACTIVATIONS, SWIGLU_OAI, LEARNED)
 
 
-def gated(name: str, gate: Array, up: Array, limit: float | None = None) -> Array:
+def gated_activation(name: str, gate: Array, up: Array, limit: float | None = None) -> Array:
     """A gated activation (Shazeer 2020, arXiv:2002.05202): ``act(gate) * up``.
 
     Args:

@@ -184,8 +184,8 @@ class DecoderConfig:
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
         check_choice("gate_activation", self.gate_activation, GateActivation)
-        gated = self.mlp_gated or self.moe is not None
-        check_choice("activation", self.activation, GatedActivation if gated else UngatedActivation)
+        gated_activation = self.mlp_gated or self.moe is not None
+        check_choice("activation", self.activation, GatedActivation if gated_activation else UngatedActivation)
         if len(self.attention_pattern) != self.num_layers:
             raise TideError(
                 f"attention_pattern has {len(self.attention_pattern)} entries, expected one for each of the "

@@ -23,7 +23,7 @@ from tide_jax.model.cache import KVCache
 from tide_jax.model.fingerprints import Samples
 from tide_jax.model.layers import DecoderLayer
 from tide_jax.model.norms import block_norm
-from tide_jax.model.ops import Dense, known_kernel, stored_kernel, times_rows
+from tide_jax.model.ops import Dense, from_storage_order, times_rows, to_storage_order
 from tide_jax.model.rounding import (
     Weights,
     as_floats,
@@ -122,9 +122,9 @@ class Decoder(nnx.Module):
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer: embeddings of tokens and, if any, of absolute positions."""
-        return whole_channels(self._embedded(tokens, positions))
+        return whole_channels(self._embed(tokens, positions))
 
-    def _embedded(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config, x = self.config, self.embed(tokens)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -225,7 +225,7 @@ def _kinds(config: DecoderConfig) -> dict[str, _Kind]:
     """
     leaves = nnx.to_flat_state(nnx.state(_abstract(config)))
     return {
-        _dotted(path): _Kind(_known_shape(leaf), tuple(leaf.get_value().shape), _input_axes(leaf), axes_of(leaf))
+        _dotted_path(path): _Kind(_known_shape(leaf), tuple(leaf.get_value().shape), _input_axes(leaf), axes_of(leaf))
         for path, leaf in leaves
     }
 
@@ -235,7 +235,7 @@ def abstract_parameters(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {path: kind.known for path, kind in _kinds(config).items()}
 
 
-def abstract_stored(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape in which the model stores every parameter, by its dotted path."""
     return {path: kind.kept for path, kind in _kinds(config).items()}
 
@@ -245,7 +245,7 @@ def kernel_input_axes(config: DecoderConfig) -> dict[str, int]:
     return {path: kind.inputs for path, kind in _kinds(config).items() if kind.inputs is not None}
 
 
-def rounded_axes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def summed_axes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Axes of the stored shape that products sum over, by path, for the parameters that may be 8-bit integers."""
     return {path: kind.summed for path, kind in _kinds(config).items() if kind.summed is not None}
 
@@ -266,7 +266,7 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(model: Decoder) -> list[StoredParameter]:
     """Every parameter of a model, sorted by path, without copies."""
-    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    leaves = {_dotted_path(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     return [StoredParameter(p, leaves[p].get_value(), _input_axes(leaves[p]) or 0) for p in sorted(leaves)]
 
 
@@ -275,14 +275,14 @@ def parameters(model: Decoder) -> dict[str, Array]:
 
     8-bit integers are returned as the float32 weights that they represent.
     """
-    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    leaves = {_dotted_path(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     scales = {path: leaves.get(scale_path(path)) for path in leaves if axes_of(leaves[path]) is not None}
     apart = {scale_path(path) for path, scale in scales.items() if scale is not None}
     found: dict[str, Array] = {}
     for path in sorted(leaves.keys() - apart):
         leaf, scale = leaves[path], scales.get(path)
         value = leaf.get_value() if scale is None else as_floats(leaf, scale, jnp.dtype(jnp.float32))
-        found[path] = known_kernel(value, axes) if (axes := _input_axes(leaf)) else value
+        found[path] = from_storage_order(value, axes) if (axes := _input_axes(leaf)) else value
     return found
 
 
@@ -304,7 +304,7 @@ def from_parameters(
     Args:
       stored: the tensors have the shapes that the model stores (`StoredParameter`), not their known shapes.
       mesh: the devices to put the model on, see `tide_jax.load`.
-      weights: "int8" rounds every tensor that may be rounded (`rounded_axes`). Tensors that already are 8-bit integers
+      weights: "int8" rounds every tensor that may be rounded (`summed_axes`). Tensors that already are 8-bit integers
         come with their scales (`tide_jax.model.rounding.scale_path`) and in the stored shape.
       own_scales: by path, the scales from which a parameter's floats were made, as `round_weights` takes them.
 
@@ -313,7 +313,7 @@ def from_parameters(
         number.
     """
     graph, state = nnx.split(_abstract(config, dtype, weights))
-    leaves = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    leaves = {_dotted_path(path): leaf for path, leaf in nnx.to_flat_state(state)}
     filled: dict[str, Array] = {}
     problems: list[str] = []
     samples = _samples(config) if weights == "int8" else None
@@ -324,12 +324,12 @@ def from_parameters(
             problems.append(f"{path} has shape {tensor.shape}, expected {shape}")
         else:
             axes = None if stored else _input_axes(leaves[path])
-            value = tensor if axes is None else stored_kernel(tensor, axes)
+            value = tensor if axes is None else to_storage_order(tensor, axes)
             # The fingerprint is that of the floats, so sample them before they are rounded.
             if samples is not None and value.dtype != np.int8 and path in samples.paths:
                 samples.take(path, (), np.asarray(value))
-            for name, part in _rounded(path, leaves[path], value, own_scales):
-                filled[name] = _placed(name, part, leaves[name].get_value().dtype, mesh)
+            for name, part in _round(path, leaves[path], value, own_scales):
+                filled[name] = _place(name, part, leaves[name].get_value().dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
         raise TideError(f"the tensors do not fit the model configuration: {listed(sorted(problems))}")
@@ -339,7 +339,7 @@ def from_parameters(
     return model
 
 
-def _rounded(
+def _round(
     path: str, leaf: nnx.Variable, value: np.ndarray | Array, own_scales: Callable[[str], np.ndarray | None]
 ) -> list[tuple[str, np.ndarray | Array]]:
     """The stored form of a tensor by path: the tensor itself, or its integers and their scales."""
@@ -350,7 +350,7 @@ def _rounded(
 
 
 def _samples(config: DecoderConfig) -> Samples:
-    return Samples(abstract_stored(config), kernel_input_axes(config))
+    return Samples(stored_shapes(config), kernel_input_axes(config))
 
 
 class _OneKey(NamedTuple):
@@ -382,7 +382,7 @@ def _known_shape(leaf: nnx.Variable) -> tuple[int, ...]:
     return shape if axes is None else shape[len(shape) - axes :] + shape[: len(shape) - axes]
 
 
-def _placed(path: str, tensor: np.ndarray | Array, dtype: DTypeLike, mesh: Mesh | None) -> Array:
+def _place(path: str, tensor: np.ndarray | Array, dtype: DTypeLike, mesh: Mesh | None) -> Array:
     if mesh is None:
         same = isinstance(tensor, np.ndarray) and tensor.dtype == dtype
         return jax.device_put(tensor, may_alias=True) if same else jnp.asarray(tensor, dtype)
@@ -390,7 +390,7 @@ def _placed(path: str, tensor: np.ndarray | Array, dtype: DTypeLike, mesh: Mesh 
     return place(path, tensor if tensor.dtype == dtype else tensor.astype(dtype), mesh)
 
 
-def _dotted(path: tuple) -> str:
+def _dotted_path(path: tuple) -> str:
     return ".".join(str(part) for part in path)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tide_jax.model.activations import ACTIVATIONS, LEARNED, XIELU, gated
+from tide_jax.model.activations import ACTIVATIONS, LEARNED, XIELU, gated_activation
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense
@@ -21,7 +21,11 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, size: int | None = None, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         d, f, bias = config.hidden_size, size or config.intermediate_size, config.mlp_bias
-        self.activation, self.limit, self.gated = config.activation, config.activation_limit, config.mlp_gated
+        self.activation, self.limit, self.gated = (
+            config.activation,
+            config.activation_limit,
+            config.mlp_gated,
+        )
         if self.gated:
             self.gate_up = Dense((d,), (2, f), bias=bias, stacked=True, dtype=dtype, rngs=rngs)
         else:
@@ -37,5 +41,5 @@ class MLP(nnx.Module):
     def _hidden(self, x: Array) -> Float[Array, "B T F"]:
         if self.gated:
             gate_up = self.gate_up(x)
-            return gated(self.activation, gate_up[..., 0, :], gate_up[..., 1, :], self.limit)
+            return gated_activation(self.activation, gate_up[..., 0, :], gate_up[..., 1, :], self.limit)
         return (ACTIVATIONS[self.activation] if self.act is None else self.act)(self.up(x))

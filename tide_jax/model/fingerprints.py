@@ -21,7 +21,7 @@ _SAMPLES = 16
 _UNNAMED = ("model_type", "eos_token_ids", "pad_token_id", "generation")  # fields that do not affect the computation
 
 
-def sampled_places(shape: tuple[int, ...], input_axes: int) -> tuple[np.ndarray, ...]:
+def sample_places(shape: tuple[int, ...], input_axes: int) -> tuple[np.ndarray, ...]:
     """An index into a stored parameter of `shape`; its `input_axes` trailing axes come first in the known shape."""
     outputs = len(shape) - input_axes
     places = np.linspace(0, max(0, int(np.prod(shape)) - 1), _SAMPLES).astype(np.int64)
@@ -53,7 +53,7 @@ class Samples:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], input_axes: Mapping[str, int]) -> None:
         self.paths = frozenset(shapes)
-        self._places = {path: sampled_places(shape, input_axes.get(path, 0)) for path, shape in shapes.items()}
+        self._places = {path: sample_places(shape, input_axes.get(path, 0)) for path, shape in shapes.items()}
         self._values = {path: np.zeros(_SAMPLES, ml_dtypes.bfloat16) for path in shapes}
         self._found = {path: np.zeros(_SAMPLES, np.bool_) for path in shapes}
 

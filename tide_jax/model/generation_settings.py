@@ -96,7 +96,7 @@ class GenerationSettings:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check(name, value))
 
-    def updated(self, over: GenerationSettings) -> GenerationSettings:
+    def override(self, over: GenerationSettings) -> GenerationSettings:
         """These settings, overridden by those that `over` gives."""
         said = {name: value for name in _CHECKS if (value := getattr(over, name)) is not None}
         return dataclasses.replace(self, **said)

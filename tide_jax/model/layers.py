@@ -59,48 +59,18 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Runs the layer on new tokens; returns the new residual stream and the new keys and values."""
-        return _traced_once(self, x, contexts, cached)
+        return _trace_once(self, x, contexts, cached)
 
     def _run(
         self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         normed = _apply(self.pre_attention_norm, x)
         attended, new = self.attention(normed, contexts[self.attention_type], cached)
-        return self._after_attention(x, normed, attended), new
-
-    def run_on(
-        self,
-        x: Float[Array, "B M D"],
-        new: KeyValue,
-        contexts: tuple[AttentionContext, ...],
-        cached: CachedRows | None,
-    ) -> Float[Array, "B M D"]:
-        """Runs the layer on some of the new tokens, given the keys and values of all of them.
-
-        Args:
-          x: the residual stream of the tokens that run.
-          new: keys and values of all new tokens.
-          contexts: masks and tables in which these tokens are the queries and all new tokens are keys.
-        """
-        return _some_traced_once(self, x, new, contexts, cached)
-
-    def _run_on(
-        self,
-        x: Float[Array, "B M D"],
-        new: KeyValue,
-        contexts: tuple[AttentionContext, ...],
-        cached: CachedRows | None,
-    ) -> Float[Array, "B M D"]:
-        normed = _apply(self.pre_attention_norm, x)
-        return self._after_attention(x, normed, self.attention.read(normed, new, contexts[self.attention_type], cached))
-
-    def _after_attention(self, x: Array, normed: Array, attended: Array) -> Float[Array, "B T D"]:
-        """The new residual stream, from the attention's output."""
-        middle = self._add(_weighted(x, self.attention_residual), attended, self.post_attention_norm)
+        middle = self._add(_multiply(x, self.attention_residual), attended, self.post_attention_norm)
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
-        out = self._add(_weighted(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
-        return whole_channels(_weighted(out, self.output_scale))
+        out = self._add(_multiply(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
+        return whole_channels(_multiply(out, self.output_scale)), new
 
     def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
         """The keys and values that this layer would store for `x`, without running it."""
@@ -117,22 +87,11 @@ class DecoderLayer(nnx.Module):
 
 
 @jax.jit
-def _traced_once(
+def _trace_once(
     layer: DecoderLayer, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
 ) -> tuple[Float[Array, "B T D"], KeyValue]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
     return layer._run(x, contexts, cached)
-
-
-@jax.jit
-def _some_traced_once(
-    layer: DecoderLayer,
-    x: Float[Array, "B M D"],
-    new: KeyValue,
-    contexts: tuple[AttentionContext, ...],
-    cached: CachedRows | None,
-) -> Float[Array, "B M D"]:
-    return layer._run_on(x, new, contexts, cached)
 
 
 def _attention(
@@ -153,5 +112,5 @@ def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 
-def _weighted(x: Array, weights: nnx.Param | None) -> Array:
+def _multiply(x: Array, weights: nnx.Param | None) -> Array:
     return x if weights is None else x * weights[...][None, None, :]

@@ -14,12 +14,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-from tide_jax.model.activations import gated
+from tide_jax.model.activations import gated_activation
 from tide_jax.model.architecture import DecoderConfig, MoEConfig
 from tide_jax.model.feed_forward import MLP
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense, einsum, integer_sums, matmul, matmul_precision, normal
-from tide_jax.model.rounding import scaled
+from tide_jax.model.rounding import apply_scale
 
 _ON_TPU = "md,...df->m...f"
 
@@ -59,9 +59,9 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = x.reshape(-1, x.shape[-1])
         weights, chosen = self._choice(tokens)
-        mixed = self._routed(tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
+        mixed = self._run_routed(tokens, weights, chosen).astype(x.dtype).reshape(x.shape)
         mixed = mixed if self.output_bias is None else mixed + self.output_bias[...][None, None, :]
-        mixed = mixed if self.shared is None else mixed + self._shared(self.shared, x)
+        mixed = mixed if self.shared is None else mixed + self._run_shared(self.shared, x)
         return mixed if self.output_norm is None else self.output_norm(mixed)
 
     def _choice(self, tokens: Float[Array, "N D"]) -> tuple[Float[Array, "N K"], Int[Array, "N K"]]:
@@ -71,12 +71,12 @@ class MoE(nnx.Module):
         correction = None if self.correction is None else self.correction[...].astype(jnp.float32)
         return choose_experts(self.moe, logits, correction)
 
-    def _shared(self, shared: MLP, x: Array) -> Array:
+    def _run_shared(self, shared: MLP, x: Array) -> Array:
         out = shared(x)
         out = out if self.shared_gate is None else out * jax.nn.sigmoid(self.shared_gate(x))
         return out if self.moe.shared_scale == 1.0 else out * jnp.asarray(self.moe.shared_scale, out.dtype)
 
-    def _routed(
+    def _run_routed(
         self, tokens: Float[Array, "N D"], weights: Float[Array, "N K"], chosen: Int[Array, "N K"]
     ) -> Float[Array, "N D"]:
         rows = jnp.broadcast_to(tokens[:, None, :], (*chosen.shape, tokens.shape[-1]))
@@ -92,7 +92,7 @@ class MoE(nnx.Module):
         hidden = expert_matmul(rows, experts.gate_up[...], expert, _numbers(experts.gate_up_scale))
         if experts.gate_up_bias is not None:
             hidden = hidden + experts.gate_up_bias[...][expert]
-        hidden = gated(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
+        hidden = gated_activation(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
         out = expert_matmul(hidden, experts.down[...], expert, _numbers(experts.down_scale))
         return out if experts.down_bias is None else out + experts.down_bias[...][expert]
 
@@ -127,15 +127,15 @@ def expert_matmul(
       scale: float32 factor of each output, for integers.
     """
     if 2 * rows.shape[0] <= kernels.shape[0]:  # a decode step reads only the experts it needs
-        sums = lax.platform_dependent(rows, kernels, expert, tpu=_by_row, default=_gathered)
+        sums = lax.platform_dependent(rows, kernels, expert, tpu=_by_row, default=_gather_experts)
     else:
         # For its ragged product, XLA for a TPU would convert all experts to floats.
         blocks_on_tpu = {} if scale is None else {"tpu": _integers_by_blocks}
         sums = lax.platform_dependent(rows, kernels, expert, cpu=_by_blocks, default=_by_runs, **blocks_on_tpu)
-    return sums if scale is None else scaled(sums, scale[expert], rows.dtype)
+    return sums if scale is None else apply_scale(sums, scale[expert], rows.dtype)
 
 
-def _gathered(
+def _gather_experts(
     rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
     times = integer_sums if kernels.dtype == jnp.int8 else einsum
@@ -145,7 +145,7 @@ def _gathered(
 def _by_row(
     rows: Float[Array, "M D"], kernels: Float[Array, "E D ..."] | Int8[Array, "E D ..."], expert: Int[Array, " M"]
 ) -> Float[Array, "M ..."]:
-    """Variant of `_gathered` for TPUs, where XLA copies all experts' kernels to gather a few of them."""
+    """Variant of `_gather_experts` for TPUs, where XLA copies all experts' kernels to gather a few of them."""
     rounded = kernels.dtype == jnp.int8
     kernels = _as_on_tpu(kernels) if rounded else kernels
 

@@ -41,14 +41,14 @@ class Norm(nnx.Module):
             y = y - jnp.mean(y, axis=self.axes, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=self.axes, keepdims=True) + self.eps)
         if self.scale is not None:
-            scale = _aligned(self.scale[...], x.ndim)
+            scale = _add_axes(self.scale[...], x.ndim)
             y = y * (1.0 + scale if self.unit_offset else scale)
         if self.bias is not None:
-            y = y + _aligned(self.bias[...], x.ndim)
+            y = y + _add_axes(self.bias[...], x.ndim)
         return y.astype(x.dtype)
 
 
-def _aligned(a: Array, ndim: int) -> Array:
+def _add_axes(a: Array, ndim: int) -> Array:
     """`a` in float32, with leading axes of size 1 up to `ndim` axes."""
     return a.astype(jnp.float32).reshape((1,) * (ndim - a.ndim) + a.shape)
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from pallas_kernels import weight_product
-from tide_jax.model.rounding import as_floats, scaled
+from tide_jax.model.rounding import apply_scale, as_floats
 from tide_jax.model.sharding import on_mesh
 
 T = TypeVar("T", Array, np.ndarray)
@@ -40,12 +40,12 @@ def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]
     inside the product. They get no barrier, because it would separate a kernel from its reshape, and a TPU would then
     copy the kernel.
     """
-    x, integers = lax.platform_dependent(x, integers, cpu=_kept_here, default=lambda *as_given: as_given)
+    x, integers = lax.platform_dependent(x, integers, cpu=_keep_here, default=lambda *as_given: as_given)
     precision = matmul_precision(x.dtype)
     return jnp.einsum(spec, x, integers.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _kept_here(x: Array, integers: Array) -> tuple[Array, Array]:
+def _keep_here(x: Array, integers: Array) -> tuple[Array, Array]:
     return lax.optimization_barrier((x, integers))
 
 
@@ -74,17 +74,17 @@ def times_rows_of(x: Float[Array, "... D"], products: Sequence[weight_product.Pr
     if not on_mesh() and weight_product.pays(flat, products):
         found = weight_product.weight_products(flat, products, implementation="llvm")
         return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in found]
-    return [_float_rows(x, rows) if scale is None else _scaled_rows(x, rows, scale) for rows, scale in products]
+    return [_float_product(x, rows) if scale is None else _integer_product(x, rows, scale) for rows, scale in products]
 
 
-def _scaled_rows(
+def _integer_product(
     x: Float[Array, "... D"], rows: Int8[Array, "F D"], scale: Float[Array, " F"]
 ) -> Float[Array, "... F"]:
-    sums = _integer_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), rows)
-    return scaled(sums, scale[None, :], x.dtype).reshape(*x.shape[:-1], rows.shape[0])
+    sums = _integer_sums_of_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), rows)
+    return apply_scale(sums, scale[None, :], x.dtype).reshape(*x.shape[:-1], rows.shape[0])
 
 
-def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
+def _integer_sums_of_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Array, "T F"]:
     """float32 sums of the product with integers, computed by XLA.
 
     XLA's CPU backend converts the integers to floats in memory, for all layers at the start of a program. That would
@@ -112,7 +112,7 @@ def _integer_rows(x: Float[Array, "T D"], rows: Int8[Array, "F D"]) -> Float[Arr
     return lax.platform_dependent(x, rows, cpu=in_blocks, default=at_once)
 
 
-def _float_rows(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
+def _float_product(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float[Array, "... F"]:
     """The product with floats, computed by XLA.
 
     XLA's CPU backend multiplies one token by a matrix on one thread, and two to eight tokens by a wide matrix slowly,
@@ -188,7 +188,7 @@ class Dense(nnx.Module):
         self.inputs, self.outputs, self.stacked = inputs, outputs, stacked
         kernel = normal(rngs, inputs + outputs, math.prod(inputs), dtype)
         summed = None if exact else tuple(range(len(outputs), kernel.ndim))
-        self.kernel = nnx.Param(stored_kernel(kernel, len(inputs)), input_axes=len(inputs), summed=summed)
+        self.kernel = nnx.Param(to_storage_order(kernel, len(inputs)), input_axes=len(inputs), summed=summed)
         self.scale: nnx.Param | None = None
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
 
@@ -196,7 +196,7 @@ class Dense(nnx.Module):
         # Flattening would merge the stacking axis with the axis that devices split, and every step would move the
         # weights.
         if self.stacked and on_mesh():
-            return self._biased(self._one_by_one(self._flat(x)))
+            return self._add_bias(self._one_by_one(self._flat(x)))
         return together(x, [self])[0]
 
     def weights(self, dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -211,10 +211,10 @@ class Dense(nnx.Module):
         rows = self.kernel[...].reshape(math.prod(self.outputs), math.prod(self.inputs))
         return rows, None if self.scale is None else self.scale[...].reshape(-1)
 
-    def _shaped(self, y: Float[Array, "... F"]) -> Float[Array, "..."]:
-        return self._biased(y.reshape(*y.shape[:-1], *self.outputs))
+    def _to_outputs(self, y: Float[Array, "... F"]) -> Float[Array, "..."]:
+        return self._add_bias(y.reshape(*y.shape[:-1], *self.outputs))
 
-    def _biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+    def _add_bias(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.bias is None:
             return y
         return y + self.bias[...].reshape((1,) * (y.ndim - len(self.outputs)) + self.outputs)
@@ -225,26 +225,26 @@ class Dense(nnx.Module):
         if self.scale is None:
             maps = einsum("gnd,gfd->gnf", each, rows)
         else:
-            maps = scaled(integer_sums("gnd,gfd->gnf", each, rows), self.scale[...][:, None, :], x.dtype)
+            maps = apply_scale(integer_sums("gnd,gfd->gnf", each, rows), self.scale[...][:, None, :], x.dtype)
         return jnp.moveaxis(maps, 0, 1).reshape(*x.shape[:-1], *self.outputs)
 
 
 def together(x: Float[Array, "..."], maps: Sequence[Dense]) -> list[Float[Array, "..."]]:
     """Several maps of the same input, such as queries and keys; none of them may be stacked on a mesh."""
     products = times_rows_of(maps[0]._flat(x), [dense._product() for dense in maps])
-    return [dense._shaped(y) for dense, y in zip(maps, products, strict=True)]
+    return [dense._to_outputs(y) for dense, y in zip(maps, products, strict=True)]
 
 
-def stored_order(ndim: int, inputs: int) -> tuple[int, ...]:
+def storage_order(ndim: int, inputs: int) -> tuple[int, ...]:
     """Permutation of axes from a kernel's known order ``inputs + outputs`` to its stored order ``outputs + inputs``."""
     return (*range(inputs, ndim), *range(inputs))
 
 
-def stored_kernel(kernel: T, inputs: int) -> T:
+def to_storage_order(kernel: T, inputs: int) -> T:
     """``inputs + outputs`` -> ``outputs + inputs``, for a numpy or JAX array whose first `inputs` axes are inputs."""
-    return kernel.transpose(stored_order(kernel.ndim, inputs))
+    return kernel.transpose(storage_order(kernel.ndim, inputs))
 
 
-def known_kernel(kernel: T, inputs: int) -> T:
-    """Inverse of `stored_kernel`."""
-    return stored_kernel(kernel, kernel.ndim - inputs)
+def from_storage_order(kernel: T, inputs: int) -> T:
+    """Inverse of `to_storage_order`."""
+    return to_storage_order(kernel, kernel.ndim - inputs)

@@ -39,7 +39,7 @@ _MOST = 127
 _BLOCK = 2**23  # numbers of a tensor that are processed at once
 
 
-def checked_weights(weights: Any) -> Weights | None:
+def check_weights(weights: Any) -> Weights | None:
     """Validates the caller's `weights`. Raises TideError unless it is None or one of `WEIGHTS`."""
     if weights is None:
         return None
@@ -99,7 +99,7 @@ def round_weights(
     return rounded, scale
 
 
-def restored(integers: Int8[np.ndarray, "..."], scale: Float[np.ndarray, "..."], axes: tuple[int, ...]) -> np.ndarray:
+def floats_of(integers: Int8[np.ndarray, "..."], scale: Float[np.ndarray, "..."], axes: tuple[int, ...]) -> np.ndarray:
     """The float32 weights that integers represent; `axes` as in `round_weights`."""
     return integers.astype(np.float32) * np.expand_dims(scale, axes)
 
@@ -112,7 +112,7 @@ def as_floats(kernel: nnx.Param, scale: nnx.Param | None, dtype: Any) -> Float[A
     return (kernel[...].astype(jnp.float32) * lined_up).astype(dtype)
 
 
-def scaled(sums: Float[Array, "... F"], scale: Float[Array, "#... F"], dtype: Any) -> Float[Array, "... F"]:
+def apply_scale(sums: Float[Array, "... F"], scale: Float[Array, "#... F"], dtype: Any) -> Float[Array, "... F"]:
     """float32 sums times their scales, in `dtype`."""
     return (sums * scale).astype(dtype)
 

@@ -116,11 +116,11 @@ def shard(tree: T, mesh: Mesh) -> T:
     Raises:
       TideError: `mesh` has no axes "data" and "model".
     """
-    mesh = checked_mesh(mesh)
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(_dotted(path), leaf, mesh), tree)
+    mesh = check_mesh(mesh)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: place(_dotted_path(path), leaf, mesh), tree)
 
 
-def checked_mesh(mesh: Any) -> Mesh:
+def check_mesh(mesh: Any) -> Mesh:
     """A caller's mesh with automatic axes. Raises TideError if it has no axes "data" and "model"."""
     if not isinstance(mesh, Mesh) or not {DATA, MODEL} <= set(mesh.axis_names):
         found = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
@@ -179,7 +179,7 @@ def constrain_cache(cache: T) -> T:
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def constrain(path: Any, leaf: Array) -> Array:
-        return jax.lax.with_sharding_constraint(leaf, _spec(_axes(f".{_dotted(path)}", CACHE), leaf.shape, sizes))
+        return jax.lax.with_sharding_constraint(leaf, _spec(_axes(f".{_dotted_path(path)}", CACHE), leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(constrain, cache)
 
@@ -212,7 +212,7 @@ def fetch(tree: T) -> T:
     return jax.device_get(readable(tree))
 
 
-def agreed(tree: T) -> T:
+def from_first_process(tree: T) -> T:
     """The first process's values: programs on a mesh need equal values in every process."""
     if jax.process_count() == 1:
         return tree
@@ -229,7 +229,7 @@ def _mesh_shape(shape: Any) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _dotted(path: Any) -> str:
+def _dotted_path(path: Any) -> str:
     """``layers.0.attention.q.kernel``: a parameter's path without the suffix that `nnx.Param` adds."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 

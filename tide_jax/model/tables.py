@@ -12,7 +12,7 @@ from tide_jax.model.activations import ACTIVATIONS
 from tide_jax.model.architecture import DecoderConfig, HeadTransform
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense, normal
-from tide_jax.model.rounding import scaled
+from tide_jax.model.rounding import apply_scale
 
 
 class Embedding(nnx.Module):
@@ -37,7 +37,7 @@ class Embedding(nnx.Module):
             return jnp.take(self.kernel[...], index, axis=0, mode="clip")
         rows = _integer_rows(self.kernel[...], index)
         scale = jnp.take(self.scale[...], index, axis=0, mode="clip")[..., None]
-        return scaled(rows.astype(jnp.float32), scale, self.dtype)
+        return apply_scale(rows.astype(jnp.float32), scale, self.dtype)
 
 
 def _integer_rows(table: Int8[Array, "V D"], index: Int[Array, "B T"]) -> Int8[Array, "B T D"]:

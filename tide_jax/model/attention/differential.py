@@ -26,8 +26,8 @@ class DifferentialAttention(Attention):
         self.weights = nnx.Param(jnp.zeros((2, 2, config.head_dim), dtype))
         self.pair_norm = Norm((2 * config.head_dim,), kind="rms", eps=config.norm_eps, scale=False, dtype=dtype)
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
-        first, second = jnp.split(super()._mixed(q, spans), 2, axis=2)
+    def _mix(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
+        first, second = jnp.split(super()._mix(q, spans), 2, axis=2)
         weights = self.weights[...].astype(jnp.float32)
         # The paper's lambda: exp(q1 . k1) - exp(q2 . k2) + initial value.
         grown = jnp.exp(jnp.sum(weights[:, 0] * weights[:, 1], axis=-1))
@@ -36,10 +36,10 @@ class DifferentialAttention(Attention):
         return (difference * jnp.asarray(1.0 - self.initial, q.dtype)).reshape(q.shape)
 
     def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
-        return KeyValue(rows.keys, _paired(rows.values)), span
+        return KeyValue(rows.keys, _pair_halves(rows.values)), span
 
 
-def _paired(values: Float[Array, "B KV S hd"]) -> Float[Array, "B KV S 2hd"]:
+def _pair_halves(values: Float[Array, "B KV S hd"]) -> Float[Array, "B KV S 2hd"]:
     """Concatenates both halves of the value heads channel-wise, once for each half of the query heads."""
     pairs = jnp.concatenate(jnp.split(values, 2, axis=1), axis=-1)
     return jnp.concatenate([pairs, pairs], axis=1)

@@ -36,40 +36,34 @@ class ExpertAttention(nnx.Module):
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
         """Keys (rotated) and values of new tokens."""
         kv = self.kv(x)
-        return KeyValue(_rotated(kv[..., 0, :], context).swapaxes(1, 2), kv[..., 1, :].swapaxes(1, 2))
+        return KeyValue(_rotate(kv[..., 0, :], context).swapaxes(1, 2), kv[..., 1, :].swapaxes(1, 2))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new cache entries."""
         new = self.project_kv(x, context)
-        return self.read(x, new, context, cached), new
-
-    def read(
-        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
-    ) -> Float[Array, "B T D"]:
-        """Same as `Attention.read`."""
         (b, t, d), (experts, _, kv, hd), k = x.shape, self.q.shape, self.moe.experts_per_token
         tokens = x.reshape(-1, d)
         weights, chosen = choose_experts(self.moe, router_logits(self.router, tokens))
 
-        def asked(rows: Array, expert: Array) -> Array:
+        def project_queries(rows: Array, expert: Array) -> Array:
             scale = None if self.q_scale is None else self.q_scale[...].reshape(experts, kv * hd)
             return expert_matmul(rows, self.q[...].reshape(experts, d, kv * hd), expert, scale)
 
-        def told(rows: Array, expert: Array) -> Array:
+        def project_outputs(rows: Array, expert: Array) -> Array:
             scale = None if self.out_scale is None else self.out_scale[...]
             return expert_matmul(rows, self.out[...].reshape(experts, kv * hd, d), expert, scale)
 
         # Each token's K experts give K queries per key-value head; they form the query groups of that head.
-        q = by_expert(jnp.broadcast_to(tokens[:, None], (b * t, k, d)), chosen, asked)
-        q = _rotated(q.reshape(b, t, k * kv, hd), context).reshape(b, t, k, kv, hd).swapaxes(2, 3)
+        q = by_expert(jnp.broadcast_to(tokens[:, None], (b * t, k, d)), chosen, project_queries)
+        q = _rotate(q.reshape(b, t, k * kv, hd), context).reshape(b, t, k, kv, hd).swapaxes(2, 3)
         mixed = attend(q, spans_of(new, cached, context), scale=self.scale).swapaxes(2, 3)
         # Each expert projects its own heads; the router's weights sum the experts.
-        parts = by_expert(mixed.reshape(b * t, k, kv * hd), chosen, told).astype(jnp.float32)
+        parts = by_expert(mixed.reshape(b * t, k, kv * hd), chosen, project_outputs).astype(jnp.float32)
         out = jnp.sum(parts * weights[:, :, None], axis=1).astype(x.dtype) + self.out_bias[...][None, :]
-        return out.reshape(b, t, d)
+        return out.reshape(b, t, d), new
 
 
-def _rotated(x: Float[Array, "B T N hd"], context: AttentionContext) -> Float[Array, "B T N hd"]:
+def _rotate(x: Float[Array, "B T N hd"], context: AttentionContext) -> Float[Array, "B T N hd"]:
     return x if context.cos is None or context.sin is None else rotate(x, context.cos, context.sin)

@@ -115,9 +115,9 @@ class Attention(nnx.Module):
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
         """Keys (normed and rotated) and values of new tokens."""
-        return self.placed_kv(x, self.kv(x), context)
+        return self.place_kv(x, self.kv(x), context)
 
-    def placed_kv(
+    def place_kv(
         self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
     ) -> KeyValue:
         """Keys (normed and rotated) and values from the raw output `kv` of their projection."""
@@ -126,49 +126,32 @@ class Attention(nnx.Module):
             values = values + self.value_bias[...][None, None]
         if self.value_norm is not None:
             values = self.value_norm(values)
-        values = self._clipped(values)
+        values = self._clip(values)
         values = values if self.value_scale == 1.0 else values * jnp.asarray(self.value_scale, values.dtype)
         if self.rotates_values:
-            values = self._rotated(values, context)
-        return KeyValue(self._placed(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
+            values = self._rotate(values, context)
+        return KeyValue(self._place(keys, self.k_norm, context).swapaxes(1, 2), values.swapaxes(1, 2))
 
     def __call__(
         self, x: Float[Array, "B T D"], context: AttentionContext, cached: CachedRows | None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new keys and values."""
         q, kv = together(x, [self.q, self.kv])
-        new = self.placed_kv(x, kv, context)
-        return self._attended(x, q, new, context, cached), new
-
-    def read(
-        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
-    ) -> Float[Array, "B T D"]:
-        """Attends from tokens to `new` and `cached` keys; the context says which of them each token sees."""
-        return self._attended(x, self.q(x), new, context, cached)
-
-    def _attended(
-        self,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H hd"],
-        new: KeyValue,
-        context: AttentionContext,
-        cached: CachedRows | None,
-    ) -> Float[Array, "B T D"]:
-        """`read`, for queries that are already projected."""
-        q = self._placed(q, self.q_norm, context)
+        new = self.place_kv(x, kv, context)
+        q = self._place(q, self.q_norm, context)
         if context.query_scale is not None:
             q = (q.astype(jnp.float32) * context.query_scale[:, :, None, None]).astype(q.dtype)
-        mixed = self._mixed(q, spans_of(new, cached, context))
+        mixed = self._mix(q, spans_of(new, cached, context))
         if self.gate is not None:
-            mixed = mixed * self._opened(self.gate(x))
-        return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed))
+            mixed = mixed * self._gate_factor(self.gate(x))
+        return self.out(mixed if self.sub_norm is None else self.sub_norm(mixed)), new
 
-    def _opened(self, gate: Float[Array, "B T H hg"]) -> Float[Array, "B T H hg"]:
+    def _gate_factor(self, gate: Float[Array, "B T H hg"]) -> Float[Array, "B T H hg"]:
         """The gate's factor for each head or channel."""
         gate = gate if self.gate_bias is None else gate + self.gate_bias[...][None, None]
         return jax.nn.sigmoid(gate) if self.gate_activation == "sigmoid" else jax.nn.softplus(gate)
 
-    def _mixed(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
+    def _mix(self, q: Float[Array, "B T H hd"], spans: Spans) -> Float[Array, "B T H hd"]:
         """Weighted sum of the values, for each head."""
         kv = self.kv.outputs[0]
         grouped = q.reshape(*q.shape[:2], kv, q.shape[2] // kv, q.shape[3])
@@ -180,19 +163,19 @@ class Attention(nnx.Module):
         """Hook for subclasses: transforms stored keys, values and masks before attention reads them."""
         return rows, span
 
-    def _placed(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
+    def _place(self, x: Array, norm: Norm | None, context: AttentionContext) -> Array:
         """Queries or keys [B, T, N, hd], normed and rotated in the architecture's order."""
         if norm is not None and not self.norm_after_rope:
             x = norm(x)
-        x = self._rotated(self._clipped(x), context)
+        x = self._rotate(self._clip(x), context)
         return norm(x) if norm is not None and self.norm_after_rope else x
 
-    def _rotated(self, x: Array, context: AttentionContext) -> Array:
+    def _rotate(self, x: Array, context: AttentionContext) -> Array:
         if context.cos is None or context.sin is None:
             return x
         return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
 
-    def _clipped(self, x: Array) -> Array:
+    def _clip(self, x: Array) -> Array:
         return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
 
 

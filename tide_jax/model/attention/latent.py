@@ -17,7 +17,7 @@ from tide_jax.model.attention.span import CachedRows, KeyValue, attend
 from tide_jax.model.norms import Norm
 from tide_jax.model.ops import Dense, einsum, integer_sums
 from tide_jax.model.rotary import rotate
-from tide_jax.model.rounding import scaled
+from tide_jax.model.rounding import apply_scale
 
 
 class LatentAttention(nnx.Module):
@@ -48,7 +48,7 @@ class LatentAttention(nnx.Module):
         """Normed latent vectors and rotated shared keys of new tokens, as the keys of one head."""
         down = self.kv_down(x)
         vector = self.kv_norm(down[..., : self.latent.kv_rank]) * self.latent.kv_scale
-        shared = self._rotated(down[..., None, self.latent.kv_rank :], context)
+        shared = self._rotate(down[..., None, self.latent.kv_rank :], context)
         keys = jnp.concatenate([vector, shared[:, :, 0]], axis=-1)[:, None]
         return KeyValue(keys, keys[..., :0])
 
@@ -57,12 +57,6 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attends from new tokens to `cached` and to themselves; returns the output and the new cache entries."""
         new = self.project_kv(x, context)
-        return self.read(x, new, context, cached), new
-
-    def read(
-        self, x: Float[Array, "B T D"], new: KeyValue, context: AttentionContext, cached: CachedRows | None
-    ) -> Float[Array, "B T D"]:
-        """Same as `Attention.read`."""
         # Values are the leading channels of the keys. Mixing whole keys and slicing the result avoids copying the
         # cache.
         mixed = attend(
@@ -71,17 +65,17 @@ class LatentAttention(nnx.Module):
             scale=self.scale,
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
-        return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up))
+        return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up)), new
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
         """Queries in the space of latent vectors: ``W_k^T q``, concatenated with the rotated part."""
         if self.q_down is not None and self.q_norm is not None:
             x = self.q_norm(self.q_down(x)) * self.latent.q_scale
         q = self.q(x)
-        nope = _absorbed(q[..., : self.latent.nope_dim], self.k_up)
-        return jnp.concatenate([nope, self._rotated(q[..., self.latent.nope_dim :], context)], axis=-1)
+        nope = _absorb(q[..., : self.latent.nope_dim], self.k_up)
+        return jnp.concatenate([nope, self._rotate(q[..., self.latent.nope_dim :], context)], axis=-1)
 
-    def _rotated(self, x: Array, context: AttentionContext) -> Array:
+    def _rotate(self, x: Array, context: AttentionContext) -> Array:
         if context.cos is None or context.sin is None:
             return x
         return rotate(x, context.cos, context.sin, interleaved=self.interleaved)
@@ -92,18 +86,18 @@ def _values(mixed: Float[Array, "B T H R"], up: Dense) -> Float[Array, "B T H V"
     spec = "bthr,hvr->bthv"
     if up.scale is None:
         return einsum(spec, mixed, up.weights(mixed.dtype))
-    return scaled(integer_sums(spec, mixed, up.kernel[...]), up.scale[...][None, None], mixed.dtype)
+    return apply_scale(integer_sums(spec, mixed, up.kernel[...]), up.scale[...][None, None], mixed.dtype)
 
 
-def _absorbed(q: Float[Array, "B T H N"], up: Dense) -> Float[Array, "B T H R"]:
+def _absorb(q: Float[Array, "B T H N"], up: Dense) -> Float[Array, "B T H R"]:
     """``W^T q`` of each head. It sums over the outputs of the map, so the outputs' scales multiply the query."""
     spec = "bthn,hnr->bthr"
     if up.scale is None:
         return einsum(spec, q, up.weights(q.dtype))
     scale = up.scale[...][None, None]
     largest = jnp.max(scale, axis=-1, keepdims=True)  # factored out to keep the queries within float16's range
-    q = scaled(q.astype(jnp.float32), scale / largest, q.dtype)
-    return scaled(integer_sums(spec, q, up.kernel[...]), largest, q.dtype)
+    q = apply_scale(q.astype(jnp.float32), scale / largest, q.dtype)
+    return apply_scale(integer_sums(spec, q, up.kernel[...]), largest, q.dtype)
 
 
 def _bottleneck_norm(latent: LatentConfig, size: int, dtype: jnp.dtype) -> Norm:

@@ -26,11 +26,11 @@ class ShapedAttention(Attention):
         self.shape = (kv, hd)
         self.padding = ((0, 0), (0, heads - kv), (0, 0), (0, channels - hd))
 
-    def placed_kv(
+    def place_kv(
         self, x: Float[Array, "B T D"], kv: Float[Array, "B T KV P hd"], context: AttentionContext
     ) -> KeyValue:
-        """Same as `Attention.placed_kv`, padded with zeros."""
-        return KeyValue(*(jnp.pad(rows, self.padding) for rows in super().placed_kv(x, kv, context)))
+        """Same as `Attention.place_kv`, padded with zeros."""
+        return KeyValue(*(jnp.pad(rows, self.padding) for rows in super().place_kv(x, kv, context)))
 
     def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
         kv, hd = self.shape

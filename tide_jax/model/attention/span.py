@@ -109,7 +109,7 @@ def attend(
     def part(rows: KeyValue, span: Span) -> Part:
         return _part(by_head, *adapt(rows, span), scale, softcap)
 
-    parts = [part(rows, s) if isinstance(rows, KeyValue) else _cached(part, rows, s) for rows, s in spans]
+    parts = [part(rows, s) if isinstance(rows, KeyValue) else _attend_cached(part, rows, s) for rows, s in spans]
     if sinks is not None:
         # A sink is one more key: it adds weight to the softmax's denominator and nothing to the sum.
         peak = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1), parts[0].peak.shape)
@@ -117,7 +117,7 @@ def attend(
     # Merge the parts' softmaxes, then divide once.
     whole = parts[0]
     for other in parts[1:]:
-        whole = _merged(whole, other)
+        whole = _merge(whole, other)
     return jnp.transpose(whole.mixed / whole.total[..., None], (0, 3, 1, 2, 4)).astype(q.dtype)
 
 
@@ -154,14 +154,14 @@ def _by_token(q: Float[Array, "B KV G T hk"], keys: Float[Array, "B KV S hk"]) -
     return einsum("btkgd,bksd->bkgts", jnp.transpose(q, (0, 3, 1, 2, 4)), keys)
 
 
-def _merged(a: Part, b: Part) -> Part:
+def _merge(a: Part, b: Part) -> Part:
     peak = jnp.maximum(a.peak, b.peak)
     first, second = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
     mixed = a.mixed * first[..., None] + b.mixed * second[..., None]
     return Part(peak, a.total * first + b.total * second, mixed)
 
 
-def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span) -> Part:
+def _attend_cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span) -> Part:
     size = rows.keys.shape[2]
 
     def at_once() -> Part:
@@ -181,7 +181,7 @@ def _cached(part: Callable[[KeyValue, Span], Part], rows: CachedRows, span: Span
 
         def more(carry: tuple[Int[Array, ""], Part]) -> tuple[Int[Array, ""], Part]:
             number, sofar = carry
-            return number + 1, _merged(sofar, block(number))
+            return number + 1, _merge(sofar, block(number))
 
         return lax.while_loop(lambda c: c[0] * BLOCK < rows.filled, more, (jnp.int32(0), nothing))[1]
 

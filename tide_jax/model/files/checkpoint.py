@@ -19,9 +19,9 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder, StoredParameter, stored_parameters
 from tide_jax.model.files.converted_files import ConvertedFiles
 from tide_jax.model.files.model_directory import model_directory, model_version
-from tide_jax.model.fingerprints import digest, sampled_places
-from tide_jax.model.rounding import WEIGHTS, checked_weights, precision
-from tide_jax.model.sharding import checked_mesh, fetch
+from tide_jax.model.fingerprints import digest, sample_places
+from tide_jax.model.rounding import WEIGHTS, check_weights, precision
+from tide_jax.model.sharding import check_mesh, fetch
 from tide_jax.tokenizer.files import tokenizer_in
 
 FORMAT = 3
@@ -68,7 +68,7 @@ def load(
     """
     path_like("source", source)
     dtype = _default_dtype() if dtype is None else parse_dtype(dtype)
-    weights, mesh = checked_weights(weights), None if mesh is None else checked_mesh(mesh)
+    weights, mesh = check_weights(weights), None if mesh is None else check_mesh(mesh)
     if not _is_converted(source, revision):
         options = {"mesh": mesh, "revision": revision, "weights": weights}
         given = {name: value for name, value in options.items() if value is not None}
@@ -141,7 +141,7 @@ def fingerprint(model: Decoder) -> str:
     return digest(model.config, {parameter.path: _sample(parameter) for parameter in stored_parameters(model)})
 
 
-def stored_as(source: str | Path) -> str | None:
+def stored_precision(source: str | Path) -> str | None:
     """Precision of a converted directory, as `Decoder.precision`; None for other sources.
 
     Raises:
@@ -213,7 +213,7 @@ def _opener(name: str) -> Callable[..., Any]:
 def _sample(parameter: StoredParameter) -> np.ndarray:
     """Evenly spaced elements of a parameter's known shape, read from where they are stored."""
     kernel = parameter.value
-    stored = sampled_places(kernel.shape, parameter.input_axes)
+    stored = sample_places(kernel.shape, parameter.input_axes)
     in_host_memory = kernel.is_fully_addressable and all(device.platform == "cpu" for device in kernel.devices())
     # On a CPU numpy reads the array in place, which avoids dispatching hundreds of gathers.
     return np.asarray(kernel)[stored] if in_host_memory else np.asarray(fetch(kernel[stored]))

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, rounded_axes
-from tide_jax.model.files.shards import ShardedTensors, TensorInfo, checked_cast
+from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, summed_axes
+from tide_jax.model.files.shards import ShardedTensors, TensorInfo, cast_in_range
 from tide_jax.model.rounding import Weights, check_scales, kept_as_floats, scale_path
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ConvertedFiles:
     def __init__(self, directory: Path, config: DecoderConfig, stored: jnp.dtype, held: Weights) -> None:
         self._directory, self._config, self._stored, self._held = directory, config, stored, held
         self._tensors = ShardedTensors(directory)
-        self._axes = rounded_axes(config) if held == "int8" else {}
+        self._axes = summed_axes(config) if held == "int8" else {}
         self._scales = {scale_path(path) for path in self._axes}
         check_types(directory, self._tensors.infos, self._axes)
 
@@ -60,7 +60,7 @@ class ConvertedFiles:
         rounding = weights == "int8" and self._held == "float"
         if rounding:
             log_kept(self._config)
-        tensors = self._for_rounding(dtype) if rounding else self._as_stored(dtype, mesh)
+        tensors = self._for_rounding(dtype) if rounding else self._cast_floats(dtype, mesh)
         try:
             kind = self._held if weights is None else weights
             return from_parameters(self._config, tensors, dtype=dtype, mesh=mesh, stored=True, weights=kind)
@@ -69,7 +69,7 @@ class ConvertedFiles:
                 raise
             raise TideError(f"{self._directory}: {error}; convert the checkpoint again") from error
 
-    def _as_stored(self, dtype: jnp.dtype, mesh: Mesh | None) -> Iterator[tuple[str, np.ndarray]]:
+    def _cast_floats(self, dtype: jnp.dtype, mesh: Mesh | None) -> Iterator[tuple[str, np.ndarray]]:
         """Floats cast to `dtype`; integers and their scales unchanged.
 
         A device that uses the host's memory computes on mapped files. Other devices receive one tensor at a time.
@@ -83,14 +83,14 @@ class ConvertedFiles:
                 yield name, check_scales(name, scale, str(self._directory))
             else:
                 read = self._tensors.map if in_place and dtype == self._stored else self._tensors.read
-                yield name, checked_cast(read(name), dtype, name)
+                yield name, cast_in_range(read(name), dtype, name)
 
     def _for_rounding(self, dtype: jnp.dtype) -> Iterator[tuple[str, np.ndarray]]:
         """Tensors that will be rounded in their stored dtype, the others in `dtype`; all finite."""
-        axes = rounded_axes(self._config)
+        axes = summed_axes(self._config)
         for name in self._tensors.infos:
             tensor = self._tensors.read(name)
-            yield name, checked_cast(tensor, tensor.dtype if name in axes else dtype, name)
+            yield name, cast_in_range(tensor, tensor.dtype if name in axes else dtype, name)
 
 
 def check_types(directory: Path, infos: Mapping[str, TensorInfo], axes: Mapping[str, tuple[int, ...]]) -> None:
@@ -106,5 +106,5 @@ def check_types(directory: Path, infos: Mapping[str, TensorInfo], axes: Mapping[
 
 def log_kept(config: DecoderConfig) -> None:
     """Logs which matrices stay floats when the others are rounded."""
-    left = kept_as_floats(abstract_parameters(config), rounded_axes(config))
+    left = kept_as_floats(abstract_parameters(config), summed_axes(config))
     logger.info("weights='int8' leaves as floats, beside norms and biases: %s", ", ".join(left) or "nothing")

@@ -118,13 +118,13 @@ class ShardedTensors:
         Raises:
           TideError: same as `read`.
         """
-        return self._mapped(name, self._float_dtype(name))
+        return self._map_as(name, self._float_dtype(name))
 
     def map_stored(self, name: str) -> np.ndarray:
         """Same as `map`, for any dtype in `STORED_DTYPES`."""
-        return self._mapped(name, self._stored_dtype(name))
+        return self._map_as(name, self._stored_dtype(name))
 
-    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+    def _map_as(self, name: str, dtype: np.dtype) -> np.ndarray:
         info, location = self.infos[name], self._locations[name]
         try:
             if location.file not in self._maps:
@@ -273,7 +273,7 @@ def _unreadable(name: str, file: Path, error: BaseException) -> str:
     return f"{name} cannot be read from {file} ({first_line(error)}): {AGAIN}"
 
 
-def checked_cast(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
+def cast_in_range(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
     """`array` in `dtype`.
 
     Raises:
