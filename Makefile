@@ -82,7 +82,6 @@ verify-gpu: .venv/gpu
 	$(BIN)/python scripts/verify_gpu.py --out scripts/results/gpu.json --model .demo/smollm2 \
 		$(if $(ROUTERS),--routers $(ROUTERS))
 	$(BIN)/python -m scripts.readme.tables
-	-$(BIN)/python -m scripts.plots.gpu scripts/results/gpu.json docs/gpu_gain.svg
 
 .venv/demo: pyproject.toml | .venv/made
 	$(BIN)/pip install --quiet -e ".[demo]"
@@ -95,7 +94,7 @@ verify-gpu: .venv/gpu
 	touch $@
 
 .venv/gpu: pyproject.toml | .venv/made
-	$(BIN)/pip install --quiet -e ".[cuda13,plot]"
+	$(BIN)/pip install --quiet -e ".[cuda13]"
 	touch $@
 
 .venv/lint: pyproject.toml | .venv/made

@@ -1,4 +1,4 @@
-"""Compares the time of calibration with a bare forward pass over the same tokens; estimates an 8B model on an H100.
+"""Compares the time of calibration with a bare forward pass over the same tokens.
 
   python -m scripts.bench.calibrate MODEL --text texts.txt --out scripts/results/calibrate.json
 
@@ -7,9 +7,6 @@ texts to trained routers, compilation included. Then it runs a jitted forward pa
 with every token's logits and their argmax, in batches of the same texts and widths. Results are in seconds of wall
 clock and of processor time (over all cores); if other programs run, processor time is more reliable. A stage's time
 runs from the last report of the previous stage to its own last report.
-
-The estimate counts operations and bytes for given token counts, and prints its assumptions about the machine. The paper
-reports under three minutes (TIDE, 2026).
 """
 
 from __future__ import annotations
@@ -37,13 +34,10 @@ import tide_jax
 from scripts.reporting import machine
 from tide_jax.calibration.collect import Sample, tokenise
 from tide_jax.calibration.data_parallel import Placement
-from tide_jax.calibration.estimate import eight_billion, estimate_calibration
 from tide_jax.calibration.reading_plan import padded
 from tide_jax.cli.progress import progress_bars
 from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
-
-PAPER_SECONDS = 180
 
 
 def main() -> None:
@@ -75,7 +69,6 @@ def main() -> None:
         routers.save(args.save)
     calibrated = peak_memory()
     bare = time_forward(model, batches)
-    estimate = estimate_calibration(eight_billion(), config, texts=len(samples), tokens=tokens, padding=run / tokens)
     report = {
         "model": {
             "layers": model.config.num_layers,
@@ -87,7 +80,6 @@ def main() -> None:
         "calibration": calibration,
         "ratio": {name: calibration["total"][name] / getattr(bare, name) for name in Clock._fields},
         "peak_memory": {"loaded": loaded, "calibrated": calibrated, "with_forward": peak_memory()},
-        "estimate_8b_h100": estimate | {"paper_seconds": PAPER_SECONDS},
         "machine": machine("jaxlib", "optax"),
     }
     show(report)
@@ -186,17 +178,6 @@ def show(report: dict[str, Any]) -> None:
         f"calibration takes {ratio['seconds']:.2f} x the forward pass ({ratio['cpu_seconds']:.2f} x its CPU time); "
         f"memory rises from {memory['loaded']['process'] / 1e6:.0f} to {memory['calibrated']['process'] / 1e6:.0f} MB"
     )
-    estimate = report["estimate_8b_h100"]
-    table = Table(title="estimate: 8B model on an H100")
-    names = ("tflop", "tflop_float32", "gigabytes_moved", "seconds")
-    rows = [(stage["stage"], stage) for stage in estimate["stages"]]
-    fill(table, ("stage", "TFLOP", "float32", "GB moved", "seconds"), rows, lambda r: [f"{r[n]:.1f}" for n in names])
-    console.print(table)
-    console.print(
-        f"{estimate['seconds']:.0f} s in all; the paper reports under {estimate['paper_seconds']} s. Assumed:"
-    )
-    for name, value in estimate["assumptions"].items():
-        console.print(f"  {name}: {value}", highlight=False)
 
 
 def fill(table: Table, header: tuple[str, ...], rows: list[Any], cells: Callable[[Any], list[str]]) -> None:

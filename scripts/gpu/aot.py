@@ -25,8 +25,8 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 import pallas_kernels.selection
 from scripts.gpu.compiled_program import LargeResult, float_copies, large_results
+from scripts.gpu.model import eight_billion
 from scripts.reporting import save
-from tide_jax.calibration.estimate import eight_billion
 from tide_jax.exits.exits import Exits
 from tide_jax.functional import Decoder, DecoderConfig, decode_step, init_cache
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig

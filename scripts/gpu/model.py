@@ -18,7 +18,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tide_jax.calibration.estimate import eight_billion
 from tide_jax.config import exit_point_layers
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Router, Routers
@@ -28,6 +27,23 @@ from tide_jax.testing import tiny_config
 
 _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
 """Length of a kind's direction, and how much of it a router must see, in units of the root of D."""
+
+
+def eight_billion() -> DecoderConfig:
+    """Configuration of a typical model with 8 billion parameters (the shape of Llama 3.1)."""
+    return DecoderConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        max_positions=131072,
+        attention_types=(AttentionType(scale=128**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=128)),),
+        attention_pattern=(0,) * 32,
+    )
 
 
 def config_8b() -> DecoderConfig:

@@ -176,14 +176,10 @@ def calibrate_line() -> str:
         return _NOT_MEASURED
     report = json.loads(path.read_text())
     text, total, bare = report["text"], report["calibration"]["total"], report["forward"]
-    estimate = report["estimate_8b_h100"]
-    assumed = estimate["assumptions"]["accelerator"]
     return (
         f"{where(report['machine'])}; {text['texts']} texts, {text['tokens']} tokens: calibration takes "
         f"{total['seconds']:.0f} s, a bare forward pass over the same tokens {bare['seconds']:.0f} s "
-        f"({report['ratio']['seconds']:.2f} x; {report['ratio']['cpu_seconds']:.2f} x in processor time). "
-        f"Estimated, not measured: {estimate['seconds']:.0f} s for an 8B model on one {assumed['name']}, if it reaches "
-        f"{assumed['utilisation']:.0%} of its peak, compilation and loading left out."
+        f"({report['ratio']['seconds']:.2f} x; {report['ratio']['cpu_seconds']:.2f} x in processor time)."
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,6 @@ from scripts.gpu import targets as gpu_targets
 from scripts.gpu import timing as gpu_timing
 from scripts.gpu.kernel_hash import kernel_hash
 from scripts.gpu.table import gpu_table
-from scripts.plots import gpu as plot_gpu
 from tide_jax.exits.depth import run_depth
 from tide_jax.functional import decode_step
 from tide_jax.testing import random_routers, tiny_config, tiny_decoder
@@ -424,16 +422,6 @@ def test_what_is_proven_is_written_for_these_sources(tmp_path: Path, monkeypatch
     assert written["operations"] == gpu_report.proven(proving())
     with pytest.raises(gpu_report.Refused, match="takes a GPU"):
         gpu_report.prove(on_gpu(**proving(), platform="cpu"), print)
-
-
-def test_the_picture_needs_a_gpus_results(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = list[Any]()
-    monkeypatch.setattr(plot_gpu, "draw", lambda report, path: drawn.append(path))
-    for made, code in ((report, 1), (on_gpu(), 0)):
-        source = write(tmp_path / "gpu.json", made)
-        monkeypatch.setattr(sys, "argv", ["plot_gpu.py", str(source), str(tmp_path / "gain.svg")])
-        assert plot_gpu.main() == code
-    assert drawn == [tmp_path / "gain.svg"]
 
 
 def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
