@@ -15,9 +15,28 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cp
 
 import jax
 import pytest
-import tiny_llama
+from jaxtyping import install_import_hook
 
-from tide_jax.generation.programs import short_of_mappings
+CHECKED = (
+    "tide_jax.exits.depth",
+    "tide_jax.exits.queue",
+    "tide_jax.generation.generate",
+    "tide_jax.generation.logit_rules",
+    "tide_jax.generation.outputs",
+    "tide_jax.generation.sampling",
+    "tide_jax.lossless",
+    "tide_jax.model.cache",
+    "tide_jax.model.decoder",
+)
+"""Modules behind `tide_jax.functional`: every call in the tests checks shapes, dtypes and types against signatures.
+
+Not `exits.exits` and `exits.router`, because JAX builds these pytrees with leaves that are no arrays. `TIDE` and its
+like refuse wrong types themselves; tests/test_public_face.py checks their signatures with right ones."""
+install_import_hook(CHECKED, "beartype.beartype")
+
+import tiny_llama  # noqa: E402
+
+from tide_jax.generation.programs import short_of_mappings  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

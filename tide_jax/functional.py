@@ -43,7 +43,7 @@ Lossless: the tokens of full depth, with drafts from the text verified several i
 
 from tide_jax.exits.depth import DepthOutput, run_depth
 from tide_jax.exits.exits import Exits
-from tide_jax.exits.queue import init_cache
+from tide_jax.exits.queue import QueuedCache, init_cache
 from tide_jax.exits.router import Router, Routers
 from tide_jax.generation.generate import (
     Generated,
@@ -74,6 +74,7 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.generation_settings import GenerationSettings
 
 __all__ = [
     "Decoder",
@@ -84,6 +85,7 @@ __all__ = [
     "Drafts",
     "Exits",
     "Generated",
+    "GenerationSettings",
     "GenerationState",
     "KVCache",
     "KeyValue",
@@ -92,6 +94,7 @@ __all__ = [
     "LosslessState",
     "PassCosts",
     "Prompt",
+    "QueuedCache",
     "Request",
     "Router",
     "Routers",
