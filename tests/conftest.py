@@ -26,7 +26,6 @@ CHECKED = (
     "tide_jax.generation.sampling",
     "tide_jax.lossless",
     "tide_jax.model.cache",
-    "tide_jax.model.decoder",
 )
 """Modules behind `tide_jax.functional`: every call in the tests checks shapes, dtypes and types against signatures.
 
