@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from tide_jax.calibration.estimate import eight_billion
+from tide_jax.calibration.estimate import eight_billion_config
 from tide_jax.config import exit_point_layers
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Router, Routers
@@ -32,7 +32,7 @@ _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
 
 def config_8b() -> DecoderConfig:
     """The shape of Llama 3 8B with a separate output head, which steering must not affect."""
-    return dataclasses.replace(eight_billion(), tie_embeddings=False, norm_eps=1e-5)
+    return dataclasses.replace(eight_billion_config(), tie_embeddings=False, norm_eps=1e-5)
 
 
 def config_tiny() -> DecoderConfig:

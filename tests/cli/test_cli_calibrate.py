@@ -222,7 +222,7 @@ def test_a_work_folder_is_gone_on_in(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model read the text again")
 
-    monkeypatch.setattr("tide_jax.calibration.collect._run", never)
+    monkeypatch.setattr("tide_jax.calibration.collect._compiled_states", never)
     printed(capsys, *command)
     again = load_file(output)
     assert all(np.array_equal(again[name], tensor) for name, tensor in first.items())

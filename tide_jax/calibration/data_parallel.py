@@ -23,7 +23,7 @@ class Placement(NamedTuple):
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, mesh: Mesh | None) -> Placement:
+    def for_mesh(cls, mesh: Mesh | None) -> Placement:
         """Checks the mesh. Raises TideError if it has no axis "data"."""
         if mesh is None:
             return cls()
@@ -50,15 +50,15 @@ class Placement(NamedTuple):
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
         return 8 if platform == "cpu" else 4
 
-    def replicated(self, tree: T) -> T:
+    def replicate(self, tree: T) -> T:
         """Copies a pytree to every device."""
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def model(self, model: T) -> T:
+    def place_model(self, model: T) -> T:
         """Places a model: split if the mesh has an axis "model" (see `tide_jax.shard`), otherwise on every device."""
-        return self.replicated(model) if self.mesh is None or MODEL not in self.mesh.shape else shard(model, self.mesh)
+        return self.replicate(model) if self.mesh is None or MODEL not in self.mesh.shape else shard(model, self.mesh)
 
-    def split(self, array: np.ndarray) -> Array:
+    def split_rows(self, array: np.ndarray) -> Array:
         """Splits the first axis of an array over the devices."""
         if self.mesh is None:
             return jnp.asarray(array)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.calibration.collect import Sample
-from tide_jax.calibration.reading_plan import padded
+from tide_jax.calibration.reading_plan import pad_texts
 from tide_jax.engine import TIDE
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import Batch
@@ -137,7 +137,7 @@ class TextReader:
 
 def pack(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
     """Pads texts to a full batch, in one of a few widths, since each width is a compilation."""
-    return Batch(*map(jnp.asarray, padded(samples, batch_size, max_length, widths=_WIDTHS)))
+    return Batch(*map(jnp.asarray, pad_texts(samples, batch_size, max_length, widths=_WIDTHS)))
 
 
 @jax.jit
