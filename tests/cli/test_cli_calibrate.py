@@ -112,7 +112,7 @@ def test_the_stored_promise_is_used_and_dropped_with_other_settings(
     for options, said in (
         ((), "at most 30.00% of a text's tokens differ"),
         (("--exit-threshold", 0.25), "nothing promised: the router file's promise is for other settings"),
-        (("--dtype", "bfloat16"), "nothing promised: that was for float32, this is bfloat16"),
+        (("--dtype", "bfloat16"), "nothing promised: the promise holds for float32, this model runs in bfloat16"),
     ):
         assert run(*generate, *options) == 0
         assert said in capsys.readouterr().err
@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few texts": ((*CALIBRATE, "--risk", "0.01"), "200 different texts are too few: --risk 0.01 with --delta 0.05"),
     "too few set aside": (
         (*CALIBRATE, *PROMISE, "--guarantee-texts", "6"),
-        "--guarantee-texts 6 are too few: --risk 0.3 with --delta 0.1 takes at least 7",
+        "--guarantee-texts 6 is too few: --risk 0.3 with --delta 0.1 needs at least 7",
     ),
     "all set aside": ((*CALIBRATE, *PROMISE, "--guarantee-texts", "200"), "sets 200 aside"),
     "too little text of its own": (
@@ -324,7 +324,7 @@ def samples(*lengths: int) -> list[Sample]:
     ],
 )
 def test_how_many_are_set_aside(promise: Promise, total: int, count: int) -> None:
-    assert promise.count(total) == count
+    assert promise.text_count(total) == count
 
 
 def test_texts_with_nothing_to_test_are_left_to_the_routers() -> None:

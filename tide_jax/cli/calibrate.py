@@ -100,7 +100,7 @@ def _add_promise(group: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     import tide_jax
-    from tide_jax.risk.promise import refusal, with_guarantee
+    from tide_jax.risk.promise import certify_routers, no_guarantee_reason
 
     # Check everything that can fail early before the model is loaded.
     config, promise, mesh = _config(args), _promise(args), _mesh(args.devices)
@@ -115,12 +115,12 @@ def _run(args: argparse.Namespace) -> int:
         routers.save(args.output)
         if promise is not None:  # tests the routers as stored; an interrupt here keeps the file written above
             routers = tide_jax.Routers.load(args.output, model=model)
-            routers = with_guarantee(model, routers, aside, promise, config, progress=progress)
+            routers = certify_routers(model, routers, aside, promise, config, progress=progress)
             routers.save(args.output)
     size = args.output.stat().st_size
     facts = {"output": str(args.output), "bytes": size} | routers.metadata.to_dict()
     show(args, facts, _summary(args, routers, model.config.num_layers, size))
-    if reason := refusal(routers):
+    if reason := no_guarantee_reason(routers):
         note(f"nothing promised: {reason}")
         return NOTHING_PROMISED
     return 0
@@ -189,7 +189,7 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
         return lambda model, progress: split
     if promise is not None:
         # Only a check: raises if there are too few texts for the promise.
-        promise.count(config.calibration_samples)
+        promise.text_count(config.calibration_samples)
     # Only a check: raises if the chat template cannot ask a question.
     next(own_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
 

@@ -12,7 +12,7 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters, abstract_stored, rounded_axes
 from tide_jax.model.files.checkpoint import load, load_config, stored_as
 from tide_jax.model.rounding import kept_as_floats, tensor_bytes
-from tide_jax.risk.promise import refusal
+from tide_jax.risk.promise import no_guarantee_reason
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
 _LOOKED_UP = ("embed.", "positions.", "added.")  # a token reads one row of each of these tables
@@ -103,7 +103,7 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
         "data": metadata.get("data"),
         "exit_config": None if exits is None else exits.to_dict(),
         "promise": exits.guarantee.summary() if exits is not None and exits.guarantee is not None else None,
-        "no_guarantee": refusal(routers),
+        "no_guarantee": no_guarantee_reason(routers),
     }
 
 
