@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 from tide_jax import TideError
 from tide_jax.testing import ByteTokenizer, tiny_config
-from tide_jax.texts import load_texts, model_texts, own_prompts
+from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
 
 def written(path: Path, content: str | bytes) -> str:
@@ -153,10 +153,10 @@ def test_a_model_writes_its_own_text(tokenizer: ByteTokenizer) -> None:
 def test_questions_are_in_the_template_of_the_users_choice() -> None:
     tokenizer = ChatTokenizer()
     tokenizer.chat_template = {"default": "no words", "ask": "Q: {{ messages[0].content }} A:"}
-    for prompt in itertools.islice(own_prompts(tokenizer, chat_template="ask"), 5):
+    for prompt in itertools.islice(model_text_prompts(tokenizer, chat_template="ask"), 5):
         text = tokenizer.decode(prompt)
         assert re.fullmatch("Q: .{20,} A:", text)
     with pytest.raises(TideError, match="leaves out the user's words"):
-        next(own_prompts(tokenizer))
+        next(model_text_prompts(tokenizer))
     with pytest.raises(TideError, match="has no chat template"):
-        next(own_prompts(ByteTokenizer(), chat_template="ask"))
+        next(model_text_prompts(ByteTokenizer(), chat_template="ask"))

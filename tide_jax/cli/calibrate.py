@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tide_jax.cli.command_line import model_command, note, seed, show
+from tide_jax.cli.command_line import model_command, note, parse_seed, show
 from tide_jax.cli.progress import progress_bars
 from tide_jax.errors import TideError
 from tide_jax.exits.router_file import check_destination
@@ -64,13 +64,13 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--label", choices=["agreement", "cosine"], help="when an exit counts as right (agreement)")
     parser.add_argument("--min-layers", type=int, help="layers every token runs, for the report and the promise (8)")
-    parser.add_argument("--seed", type=seed, help="source of all randomness (0)")
+    parser.add_argument("--seed", type=parse_seed, help="source of all randomness (0)")
     parser.add_argument("--work-dir", type=Path, help="folder that keeps the reading pass; run again, it goes on there")
     parser.add_argument("--devices", type=int, default=1, help="devices that share the reading pass (1)")
-    _add_promise(parser.add_argument_group("a threshold with a promise, tested on texts set aside"))
+    _add_promise_options(parser.add_argument_group("a threshold with a promise, tested on texts set aside"))
 
 
-def _add_promise(group: Any) -> None:
+def _add_promise_options(group: Any) -> None:
     group.add_argument("--risk", type=float, help="mean loss of a text to promise, such as 0.02: turns the promise on")
     group.add_argument("--delta", type=float, help="probability that the promise fails (0.05)")
     group.add_argument(
@@ -103,30 +103,30 @@ def _run(args: argparse.Namespace) -> int:
     from tide_jax.risk.promise import certify_routers, no_guarantee_reason
 
     # Check everything that can fail early before the model is loaded.
-    config, promise, mesh = _config(args), _promise(args), _mesh(args.devices)
+    config, promise, mesh = _make_config(args), _make_promise(args), _make_mesh(args.devices)
     _check_writable(args.output)
     tokenizer = tide_jax.load_tokenizer(args.source)
-    read = _reader(args, tokenizer, config, promise)
+    read_texts = _make_reader(args, tokenizer, config, promise)
     model = tide_jax.load(args.source, args.dtype, weights=args.weights)
     with progress_bars() as progress:
-        texts, aside = read(model, progress)
+        texts, test_texts = read_texts(model, progress)
         options = {"source": args.text, "progress": progress, "work_dir": args.work_dir, "mesh": mesh}
         routers = tide_jax.calibrate(model, tokenizer, texts, config, **options)
         routers.save(args.output)
         if promise is not None:  # tests the routers as stored; an interrupt here keeps the file written above
             routers = tide_jax.Routers.load(args.output, model=model)
-            routers = certify_routers(model, routers, aside, promise, config, progress=progress)
+            routers = certify_routers(model, routers, test_texts, promise, config, progress=progress)
             routers.save(args.output)
     size = args.output.stat().st_size
     facts = {"output": str(args.output), "bytes": size} | routers.metadata.to_dict()
-    show(args, facts, _summary(args, routers, model.config.num_layers, size))
+    show(args, facts, _format_summary(args, routers, model.config.num_layers, size))
     if reason := no_guarantee_reason(routers):
         note(f"nothing promised: {reason}")
         return NOTHING_PROMISED
     return 0
 
 
-def _config(args: argparse.Namespace) -> CalibrationConfig:
+def _make_config(args: argparse.Namespace) -> CalibrationConfig:
     import dataclasses
 
     import tide_jax
@@ -143,11 +143,11 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     return config
 
 
-def _promise(args: argparse.Namespace) -> Promise | None:
+def _make_promise(args: argparse.Namespace) -> Promise | None:
     from tide_jax.risk.promise import Promise
 
-    dials = ("delta", "loss", "per_exit_point", "kv_strategy", "threshold_tilt", "guarantee_texts")
-    given = {name: getattr(args, name) for name in dials if getattr(args, name) is not None}
+    names = ("delta", "loss", "per_exit_point", "kv_strategy", "threshold_tilt", "guarantee_texts")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.risk is not None:
         return Promise(args.risk, **given)
     if given:
@@ -155,7 +155,7 @@ def _promise(args: argparse.Namespace) -> Promise | None:
     return None
 
 
-def _mesh(count: int) -> Mesh | None:
+def _make_mesh(count: int) -> Mesh | None:
     import jax
     import numpy as np
 
@@ -165,10 +165,12 @@ def _mesh(count: int) -> Mesh | None:
     return None if count == 1 else jax.sharding.Mesh(np.asarray(devices[:count]), ("data",))
 
 
-_Read = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample]"]]
+_ReadTexts = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample]"]]
 
 
-def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None) -> _Read:
+def _make_reader(
+    args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None
+) -> _ReadTexts:
     """A function of the model and a progress callback; it returns the texts for routers and those set aside.
 
     Checks before any model is loaded that there are enough texts, and that the chat template can ask for them.
@@ -176,7 +178,7 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
     from tide_jax.calibration.collect import tokenise
     from tide_jax.model.files.checkpoint import load_config
     from tide_jax.risk.promise import set_aside
-    from tide_jax.texts import load_texts, model_texts, own_prompts
+    from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
     if args.chat_template is not None and args.text != "self":
         raise TideError("--chat-template is how --text self asks its questions; leave it out for other texts")
@@ -191,9 +193,9 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
         # Only a check: raises if there are too few texts for the promise.
         promise.text_count(config.calibration_samples)
     # Only a check: raises if the chat template cannot ask a question.
-    next(own_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
+    next(model_text_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
 
-    def write(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
+    def write_texts(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
         texts = model_texts(
             model,
             tokenizer,
@@ -206,10 +208,10 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
         )
         return (texts, []) if promise is None else set_aside(texts, promise, seed=config.seed)
 
-    return write
+    return write_texts
 
 
-def _summary(args: argparse.Namespace, routers: Routers, num_layers: int, size: int) -> str:
+def _format_summary(args: argparse.Namespace, routers: Routers, num_layers: int, size: int) -> str:
     lines = [calibration_summary(routers, num_layers)]
     if (config := routers.exit_config) is not None and config.guarantee is not None:
         lines += ["", config.guarantee.summary()]

@@ -10,7 +10,7 @@ from tide_jax.errors import TideError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-_WHERE = ("coordinator", "processes", "process_id")
+_PROCESS_OPTIONS = ("coordinator", "processes", "process_id")
 """Options that place a process among the others."""
 
 
@@ -39,7 +39,7 @@ def open_mesh(args: argparse.Namespace) -> Mesh | None:
     Raises:
       TideError: options that do not go together, no other process found, or a mesh that cannot be built.
     """
-    given = [name for name in _WHERE if getattr(args, name) is not None]
+    given = [name for name in _PROCESS_OPTIONS if getattr(args, name) is not None]
     if given and not args.distributed:
         raise TideError(f"--{given[0].replace('_', '-')} is about several processes; it needs --distributed")
     if args.distributed:
@@ -58,7 +58,7 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
-class Silent:
+class SilentStreamer:
     """Replaces the streamer in processes that do not print."""
 
     def put(self, tokens: Any) -> None:

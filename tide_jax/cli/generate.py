@@ -7,8 +7,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from tide_jax.checks import unicode_text
-from tide_jax.cli.command_line import keep_programs, model_command, note, seed, show, show_piece
-from tide_jax.cli.devices import Silent, add_options, first_process, open_mesh
+from tide_jax.cli.command_line import cache_programs, model_command, note, parse_seed, print_piece, show
+from tide_jax.cli.devices import SilentStreamer, add_options, first_process, open_mesh
 from tide_jax.cli.text_stream import TextStream
 from tide_jax.errors import TideError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tide_jax import TIDE, DriftMonitor
 
 
-_DIALS = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy")
+_EXIT_OPTIONS = ("exit_threshold", "threshold_tilt", "min_layers", "kv_strategy")
 """Options that are fields of `tide_jax.ExitConfig`."""
 
 
@@ -82,7 +82,7 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--top-p", type=float, help="when drawing: of the likeliest P (the model's, else 1)")
     parser.add_argument("--min-p", type=float, help="when drawing: at least P as likely (the model's, else 0)")
     parser.add_argument("--repetition-penalty", type=float, help="1 for none (the model's, else 1)")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=parse_seed, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument(
         "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers; default: as MODEL is"
@@ -98,24 +98,33 @@ def _run(args: argparse.Namespace) -> int:
     from tide_jax.tokenizer.chat import prompt_ids
 
     # Check everything that can fail early before the model is loaded.
-    monitor, mesh = _checked(args), open_mesh(args)
+    monitor, mesh = _check_options(args), open_mesh(args)
     if args.as_program:
-        keep_programs()
+        cache_programs()
     tokenizer = tide_jax.load_tokenizer(args.source)
     prompts = prompt_ids(tokenizer, args.prompt, chat_template=args.chat_template, raw=args.raw)
     model = tide_jax.load(args.source, args.dtype, weights=args.weights, mesh=mesh)
-    engine, promise = _engine(args, model, mesh, audited=monitor is not None)
-    dials = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "mode")
-    options: dict[str, Any] = {name: getattr(args, name) for name in dials}
+    engine, promise = _make_engine(args, model, mesh, is_audited=monitor is not None)
+    names = (
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "mode",
+    )
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
     options |= {"key": jax.random.key(args.seed), "monitor": monitor}
     streaming = len(prompts) == 1 and not args.json and not args.no_stream
     if streaming:
-        options["streamer"] = TextStream(tokenizer, show_piece) if first_process() else Silent()
+        options["streamer"] = TextStream(tokenizer, print_piece) if first_process() else SilentStreamer()
     out = engine.generate(prompts, **options)
     if not first_process():
         return 0
     if streaming:
-        show_piece("\n")
+        print_piece("\n")
     texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(out.tokens, out.lengths, strict=True)]
     rows = [
         {"prompt": prompt, "text": text, "tokens": t[:n].tolist(), "exit_layers": e[:n].tolist()}
@@ -129,13 +138,13 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(args: argparse.Namespace) -> DriftMonitor | None:
+def _check_options(args: argparse.Namespace) -> DriftMonitor | None:
     """Checks the options before the model is loaded; returns the drift monitor for `--audit`."""
     import tide_jax
 
     if not all(args.prompt):
-        which = "the prompt" if len(args.prompt) == 1 else f"prompt {args.prompt.index('') + 1}"
-        raise TideError(f"{which} is empty; pass some text")
+        name = "the prompt" if len(args.prompt) == 1 else f"prompt {args.prompt.index('') + 1}"
+        raise TideError(f"{name} is empty; pass some text")
     if args.raw and args.chat_template is not None:
         raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
     for number, prompt in enumerate(args.prompt, 1):
@@ -144,7 +153,7 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
         raise TideError("--mode exit needs --routers; pass a file from 'tide-jax calibrate'")
     if args.rate is not None and (args.routers is None or args.mode in ("lossless", "full")):
         raise TideError("--audit compares exits with the full model; it needs --routers, and --mode exit")
-    given = {name: getattr(args, name) for name in _DIALS if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in _EXIT_OPTIONS if getattr(args, name) is not None}
     tide_jax.ExitConfig(**given)
     if args.routers is None and args.checkpoint_interval is not None:
         raise TideError("--checkpoint-interval checks a router file; it needs --routers")
@@ -153,7 +162,9 @@ def _checked(args: argparse.Namespace) -> DriftMonitor | None:
     return None if args.rate is None else tide_jax.DriftMonitor(args.rate, seed=args.seed)
 
 
-def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited: bool) -> tuple[TIDE, str | None]:
+def _make_engine(
+    args: argparse.Namespace, model: Any, mesh: Mesh | None, *, is_audited: bool
+) -> tuple[TIDE, str | None]:
     """The engine, and its promise as text; None if no token can exit."""
     import tide_jax
     from tide_jax.risk.promise import exit_settings
@@ -161,7 +172,7 @@ def _engine(args: argparse.Namespace, model: Any, mesh: Mesh | None, *, audited:
     if args.routers is None:
         return tide_jax.TIDE(model, mesh=mesh), None
     routers = tide_jax.Routers.load(args.routers, model=model, checkpoint_interval=args.checkpoint_interval)
-    config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _DIALS})
-    if audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
+    config, promise = exit_settings(model, routers, **{name: getattr(args, name) for name in _EXIT_OPTIONS})
+    if is_audited and config.guarantee is not None and config.guarantee.loss != "disagreement":
         config = dataclasses.replace(config, guarantee=None)  # a monitor only watches disagreement
     return tide_jax.TIDE(model, routers, config, mesh=mesh), promise if args.mode in (None, "exit") else None

@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Interrupts.install()
     from tide_jax.cli.command_line import execute
 
-    return execute(_parser, arguments)
+    return execute(_make_parser, arguments)
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     from importlib.metadata import entry_points
 
     from tide_jax.cli import calibrate as cli_calibrate
@@ -61,10 +61,10 @@ def _add_inspect(subparsers: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from tide_jax.cli.command_line import show
-    from tide_jax.cli.inspection import describe, describe_routers, text_table
+    from tide_jax.cli.inspection import describe_model, describe_routers, format_facts
 
-    facts = describe(args.source, interval=args.checkpoint_interval, bottleneck=args.bottleneck)
+    facts = describe_model(args.source, interval=args.checkpoint_interval, bottleneck=args.bottleneck)
     if args.routers is not None:
         facts["routers"] = describe_routers(args.routers, args.source)
-    show(args, facts, text_table(facts))
+    show(args, facts, format_facts(facts))
     return 0
