@@ -196,8 +196,8 @@ def _record_text(record: Any, field: str | None, where: str) -> str:
     usual = [name for name in _FIELDS if name in record]
     name = field or next((name for name in usual if isinstance(record[name], str)), usual[0] if usual else None)
     if name is None or name not in record:
-        wanted = f"text field {field}" if field else "text field"
-        raise TideError(f"{where} has no {wanted}; choose the field among {', '.join(map(str, record)) or 'none'}")
+        missing = f"text field {field}" if field else "text field"
+        raise TideError(f"{where} has no {missing}; choose the field among {', '.join(map(str, record)) or 'none'}")
     if not isinstance(record[name], str):
         raise TideError(
             f"{where}: the field {name} holds {type(record[name]).__name__}, not text; choose another field"

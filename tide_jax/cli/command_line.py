@@ -143,11 +143,11 @@ def _replace_damaged_programs(folder: Path) -> None:
     show = warnings.showwarning
 
     def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
-        found = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
-        if found is None:
+        match = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if match is None:
             show(message, *arguments, **options)
             return
-        for file in folder.glob(f"{found[1]}-*"):  # other programs of this name are merely compiled again
+        for file in folder.glob(f"{match[1]}-*"):  # other programs of this name are merely compiled again
             with contextlib.suppress(OSError):
                 file.unlink()
 
