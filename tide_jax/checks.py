@@ -27,7 +27,7 @@ def real_number(name: str, value: Any) -> float:
     try:
         return float(number)
     except OverflowError:
-        raise TideError(f"{name}={_show(value)} must be a number that a float holds") from None
+        raise TideError(f"{name}={_show(value)} must be a number that fits a float") from None
 
 
 def share(name: str, value: Any) -> float:
@@ -78,6 +78,6 @@ def unicode_text(what: str, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise TideError(
-            f"{what} is no valid text: its character {error.start}, {text[error.start]!a}, is not Unicode; pass UTF-8"
+            f"{what} is not valid text: its character {error.start}, {text[error.start]!a}, is not Unicode; pass UTF-8"
         ) from error
     return text

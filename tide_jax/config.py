@@ -124,10 +124,12 @@ class RiskGuarantee:
             result = cls(**values)
         except TypeError as error:
             raise TideError(
-                f"guarantee not understood ({error}); it was written by another version of tide_jax: measure it again"
+                f"the guarantee can't be read ({error}): another version of tide_jax wrote it; measure it again"
             ) from error
         if result.p_value > result.delta:
-            raise TideError(f"p_value={result.p_value!r} exceeds delta={result.delta!r}: that promises nothing")
+            raise TideError(
+                f"p_value={result.p_value!r} exceeds delta={result.delta!r}, so the guarantee is void; measure it again"
+            )
         return result
 
 
@@ -169,7 +171,9 @@ class ExitConfig:
             object.__setattr__(self, "exit_threshold", share("exit_threshold", self.exit_threshold))
         object.__setattr__(self, "threshold_tilt", share("threshold_tilt", self.threshold_tilt))
         if self.threshold_tilt and isinstance(self.exit_threshold, tuple):
-            raise TideError("threshold_tilt tilts one exit_threshold; pass one, or a tuple and threshold_tilt=0")
+            raise TideError(
+                "threshold_tilt needs a single exit_threshold; pass one number, or several with threshold_tilt=0"
+            )
         object.__setattr__(self, "min_layers", whole_number("min_layers", self.min_layers))
         if not isinstance(self.prefill_exits, bool):
             raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
@@ -198,7 +202,9 @@ class ExitConfig:
           TideError: unknown fields, or invalid values.
         """
         if not isinstance(values, dict):
-            raise TideError(f"exit settings {values!r} are no table of fields; calibrate again")
+            raise TideError(
+                f"the exit settings are {str(values)[:60]!r}, expected an object with fields; calibrate again"
+            )
         values = dict(values)
         if values.get("guarantee") is not None:
             values["guarantee"] = RiskGuarantee.from_dict(values["guarantee"])
@@ -206,7 +212,7 @@ class ExitConfig:
             return cls(**values)
         except TypeError as error:
             raise TideError(
-                f"exit settings not understood ({error}); another version of tide_jax wrote them"
+                f"the exit settings can't be read ({error}): another version of tide_jax wrote them; calibrate again"
             ) from error
 
 

@@ -54,7 +54,7 @@ def out_of_memory(error: BaseException) -> TideError | None:
         return None
     reason = shorten(error) or "no more to allocate"
     return TideError(
-        f"out of memory ({reason}): take fewer or shorter rows at once, fewer new tokens, a dtype of fewer bits, or a "
+        f"out of memory ({reason}): use fewer or shorter rows at once, fewer new tokens, a smaller dtype, or a "
         "machine with more memory"
     )
 

@@ -26,7 +26,7 @@ STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate
 _SHORT_FORMS = {
     "Value error, ": "",
     "Input should": "should",
-    "Unexpected keyword argument": "is no known field",
+    "Unexpected keyword argument": "is not a known field",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
     "be a valid": "be a",

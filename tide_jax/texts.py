@@ -101,7 +101,7 @@ def model_texts(
         batch += batch[:1] * (batch_size - count_in_batch)  # pads the last batch, so that all have one compiled shape
         max_new_tokens = max_length - max(len(p) for p in batch)
         if max_new_tokens < 1:
-            raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
+            raise TideError(f"max_length={max_length} leaves no room after the prompts; raise it")
         out = engine.generate(
             batch,
             max_new_tokens=max_new_tokens,
@@ -135,9 +135,9 @@ def model_text_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | No
 def _read_file(path: Path, field: str | None) -> Iterator[str]:
     readers = {".txt": _read_lines, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise TideError(f"{path} is no text source: expected .txt, .jsonl or .parquet, or hub:NAME for a data set")
+        raise TideError(f"{path} is not a text source: expected .txt, .jsonl or .parquet, or hub:NAME for a data set")
     if not path.is_file():
-        raise TideError(f"no text file at {path}")
+        raise TideError(f"there is no text file at {path}; check the path")
     try:
         yield from (text for text in readers[path.suffix](path, field) if text.strip())
     except (UnicodeDecodeError, OSError) as error:
@@ -157,7 +157,7 @@ def _read_json_lines(path: Path, field: str | None) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-                raise TideError(f"{path} line {number} is not JSON ({error})") from error
+                raise TideError(f"{path} line {number} is not JSON ({error}); correct the line") from error
             yield record if isinstance(record, str) else _record_text(record, field, f"{path} line {number}")
 
 
@@ -197,7 +197,7 @@ def _record_text(record: Any, field: str | None, where: str) -> str:
     name = field or next((name for name in usual if isinstance(record[name], str)), usual[0] if usual else None)
     if name is None or name not in record:
         missing = f"text field {field}" if field else "text field"
-        raise TideError(f"{where} has no {missing}; choose the field among {', '.join(map(str, record)) or 'none'}")
+        raise TideError(f"{where} has no {missing}; choose one of its fields: {', '.join(map(str, record)) or 'none'}")
     if not isinstance(record[name], str):
         raise TideError(
             f"{where}: the field {name} holds {type(record[name]).__name__}, not text; choose another field"

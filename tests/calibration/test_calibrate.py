@@ -341,7 +341,7 @@ def test_routers_that_learn_nothing_keep_the_base_rate() -> None:
         ([], {}, "no calibration text"),
         (["", "x"], {}, "too short"),
         ([[5]], {}, "no calibration text"),
-        (TEXTS[:3], {}, "calibration text too short: 3 texts"),
+        (TEXTS[:3], {}, "the calibration text is too short: 3 texts"),
         (TEXTS, {"checkpoint_interval": 5}, "checkpoint_interval=5 leaves no exit point"),
         (TEXTS, {"calibration_samples": 2}, "too short: 2 texts"),
     ],

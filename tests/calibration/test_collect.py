@@ -301,7 +301,7 @@ def test_a_value_that_is_not_what_was_stored_is_noticed(array: str, tmp_path: Pa
         before = path.read_bytes()
         for at in np.linspace(200, len(before) - 1, 7).astype(int):
             path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
-            with pytest.raises(TideError, match=r"batch \d+ is not what was stored"):
+            with pytest.raises(TideError, match=r"batch \d+ differs from what was stored"):
                 gather(work_dir=tmp_path)
         path.write_bytes(before)
     assert_equal(gather(work_dir=tmp_path), uninterrupted())
@@ -346,7 +346,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_too_little_text_leaves_no_folder_behind(tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="calibration text too short"):
+    with pytest.raises(TideError, match="the calibration text is too short"):
         gather(TEXTS[:3], work_dir=tmp_path / "work")
     assert contents(tmp_path) == {}
 
@@ -354,7 +354,9 @@ def test_too_little_text_leaves_no_folder_behind(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(TideError, match="needs 0 MB more, 0 MB are free; make room or lower reservoir_bytes"):
+    with pytest.raises(
+        TideError, match="needs 0 MB more, but only 0 MB are free; free some space or lower reservoir_bytes"
+    ):
         gather(work_dir=tmp_path)
 
 

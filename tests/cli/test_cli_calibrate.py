@@ -226,7 +226,7 @@ def test_a_work_folder_is_gone_on_in(
     printed(capsys, *command)
     again = load_file(output)
     assert all(np.array_equal(again[name], tensor) for name, tensor in first.items())
-    assert "was begun with another configuration" in refusal(capsys, *command, "--seed", "1")
+    assert "was started with another configuration" in refusal(capsys, *command, "--seed", "1")
 
 
 def test_devices_share_the_reading_pass(model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -116,7 +116,7 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
     def fail(x: Any) -> Any:
         raise error
 
-    with pytest.raises(TideError, match=r"^out of memory \(.*\): take fewer or shorter rows") as caught:
+    with pytest.raises(TideError, match=r"^out of memory \(.*\): use fewer or shorter rows") as caught:
         run(Programs(), 1, fail)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)

@@ -56,7 +56,7 @@ def test_records_of_a_json_lines_file(tmp_path: Path) -> None:
 def test_a_field_of_the_users_choice(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", [{"text": "no", "story": "yes"}])
     assert list(load_texts(source, field="story")) == ["yes"]
-    with pytest.raises(TideError, match=r"line 1 has no text field tale; choose the field among text, story"):
+    with pytest.raises(TideError, match=r"line 1 has no text field tale; choose one of its fields: text, story"):
         next(load_texts(source, field="tale"))
 
 
@@ -92,7 +92,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         ("a.jsonl", "[1, 2]\n", "holds list, expected an object"),
         ("a.jsonl", '{"number": 3}\n', "line 1 has no text field"),
         ("a.jsonl", '{"text": 5}\n', "line 1: the field text holds int, not text"),
-        ("a.jsonl", "{}\n", "no text field; choose the field among none"),
+        ("a.jsonl", "{}\n", "no text field; choose one of its fields: none"),
         ("a.parquet", b"no parquet at all", "can't be read as parquet"),
         ("a.csv", "text\n", "expected .txt, .jsonl or .parquet"),
     ],

@@ -282,13 +282,13 @@ def test_all_template_files_are_read(tmp_path: Path, files: dict[str, Any], expe
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({LEGACY: {"chat_template": 5}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": [1]}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": [{"name": "a"}]}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": {"a": 1}}}, "chat_template.json: chat_template is no text"),
+        ({LEGACY: {"chat_template": 5}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": [1]}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": [{"name": "a"}]}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": {"a": 1}}}, "chat_template.json: chat_template is not text"),
         ({LEGACY: "{"}, "chat_template.json"),
         ({LEGACY: [1]}, "chat_template.json"),
-        ({CONFIG: {"chat_template": 5}}, "tokenizer_config.json: chat_template is no text"),
+        ({CONFIG: {"chat_template": 5}}, "tokenizer_config.json: chat_template is not text"),
     ],
 )
 def test_a_file_without_a_template_is_named(tmp_path: Path, files: dict[str, Any], expected: str) -> None:

@@ -102,7 +102,7 @@ def tokenise(tokenizer: Any, texts: Iterable[Any], config: CalibrationConfig, vo
         if len(ids) and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise TideError(
                 f"text {number} holds token id {min(ids) if min(ids) < 0 else max(ids)}, outside the vocabulary of "
-                f"0..{vocab_size - 1}; was it tokenised for another model?"
+                f"0..{vocab_size - 1}; tokenise it with this model's tokenizer"
             )
         if len(ids) > first:
             yield Sample(ids, first)
@@ -113,7 +113,7 @@ def _to_sample(tokenizer: Any, text: Any, number: int) -> Sample:
         whole_number(f"start of text {number}", text.start)
         return Sample(_to_sample(tokenizer, text.ids, number).ids, text.start)
     if isinstance(text, str) and tokenizer is None:
-        raise TideError(f"text {number} is a string, which takes a tokenizer; pass tokenizer= or token ids")
+        raise TideError(f"text {number} is a string and needs a tokenizer; pass tokenizer=, or pass token ids")
     ids = tokenizer(unicode_text(f"text {number}", text))["input_ids"] if isinstance(text, str) else text
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
@@ -228,8 +228,8 @@ def _check_token_counts(token_counts: Int[np.ndarray, " 3"], counts: dict[str, i
     for name, share, tokens in zip(Splits._fields, _split_shares(config), token_counts, strict=True):
         if share and tokens < MIN_TOKENS:
             raise TideError(
-                f"calibration text too short: {counts['texts']} texts gave {tokens} tokens to the {name} split, "
-                f"at least {MIN_TOKENS} are needed; pass more or longer texts"
+                f"the calibration text is too short: {counts['texts']} texts gave {tokens} tokens to the {name} split, "
+                f"which needs at least {MIN_TOKENS}; pass more or longer texts"
             )
 
 

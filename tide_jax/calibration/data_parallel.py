@@ -30,7 +30,7 @@ class Placement(NamedTuple):
         if not isinstance(mesh, Mesh) or AXIS not in mesh.axis_names:
             actual = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
             raise TideError(
-                f'mesh has {actual}, expected a jax.sharding.Mesh with an axis "data": '
+                f'mesh has {actual}, expected a jax.sharding.Mesh with an axis "data"; pass '
                 'jax.make_mesh((number of devices,), ("data",))'
             )
         # jax.make_mesh may make explicit axes, which require a sharding for every intermediate array.

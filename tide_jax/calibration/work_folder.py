@@ -85,8 +85,8 @@ class WorkFolder:
         for number, stored in enumerate(self._checksums):
             if checksum(number) != stored:
                 raise TideError(
-                    f"work_dir {self._path}: batch {number} is not what was stored, the files were damaged or changed; "
-                    "delete the folder to start over"
+                    f"work_dir {self._path}: batch {number} differs from what was stored: the files were damaged or "
+                    "changed; delete the folder to start over"
                 )
         return self._finished
 
@@ -142,13 +142,13 @@ class WorkFolder:
         free = shutil.disk_usage(self._path).free
         if needed > free:
             raise TideError(
-                f"work_dir {self._path} needs {needed / 1e6:.0f} MB more, {free / 1e6:.0f} MB are free; "
-                "make room or lower reservoir_bytes"
+                f"work_dir {self._path} needs {needed / 1e6:.0f} MB more, but only {free / 1e6:.0f} MB are free; "
+                "free some space or lower reservoir_bytes"
             )
 
     def _write_error(self, error: OSError) -> TideError:
         return TideError(
-            f"can't write work_dir {self._path} ({error.strerror or error}); make room or lower reservoir_bytes"
+            f"can't write work_dir {self._path} ({error.strerror or error}); free some space or lower reservoir_bytes"
         )
 
     def _read_journal(self) -> list[int]:
@@ -165,7 +165,7 @@ class WorkFolder:
         for name, value in self._identity.items():
             if identity.get(name) != value:
                 raise TideError(
-                    f"work_dir {self._path} was begun with another {name} ({identity.get(name)}, now {value}); "
+                    f"work_dir {self._path} was started with another {name} ({identity.get(name)}, now {value}); "
                     "pass another folder, or delete this one to start over"
                 )
         return checksums

@@ -43,7 +43,9 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--field", help="column or key that holds the text")
     parser.add_argument(
-        "--chat-template", metavar="NAME", help="of several chat templates, the one for --text self (default)"
+        "--chat-template",
+        metavar="NAME",
+        help="name of the chat template for --text self, if there are several (default)",
     )
     parser.add_argument("--output", required=True, type=Path, help="router file to write (.safetensors)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
@@ -53,48 +55,58 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--checkpoint-interval", type=int, help="layers between routers (4)")
     parser.add_argument("--samples", type=int, dest="calibration_samples", help="texts to read (2000)")
     parser.add_argument("--max-length", type=int, help="tokens of each text (256)")
-    parser.add_argument("--batch-size", type=int, help="texts at once (8)")
+    parser.add_argument("--batch-size", type=int, help="texts in a forward pass (8)")
     parser.add_argument("--bottleneck", type=int, dest="router_bottleneck_dim", help="width of a router (128)")
     parser.add_argument("--exit-strategy", choices=["identity", "affine"], help="exit heads (affine)")
     parser.add_argument("--exit-head-rank", type=int, help="rank of affine heads (full)")
     parser.add_argument("--exit-head-steps", type=int, help="gradient steps that tune affine heads; 0 for none (120)")
     parser.add_argument("--translator-rank", type=int, help="rank of the maps for the cache of skipped layers (64)")
     parser.add_argument(
-        "--confidence-candidates", type=int, help="frequent tokens a second look has logits of; 0 for none (512)"
+        "--confidence-candidates",
+        type=int,
+        help="frequent tokens whose logits the second look computes; 0 turns it off (512)",
     )
-    parser.add_argument("--label", choices=["agreement", "cosine"], help="when an exit counts as right (agreement)")
-    parser.add_argument("--min-layers", type=int, help="layers every token runs, for the report and the promise (8)")
-    parser.add_argument("--seed", type=parse_seed, help="source of all randomness (0)")
-    parser.add_argument("--work-dir", type=Path, help="folder that keeps the reading pass; run again, it goes on there")
+    parser.add_argument(
+        "--label",
+        choices=["agreement", "cosine"],
+        help="an exit is right if it predicts the full model's token, or if its state is close (agreement)",
+    )
+    parser.add_argument(
+        "--min-layers", type=int, help="layers that every token runs at least, in the report and the promise (8)"
+    )
+    parser.add_argument("--seed", type=parse_seed, help="seed of all random choices (0)")
+    parser.add_argument(
+        "--work-dir", type=Path, help="folder for the state of the reading pass; an interrupted run continues there"
+    )
     parser.add_argument("--devices", type=int, default=1, help="devices that share the reading pass (1)")
     _add_promise_options(parser.add_argument_group("a threshold with a promise, tested on texts set aside"))
 
 
 def _add_promise_options(group: Any) -> None:
-    group.add_argument("--risk", type=float, help="mean loss of a text to promise, such as 0.02: turns the promise on")
+    group.add_argument("--risk", type=float, help="promise that the mean loss of a text is at most this, such as 0.02")
     group.add_argument("--delta", type=float, help="probability that the promise fails (0.05)")
     group.add_argument(
         "--loss",
         choices=["disagreement", "nll"],
-        help="of a text: the share of tokens that differ from the full model's, or the rise of its mean negative "
-        "log-likelihood in nats (disagreement)",
+        help="loss of a text: the share of tokens that differ from the full model's, or the increase of its mean "
+        "negative log-likelihood in nats (disagreement)",
     )
     group.add_argument(
         "--kv-strategy",
         choices=["propagate", "recompute"],
-        help="how runs are to fill the cache of skipped layers: the promise is for these (propagate)",
+        help="how the promised runs fill the cache of skipped layers (propagate)",
     )
     group.add_argument(
         "--threshold-tilt",
         type=float,
-        help="0 to 1: how much surer a deep exit point has to be than a shallow one, in the promise's runs (0)",
+        help="0 to 1: how much higher the threshold is at deep exit points than at shallow ones, in promised runs (0)",
     )
     group.add_argument("--per-exit-point", action="store_true", default=None, help="a threshold for each exit point")
     group.add_argument(
         "--guarantee-texts",
         type=int,
         metavar="N",
-        help="texts to set aside of those read (a fifth, or twice as many as it takes at the least)",
+        help="texts to set aside for the test (a fifth of those read, or twice the fewest possible)",
     )
 
 
@@ -161,7 +173,10 @@ def _make_mesh(count: int) -> Mesh | None:
 
     devices = jax.local_devices()
     if not 1 <= count <= len(devices):
-        raise TideError(f"--devices {count}: this machine has {len(devices)} for JAX ({devices[0].platform})")
+        raise TideError(
+            f"--devices {count}: JAX has {len(devices)} devices on this machine ({devices[0].platform}); pass a number "
+            f"from 1 to {len(devices)}"
+        )
     return None if count == 1 else jax.sharding.Mesh(np.asarray(devices[:count]), ("data",))
 
 
@@ -181,7 +196,7 @@ def _make_reader(
     from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
     if args.chat_template is not None and args.text != "self":
-        raise TideError("--chat-template is how --text self asks its questions; leave it out for other texts")
+        raise TideError("--chat-template only applies to --text self; leave it out for other texts")
     if args.text != "self":
         texts = load_texts(args.text, field=args.field)
         if promise is None:

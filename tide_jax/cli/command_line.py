@@ -158,7 +158,7 @@ def _replace_damaged_programs(folder: Path) -> None:
 def parse_seed(text: str) -> int:
     """An argument that seeds a random generator, in the range that both JAX and numpy accept."""
     if not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
     return int(text)
 
 

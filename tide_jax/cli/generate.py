@@ -37,21 +37,26 @@ def add_command(subparsers: Any) -> None:
         modules=("tide_jax.engine",),
     )
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; repeat it for a batch")
-    parser.add_argument("--raw", action="store_true", help="take prompts as they are, without the chat template")
-    parser.add_argument("--chat-template", metavar="NAME", help="of several chat templates, the one to use (default)")
+    parser.add_argument("--raw", action="store_true", help="use the prompts unchanged, without the chat template")
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="name of the chat template, if there are several (default)"
+    )
     parser.add_argument("--routers", help="router file from 'tide-jax calibrate'; without one every layer runs")
     parser.add_argument("--checkpoint-interval", type=int, help="fail unless the router file has this interval")
     parser.add_argument(
         "--exit-threshold",
         type=float,
-        help="a token exits above this router score (the one promised in the router file, else 0.85)",
+        help="a token exits if its score exceeds this (the router file's threshold, else 0.85)",
     )
     parser.add_argument(
         "--threshold-tilt",
         type=float,
-        help="0 to 1: how much surer a deep exit point has to be than a shallow one (the router file's, else 0)",
+        help="0 to 1: how much higher the threshold is at deep exit points than at shallow ones (the router file's, "
+        "else 0)",
     )
-    parser.add_argument("--min-layers", type=int, help="layers every token runs (the router file's, else 8)")
+    parser.add_argument(
+        "--min-layers", type=int, help="layers that every token runs at least (the router file's, else 8)"
+    )
     parser.add_argument(
         "--kv-strategy",
         choices=["propagate", "recompute"],
@@ -61,28 +66,45 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--mode",
         choices=["exit", "lossless", "full"],
-        help="exit, the default when there are routers; every layer for every token; or lossless: the full model's "
-        "tokens, from drafts that it verifies where that is faster",
+        help="exit (default with routers): tokens may exit early; full: every token runs every layer; lossless: the "
+        "full model's tokens, from drafts that it verifies where that is faster",
     )
     parser.add_argument(
         "--audit",
         type=float,
         dest="rate",
         metavar="RATE",
-        help="run this share of the answers again at full depth and say how far exits agree with it",
+        help="run this share of the answers again at full depth and report how often exits agree",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="most new tokens (128)")
     parser.add_argument(
-        "--do-sample", action="store_true", default=None, help="draw tokens; greedy otherwise, whatever the model says"
+        "--do-sample",
+        action="store_true",
+        default=None,
+        help="sample tokens; without it decoding is greedy, whatever the model's files say",
     )
     parser.add_argument(
-        "--temperature", type=float, help="above 0 draws tokens, too (the model's, else 1); 0 is greedy"
+        "--temperature",
+        type=float,
+        help="sampling temperature (the model's, else 1); above 0 turns sampling on, 0 is greedy",
     )
-    parser.add_argument("--top-k", type=int, help="when drawing: of the likeliest K, 0 of all (the model's, else 0)")
-    parser.add_argument("--top-p", type=float, help="when drawing: of the likeliest P (the model's, else 1)")
-    parser.add_argument("--min-p", type=float, help="when drawing: at least P as likely (the model's, else 0)")
-    parser.add_argument("--repetition-penalty", type=float, help="1 for none (the model's, else 1)")
-    parser.add_argument("--seed", type=parse_seed, default=0)
+    parser.add_argument(
+        "--top-k", type=int, help="sample from the K most likely tokens; 0 is all (the model's, else 0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the most likely tokens of total probability P (the model's, else 1)"
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        help="sample from tokens at least P times as likely as the likeliest (the model's, else 0)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        help="penalty on tokens that occurred before; 1 is none (the model's, else 1)",
+    )
+    parser.add_argument("--seed", type=parse_seed, default=0, help="seed of sampling and of --audit (0)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
     parser.add_argument(
         "--weights", choices=["float", "int8"], help="int8 rounds the matrices to 8-bit integers; default: as MODEL is"
@@ -146,7 +168,7 @@ def _check_options(args: argparse.Namespace) -> DriftMonitor | None:
         name = "the prompt" if len(args.prompt) == 1 else f"prompt {args.prompt.index('') + 1}"
         raise TideError(f"{name} is empty; pass some text")
     if args.raw and args.chat_template is not None:
-        raise TideError("--raw takes prompts without a chat template; leave --chat-template out")
+        raise TideError("--raw uses no chat template; leave --chat-template out")
     for number, prompt in enumerate(args.prompt, 1):
         unicode_text("--prompt" if len(args.prompt) == 1 else f"--prompt {number}", prompt)
     if args.mode == "exit" and args.routers is None:

@@ -130,7 +130,7 @@ def format_facts(facts: dict[str, Any]) -> str:
         parts = {"second_look": "a second look", "translators": "translators for skipped layers"}
         extras = "".join(f", with {part}" for name, part in parts.items() if routers[name])
         rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}{extras}, fitted to {routers['data']}"
-        rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was asked for'}"
+        rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was requested'}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

@@ -48,7 +48,7 @@ def _add_inspect(subparsers: Any) -> None:
     parser = model_command(
         subparsers,
         "inspect",
-        "say what a model is: architecture, exit points, sizes",
+        "describe a model: architecture, exit points, sizes",
         "  tide-jax inspect smollm2\n  tide-jax inspect smollm2 --checkpoint-interval 3 --json\n"
         "  tide-jax inspect smollm2 --routers routers.safetensors\n",
         _inspect,
@@ -56,7 +56,7 @@ def _add_inspect(subparsers: Any) -> None:
     )
     parser.add_argument("--checkpoint-interval", type=int, default=4, help="layers between routers (4)")
     parser.add_argument("--bottleneck", type=int, default=128, help="width of a router (128)")
-    parser.add_argument("--routers", help="also check and describe a router file, and what is promised for it")
+    parser.add_argument("--routers", help="also check and describe a router file and its promise")
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -42,10 +42,12 @@ def open_engine(
         raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
     if isinstance(pretrained, TIDE):
         if any(option is not None for option in (routers, dtype, weights)):
-            raise TideError("an engine brings its routers, dtype and weights; pass them where the engine is made")
+            raise TideError(
+                "an engine already has its routers, dtype and weights; pass them when you create the engine"
+            )
         engine = pretrained.with_config(**settings)
     else:
-        ExitConfig(**settings)  # before the model is loaded, so that bad dials fail at once
+        ExitConfig(**settings)  # before the model is loaded, so that bad settings fail at once
         if mode == "exit" and routers is None:
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
         if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in settings]):

@@ -129,7 +129,7 @@ def _group_by_row(continuations: Sequence[Continuation], max_length: int) -> dic
     for index, (context, tokens) in enumerate(continuations):
         if len(tokens) > max_length:
             raise TideError(
-                f"a continuation has {len(tokens)} tokens, at most {max_length} can be scored; raise max_length or "
+                f"a continuation has {len(tokens)} tokens, but at most {max_length} can be scored; raise max_length or "
                 "leave the text out"
             )
         if not context:

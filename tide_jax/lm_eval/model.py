@@ -195,7 +195,7 @@ class TideLM(TemplateLM):
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise TideError(f"the chat template refuses the conversation ({error})") from error
-            logger.warning("the chat template takes no system message; it is left out")
+            logger.warning("the chat template refuses system messages; they are left out")
             return self._apply_template(without, add_generation_prompt)
 
     @property

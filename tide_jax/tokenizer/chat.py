@@ -165,15 +165,15 @@ class ChatTemplate:
 
 def _check_messages(messages: Sequence[Message], continue_final_message: bool) -> None:
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise TideError("a conversation is a list of mappings with role and content, and not empty")
+        raise TideError("a conversation must be a list of mappings with role and content that is not empty")
     if continue_final_message and not isinstance(messages[-1].get("content"), str):
-        raise TideError("the last message holds no text; continue_final_message=True needs some to continue")
+        raise TideError("the last message holds no text; continue_final_message=True needs text to continue")
 
 
 def _choose_template(templates: Mapping[str, str], name: str | None, where: str) -> str:
     names = _clip(", ".join(sorted(templates)), 100)
     if not templates:
-        raise TideError(f"{where} has no chat template; take prompts as they are")
+        raise TideError(f"{where} has no chat template; pass the prompts without one")
     if name is None and DEFAULT not in templates and len(templates) > 1:
         raise TideError(f"{where} has several chat templates and no default; choose one with chat_template=: {names}")
     chosen = name or (DEFAULT if DEFAULT in templates else next(iter(templates)))

@@ -58,7 +58,7 @@ def templates_by_name(stored: Any, where: str) -> dict[str, str]:
         stored = {entry.get("name"): entry.get("template") for entry in stored}
     if isinstance(stored, Mapping) and all(isinstance(text, str) for pair in stored.items() for text in pair):
         return dict(stored)
-    raise TideError(f"{where}: chat_template is no text, expected a template or a list of named ones; correct it")
+    raise TideError(f"{where}: chat_template is not text, expected a template or a list of named templates; correct it")
 
 
 def _read_text(path: Path) -> str:

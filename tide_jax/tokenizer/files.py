@@ -103,7 +103,7 @@ def _add_missing_tokens(backend: Tokenizer, settings: TokenizerSettings, directo
         if backend.token_to_id(token.content) is not None:
             continue
         if index != backend.get_vocab_size(with_added_tokens=True):
-            logger.warning("%s: %s is no token %d in tokenizer.json, left out", directory, token.content, index)
+            logger.warning("%s: %s is not token %d in tokenizer.json and is left out", directory, token.content, index)
             continue
         backend.add_tokens([_to_added_token(token)])
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -172,7 +172,7 @@ def _build_from_vocabulary(directory: Path) -> Any:
     if vocabularies and all(vocabularies.values()):
         path, missing = next(iter(vocabularies.items()))
         raise TideError(
-            f"{directory} has its tokenizer in {path.name}, which takes packages that are not installed: "
+            f"{directory} has its tokenizer in {path.name}, which needs packages that are not installed: "
             f"run `pip install {' '.join(missing)}`, or put its tokenizer.json there"
         )
     from transformers import AutoTokenizer

@@ -95,7 +95,7 @@ def read_settings(directory: Path) -> TokenizerSettings:
         settings.added_tokens()
     except (ValidationError, ValueError) as error:
         raise TideError(
-            f"{directory / _CONFIG} is wrong at {_first_problem(error)}: correct it, or get the file again"
+            f"{directory / _CONFIG} has a wrong value at {_first_problem(error)}: correct it, or get the file again"
         ) from error
     return settings
 

@@ -85,7 +85,7 @@ class TemplateProcess:
         try:
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
         except OSError as error:
-            raise TemplateFailure(f"can't be rendered (no process to do it in: {error.strerror})") from error
+            raise TemplateFailure(f"can't be rendered (its process can't be started: {error.strerror})") from error
         self._process, self._stop = process, weakref.finalize(self, _stop, process)
         settings = {
             "path": [str(entry) for entry in sys.path],
