@@ -21,7 +21,7 @@ import tide_jax.risk.promise
 from tide_jax import Routers, TideError
 from tide_jax.calibration.collect import Sample
 from tide_jax.errors import GuaranteeError
-from tide_jax.risk.promise import Promise, set_aside
+from tide_jax.risk.promise import Promise, split_test_texts
 
 QUICK = ("--checkpoint-interval", "1", "--bottleneck", "4", "--min-layers", "1", "--max-length", "16")
 QUICK += ("--exit-head-steps", "2", "--confidence-candidates", "0", "--translator-rank", "2")
@@ -329,13 +329,13 @@ def test_how_many_are_set_aside(promise: Promise, total: int, count: int) -> Non
 
 def test_texts_with_nothing_to_test_are_left_to_the_routers() -> None:
     texts = samples(*[2, 9] * 20)
-    kept, aside = set_aside(texts, Promise(0.3, 0.1, guarantee_texts=15))
+    kept, aside = split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=15))
     assert len(aside) == 15
     assert {len(s.ids) for s in aside} == {9}
     assert sorted(kept + aside) == sorted(texts)
-    assert set_aside(texts, Promise(0.3, 0.1, guarantee_texts=15), seed=1)[1] != aside
+    assert split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=15), seed=1)[1] != aside
     with pytest.raises(GuaranteeError, match="20 different texts"):
-        set_aside(texts, Promise(0.3, 0.1, guarantee_texts=20))
+        split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=20))
     with pytest.raises(TideError, match="guarantee_texts=True"):
         Promise(guarantee_texts=True)
 

@@ -192,7 +192,7 @@ def _make_reader(
     """
     from tide_jax.calibration.collect import tokenise
     from tide_jax.model.files.checkpoint import load_config
-    from tide_jax.risk.promise import set_aside
+    from tide_jax.risk.promise import split_test_texts
     from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
     if args.chat_template is not None and args.text != "self":
@@ -202,7 +202,7 @@ def _make_reader(
         if promise is None:
             return lambda model, progress: (texts, [])
         samples = tokenise(tokenizer, texts, config, load_config(args.source).vocab_size)
-        split = set_aside(samples, promise, seed=config.seed)
+        split = split_test_texts(samples, promise, seed=config.seed)
         return lambda model, progress: split
     if promise is not None:
         # Only a check: raises if there are too few texts for the promise.
@@ -221,7 +221,7 @@ def _make_reader(
             chat_template=args.chat_template,
             progress=progress,
         )
-        return (texts, []) if promise is None else set_aside(texts, promise, seed=config.seed)
+        return (texts, []) if promise is None else split_test_texts(texts, promise, seed=config.seed)
 
     return write_texts
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tide_jax.cli.ending_signals import run_with_signals
-from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, exit_interrupted
-from tide_jax.cli.standard_streams import drop, prepare_streams, say
+from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, end_interrupted_process
+from tide_jax.cli.standard_streams import discard_output, prepare_streams, print_to_stderr
 from tide_jax.errors import TideError, out_of_memory
 
 BAD_INPUT, BROKEN_PIPE = 2, 141  # 141 as for a program that SIGPIPE ends
@@ -51,10 +51,10 @@ def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Seque
     except TideError as error:
         return _fail(_use_option_names(str(error), args))
     except BrokenPipeError:
-        drop(sys.stdout)
+        discard_output(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        drop(sys.stdout)
+        discard_output(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except BaseException as error:
         if (reason := out_of_memory(error)) is not None:
@@ -115,7 +115,7 @@ def print_piece(text: str) -> None:
 
 def note(text: str) -> None:
     """Prints information about the result to standard error."""
-    say(text)
+    print_to_stderr(text)
 
 
 def cache_programs() -> None:
@@ -193,13 +193,13 @@ def _end_work() -> None:
 def _was_interrupted() -> bool:
     """Whether Ctrl-C was pressed; libraries may turn KeyboardInterrupt into other exceptions."""
     interrupts = Interrupts.current()
-    return interrupts is not None and interrupts.signal_received
+    return interrupts is not None and interrupts.has_signal
 
 
 def _end_interrupted() -> int:
     if Interrupts.current() is not None:
-        exit_interrupted()
-    say("interrupted")
+        end_interrupted_process()
+    print_to_stderr("interrupted")
     return INTERRUPTED
 
 
@@ -207,5 +207,5 @@ def _fail(message: str) -> int:
     if _was_interrupted():
         return _end_interrupted()
     _end_work()
-    say(f"error: {' '.join(message.split())}")
+    print_to_stderr(f"error: {' '.join(message.split())}")
     return BAD_INPUT

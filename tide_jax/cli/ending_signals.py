@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tide_jax.cli.interrupts import exit_now
+from tide_jax.cli.interrupts import end_process
 
 _NAMES = ("SIGTERM", "SIGHUP")  # SIGTERM: docker stop, kill, batch systems; SIGHUP: a closed terminal
 
@@ -37,7 +37,7 @@ def run_with_signals(run: Callable[[], int], *, as_program: bool) -> int:
         sys.stderr.flush()
     code = 128 + received[0]
     if as_program:
-        exit_now(code)
+        end_process(code)
     return code
 
 

@@ -46,18 +46,18 @@ class Interrupts:
         return handler if isinstance(handler, cls) else None
 
     @property
-    def signal_received(self) -> bool:
+    def has_signal(self) -> bool:
         """Whether there was a signal; libraries may have turned its exception into another one."""
         return self._received_at is not None
 
     def __call__(self, number: int, frame: object) -> None:
         if not self._working:
-            exit_interrupted()
+            end_interrupted_process()
         if self._received_at is None:
             self._received_at = time.monotonic()
             raise KeyboardInterrupt
         if time.monotonic() - self._received_at > _REPEAT_SECONDS:
-            exit_interrupted()
+            end_interrupted_process()
 
     def begin_work(self) -> None:
         """From now on, an interrupt must clean up files."""
@@ -81,14 +81,14 @@ class Interrupts:
         self._working = False
 
 
-def exit_interrupted() -> NoReturn:
+def end_interrupted_process() -> NoReturn:
     """Ends the process here, with one line on standard error."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
-    exit_now(INTERRUPTED)
+    end_process(INTERRUPTED)
 
 
-def exit_now(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """Ends the process without the interpreter's shutdown.
 
     An interrupt ends the wait for XLA's compiler but not the compiler's threads. They continue, and the shutdown

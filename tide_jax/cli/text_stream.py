@@ -69,12 +69,12 @@ class TextStream:
     def _stable_length(self) -> int:
         """Number of tokens before a run of byte tokens at the end, which the next byte may invalidate."""
         end = len(self._tokens)
-        while end > self._start and self._kind(self._tokens[end - 1]) != "text":
+        while end > self._start and self._token_kind(self._tokens[end - 1]) != "text":
             end -= 1
         run = self._tokens[end:]
-        return end if any(self._kind(token) == "byte" for token in run) else len(self._tokens)
+        return end if any(self._token_kind(token) == "byte" for token in run) else len(self._tokens)
 
-    def _kind(self, token: int) -> str:
+    def _token_kind(self, token: int) -> str:
         """Kind of a token: "byte", "text", or "nothing".
 
         "nothing" is a token without text, such as a special one; it does not end a run of bytes.

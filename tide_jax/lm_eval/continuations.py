@@ -64,7 +64,7 @@ class _SharedRow(NamedTuple):
 class _LastToken(NamedTuple):
     """The last token of a text, and the index of its continuation."""
 
-    index: int
+    continuation: int
     token: int
 
 
@@ -151,13 +151,13 @@ def _score_batch(
         np.asarray(is_greedy),
         np.asarray(layers),
     )
-    for number, (row, row_endings) in enumerate(zip(rows, endings, strict=True)):
+    for b, (row, row_endings) in enumerate(zip(rows, endings, strict=True)):
         for k, ending in enumerate(row_endings):
-            total = float(log_likelihoods[number, : row.scored_count, k].sum())
+            total = float(log_likelihoods[b, : row.scored_count, k].sum())
             check_finite(np.isfinite(total), engine.model.dtype)
             yield (
-                ending.index,
-                Score(total, bool(is_greedy[number, : row.scored_count, k].all()), layers[number, : row.scored_count]),
+                ending.continuation,
+                Score(total, bool(is_greedy[b, : row.scored_count, k].all()), layers[b, : row.scored_count]),
             )
 
 
@@ -174,14 +174,14 @@ def _pad_batch(engine: TIDE, rows: list[_SharedRow], endings: list[list[_LastTok
     may_exit = np.ones((height, width), bool)
     scored_columns = np.zeros((height, bucket(max(row.scored_count for row in rows), 8)), np.int32)
     targets = np.zeros((*scored_columns.shape, bucket(max(map(len, endings)), 8)), np.int32)
-    for number, (row, row_endings) in enumerate(zip(rows, endings, strict=True)):
+    for b, (row, row_endings) in enumerate(zip(rows, endings, strict=True)):
         if not engine.config.prefill_exits:
-            may_exit[number, : row.prompt_length] = False
+            may_exit[b, : row.prompt_length] = False
         # The context's last token and the continuation's tokens predict the scored tokens. All but the last of these
         # are the same for every ending.
-        scored_columns[number, : row.scored_count] = np.arange(row.prompt_length - 1, len(row.tokens))
-        targets[number, : row.scored_count - 1] = np.asarray(row.tokens[row.prompt_length :], np.int32)[:, None]
-        targets[number, row.scored_count - 1, : len(row_endings)] = [e.token for e in row_endings]
+        scored_columns[b, : row.scored_count] = np.arange(row.prompt_length - 1, len(row.tokens))
+        targets[b, : row.scored_count - 1] = np.asarray(row.tokens[row.prompt_length :], np.int32)[:, None]
+        targets[b, row.scored_count - 1, : len(row_endings)] = [e.token for e in row_endings]
     return _PaddedBatch(*map(jnp.asarray, (tokens, positions, may_exit, scored_columns, targets)))
 
 

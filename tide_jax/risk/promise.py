@@ -93,7 +93,9 @@ class Promise:
         return count
 
 
-def set_aside(samples: Iterable[Sample], promise: Promise, *, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
+def split_test_texts(
+    samples: Iterable[Sample], promise: Promise, *, seed: int = 0
+) -> tuple[list[Sample], list[Sample]]:
     """Splits texts into those for training and those for testing the promise.
 
     Test texts are drawn at random, so that they represent the whole source in any order. Repetitions of a text are

@@ -90,7 +90,7 @@ def _read_tokenizer_json(directory: Path) -> Any:
         setattr(tokenizer, name, token.content)
     if extra := settings.extra_tokens():
         tokenizer.extra_special_tokens = [token.content for token in extra]
-    _set_ends(tokenizer, settings)
+    _set_bos_and_eos(tokenizer, settings)
     return tokenizer
 
 
@@ -122,10 +122,10 @@ def _to_added_token(token: Token) -> AddedToken:
     return AddedToken(**token.model_dump())
 
 
-def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
+def _set_bos_and_eos(tokenizer: Any, settings: TokenizerSettings) -> None:
     """Adds or removes BOS and EOS as tokenizer_config.json requires, if tokenizer.json does otherwise."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before, after = _added_ends(tokenizer)
+    before, after = _tokens_around_text(tokenizer)
     first, last = before, after
     if bos is not None and settings.add_bos_token is not None and (before[:1] == [bos]) != settings.add_bos_token:
         first = [bos, *before] if settings.add_bos_token else before[1:]
@@ -135,7 +135,7 @@ def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
         tokenizer.backend_tokenizer.post_processor = _post_processor(tokenizer.backend_tokenizer, first, last)
 
 
-def _added_ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _tokens_around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids that tokenizer.json adds before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
