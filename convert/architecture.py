@@ -14,7 +14,7 @@ from convert.families import FAMILIES, REFUSED, Family
 from convert.sources.base import Source
 from convert.tied import resolve_tied_head, rules_for
 from convert.weights.rules import Rule
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.generation_settings import settings_from
 
@@ -36,7 +36,7 @@ def family_of(source: Source) -> Family:
 def _describe_unknown_type(model_type: str) -> str:
     close = difflib.get_close_matches(model_type, FAMILIES, n=3)
     hint = f"similar are {', '.join(close)}" if close else "docs/families.md lists them"
-    return f"model_type {shortened(repr(model_type))} is in no table ({hint})"
+    return f"model_type {shorten(repr(model_type))} is in no table ({hint})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def decoder_config(source: Source) -> DecoderConfig:
         raise TideError(f"{source.description}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # too many heads, ...
         raise TideError(
-            f"{source.description}: config.json's values do not fit together ({shortened(error)}); correct it"
+            f"{source.description}: config.json's values do not fit together ({shorten(error)}); correct it"
         ) from error
     try:
         config.check()
@@ -127,7 +127,7 @@ def _token_ids(source: Source, default: Any, name: str, vocab_size: int) -> tupl
     value = default if value is None else value
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        shown = shortened(repr(value))
+        shown = shorten(repr(value))
         raise TideError(f"{source.description}: {name} is {shown}, expected a token id or a list of them; correct it")
     # Published checkpoints write -1 or the vocabulary size for "none". The model can produce neither.
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
@@ -149,5 +149,5 @@ def _transformers_config(source: Source) -> Any:
         raise TideError(f"{source.description}: {error}") from error
     except Exception as error:  # the validators raise several unrelated classes
         raise TideError(
-            f"{source.description}: config.json is not valid for {model_type}: {shortened(error, 120)}; correct it"
+            f"{source.description}: config.json is not valid for {model_type}: {shorten(error, 120)}; correct it"
         ) from error

@@ -32,7 +32,7 @@ from tide_jax.model.files.converted_files import check_types
 from tide_jax.model.files.model_directory import model_directory
 from tide_jax.model.files.shards import ShardedTensors, TensorInfo
 from tide_jax.model.rounding import check_scales, scale_path
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 EXPORT_FILE = "export.json"
 _CONVERT_AGAIN = "convert the checkpoint again"
@@ -148,7 +148,7 @@ class ConvertedSource:
 
     def load_tokenizer(self) -> Any:
         """Returns the converted tokenizer. Raises TideError if there is none."""
-        return tokenizer_in(self._directory)
+        return read_tokenizer(self._directory)
 
     def _check_complete(self) -> None:
         """Raises TideError if texts longer than the conversion's context need a tensor that was left out."""

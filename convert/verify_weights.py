@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import summed_axes
 from tide_jax.model.files.shards import ShardedTensors
@@ -77,7 +77,7 @@ def _check_floats(path: str, found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def _format_index(path: str, index: tuple[np.intp, ...]) -> str:
-    return f"{shortened(path, 100)}[{', '.join(str(int(i)) for i in index)}]"
+    return f"{shorten(path, 100)}[{', '.join(str(int(i)) for i in index)}]"
 
 
 def _mismatch_error(found: str, expected: str) -> TideError:

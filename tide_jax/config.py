@@ -102,9 +102,10 @@ class RiskGuarantee:
             what = f"at most {bound} of a text's tokens differ from the full model's, on average"
         if self.loss == "nll":
             what = f"a text's mean negative log-likelihood rises by at most {bound} nats, on average"
+        threshold = _format_thresholds(self.exit_threshold)
         tilt = f", tilt {self.threshold_tilt:g}" if self.threshold_tilt else ""
         return (
-            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {_listed(self.exit_threshold)}{tilt}, "
+            f"promised with {1 - self.delta:.4g} confidence: {what} (threshold {threshold}{tilt}, "
             f"{self.sequences} texts: {observed}, p-value {self.p_value:.3g}, mean depth {self.depth:.1%})"
         )
 
@@ -120,14 +121,16 @@ class RiskGuarantee:
           TideError: unknown or missing fields, invalid values, or a p-value above delta.
         """
         try:
-            found = cls(**values)
+            result = cls(**values)
         except TypeError as error:
             raise TideError(
-                f"guarantee not understood ({error}); it was written by another version of tide_jax: measure it again"
+                f"the guarantee can't be read ({error}): another version of tide_jax wrote it; measure it again"
             ) from error
-        if found.p_value > found.delta:
-            raise TideError(f"p_value={found.p_value!r} exceeds delta={found.delta!r}: that promises nothing")
-        return found
+        if result.p_value > result.delta:
+            raise TideError(
+                f"p_value={result.p_value!r} exceeds delta={result.delta!r}, so the guarantee is void; measure it again"
+            )
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,7 @@ class ExitConfig:
       threshold_tilt: how much higher the threshold of a deep exit point is than that of a shallow one, in [0, 1];
         requires a single number as `exit_threshold`. At 0 all thresholds are `exit_threshold`. At 1 the allowed
         probability of error is in proportion to the layers that exiting there saves, and `exit_threshold` applies
-        halfway through the model (see `tilted_thresholds`).
+        halfway through the model (see `tilt_thresholds`).
     """
 
     exit_threshold: float | tuple[float, ...] = 0.85
@@ -168,7 +171,9 @@ class ExitConfig:
             object.__setattr__(self, "exit_threshold", share("exit_threshold", self.exit_threshold))
         object.__setattr__(self, "threshold_tilt", share("threshold_tilt", self.threshold_tilt))
         if self.threshold_tilt and isinstance(self.exit_threshold, tuple):
-            raise TideError("threshold_tilt tilts one exit_threshold; pass one, or a tuple and threshold_tilt=0")
+            raise TideError(
+                "threshold_tilt needs a single exit_threshold; pass one number, or several with threshold_tilt=0"
+            )
         object.__setattr__(self, "min_layers", whole_number("min_layers", self.min_layers))
         if not isinstance(self.prefill_exits, bool):
             raise TideError(f"prefill_exits={self.prefill_exits!r} must be True or False")
@@ -183,7 +188,7 @@ class ExitConfig:
         """Exit threshold at each exit point."""
         if isinstance(self.exit_threshold, tuple):
             return self.exit_threshold
-        return tilted_thresholds(self.exit_threshold, self.threshold_tilt, exit_points, num_layers)
+        return tilt_thresholds(self.exit_threshold, self.threshold_tilt, exit_points, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready values; `from_dict` reads them back."""
@@ -197,7 +202,9 @@ class ExitConfig:
           TideError: unknown fields, or invalid values.
         """
         if not isinstance(values, dict):
-            raise TideError(f"exit settings {values!r} are no table of fields; calibrate again")
+            raise TideError(
+                f"the exit settings are {str(values)[:60]!r}, expected an object with fields; calibrate again"
+            )
         values = dict(values)
         if values.get("guarantee") is not None:
             values["guarantee"] = RiskGuarantee.from_dict(values["guarantee"])
@@ -205,7 +212,7 @@ class ExitConfig:
             return cls(**values)
         except TypeError as error:
             raise TideError(
-                f"exit settings not understood ({error}); another version of tide_jax wrote them"
+                f"the exit settings can't be read ({error}): another version of tide_jax wrote them; calibrate again"
             ) from error
 
 
@@ -278,9 +285,7 @@ class CalibrationConfig:
                 raise TideError(f"{name}={getattr(self, name)!r} must be 0 or more")
 
 
-def tilted_thresholds(
-    threshold: float, tilt: float, exit_points: tuple[int, ...], num_layers: int
-) -> tuple[float, ...]:
+def tilt_thresholds(threshold: float, tilt: float, exit_points: tuple[int, ...], num_layers: int) -> tuple[float, ...]:
     """Thresholds of all exit points from one threshold and a tilt.
 
     A score estimates the probability that exiting is right. To lose the least agreement for the layers saved, a token
@@ -288,9 +293,9 @@ def tilted_thresholds(
     trade-off, ignoring that a later exit point may have a higher score. `threshold` sets the price: it is the threshold
     halfway through the model. `tilt` interpolates between one threshold for all (0) and this rule (1).
 
-    >>> tilted_thresholds(0.8, 0.0, (1, 3, 5), 8)
+    >>> tilt_thresholds(0.8, 0.0, (1, 3, 5), 8)
     (0.8, 0.8, 0.8)
-    >>> [round(t, 3) for t in tilted_thresholds(0.8, 1.0, (1, 3, 5), 8)]
+    >>> [round(t, 3) for t in tilt_thresholds(0.8, 1.0, (1, 3, 5), 8)]
     [0.7, 0.8, 0.9]
     """
     if not tilt:
@@ -320,6 +325,6 @@ def layer_groups(num_layers: int, exit_points: tuple[int, ...]) -> tuple[range, 
     return tuple(range(a, b) for a, b in itertools.pairwise(edges))
 
 
-def _listed(threshold: float | tuple[float, ...]) -> str:
+def _format_thresholds(threshold: float | tuple[float, ...]) -> str:
     values = threshold if isinstance(threshold, tuple) else (threshold,)
     return " ".join(f"{value:.4g}" for value in values)

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from pallas_kernels.exit_step import IMPLEMENTATIONS
 from tide_jax.checks import instance_of
 from tide_jax.config import ExitConfig, Mode
-from tide_jax.drift.monitor import Auditor, DriftMonitor, Finished, generated, scored
+from tide_jax.drift.monitor import Auditor, DriftMonitor, FinishedSequence, generated_sequences, scored_sequences
 from tide_jax.errors import TideError
 from tide_jax.exits.deferred_fill import is_faster
 from tide_jax.exits.exits import Exits
@@ -196,7 +196,7 @@ class TIDE:
         # Hand the finished rows to the monitor, which runs some of them again at full depth.
         if monitor is None:
             return out
-        finished = generated(
+        finished = generated_sequences(
             out.prompts, out.tokens, out.lengths, prompt_exits=self.config.prefill_exits, greedy=call.takes_argmax
         )
         return out._replace(stats=self._audited(out.stats, monitor, watched, finished))
@@ -275,7 +275,7 @@ class TIDE:
         exits = self.exits("full" if isinstance(mode, str) and mode == "lossless" else mode)
         self._watch(monitor, exits)
         out = score_rows(self.model, self.programs, self._mesh, rows, prompt, exits)
-        return out._replace(stats=self._audited(out.stats, monitor, exits, scored(rows, prompt, out.logits)))
+        return out._replace(stats=self._audited(out.stats, monitor, exits, scored_sequences(rows, prompt, out.logits)))
 
     def _check(self) -> None:
         config, layers = self.config, self.model.config.num_layers
@@ -339,7 +339,7 @@ class TIDE:
             monitor.watch(self.config)
 
     def _audited(
-        self, stats: ExitStats, monitor: DriftMonitor | None, exits: Exits | None, finished: list[Finished]
+        self, stats: ExitStats, monitor: DriftMonitor | None, exits: Exits | None, finished: list[FinishedSequence]
     ) -> ExitStats:
         if monitor is None:
             return stats

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_MOST = 3
-_WIDTH = 80
-_LONGEST = 300
-_PATHS_WITHIN = 2000  # longer messages are cut anyway
-_LEADING = re.compile(r"/(?:[^/\s]+/)+(?=[^/\s])")  # the folders before the last name of a path
+_MAX_PROBLEMS = 3
+_PROBLEM_WIDTH = 80
+_MAX_LENGTH = 300
+_SEARCHED_LENGTH = 2000  # longer messages are cut anyway
+_FOLDERS = re.compile(r"/(?:[^/\s]+/)+(?=[^/\s])")  # the folders before the last name of a path
 
 
 class TideError(ValueError):
@@ -22,11 +22,11 @@ class TideError(ValueError):
 
     def __init__(self, message: object = "") -> None:
         text = str(message)
-        if len(text) > _LONGEST:
-            text = _LEADING.sub(".../", text[:_PATHS_WITHIN]) + text[_PATHS_WITHIN:]
-        if len(text) > _LONGEST:
-            end = _LONGEST // 3
-            text = f"{shortened(text, _LONGEST - end - 1)} {' '.join(text[-end:].split())}"
+        if len(text) > _MAX_LENGTH:
+            text = _FOLDERS.sub(".../", text[:_SEARCHED_LENGTH]) + text[_SEARCHED_LENGTH:]
+        if len(text) > _MAX_LENGTH:
+            end = _MAX_LENGTH // 3
+            text = f"{shorten(text, _MAX_LENGTH - end - 1)} {' '.join(text[-end:].split())}"
         super().__init__(text)
 
 
@@ -34,14 +34,14 @@ class GuaranteeError(TideError):
     """No setting qualifies for the promise: there are too few texts, or none passed the test."""
 
 
-def listed(problems: Sequence[str], most: int = _MOST, width: int = _WIDTH) -> str:
-    """The first `most` problems, each cut to `width` characters, and the number of further ones, on one line."""
-    more = len(problems) - most
-    shown = "; ".join(shortened(problem, width) for problem in problems[:most])
-    return f"{shown}; and {more} more" if more > 0 else shown
+def join_problems(problems: Sequence[str], count: int = _MAX_PROBLEMS, width: int = _PROBLEM_WIDTH) -> str:
+    """The first `count` problems, each cut to `width` characters, and the number of further ones, on one line."""
+    more = len(problems) - count
+    problems_shown = "; ".join(shorten(problem, width) for problem in problems[:count])
+    return f"{problems_shown}; and {more} more" if more > 0 else problems_shown
 
 
-def shortened(text: object, width: int = _WIDTH) -> str:
+def shorten(text: object, width: int = _PROBLEM_WIDTH) -> str:
     """`text` on one line of at most `width` characters."""
     # A message may contain a whole file, so only the start, which can be shown, is processed.
     line = " ".join(str(text)[: 20 * width].split())
@@ -52,9 +52,9 @@ def out_of_memory(error: BaseException) -> TideError | None:
     """The error to report if memory ran out, Python's or a device's; None for other errors."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error)[:1000]:
         return None
-    found = shortened(error) or "no more to allocate"
+    reason = shorten(error) or "no more to allocate"
     return TideError(
-        f"out of memory ({found}): take fewer or shorter rows at once, fewer new tokens, a dtype of fewer bits, or a "
+        f"out of memory ({reason}): use fewer or shorter rows at once, fewer new tokens, a smaller dtype, or a "
         "machine with more memory"
     )
 

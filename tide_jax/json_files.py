@@ -8,7 +8,7 @@ from typing import Any
 
 from tide_jax.errors import TideError, first_line
 
-AGAIN = "download or copy it again"
+GET_AGAIN = "download or copy it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {AGAIN}") from None
+        raise TideError(f"{path} is missing: {path.parent} is not a complete checkpoint, {GET_AGAIN}") from None
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-        raise TideError(f"{path} cannot be read as JSON ({first_line(error)}): {AGAIN}") from error
+        raise TideError(f"{path} cannot be read as JSON ({first_line(error)}): {GET_AGAIN}") from error
     if not isinstance(values, dict):
-        raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {AGAIN}")
+        raise TideError(f"{path} holds a JSON {type(values).__name__}, expected an object: {GET_AGAIN}")
     return values

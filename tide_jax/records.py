@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from tide_jax.checks import INT32_MAX
-from tide_jax.errors import shortened
+from tide_jax.errors import shorten
 
 if TYPE_CHECKING:
     import pydantic
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 STRICT = {"strict": True, "extra": "forbid", "allow_inf_nan": False, "revalidate_instances": "always"}
 """Rules of the checks: no type conversion, no unknown fields, only finite numbers."""
-_SHORTER = {
+_SHORT_FORMS = {
     "Value error, ": "",
     "Input should": "should",
-    "Unexpected keyword argument": "is no known field",
+    "Unexpected keyword argument": "is not a known field",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
     "be a valid": "be a",
@@ -36,7 +36,7 @@ _SHORTER = {
 
 def json_problems(kind: type, values: Any) -> list[str]:
     """Reasons why values from JSON do not form a `kind`: missing fields, or if none is missing, the wrong ones."""
-    missing = [f"{name} is missing" for name in _missing(kind, values, "")]
+    missing = [f"{name} is missing" for name in _missing_fields(kind, values, "")]
     return missing or _problems(kind, lambda schema: schema.validate_json(json.dumps(values)))
 
 
@@ -60,17 +60,19 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
     try:
         validate(_schema(kind))
     except ValidationError as error:
-        return [_problem(found["loc"], found["msg"], found["input"]) for found in error.errors(include_url=False)]
+        return [
+            _problem(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors(include_url=False)
+        ]
     return []
 
 
 def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
     """One line with the place, the value there, and what was expected."""
-    for long, short in _SHORTER.items():
+    for long, short in _SHORT_FORMS.items():
         message = message.replace(long, short)
     if not place:  # fields contradict each other, and the message names them
         return message
-    return f"{'.'.join(map(str, place))}={shortened(repr(value), 20)} {message}"
+    return f"{'.'.join(map(str, place))}={shorten(repr(value), 20)} {message}"
 
 
 @functools.cache
@@ -83,16 +85,16 @@ def _schema(kind: type) -> pydantic.TypeAdapter[Any]:
 _hints = functools.cache(typing.get_type_hints)
 
 
-def _missing(kind: Any, value: Any, place: str) -> Iterator[str]:
+def _missing_fields(kind: Any, value: Any, place: str) -> Iterator[str]:
     """Missing fields at any depth; values that are present may have any type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        yield from _missing(get_args(kind)[0], value, place) if value is not None else ()
+        yield from _missing_fields(get_args(kind)[0], value, place) if value is not None else ()
     elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _missing(get_args(kind)[0], item, f"{place}{i}.")
+            yield from _missing_fields(get_args(kind)[0], item, f"{place}{i}.")
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
         for name, hint in _fields(kind).items():
-            yield from _missing(hint, value[name], f"{place}{name}.") if name in value else (f"{place}{name}",)
+            yield from _missing_fields(hint, value[name], f"{place}{name}.") if name in value else (f"{place}{name}",)
 
 
 def _fields(kind: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-_LOCKED, _SUFFIX = "-lock", ".partial"
-_NAME = re.compile(rf"\.(?P<of>.+)\.(?P<pid>\d+)-[0-9a-f]+(@(?P<host>[^@]*?))?(?P<locked>{_LOCKED})?{_SUFFIX}", re.S)
+_LOCK_MARK, _SUFFIX = "-lock", ".partial"
+_NAME = re.compile(rf"\.(?P<of>.+)\.(?P<pid>\d+)-[0-9a-f]+(@(?P<host>[^@]*?))?(?P<locked>{_LOCK_MARK})?{_SUFFIX}", re.S)
 
 
 @contextlib.contextmanager
@@ -31,20 +31,20 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
     Leftovers with the same name are removed first. Raises OSError if the folder can't be made.
     """
-    with _temporary(parent, name, Path.mkdir) as (folder, _):
+    with _make_temporary(parent, name, Path.mkdir) as (folder, _):
         yield folder
 
 
 @contextlib.contextmanager
 def temporary_file(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
     """Same as `temporary_folder` for a file: its path, and a handle open for writing."""
-    with _temporary(parent, name, lambda path: path.touch(exist_ok=False)) as found:
-        yield found
+    with _make_temporary(parent, name, lambda path: path.touch(exist_ok=False)) as file_and_handle:
+        yield file_and_handle
 
 
 def discard(path: Path, name: str) -> None:
     """Removes a file or folder; if the process is killed meanwhile, the rest is a leftover called `name`."""
-    leftover = path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_LOCKED}{_SUFFIX}")
+    leftover = path.with_name(f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_LOCK_MARK}{_SUFFIX}")
     os.rename(path, leftover)
     _remove(leftover)
 
@@ -62,7 +62,7 @@ def is_temporary(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Waits until no other process is in this block for the same folder, if the file system has locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -73,21 +73,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary(parent: Path, name: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, int]]:
+def _make_temporary(parent: Path, name: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, int]]:
     remove_leftovers(parent, name)
     plain = f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
     # The name first has host and process id, and is changed once the lock is held.
-    made, handle = parent / f"{plain}@{_host()}{_SUFFIX}", -1
+    path, handle = parent / f"{plain}@{_host()}{_SUFFIX}", -1
     try:
-        make(made)
-        handle = os.open(made, os.O_RDONLY if made.is_dir() else os.O_RDWR)
+        make(path)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         if _lock(handle):
-            renamed = parent / f"{plain}{_LOCKED}{_SUFFIX}"
-            os.rename(made, renamed)
-            made = renamed
-        yield made, handle
+            renamed = parent / f"{plain}{_LOCK_MARK}{_SUFFIX}"
+            os.rename(path, renamed)
+            path = renamed
+        yield path, handle
     finally:
-        _remove(made)
+        _remove(path)
         if handle >= 0:
             os.close(handle)  # releases the lock
 
@@ -108,7 +108,7 @@ def _lock(handle: int, *, wait: bool = False) -> bool | None:
 def _is_leftover(path: Path, match: re.Match[str]) -> bool:
     if match["locked"] is None:
         # Without a lock, only a process on this host can be checked.
-        return match["host"] in (None, _host()) and not _alive(int(match["pid"]))
+        return match["host"] in (None, _host()) and not _is_running(int(match["pid"]))
     try:
         # If the lock can be taken, the process that held it has ended.
         handle = os.open(path, os.O_RDONLY)
@@ -124,7 +124,7 @@ def _host() -> str:
     return re.sub(r"[^\w.-]", "_", socket.gethostname())[:64]
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -78,8 +78,8 @@ def random_routers(
 
     def confidence(c: int) -> Confidence:
         down = normal(c, 8, shape=(4, 3), scale=0.3).at[0].add(1.0)  # mostly the router's score
-        usual = jnp.asarray([0.0, -4.0, 0.4, 4.5], jnp.float32)  # the features of an undecided answer
-        bias = -jnp.dot(usual, down, precision="highest")
+        undecided = jnp.asarray([0.0, -4.0, 0.4, 4.5], jnp.float32)  # the features of an undecided answer
+        bias = -jnp.dot(undecided, down, precision="highest")
         screens = jnp.linspace(0.3, 0.44, len(SCREEN_LEVELS), dtype=jnp.float32)
         return Confidence(screens, down, bias, jnp.ones((3,), jnp.float32), jnp.float32(-0.3))
 
@@ -96,13 +96,13 @@ def random_routers(
 
     count = range(len(exit_points))
     heads = tuple(head(c) for c in count) if affine else None
-    made = None if translator_rank is None else translators(translator_rank)
-    routers = Routers(tuple(router(c) for c in count), heads, exit_points, made)
+    translator_maps = None if translator_rank is None else translators(translator_rank)
+    routers = Routers(tuple(router(c) for c in count), heads, exit_points, translator_maps)
     if model is None:
         return routers
     ids = jnp.arange(1, config.vocab_size, 3, dtype=jnp.int32)
-    looks = tuple(confidence(c) for c in count)
-    return dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)), confidence=looks)
+    confidences = tuple(confidence(c) for c in count)
+    return dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)), confidence=confidences)
 
 
 def constant_routers(config: DecoderConfig, *, interval: int, exits: bool = True, bottleneck: int = 1) -> Routers:

@@ -55,7 +55,7 @@ def load_texts(source: str | os.PathLike[str], *, field: str | None = None) -> I
     """
     path_like("text", source)  # "text" is the command line's name for it
     source = os.fspath(source)
-    texts = _hub(source[4:], field) if source.startswith("hub:") else _file(Path(source).expanduser(), field)
+    texts = _read_hub(source[4:], field) if source.startswith("hub:") else _read_file(Path(source).expanduser(), field)
     try:
         first = next(texts)
     except StopIteration:
@@ -93,32 +93,32 @@ def model_texts(
       TideError: `max_length` leaves no room, or the chat template cannot ask a question; see `tide_jax.tokenizer.chat`.
     """
     engine, key, batch_size = TIDE(model), jax.random.key(seed), min(batch_size, count)
-    prompts = list(itertools.islice(own_prompts(tokenizer, seed=seed, chat_template=chat_template), count))
+    prompts = list(itertools.islice(model_text_prompts(tokenizer, seed=seed, chat_template=chat_template), count))
     texts: list[Sample] = []
     for start in range(0, count, batch_size):
         batch = prompts[start : start + batch_size]
-        wanted = len(batch)
-        batch += batch[:1] * (batch_size - wanted)  # pads the last batch, so that all have one compiled shape
-        room = max_length - max(len(p) for p in batch)
-        if room < 1:
-            raise TideError(f"max_length={max_length} leaves no room after prompts; raise it")
+        count_in_batch = len(batch)
+        batch += batch[:1] * (batch_size - count_in_batch)  # pads the last batch, so that all have one compiled shape
+        max_new_tokens = max_length - max(len(p) for p in batch)
+        if max_new_tokens < 1:
+            raise TideError(f"max_length={max_length} leaves no room after the prompts; raise it")
         out = engine.generate(
             batch,
-            max_new_tokens=room,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=0,  # for variety, override the checkpoint's own dials
             top_p=1.0,
             min_p=min_p,
             key=jax.random.fold_in(key, start),
         )
-        for prompt, tokens, length in zip(batch[:wanted], out.tokens, out.lengths, strict=False):
+        for prompt, tokens, length in zip(batch[:count_in_batch], out.tokens, out.lengths, strict=False):
             texts.append(Sample([*prompt, *(int(t) for t in tokens[:length])], start=len(prompt)))
         if progress is not None:
             progress("model writes its own text", len(texts), count)
     return texts
 
 
-def own_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | None = None) -> Iterator[list[int]]:
+def model_text_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | None = None) -> Iterator[list[int]]:
     """Endless token ids of prompts that `model_texts` lets a model answer or continue."""
     rng = np.random.default_rng(seed)
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
@@ -132,24 +132,24 @@ def own_prompts(tokenizer: Any, *, seed: int = 0, chat_template: str | None = No
             yield list(tokenizer(_OPENERS[i])["input_ids"])
 
 
-def _file(path: Path, field: str | None) -> Iterator[str]:
-    readers = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
+def _read_file(path: Path, field: str | None) -> Iterator[str]:
+    readers = {".txt": _read_lines, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise TideError(f"{path} is no text source: expected .txt, .jsonl or .parquet, or hub:NAME for a data set")
+        raise TideError(f"{path} is not a text source: expected .txt, .jsonl or .parquet, or hub:NAME for a data set")
     if not path.is_file():
-        raise TideError(f"no text file at {path}")
+        raise TideError(f"there is no text file at {path}; check the path")
     try:
         yield from (text for text in readers[path.suffix](path, field) if text.strip())
     except (UnicodeDecodeError, OSError) as error:
         raise TideError(f"{path} can't be read as {path.suffix} text ({first_line(error)})") from error
 
 
-def _lines(path: Path, field: str | None) -> Iterator[str]:
+def _read_lines(path: Path, field: str | None) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         yield from (line.rstrip("\n") for line in file)
 
 
-def _json_lines(path: Path, field: str | None) -> Iterator[str]:
+def _read_json_lines(path: Path, field: str | None) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -157,23 +157,23 @@ def _json_lines(path: Path, field: str | None) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
-                raise TideError(f"{path} line {number} is not JSON ({error})") from error
-            yield record if isinstance(record, str) else _text(record, field, f"{path} line {number}")
+                raise TideError(f"{path} line {number} is not JSON ({error}); correct the line") from error
+            yield record if isinstance(record, str) else _record_text(record, field, f"{path} line {number}")
 
 
-def _parquet(path: Path, field: str | None) -> Iterator[str]:
+def _read_parquet(path: Path, field: str | None) -> Iterator[str]:
     import pyarrow  # slow to import, and only needed here
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(_PARQUET_ROWS):
-                yield from (_text(row, field, str(path)) for row in batch.to_pylist())
+                yield from (_record_text(row, field, str(path)) for row in batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise TideError(f"{path} can't be read as parquet ({first_line(error)})") from error
 
 
-def _hub(name: str, field: str | None) -> Iterator[str]:
+def _read_hub(name: str, field: str | None) -> Iterator[str]:
     import datasets
 
     repository, config, split = (*name.split(":"), "", "")[:3]
@@ -182,7 +182,7 @@ def _hub(name: str, field: str | None) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
         for row in rows:
-            if (text := _text(row, field, name)).strip():
+            if (text := _record_text(row, field, name)).strip():
                 yield text
     except (OSError, ValueError) as error:
         if isinstance(error, TideError):
@@ -190,14 +190,14 @@ def _hub(name: str, field: str | None) -> Iterator[str]:
         raise TideError(f"data set {name} can't be loaded ({first_line(error)}); pass a local file") from error
 
 
-def _text(record: Any, field: str | None, where: str) -> str:
+def _record_text(record: Any, field: str | None, where: str) -> str:
     if not isinstance(record, dict):
         raise TideError(f"{where} holds {type(record).__name__}, expected an object with a text field")
     usual = [name for name in _FIELDS if name in record]
     name = field or next((name for name in usual if isinstance(record[name], str)), usual[0] if usual else None)
     if name is None or name not in record:
-        wanted = f"text field {field}" if field else "text field"
-        raise TideError(f"{where} has no {wanted}; choose the field among {', '.join(map(str, record)) or 'none'}")
+        missing = f"text field {field}" if field else "text field"
+        raise TideError(f"{where} has no {missing}; choose one of its fields: {', '.join(map(str, record)) or 'none'}")
     if not isinstance(record[name], str):
         raise TideError(
             f"{where}: the field {name} holds {type(record[name]).__name__}, not text; choose another field"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.architecture import RopeConfig
 
 
@@ -25,7 +25,7 @@ def rope_config(hf: Any, head_dim: int, layer_type: str = "full_attention", **fl
     settings = settings[layer_type] if layer_type in hf.nested_rope_parameter_keys(settings) else settings
     kind = settings.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in _READERS:
-        raise TideError(f"rope_type {shortened(repr(kind))} is not supported, expected one of {', '.join(_READERS)}")
+        raise TideError(f"rope_type {shorten(repr(kind))} is not supported, expected one of {', '.join(_READERS)}")
     _check_numbers(settings)
     share = settings.get("partial_rotary_factor") or 1.0
     rotary_dim = head_dim if kind == "proportional" else int(head_dim * share)
@@ -56,7 +56,7 @@ def _check_numbers(settings: Mapping[str, Any]) -> None:
             and value is not None
             and (isinstance(value, bool) or not isinstance(value, int | float))
         ):
-            raise TideError(f"config.json's rope_parameters have {name}={shortened(repr(value))}, expected a number")
+            raise TideError(f"config.json's rope_parameters have {name}={shorten(repr(value))}, expected a number")
 
 
 def _check_factor_counts(rope: RopeConfig) -> RopeConfig:

@@ -14,7 +14,7 @@ from convert.configuration.undeclared import (
     PER_LAYER,
     WHOLE_ROTARY,
 )
-from tide_jax.errors import TideError, listed, shortened
+from tide_jax.errors import TideError, join_problems, shorten
 
 
 def read_settings(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -72,7 +72,8 @@ def _check_supported(hf: Any, values: Mapping[str, Any]) -> None:
     layer_keys = {name for layer in layers.values() for name in layer}
     if unknown := layer_keys - PER_LAYER.get(hf.model_type, frozenset()):
         raise TideError(
-            f"{hf.model_type} with per_layer_config of {listed(sorted(unknown))} is not supported, only equal layers"
+            f"{hf.model_type} with per_layer_config of {join_problems(sorted(unknown))} is not "
+            "supported, only equal layers"
         )
 
 
@@ -116,7 +117,7 @@ def _resolve_partial_rotation(hf: Any, rope: dict[str, Any]) -> None:
         return
     if share != 1 and (kind != "default" or hf.model_type in WHOLE_ROTARY):
         raise TideError(
-            f"{hf.model_type} with partial_rotary_factor={shortened(share)} is not supported for rope_type {kind!r}: "
+            f"{hf.model_type} with partial_rotary_factor={shorten(share)} is not supported for rope_type {kind!r}: "
             "its heads are rotated as a whole"
         )
     del rope["partial_rotary_factor"]

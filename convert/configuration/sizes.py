@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.ranges import MOST_CHANNELS, MOST_EXPERTS, MOST_HEADS, MOST_LAYERS, MOST_POSITIONS, MOST_TOKENS
 
 _BOUNDS: tuple[tuple[int, int, str], ...] = (
@@ -31,10 +31,10 @@ def check_sizes(values: Mapping[str, Any]) -> None:
     for name, value in _integers(values):
         low, high = _BOUNDS_BY_NAME.get(name, (None, MOST_LAYERS if _LAYER_COUNT.fullmatch(name) else None))
         if high is not None and value > high:
-            raise TideError(f"config.json has {name}={shortened(value)}, expected {high} or less; correct it")
+            raise TideError(f"config.json has {name}={shorten(value)}, expected {high} or less; correct it")
         # Check lower bounds at the top level only: a nested part that is left out may lack what a decoder needs.
         if low is not None and value < low and values.get(name) == value:
-            raise TideError(f"config.json has {name}={shortened(value)}, expected {low} or more; correct it")
+            raise TideError(f"config.json has {name}={shorten(value)}, expected {low} or more; correct it")
 
 
 def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 from convert.configuration.rope import rope_config
 from convert.weights.parts import LLAMA
 from convert.weights.rules import Rule
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.activations import KNOWN_ACTIVATIONS
 from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm
 
@@ -156,7 +156,7 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
     }
     fields |= flags
     if fields["activation"] not in KNOWN_ACTIVATIONS:
-        found = shortened(repr(fields["activation"]))
+        found = shorten(repr(fields["activation"]))
         raise TideError(f"activation {found} is not supported, expected one of {', '.join(sorted(KNOWN_ACTIVATIONS))}")
     return DecoderConfig(**fields)
 

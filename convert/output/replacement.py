@@ -22,7 +22,7 @@ from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
 from tide_jax.model.files.model_directory import COMMITTED, is_inside
 from tide_jax.model.files.shards import INDEX_FILE, SINGLE_FILE
-from tide_jax.temporaries import discard, is_temporary, locked, temporary_folder
+from tide_jax.temporaries import discard, is_temporary, lock_folder, temporary_folder
 
 _CONFIG = "config.json"
 _STALE, _LINK = ".stale.json", ".link"  # in a committed folder: files to remove; temporary name of a new link
@@ -89,7 +89,7 @@ def check_no_foreign_files(partial: Path, destination: Path, record: str) -> Non
 def _staging_folder(place: Path) -> Iterator[Path]:
     """Yields a new folder on the same disk as `place`."""
     if place.is_dir():
-        with locked(place):
+        with lock_folder(place):
             _finish_commit(place)
         with temporary_folder(place, _WORK) as partial:
             yield partial
@@ -119,7 +119,7 @@ def _commit(partial: Path, place: Path, record: str) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another run created it meanwhile
                 raise
     # The directory exists: commit with one rename inside it, then move the files out.
-    with locked(place):
+    with lock_folder(place):
         _finish_commit(place)
         check_no_foreign_files(partial, place, record)
         stale = _files_of_earlier_runs(place, record) - set(files_of(partial))

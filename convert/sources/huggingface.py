@@ -15,7 +15,7 @@ from tide_jax.json_files import read_json
 from tide_jax.model.files.checkpoint import CONFIG_KEY
 from tide_jax.model.files.model_directory import model_directory
 from tide_jax.model.files.shards import ShardedTensors, TensorInfo, cast_in_range
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 _SIDE_FILES = (
     "generation_config.json",
@@ -70,7 +70,7 @@ class HuggingFaceSource:
 
     def load_tokenizer(self) -> Any:
         """Returns the directory's tokenizer. Raises TideError if there is none."""
-        return tokenizer_in(self.directory)
+        return read_tokenizer(self.directory)
 
 
 def _check_types(directory: Path, config: dict[str, Any]) -> None:

@@ -22,11 +22,11 @@ from convert.sources.base import ADAPTER_CONFIG, CONV1D_TYPES, Source, steps_of
 from convert.sources.hub import local_directory
 from convert.sources.huggingface import copy_side_files
 from tide_jax.checks import real_number, whole_number
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.json_files import read_json
 from tide_jax.model.files.shards import ShardedTensors, TensorInfo
 from tide_jax.tokenizer.chat_files import chat_templates, remove_template_files
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -167,7 +167,7 @@ class LoRASource:
     def load_tokenizer(self) -> Any:
         """Returns the adapter's tokenizer if it has one, else the base's."""
         own = any((self._directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        return tokenizer_in(self._directory) if own else self._base.load_tokenizer()
+        return read_tokenizer(self._directory) if own else self._base.load_tokenizer()
 
     # ---- planning, from names and shapes ----
 
@@ -196,8 +196,8 @@ class LoRASource:
         if self._embeddings and self._fills(target, "head.kernel"):
             return target, self._embeddings[0]
         raise TideError(
-            f"the adapter {self._directory} does not fit {shortened(self._base.description, 60)}: one of its tensors "
-            f"belongs to {shortened(target, 70)}, which the base does not have; give the base that it was trained on"
+            f"the adapter {self._directory} does not fit {shorten(self._base.description, 60)}: one of its tensors "
+            f"belongs to {shorten(target, 70)}, which the base does not have; give the base that it was trained on"
         )
 
     def _plan_change(self, name: str, start: str, parts: Mapping[str, str], module: str) -> _Change:
@@ -338,15 +338,15 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         raise TideError(f"{directory} has no {ADAPTER_CONFIG}: expected a LoRA adapter as PEFT saves it")
     settings = read_json(path)
     if (kind := settings.get("peft_type")) != "LORA":
-        found = f"an adapter of type {shortened(kind)!r}"
+        found = f"an adapter of type {shorten(kind)!r}"
         raise TideError(f"{directory} is {found}, only LORA is supported: merge it with PEFT first")
     if (start := settings.get("init_lora_weights")) not in _SUPPORTED_STARTS:
         raise TideError(
-            f"{directory} was trained from init_lora_weights={shortened(start)!r}, which changes the base's weights: "
+            f"{directory} was trained from init_lora_weights={shorten(start)!r}, which changes the base's weights: "
             "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion"
         )
     if unknown := sorted(key for key, value in settings.items() if value and key not in _READ_KEYS + _TRAINING_KEYS):
-        given = shortened(", ".join(unknown), 120)
+        given = shorten(", ".join(unknown), 120)
         raise TideError(f"{directory} uses {given}, which is not supported: merge it with PEFT first")
     return settings
 
@@ -377,7 +377,7 @@ def _module_value(settings: Mapping[str, Any], key: str, module: str, default: A
         )
         return next(matches, default)
     except (regex.error, AttributeError, TypeError, TimeoutError, RecursionError, OverflowError) as error:
-        raise TideError(f"adapter_config.json has an invalid {key} ({shortened(error)}): correct it") from error
+        raise TideError(f"adapter_config.json has an invalid {key} ({shorten(error)}): correct it") from error
 
 
 def _add_product(tensor: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> None:

@@ -13,7 +13,7 @@ from convert.sources.huggingface import HuggingFaceSource
 from convert.sources.quantised.source import QuantisedSource
 from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 
 def open_source(reference: str | Path, *, revision: str | None = None) -> Source:
@@ -48,7 +48,7 @@ def open_tokenizer(reference: str | Path, *, revision: str | None = None) -> Any
     if path is None:
         path = local_directory(reference, "a directory with a tokenizer, a .gguf file", revision, TOKENIZER_FILES)
         if (path / "tokenizer.json").is_file() or (weights := _single_gguf(path)) is None:
-            return tokenizer_in(path)
+            return read_tokenizer(path)
         path = weights
     return tokenizer_of(path)
 

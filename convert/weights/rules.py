@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tide_jax.errors import TideError, listed
+from tide_jax.errors import TideError, join_problems
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters
 from tide_jax.model.files.shards import TensorInfo
@@ -146,7 +146,7 @@ def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], co
     problems += _fill_problems(shapes, pieces)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        listed_problems = listed(problems, width=_PROBLEM_CHARACTERS // min(len(problems), 3))
+        listed_problems = join_problems(problems, width=_PROBLEM_CHARACTERS // min(len(problems), 3))
         raise TideError(f"the checkpoint does not fit its configuration, {count}: {listed_problems}")
     return Plan(shapes, tuple(pieces), ignored)
 

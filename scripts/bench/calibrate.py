@@ -34,7 +34,7 @@ import tide_jax
 from scripts.reporting import machine
 from tide_jax.calibration.collect import Sample, tokenise
 from tide_jax.calibration.data_parallel import Placement
-from tide_jax.calibration.reading_plan import padded
+from tide_jax.calibration.reading_plan import pad_texts
 from tide_jax.cli.progress import progress_bars
 from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
@@ -113,7 +113,7 @@ def forward_batches(samples: list[Sample], config: tide_jax.CalibrationConfig) -
     ordered, size = sorted(samples, key=lambda sample: len(sample.ids)), config.batch_size
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     widths = Placement().widths
-    return [padded(group, size, config.max_length, widths=widths)[:2] for group in groups]
+    return [pad_texts(group, size, config.max_length, widths=widths)[:2] for group in groups]
 
 
 def time_forward(model: Decoder, batches: list[tuple[np.ndarray, np.ndarray]]) -> Clock:

@@ -46,7 +46,7 @@ import tide_jax
 from scripts.bench.quality_generation import Generator
 from scripts.bench.quality_measures import Reference, Row, at_target, next_threshold, summarise
 from scripts.reporting import machine
-from tide_jax.config import KVStrategy, tilted_thresholds
+from tide_jax.config import KVStrategy, tilt_thresholds
 from tide_jax.exits.exits import Exits
 from tide_jax.functional import Decoder
 from tide_jax.texts import load_texts
@@ -263,7 +263,7 @@ def sweep(
 
     def measure(threshold: float) -> None:
         layers = reference.model.config.num_layers
-        thresholds = tilted_thresholds(threshold, entry["threshold_tilt"], routers.exit_points, layers)
+        thresholds = tilt_thresholds(threshold, entry["threshold_tilt"], routers.exit_points, layers)
         strategy = entry["kv_strategy"]
         exits = Exits.uniform(routers.without_metadata(), thresholds, args.min_layers, kv_strategy=strategy)
         with bar(f"{entry['name']} at {threshold:.4f}") as progress:

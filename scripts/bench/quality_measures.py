@@ -23,7 +23,7 @@ from tide_jax.exits.evaluation import Batch
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.router import Routers
 from tide_jax.model.decoder import Decoder
-from tide_jax.risk.answers import pack
+from tide_jax.risk.answers import pack_texts
 
 _CHUNK = 64  # number of tokens whose logits are in memory at once
 Progress = Callable[[int, int], None]
@@ -71,7 +71,7 @@ class Reference:
         self.model = model
         ordered = sorted(texts, key=len)  # keeps padding short
         groups = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-        self.batches = [pack([Sample(ids, 1) for ids in group], batch_size, max_length) for group in groups]
+        self.batches = [pack_texts([Sample(ids, 1) for ids in group], batch_size, max_length) for group in groups]
         self.states = list(_reported(self.batches, lambda b: _full_states(model, b), progress))
 
     def compare(self, exits: Exits, progress: Progress | None = None) -> Comparison:

@@ -25,7 +25,7 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 import pallas_kernels.selection
 from scripts.gpu.compiled_program import LargeResult, float_copies, large_results
-from scripts.gpu.model import eight_billion
+from scripts.gpu.model import eight_billion_config
 from scripts.reporting import save
 from tide_jax.exits.exits import Exits
 from tide_jax.functional import Decoder, DecoderConfig, decode_step, init_cache
@@ -99,7 +99,7 @@ def report(
     args: argparse.Namespace, cases: Sequence[Case], device: Any, compiled: Callable[[Case, DecoderConfig], Step]
 ) -> int:
     """Compiles the cases, prints and writes the findings, and returns the process's exit code."""
-    config = dataclasses.replace(eight_billion(), num_layers=args.layers, attention_pattern=(0,) * args.layers)
+    config = dataclasses.replace(eight_billion_config(), num_layers=args.layers, attention_pattern=(0,) * args.layers)
     entries = []
     for case in cases:
         if not args.only or case.name in args.only:

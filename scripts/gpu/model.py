@@ -29,7 +29,7 @@ _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
 """Length of a kind's direction, and how much of it a router must see, in units of the root of D."""
 
 
-def eight_billion() -> DecoderConfig:
+def eight_billion_config() -> DecoderConfig:
     """Configuration of a typical model with 8 billion parameters (the shape of Llama 3.1)."""
     return DecoderConfig(
         model_type="llama",
@@ -48,7 +48,7 @@ def eight_billion() -> DecoderConfig:
 
 def config_8b() -> DecoderConfig:
     """The shape of Llama 3 8B with a separate output head, which steering must not affect."""
-    return dataclasses.replace(eight_billion(), tie_embeddings=False, norm_eps=1e-5)
+    return dataclasses.replace(eight_billion_config(), tie_embeddings=False, norm_eps=1e-5)
 
 
 def config_tiny() -> DecoderConfig:

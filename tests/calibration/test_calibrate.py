@@ -15,7 +15,7 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import TIDE, CalibrationConfig, ExitConfig, Routers, TideError, calibrate
 from tide_jax.calibration.calibrate import auc, expected_exits
-from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
+from tide_jax.calibration.collect import ReadingResult, Sample, collect_states, tokenise
 from tide_jax.calibration.exit_heads import fit_heads
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.calibration.router_training import router_probabilities, train_routers
@@ -52,10 +52,10 @@ def finished_model() -> Decoder:
     return with_parameters(random_model(), {f"layers.{i}.{name}": 0.0 for i in (1, 2) for name in names})
 
 
-def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> Collected:
+def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) -> ReadingResult:
     exit_points = exit_point_layers(model.config.num_layers, calibration.checkpoint_interval)
     samples = tokenise(None, TEXTS if texts is None else texts, calibration, model.config.vocab_size)
-    return collect(model, samples, exit_points, calibration)
+    return collect_states(model, samples, exit_points, calibration)
 
 
 # ------------------------------------------------------------------------------------------------------- known answers
@@ -130,7 +130,7 @@ def test_measured_exits_are_those_of_the_brute_force() -> None:
     """With the cache that exits leave behind, on the texts that were held out; prompts run every layer."""
     model = random_model()
     routers = random_routers(model.config, interval=1)
-    rows, batches = [], gather(model, CONFIG, [Sample(text, start=len(text) // 2) for text in TEXTS]).held_out
+    rows, batches = [], gather(model, CONFIG, [Sample(text, start=len(text) // 2) for text in TEXTS]).held_out_batches
     for batch in batches:
         for tokens, positions, counted in zip(*map(np.asarray, batch), strict=True):
             if counted.any():
@@ -341,8 +341,8 @@ def test_routers_that_learn_nothing_keep_the_base_rate() -> None:
         ([], {}, "no calibration text"),
         (["", "x"], {}, "too short"),
         ([[5]], {}, "no calibration text"),
-        (TEXTS[:3], {}, "calibration text too short: 3 texts"),
-        (TEXTS, {"checkpoint_interval": 5}, "checkpoint_interval=5 leaves no checkpoint"),
+        (TEXTS[:3], {}, "the calibration text is too short: 3 texts"),
+        (TEXTS, {"checkpoint_interval": 5}, "checkpoint_interval=5 leaves no exit point"),
         (TEXTS, {"calibration_samples": 2}, "too short: 2 texts"),
     ],
 )

@@ -21,7 +21,7 @@ from tiny_models import random_prompts, tiny_model, with_parameters
 
 from tide_jax import CalibrationConfig, TideError, calibrate
 from tide_jax.calibration import work_folder
-from tide_jax.calibration.collect import Collected, Sample, collect, tokenise
+from tide_jax.calibration.collect import ReadingResult, Sample, collect_states, tokenise
 from tide_jax.calibration.reading_plan import ReadingPlan
 from tide_jax.calibration.reservoir import Reservoir
 from tide_jax.cli.progress import progress_bars
@@ -46,23 +46,23 @@ def model() -> Decoder:
     return tiny_model(tiny_config(num_layers=3))
 
 
-def gather(texts: Any = TEXTS, calibration: CalibrationConfig = CONFIG, **options: Any) -> Collected:
+def gather(texts: Any = TEXTS, calibration: CalibrationConfig = CONFIG, **options: Any) -> ReadingResult:
     subject = options.pop("model", None) or model()
     samples = tokenise(None, texts, calibration, subject.config.vocab_size)
-    return collect(subject, samples, options.pop("exit_points", EXIT_POINTS), calibration, **options)
+    return collect_states(subject, samples, options.pop("exit_points", EXIT_POINTS), calibration, **options)
 
 
 @functools.cache
-def uninterrupted() -> Collected:
+def uninterrupted() -> ReadingResult:
     return gather()
 
 
-def assert_equal(found: Collected, expected: Collected) -> None:
+def assert_equal(found: ReadingResult, expected: ReadingResult) -> None:
     assert found.counts == expected.counts
     for a, b in zip(found.splits, expected.splits, strict=True):
         for name in ("states", "last", "targets"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
-    for a, b in zip(jax.tree.leaves(found.held_out), jax.tree.leaves(expected.held_out), strict=True):
+    for a, b in zip(jax.tree.leaves(found.held_out_batches), jax.tree.leaves(expected.held_out_batches), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -151,7 +151,7 @@ def dying(report_number: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-def reports(**options: Any) -> tuple[Collected, list[tuple[int, int]]]:
+def reports(**options: Any) -> tuple[ReadingResult, list[tuple[int, int]]]:
     """A reading pass and its progress."""
     seen = list[tuple[int, int]]()
     return gather(progress=lambda _, done, total: seen.append((done, total)), **options), seen
@@ -160,7 +160,7 @@ def reports(**options: Any) -> tuple[Collected, list[tuple[int, int]]]:
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal is written after every batch."""
-    monkeypatch.setattr(work_folder, "_SECONDS", 0.0)
+    monkeypatch.setattr(work_folder, "_JOURNAL_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("every_batch")
@@ -301,7 +301,7 @@ def test_a_value_that_is_not_what_was_stored_is_noticed(array: str, tmp_path: Pa
         before = path.read_bytes()
         for at in np.linspace(200, len(before) - 1, 7).astype(int):
             path.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
-            with pytest.raises(TideError, match=r"batch \d+ is not what was stored"):
+            with pytest.raises(TideError, match=r"batch \d+ differs from what was stored"):
                 gather(work_dir=tmp_path)
         path.write_bytes(before)
     assert_equal(gather(work_dir=tmp_path), uninterrupted())
@@ -346,7 +346,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_too_little_text_leaves_no_folder_behind(tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="calibration text too short"):
+    with pytest.raises(TideError, match="the calibration text is too short"):
         gather(TEXTS[:3], work_dir=tmp_path / "work")
     assert contents(tmp_path) == {}
 
@@ -354,7 +354,9 @@ def test_too_little_text_leaves_no_folder_behind(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(TideError, match="needs 0 MB more, 0 MB are free; make room or lower reservoir_bytes"):
+    with pytest.raises(
+        TideError, match="needs 0 MB more, but only 0 MB are free; free some space or lower reservoir_bytes"
+    ):
         gather(work_dir=tmp_path)
 
 
@@ -369,7 +371,7 @@ import numpy as np
 sys.path[:0] = ["tests/calibration", "tests/support"]
 from test_collect import CONFIG, Killed, config, dying, gather, work_folder
 
-work_folder._SECONDS = 0.0
+work_folder._JOURNAL_SECONDS = 0.0
 work = Path(sys.argv[1])
 assert len(jax.devices()) == 4
 square = np.asarray(jax.devices()).reshape(2, 2)
@@ -391,13 +393,13 @@ for a, b in zip(moved.splits, gather().splits, strict=True):
     np.testing.assert_allclose(a.states, b.states, atol=4e-3)
 
 from tide_jax.calibration.data_parallel import Placement
-from tide_jax.calibration.collect import _run
+from tide_jax.calibration.collect import _compiled_states
 from test_collect import model
 import jax.numpy as jnp
-placement = Placement.of(meshes[4])
-arrays = [placement.split(np.zeros(shape, np.int32)) for shape in ((8, 16), (8, 16), (4, 1, 8))]
+placement = Placement.for_mesh(meshes[4])
+arrays = [placement.split_rows(np.zeros(shape, np.int32)) for shape in ((8, 16), (8, 16), (4, 1, 8))]
 assert [s.data.shape for s in arrays[0].addressable_shards] == [(2, 16)] * 4
-text = _run.lower(placement.replicated(model()), *arrays, exit_points=(0, 1)).compile().as_text()
+text = _compiled_states.lower(placement.replicate(model()), *arrays, exit_points=(0, 1)).compile().as_text()
 assert not any(name in text for name in ("all-gather", "all-to-all", "collective-permute")), "rows stay apart"
 print("equal")
 """

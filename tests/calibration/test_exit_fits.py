@@ -14,7 +14,7 @@ from tide_jax.calibration.calibrate import auc
 from tide_jax.calibration.confidence_training import final_scores, train_confidence
 from tide_jax.calibration.exit_heads import fit_heads
 from tide_jax.calibration.reservoir import Reservoir
-from tide_jax.calibration.tuned_heads import frequent, tune_heads
+from tide_jax.calibration.tuned_heads import frequent_tokens, tune_heads
 from tide_jax.config import CalibrationConfig
 from tide_jax.exits.confidence import exit_scores, features
 from tide_jax.exits.router import SCREEN_LEVELS, Candidates, ExitHead, Router, Routers
@@ -83,9 +83,9 @@ def test_low_rank_heads_are_tuned_too() -> None:
 
 def test_frequent_tokens_come_first_and_two_at_least() -> None:
     targets = np.asarray([7, 7, 7, 3, 3, 9], np.int32)
-    assert frequent(targets, 12, 2).tolist() == [7, 3]
-    assert frequent(targets, 12, 100).tolist() == [7, 3, 9]
-    assert len(frequent(targets[:3], 12, 100)) == 2
+    assert frequent_tokens(targets, 12, 2).tolist() == [7, 3]
+    assert frequent_tokens(targets, 12, 100).tolist() == [7, 3, 9]
+    assert len(frequent_tokens(targets[:3], 12, 100)) == 2
 
 
 def test_features_are_those_of_the_candidates_logits() -> None:

@@ -183,7 +183,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no name of an export": (("export", "MODEL", ""), "destination '' must be a path"),
     "a prompt that is no UTF-8": (
         ("generate", "MODEL", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")),
-        "--prompt is no valid text: its character 3, '\\udce9', is not Unicode",
+        "--prompt is not valid text: its character 3, '\\udce9', is not Unicode",
     ),
     "a second prompt that is no UTF-8": (
         ("generate", "MODEL", *_PROMPT, "--prompt", "\ud800"),

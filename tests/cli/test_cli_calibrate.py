@@ -21,7 +21,7 @@ import tide_jax.risk.promise
 from tide_jax import Routers, TideError
 from tide_jax.calibration.collect import Sample
 from tide_jax.errors import GuaranteeError
-from tide_jax.risk.promise import Promise, set_aside
+from tide_jax.risk.promise import Promise, split_test_texts
 
 QUICK = ("--checkpoint-interval", "1", "--bottleneck", "4", "--min-layers", "1", "--max-length", "16")
 QUICK += ("--exit-head-steps", "2", "--confidence-candidates", "0", "--translator-rank", "2")
@@ -112,7 +112,7 @@ def test_the_stored_promise_is_used_and_dropped_with_other_settings(
     for options, said in (
         ((), "at most 30.00% of a text's tokens differ"),
         (("--exit-threshold", 0.25), "nothing promised: the router file's promise is for other settings"),
-        (("--dtype", "bfloat16"), "nothing promised: that was for float32, this is bfloat16"),
+        (("--dtype", "bfloat16"), "nothing promised: the promise holds for float32, this model runs in bfloat16"),
     ):
         assert run(*generate, *options) == 0
         assert said in capsys.readouterr().err
@@ -222,11 +222,11 @@ def test_a_work_folder_is_gone_on_in(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the model read the text again")
 
-    monkeypatch.setattr("tide_jax.calibration.collect._run", never)
+    monkeypatch.setattr("tide_jax.calibration.collect._compiled_states", never)
     printed(capsys, *command)
     again = load_file(output)
     assert all(np.array_equal(again[name], tensor) for name, tensor in first.items())
-    assert "was begun with another configuration" in refusal(capsys, *command, "--seed", "1")
+    assert "was started with another configuration" in refusal(capsys, *command, "--seed", "1")
 
 
 def test_devices_share_the_reading_pass(model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few texts": ((*CALIBRATE, "--risk", "0.01"), "200 different texts are too few: --risk 0.01 with --delta 0.05"),
     "too few set aside": (
         (*CALIBRATE, *PROMISE, "--guarantee-texts", "6"),
-        "--guarantee-texts 6 are too few: --risk 0.3 with --delta 0.1 takes at least 7",
+        "--guarantee-texts 6 is too few: --risk 0.3 with --delta 0.1 needs at least 7",
     ),
     "all set aside": ((*CALIBRATE, *PROMISE, "--guarantee-texts", "200"), "sets 200 aside"),
     "too little text of its own": (
@@ -324,18 +324,18 @@ def samples(*lengths: int) -> list[Sample]:
     ],
 )
 def test_how_many_are_set_aside(promise: Promise, total: int, count: int) -> None:
-    assert promise.count(total) == count
+    assert promise.text_count(total) == count
 
 
 def test_texts_with_nothing_to_test_are_left_to_the_routers() -> None:
     texts = samples(*[2, 9] * 20)
-    kept, aside = set_aside(texts, Promise(0.3, 0.1, guarantee_texts=15))
+    kept, aside = split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=15))
     assert len(aside) == 15
     assert {len(s.ids) for s in aside} == {9}
     assert sorted(kept + aside) == sorted(texts)
-    assert set_aside(texts, Promise(0.3, 0.1, guarantee_texts=15), seed=1)[1] != aside
+    assert split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=15), seed=1)[1] != aside
     with pytest.raises(GuaranteeError, match="20 different texts"):
-        set_aside(texts, Promise(0.3, 0.1, guarantee_texts=20))
+        split_test_texts(texts, Promise(0.3, 0.1, guarantee_texts=20))
     with pytest.raises(TideError, match="guarantee_texts=True"):
         Promise(guarantee_texts=True)
 

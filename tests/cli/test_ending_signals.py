@@ -13,7 +13,7 @@ import pytest
 
 import tide_jax
 from convert import convert
-from tide_jax.cli.ending_signals import until_ended
+from tide_jax.cli.ending_signals import run_with_signals
 
 _SLOW = """
 import sys, time
@@ -59,7 +59,7 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
             return 7
 
-        assert until_ended(hang_up, as_program=False) == 7
+        assert run_with_signals(hang_up, as_program=False) == 7
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -82,7 +82,7 @@ def test_a_signal_that_a_library_makes_something_else_of(
             raise
         return 0
 
-    assert until_ended(run, as_program=False) == 143
+    assert run_with_signals(run, as_program=False) == 143
     assert capsys.readouterr().err == "ended by SIGTERM\n"
     assert cleaned == [True]
 
@@ -92,9 +92,9 @@ def test_other_errors_and_threads_are_left_alone() -> None:
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        until_ended(fail, as_program=False)
+        run_with_signals(fail, as_program=False)
     codes = list[int]()
-    thread = threading.Thread(target=lambda: codes.append(until_ended(lambda: 3, as_program=False)))
+    thread = threading.Thread(target=lambda: codes.append(run_with_signals(lambda: 3, as_program=False)))
     thread.start()
     thread.join()
     assert codes == [3]

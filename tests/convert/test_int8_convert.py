@@ -26,7 +26,7 @@ from convert.output.writer import ShardWriter
 from convert.sources.open import open_source
 from convert.weights.rules import Target, move, plan_conversion
 from tide_jax import TideError
-from tide_jax.cli.inspection import describe, text_table
+from tide_jax.cli.inspection import describe_model, format_facts
 from tide_jax.model.decoder import Decoder, parameters, stored_parameters
 from tide_jax.model.files.checkpoint import fingerprint, load, load_config
 from tide_jax.model.rounding import round_weights
@@ -271,12 +271,12 @@ def test_lm_eval_takes_weights(source: Path, tmp_path: Path) -> None:
 
 def test_a_token_reads_the_experts_that_it_chooses(tmp_path: Path) -> None:
     source = SOURCES["experts"](tmp_path / "source")
-    facts = describe(source)
+    facts = describe_model(source)
     whole = sum(p.value.nbytes for p in stored_parameters(load(source)) if not p.path.startswith("embed"))
     experts = sum(p.value.nbytes for p in stored_parameters(load(source)) if ".experts." in p.path)
     assert facts["bytes_read"]["float32"] == whole - experts // 3
     assert facts["stored"] is None
-    assert "with int8 weights" in text_table(facts)
+    assert "with int8 weights" in format_facts(facts)
 
 
 # ---- bad input

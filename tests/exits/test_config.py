@@ -29,7 +29,7 @@ from tide_jax.testing import tiny_config
         ({"min_layers": True}, "min_layers=True"),
         ({"kv_strategy": "forget"}, "kv_strategy='forget'.*propagate.*recompute"),
         ({"threshold_tilt": 1.5}, "threshold_tilt=1.5"),
-        ({"threshold_tilt": 0.5, "exit_threshold": (0.5, 0.6)}, "threshold_tilt tilts one exit_threshold"),
+        ({"threshold_tilt": 0.5, "exit_threshold": (0.5, 0.6)}, "threshold_tilt needs a single exit_threshold"),
     ],
 )
 def test_exit_settings_out_of_range(values: dict[str, Any], expected: str) -> None:

@@ -116,7 +116,7 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
     def fail(x: Any) -> Any:
         raise error
 
-    with pytest.raises(TideError, match=r"^out of memory \(.*\): take fewer or shorter rows") as caught:
+    with pytest.raises(TideError, match=r"^out of memory \(.*\): use fewer or shorter rows") as caught:
         run(Programs(), 1, fail)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
@@ -134,8 +134,8 @@ def test_a_damaged_program_on_disk_is_replaced(tmp_path: Path) -> None:
     script = (
         "import jax, jax.numpy as jnp, json, warnings\n"
         "warnings.simplefilter('error')\n"
-        "from tide_jax.cli.command_line import keep_programs\n"
-        "keep_programs()\n"
+        "from tide_jax.cli.command_line import cache_programs\n"
+        "cache_programs()\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
         "def double_it(x): return jnp.sin(x) * 2\n"
         "jax.jit(double_it)(jnp.ones(3)).block_until_ready()\n"

@@ -128,7 +128,7 @@ def test_missing_fields_inside_of_parts_are_named() -> None:
         ({"num_layers": 2**31}, "num_layers=2147483648 should be at most 4096"),
         ({"norm": "batch"}, "norm='batch' should be 'rms' or 'layer'"),
         ({"logit_scale": 0.0}, "logit_scale=0.0 should be at least"),
-        ({"surprise": 1}, "surprise=1 is no known field"),
+        ({"surprise": 1}, "surprise=1 is not a known field"),
         ({"activation": "x"}, "activation='x' is not known; choose one of silu, "),
         ({"activation": "xielu"}, "activation='xielu' is not known"),
         ({"activation": "swiglu_oai", "mlp_gated": False}, "activation='swiglu_oai' is not known"),

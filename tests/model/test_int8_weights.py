@@ -292,7 +292,7 @@ def test_routers_fit_both_and_a_promise_does_not(tmp_path: Path) -> None:
     assert exit_settings(model, routers)[0].guarantee == promise
     config, told = exit_settings(small, routers)
     assert config.guarantee is None
-    assert told == "nothing promised: that was for float32, this is float32 with int8 weights"
+    assert told == "nothing promised: the promise holds for float32, this model runs in float32 with int8 weights"
 
 
 def test_a_model_of_unknown_floats_has_a_fingerprint_of_its_own() -> None:

@@ -350,7 +350,7 @@ def test_the_promise_is_the_engines_own() -> None:
 
 
 def test_a_promise_about_another_loss_can_not_be_watched() -> None:
-    with pytest.raises(TideError, match=r"guarantee is about nll.*pass DriftMonitor\(risk="):
+    with pytest.raises(TideError, match=r"guarantee bounds nll.*pass DriftMonitor\(risk="):
         promised(loss="nll")(PROMPTS, monitor=DriftMonitor())
     assert promised(loss="nll")(PROMPTS, monitor=DriftMonitor(risk=0.1)).stats.drift is not None
 

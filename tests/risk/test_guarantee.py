@@ -22,7 +22,7 @@ from tide_jax.model.decoder import parameters
 from tide_jax.risk.answers import TextAnswers
 from tide_jax.risk.guarantee import THRESHOLDS
 from tide_jax.risk.statistics import hb_p_value
-from tide_jax.risk.threshold_path import Scored, greedy_path
+from tide_jax.risk.threshold_path import TokenScores, greedy_path
 from tide_jax.testing import ByteTokenizer, constant_routers, random_routers, tiny_config
 
 guarantee = functools.partial(tide_jax.guarantee, max_length=24, batch_size=100)
@@ -175,7 +175,7 @@ def test_too_few_texts_are_refused_before_anything_runs() -> None:
     seen: list[Any] = []
     for count, per_exit_point in ((148, False), (197, True)):
         texts = texts_of(count, 5)
-        with pytest.raises(GuaranteeError, match=r"^148 texts .* risk=0\.02 with delta=0\.05 takes at least 149 ") as e:
+        with pytest.raises(GuaranteeError, match=r"^148 texts .* risk=0\.02 with delta=0\.05 needs at least 149 ") as e:
             guarantee(engine_of(), texts, per_exit_point=per_exit_point, progress=lambda *what: seen.append(what))
         assert "\n" not in str(e.value)
     assert not seen
@@ -185,7 +185,7 @@ def test_no_threshold_qualifies() -> None:
     model = tiny_model(tiny_config(num_layers=3))
     engine = TIDE(model, constant_routers(model.config, interval=1), ExitConfig(min_layers=0))
     with pytest.raises(
-        GuaranteeError, match=r"safest tried, 0\.998, has a mean loss of 0\.\d+ \(p-value 1, d"
+        GuaranteeError, match=r"safest tested, 0\.998, has a mean loss of 0\.\d+ \(p-value 1, d"
     ) as caught:
         guarantee(engine, TEXTS)
     assert "exit_threshold=1.0" in str(caught.value)
@@ -301,21 +301,21 @@ def test_a_changed_dial_drops_the_guarantee() -> None:
 # ------------------------------------------------------------------------------------------------------------ the path
 
 
-def scored(seed: int = 0, count: int = 4000) -> Scored:
+def scored(seed: int = 0, count: int = 4000) -> TokenScores:
     """Two exit points: the later one's router is the better."""
     rng = np.random.default_rng(seed)
     scores = rng.random((2, count)).astype(np.float32)
-    return Scored(
+    return TokenScores(
         scores, rng.random((2, count)) < np.stack([0.5 + 0.4 * scores[0], scores[1] ** 0.1]), np.full(count, 1 / count)
     )
 
 
-def outcome(sample: Scored, vector: Sequence[float], shares: Sequence[float]) -> tuple[float, float]:
+def outcome(sample: TokenScores, vector: Sequence[float], shares: Sequence[float]) -> tuple[float, float]:
     depth, wrong = 0.0, 0.0
     for n, weight in enumerate(sample.weights):
         left = next((c for c, t in enumerate(vector) if sample.scores[c, n] > np.float32(t)), None)
         depth += weight * (1.0 if left is None else shares[left])
-        wrong += weight * (left is not None and not sample.right[left, n])
+        wrong += weight * (left is not None and not sample.agrees[left, n])
     return depth, wrong
 
 

@@ -225,8 +225,8 @@ def test_settings_written_without_a_tilt_have_none() -> None:
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"surprise": 1}, "exit settings not understood"),
-        ({"guarantee": {"risk": 0.1}}, "guarantee not understood"),
+        ({"surprise": 1}, "exit settings can't be read"),
+        ({"guarantee": {"risk": 0.1}}, "guarantee can't be read"),
         ({"guarantee": "trust me"}, "guarantee"),
     ],
 )

@@ -13,7 +13,7 @@ from tiny_models import tiny_model
 
 from tide_jax import TideError
 from tide_jax.testing import ByteTokenizer, tiny_config
-from tide_jax.texts import load_texts, model_texts, own_prompts
+from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
 
 def written(path: Path, content: str | bytes) -> str:
@@ -56,7 +56,7 @@ def test_records_of_a_json_lines_file(tmp_path: Path) -> None:
 def test_a_field_of_the_users_choice(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", [{"text": "no", "story": "yes"}])
     assert list(load_texts(source, field="story")) == ["yes"]
-    with pytest.raises(TideError, match=r"line 1 has no text field tale; choose the field among text, story"):
+    with pytest.raises(TideError, match=r"line 1 has no text field tale; choose one of its fields: text, story"):
         next(load_texts(source, field="tale"))
 
 
@@ -92,7 +92,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         ("a.jsonl", "[1, 2]\n", "holds list, expected an object"),
         ("a.jsonl", '{"number": 3}\n', "line 1 has no text field"),
         ("a.jsonl", '{"text": 5}\n', "line 1: the field text holds int, not text"),
-        ("a.jsonl", "{}\n", "no text field; choose the field among none"),
+        ("a.jsonl", "{}\n", "no text field; choose one of its fields: none"),
         ("a.parquet", b"no parquet at all", "can't be read as parquet"),
         ("a.csv", "text\n", "expected .txt, .jsonl or .parquet"),
     ],
@@ -153,10 +153,10 @@ def test_a_model_writes_its_own_text(tokenizer: ByteTokenizer) -> None:
 def test_questions_are_in_the_template_of_the_users_choice() -> None:
     tokenizer = ChatTokenizer()
     tokenizer.chat_template = {"default": "no words", "ask": "Q: {{ messages[0].content }} A:"}
-    for prompt in itertools.islice(own_prompts(tokenizer, chat_template="ask"), 5):
+    for prompt in itertools.islice(model_text_prompts(tokenizer, chat_template="ask"), 5):
         text = tokenizer.decode(prompt)
         assert re.fullmatch("Q: .{20,} A:", text)
     with pytest.raises(TideError, match="leaves out the user's words"):
-        next(own_prompts(tokenizer))
+        next(model_text_prompts(tokenizer))
     with pytest.raises(TideError, match="has no chat template"):
-        next(own_prompts(ByteTokenizer(), chat_template="ask"))
+        next(model_text_prompts(ByteTokenizer(), chat_template="ask"))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import tide_jax.tokenizer.template_process
 from tide_jax import TideError
 from tide_jax.tokenizer.chat import ChatTemplate, prompt_ids
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 EXAMPLES = int(os.environ.get("TIDE_EXAMPLES", "25"))
 CONVERSATION = [
@@ -163,7 +163,7 @@ def test_a_template_with_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_template_that_never_ends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_SECONDS", 0)
+    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_CPU_SECONDS", 0)
     assert "takes longer than 5 seconds" in refusal(ENDLESS[name])
 
 
@@ -179,7 +179,7 @@ def test_a_slow_machine_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_template_goes_on_after_one_text_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_SECONDS", 0)
+    monkeypatch.setattr(tide_jax.tokenizer.template_process, "_CPU_SECONDS", 0)
     loop = "{% if messages[0].content == 'loop' %}" + ENDLESS["loops"] + "{% endif %}{{ messages[0].content }}"
     template = ChatTemplate(byte_tokenizer(loop))
     for _ in range(2):
@@ -241,7 +241,7 @@ def saved(directory: Path, files: dict[str, Any]) -> PreTrainedTokenizerFast:
         if name == "tokenizer_config.json":
             content = json.loads(path.read_text()) | content
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return tokenizer_in(directory)
+    return read_tokenizer(directory)
 
 
 JINJA, LEGACY, CONFIG, RAG = (
@@ -282,13 +282,13 @@ def test_all_template_files_are_read(tmp_path: Path, files: dict[str, Any], expe
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({LEGACY: {"chat_template": 5}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": [1]}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": [{"name": "a"}]}}, "chat_template.json: chat_template is no text"),
-        ({LEGACY: {"chat_template": {"a": 1}}}, "chat_template.json: chat_template is no text"),
+        ({LEGACY: {"chat_template": 5}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": [1]}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": [{"name": "a"}]}}, "chat_template.json: chat_template is not text"),
+        ({LEGACY: {"chat_template": {"a": 1}}}, "chat_template.json: chat_template is not text"),
         ({LEGACY: "{"}, "chat_template.json"),
         ({LEGACY: [1]}, "chat_template.json"),
-        ({CONFIG: {"chat_template": 5}}, "tokenizer_config.json: chat_template is no text"),
+        ({CONFIG: {"chat_template": 5}}, "tokenizer_config.json: chat_template is not text"),
     ],
 )
 def test_a_file_without_a_template_is_named(tmp_path: Path, files: dict[str, Any], expected: str) -> None:
@@ -302,7 +302,7 @@ def test_a_template_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "model", {RAG: "r"})
     (tmp_path / "model" / RAG).write_bytes(b"\xff\xfe")
     with pytest.raises(TideError, match=r"rag\.jinja can't be read|no tokenizer that transformers can load"):
-        tokenizer_in(tmp_path / "model")
+        read_tokenizer(tmp_path / "model")
 
 
 def test_the_user_chooses_among_several() -> None:

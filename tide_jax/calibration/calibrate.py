@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from tide_jax.calibration.collect import Collected, Progress, Splits, collect, tokenise
-from tide_jax.calibration.confidence_training import HELD_BACK, final_scores, train_confidence
+from tide_jax.calibration.collect import Progress, ReadingResult, Splits, collect_states, tokenise
+from tide_jax.calibration.confidence_training import HELD_BACK_SHARE, final_scores, train_confidence
 from tide_jax.calibration.exit_heads import fit_heads, label_tokens
 from tide_jax.calibration.router_training import train_routers
 from tide_jax.calibration.translator_fit import fit_translators
-from tide_jax.calibration.tuned_heads import frequent, tune_heads
+from tide_jax.calibration.tuned_heads import frequent_tokens, tune_heads
 from tide_jax.checks import instance_of, path_like
 from tide_jax.config import CalibrationConfig, exit_point_layers
 from tide_jax.errors import TideError
@@ -25,7 +25,7 @@ from tide_jax.exits.evaluation import measure_exits
 from tide_jax.exits.router import Candidates, RouterMetadata, Routers, model_identity
 from tide_jax.model.decoder import Decoder
 
-SWEEP = (0.7, 0.8, 0.9, 0.95, 0.99)
+REPORT_THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds that the report includes."""
 
 
@@ -89,14 +89,14 @@ def calibrate(
     exit_points = exit_point_layers(model.config.num_layers, config.checkpoint_interval)
     if not exit_points:
         raise TideError(
-            f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint below the last of the model's "
+            f"checkpoint_interval={config.checkpoint_interval} leaves no exit point before the last of the model's "
             f"{model.config.num_layers} layers; lower it"
         )
     # Read the text, train, and measure.
     samples = tokenise(tokenizer, texts, config, model.config.vocab_size)
-    collected = collect(model, samples, exit_points, config, progress, work_dir=work_dir, mesh=mesh)
-    routers, labels, held_out = _fit(model, collected, exit_points, config, progress)
-    report = _report(model, routers, collected, labels, held_out, config, progress)
+    reading = collect_states(model, samples, exit_points, config, progress, work_dir=work_dir, mesh=mesh)
+    routers, training_labels, validation_labels = _train(model, reading, exit_points, config, progress)
+    report = _report(model, routers, reading, training_labels, validation_labels, config, progress)
     metadata = model_identity(model) | {
         "config": dataclasses.asdict(config),
         "data": source,
@@ -114,79 +114,83 @@ def check_ranks(config: CalibrationConfig, width: int) -> None:
             raise TideError(f"{name}={rank} exceeds the model's width of {width}; lower it")
 
 
-def _fit(
+def _train(
     model: Decoder,
-    collected: Collected,
+    reading: ReadingResult,
     exit_points: tuple[int, ...],
     config: CalibrationConfig,
     progress: Progress | None,
 ) -> tuple[Routers, Bool[np.ndarray, "C N"], Bool[np.ndarray, "C M"]]:
     """Trains everything; returns routers and the labels of the routers' and the validation tokens."""
     # Exit heads and translators, on their own texts.
-    splits, heads, translators = collected.splits, None, None
+    splits, heads, translators = reading.splits, None, None
     if config.exit_strategy == "affine":
         heads = fit_heads(splits.heads, splits.validation, config.exit_head_rank, progress)
         if config.exit_head_steps:
             heads = tune_heads(model, heads, splits.heads, splits.validation, config, progress)
     if config.translator_rank is not None:
         translators = fit_translators(
-            model, collected.fitting, exit_points, config.translator_rank, config.reservoir_bytes, progress
+            model, reading.fit_batches, exit_points, config.translator_rank, config.reservoir_bytes, progress
         )
     routers = Routers((), heads, exit_points, translators)
     # Routers. A part of their tokens is held back for the second look.
     labels = label_tokens(model, routers, splits.routers, config, progress)
-    held_out = label_tokens(model, routers, splits.validation, config, progress)
-    looked = int(len(splits.routers) * HELD_BACK) if config.confidence_candidates else 0
-    own, theirs = slice(looked, None), slice(0, looked)
+    validation_labels = label_tokens(model, routers, splits.validation, config, progress)
+    held_back = int(len(splits.routers) * HELD_BACK_SHARE) if config.confidence_candidates else 0
+    router_rows, held_back_rows = slice(held_back, None), slice(0, held_back)
     states = splits.routers.states
-    trained = train_routers(states[:, own], labels[:, own], splits.validation.states, held_out, config, progress)
+    trained = train_routers(
+        states[:, router_rows], labels[:, router_rows], splits.validation.states, validation_labels, config, progress
+    )
     routers = dataclasses.replace(routers, routers=trained)
     # The second look, on the tokens held back.
-    if looked:
-        ids = frequent(splits.routers.targets, model.config.vocab_size, config.confidence_candidates)
+    if held_back:
+        ids = frequent_tokens(splits.routers.targets, model.config.vocab_size, config.confidence_candidates)
         routers = dataclasses.replace(routers, candidates=Candidates(ids, model.head_rows(ids)))
-        looks = train_confidence(model, routers, states[:, theirs], labels[:, theirs], config.seed, progress)
-        routers = dataclasses.replace(routers, confidence=looks)
-    return routers, labels, held_out
+        confidence = train_confidence(
+            model, routers, states[:, held_back_rows], labels[:, held_back_rows], config.seed, progress
+        )
+        routers = dataclasses.replace(routers, confidence=confidence)
+    return routers, labels, validation_labels
 
 
-def _kept(splits: Splits) -> dict[str, int]:
+def _split_sizes(splits: Splits) -> dict[str, int]:
     return {f"{name}_tokens": len(split) for name, split in zip(Splits._fields, splits, strict=True)}
 
 
 def _report(
     model: Decoder,
     routers: Routers,
-    collected: Collected,
-    labels: Bool[np.ndarray, "C N"],
-    held_out: Bool[np.ndarray, "C M"],
+    reading: ReadingResult,
+    training_labels: Bool[np.ndarray, "C N"],
+    validation_labels: Bool[np.ndarray, "C M"],
     config: CalibrationConfig,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """Measurements on the validation split: by exit point from its states, by threshold with the engine's own pass."""
     depth, exit_points = model.config.num_layers, routers.exit_points
-    states = collected.splits.validation.states
+    states = reading.splits.validation.states
     scores = final_scores(model, routers, states)
     by_exit_point = [
         {
             "layer": layer,
-            "agreement": float(held_out[c].mean()),
-            "positives_in_training": float(labels[c].mean()),
-            "auc": auc(scores[c], held_out[c]),
+            "agreement": float(validation_labels[c].mean()),
+            "positives_in_training": float(training_labels[c].mean()),
+            "auc": auc(scores[c], validation_labels[c]),
         }
         for c, layer in enumerate(exit_points)
     ]
-    dials = sorted({*SWEEP, config.exit_threshold})
-    exits = measure_exits(model, routers, collected.held_out, dials, config.min_layers, progress)
+    thresholds = sorted({*REPORT_THRESHOLDS, config.exit_threshold})
+    exits = measure_exits(model, routers, reading.held_out_batches, thresholds, config.min_layers, progress)
     for row in exits:
-        alone = expected_exits(scores, held_out, exit_points, depth, row["threshold"], config.min_layers)
-        row["label_agreement"] = alone["agreement"]
+        expected = expected_exits(scores, validation_labels, exit_points, depth, row["threshold"], config.min_layers)
+        row["label_agreement"] = expected["agreement"]
     return {
-        "counts": collected.counts | _kept(collected.splits),
+        "counts": reading.counts | _split_sizes(reading.splits),
         "label": config.label,
         "exit_points": by_exit_point,
         "exits": exits,
-        "oracle": expected_exits(held_out.astype(np.float32), held_out, exit_points, depth, 0.5, 0),
+        "oracle": expected_exits(validation_labels.astype(np.float32), validation_labels, exit_points, depth, 0.5, 0),
     }
 
 
@@ -208,16 +212,16 @@ def expected_exits(
       true), and the share of tokens that exit at each layer.
     """
     allowed = np.asarray([layer + 1 >= min_layers for layer in exit_points])
-    leaves = (scores > threshold) & allowed[:, None]
-    exits = leaves.any(axis=0)
-    first = leaves.argmax(axis=0)
+    exits_here = (scores > threshold) & allowed[:, None]
+    exits = exits_here.any(axis=0)
+    first = exits_here.argmax(axis=0)
     layers = np.where(exits, np.asarray(exit_points)[first] + 1, num_layers)
-    right = np.where(exits, labels[first, np.arange(labels.shape[1])], True)
+    agrees = np.where(exits, labels[first, np.arange(labels.shape[1])], True)
     return {
         "threshold": float(threshold),
         "exit_rate": float(exits.mean()),
         "depth": float(layers.mean() / num_layers),
-        "agreement": float(right.mean()),
+        "agreement": float(agrees.mean()),
         "exits_by_layer": {str(layer): float((exits & (first == c)).mean()) for c, layer in enumerate(exit_points)},
     }
 

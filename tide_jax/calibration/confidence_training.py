@@ -10,17 +10,17 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.exit_step import router_scores
 from tide_jax.calibration.collect import Progress
-from tide_jax.calibration.exit_heads import in_chunks
+from tide_jax.calibration.exit_heads import map_chunks
 from tide_jax.calibration.gradient_step import apply_gradients
 from tide_jax.exits.confidence import exit_scores, features
 from tide_jax.exits.router import SCREEN_LEVELS, Confidence, Routers
 from tide_jax.model.decoder import Decoder
 
-HELD_BACK = 0.3
+HELD_BACK_SHARE = 0.3
 """Share of the routers' tokens held back for the second look: a router is overconfident on its training tokens."""
 
-_HIDDEN, _STEPS, _RATE, _DECAY = 16, 400, 0.02, 1e-3
-_LOST = 0.02  # share of the tokens with a second-look score above a level that its screen may reject
+_HIDDEN, _STEPS, _LEARNING_RATE, _WEIGHT_DECAY = 16, 400, 0.02, 1e-3
+_MAX_REJECTED = 0.02  # share of the tokens with a second-look score above a level that its screen may reject
 
 
 def train_confidence(
@@ -41,14 +41,14 @@ def train_confidence(
       seed: seed of the initial weights.
       progress: called with (stage, done, total).
     """
-    looks = []
+    networks = []
     for c in range(len(states)):
-        found = _features_of(model, routers, c, states[c])
-        look = _fit(found, labels[c], jax.random.fold_in(jax.random.key(seed), c))
-        looks.append(look._replace(screens=_screens(look, found)))
+        inputs = _second_look_features(model, routers, c, states[c])
+        network = _train_network(inputs, labels[c], jax.random.fold_in(jax.random.key(seed), c))
+        networks.append(network._replace(screens=_choose_screens(network, inputs)))
         if progress is not None:
             progress("training the second look", c + 1, len(states))
-    return tuple(looks)
+    return tuple(networks)
 
 
 def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C N D"]) -> Float[np.ndarray, "C N"]:
@@ -56,24 +56,24 @@ def final_scores(model: Decoder, routers: Routers, states: Float[np.ndarray, "C 
     bare = routers.without_metadata()
 
     def scores(exit_point: int) -> np.ndarray:
-        return in_chunks(lambda chunk: _scores(model, bare, chunk, exit_point=exit_point), states[exit_point])
+        return map_chunks(lambda chunk: _compiled_scores(model, bare, chunk, exit_point=exit_point), states[exit_point])
 
     return np.stack([scores(c) for c in range(len(states))])
 
 
-def _score(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, " N"]:
+def _compute_scores(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, " N"]:
     return exit_scores(model, routers, exit_point, states.astype(model.dtype)).scores[0]
 
 
-_scores = jax.jit(_score, static_argnames="exit_point")
+_compiled_scores = jax.jit(_compute_scores, static_argnames="exit_point")
 
 
-def _features_of(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
+def _second_look_features(model: Decoder, routers: Routers, c: int, states: np.ndarray) -> Float[Array, "N F"]:
     bare = routers.without_metadata()
-    return jnp.asarray(in_chunks(lambda chunk: _features(model, bare, chunk, exit_point=c), states))
+    return jnp.asarray(map_chunks(lambda chunk: _compiled_features(model, bare, chunk, exit_point=c), states))
 
 
-def _compute(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, "N F"]:
+def _compute_features(model: Decoder, routers: Routers, states: Array, *, exit_point: int) -> Float[Array, "N F"]:
     assert routers.candidates is not None
     x, eps = states.astype(model.dtype), model.config.norm_eps
     first = router_scores(x, routers.routers[exit_point], eps=eps)
@@ -81,54 +81,56 @@ def _compute(model: Decoder, routers: Routers, states: Array, *, exit_point: int
     return features(model, routers.candidates.rows, out, first[None])[0]
 
 
-_features = jax.jit(_compute, static_argnames="exit_point")
+_compiled_features = jax.jit(_compute_features, static_argnames="exit_point")
 
 
-def _fit(found: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:
+def _train_network(inputs: Float[Array, "N F"], labels: Bool[np.ndarray, " N"], key: Array) -> Confidence:
     """Trains a network on standardised features, then folds the standardisation into its first layer."""
     # Standardise the features; the network starts at the log odds of the labels.
-    mean, scale = jnp.mean(found, axis=0), jnp.maximum(jnp.std(found, axis=0), 1e-3)
+    mean, scale = jnp.mean(inputs, axis=0), jnp.maximum(jnp.std(inputs, axis=0), 1e-3)
     rate = float(np.clip(labels.mean(), 1e-4, 1 - 1e-4))
-    width = found.shape[1]
-    look = Confidence(
+    width = inputs.shape[1]
+    network = Confidence(
         screens=jnp.zeros((len(SCREEN_LEVELS),), jnp.float32),
         down=jax.random.normal(key, (width, _HIDDEN), jnp.float32) / np.float32(np.sqrt(width)),
         down_bias=jnp.zeros((_HIDDEN,), jnp.float32),
         up=jnp.zeros((_HIDDEN,), jnp.float32),
         up_bias=jnp.float32(np.log(rate / (1 - rate))),
     )
-    look = _descend(look, (found - mean[None, :]) / scale[None, :], jnp.asarray(labels, jnp.float32))
+    network = _minimise_loss(network, (inputs - mean[None, :]) / scale[None, :], jnp.asarray(labels, jnp.float32))
     # Fold the standardisation into the first layer.
-    down = look.down / scale[:, None]
-    return look._replace(down=down, down_bias=look.down_bias - jnp.dot(mean, down, precision="highest"))
+    down = network.down / scale[:, None]
+    return network._replace(down=down, down_bias=network.down_bias - jnp.dot(mean, down, precision="highest"))
 
 
 @jax.jit
-def _descend(look: Confidence, inputs: Float[Array, "N F"], labels: Float[Array, " N"]) -> Confidence:
-    optimiser = optax.adamw(optax.cosine_decay_schedule(_RATE, _STEPS), weight_decay=_DECAY)
+def _minimise_loss(network: Confidence, inputs: Float[Array, "N F"], labels: Float[Array, " N"]) -> Confidence:
+    optimiser = optax.adamw(optax.cosine_decay_schedule(_LEARNING_RATE, _STEPS), weight_decay=_WEIGHT_DECAY)
 
-    def loss(look: Confidence) -> Array:
-        return jnp.mean(optax.sigmoid_binary_cross_entropy(look.logit(inputs), labels))
+    def loss(network: Confidence) -> Array:
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(network.logit(inputs), labels))
 
     def step(_: int, carry: tuple[Confidence, optax.OptState]) -> tuple[Confidence, optax.OptState]:
-        look, state = carry
-        gradients = jax.grad(loss)(look)
-        return apply_gradients(optimiser, gradients, state, look)
+        network, state = carry
+        gradients = jax.grad(loss)(network)
+        return apply_gradients(optimiser, gradients, state, network)
 
-    return jax.lax.fori_loop(0, _STEPS, step, (look, optimiser.init(look)))[0]
+    return jax.lax.fori_loop(0, _STEPS, step, (network, optimiser.init(network)))[0]
 
 
-def _screens(look: Confidence, found: Float[Array, "N F"]) -> Float[Array, " levels"]:
-    """Screen of each level: the router score that all but `_LOST` of the tokens with a final score above it exceed.
+def _choose_screens(network: Confidence, inputs: Float[Array, "N F"]) -> Float[Array, " levels"]:
+    """Screen of each level: the router score that nearly all tokens with a final score above the level exceed.
+
+    At most `_MAX_REJECTED` of those tokens have a lower one.
 
     A screen never exceeds its level, so tokens whose router score exceeds the level always get a second look. All
     screens are 1 if no token's final score exceeds the lowest level.
     """
-    final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (look.logit(found), found[:, 0]))
+    final, first = (np.asarray(jax.nn.sigmoid(odds)) for odds in (network.logit(inputs), inputs[:, 0]))
     if not (final > SCREEN_LEVELS[0]).any():
         return jnp.ones((len(SCREEN_LEVELS),), jnp.float32)
     screens = []
     for level in SCREEN_LEVELS:
         above = first[final > level]
-        screens.append(min(np.quantile(above, _LOST) * (1 - 1e-6), level) if len(above) else level)
+        screens.append(min(np.quantile(above, _MAX_REJECTED) * (1 - 1e-6), level) if len(above) else level)
     return jnp.asarray(np.maximum.accumulate(screens), jnp.float32)

@@ -23,14 +23,14 @@ class Placement(NamedTuple):
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, mesh: Mesh | None) -> Placement:
+    def for_mesh(cls, mesh: Mesh | None) -> Placement:
         """Checks the mesh. Raises TideError if it has no axis "data"."""
         if mesh is None:
             return cls()
         if not isinstance(mesh, Mesh) or AXIS not in mesh.axis_names:
-            found = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
+            actual = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else type(mesh).__name__
             raise TideError(
-                f'mesh has {found}, expected a jax.sharding.Mesh with an axis "data": '
+                f'mesh has {actual}, expected a jax.sharding.Mesh with an axis "data"; pass '
                 'jax.make_mesh((number of devices,), ("data",))'
             )
         # jax.make_mesh may make explicit axes, which require a sharding for every intermediate array.
@@ -50,15 +50,15 @@ class Placement(NamedTuple):
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
         return 8 if platform == "cpu" else 4
 
-    def replicated(self, tree: T) -> T:
+    def replicate(self, tree: T) -> T:
         """Copies a pytree to every device."""
         return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
-    def model(self, model: T) -> T:
+    def place_model(self, model: T) -> T:
         """Places a model: split if the mesh has an axis "model" (see `tide_jax.shard`), otherwise on every device."""
-        return self.replicated(model) if self.mesh is None or MODEL not in self.mesh.shape else shard(model, self.mesh)
+        return self.replicate(model) if self.mesh is None or MODEL not in self.mesh.shape else shard(model, self.mesh)
 
-    def split(self, array: np.ndarray) -> Array:
+    def split_rows(self, array: np.ndarray) -> Array:
         """Splits the first axis of an array over the devices."""
         if self.mesh is None:
             return jnp.asarray(array)

@@ -17,19 +17,19 @@ from tide_jax.exits.router_file import round_half
 from tide_jax.model.decoder import Decoder
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean squared input channel
-_ROWS = 4096  # tokens converted to float32 at once
-_CHUNK = 256  # tokens whose logits are in memory at once
+_CHUNK_TOKENS = 4096  # tokens converted to float32 at once
+_LOGIT_TOKENS = 256  # tokens whose logits are in memory at once
 
 
 def fit_heads(
-    fit: Reservoir, held_out: Reservoir, rank: int | None, progress: Progress | None = None
+    fit_sample: Reservoir, held_out: Reservoir, rank: int | None, progress: Progress | None = None
 ) -> tuple[ExitHead, ...]:
     """Fits ridge regressions from the normed state at each exit point to that of the last layer.
 
     The ridge strength is chosen on held-out text.
 
     Args:
-      fit: states to fit on.
+      fit_sample: states to fit on.
       held_out: states that choose the strength.
       rank: rank of the correction to the identity; None is full rank.
       progress: called with (stage, done, total).
@@ -38,20 +38,20 @@ def fit_heads(
       One head for each exit point, rounded to float16 values so that saving them changes nothing.
     """
     heads = []
-    for c in range(len(fit.states)):
-        heads.append(_fit_head(fit, held_out, c, rank))
+    for c in range(len(fit_sample.states)):
+        heads.append(_fit_head(fit_sample, held_out, c, rank))
         if progress is not None:
-            progress("fitting exit heads", c + 1, len(fit.states))
+            progress("fitting exit heads", c + 1, len(fit_sample.states))
     return tuple(heads)
 
 
-def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
+def _fit_head(fit_sample: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> ExitHead:
     # Centre: the regression target is the last state minus the exit state.
-    mean_x = jnp.asarray(fit.states[c].mean(axis=0, dtype=np.float64), jnp.float32)
-    mean_y = jnp.asarray(fit.last.mean(axis=0, dtype=np.float64), jnp.float32) - mean_x
-    gram, cross = _moments(fit, c, mean_x, mean_y)
+    mean_x = jnp.asarray(fit_sample.states[c].mean(axis=0, dtype=np.float64), jnp.float32)
+    mean_y = jnp.asarray(fit_sample.last.mean(axis=0, dtype=np.float64), jnp.float32) - mean_x
+    gram, cross = _moments(fit_sample, c, mean_x, mean_y)
     # Solve for every strength, and take the best on held-out tokens.
-    kernels = [_solve(gram, cross, jnp.float32(ridge)) for ridge in _RIDGES]
+    kernels = [_solve_ridge(gram, cross, jnp.float32(ridge)) for ridge in _RIDGES]
     kernel = min(kernels, key=lambda k: _held_out_error(k, held_out, c, mean_x, mean_y))
     factors = (kernel,) if rank is None or rank >= kernel.shape[0] else _reduce_rank(kernel, gram, rank)
     factors = tuple(jnp.asarray(round_half(np.asarray(f))) for f in factors)
@@ -62,10 +62,10 @@ def _fit_head(fit: Reservoir, held_out: Reservoir, c: int, rank: int | None) -> 
     return ExitHead(factors, jnp.asarray(round_half(np.asarray(mean_y - mapped))))
 
 
-def _pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[tuple[Array, Array]]:
+def _centred_pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[tuple[Array, Array]]:
     """Yields centred inputs and residual targets in float32, in chunks, since all at once would double the memory."""
-    for start in range(0, len(sample), _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, len(sample), _CHUNK_TOKENS):
+        rows = slice(start, start + _CHUNK_TOKENS)
         x, last = (jnp.asarray(a, jnp.float32) for a in (sample.states[c, rows], sample.last[rows]))
         yield x - mean_x[None, :], last - x - mean_y[None, :]
 
@@ -73,7 +73,7 @@ def _pairs(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> Iterator[
 def _moments(sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> tuple[Array, Array]:
     size = mean_x.shape[0]
     sums = jnp.zeros((size, size), jnp.float32), jnp.zeros((size, size), jnp.float32)
-    for x, y in _pairs(sample, c, mean_x, mean_y):
+    for x, y in _centred_pairs(sample, c, mean_x, mean_y):
         sums = _add_products(sums, x, y)
     return sums[0] / len(sample), sums[1] / len(sample)
 
@@ -84,13 +84,13 @@ def _add_products(sums: tuple[Array, Array], x: Float[Array, "N D"], y: Float[Ar
 
 
 @jax.jit
-def _solve(gram: Float[Array, "D D"], cross: Float[Array, "D D"], ridge: Float[Array, ""]) -> Float[Array, "D D"]:
+def _solve_ridge(gram: Float[Array, "D D"], cross: Float[Array, "D D"], ridge: Float[Array, ""]) -> Float[Array, "D D"]:
     strength = ridge * jnp.trace(gram) / gram.shape[0]
     return jax.scipy.linalg.solve(gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype), cross, assume_a="pos")
 
 
 def _held_out_error(kernel: Array, sample: Reservoir, c: int, mean_x: Array, mean_y: Array) -> float:
-    return sum(float(_squared_error(kernel, x, y)) for x, y in _pairs(sample, c, mean_x, mean_y))
+    return sum(float(_squared_error(kernel, x, y)) for x, y in _centred_pairs(sample, c, mean_x, mean_y))
 
 
 @jax.jit
@@ -118,7 +118,7 @@ def label_tokens(
     labels = np.zeros(sample.states.shape[:2], bool)
     for c in range(len(labels)):
         labels[c] = (
-            _cosine(sample, c) > config.convergence_threshold
+            _cosines(sample, c) > config.convergence_threshold
             if config.label == "cosine"
             else (exit_argmax(model, routers, c, sample.states[c]) == sample.targets)
         )
@@ -130,31 +130,31 @@ def label_tokens(
 def exit_argmax(model: Decoder, routers: Routers, exit_point: int, states: Float[np.ndarray, "N D"]) -> np.ndarray:
     """Argmax token of each state if it exits at this exit point, int32 [N]."""
     bare = routers.without_metadata()
-    return in_chunks(lambda chunk: _argmax(model, bare, chunk, exit_point=exit_point), states)
+    return map_chunks(lambda chunk: _compiled_argmax(model, bare, chunk, exit_point=exit_point), states)
 
 
-def in_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
+def map_chunks(function: Callable[[Array], Array], states: Float[np.ndarray, "N D"]) -> np.ndarray:
     """Applies a function to chunks of rows of one size, the last one padded.
 
     This takes one compilation, and bounds the memory of logits.
     """
     parts = []
-    for start in range(0, len(states), _CHUNK):
-        chunk = states[start : start + _CHUNK]
-        parts.append(np.asarray(function(jnp.asarray(np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))))))
+    for start in range(0, len(states), _LOGIT_TOKENS):
+        chunk = states[start : start + _LOGIT_TOKENS]
+        parts.append(np.asarray(function(jnp.asarray(np.pad(chunk, ((0, _LOGIT_TOKENS - len(chunk)), (0, 0)))))))
     return np.concatenate(parts)[: len(states)]
 
 
-def _argmax_of(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, exit_point: int) -> Array:
+def _compute_argmax(model: Decoder, routers: Routers, states: Float[Array, "N D"], *, exit_point: int) -> Array:
     x = states.astype(model.dtype)[None]
     out = model.final_norm(routers.exit_state(exit_point, x, eps=model.config.norm_eps))
     return jnp.argmax(model.logits(out)[0], axis=-1).astype(jnp.int32)
 
 
-_argmax = jax.jit(_argmax_of, static_argnames="exit_point")
+_compiled_argmax = jax.jit(_compute_argmax, static_argnames="exit_point")
 
 
-def _cosine(sample: Reservoir, c: int) -> np.ndarray:
+def _cosines(sample: Reservoir, c: int) -> np.ndarray:
     cosines = []
     for start in range(0, len(sample), 4096):
         rows = slice(start, start + 4096)

@@ -21,7 +21,7 @@ class Sample(NamedTuple):
     start: int = 0
 
 
-def assign(
+def assign_splits(
     texts: Sequence[Sample], shares: Sequence[float]
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " splits"]]:
     """Assigns each text to a split; returns the split of each text and the tokens of each split.
@@ -29,22 +29,23 @@ def assign(
     In order of length, each text goes to the split that is furthest behind its share of the tokens. So the shares are
     met even with few texts, and every split gets texts of all lengths.
     """
-    seen, wanted, owners = np.zeros(len(shares), np.int64), np.asarray(shares), np.zeros(len(texts), np.int8)
+    token_counts, text_splits = np.zeros(len(shares), np.int64), np.zeros(len(texts), np.int8)
+    target_shares = np.asarray(shares)
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
-        owners[i] = np.argmax(wanted * (seen.sum() + 1) - seen)
-        seen[owners[i]] += len(texts[i].ids) - texts[i].start
-    return owners, seen
+        text_splits[i] = np.argmax(target_shares * (token_counts.sum() + 1) - token_counts)
+        token_counts[text_splits[i]] += len(texts[i].ids) - texts[i].start
+    return text_splits, token_counts
 
 
-def digest(texts: Sequence[Sample]) -> str:
+def texts_digest(texts: Sequence[Sample]) -> str:
     """Digest of a list of texts, 16 hexadecimal digits."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for ids, start in texts:
-        found.update(np.asarray([len(ids), start], np.int32).tobytes() + np.asarray(ids, np.int32).tobytes())
-    return found.hexdigest()[:16]
+        hasher.update(np.asarray([len(ids), start], np.int32).tobytes() + np.asarray(ids, np.int32).tobytes())
+    return hasher.hexdigest()[:16]
 
 
-def padded(
+def pad_texts(
     texts: Sequence[Sample], rows: int, max_length: int, *, widths: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Pads texts to a batch in one of at most `widths` widths.
@@ -52,7 +53,7 @@ def padded(
     Returns:
       Tokens, positions (-1 for padding), and a mask of the tokens from `start` on.
     """
-    width = _width(max(len(text.ids) for text in texts), max_length, widths)
+    width = _padded_width(max(len(text.ids) for text in texts), max_length, widths)
     tokens = np.zeros((rows, width), np.int32)
     positions = np.full((rows, width), -1, np.int32)
     counted = np.zeros((rows, width), bool)
@@ -63,13 +64,13 @@ def padded(
     return tokens, positions, counted
 
 
-def _width(length: int, max_length: int, widths: int) -> int:
+def _padded_width(length: int, max_length: int, widths: int) -> int:
     """Smallest width that holds `length`: `max_length` in at most `widths` equal steps, each a multiple of 8."""
-    step = _aligned(-(-max_length // widths))
+    step = _round_up_to_8(-(-max_length // widths))
     return min(-(-length // step) * step, max_length)
 
 
-def _aligned(count: int) -> int:
+def _round_up_to_8(count: int) -> int:
     return -(-count // 8) * 8
 
 
@@ -79,10 +80,10 @@ class ReadingPlan:
 
     Attributes:
       texts: all texts.
-      owners: the split of each text.
+      text_splits: the split of each text.
       slots: for each text, the slot in its split's reservoir of each token from `start` on; -1 for tokens not kept.
       batches: indices of the texts that run together; texts without kept tokens are in no batch.
-      room: for each width, the most kept tokens in a part of a batch.
+      part_capacity: for each width, the most kept tokens in a part of a batch.
       rows: rows of a batch, a multiple of `shards`.
       max_length: most tokens of a text.
       widths: most widths of a batch.
@@ -90,20 +91,20 @@ class ReadingPlan:
     """
 
     texts: Sequence[Sample]
-    owners: Int[np.ndarray, " N"]
+    text_splits: Int[np.ndarray, " N"]
     slots: Sequence[Int[np.ndarray, " T"]]
     batches: Sequence[Int[np.ndarray, " B"]]
-    room: dict[int, int]
+    part_capacity: dict[int, int]
     rows: int
     max_length: int
     widths: int
     shards: int
 
     @classmethod
-    def of(
+    def make(
         cls,
         texts: Sequence[Sample],
-        owners: Int[np.ndarray, " N"],
+        text_splits: Int[np.ndarray, " N"],
         splits: Sequence[Reservoir],
         config: CalibrationConfig,
         *,
@@ -114,35 +115,35 @@ class ReadingPlan:
 
         Args:
           texts: all texts.
-          owners: the split of each text.
+          text_splits: the split of each text.
           splits: the reservoir of each split.
           config: calibration settings.
           widths: most widths of a batch.
           shards: equal parts that a batch is split into; its rows are padded to a multiple.
         """
         # Offer the tokens of each split to its reservoir.
-        learned = np.asarray([len(ids) - start for ids, start in texts])
+        learnable = np.asarray([len(ids) - start for ids, start in texts])
         slots: list[np.ndarray] = [np.zeros(0)] * len(texts)
         for split, reservoir in enumerate(splits):
-            mine = np.flatnonzero(owners == split)
-            offered = reservoir.offer(int(learned[mine].sum())).astype(np.int32)
-            for text, end in zip(mine, np.cumsum(learned[mine]), strict=True):
-                slots[text] = offered[end - learned[text] : end]
+            own_texts = np.flatnonzero(text_splits == split)
+            offered = reservoir.offer(int(learnable[own_texts].sum())).astype(np.int32)
+            for text, end in zip(own_texts, np.cumsum(learnable[own_texts]), strict=True):
+                slots[text] = offered[end - learnable[text] : end]
         # Sort the texts that have kept tokens by length, and cut them into batches.
         lengths = np.asarray([len(text.ids) for text in texts])
-        kept = np.asarray([(part >= 0).sum() for part in slots])
-        order = np.flatnonzero(kept)
+        kept_counts = np.asarray([(part >= 0).sum() for part in slots])
+        order = np.flatnonzero(kept_counts)
         order = order[np.argsort(lengths[order], kind="stable")]
         batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
         # Shuffle the batches, so that the time of the first ones predicts the time of the rest.
         batches = [batches[i] for i in np.random.default_rng(config.seed).permutation(len(batches))]
         # Parts are padded to the most kept tokens of any part of their width: one compilation for each width.
-        rows, room = -(-config.batch_size // shards), dict[int, int]()
+        rows, part_capacity = -(-config.batch_size // shards), dict[int, int]()
         for batch in batches:
-            width = _width(lengths[batch].max(), config.max_length, widths)
-            most = max(kept[batch[i : i + rows]].sum() for i in range(0, len(batch), rows))
-            room[width] = max(room.get(width, 0), int(most))
-        return cls(texts, owners, slots, batches, room, rows * shards, config.max_length, widths, shards)
+            width = _padded_width(lengths[batch].max(), config.max_length, widths)
+            part_tokens = max(kept_counts[batch[i : i + rows]].sum() for i in range(0, len(batch), rows))
+            part_capacity[width] = max(part_capacity.get(width, 0), int(part_tokens))
+        return cls(texts, text_splits, slots, batches, part_capacity, rows * shards, config.max_length, widths, shards)
 
     def inputs(
         self, number: int, chunk: int
@@ -154,39 +155,39 @@ class ReadingPlan:
           Parts with fewer kept tokens are padded with place 0.
         """
         texts = [self.texts[i] for i in self.batches[number]]
-        tokens, positions, _ = padded(texts, self.rows, self.max_length, widths=self.widths)
-        chunks, size = self._chunks(tokens.shape[1], chunk)
+        tokens, positions, _ = pad_texts(texts, self.rows, self.max_length, widths=self.widths)
+        chunks, size = self._chunk_shape(tokens.shape[1], chunk)
         part, place = self._places(number, tokens.shape[1])
-        picked = np.zeros((self.shards, chunks * size), np.int32)
+        kept_places = np.zeros((self.shards, chunks * size), np.int32)
         for shard in range(self.shards):
-            mine = place[part == shard]
-            picked[shard, : len(mine)] = mine
-        return tokens, positions, picked.reshape(self.shards, chunks, size)
+            own_places = place[part == shard]
+            kept_places[shard, : len(own_places)] = own_places
+        return tokens, positions, kept_places.reshape(self.shards, chunks, size)
 
-    def kept(
+    def kept_tokens(
         self, number: int, chunk: int
     ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """For each kept token of a batch: its index among the tokens that `inputs` picks, its split, and its slot."""
         batch = self.batches[number]
-        width = _width(max(len(self.texts[i].ids) for i in batch), self.max_length, self.widths)
-        chunks, size = self._chunks(width, chunk)
+        width = _padded_width(max(len(self.texts[i].ids) for i in batch), self.max_length, self.widths)
+        chunks, size = self._chunk_shape(width, chunk)
         part, _ = self._places(number, width)
         within = np.concatenate([np.arange((part == shard).sum()) for shard in range(self.shards)])
         slots = [self.slots[i][self.slots[i] >= 0] for i in batch]
-        owners = np.repeat(self.owners[batch], [len(s) for s in slots])
-        return part * (chunks * size) + within, owners, np.concatenate(slots)
+        token_splits = np.repeat(self.text_splits[batch], [len(s) for s in slots])
+        return part * (chunks * size) + within, token_splits, np.concatenate(slots)
 
     def _places(self, number: int, width: int) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """For each kept token, row by row: its part of the batch and its place within the part."""
         rows = self.rows // self.shards
-        found = []
+        parts = []
         for row, i in enumerate(self.batches[number]):
             columns = self.texts[i].start + np.flatnonzero(self.slots[i] >= 0)
-            found.append(np.stack([np.full(len(columns), row // rows), row % rows * width + columns]))
-        part, place = np.concatenate(found, axis=1)
+            parts.append(np.stack([np.full(len(columns), row // rows), row % rows * width + columns]))
+        part, place = np.concatenate(parts, axis=1)
         return part, place
 
-    def _chunks(self, width: int, chunk: int) -> tuple[int, int]:
+    def _chunk_shape(self, width: int, chunk: int) -> tuple[int, int]:
         """Number and size of the chunks for the kept tokens of a part: as few as possible, of equal size."""
-        chunks = -(-self.room[width] // chunk)
-        return chunks, min(_aligned(-(-self.room[width] // chunks)), chunk)
+        chunks = -(-self.part_capacity[width] // chunk)
+        return chunks, min(_round_up_to_8(-(-self.part_capacity[width] // chunks)), chunk)

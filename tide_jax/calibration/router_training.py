@@ -17,7 +17,7 @@ from tide_jax.exits.router import Router
 from tide_jax.exits.router_file import round_columns
 
 _BATCH = 256
-_SCORE_CHUNK = 4096
+_CHUNK_TOKENS = 4096
 
 
 def train_routers(
@@ -42,14 +42,14 @@ def train_routers(
       Routers with down-projections rounded to 8 bits in each column, the precision they are stored in.
     """
     count, tokens, size = states.shape
-    parameters = _initial(count, size, labels, config)
+    parameters = _initial_routers(count, size, labels, config)
     steps = max(1, tokens // _BATCH) * config.max_epochs
     schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
     optimiser = optax.adamw(schedule, weight_decay=config.weight_decay)
     state = optimiser.init(parameters)
     # The initial routers count as epoch 0, so training never makes a router worse on validation.
     best = jax.tree.map(np.asarray, parameters)
-    best_loss, waited = _losses(parameters, validation_states, validation_labels), 0
+    best_loss, stale_epochs = _losses(parameters, validation_states, validation_labels), 0
     rng = np.random.default_rng(config.seed)
     step = _training_step(optimiser)
     for epoch in range(config.max_epochs):
@@ -58,22 +58,22 @@ def train_routers(
         # Keep the routers that improved; stop after `patience` epochs in which none did.
         loss = _losses(parameters, validation_states, validation_labels)
         better = loss < best_loss
-        best = jax.tree.map(lambda new, old, b=better: _select(b, np.asarray(new), old), parameters, best)
-        best_loss, waited = np.where(better, loss, best_loss), 0 if better.any() else waited + 1
+        best = jax.tree.map(lambda new, old, b=better: _select_better(b, np.asarray(new), old), parameters, best)
+        best_loss, stale_epochs = np.where(better, loss, best_loss), 0 if better.any() else stale_epochs + 1
         if progress is not None:
             progress("training routers", epoch + 1, config.max_epochs)
-        if waited >= config.patience:
+        if stale_epochs >= config.patience:
             break
-    return tuple(_rounded(jax.tree.map(lambda a, c=c: a[c], best)) for c in range(count))
+    return tuple(_round_router(jax.tree.map(lambda a, c=c: a[c], best)) for c in range(count))
 
 
 def router_probabilities(router: Router, states: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " N"]:
     """Router scores of RMS-normed states, computed in chunks."""
-    chunks = [states[i : i + _SCORE_CHUNK] for i in range(0, len(states), _SCORE_CHUNK)]
+    chunks = [states[i : i + _CHUNK_TOKENS] for i in range(0, len(states), _CHUNK_TOKENS)]
     return np.concatenate([np.asarray(jax.nn.sigmoid(_logits(router, jnp.asarray(chunk)))) for chunk in chunks])
 
 
-def _initial(count: int, size: int, labels: np.ndarray, config: CalibrationConfig) -> Router:
+def _initial_routers(count: int, size: int, labels: np.ndarray, config: CalibrationConfig) -> Router:
     """Initial routers, stacked over exit points; output biases start at the log odds of the labels."""
     key, hidden = jax.random.key(config.seed), config.router_bottleneck_dim
     rate = np.clip(labels.mean(axis=1), 1e-4, 1 - 1e-4)
@@ -113,8 +113,8 @@ def _chunk_loss(parameters: Router, states: Array, labels: Array) -> Array:
 
 def _losses(parameters: Router, states: np.ndarray, labels: np.ndarray) -> np.ndarray:
     total = np.zeros(len(labels))
-    for i in range(0, labels.shape[1], _SCORE_CHUNK):
-        rows = slice(i, i + _SCORE_CHUNK)
+    for i in range(0, labels.shape[1], _CHUNK_TOKENS):
+        rows = slice(i, i + _CHUNK_TOKENS)
         total += np.asarray(_chunk_loss(parameters, jnp.asarray(states[:, rows]), jnp.asarray(labels[:, rows])))
     return total / labels.shape[1]
 
@@ -125,9 +125,9 @@ def _minibatches(tokens: int, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.sort(part) for part in np.array_split(order[: count * _BATCH] if tokens >= _BATCH else order, count)]
 
 
-def _select(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
+def _select_better(better: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
     return np.where(better.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
 
 
-def _rounded(router: Router) -> Router:
+def _round_router(router: Router) -> Router:
     return Router(*(jnp.asarray(a, jnp.float32) for a in router._replace(down=round_columns(np.asarray(router.down)))))

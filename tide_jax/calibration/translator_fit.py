@@ -17,7 +17,7 @@ from tide_jax.exits.router_file import round_half
 from tide_jax.exits.translators import LayerTranslators, Translators
 from tide_jax.model.decoder import Decoder
 
-TOKENS = 8192
+MAX_TOKENS = 8192
 """Most tokens that a fit uses; memory may allow fewer."""
 
 _RIDGE = 3e-3  # relative to the mean squared input channel
@@ -45,7 +45,7 @@ def fit_translators(
     max_bytes: int,
     progress: Progress | None = None,
 ) -> Translators:
-    """Runs up to `TOKENS` tokens of `batches` and regresses the inputs of later layers on the exit states.
+    """Runs up to `MAX_TOKENS` tokens of `batches` and regresses the inputs of later layers on the exit states.
 
     For one exit point, the maps to all later layers form one reduced-rank regression (Izenman 1975), with targets
     weighted to equal variance. `down` spans the directions of the exit state that predict the targets best. It is
@@ -63,13 +63,13 @@ def fit_translators(
       Translators rounded to float16 values, so that saving them changes nothing.
     """
     # Sample the inputs of all later layers, then fit the maps from one exit point at a time.
-    inputs = _layer_inputs(model, batches, exit_points[0] + 1, max_bytes)
+    inputs = _sample_layer_inputs(model, batches, exit_points[0] + 1, max_bytes)
     depth, down = model.config.num_layers, list[Array]()
     shifts: list[list[np.ndarray]] = [[] for _ in range(depth)]
     ups: list[list[np.ndarray]] = [[] for _ in range(depth)]
     for number, exit_point in enumerate(exit_points):
-        reading, layers = _fit(inputs, exit_point, depth, rank)
-        down.append(jnp.asarray(reading))
+        projection, layers = _fit_exit_point(inputs, exit_point, depth, rank)
+        down.append(jnp.asarray(projection))
         for layer, (shift, up) in layers.items():
             shifts[layer].append(shift)
             ups[layer].append(up)
@@ -83,15 +83,15 @@ def fit_translators(
     return Translators(tuple(down), tuple(entries))
 
 
-def _layer_inputs(model: Decoder, batches: Sequence[Batch], first: int, max_bytes: int) -> LayerInputs:
+def _sample_layer_inputs(model: Decoder, batches: Sequence[Batch], first: int, max_bytes: int) -> LayerInputs:
     layers, size = model.config.num_layers - first, model.config.hidden_size
-    budget = max(MIN_TOKENS, min(TOKENS, max_bytes // (layers * (2 * size + 4))))
+    budget = max(MIN_TOKENS, min(MAX_TOKENS, max_bytes // (layers * (2 * size + 4))))
     states, scales, kept = [], [], 0
     for batch in batches:
         places = np.flatnonzero(np.asarray(batch.counted).reshape(-1))[: budget - kept]
         if not len(places):
             break
-        out = _run(model, batch, first=first)
+        out = _scaled_inputs(model, batch, first=first)
         states.append(np.asarray(out[0])[:, places])
         scales.append(np.asarray(out[1])[:, places])
         kept += len(places)
@@ -99,7 +99,9 @@ def _layer_inputs(model: Decoder, batches: Sequence[Batch], first: int, max_byte
 
 
 @functools.partial(jax.jit, static_argnames="first")
-def _run(model: Decoder, batch: Batch, *, first: int) -> tuple[Float16[Array, "L' N D"], Float[Array, "L' N"]]:
+def _scaled_inputs(
+    model: Decoder, batch: Batch, *, first: int
+) -> tuple[Float16[Array, "L' N D"], Float[Array, "L' N"]]:
     outputs = [x for x, _ in model.layer_outputs(batch.tokens, batch.positions, None)]
     x = jnp.stack(outputs[first - 1 : -1]).astype(jnp.float32)
     x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -107,29 +109,29 @@ def _run(model: Decoder, batch: Batch, *, first: int) -> tuple[Float16[Array, "L
     return (x / scales[:, :, None]).astype(jnp.float16), scales
 
 
-def _fit(
+def _fit_exit_point(
     inputs: LayerInputs, exit_point: int, depth: int, rank: int
 ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
     """`down` of one exit point, and (shift, up) of each later layer but the next, which reads the exit state itself."""
     # The exit state is the input of the next layer.
     x = jnp.asarray(inputs.states[exit_point + 1 - inputs.first], jnp.float32)
     mean_x = jnp.mean(x, axis=0)
-    gram = _gram(x, mean_x)
+    gram = _regularised_gram(x, mean_x)
     # Find the directions that all later layers share.
     layers = range(exit_point + 2, depth)
-    crosses = {layer: _cross(x, mean_x, _target(inputs, exit_point, layer, x)) for layer in layers}
-    down = _directions(gram, list(crosses.values()), rank)
+    crosses = {layer: _cross_moments(x, mean_x, _regression_target(inputs, exit_point, layer, x)) for layer in layers}
+    down = _predictive_directions(gram, list(crosses.values()), rank)
     down = jnp.asarray(round_half(np.asarray(down)))
     # With a whitened code, `up` is a covariance; the shift makes up for the means.
     fitted = dict[int, tuple[np.ndarray, np.ndarray]]()
     for layer, (cross, mean_y, _) in crosses.items():
         up = round_half(np.asarray(jnp.dot(down.T, cross, precision="highest")))
-        read = np.asarray(jnp.dot(mean_x, down, precision="highest"))
-        fitted[layer] = round_half(np.asarray(mean_y) - read @ up), up
+        mean_code = np.asarray(jnp.dot(mean_x, down, precision="highest"))
+        fitted[layer] = round_half(np.asarray(mean_y) - mean_code @ up), up
     return np.asarray(down), fitted
 
 
-def _target(inputs: LayerInputs, exit_point: int, layer: int, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+def _regression_target(inputs: LayerInputs, exit_point: int, layer: int, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
     """Sum of what the layers in between added, in units of the exit state's root mean square."""
     source, i = exit_point + 1 - inputs.first, layer - inputs.first
     ratio = jnp.asarray(inputs.scales[i] / inputs.scales[source], jnp.float32)
@@ -137,7 +139,7 @@ def _target(inputs: LayerInputs, exit_point: int, layer: int, x: Float[Array, "N
 
 
 @jax.jit
-def _gram(x: Float[Array, "N D"], mean: Float[Array, " D"]) -> Float[Array, "D D"]:
+def _regularised_gram(x: Float[Array, "N D"], mean: Float[Array, " D"]) -> Float[Array, "D D"]:
     centred = x - mean[None, :]
     gram = jnp.dot(centred.T, centred, precision="highest") / x.shape[0]
     strength = _RIDGE * jnp.maximum(jnp.trace(gram) / gram.shape[0], 1e-6)
@@ -145,7 +147,9 @@ def _gram(x: Float[Array, "N D"], mean: Float[Array, " D"]) -> Float[Array, "D D
 
 
 @jax.jit
-def _cross(x: Float[Array, "N D"], mean: Float[Array, " D"], y: Float[Array, "N D"]) -> tuple[Array, Array, Array]:
+def _cross_moments(
+    x: Float[Array, "N D"], mean: Float[Array, " D"], y: Float[Array, "N D"]
+) -> tuple[Array, Array, Array]:
     """Covariance of x and y, the mean of y, and the total variance of y."""
     mean_y = jnp.mean(y, axis=0)
     centred = y - mean_y[None, :]
@@ -153,14 +157,14 @@ def _cross(x: Float[Array, "N D"], mean: Float[Array, " D"], y: Float[Array, "N 
     return cross, mean_y, jnp.mean(jnp.sum(jnp.square(centred), axis=1))
 
 
-def _directions(gram: Array, crosses: list[tuple[Array, Array, Array]], rank: int) -> Float[Array, "D R"]:
+def _predictive_directions(gram: Array, crosses: list[tuple[Array, Array, Array]], rank: int) -> Float[Array, "D R"]:
     """The `rank` most predictive directions, whitened: ``down^T gram down = I``."""
     if not crosses or rank == 0:
         return jnp.zeros((gram.shape[0], 0 if rank == 0 else min(rank, gram.shape[0])), jnp.float32)
     explained = jnp.zeros_like(gram)
     for cross, _, size in crosses:
         explained = _add_explained(explained, cross, size)
-    return _top(gram, explained)[:, -min(rank, gram.shape[0]) :]
+    return _generalised_eigenvectors(gram, explained)[:, -min(rank, gram.shape[0]) :]
 
 
 @jax.jit
@@ -169,7 +173,7 @@ def _add_explained(explained: Array, cross: Array, size: Array) -> Array:
 
 
 @jax.jit
-def _top(gram: Array, explained: Array) -> Array:
+def _generalised_eigenvectors(gram: Array, explained: Array) -> Array:
     """Generalised eigenvectors of (explained, gram), ascending."""
     lower = jnp.linalg.cholesky(gram)
     half = jax.scipy.linalg.solve_triangular(lower, explained, lower=True)

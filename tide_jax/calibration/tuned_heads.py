@@ -23,10 +23,10 @@ from tide_jax.exits.router import ExitHead
 from tide_jax.exits.router_file import round_half
 from tide_jax.model.decoder import Decoder, HeadRows
 
-BATCH = 512
-_HELD_OUT = 2048  # held-out tokens that decide whether tuning helped
-VOCABULARY = 4096
-_RATE = 0.024  # Adam's, divided by the root of the hidden size: a step changes predictions equally at any width
+BATCH_TOKENS = 512
+_HELD_OUT_TOKENS = 2048  # held-out tokens that decide whether tuning helped
+MAX_VOCABULARY = 4096
+_LEARNING_RATE = 0.024  # divided by the root of the hidden size: a step changes predictions equally at any width
 
 _Step = Callable[..., tuple[ExitHead, optax.OptState]]
 
@@ -34,7 +34,7 @@ _Step = Callable[..., tuple[ExitHead, optax.OptState]]
 def tune_heads(
     model: Decoder,
     heads: tuple[ExitHead, ...],
-    fit: Reservoir,
+    fit_sample: Reservoir,
     held_out: Reservoir,
     config: CalibrationConfig,
     progress: Progress | None = None,
@@ -45,25 +45,27 @@ def tune_heads(
       Heads rounded to float16 values, so that saving them changes nothing.
     """
     # Predictions are restricted to the most frequent tokens.
-    rows = model.head_rows(frequent(fit.targets, model.config.vocab_size, VOCABULARY))
+    rows = model.head_rows(frequent_tokens(fit_sample.targets, model.config.vocab_size, MAX_VOCABULARY))
     size, steps = model.config.hidden_size, config.exit_head_steps
-    optimiser = optax.adam(optax.cosine_decay_schedule(_RATE / float(np.sqrt(size)), steps))
+    optimiser = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE / float(np.sqrt(size)), steps))
     step, tuned = _training_step(optimiser), list[ExitHead]()
     for c, head in enumerate(heads):
         rng, best, state = np.random.default_rng(config.seed), head, optimiser.init(head)
         for _ in range(steps):
-            chosen = np.sort(rng.integers(0, len(fit), min(BATCH, len(fit))))
-            head, state = step(model, rows, head, state, jnp.asarray(fit.states[c, chosen]), fit.last[chosen])
+            chosen = np.sort(rng.integers(0, len(fit_sample), min(BATCH_TOKENS, len(fit_sample))))
+            head, state = step(
+                model, rows, head, state, jnp.asarray(fit_sample.states[c, chosen]), fit_sample.last[chosen]
+            )
         # Compare rounded heads, as they will be saved.
         head = jax.tree.map(lambda a: jnp.asarray(round_half(np.asarray(a))), head)
-        before, after = (_divergence_of(model, rows, each, held_out, c) for each in (best, head))
+        before, after = (_held_out_divergence(model, rows, candidate, held_out, c) for candidate in (best, head))
         tuned.append(head if after < before else best)
         if progress is not None:
             progress("tuning exit heads", c + 1, len(heads))
     return tuple(tuned)
 
 
-def frequent(targets: np.ndarray, vocab_size: int, count: int) -> Array:
+def frequent_tokens(targets: np.ndarray, vocab_size: int, count: int) -> Array:
     """Up to `count` of the most frequent targets, at least two, int32."""
     frequency = np.bincount(targets, minlength=vocab_size)
     order = np.argsort(-frequency, kind="stable")
@@ -81,14 +83,14 @@ def _divergence(
     return jnp.mean(jnp.sum(jnp.exp(full) * (full - out), axis=-1))
 
 
-_mean_divergence = jax.jit(_divergence)
+_compiled_divergence = jax.jit(_divergence)
 
 
-def _divergence_of(model: Decoder, rows: HeadRows, head: ExitHead, sample: Reservoir, c: int) -> float:
-    states, last = sample.states[c, :_HELD_OUT], sample.last[:_HELD_OUT]
-    size = min(BATCH, len(last))
+def _held_out_divergence(model: Decoder, rows: HeadRows, head: ExitHead, sample: Reservoir, c: int) -> float:
+    states, last = sample.states[c, :_HELD_OUT_TOKENS], sample.last[:_HELD_OUT_TOKENS]
+    size = min(BATCH_TOKENS, len(last))
     starts = range(0, len(last) - size + 1, size)
-    parts = (_mean_divergence(model, rows, head, states[i : i + size], last[i : i + size]) for i in starts)
+    parts = (_compiled_divergence(model, rows, head, states[i : i + size], last[i : i + size]) for i in starts)
     return float(np.mean([float(part) for part in parts]))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tide_jax.cli.command_line import model_command, note, seed, show
+from tide_jax.cli.command_line import model_command, note, parse_seed, show
 from tide_jax.cli.progress import progress_bars
 from tide_jax.errors import TideError
 from tide_jax.exits.router_file import check_destination
@@ -43,7 +43,9 @@ def add_command(subparsers: Any) -> None:
     )
     parser.add_argument("--field", help="column or key that holds the text")
     parser.add_argument(
-        "--chat-template", metavar="NAME", help="of several chat templates, the one for --text self (default)"
+        "--chat-template",
+        metavar="NAME",
+        help="name of the chat template for --text self, if there are several (default)",
     )
     parser.add_argument("--output", required=True, type=Path, help="router file to write (.safetensors)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
@@ -53,80 +55,90 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument("--checkpoint-interval", type=int, help="layers between routers (4)")
     parser.add_argument("--samples", type=int, dest="calibration_samples", help="texts to read (2000)")
     parser.add_argument("--max-length", type=int, help="tokens of each text (256)")
-    parser.add_argument("--batch-size", type=int, help="texts at once (8)")
+    parser.add_argument("--batch-size", type=int, help="texts in a forward pass (8)")
     parser.add_argument("--bottleneck", type=int, dest="router_bottleneck_dim", help="width of a router (128)")
     parser.add_argument("--exit-strategy", choices=["identity", "affine"], help="exit heads (affine)")
     parser.add_argument("--exit-head-rank", type=int, help="rank of affine heads (full)")
     parser.add_argument("--exit-head-steps", type=int, help="gradient steps that tune affine heads; 0 for none (120)")
     parser.add_argument("--translator-rank", type=int, help="rank of the maps for the cache of skipped layers (64)")
     parser.add_argument(
-        "--confidence-candidates", type=int, help="frequent tokens a second look has logits of; 0 for none (512)"
+        "--confidence-candidates",
+        type=int,
+        help="frequent tokens whose logits the second look computes; 0 turns it off (512)",
     )
-    parser.add_argument("--label", choices=["agreement", "cosine"], help="when an exit counts as right (agreement)")
-    parser.add_argument("--min-layers", type=int, help="layers every token runs, for the report and the promise (8)")
-    parser.add_argument("--seed", type=seed, help="source of all randomness (0)")
-    parser.add_argument("--work-dir", type=Path, help="folder that keeps the reading pass; run again, it goes on there")
+    parser.add_argument(
+        "--label",
+        choices=["agreement", "cosine"],
+        help="an exit is right if it predicts the full model's token, or if its state is close (agreement)",
+    )
+    parser.add_argument(
+        "--min-layers", type=int, help="layers that every token runs at least, in the report and the promise (8)"
+    )
+    parser.add_argument("--seed", type=parse_seed, help="seed of all random choices (0)")
+    parser.add_argument(
+        "--work-dir", type=Path, help="folder for the state of the reading pass; an interrupted run continues there"
+    )
     parser.add_argument("--devices", type=int, default=1, help="devices that share the reading pass (1)")
-    _add_promise(parser.add_argument_group("a threshold with a promise, tested on texts set aside"))
+    _add_promise_options(parser.add_argument_group("a threshold with a promise, tested on texts set aside"))
 
 
-def _add_promise(group: Any) -> None:
-    group.add_argument("--risk", type=float, help="mean loss of a text to promise, such as 0.02: turns the promise on")
+def _add_promise_options(group: Any) -> None:
+    group.add_argument("--risk", type=float, help="promise that the mean loss of a text is at most this, such as 0.02")
     group.add_argument("--delta", type=float, help="probability that the promise fails (0.05)")
     group.add_argument(
         "--loss",
         choices=["disagreement", "nll"],
-        help="of a text: the share of tokens that differ from the full model's, or the rise of its mean negative "
-        "log-likelihood in nats (disagreement)",
+        help="loss of a text: the share of tokens that differ from the full model's, or the increase of its mean "
+        "negative log-likelihood in nats (disagreement)",
     )
     group.add_argument(
         "--kv-strategy",
         choices=["propagate", "recompute"],
-        help="how runs are to fill the cache of skipped layers: the promise is for these (propagate)",
+        help="how the promised runs fill the cache of skipped layers (propagate)",
     )
     group.add_argument(
         "--threshold-tilt",
         type=float,
-        help="0 to 1: how much surer a deep exit point has to be than a shallow one, in the promise's runs (0)",
+        help="0 to 1: how much higher the threshold is at deep exit points than at shallow ones, in promised runs (0)",
     )
     group.add_argument("--per-exit-point", action="store_true", default=None, help="a threshold for each exit point")
     group.add_argument(
         "--guarantee-texts",
         type=int,
         metavar="N",
-        help="texts to set aside of those read (a fifth, or twice as many as it takes at the least)",
+        help="texts to set aside for the test (a fifth of those read, or twice the fewest possible)",
     )
 
 
 def _run(args: argparse.Namespace) -> int:
     import tide_jax
-    from tide_jax.risk.promise import refusal, with_guarantee
+    from tide_jax.risk.promise import certify_routers, no_guarantee_reason
 
     # Check everything that can fail early before the model is loaded.
-    config, promise, mesh = _config(args), _promise(args), _mesh(args.devices)
+    config, promise, mesh = _make_config(args), _make_promise(args), _make_mesh(args.devices)
     _check_writable(args.output)
     tokenizer = tide_jax.load_tokenizer(args.source)
-    read = _reader(args, tokenizer, config, promise)
+    read_texts = _make_reader(args, tokenizer, config, promise)
     model = tide_jax.load(args.source, args.dtype, weights=args.weights)
     with progress_bars() as progress:
-        texts, aside = read(model, progress)
+        texts, test_texts = read_texts(model, progress)
         options = {"source": args.text, "progress": progress, "work_dir": args.work_dir, "mesh": mesh}
         routers = tide_jax.calibrate(model, tokenizer, texts, config, **options)
         routers.save(args.output)
         if promise is not None:  # tests the routers as stored; an interrupt here keeps the file written above
             routers = tide_jax.Routers.load(args.output, model=model)
-            routers = with_guarantee(model, routers, aside, promise, config, progress=progress)
+            routers = certify_routers(model, routers, test_texts, promise, config, progress=progress)
             routers.save(args.output)
     size = args.output.stat().st_size
     facts = {"output": str(args.output), "bytes": size} | routers.metadata.to_dict()
-    show(args, facts, _summary(args, routers, model.config.num_layers, size))
-    if reason := refusal(routers):
+    show(args, facts, _format_summary(args, routers, model.config.num_layers, size))
+    if reason := no_guarantee_reason(routers):
         note(f"nothing promised: {reason}")
         return NOTHING_PROMISED
     return 0
 
 
-def _config(args: argparse.Namespace) -> CalibrationConfig:
+def _make_config(args: argparse.Namespace) -> CalibrationConfig:
     import dataclasses
 
     import tide_jax
@@ -143,11 +155,11 @@ def _config(args: argparse.Namespace) -> CalibrationConfig:
     return config
 
 
-def _promise(args: argparse.Namespace) -> Promise | None:
+def _make_promise(args: argparse.Namespace) -> Promise | None:
     from tide_jax.risk.promise import Promise
 
-    dials = ("delta", "loss", "per_exit_point", "kv_strategy", "threshold_tilt", "guarantee_texts")
-    given = {name: getattr(args, name) for name in dials if getattr(args, name) is not None}
+    names = ("delta", "loss", "per_exit_point", "kv_strategy", "threshold_tilt", "guarantee_texts")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.risk is not None:
         return Promise(args.risk, **given)
     if given:
@@ -155,45 +167,50 @@ def _promise(args: argparse.Namespace) -> Promise | None:
     return None
 
 
-def _mesh(count: int) -> Mesh | None:
+def _make_mesh(count: int) -> Mesh | None:
     import jax
     import numpy as np
 
     devices = jax.local_devices()
     if not 1 <= count <= len(devices):
-        raise TideError(f"--devices {count}: this machine has {len(devices)} for JAX ({devices[0].platform})")
+        raise TideError(
+            f"--devices {count}: JAX has {len(devices)} devices on this machine ({devices[0].platform}); pass a number "
+            f"from 1 to {len(devices)}"
+        )
     return None if count == 1 else jax.sharding.Mesh(np.asarray(devices[:count]), ("data",))
 
 
-_Read = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample]"]]
+_ReadTexts = Callable[[Any, Callable[[str, int, int], None]], tuple[Any, "list[Sample]"]]
 
 
-def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None) -> _Read:
+def _make_reader(
+    args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig, promise: Promise | None
+) -> _ReadTexts:
     """A function of the model and a progress callback; it returns the texts for routers and those set aside.
 
     Checks before any model is loaded that there are enough texts, and that the chat template can ask for them.
     """
     from tide_jax.calibration.collect import tokenise
     from tide_jax.model.files.checkpoint import load_config
-    from tide_jax.risk.promise import set_aside
-    from tide_jax.texts import load_texts, model_texts, own_prompts
+    from tide_jax.risk.promise import split_test_texts
+    from tide_jax.texts import load_texts, model_text_prompts, model_texts
 
     if args.chat_template is not None and args.text != "self":
-        raise TideError("--chat-template is how --text self asks its questions; leave it out for other texts")
+        raise TideError("--chat-template only applies to --text self; leave it out for other texts")
     if args.text != "self":
         texts = load_texts(args.text, field=args.field)
         if promise is None:
             return lambda model, progress: (texts, [])
         samples = tokenise(tokenizer, texts, config, load_config(args.source).vocab_size)
-        split = set_aside(samples, promise, seed=config.seed)
+        split = split_test_texts(samples, promise, seed=config.seed)
         return lambda model, progress: split
     if promise is not None:
         # Only a check: raises if there are too few texts for the promise.
-        promise.count(config.calibration_samples)
+        promise.text_count(config.calibration_samples)
     # Only a check: raises if the chat template cannot ask a question.
-    next(own_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
+    next(model_text_prompts(tokenizer, seed=config.seed, chat_template=args.chat_template))
 
-    def write(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
+    def write_texts(model: Any, progress: Callable[[str, int, int], None]) -> tuple[list[Sample], list[Sample]]:
         texts = model_texts(
             model,
             tokenizer,
@@ -204,12 +221,12 @@ def _reader(args: argparse.Namespace, tokenizer: Any, config: CalibrationConfig,
             chat_template=args.chat_template,
             progress=progress,
         )
-        return (texts, []) if promise is None else set_aside(texts, promise, seed=config.seed)
+        return (texts, []) if promise is None else split_test_texts(texts, promise, seed=config.seed)
 
-    return write
+    return write_texts
 
 
-def _summary(args: argparse.Namespace, routers: Routers, num_layers: int, size: int) -> str:
+def _format_summary(args: argparse.Namespace, routers: Routers, num_layers: int, size: int) -> str:
     lines = [calibration_summary(routers, num_layers)]
     if (config := routers.exit_config) is not None and config.guarantee is not None:
         lines += ["", config.guarantee.summary()]

@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tide_jax.cli.ending_signals import until_ended
-from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, leave_interrupted
-from tide_jax.cli.standard_streams import drop, prepare_streams, say
+from tide_jax.cli.ending_signals import run_with_signals
+from tide_jax.cli.interrupts import INTERRUPTED, Interrupts, end_interrupted_process
+from tide_jax.cli.standard_streams import discard_output, prepare_streams, print_to_stderr
 from tide_jax.errors import TideError, out_of_memory
 
 BAD_INPUT, BROKEN_PIPE = 2, 141  # 141 as for a program that SIGPIPE ends
-_FLAGS = {
+_OPTION_NAMES = {
     "calibration_samples": "samples",
     "rate": "audit",
     "router_bottleneck_dim": "bottleneck",
 }
-_PLACES = ("source", "destination")
+_POSITIONAL_ARGUMENTS = ("source", "destination")
 """Positional arguments, which have no flag."""
 
 
@@ -49,19 +49,19 @@ def execute(make_parser: Callable[[], argparse.ArgumentParser], arguments: Seque
     try:
         return _run(make_parser, arguments, args)
     except TideError as error:
-        return _fail(_with_flags(str(error), args))
+        return _fail(_use_option_names(str(error), args))
     except BrokenPipeError:
-        drop(sys.stdout)
+        discard_output(sys.stdout)
         return BROKEN_PIPE
     except OSError as error:
-        drop(sys.stdout)
+        discard_output(sys.stdout)
         return _fail(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except BaseException as error:
         if (reason := out_of_memory(error)) is not None:
             return _fail(str(reason))
         if not isinstance(error, KeyboardInterrupt) and not _was_interrupted():
             raise
-        return _interrupted()
+        return _end_interrupted()
 
 
 def _run(
@@ -72,8 +72,8 @@ def _run(
     try:
         make_parser().parse_args(arguments, args)
         if args.as_program:
-            _import_for_work(getattr(args, "modules", ()))
-        code = until_ended(lambda: args.run(args), as_program=args.as_program)
+            _begin_work(getattr(args, "modules", ()))
+        code = run_with_signals(lambda: args.run(args), as_program=args.as_program)
     except SystemExit:  # --help
         sys.stdout.flush()
         raise
@@ -108,17 +108,17 @@ def show(args: argparse.Namespace, facts: dict[str, Any], text: str) -> None:
     print(json.dumps(facts, indent=2) if args.json else text)
 
 
-def show_piece(text: str) -> None:
+def print_piece(text: str) -> None:
     """Prints a part of a result immediately and unchanged."""
     print(text, end="", flush=True)
 
 
 def note(text: str) -> None:
     """Prints information about the result to standard error."""
-    say(text)
+    print_to_stderr(text)
 
 
-def keep_programs() -> None:
+def cache_programs() -> None:
     """Caches compiled programs on disk for later runs.
 
     The folder is ``$XDG_CACHE_HOME/tide_jax`` (``~/.cache/tide_jax``), unless the user set JAX's own
@@ -143,11 +143,11 @@ def _replace_damaged_programs(folder: Path) -> None:
     show = warnings.showwarning
 
     def replace(message: Warning | str, *arguments: Any, **options: Any) -> None:
-        found = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
-        if found is None:
+        match = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if match is None:
             show(message, *arguments, **options)
             return
-        for file in folder.glob(f"{found[1]}-*"):  # other programs of this name are merely compiled again
+        for file in folder.glob(f"{match[1]}-*"):  # other programs of this name are merely compiled again
             with contextlib.suppress(OSError):
                 file.unlink()
 
@@ -155,14 +155,14 @@ def _replace_damaged_programs(folder: Path) -> None:
     warnings.showwarning = replace
 
 
-def seed(text: str) -> int:
+def parse_seed(text: str) -> int:
     """An argument that seeds a random generator, in the range that both JAX and numpy accept."""
     if not re.fullmatch(r"\d+", text) or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
     return int(text)
 
 
-def _with_flags(message: str, args: argparse.Namespace) -> str:
+def _use_option_names(message: str, args: argparse.Namespace) -> str:
     """Replaces parameter names in a library's message by the command's options.
 
     ``min_layers=9`` becomes ``--min-layers 9``.
@@ -170,42 +170,42 @@ def _with_flags(message: str, args: argparse.Namespace) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
-        if name in _PLACES:
+        if name in _POSITIONAL_ARGUMENTS:
             return f"{name} "
-        return f"--{_FLAGS.get(name, name).replace('_', '-')} " if name in args else match[0]
+        return f"--{_OPTION_NAMES.get(name, name).replace('_', '-')} " if name in args else match[0]
 
     return re.sub(r"\b([a-z_]+)=", flag, message)
 
 
-def _import_for_work(modules: Sequence[str]) -> None:
+def _begin_work(modules: Sequence[str]) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):  # the command itself reports what is missing and what to do
             importlib.import_module(name)
-    if (interrupts := Interrupts.installed()) is not None:
+    if (interrupts := Interrupts.current()) is not None:
         interrupts.begin_work()
 
 
 def _end_work() -> None:
-    if (interrupts := Interrupts.installed()) is not None:
+    if (interrupts := Interrupts.current()) is not None:
         interrupts.end_work()
 
 
 def _was_interrupted() -> bool:
     """Whether Ctrl-C was pressed; libraries may turn KeyboardInterrupt into other exceptions."""
-    interrupts = Interrupts.installed()
-    return interrupts is not None and interrupts.came
+    interrupts = Interrupts.current()
+    return interrupts is not None and interrupts.has_signal
 
 
-def _interrupted() -> int:
-    if Interrupts.installed() is not None:
-        leave_interrupted()
-    say("interrupted")
+def _end_interrupted() -> int:
+    if Interrupts.current() is not None:
+        end_interrupted_process()
+    print_to_stderr("interrupted")
     return INTERRUPTED
 
 
 def _fail(message: str) -> int:
     if _was_interrupted():
-        return _interrupted()
+        return _end_interrupted()
     _end_work()
-    say(f"error: {' '.join(message.split())}")
+    print_to_stderr(f"error: {' '.join(message.split())}")
     return BAD_INPUT

@@ -10,7 +10,7 @@ from tide_jax.errors import TideError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-_WHERE = ("coordinator", "processes", "process_id")
+_PROCESS_OPTIONS = ("coordinator", "processes", "process_id")
 """Options that place a process among the others."""
 
 
@@ -24,11 +24,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes that run the same command, together, over --mesh; the first prints",
+        help="run as one of several processes that share the work of this command over --mesh; only the first prints",
     )
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where JAX can't find it out")
-    parser.add_argument("--processes", type=int, help="how many, where JAX can't find it out")
-    parser.add_argument("--process-id", type=int, help="which one this is, from 0, where JAX can't find it out")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process, if JAX can't find it")
+    parser.add_argument("--processes", type=int, help="number of processes, if JAX can't find it")
+    parser.add_argument("--process-id", type=int, help="number of this process, from 0, if JAX can't find it")
 
 
 def open_mesh(args: argparse.Namespace) -> Mesh | None:
@@ -39,12 +39,12 @@ def open_mesh(args: argparse.Namespace) -> Mesh | None:
     Raises:
       TideError: options that do not go together, no other process found, or a mesh that cannot be built.
     """
-    given = [name for name in _WHERE if getattr(args, name) is not None]
+    given = [name for name in _PROCESS_OPTIONS if getattr(args, name) is not None]
     if given and not args.distributed:
-        raise TideError(f"--{given[0].replace('_', '-')} is about several processes; it needs --distributed")
+        raise TideError(f"--{given[0].replace('_', '-')} applies to several processes; it needs --distributed")
     if args.distributed:
         if args.mesh is None:
-            raise TideError("--distributed needs --mesh: processes without one would each do everything")
+            raise TideError("--distributed needs --mesh: without it, each process would do all the work")
         _join(args)
     from tide_jax.model.sharding import make_mesh
 
@@ -58,7 +58,7 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
-class Silent:
+class SilentStreamer:
     """Replaces the streamer in processes that do not print."""
 
     def put(self, tokens: Any) -> None:

@@ -9,51 +9,54 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tide_jax.cli.interrupts import leave
+from tide_jax.cli.interrupts import end_process
 
 _NAMES = ("SIGTERM", "SIGHUP")  # SIGTERM: docker stop, kill, batch systems; SIGHUP: a closed terminal
 
 
-class Ended(KeyboardInterrupt):
+class EndingSignal(KeyboardInterrupt):
     """A signal asked the process to end; a KeyboardInterrupt, so code that cleans up after one handles it."""
 
 
-def until_ended(run: Callable[[], int], *, as_program: bool) -> int:
+def run_with_signals(run: Callable[[], int], *, as_program: bool) -> int:
     """Runs a command; returns its exit code, or 128 plus the number of the signal that ended it.
 
     Args:
       as_program: the process belongs to the command. After a signal it ends here, without the interpreter's shutdown,
         which would destroy XLA's client while its compiler's threads still use it.
     """
-    came = list[int]()
+    received = list[int]()
     try:
-        with _raising(came):
+        with _raise_on_signals(received):
             return run()
     except BaseException:  # libraries may turn it into other exceptions
-        if not came:
+        if not received:
             raise
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"ended by {signal.Signals(came[0]).name}\n")
+        sys.stderr.write(f"ended by {signal.Signals(received[0]).name}\n")
         sys.stderr.flush()
-    code = 128 + came[0]
+    code = 128 + received[0]
     if as_program:
-        leave(code)
+        end_process(code)
     return code
 
 
 @contextlib.contextmanager
-def _raising(came: list[int]) -> Iterator[None]:
-    """Makes the first signal raise `Ended` and a second one end the process; ignored signals (nohup) stay ignored."""
+def _raise_on_signals(received: list[int]) -> Iterator[None]:
+    """Makes the first signal raise `EndingSignal` and a second one end the process.
+
+    Ignored signals (nohup) stay ignored.
+    """
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         numbers = []
     numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: Any) -> None:
-        came.append(number)
+        received.append(number)
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
-        raise Ended
+        raise EndingSignal
 
     try:
         for number in numbers:

@@ -12,14 +12,14 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import abstract_parameters, stored_shapes, summed_axes
 from tide_jax.model.files.checkpoint import load, load_config, stored_precision
 from tide_jax.model.rounding import kept_as_floats, tensor_bytes
-from tide_jax.risk.promise import refusal
+from tide_jax.risk.promise import no_guarantee_reason
 
 _FLOAT32, _INT8, _FLOAT16 = 4, 1, 2
-_LOOKED_UP = ("embed.", "positions.", "added.")  # a token reads one row of each of these tables
+_LOOKUP_TABLES = ("embed.", "positions.", "added.")  # a token reads one row of each of these tables
 _EXPERT_HEADS = (".attention.q", ".attention.out")
 
 
-def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
+def describe_model(source: str | Path, *, interval: int = 4, bottleneck: int = 128) -> dict[str, Any]:
     """Facts about a model as JSON-ready values: configuration, exit points, parameter and router bytes.
 
     "bytes_read" counts the weights that a token reads at full depth, in their stored format: those of all layers, of
@@ -59,16 +59,16 @@ def describe(source: str | Path, *, interval: int = 4, bottleneck: int = 128) ->
 def bytes_read(config: DecoderConfig) -> dict[str, int]:
     """Bytes of weights that a token reads at full depth, by dtype, without and with 8-bit weights."""
     shapes, axes = stored_shapes(config), summed_axes(config)
-    read = {path: shape for path, shape in shapes.items() if not path.startswith(_LOOKED_UP)}
+    read = {path: shape for path, shape in shapes.items() if not path.startswith(_LOOKUP_TABLES)}
     if config.tie_embeddings:
         read["embed.kernel"] = shapes["embed.kernel"]
-    read = {path: _met(config, path, shape) for path, shape in read.items()}
+    read = {path: _shape_read(config, path, shape) for path, shape in read.items()}
     sizes = {"float32": _FLOAT32, "bfloat16": 2, "float16": 2}
     floats = {name: tensor_bytes(read, {}, size) for name, size in sizes.items()}
     return floats | {f"{name} with int8 weights": tensor_bytes(read, axes, size) for name, size in sizes.items()}
 
 
-def _met(config: DecoderConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_read(config: DecoderConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the part of a parameter that a token reads: of stacked experts, only the chosen ones."""
     moe = config.moe if ".experts." in path else config.attention_experts if path.endswith(_EXPERT_HEADS) else None
     return shape if moe is None else (moe.experts_per_token, *shape[1:])
@@ -103,11 +103,11 @@ def describe_routers(path: str | Path, source: str | Path) -> dict[str, Any]:
         "data": metadata.get("data"),
         "exit_config": None if exits is None else exits.to_dict(),
         "promise": exits.guarantee.summary() if exits is not None and exits.guarantee is not None else None,
-        "no_guarantee": refusal(routers),
+        "no_guarantee": no_guarantee_reason(routers),
     }
 
 
-def text_table(facts: dict[str, Any]) -> str:
+def format_facts(facts: dict[str, Any]) -> str:
     """The facts as aligned lines of text."""
     size, exit_points = facts["bytes"], ", ".join(map(str, facts["exit_points"])) or "none"
     heads = f"{facts['heads']} heads, {facts['kv_heads']} for keys and values"
@@ -119,7 +119,7 @@ def text_table(facts: dict[str, Any]) -> str:
         "context": f"{facts['context_length']:,} tokens",
         "parameters": f"{facts['parameters'] / 1e6:,.1f} million: {_megabytes(size['float32'])} in float32, "
         f"{_megabytes(size['bfloat16'])} in bfloat16",
-        "reads": _reads(facts),
+        "reads": _bytes_read_line(facts),
         "exit_points": f"after layers {exit_points} (every {facts['checkpoint_interval']})",
         "router file": f"{_megabytes(facts['router_file_bytes'])}, affine exit heads "
         f"{_megabytes(facts['affine_head_file_bytes'])}, translators {_megabytes(facts['translator_bytes'])}",
@@ -128,14 +128,14 @@ def text_table(facts: dict[str, Any]) -> str:
         routers = facts["routers"]
         layers = ", ".join(map(str, routers["exit_points"]))
         parts = {"second_look": "a second look", "translators": "translators for skipped layers"}
-        found = "".join(f", with {part}" for name, part in parts.items() if routers[name])
-        rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}{found}, fitted to {routers['data']}"
-        rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was asked for'}"
+        extras = "".join(f", with {part}" for name, part in parts.items() if routers[name])
+        rows["routers"] = f"{routers['exit_strategy']} exits after layers {layers}{extras}, fitted to {routers['data']}"
+        rows["promise"] = routers["promise"] or f"none: {routers['no_guarantee'] or 'none was requested'}"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
-def _reads(facts: dict[str, Any]) -> str:
+def _bytes_read_line(facts: dict[str, Any]) -> str:
     """The line about the bytes that a token reads: as stored, or in float32, and with 8-bit weights."""
     stored, sizes = facts["stored"] or "float32", facts["bytes_read"]
     now = f"{_megabytes(sizes[stored])} of weights a token at full depth, in {stored}"

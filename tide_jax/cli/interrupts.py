@@ -18,7 +18,7 @@ from typing import NoReturn
 INTERRUPTED = 130  # as for a program that SIGINT ends
 
 
-_PATIENCE = 1.0  # seconds in which a second signal counts as the first: keys bounce, shells repeat signals
+_REPEAT_SECONDS = 1.0  # seconds in which a second signal counts as the first: keys bounce, shells repeat signals
 
 
 class Interrupts:
@@ -31,7 +31,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._working = False
-        self._came: float | None = None
+        self._received_at: float | None = None
 
     @classmethod
     def install(cls) -> None:
@@ -40,34 +40,34 @@ class Interrupts:
             signal.signal(signal.SIGINT, cls())
 
     @classmethod
-    def installed(cls) -> Interrupts | None:
+    def current(cls) -> Interrupts | None:
         """The handler that `install` set, or None."""
-        found = signal.getsignal(signal.SIGINT)
-        return found if isinstance(found, cls) else None
+        handler = signal.getsignal(signal.SIGINT)
+        return handler if isinstance(handler, cls) else None
 
     @property
-    def came(self) -> bool:
+    def has_signal(self) -> bool:
         """Whether there was a signal; libraries may have turned its exception into another one."""
-        return self._came is not None
+        return self._received_at is not None
 
     def __call__(self, number: int, frame: object) -> None:
         if not self._working:
-            leave_interrupted()
-        if self._came is None:
-            self._came = time.monotonic()
+            end_interrupted_process()
+        if self._received_at is None:
+            self._received_at = time.monotonic()
             raise KeyboardInterrupt
-        if time.monotonic() - self._came > _PATIENCE:
-            leave_interrupted()
+        if time.monotonic() - self._received_at > _REPEAT_SECONDS:
+            end_interrupted_process()
 
     def begin_work(self) -> None:
         """From now on, an interrupt must clean up files."""
         report = sys.unraisablehook
 
-        def raise_again(what: sys.UnraisableHookArgs) -> None:
-            if not issubclass(what.exc_type, KeyboardInterrupt):
-                report(what)
+        def raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+            if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+                report(unraisable)
                 return
-            self._came = None
+            self._received_at = None
             # Raising it now would raise it inside this hook, where it would be dropped again.
             again = threading.Timer(0.05, _thread.interrupt_main)
             again.daemon = True
@@ -81,14 +81,14 @@ class Interrupts:
         self._working = False
 
 
-def leave_interrupted() -> NoReturn:
+def end_interrupted_process() -> NoReturn:
     """Ends the process here, with one line on standard error."""
     with contextlib.suppress(OSError):
         os.write(2, b"interrupted\n")
-    leave(INTERRUPTED)
+    end_process(INTERRUPTED)
 
 
-def leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """Ends the process without the interpreter's shutdown.
 
     An interrupt ends the wait for XLA's compiler but not the compiler's threads. They continue, and the shutdown

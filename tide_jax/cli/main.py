@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Interrupts.install()
     from tide_jax.cli.command_line import execute
 
-    return execute(_parser, arguments)
+    return execute(_make_parser, arguments)
 
 
-def _parser() -> Parser:
+def _make_parser() -> Parser:
     from importlib.metadata import entry_points
 
     from tide_jax.cli import calibrate as cli_calibrate
@@ -48,7 +48,7 @@ def _add_inspect(subparsers: Any) -> None:
     parser = model_command(
         subparsers,
         "inspect",
-        "say what a model is: architecture, exit points, sizes",
+        "describe a model: architecture, exit points, sizes",
         "  tide-jax inspect smollm2\n  tide-jax inspect smollm2 --checkpoint-interval 3 --json\n"
         "  tide-jax inspect smollm2 --routers routers.safetensors\n",
         _inspect,
@@ -56,15 +56,15 @@ def _add_inspect(subparsers: Any) -> None:
     )
     parser.add_argument("--checkpoint-interval", type=int, default=4, help="layers between routers (4)")
     parser.add_argument("--bottleneck", type=int, default=128, help="width of a router (128)")
-    parser.add_argument("--routers", help="also check and describe a router file, and what is promised for it")
+    parser.add_argument("--routers", help="also check and describe a router file and its promise")
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from tide_jax.cli.command_line import show
-    from tide_jax.cli.inspection import describe, describe_routers, text_table
+    from tide_jax.cli.inspection import describe_model, describe_routers, format_facts
 
-    facts = describe(args.source, interval=args.checkpoint_interval, bottleneck=args.bottleneck)
+    facts = describe_model(args.source, interval=args.checkpoint_interval, bottleneck=args.bottleneck)
     if args.routers is not None:
         facts["routers"] = describe_routers(args.routers, args.source)
-    show(args, facts, text_table(facts))
+    show(args, facts, format_facts(facts))
     return 0

@@ -30,15 +30,15 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def say(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     """Prints to standard error, if it can be written."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # full or closed by its reader: no reason to lose the result
-        drop(sys.stderr)
+        discard_output(sys.stderr)
 
 
-def drop(stream: TextIO) -> None:
+def discard_output(stream: TextIO) -> None:
     """Discards what could not be written; otherwise the interpreter would retry at exit and complain."""
     try:
         stream.flush()

@@ -31,26 +31,26 @@ from tide_jax.model.sharding import fetch
 logger = logging.getLogger(__name__)
 
 
-class Finished(NamedTuple):
+class FinishedSequence(NamedTuple):
     """A sequence that ran with exits.
 
     Attributes:
       tokens: the tokens that ran, int32 [T].
-      prompt: number of leading tokens that ran at full depth.
+      prompt_length: number of leading tokens that ran at full depth.
       start: first token whose argmax counts.
-      chosen: returns the argmaxes with exits after token `start` and each later one, int32 [T - start]; None if another
-        pass has to compute them.
+      exit_argmaxes: returns the argmaxes with exits after token `start` and each later one, int32 [T - start]; None if
+        another pass has to compute them.
     """
 
     tokens: Int[np.ndarray, " T"]
-    prompt: int
+    prompt_length: int
     start: int
-    chosen: Callable[[], np.ndarray] | None
+    exit_argmaxes: Callable[[], np.ndarray] | None
 
 
-def generated(
+def generated_sequences(
     prompts: Sequence[np.ndarray], tokens: np.ndarray, lengths: np.ndarray, *, prompt_exits: bool, greedy: bool
-) -> list[Finished]:
+) -> list[FinishedSequence]:
     """Finished sequences of a generation.
 
     Counted are the new tokens that an exit may have chosen.
@@ -63,25 +63,25 @@ def generated(
       greedy: whether the new tokens are argmaxes.
     """
 
-    def finished(prompt: np.ndarray, new: np.ndarray) -> Finished:
+    def make_sequence(prompt: np.ndarray, new: np.ndarray) -> FinishedSequence:
         start = max(1, len(prompt) - 1) if prompt_exits else len(prompt)
-        run = np.concatenate([prompt, new[:-1]])  # the last new token does not run
-        chosen = (lambda: new[start - len(prompt) + 1 :]) if greedy else None
-        return Finished(run, 0 if prompt_exits else len(prompt), start, chosen)
+        run_tokens = np.concatenate([prompt, new[:-1]])  # the last new token does not run
+        exit_argmaxes = (lambda: new[start - len(prompt) + 1 :]) if greedy else None
+        return FinishedSequence(run_tokens, 0 if prompt_exits else len(prompt), start, exit_argmaxes)
 
-    return [finished(p, row[:n]) for p, row, n in zip(prompts, tokens, lengths, strict=True)]
+    return [make_sequence(p, row[:n]) for p, row, n in zip(prompts, tokens, lengths, strict=True)]
 
 
-def scored(rows: PromptRows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[Finished]:
+def scored_sequences(rows: PromptRows, prompts: np.ndarray, logits: Float[Array, "B T V"]) -> list[FinishedSequence]:
     """Finished sequences of a scoring call; every token that was allowed to exit counts."""
 
-    def finished(row: int, prompt: int) -> Finished:
+    def make_sequence(row: int, prompt: int) -> FinishedSequence:
         start = max(1, prompt)
-        return Finished(
+        return FinishedSequence(
             rows.rows[row], prompt, start, lambda: np.asarray(jnp.argmax(logits[row], axis=-1))[rows.mask[row]][start:]
         )
 
-    return [finished(row, int(prompt)) for row, prompt in enumerate(prompts.reshape(-1))]
+    return [make_sequence(row, int(prompt)) for row, prompt in enumerate(prompts.reshape(-1))]
 
 
 class Auditor(NamedTuple):
@@ -90,7 +90,7 @@ class Auditor(NamedTuple):
     model: Decoder
     programs: Programs
 
-    def argmaxes(self, sequences: Sequence[Finished], exits: Exits | None) -> tuple[list[np.ndarray], float]:
+    def argmaxes(self, sequences: Sequence[FinishedSequence], exits: Exits | None) -> tuple[list[np.ndarray], float]:
         """Argmaxes after each token of each sequence, and seconds of running; `exits=None` runs every layer."""
         batch = 1 << (len(sequences) - 1).bit_length()  # few compiled shapes
         width = bucket(max(len(s.tokens) for s in sequences))
@@ -100,10 +100,10 @@ class Auditor(NamedTuple):
         for row, sequence in enumerate(sequences):
             length = len(sequence.tokens)
             tokens[row, :length], positions[row, :length] = sequence.tokens, np.arange(length)
-            may_exit[row, sequence.prompt : length] = True
+            may_exit[row, sequence.prompt_length : length] = True
         arguments = (jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(may_exit), exits)
-        found, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments)
-        return [row[: len(s.tokens)] for row, s in zip(fetch(found), sequences, strict=False)], seconds
+        argmaxes, seconds, _ = self.programs.run(_argmaxes, (self.model,), arguments)
+        return [row[: len(s.tokens)] for row, s in zip(fetch(argmaxes), sequences, strict=False)], seconds
 
 
 class DriftMonitor:
@@ -155,14 +155,14 @@ class DriftMonitor:
         if self._settings is not None:
             if config != self._settings:
                 raise TideError(
-                    "this DriftMonitor has watched other exit settings; take one monitor for each, or reset() it"
+                    "this DriftMonitor has watched other exit settings; use one monitor for each, or reset() it"
                 )
             return
         risk, guarantee = self.risk, config.guarantee
         if risk is None and guarantee is not None:
             if guarantee.loss != "disagreement":
                 raise TideError(
-                    f"the engine's guarantee is about {guarantee.loss}, a DriftMonitor watches disagreement; "
+                    f"the engine's guarantee bounds {guarantee.loss}, but a DriftMonitor measures disagreement; "
                     "pass DriftMonitor(risk=...), the share of tokens that may differ"
                 )
             risk = guarantee.risk
@@ -171,24 +171,24 @@ class DriftMonitor:
         self._test = None if risk is None else RiskTest(risk, self.delta / 2)
         self._settings = config
 
-    def audit(self, sequences: Sequence[Finished], exits: Exits, auditor: Auditor) -> None:
+    def audit(self, sequences: Sequence[FinishedSequence], exits: Exits, auditor: Auditor) -> None:
         """Runs a share of the sequences again and records their agreement; skips those without counted tokens."""
         sequences = [s for s in sequences if s.start < len(s.tokens)]
         self._sequences += len(sequences)
         drawn = self._random.random(len(sequences)) < self.rate
-        picked = [s for s, audited in zip(sequences, drawn, strict=True) if audited]
-        if not picked:
+        audited = [s for s, is_drawn in zip(sequences, drawn, strict=True) if is_drawn]
+        if not audited:
             return
         # Full-depth argmaxes for all picked sequences; argmaxes with exits only where the call does not know them.
-        wanted, seconds = auditor.argmaxes(picked, None)
-        again, more = (
-            auditor.argmaxes(unknown, exits) if (unknown := [s for s in picked if not s.chosen]) else ([], 0.0)
+        full_argmaxes, seconds = auditor.argmaxes(audited, None)
+        exit_argmaxes, exit_seconds = (
+            auditor.argmaxes(unknown, exits) if (unknown := [s for s in audited if not s.exit_argmaxes]) else ([], 0.0)
         )
-        self._seconds += seconds + more
-        rest = iter(again)
-        for sequence, full in zip(picked, wanted, strict=True):
-            chosen = sequence.chosen() if sequence.chosen else next(rest)[sequence.start :]
-            self._note(full[sequence.start :] != chosen)
+        self._seconds += seconds + exit_seconds
+        remaining = iter(exit_argmaxes)
+        for sequence, full in zip(audited, full_argmaxes, strict=True):
+            with_exits = sequence.exit_argmaxes() if sequence.exit_argmaxes else next(remaining)[sequence.start :]
+            self._record(full[sequence.start :] != with_exits)
 
     def report(self) -> DriftReport:
         """Report of all audits so far."""
@@ -207,7 +207,7 @@ class DriftMonitor:
             wall_time=self._seconds,
         )
 
-    def _note(self, differs: np.ndarray) -> None:
+    def _record(self, differs: np.ndarray) -> None:
         """Records the comparisons of one sequence and updates the status."""
         value = float(differs.mean())
         self._sequence.update(value)

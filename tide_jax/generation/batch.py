@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tide_jax.checks import whole_number
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.architecture import DecoderConfig
 
 
@@ -95,8 +95,7 @@ def _from_array(input_ids: Any, attention_mask: Any) -> tuple[list[np.ndarray], 
         mask = [np.ones(len(row), bool) for row in ids] if attention_mask is None else _mask_rows(attention_mask)
         if (found := list(map(len, mask))) != (expected := list(map(len, ids))):
             raise TideError(
-                f"attention_mask has rows of {shortened(found)} values, expected those of input_ids: "
-                f"{shortened(expected)}"
+                f"attention_mask has rows of {shorten(found)} values, expected those of input_ids: {shorten(expected)}"
             )
         places = np.zeros((len(ids), max(expected)), bool)
         for row, of_row in zip(places, mask, strict=True):

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _TOP_K = 50  # transformers' default for sampling, and so that of lm-eval's model "hf"
 
 
-class Generation(NamedTuple):
+class GenerationArguments(NamedTuple):
     """A task's generation arguments.
 
     Attributes:
@@ -35,36 +35,38 @@ class Generation(NamedTuple):
 
 
 def open_engine(
-    pretrained: Any, routers: Any, dials: dict[str, Any], mode: Any, dtype: Any = None, weights: Any = None
+    pretrained: Any, routers: Any, settings: dict[str, Any], mode: Any, dtype: Any = None, weights: Any = None
 ) -> TIDE:
     """The engine to evaluate. Raises TideError if arguments do not go together or files can't be loaded."""
     if mode not in (None, "exit", "lossless", "full"):
         raise TideError(f"mode={mode!r} is not known; choose 'exit', 'lossless' or 'full'")
     if isinstance(pretrained, TIDE):
         if any(option is not None for option in (routers, dtype, weights)):
-            raise TideError("an engine brings its routers, dtype and weights; pass them where the engine is made")
-        engine = pretrained.with_config(**dials)
+            raise TideError(
+                "an engine already has its routers, dtype and weights; pass them when you create the engine"
+            )
+        engine = pretrained.with_config(**settings)
     else:
-        ExitConfig(**dials)  # before the model is loaded, so that bad dials fail at once
+        ExitConfig(**settings)  # before the model is loaded, so that bad settings fail at once
         if mode == "exit" and routers is None:
             raise TideError("mode=exit needs routers=FILE, from 'tide-jax calibrate'")
-        if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in dials]):
+        if routers is None and (unused := [name for name in ("threshold_tilt", "kv_strategy") if name in settings]):
             raise TideError(f"{unused[0]} says how tokens exit; it needs routers=FILE")
         model = load(str(pretrained), dtype, weights=weights)
-        found = None if routers is None else Routers.load(str(routers), model=model)
-        if found is None:
-            dials.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
-            engine = TIDE(model, None, ExitConfig(**dials))
+        loaded_routers = None if routers is None else Routers.load(str(routers), model=model)
+        if loaded_routers is None:
+            settings.setdefault("min_layers", min(ExitConfig.min_layers, model.config.num_layers))
+            engine = TIDE(model, None, ExitConfig(**settings))
         else:
-            config, promised = exit_settings(model, found, **dials)
-            logger.info("exits: %s", promised)
-            engine = TIDE(model, found, config)
+            config, promise = exit_settings(model, loaded_routers, **settings)
+            logger.info("exits: %s", promise)
+            engine = TIDE(model, loaded_routers, config)
     if mode == "exit" and engine.routers is None:
         raise TideError("mode=exit needs an engine with routers")
     return engine
 
 
-def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) -> Generation:
+def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) -> GenerationArguments:
     """A task's generation arguments, interpreted as lm-eval's model "hf" does.
 
     Args:
@@ -74,24 +76,24 @@ def generation_arguments(engine: TIDE, arguments: dict[str, Any], default: int) 
     Raises:
       TideError: an argument is unknown.
     """
-    given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
-    until, new, sampled = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
-    settings = {name: given.pop(name) for name in SETTINGS if name in given}
-    if given.pop("num_beams", 1) != 1:
+    remaining: dict[str, Any] = dict(normalize_gen_kwargs(arguments, default))
+    until, max_new_tokens, do_sample = remaining.pop("until"), remaining.pop("max_gen_toks"), remaining.pop("do_sample")
+    settings = {name: remaining.pop(name) for name in SETTINGS if name in remaining}
+    if remaining.pop("num_beams", 1) != 1:
         raise TideError("num_beams must be 1; there is no beam search")
-    if given:
+    if remaining:
         raise TideError(
-            f"the generation arguments hold {', '.join(sorted(given))}; expected some of until, max_gen_toks, "
+            f"the generation arguments hold {', '.join(sorted(remaining))}; expected some of until, max_gen_toks, "
             f"do_sample, {', '.join(SETTINGS)}"
         )
-    if not sampled:
+    if not do_sample:
         settings = {name: value for name, value in settings.items() if name not in SAMPLING_DIALS}
     elif engine.model.config.generation.top_k is None:
         settings.setdefault("top_k", _TOP_K)
-    stops = [until] if isinstance(until, str) else list(until)
-    return Generation(stops, new, settings | {"do_sample": bool(sampled)})
+    stop_strings = [until] if isinstance(until, str) else list(until)
+    return GenerationArguments(stop_strings, max_new_tokens, settings | {"do_sample": bool(do_sample)})
 
 
-def plain_number(value: Any) -> Any:
+def parse_number(value: Any) -> Any:
     """Converts a string of digits from the command line to a number; returns anything else unchanged."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value

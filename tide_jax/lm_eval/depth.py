@@ -24,7 +24,7 @@ class DepthCounts:
 
     def add(self, task: str | None, *exit_layers: np.ndarray) -> None:
         """Counts a task's tokens."""
-        counts = self._counts.setdefault(task or "", self._none())
+        counts = self._counts.setdefault(task or "", self._zero_counts())
         for layers in exit_layers:
             counts += np.bincount(layers, minlength=len(counts))
 
@@ -32,14 +32,14 @@ class DepthCounts:
         """Depth over all tasks and for each task, JSON-ready."""
         return {
             "num_layers": self._num_layers,
-            **_depth(sum(self._counts.values(), self._none())),
-            "tasks": {task: _depth(counts) for task, counts in sorted(self._counts.items())},
+            **_depth_statistics(sum(self._counts.values(), self._zero_counts())),
+            "tasks": {task: _depth_statistics(counts) for task, counts in sorted(self._counts.items())},
         }
 
     def log(self, tasks: Iterable[str | None], mode: str) -> None:
         """Logs how deep some tasks ran."""
         for task in sorted({task or "" for task in tasks}):
-            depth = _depth(self._counts[task])
+            depth = _depth_statistics(self._counts[task])
             logger.info(
                 "%s: %.2f of %d layers run to predict each of %d tokens (%s)",
                 task or "requests",
@@ -49,11 +49,11 @@ class DepthCounts:
                 mode,
             )
 
-    def _none(self) -> np.ndarray:
+    def _zero_counts(self) -> np.ndarray:
         return np.zeros((self._num_layers,), np.int64)
 
 
-def _depth(counts: np.ndarray) -> dict[str, Any]:
+def _depth_statistics(counts: np.ndarray) -> dict[str, Any]:
     """Depth statistics of token counts by last layer, JSON-ready."""
     tokens = int(counts.sum())
     layers = float((counts * np.arange(1, len(counts) + 1)).sum() / tokens) if tokens else 0.0

@@ -28,7 +28,7 @@ from tide_jax.config import KVStrategy, Mode
 from tide_jax.engine import TIDE
 from tide_jax.errors import TideError
 from tide_jax.generation.stop_strings import Stops
-from tide_jax.lm_eval.arguments import generation_arguments, open_engine, plain_number
+from tide_jax.lm_eval.arguments import generation_arguments, open_engine, parse_number
 from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
 from tide_jax.lm_eval.depth import DepthCounts
 from tide_jax.model.decoder import abstract_parameters
@@ -99,21 +99,21 @@ class TideLM(TemplateLM):
             raise TideError(f"the model tide has no argument {', '.join(sorted(unknown))}; see docs/evaluation.md")
         if pretrained is None:
             raise TideError("the model tide needs pretrained=DIRECTORY, as 'tide-jax convert' writes it")
-        self.batch_size = whole_number("batch_size", plain_number(batch_size), 1)
+        self.batch_size = whole_number("batch_size", parse_number(batch_size), 1)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks, 1)
         self._seed = whole_number("seed", seed)
         if not isinstance(add_bos_token, bool | None):
             raise TideError(f"add_bos_token={add_bos_token!r} must be True or False")
         self.add_bos_token = add_bos_token
-        dials = {
+        exit_settings = {
             "exit_threshold": exit_threshold,
             "min_layers": min_layers,
             "kv_strategy": kv_strategy,
             "threshold_tilt": threshold_tilt,
             "prefill_exits": prefill_exits,
         }
-        given = {name: value for name, value in dials.items() if value is not None}
-        self.engine = open_engine(pretrained, routers, given, mode, dtype, weights)
+        given_settings = {name: value for name, value in exit_settings.items() if value is not None}
+        self.engine = open_engine(pretrained, routers, given_settings, mode, dtype, weights)
         config = self.engine.model.config
         context = config.context_length
         self.max_length = context if max_length is None else whole_number("max_length", max_length, 2, context)
@@ -123,18 +123,20 @@ class TideLM(TemplateLM):
         self.tokenizer: Any = source if hasattr(source, "decode") else load_tokenizer(str(source))
         self._mode: Mode = mode or ("full" if self.engine.routers is None else "exit")
         last = config.vocab_size - 1
-        self._prefix = None if prefix_token_id is None else whole_number("prefix_token_id", prefix_token_id, 0, last)
-        self._template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        self._depth = DepthCounts(config.num_layers)
+        self._prefix_token_id = (
+            None if prefix_token_id is None else whole_number("prefix_token_id", prefix_token_id, 0, last)
+        )
+        self._template_variables = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._depth_counts = DepthCounts(config.num_layers)
 
     # --- lm-eval's interface -------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each request's continuation given its context, and whether greedy decoding produces it."""
-        scores = self._score([self._pair(*request.args) for request in requests], disable_tqdm)
+        scores = self._score([self._to_continuation(*request.args) for request in requests], disable_tqdm)
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for request, score, answer in zip(requests, scores, answers, strict=True):
-            self._depth.add(request.task_name, score.exit_layers)
+            self._depth_counts.add(request.task_name, score.exit_layers)
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         exits = self._mode == "exit" and not self.engine.config.prefill_exits
         if exits and all(len(score.exit_layers) < 2 for score in scores):
@@ -142,20 +144,20 @@ class TideLM(TemplateLM):
                 "every continuation is a single token, which the context predicts at full depth, so nothing could "
                 "exit; prefill_exits=True lets the context exit"
             )
-        self._depth.log((request.task_name for request in requests), self._mode)
+        self._depth_counts.log((request.task_name for request in requests), self._mode)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each request's whole text, in windows of up to `max_length` tokens."""
         windows = [self._windows(request.args[0]) for request in requests]
-        scores = iter(self._score([window for each in windows for window in each], disable_tqdm))
+        scores = iter(self._score([window for request_windows in windows for window in request_windows], disable_tqdm))
         totals: list[float] = []
-        for request, each in zip(requests, windows, strict=True):
-            own = [next(scores) for _ in each]
-            totals.append(sum(score.log_likelihood for score in own))
-            self._depth.add(request.task_name, *(score.exit_layers for score in own))
+        for request, request_windows in zip(requests, windows, strict=True):
+            request_scores = [next(scores) for _ in request_windows]
+            totals.append(sum(score.log_likelihood for score in request_scores))
+            self._depth_counts.add(request.task_name, *(score.exit_layers for score in request_scores))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
-        self._depth.log((request.task_name for request in requests), self._mode)
+        self._depth_counts.log((request.task_name for request in requests), self._mode)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -173,7 +175,7 @@ class TideLM(TemplateLM):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", request.args, text)
                 progress("generate_until", (number + 1) * self.batch_size, len(requests))
-        self._depth.log((request.task_name for request in requests), self._mode)
+        self._depth_counts.log((request.task_name for request in requests), self._mode)
         return texts
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -187,14 +189,14 @@ class TideLM(TemplateLM):
         from jinja2 import TemplateError
 
         try:
-            return self._templated(chat_history, add_generation_prompt)
+            return self._apply_template(chat_history, add_generation_prompt)
         except TemplateError as error:
             # Some templates refuse system messages; try again without them.
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise TideError(f"the chat template refuses the conversation ({error})") from error
-            logger.warning("the chat template takes no system message; it is left out")
-            return self._templated(without, add_generation_prompt)
+            logger.warning("the chat template refuses system messages; they are left out")
+            return self._apply_template(without, add_generation_prompt)
 
     @property
     def tokenizer_name(self) -> str:
@@ -209,16 +211,16 @@ class TideLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """Token that conditions a text without context."""
-        usual = (self._prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in usual if token is not None), None)
-        if found is None:
+        candidates = (self._prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        token_id = next((token for token in candidates if token is not None), None)
+        if token_id is None:
             raise TideError("the tokenizer has neither a beginning- nor an end-of-text token; pass prefix_token_id=")
-        return found
+        return token_id
 
     def get_model_info(self) -> dict[str, Any]:
         """Information that lm-eval stores with the results: the exit dials and the layers that ran for each token."""
         model, config = self.engine.model, self.engine.config
-        dials = {
+        exit_settings = {
             "exit_threshold": config.exit_threshold,
             "min_layers": config.min_layers,
             "kv_strategy": config.kv_strategy,
@@ -230,9 +232,9 @@ class TideLM(TemplateLM):
             "model_weights": model.weights,
             "exits": {
                 "mode": self._mode,
-                **(dials if self._mode == "exit" else {}),
+                **(exit_settings if self._mode == "exit" else {}),
                 "prefill_exits": self._mode == "exit" and config.prefill_exits,
-                **self._depth.to_dict(),
+                **self._depth_counts.to_dict(),
             },
         }
 
@@ -258,29 +260,29 @@ class TideLM(TemplateLM):
         return self._encode(string, False if starts else None)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        pairs = [_checked(*texts, Continuation(context, tokens)) for texts, context, tokens in requests]
+        pairs = [_check_pair(*texts, Continuation(context, tokens)) for texts, context, tokens in requests]
         return [(score.log_likelihood, score.greedy) for score in self._score(pairs, disable_tqdm=True)]
 
-    def _pair(self, context: str, continuation: str) -> Continuation:
+    def _to_continuation(self, context: str, continuation: str) -> Continuation:
         if context:
-            return _checked(context, continuation, Continuation(*self._encode_pair(context, continuation)))
+            return _check_pair(context, continuation, Continuation(*self._encode_pair(context, continuation)))
         tokens = self.tok_encode(continuation, add_special_tokens=False)
         pair = Continuation([self.prefix_token_id], tokens)
         if tokens[:1] == [self.prefix_token_id]:
             pair = Continuation(tokens[:1], tokens[1:])
-        return _checked(context, continuation, pair)
+        return _check_pair(context, continuation, pair)
 
     def _windows(self, text: str) -> list[Continuation]:
         windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
         return [Continuation(*make_disjoint_window(window)) for window in windows]
 
-    def _templated(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _apply_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-            **self._template,
+            **self._template_variables,
         )
 
     # --- the engine ----------------------------------------------------------------------------------------------
@@ -298,41 +300,41 @@ class TideLM(TemplateLM):
 
     def _generate(self, requests: list[Instance], number: int) -> list[str]:
         """Generates one batch, whose requests have the same generation arguments."""
-        until, new, settings = generation_arguments(self.engine, requests[0].arguments[1], self.max_gen_toks)
-        room = self.max_length - new
+        until, max_new_tokens, settings = generation_arguments(self.engine, requests[0].arguments[1], self.max_gen_toks)
+        room = self.max_length - max_new_tokens
         if room < 1:
             raise TideError(
-                f"max_gen_toks={new} leaves no room for a prompt in {self.max_length} tokens; lower it with "
+                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens; lower it with "
                 f"--gen_kwargs max_gen_toks={self.max_length // 2}"
             )
-        end = self.eot_token_id
+        end_of_text = self.eot_token_id
         # The end-of-text token also ends a text when spelled out. `min_new_tokens` cannot delay it, unlike the model's
         # end-of-sequence tokens.
-        if end is not None:
-            until = [*until, self._decode([end], special=True)]
-        ends = frozenset[int]() if end is None else frozenset({end})
+        if end_of_text is not None:
+            until = [*until, self._decode([end_of_text], special=True)]
+        end_of_text_ids = frozenset[int]() if end_of_text is None else frozenset({end_of_text})
         out = self.engine.generate(
             [self._encode_prompt(request.args[0])[-room:] for request in requests],
-            stop_strings=Stops(tuple(until), lambda tokens: self._decode(tokens, special=True), ends),
+            stop_strings=Stops(tuple(until), lambda tokens: self._decode(tokens, special=True), end_of_text_ids),
             mode=self._mode,
-            max_new_tokens=new,
+            max_new_tokens=max_new_tokens,
             key=jax.random.fold_in(jax.random.key(self._seed), number),
             **settings,
         )
         for request, exit_layers, length in zip(requests, out.exit_layers, out.lengths, strict=True):
-            self._depth.add(request.task_name, exit_layers[:length])
+            self._depth_counts.add(request.task_name, exit_layers[:length])
         return [postprocess_generated_text(self._decode(row.tolist()), until, None) for row in out.new_tokens]
 
     def _decode(self, tokens: list[int], *, special: bool = False) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=not special)
 
 
-def _checked(context: str, continuation: str, pair: Continuation) -> Continuation:
+def _check_pair(context: str, continuation: str, pair: Continuation) -> Continuation:
     """Raises TideError if there is no token to score, or no token of context."""
     if pair.tokens and pair.context:
         return pair
-    lacking = "continuation" if pair.context else "context"
+    empty_part = "continuation" if pair.context else "context"
     raise TideError(
-        f"the {lacking} has no token of its own: ...{context[-30:]!r} and {continuation[:30]!r} are cut into tokens as "
-        "one text, as lm-eval's model hf does; change the task's texts or its target_delimiter"
+        f"the {empty_part} has no token of its own: ...{context[-30:]!r} and {continuation[:30]!r} are tokenised "
+        "together, as lm-eval's model hf does; change the task's texts or its target_delimiter"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from tide_jax.errors import TideError, listed, shortened
+from tide_jax.errors import TideError, join_problems, shorten
 from tide_jax.model.architecture_parts import (
     AttentionType,
     GatedActivation,
@@ -253,11 +253,11 @@ class DecoderConfig:
           TideError: a field is unknown or missing, or has a wrong type or range, or fields contradict each other.
         """
         if problems := json_problems(cls, values):
-            wrong = shortened(listed(problems), 160)
+            wrong = shorten(join_problems(problems), 160)
             raise TideError(f"{wrong}: damaged, or of another version of tide_jax, convert the checkpoint again")
         return from_json(cls, values)
 
     def check(self) -> None:
         """Checks the type and range of every field. Raises TideError, which names the first wrong ones."""
         if problems := instance_problems(self):
-            raise TideError(shortened(listed(problems), 160))
+            raise TideError(shorten(join_problems(problems), 160))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from tide_jax.errors import TideError, listed
+from tide_jax.errors import TideError, join_problems
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.grouped import AttentionContext, attention_context
 from tide_jax.model.attention.span import KeyValue
@@ -332,7 +332,7 @@ def from_parameters(
                 filled[name] = _place(name, part, leaves[name].get_value().dtype, mesh)
     problems += [f"missing parameter {path}" for path in leaves if path not in filled]
     if problems:
-        raise TideError(f"the tensors do not fit the model configuration: {listed(sorted(problems))}")
+        raise TideError(f"the tensors do not fit the model configuration: {join_problems(sorted(problems))}")
     state = jax.tree_util.tree_map_with_path(lambda path, _: filled[_tree_path(path)], state)
     model = nnx.merge(graph, state)
     model.float_fingerprint = None if samples is None else samples.digest(config)

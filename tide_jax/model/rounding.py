@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 
 Weights = Literal["float", "int8"]
 WEIGHTS: tuple[Weights, ...] = ("float", "int8")
@@ -44,9 +44,7 @@ def check_weights(weights: Any) -> Weights | None:
     if weights is None:
         return None
     if not isinstance(weights, str) or weights not in WEIGHTS:
-        raise TideError(
-            f"weights={shortened(repr(weights), 60)} is not known; choose 'int8' or 'float', or leave it out"
-        )
+        raise TideError(f"weights={shorten(repr(weights), 60)} is not known; choose 'int8' or 'float', or leave it out")
     return "int8" if weights == "int8" else "float"
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.calibration.collect import Sample
-from tide_jax.calibration.reading_plan import padded
+from tide_jax.calibration.reading_plan import pad_texts
 from tide_jax.engine import TIDE
 from tide_jax.exits.depth import run_depth
 from tide_jax.exits.evaluation import Batch
@@ -23,7 +23,7 @@ from tide_jax.exits.exits import Exits
 from tide_jax.generation.finite import check_finite
 from tide_jax.model.decoder import Decoder
 
-_WIDTHS = 4
+_PADDED_WIDTHS = 4
 
 
 class TextAnswers(NamedTuple):
@@ -53,7 +53,7 @@ class TextAnswers(NamedTuple):
         return float((self.exit_layers[self.counted] + 1).mean() / self.num_layers)
 
 
-class Read(NamedTuple):
+class BatchPredictions(NamedTuple):
     """Predictions after each token of a batch [B, T], as in `TextAnswers`."""
 
     argmax: np.ndarray
@@ -89,7 +89,7 @@ class TextReader:
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].ids))
         self._groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self._shape = batch_size, max_length
-        self._full = [(r.argmax, r.log_probs) for r in self._read(None, progress)]
+        self._full_depth = [(r.argmax, r.log_probs) for r in self._predict_batches(None, progress)]
 
     def answers(
         self, threshold: float | tuple[float, ...], progress: Callable[[int, int], None] | None = None
@@ -101,26 +101,32 @@ class TextReader:
           progress: called with the number of texts read, and the number of all texts.
         """
         exits = self._engine.with_config(exit_threshold=threshold).exits("exit")
-        for group, full, read in zip(self._groups, self._full, self._read(exits, progress), strict=True):
+        for group, full, read in zip(
+            self._groups, self._full_depth, self._predict_batches(exits, progress), strict=True
+        ):
             for row, number in enumerate(group):
-                yield number, self._text(self._samples[number], row, full, read)
+                yield number, self._text_answers(self._samples[number], row, full, read)
 
     def batches(self) -> Iterator[Batch]:
         """Yields the texts as arrays, shorter ones first."""
         for group in self._groups:
-            yield pack([self._samples[number] for number in group], *self._shape)
+            yield pack_texts([self._samples[number] for number in group], *self._shape)
 
-    def _read(self, exits: Exits | None, progress: Callable[[int, int], None] | None) -> Iterator[Read]:
+    def _predict_batches(
+        self, exits: Exits | None, progress: Callable[[int, int], None] | None
+    ) -> Iterator[BatchPredictions]:
         done = 0
         for group, batch in zip(self._groups, self.batches(), strict=True):
-            out = jax.device_get(_read(self._engine.model, batch, exits))
+            out = jax.device_get(_predict(self._engine.model, batch, exits))
             check_finite(np.isfinite(out[1])[np.asarray(batch.positions) >= 0], self._engine.model.dtype)
             done += len(group)
             if progress is not None:
                 progress(done, len(self._samples))
-            yield Read(*out)
+            yield BatchPredictions(*out)
 
-    def _text(self, sample: Sample, row: int, full: tuple[np.ndarray, np.ndarray], read: Read) -> TextAnswers:
+    def _text_answers(
+        self, sample: Sample, row: int, full: tuple[np.ndarray, np.ndarray], read: BatchPredictions
+    ) -> TextAnswers:
         count = len(sample.ids)
         has_next = np.arange(count) < count - 1
         return TextAnswers(
@@ -135,23 +141,23 @@ class TextReader:
         )
 
 
-def pack(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
+def pack_texts(samples: Sequence[Sample], batch_size: int, max_length: int) -> Batch:
     """Pads texts to a full batch, in one of a few widths, since each width is a compilation."""
-    return Batch(*map(jnp.asarray, padded(samples, batch_size, max_length, widths=_WIDTHS)))
+    return Batch(*map(jnp.asarray, pad_texts(samples, batch_size, max_length, widths=_PADDED_WIDTHS)))
 
 
 @jax.jit
-def _read(model: Decoder, batch: Batch, exits: Exits | None) -> tuple[Array, Array, Array]:
+def _predict(model: Decoder, batch: Batch, exits: Exits | None) -> tuple[Array, Array, Array]:
     may_exit = None if exits is None else batch.counted | exits.prompt
     out = run_depth(model, batch.tokens, batch.positions, None, exits, may_exit=may_exit)
 
-    def answer(row: tuple[Array, Array]) -> tuple[Array, Array]:
+    def predict_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
         """Argmax and log probabilities of one text, so that only its logits are in memory."""
-        states, following = row
+        states, next_tokens = row
         logits = model.logits(states[None])[0]
-        taken = jnp.take_along_axis(logits, following[:, None], axis=-1)[:, 0]
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), taken - jax.nn.logsumexp(logits, axis=-1)
+        next_logits = jnp.take_along_axis(logits, next_tokens[:, None], axis=-1)[:, 0]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), next_logits - jax.nn.logsumexp(logits, axis=-1)
 
     # The target of each token is the text's next token.
-    argmax, log_probs = lax.map(answer, (out.states, jnp.roll(batch.tokens, -1, axis=1)))
+    argmax, log_probs = lax.map(predict_row, (out.states, jnp.roll(batch.tokens, -1, axis=1)))
     return argmax, log_probs, out.exit_layers

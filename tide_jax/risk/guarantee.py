@@ -92,7 +92,7 @@ def guarantee(
       TideError: invalid input; the message is one line.
     """
     # Check the arguments before reading any text.
-    task = _task(engine, risk, delta, loss, bound)
+    claim = _risk_claim(engine, risk, delta, loss, bound)
     seed = whole_number("seed", seed, 0, 2**63 - 1)
     settings = CalibrationConfig(
         calibration_samples=sys.maxsize,
@@ -103,40 +103,42 @@ def guarantee(
         raise TideError("per_exit_point=True chooses its own thresholds; leave out thresholds or per_exit_point")
     if per_exit_point and engine.config.threshold_tilt:
         raise TideError("per_exit_point=True chooses its own thresholds; pass an engine with threshold_tilt=0")
-    grid = _checked(engine, THRESHOLDS if thresholds is None else thresholds)
+    candidates = _check_thresholds(engine, THRESHOLDS if thresholds is None else thresholds)
     # Tokenise, and check that there are enough texts to test on.
-    samples = [s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if task.counts(s)]
-    pilot = pilot_texts(len(samples)) if per_exit_point else 0
-    _check_enough(task, len(samples) - pilot, pilot)
+    samples = [
+        s for s in tokenise(tokenizer, texts, settings, engine.model.config.vocab_size) if claim.has_countable_tokens(s)
+    ]
+    pilot_count = pilot_text_count(len(samples)) if per_exit_point else 0
+    _check_text_count(claim, len(samples) - pilot_count, pilot_count)
     # Choose threshold vectors on some texts and test them on the others: the order must not depend on test data.
     if per_exit_point:
         order = np.random.default_rng(seed).permutation(len(samples))
-        grid = threshold_path(engine, [samples[i] for i in order[:pilot]], settings, progress)
-        samples = [samples[i] for i in order[pilot:]]
-    found = _test(engine, samples, task, grid, settings, progress)
-    return dataclasses.replace(engine.config, exit_threshold=found.exit_threshold, guarantee=found)
+        candidates = threshold_path(engine, [samples[i] for i in order[:pilot_count]], settings, progress)
+        samples = [samples[i] for i in order[pilot_count:]]
+    result = _test_thresholds(engine, samples, claim, candidates, settings, progress)
+    return dataclasses.replace(engine.config, exit_threshold=result.exit_threshold, guarantee=result)
 
 
-def pilot_texts(count: int) -> int:
+def pilot_text_count(count: int) -> int:
     """Number of texts, of `count`, that choose thresholds with `per_exit_point`; the others test them."""
     return max(1, int(PATH_SHARE * count))
 
 
-class _Task(NamedTuple):
+class _RiskClaim(NamedTuple):
     """The promise to test; `loss` maps a text to [0, 1], and `unit` times that is the loss in the user's unit."""
 
     risk: float
     delta: float
     loss: Callable[[TextAnswers], float]
-    name: str
+    loss_name: str
     unit: float
 
-    def counts(self, sample: Sample) -> bool:
+    def has_countable_tokens(self, sample: Sample) -> bool:
         """Whether a text has a token to measure; "nll" can't use the last one, whose next token is unknown."""
-        return len(sample.ids) > max(1, sample.start) + (self.name == "nll")
+        return len(sample.ids) > max(1, sample.start) + (self.loss_name == "nll")
 
 
-def _task(engine: TIDE, risk: float, delta: float, loss: Loss, bound: float) -> _Task:
+def _risk_claim(engine: TIDE, risk: float, delta: float, loss: Loss, bound: float) -> _RiskClaim:
     instance_of("engine", engine, TIDE)
     if not callable(loss) and not isinstance(loss, str):
         raise TideError(f"loss={type(loss).__name__} is not known; choose 'disagreement', 'nll' or a function")
@@ -151,11 +153,11 @@ def _task(engine: TIDE, risk: float, delta: float, loss: Loss, bound: float) -> 
         raise TideError(f"delta={delta!r} must lie between 0 and 1")
     if callable(loss):
         name = getattr(loss, "__name__", type(loss).__name__)
-        return _Task(risk, delta, lambda answers: _own_loss(loss, name, answers), name, unit)
+        return _RiskClaim(risk, delta, lambda answers: _custom_loss(loss, name, answers), name, unit)
     if loss == "nll":
-        return _Task(risk, delta, lambda answers: _likelihood_loss(answers, unit), loss, unit)
+        return _RiskClaim(risk, delta, lambda answers: _nll_loss(answers, unit), loss, unit)
     if loss == "disagreement":
-        return _Task(risk, delta, _disagreement, loss, unit)
+        return _RiskClaim(risk, delta, _disagreement, loss, unit)
     raise TideError(f"loss={loss!r} is not known; choose 'disagreement', 'nll' or a function of TextAnswers")
 
 
@@ -163,20 +165,20 @@ def _disagreement(answers: TextAnswers) -> float:
     return float((answers.full_argmax != answers.exit_argmax)[answers.counted].mean())
 
 
-def _likelihood_loss(answers: TextAnswers, bound: float) -> float:
+def _nll_loss(answers: TextAnswers, bound: float) -> float:
     predicts = answers.counted[:-1]
     rise = (answers.full_log_probs[:-1] - answers.exit_log_probs[:-1])[predicts].mean(dtype=np.float64)
     return float(np.clip(rise / bound, 0.0, 1.0))
 
 
-def _own_loss(loss: Callable[[TextAnswers], float], name: str, answers: TextAnswers) -> float:
+def _custom_loss(loss: Callable[[TextAnswers], float], name: str, answers: TextAnswers) -> float:
     try:
         return share("loss", loss(answers))
     except TideError as error:
         raise TideError(f"the loss function {name} must return a number in [0, 1] for every text: {error}") from error
 
 
-def _checked(engine: TIDE, thresholds: Sequence[float | Sequence[float]]) -> list[Threshold]:
+def _check_thresholds(engine: TIDE, thresholds: Sequence[float | Sequence[float]]) -> list[Threshold]:
     """Thresholds as `ExitConfig` stores them; checked now, so that an invalid one fails before hours of measuring."""
     if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
         raise TideError(f"thresholds={thresholds!r} must be a sequence of thresholds, safest first")
@@ -186,27 +188,27 @@ def _checked(engine: TIDE, thresholds: Sequence[float | Sequence[float]]) -> lis
     return checked
 
 
-def _check_enough(task: _Task, count: int, pilot: int) -> None:
-    needed = smallest_sample(task.risk / task.unit, task.delta)
+def _check_text_count(claim: _RiskClaim, count: int, pilot_count: int) -> None:
+    needed = smallest_sample(claim.risk / claim.unit, claim.delta)
     if count < needed:
-        kept = f" beside the {pilot} that choose thresholds" if pilot else ""
+        besides = f" besides the {pilot_count} that choose thresholds" if pilot_count else ""
         raise GuaranteeError(
-            f"{count} texts to test on{kept}, but risk={task.risk:g} with delta={task.delta:g} takes at least {needed} "
-            "even if exits never err; pass more texts or raise risk or delta"
+            f"{count} texts are too few to test on{besides}: risk={claim.risk:g} with delta={claim.delta:g} needs at "
+            f"least {needed} even if exits never err; pass more texts or raise risk or delta"
         )
 
 
-def _test(
+def _test_thresholds(
     engine: TIDE,
     samples: Sequence[Sample],
-    task: _Task,
-    grid: Sequence[Threshold],
+    claim: _RiskClaim,
+    candidates: Sequence[Threshold],
     settings: CalibrationConfig,
     progress: Progress | None,
 ) -> RiskGuarantee:
     """Tests thresholds in order and returns the guarantee of the last one that passes."""
 
-    def stage(name: str) -> Callable[[int, int], None] | None:
+    def stage_progress(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else functools.partial(progress, name)
 
     reader = TextReader(
@@ -214,31 +216,31 @@ def _test(
         samples,
         max_length=settings.max_length,
         batch_size=settings.batch_size,
-        progress=stage("reading at full depth"),
+        progress=stage_progress("reading at full depth"),
     )
-    tested: list[RiskGuarantee] = []
+    results: list[RiskGuarantee] = []
 
     def p_values() -> Iterator[float]:
-        for number, threshold in enumerate(grid, 1):
+        for number, threshold in enumerate(candidates, 1):
             # Loss and depth of every text at this threshold.
-            step = stage(f"testing threshold {number} of at most {len(grid)}")
+            step = stage_progress(f"testing threshold {number} of at most {len(candidates)}")
             losses, depths, tokens = np.zeros(len(samples)), np.zeros(len(samples)), np.zeros(len(samples), int)
             for i, answers in reader.answers(threshold, step):
                 tokens[i] = answers.counted.sum()
-                losses[i], depths[i] = task.loss(answers), answers.depth
+                losses[i], depths[i] = claim.loss(answers), answers.depth
             mean = float(losses.mean())
-            tested.append(
+            results.append(
                 RiskGuarantee(
-                    risk=float(task.risk),
-                    delta=float(task.delta),
-                    loss=task.name,
+                    risk=float(claim.risk),
+                    delta=float(claim.delta),
+                    loss=claim.loss_name,
                     sequences=len(samples),
                     tokens=int(tokens.sum()),
-                    p_value=hb_p_value(mean, len(samples), task.risk / task.unit),
-                    observed=mean * task.unit,
+                    p_value=hb_p_value(mean, len(samples), claim.risk / claim.unit),
+                    observed=mean * claim.unit,
                     depth=min(1.0, float(np.average(depths, weights=tokens))),  # rounding may exceed 1
                     max_length=settings.max_length,
-                    bound=task.unit,
+                    bound=claim.unit,
                     exit_threshold=threshold,
                     min_layers=engine.config.min_layers,
                     kv_strategy=engine.config.kv_strategy,
@@ -246,18 +248,18 @@ def _test(
                     threshold_tilt=engine.config.threshold_tilt,
                 )
             )
-            yield tested[-1].p_value
+            yield results[-1].p_value
 
     # The test takes p-values one at a time, so thresholds after the first failure are never measured.
-    passed = fixed_sequence_test(p_values(), task.delta)
+    passed = fixed_sequence_test(p_values(), claim.delta)
     if not passed:
-        raise GuaranteeError(_none_qualifies(tested[0]))
-    return tested[passed - 1]
+        raise GuaranteeError(_failure_message(results[0]))
+    return results[passed - 1]
 
 
-def _none_qualifies(safest: RiskGuarantee) -> str:
+def _failure_message(safest: RiskGuarantee) -> str:
     return (
-        f"no threshold qualifies: the safest tried, {safest.exit_threshold}, has a mean loss of {safest.observed:.4g} "
-        f"(p-value {safest.p_value:.3g}, delta {safest.delta:g}) over {safest.sequences} texts; allow more than "
-        f"risk={safest.risk:g}, pass more texts or better routers, or turn exits off with exit_threshold=1.0"
+        f"no threshold qualifies: the safest tested, {safest.exit_threshold}, has a mean loss of "
+        f"{safest.observed:.4g} (p-value {safest.p_value:.3g}, delta {safest.delta:g}) over {safest.sequences} texts; "
+        f"raise risk={safest.risk:g}, pass more texts or better routers, or turn exits off with exit_threshold=1.0"
     )

@@ -16,16 +16,16 @@ from tide_jax.errors import GuaranteeError, TideError
 from tide_jax.exits.router import RouterMetadata, Routers
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.decoder import Decoder
-from tide_jax.risk.guarantee import guarantee, pilot_texts
+from tide_jax.risk.guarantee import guarantee, pilot_text_count
 from tide_jax.risk.statistics import smallest_sample
 
 Loss = Literal["disagreement", "nll"]
 
-ROOM = 2
+MINIMUM_MULTIPLE = 2
 """Texts set aside by default, as a multiple of the fewest possible, which would allow no error at all."""
 
-SHARE = 0.2
-"""Share of all texts set aside by default, if that is more than `ROOM` gives."""
+DEFAULT_SHARE = 0.2
+"""Share of all texts set aside by default, if that is more than `MINIMUM_MULTIPLE` gives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Promise:
     Attributes:
       risk, delta, loss, per_exit_point: as in `tide_jax.guarantee`.
       kv_strategy, threshold_tilt: exit settings of the promise, see `tide_jax.ExitConfig`.
-      guarantee_texts: texts to set aside. None takes `ROOM` times the fewest possible or `SHARE` of all texts, the
-        larger of the two, but at most half of all, unless the fewest possible is more than half.
+      guarantee_texts: texts to set aside. None takes `MINIMUM_MULTIPLE` times the fewest possible or `DEFAULT_SHARE` of
+        all texts, the larger of the two, but at most half of all, unless the fewest possible is more than half.
 
     Raises:
       TideError: a value outside its range.
@@ -57,30 +57,34 @@ class Promise:
         if not isinstance(self.per_exit_point, bool):
             raise TideError(f"per_exit_point={self.per_exit_point!r} must be True or False")
         if share("threshold_tilt", self.threshold_tilt) and self.per_exit_point:
-            raise TideError("threshold_tilt tilts one threshold, per_exit_point chooses many; pass one of them")
-        least = self.least
-        if self.guarantee_texts is not None and whole_number("guarantee_texts", self.guarantee_texts, 1) < least:
+            raise TideError(
+                "threshold_tilt tilts a single threshold, but per_exit_point chooses several; pass only one of them"
+            )
+        needed = self.minimum_texts
+        if self.guarantee_texts is not None and whole_number("guarantee_texts", self.guarantee_texts, 1) < needed:
             raise GuaranteeError(
-                f"guarantee_texts={self.guarantee_texts} are too few: risk={self.risk:g} with delta={self.delta:g} "
-                f"takes at least {least} even if exits never err; set more aside or raise risk or delta"
+                f"guarantee_texts={self.guarantee_texts} is too few: risk={self.risk:g} with delta={self.delta:g} "
+                f"needs at least {needed} even if exits never err; set more aside or raise risk or delta"
             )
 
     @property
-    def least(self) -> int:
+    def minimum_texts(self) -> int:
         """Fewest texts with which a threshold can qualify, including those that choose it with `per_exit_point`."""
         tested = count = smallest_sample(self.risk, self.delta)
-        while self.per_exit_point and count - pilot_texts(count) < tested:
+        while self.per_exit_point and count - pilot_text_count(count) < tested:
             count += 1
         return count
 
-    def count(self, total: int) -> int:
+    def text_count(self, total: int) -> int:
         """Number of texts to set aside, of `total`.
 
         Raises:
           GuaranteeError: no texts would remain for the routers.
         """
-        least = self.least
-        count = self.guarantee_texts or min(max(ROOM * least, round(SHARE * total)), max(least, total // 2))
+        needed = self.minimum_texts
+        count = self.guarantee_texts or min(
+            max(MINIMUM_MULTIPLE * needed, round(DEFAULT_SHARE * total)), max(needed, total // 2)
+        )
         if count >= total:
             raise GuaranteeError(
                 f"{total} different texts are too few: risk={self.risk:g} with delta={self.delta:g} sets {count} "
@@ -89,7 +93,9 @@ class Promise:
         return count
 
 
-def set_aside(samples: Iterable[Sample], promise: Promise, *, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
+def split_test_texts(
+    samples: Iterable[Sample], promise: Promise, *, seed: int = 0
+) -> tuple[list[Sample], list[Sample]]:
     """Splits texts into those for training and those for testing the promise.
 
     Test texts are drawn at random, so that they represent the whole source in any order. Repetitions of a text are
@@ -108,14 +114,16 @@ def set_aside(samples: Iterable[Sample], promise: Promise, *, seed: int = 0) -> 
     """
     # Only texts with something to measure can be drawn; all others are for training.
     texts = list({np.asarray(sample.ids, np.int32).tobytes(): sample for sample in samples}.values())
-    usable = [i for i, sample in enumerate(texts) if len(sample.ids) > max(1, sample.start) + 1]
-    count = promise.count(len(usable))
-    drawn = {usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[:count]}
-    kept, aside = ([s for i, s in enumerate(texts) if (i in drawn) is wanted] for wanted in (False, True))
-    return kept, aside
+    measurable = [i for i, sample in enumerate(texts) if len(sample.ids) > max(1, sample.start) + 1]
+    count = promise.text_count(len(measurable))
+    drawn = {measurable[i] for i in np.random.default_rng(seed).permutation(len(measurable))[:count]}
+    training_texts, test_texts = (
+        [s for i, s in enumerate(texts) if (i in drawn) is is_test] for is_test in (False, True)
+    )
+    return training_texts, test_texts
 
 
-def with_guarantee(
+def certify_routers(
     model: Decoder,
     routers: Routers,
     texts: Sequence[Any],
@@ -142,10 +150,10 @@ def with_guarantee(
     Raises:
       TideError: invalid input; the message is one line.
     """
-    dials = {"kv_strategy": promise.kv_strategy, "threshold_tilt": promise.threshold_tilt}
-    engine = TIDE(model, routers, ExitConfig(min_layers=config.min_layers, **dials))
+    settings = {"kv_strategy": promise.kv_strategy, "threshold_tilt": promise.threshold_tilt}
+    engine = TIDE(model, routers, ExitConfig(min_layers=config.min_layers, **settings))
     try:
-        found = guarantee(
+        exit_config = guarantee(
             engine,
             texts,
             promise.risk,
@@ -158,23 +166,23 @@ def with_guarantee(
             seed=config.seed,
             progress=progress,
         )
-        facts = {"exit_config": found.to_dict(), "no_guarantee": None, "guarantee_dtype": model.precision}
+        facts = {"exit_config": exit_config.to_dict(), "no_guarantee": None, "guarantee_dtype": model.precision}
     except GuaranteeError as error:
         facts = {"exit_config": None, "no_guarantee": str(error)}
     metadata = RouterMetadata.from_dict(routers.metadata.to_dict() | facts)
     return dataclasses.replace(routers, metadata=metadata)
 
 
-def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitConfig, str]:
+def exit_settings(model: Decoder, routers: Routers, **overrides: Any) -> tuple[ExitConfig, str]:
     """Exit settings for a run, and one line that states their promise.
 
-    Settings stored with the routers apply unless `asked` overrides them. The promise is dropped if any setting differs,
-    or if the model's precision is not that of the measurement.
+    Settings stored with the routers apply unless `overrides` replaces them. The promise is dropped if any setting
+    differs, or if the model's precision is not that of the measurement.
 
     Args:
       model: the model of the run.
       routers: routers, with or without stored exit settings.
-      asked: fields of `ExitConfig`; None keeps the stored value.
+      overrides: fields of `ExitConfig`; None keeps the stored value.
 
     Raises:
       TideError: a setting outside its range, or unreadable stored settings.
@@ -183,17 +191,17 @@ def exit_settings(model: Decoder, routers: Routers, **asked: Any) -> tuple[ExitC
     default = min(ExitConfig.min_layers, model.config.num_layers)
     base = ExitConfig(min_layers=default) if stored is None else stored
     # Overriding a setting drops the promise (`ExitConfig.__post_init__`); another precision does, too.
-    config = dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})
+    config = dataclasses.replace(base, **{name: value for name, value in overrides.items() if value is not None})
     measured, dtype = routers.metadata.to_dict().get("guarantee_dtype"), model.precision
     if config.guarantee is not None and measured != dtype:
         config = dataclasses.replace(config, guarantee=None)
-        return config, f"nothing promised: that was for {measured}, this is {dtype}"
+        return config, f"nothing promised: the promise holds for {measured}, this model runs in {dtype}"
     if config.guarantee is not None:
         return config, config.guarantee.summary()
     reason = "" if stored is None else ": the router file's promise is for other settings"
     return config, f"nothing promised{reason}"
 
 
-def refusal(routers: Routers) -> str | None:
+def no_guarantee_reason(routers: Routers) -> str | None:
     """Why no threshold qualified for a promise; None if one did, or if no promise was requested."""
     return routers.metadata.to_dict().get("no_guarantee")

@@ -9,13 +9,13 @@ from typing import Any
 
 from tide_jax.checks import unicode_text
 from tide_jax.errors import TideError
-from tide_jax.tokenizer.chat_files import DEFAULT, by_name
+from tide_jax.tokenizer.chat_files import DEFAULT, templates_by_name
 from tide_jax.tokenizer.template_process import TemplateFailure, TemplateProcess
 
 Message = Mapping[str, Any]
 _Content = Callable[[str], Any]
 _PROBE = "tideprobe qzjxv"  # words that no template contains
-_HERE = "CONTINUE-HERE-qzjxv"
+_END_MARK = "CONTINUE-HERE-qzjxv"
 
 
 def prompt_ids(
@@ -62,8 +62,8 @@ class ChatTemplate:
         """
         self._tokenizer = tokenizer
         self._where = str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
-        templates = by_name(getattr(tokenizer, "chat_template", None), self._where)
-        self.name = _chosen(templates, name, self._where)
+        templates = templates_by_name(getattr(tokenizer, "chat_template", None), self._where)
+        self.name = _choose_template(templates, name, self._where)
         self.text = templates[self.name]
         self._process = TemplateProcess(self.text)
 
@@ -92,23 +92,25 @@ class ChatTemplate:
           TideError: the template refuses the conversation, has an error, takes more than 5 seconds, 1 GiB or ten
             million characters, or leaves out a user's words.
         """
-        _check(messages, continue_final_message)
+        _check_messages(messages, continue_final_message)
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
         try:
-            return self._prompt(messages, variables, continue_final_message)
+            return self._render_prompt(messages, variables, continue_final_message)
         except TemplateFailure as failure:
             raise TideError(
                 f"{self._where}: the chat template {self.name!r} {failure}; correct it, or choose another with "
                 "chat_template=NAME"
             ) from failure
 
-    def _prompt(self, messages: Sequence[Message], variables: Mapping[str, Any], continue_final_message: bool) -> str:
+    def _render_prompt(
+        self, messages: Sequence[Message], variables: Mapping[str, Any], continue_final_message: bool
+    ) -> str:
         # Try the forms of content that the probe allows, and report the first failure.
         failures = []
-        for content, without in self._contents:
+        for content, baseline in self._content_forms:
             try:
-                prompt = self._rendered(messages, content, variables, continue_final_message)
-                _check_words(prompt, messages, without)
+                prompt = self._render(messages, content, variables, continue_final_message)
+                _check_user_words(prompt, messages, baseline)
                 return prompt
             except TemplateFailure as failure:
                 if failure.out_of_bounds:
@@ -117,63 +119,66 @@ class ChatTemplate:
         raise failures[0]
 
     @functools.cached_property
-    def _contents(self) -> list[tuple[_Content, str]]:
+    def _content_forms(self) -> list[tuple[_Content, str]]:
         """Functions that convert a message's content for the template, each with a squeezed prompt without the message.
 
         A probe decides: text if the prompt then contains the probe's words, otherwise a list of parts. If neither
         works, both are returned to be tried, because the template may refuse only the probe.
         """
-        tried: list[tuple[_Content, str]] = []
+        candidates: list[tuple[_Content, str]] = []
         for content in (_as_text, _as_parts):
             try:
-                prompt = self._rendered([{"role": "user", "content": _PROBE}], content, {"add_generation_prompt": True})
+                prompt = self._render([{"role": "user", "content": _PROBE}], content, {"add_generation_prompt": True})
             except TemplateFailure as failure:
                 if failure.out_of_bounds:
                     raise
                 prompt = ""
-            squeezed, probe = _squeezed(prompt), _squeezed(_PROBE)
-            if content is _as_parts and (f"'text':'{probe}'" in squeezed or f'"text":"{probe}"' in squeezed):
+            normalised, probe = _normalise(prompt), _normalise(_PROBE)
+            if content is _as_parts and (f"'text':'{probe}'" in normalised or f'"text":"{probe}"' in normalised):
                 break  # the template printed the list itself, as if it were text
-            tried.append((content, squeezed.replace(probe, "\0")))
-            if probe in squeezed:
-                return tried[-1:]
-        return tried
+            candidates.append((content, normalised.replace(probe, "\0")))
+            if probe in normalised:
+                return candidates[-1:]
+        return candidates
 
-    def _rendered(
+    def _render(
         self,
         messages: Sequence[Message],
         content: _Content,
         variables: Mapping[str, Any],
         continue_final_message: bool = False,
     ) -> str:
-        passed = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        prepared = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if continue_final_message:
             # Mark the end of the last message, to cut the prompt there.
-            passed = [*passed[:-1], passed[-1] | {"content": f"{passed[-1]['content']}{_HERE} "}]
-        for message in passed:
+            prepared = [
+                *prepared[:-1],
+                prepared[-1] | {"content": f"{prepared[-1]['content']}{_END_MARK} "},
+            ]
+        for message in prepared:
             if isinstance(message.get("content"), str):
                 message["content"] = content(message["content"])
         special = getattr(self._tokenizer, "special_tokens_map", {})
-        prompt = self._process.render({**special, "messages": passed, "tools": None, "documents": None, **variables})
-        return _until_here(prompt) if continue_final_message else prompt
+        prompt = self._process.render({**special, "messages": prepared, "tools": None, "documents": None, **variables})
+        return _cut_at_mark(prompt) if continue_final_message else prompt
 
 
-def _check(messages: Sequence[Message], continue_final_message: bool) -> None:
+def _check_messages(messages: Sequence[Message], continue_final_message: bool) -> None:
     if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise TideError("a conversation is a list of mappings with role and content, and not empty")
+        raise TideError("a conversation must be a list of mappings with role and content that is not empty")
     if continue_final_message and not isinstance(messages[-1].get("content"), str):
-        raise TideError("the last message holds no text; continue_final_message=True needs some to continue")
+        raise TideError("the last message holds no text; continue_final_message=True needs text to continue")
 
 
-def _chosen(templates: Mapping[str, str], name: str | None, where: str) -> str:
-    names = _clipped(", ".join(sorted(templates)), 100)
+def _choose_template(templates: Mapping[str, str], name: str | None, where: str) -> str:
+    names = _clip(", ".join(sorted(templates)), 100)
     if not templates:
-        raise TideError(f"{where} has no chat template; take prompts as they are")
+        raise TideError(f"{where} has no chat template; pass the prompts without one")
     if name is None and DEFAULT not in templates and len(templates) > 1:
         raise TideError(f"{where} has several chat templates and no default; choose one with chat_template=: {names}")
     chosen = name or (DEFAULT if DEFAULT in templates else next(iter(templates)))
     if chosen not in templates:
-        raise TideError(f"{where} has no chat_template={_clipped(chosen, 40)}; choose one of: {names}")
+        raise TideError(f"{where} has no chat_template={_clip(chosen, 40)}; choose one of: {names}")
     return chosen
 
 
@@ -195,23 +200,23 @@ def _user_texts(messages: Sequence[Message]) -> list[str]:
     return texts
 
 
-def _check_words(prompt: str, messages: Sequence[Message], without: str) -> None:
+def _check_user_words(prompt: str, messages: Sequence[Message], baseline: str) -> None:
     """Raises TemplateFailure unless the prompt contains everything that users say."""
-    if lost := [text for text in _user_texts(messages) if not _shows(prompt, text, without)]:
-        raise TemplateFailure(f"leaves out the user's words, expected {_clipped(repr(lost[0]), 40)} in the prompt")
+    if lost := [text for text in _user_texts(messages) if not _contains_text(prompt, text, baseline)]:
+        raise TemplateFailure(f"leaves out the user's words, expected {_clip(repr(lost[0]), 40)} in the prompt")
 
 
-def _shows(prompt: str, text: str, without: str) -> bool:
+def _contains_text(prompt: str, text: str, baseline: str) -> bool:
     """Whether a prompt contains a text in any form that a template may give it.
 
-    Forms are other white space or case, and quoting for JSON or HTML. The text must occur once more than in the prompt
-    `without` it, because the template's own words may be the same.
+    Forms are other white space or case, and quoting for JSON or HTML. The text must occur once more than in
+    `baseline`, the prompt without it, because the template's own words may be the same.
     """
-    prompt = _squeezed(prompt)
-    return any(not form or prompt.count(form) > without.count(form) for form in map(_squeezed, _forms(text)))
+    prompt = _normalise(prompt)
+    return any(not form or prompt.count(form) > baseline.count(form) for form in map(_normalise, _quoted_forms(text)))
 
 
-def _forms(text: str) -> Iterator[str]:
+def _quoted_forms(text: str) -> Iterator[str]:
     yield text
     yield json.dumps(text, ensure_ascii=False)[1:-1]
     yield json.dumps(text)[1:-1]
@@ -220,17 +225,17 @@ def _forms(text: str) -> Iterator[str]:
     yield str(escape(text))
 
 
-def _squeezed(text: str) -> str:
+def _normalise(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-def _until_here(prompt: str) -> str:
+def _cut_at_mark(prompt: str) -> str:
     """The prompt up to the mark, without the space before it if the template trims the message."""
-    start = prompt.rfind(_HERE)
+    start = prompt.rfind(_END_MARK)
     if start < 0:
         raise TemplateFailure("leaves out the last message, which the model is to continue")
-    return prompt[:start] if prompt.startswith(f"{_HERE} ", start) else prompt[:start].rstrip()
+    return prompt[:start] if prompt.startswith(f"{_END_MARK} ", start) else prompt[:start].rstrip()
 
 
-def _clipped(text: str, most: int) -> str:
+def _clip(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -11,7 +11,7 @@ from tide_jax.json_files import read_json
 
 DEFAULT = "default"
 # Later files override earlier ones: the first two belong to an image processor, the last to the tokenizer.
-_JSON = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
+_JSON_FILES = ("processor_config.json", "chat_template.json", "tokenizer_config.json")
 _DEFAULT_FILE = "chat_template.jinja"
 _NAMED_FILES = "additional_chat_templates/*.jinja"
 
@@ -22,13 +22,13 @@ def chat_templates(directory: Path) -> dict[str, str]:
     Raises:
       TideError: a file cannot be read, or a template is not text.
     """
-    found: dict[str, str] = {}
-    for path in (directory / name for name in _JSON):
+    templates: dict[str, str] = {}
+    for path in (directory / name for name in _JSON_FILES):
         if path.is_file():
-            found |= by_name(read_json(path).get("chat_template"), str(path))
+            templates |= templates_by_name(read_json(path).get("chat_template"), str(path))
     files = {DEFAULT: directory / _DEFAULT_FILE} if (directory / _DEFAULT_FILE).is_file() else {}
     files |= {path.stem: path for path in sorted(directory.glob(_NAMED_FILES)) if path.is_file()}
-    return found | {name: _text(path) for name, path in files.items()}
+    return templates | {name: _read_text(path) for name, path in files.items()}
 
 
 def remove_template_files(directory: Path) -> None:
@@ -39,12 +39,12 @@ def remove_template_files(directory: Path) -> None:
 
 def add_chat_templates(tokenizer: Any, directory: Path) -> Any:
     """Sets all chat templates of a checkpoint's files on the tokenizer. Raises TideError as `chat_templates` does."""
-    if found := chat_templates(directory):
-        tokenizer.chat_template = found if set(found) != {DEFAULT} else found[DEFAULT]
+    if templates := chat_templates(directory):
+        tokenizer.chat_template = templates if set(templates) != {DEFAULT} else templates[DEFAULT]
     return tokenizer
 
 
-def by_name(stored: Any, where: str) -> dict[str, str]:
+def templates_by_name(stored: Any, where: str) -> dict[str, str]:
     """Templates by name, from any form in which files store them: a text, an object or a list of objects.
 
     Raises:
@@ -58,10 +58,10 @@ def by_name(stored: Any, where: str) -> dict[str, str]:
         stored = {entry.get("name"): entry.get("template") for entry in stored}
     if isinstance(stored, Mapping) and all(isinstance(text, str) for pair in stored.items() for text in pair):
         return dict(stored)
-    raise TideError(f"{where}: chat_template is no text, expected a template or a list of named ones; correct it")
+    raise TideError(f"{where}: chat_template is not text, expected a template or a list of named templates; correct it")
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _FILE = "tokenizer.json"
 _INPUTS = ["input_ids", "attention_mask"]  # no token types, which a decoder does not use
-_PASSED_ON = (
+_COPIED_SETTINGS = (
     "padding_side",
     "truncation_side",
     "model_max_length",
@@ -39,13 +39,13 @@ _OTHER_VOCABULARIES: dict[str, tuple[str, ...]] = {
     "tekken.json": (),
     "*.model": ("sentencepiece", "google.protobuf"),
 }
-_READ_BY_ANY = {"tekken.json", "tokenizer.model", "tiktoken.model"}  # by every tokenizer class
+_UNIVERSAL_FILES = {"tekken.json", "tokenizer.model", "tiktoken.model"}  # by every tokenizer class
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # some tiktoken files are called tokenizer.model
 _PACKAGES = {"google.protobuf": "protobuf"}
-_REASON = 100  # characters shown of a library's message
+_REASON_CHARACTERS = 100  # characters shown of a library's message
 
 
-def tokenizer_in(directory: Path) -> Any:
+def read_tokenizer(directory: Path) -> Any:
     """The tokenizer in a directory: a `PreTrainedTokenizerFast` if the directory has a tokenizer.json.
 
     Token ids are those of tokenizer.json. tokenizer_config.json determines the special tokens and their roles, whether
@@ -55,75 +55,77 @@ def tokenizer_in(directory: Path) -> Any:
       TideError: there is no tokenizer, its files are damaged, or they need a package that is not installed.
     """
     try:
-        tokenizer = _from_file(directory) if (directory / _FILE).is_file() else _from_other_files(directory)
+        tokenizer = (
+            _read_tokenizer_json(directory) if (directory / _FILE).is_file() else _build_from_vocabulary(directory)
+        )
         return add_chat_templates(tokenizer, directory)
     except TideError:
         raise
     except Exception as error:  # `tokenizers` raises bare Exception, and transformers whatever its parsers raise
-        raise _not_loadable(directory, error) from error
+        raise _load_error(directory, error) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # from Rust code in `tokenizers`
             raise
-        raise _not_loadable(directory, error) from error
+        raise _load_error(directory, error) from error
 
 
 # ---- tokenizer.json ----
 
 
-def _from_file(directory: Path) -> Any:
+def _read_tokenizer_json(directory: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     from tide_jax.tokenizer.settings import read_settings
 
     settings = read_settings(directory)
-    passed = {name: getattr(settings, name) for name in _PASSED_ON}
+    passed = {name: getattr(settings, name) for name in _COPIED_SETTINGS}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(directory / _FILE),
         name_or_path=str(directory),
         model_input_names=settings.model_input_names or _INPUTS,
         **{name: value for name, value in passed.items() if value is not None},
     )
-    _add_missing(tokenizer.backend_tokenizer, settings, directory)
-    for name, token in settings.named().items():
+    _add_missing_tokens(tokenizer.backend_tokenizer, settings, directory)
+    for name, token in settings.role_tokens().items():
         setattr(tokenizer, name, token.content)
-    if extra := settings.extra():
+    if extra := settings.extra_tokens():
         tokenizer.extra_special_tokens = [token.content for token in extra]
-    _set_ends(tokenizer, settings)
+    _set_bos_and_eos(tokenizer, settings)
     return tokenizer
 
 
-def _add_missing(backend: Tokenizer, settings: TokenizerSettings, directory: Path) -> None:
+def _add_missing_tokens(backend: Tokenizer, settings: TokenizerSettings, directory: Path) -> None:
     """Adds tokens that tokenizer_config.json declares and tokenizer.json lacks, and makes tokens with roles special.
 
     Tokens in tokenizer.json still match text as that file says.
     """
-    for index, token in settings.declared().items():
+    for index, token in settings.added_tokens().items():
         if backend.token_to_id(token.content) is not None:
             continue
         if index != backend.get_vocab_size(with_added_tokens=True):
-            logger.warning("%s: %s is no token %d in tokenizer.json, left out", directory, token.content, index)
+            logger.warning("%s: %s is not token %d in tokenizer.json and is left out", directory, token.content, index)
             continue
-        backend.add_tokens([_added(token)])
+        backend.add_tokens([_to_added_token(token)])
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for token in [*settings.named().values(), *settings.extra()]:
+    for token in [*settings.role_tokens().values(), *settings.extra_tokens()]:
         if token.content not in known:
-            backend.add_special_tokens([_added(token)])
+            backend.add_special_tokens([_to_added_token(token)])
         elif not known[token.content].special:
-            found = known[token.content]
-            found.special = True
-            backend.add_special_tokens([found])
+            backend_token = known[token.content]
+            backend_token.special = True
+            backend.add_special_tokens([backend_token])
 
 
-def _added(token: Token) -> AddedToken:
+def _to_added_token(token: Token) -> AddedToken:
     from tokenizers import AddedToken
 
     return AddedToken(**token.model_dump())
 
 
-def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
+def _set_bos_and_eos(tokenizer: Any, settings: TokenizerSettings) -> None:
     """Adds or removes BOS and EOS as tokenizer_config.json requires, if tokenizer.json does otherwise."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before, after = _ends(tokenizer)
+    before, after = _tokens_around_text(tokenizer)
     first, last = before, after
     if bos is not None and settings.add_bos_token is not None and (before[:1] == [bos]) != settings.add_bos_token:
         first = [bos, *before] if settings.add_bos_token else before[1:]
@@ -133,7 +135,7 @@ def _set_ends(tokenizer: Any, settings: TokenizerSettings) -> None:
         tokenizer.backend_tokenizer.post_processor = _post_processor(tokenizer.backend_tokenizer, first, last)
 
 
-def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _tokens_around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The token ids that tokenizer.json adds before and after a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
@@ -151,7 +153,7 @@ def _post_processor(backend: Tokenizer, before: list[int], after: list[int]) -> 
     parts = {"before": "before" in ends, "text": True, "after": "after" in ends}
 
     def sequence(text: str, segment: int) -> list[str]:
-        return [f"{text if name == 'text' else name}:{segment}" for name, there in parts.items() if there]
+        return [f"{text if name == 'text' else name}:{segment}" for name, is_present in parts.items() if is_present]
 
     tokens = [
         {"id": name, "ids": ids, "tokens": [backend.id_to_token(index) for index in ids]} for name, ids in ends.items()
@@ -164,13 +166,13 @@ def _post_processor(backend: Tokenizer, before: list[int], after: list[int]) -> 
 # ---- other files ----
 
 
-def _from_other_files(directory: Path) -> Any:
+def _build_from_vocabulary(directory: Path) -> Any:
     """A tokenizer that transformers builds from a vocabulary in another format; imports torch if it is installed."""
-    found = _other_vocabularies(directory)
-    if found and all(found.values()):
-        path, missing = next(iter(found.items()))
+    vocabularies = _other_vocabularies(directory)
+    if vocabularies and all(vocabularies.values()):
+        path, missing = next(iter(vocabularies.items()))
         raise TideError(
-            f"{directory} has its tokenizer in {path.name}, which takes packages that are not installed: "
+            f"{directory} has its tokenizer in {path.name}, which needs packages that are not installed: "
             f"run `pip install {' '.join(missing)}`, or put its tokenizer.json there"
         )
     from transformers import AutoTokenizer
@@ -179,7 +181,7 @@ def _from_other_files(directory: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     names = set(tokenizer.vocab_files_names.values())
     # If the class finds no file, transformers builds a tokenizer with only special tokens.
-    if names and not any(path.name in names | _READ_BY_ANY for path in found):
+    if names and not any(path.name in names | _UNIVERSAL_FILES for path in vocabularies):
         raise TideError(
             f"{directory} holds no tokenizer: {type(tokenizer).__name__} reads {', '.join(sorted(names))}; put its "
             "tokenizer.json there"
@@ -189,12 +191,12 @@ def _from_other_files(directory: Path) -> Any:
 
 def _other_vocabularies(directory: Path) -> dict[Path, list[str]]:
     """Vocabulary files in other formats, each with the packages it needs that are not installed."""
-    found = {}
+    missing_packages = {}
     for pattern, needed in _OTHER_VOCABULARIES.items():
         for path in sorted(directory.glob(pattern)):
             modules = ("tiktoken",) if pattern == "*.model" and _is_tiktoken(path) else needed
-            found[path] = [_PACKAGES.get(name, name) for name in modules if not _installed(name)]
-    return found
+            missing_packages[path] = [_PACKAGES.get(name, name) for name in modules if not _is_installed(name)]
+    return missing_packages
 
 
 def _is_tiktoken(path: Path) -> bool:
@@ -202,16 +204,16 @@ def _is_tiktoken(path: Path) -> bool:
         return _TIKTOKEN_LINE.fullmatch(file.readline(1024)) is not None
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-def _not_loadable(directory: Path, error: BaseException) -> TideError:
+def _load_error(directory: Path, error: BaseException) -> TideError:
     """The error for a tokenizer that could not be built."""
-    reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
+    reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
     if (directory / _FILE).is_file():
         return TideError(f"{directory / _FILE} cannot be read as a tokenizer ({reason}): get the file again")
     if "trust_remote_code" in str(error):

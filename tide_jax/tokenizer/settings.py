@@ -11,7 +11,7 @@ from tide_jax.errors import TideError
 from tide_jax.json_files import read_json
 
 _CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Token(BaseModel):
@@ -60,21 +60,23 @@ class TokenizerSettings(BaseModel):
     clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output: bool | None = None
     chat_template: Any = None
 
-    def named(self) -> dict[str, Token]:
+    def role_tokens(self) -> dict[str, Token]:
         """The special tokens with a role, by transformers' name of the role."""
-        found = {name: getattr(self, name) for name in _NAMED}
+        tokens = {name: getattr(self, name) for name in _ROLES}
         if isinstance(self.extra_special_tokens, dict):
-            found |= self.extra_special_tokens
-        return {name: token for name, token in found.items() if token is not None}
+            tokens |= self.extra_special_tokens
+        return {name: token for name, token in tokens.items() if token is not None}
 
-    def extra(self) -> list[Token]:
+    def extra_tokens(self) -> list[Token]:
         """The special tokens without a role."""
-        listed = self.extra_special_tokens
-        return (listed if isinstance(listed, list) else []) or self.additional_special_tokens or []
+        extra = self.extra_special_tokens
+        return (extra if isinstance(extra, list) else []) or self.additional_special_tokens or []
 
-    def declared(self) -> dict[int, Token]:
+    def added_tokens(self) -> dict[int, Token]:
         """Tokens added to the vocabulary, by id."""
-        return {int(index): token for index, token in sorted((self.added_tokens_decoder or {}).items(), key=_index)}
+        return {
+            int(index): token for index, token in sorted((self.added_tokens_decoder or {}).items(), key=_token_index)
+        }
 
 
 def read_settings(directory: Path) -> TokenizerSettings:
@@ -83,26 +85,26 @@ def read_settings(directory: Path) -> TokenizerSettings:
     Raises:
       TideError: a file is not a JSON object, or a field has the wrong type.
     """
-    values = _object(directory / _CONFIG)
+    values = _read_optional_json(directory / _CONFIG)
     if values.get("added_tokens_decoder") is None:  # files of older versions, only read if the newer field is missing
-        values |= _object(directory / _SPECIAL_TOKENS)
-        if added := _object(directory / _ADDED_TOKENS):
+        values |= _read_optional_json(directory / _SPECIAL_TOKENS)
+        if added := _read_optional_json(directory / _ADDED_TOKENS):
             values["added_tokens_decoder"] = {str(index): token for token, index in added.items()}
     try:
         settings = TokenizerSettings.model_validate(values)
-        settings.declared()
+        settings.added_tokens()
     except (ValidationError, ValueError) as error:
         raise TideError(
-            f"{directory / _CONFIG} is wrong at {_first_problem(error)}: correct it, or get the file again"
+            f"{directory / _CONFIG} has a wrong value at {_first_problem(error)}: correct it, or get the file again"
         ) from error
     return settings
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _index(entry: tuple[str, Any]) -> int:
+def _token_index(entry: tuple[str, Any]) -> int:
     return int(entry[0])
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_SECONDS = 5  # CPU time for one text; templates take milliseconds
+_CPU_SECONDS = 5  # CPU time for one text; templates take milliseconds
 _WALL_SECONDS = 60.0  # for systems that do not limit CPU time, and for overloaded machines
 _BYTES = 1 << 30
 _CHARACTERS = 10_000_000
-_BOUNDS = {
+_LIMIT_MESSAGES = {
     "bytes": f"needs more than {_BYTES >> 30} GiB of memory",
     "characters": f"writes more than {_CHARACTERS} characters",
-    "seconds": f"takes longer than {_SECONDS} seconds",
+    "seconds": f"takes longer than {_CPU_SECONDS} seconds",
 }
 
 
@@ -54,26 +54,26 @@ class TemplateProcess:
         try:
             request = json.dumps(variables).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
-            raise TemplateFailure(f"can't be rendered ({_short(str(error))})") from error
+            raise TemplateFailure(f"can't be rendered ({_shorten(str(error))})") from error
         with self._lock:
-            process, greeting = self._started()
+            process, greeting = self._ensure_process()
             try:
-                line, in_time = _asked(process, greeting + request)
+                line, is_in_time = _exchange_line(process, greeting + request)
             except BaseException:  # stop the process: its late answer would be taken for the next one's
                 self._stop()
                 raise
             if not line.endswith(b"\n"):
                 code = process.wait()
                 self._stop()
-                raise _ended(code, in_time)
+                raise _exit_failure(code, is_in_time)
         answer = json.loads(line.decode("utf-8", "surrogatepass"))
         if "bound" in answer:
-            raise TemplateFailure(_BOUNDS[answer["bound"]], out_of_bounds=True)
+            raise TemplateFailure(_LIMIT_MESSAGES[answer["bound"]], out_of_bounds=True)
         if "error" in answer:
-            raise TemplateFailure(f"can't be rendered ({_short(answer['error'])})")
+            raise TemplateFailure(f"can't be rendered ({_shorten(answer['error'])})")
         return answer["text"]
 
-    def _started(self) -> tuple[subprocess.Popen[bytes], bytes]:
+    def _ensure_process(self) -> tuple[subprocess.Popen[bytes], bytes]:
         """The process, and the bytes to send first: the settings for a new process, otherwise nothing."""
         if self._process is not None and self._stop.alive and self._process.poll() is None:
             return self._process, b""
@@ -85,19 +85,19 @@ class TemplateProcess:
         try:
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nowhere)
         except OSError as error:
-            raise TemplateFailure(f"can't be rendered (no process to do it in: {error.strerror})") from error
+            raise TemplateFailure(f"can't be rendered (its process can't be started: {error.strerror})") from error
         self._process, self._stop = process, weakref.finalize(self, _stop, process)
         settings = {
             "path": [str(entry) for entry in sys.path],
             "template": self._template,
-            "seconds": _SECONDS,
+            "seconds": _CPU_SECONDS,
             "bytes": _BYTES,
             "characters": _CHARACTERS,
         }
         return process, json.dumps(settings).encode() + b"\n"
 
 
-def _asked(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bool]:
+def _exchange_line(process: subprocess.Popen[bytes], request: bytes) -> tuple[bytes, bool]:
     """The line that a process answers, empty if the process ends, and whether it met the wall clock limit."""
     late = threading.Event()
 
@@ -130,15 +130,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _ended(code: int, in_time: bool) -> TemplateFailure:
+def _exit_failure(code: int, is_in_time: bool) -> TemplateFailure:
     import signal
 
-    if not in_time or code == -getattr(signal, "SIGXCPU", 0):
-        return TemplateFailure(_BOUNDS["seconds"], out_of_bounds=True)
+    if not is_in_time or code == -getattr(signal, "SIGXCPU", 0):
+        return TemplateFailure(_LIMIT_MESSAGES["seconds"], out_of_bounds=True)
     if code == -getattr(signal, "SIGKILL", 0):  # the system kills processes when the machine runs out of memory
-        return TemplateFailure(_BOUNDS["bytes"], out_of_bounds=True)
+        return TemplateFailure(_LIMIT_MESSAGES["bytes"], out_of_bounds=True)
     return TemplateFailure(f"ends the process that renders it (exit code {code})", out_of_bounds=True)
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -22,10 +22,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C stops
     settings = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = settings["path"]
-    _bound_memory(settings["bytes"])
+    _limit_memory(settings["bytes"])
     renderer = _Renderer(settings["template"], settings["characters"])
     for line in sys.stdin.buffer:
-        _bound_time(settings["seconds"])
+        _limit_time(settings["seconds"])
         sys.stdout.buffer.write(_answer(renderer, line) + b"\n")
         sys.stdout.buffer.flush()
 
@@ -37,7 +37,7 @@ def _answer(renderer: _Renderer, line: bytes) -> bytes:
     except MemoryError:
         return b'{"bound": "bytes"}'
     except Exception as error:
-        return json.dumps({"error": _described(error)}).encode()
+        return json.dumps({"error": _describe(error)}).encode()
 
 
 class _Renderer:
@@ -125,7 +125,7 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     try:
         message = " ".join(str(error)[:1000].split())
     except Exception:  # the template made the message, and it has no text
@@ -135,7 +135,7 @@ def _described(error: Exception) -> str:
     return f"{name}: {message}" if message else name
 
 
-def _bound_memory(most: int) -> None:
+def _limit_memory(most: int) -> None:
     if sys.platform != "win32":
         import resource
 
@@ -144,7 +144,7 @@ def _bound_memory(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _bound_time(seconds: int) -> None:
+def _limit_time(seconds: int) -> None:
     """Allows the process this many more seconds of CPU time, after which the system ends it."""
     if sys.platform != "win32":
         import resource

@@ -25,7 +25,7 @@ from tokenizers import (
 from convert.sources.gguf.ends import end_token_ids
 from convert.sources.gguf.pretokenizers import PRE_TOKENIZERS
 from tide_jax.errors import TideError
-from tide_jax.tokenizer.chat_files import DEFAULT, by_name
+from tide_jax.tokenizer.chat_files import DEFAULT, templates_by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,7 +85,7 @@ def _chat_template(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
     """The file's template, or several by name."""
     key = "tokenizer.chat_template"
     named = {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}
-    templates = by_name(metadata.get(key), key) | by_name(named, key)
+    templates = templates_by_name(metadata.get(key), key) | templates_by_name(named, key)
     return templates if set(templates) - {DEFAULT} else templates.get(DEFAULT)
 
 

@@ -27,7 +27,7 @@ from convert.sources.quantised.parts import (
     scale_dtype,
     unsupported_error,
 )
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.model.files.shards import DTYPES, TensorInfo
 
 _SCALE_DTYPES = (*DTYPES, "F8_E8M0", "U8")
@@ -139,7 +139,7 @@ def plain_numbers(stored: Stored, weights: Settings) -> dict[str, Packed]:
     strategy, group = weights.get("strategy"), weights.get("group_size")
     block = {"tensor": None, "channel": (1, None), "group": (1, group), "block": weights.get("block_structure")}
     if strategy not in block:
-        raise unsupported_error(stored, f"scales by {shortened(strategy)} are not supported")
+        raise unsupported_error(stored, f"scales by {shorten(strategy)} are not supported")
     return _find_scaled(stored, "weight_scale", ("F8_E4M3", "I8"), block[strategy])
 
 

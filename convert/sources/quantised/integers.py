@@ -27,7 +27,7 @@ from convert.sources.quantised.parts import (
     unsupported_error,
 )
 from convert.sources.quantised.zeros import is_stored_less_one, read_zeros
-from tide_jax.errors import shortened
+from tide_jax.errors import shorten
 from tide_jax.model.files.shards import DTYPES, TensorInfo
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -40,7 +40,7 @@ def gptq(stored: Stored, settings: Settings) -> dict[str, Packed]:
     if form not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
         raise unsupported_error(
             stored,
-            f"GPTQ weights in the format {shortened(form)!r} of a kernel are not supported, only gptq and gptq_v2",
+            f"GPTQ weights in the format {shorten(form)!r} of a kernel are not supported, only gptq and gptq_v2",
         )
     modules: dict[str, tuple[dict[str, str], int, int]] = {}
     for module, parts in find_modules(stored, "qweight", ("qzeros", "scales"), ("g_idx",)):
@@ -97,7 +97,7 @@ def awq(stored: Stored, settings: Settings) -> dict[str, Packed]:
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
         raise unsupported_error(
-            stored, f"AWQ weights of the version {shortened(version)!r} are not supported, only 'gemm'"
+            stored, f"AWQ weights of the version {shorten(version)!r} are not supported, only 'gemm'"
         )
     if (bits := settings.get("bits") or settings.get("w_bit")) != 4:
         raise unsupported_error(stored, f"AWQ weights of {bits} bits are not supported, only 4")

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from tide_jax.checks import INT32_MAX
-from tide_jax.errors import shortened
+from tide_jax.errors import shorten
 
 Bits = Annotated[int, Field(ge=1, le=32)]
 Size = Annotated[int, Field(ge=1, le=INT32_MAX)]
@@ -66,5 +66,5 @@ def describe_problem(settings: dict[str, Any]) -> str | None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        return shortened(f"{shortened(place, 60)}={shortened(repr(first['input']), 60)}: {first['msg']}", 200)
+        return shorten(f"{shorten(place, 60)}={shorten(repr(first['input']), 60)}: {first['msg']}", 200)
     return None

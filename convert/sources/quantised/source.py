@@ -18,7 +18,7 @@ from convert.sources.quantised.floats import bitsandbytes, fp8, mxfp4, plain_num
 from convert.sources.quantised.integers import awq, gptq, packed_integers
 from convert.sources.quantised.parts import Method, Packed, Settings, Stored, unsupported_error
 from convert.sources.quantised.settings import describe_problem
-from tide_jax.errors import shortened
+from tide_jax.errors import shorten
 from tide_jax.model.files.shards import DTYPES, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def compressed_tensors(stored: Stored, settings: Settings) -> dict[str, Packed]:
         return packed_integers(stored, scheme.get("num_bits", 8), size)
     if form in ("float-quantized", "int-quantized", "naive-quantized") and scheme.get("num_bits", 8) == 8:
         return plain_numbers(stored, scheme)
-    raise unsupported_error(stored, f"compressed-tensors weights in the format {shortened(form)!r} are not supported")
+    raise unsupported_error(stored, f"compressed-tensors weights in the format {shorten(form)!r} are not supported")
 
 
 METHODS: dict[str, Method] = {
@@ -116,13 +116,13 @@ METHODS: dict[str, Method] = {
 
 def _packed_weights(stored: Stored, settings: Any) -> dict[str, Packed]:
     if not isinstance(settings, dict):
-        raise unsupported_error(stored, f"config.json has {CONFIG_KEY}={shortened(repr(settings))}, expected an object")
+        raise unsupported_error(stored, f"config.json has {CONFIG_KEY}={shorten(repr(settings))}, expected an object")
     if (problem := describe_problem(settings)) is not None:
         raise unsupported_error(stored, f"config.json's {CONFIG_KEY} has {problem}")
     old = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = settings.get("quant_method", "bitsandbytes" if old else None)
     if method not in METHODS:
-        method_name = shortened(method or "an unknown method")
+        method_name = shorten(method or "an unknown method")
         raise unsupported_error(
             stored, f"weights quantised with {method_name} are not supported, only with {', '.join(METHODS)}"
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tide_jax.checks import path_like
-from tide_jax.errors import TideError, shortened
+from tide_jax.errors import TideError, shorten
 from tide_jax.json_files import read_json
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder, StoredParameter, stored_parameters
@@ -22,7 +22,7 @@ from tide_jax.model.files.model_directory import model_directory, model_version
 from tide_jax.model.fingerprints import digest, sample_places
 from tide_jax.model.rounding import WEIGHTS, check_weights, precision
 from tide_jax.model.sharding import check_mesh, fetch
-from tide_jax.tokenizer.files import tokenizer_in
+from tide_jax.tokenizer.files import read_tokenizer
 
 FORMAT = 3
 CONFIG_KEY = "tide_jax"
@@ -115,7 +115,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
     path_like("source", source)
     if not _is_converted(source, revision):
         return _opener("tokenizer")(source, revision=revision)
-    return tokenizer_in(model_directory(source))
+    return read_tokenizer(model_directory(source))
 
 
 def parse_dtype(dtype: Any) -> jnp.dtype:
@@ -172,7 +172,7 @@ def _settings(directory: Path) -> dict[str, Any]:
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
         raise TideError(
-            f"{directory} was converted in format {shortened(found)}, this version of tide_jax reads format {FORMAT}: "
+            f"{directory} was converted in format {shorten(found)}, this version of tide_jax reads format {FORMAT}: "
             "convert the checkpoint again"
         )
     if not isinstance(settings.get("decoder", {}), dict):
@@ -181,7 +181,7 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise TideError(f"{directory / 'config.json'} is damaged: its dtype entry is no string; convert again")
     if (found := settings.get(WEIGHTS_KEY, "float")) not in WEIGHTS:
         raise TideError(
-            f"{directory / 'config.json'} says weights={shortened(repr(found), 40)}, expected one of "
+            f"{directory / 'config.json'} says weights={shorten(repr(found), 40)}, expected one of "
             f"{', '.join(WEIGHTS)}: convert again, or use the version of tide_jax that wrote it"
         )
     if not isinstance(settings.get(FINGERPRINT_KEY, ""), str):

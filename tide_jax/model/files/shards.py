@@ -20,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tide_jax.errors import TideError, first_line, listed, shortened
-from tide_jax.json_files import AGAIN, read_json
+from tide_jax.errors import TideError, first_line, join_problems, shorten
+from tide_jax.json_files import GET_AGAIN, read_json
 from tide_jax.model.files.model_directory import is_inside
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,10 @@ class ShardedTensors:
         if absent := sorted(set(indexed) - set(self.infos)):
             # Only a warning: if the model needs the tensor, a later step reports it, and otherwise it does no harm.
             logger.warning(
-                "%s%s lists tensors that its shards do not hold: %s", directory / single, _INDEX_SUFFIX, listed(absent)
+                "%s%s lists tensors that its shards do not hold: %s",
+                directory / single,
+                _INDEX_SUFFIX,
+                join_problems(absent),
             )
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
@@ -169,15 +172,15 @@ def _shard_files(directory: Path, single: str) -> tuple[list[Path], dict[str, st
         raise TideError(_no_weights(directory, single))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise TideError(f"{index} has no weight_map: {AGAIN}")
+        raise TideError(f"{index} has no weight_map: {GET_AGAIN}")
     if not all(isinstance(name, str) for name in weight_map.values()):
-        raise TideError(f"{index} maps tensors to something else than file names: {AGAIN}")
+        raise TideError(f"{index} maps tensors to something else than file names: {GET_AGAIN}")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if not is_inside(name)]:
-        raise TideError(f"{index} names {outside[0][:80]!r}, expected files in its own directory: {AGAIN}")
+        raise TideError(f"{index} names {outside[0][:80]!r}, expected files in its own directory: {GET_AGAIN}")
     if absent := [name for name in names if not os.path.isfile(directory / name)]:
         shown = ", ".join(name[:40] for name in absent[:3]) + (", ..." if len(absent) > 3 else "")
-        raise TideError(f"{index} names shards that are not there: {shown}: {AGAIN}")
+        raise TideError(f"{index} names shards that are not there: {shown}: {GET_AGAIN}")
     return [directory / name for name in names], weight_map
 
 
@@ -206,7 +209,7 @@ def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
     """
     size = file.stat().st_size
     if size < 8:
-        raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {AGAIN}")
+        raise TideError(f"{file} is cut short: {size} bytes, expected 8 and a header: {GET_AGAIN}")
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -215,12 +218,12 @@ def _read_header(file: Path) -> list[tuple[str, TensorInfo, int]]:
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_once)
         entries = _entries(header)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TideError(f"{file} is not a readable safetensors file ({first_line(error)}): {AGAIN}") from error
+        raise TideError(f"{file} is not a readable safetensors file ({first_line(error)}): {GET_AGAIN}") from error
     expected = 8 + length + max((entry.end for entry in entries), default=0)
     if size < expected:
-        raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {AGAIN}")
+        raise TideError(f"{file} is cut short: {size} bytes, expected {expected}: {GET_AGAIN}")
     if size > expected:
-        raise TideError(f"{file} is damaged: {size} bytes, expected {expected} by its header: {AGAIN}")
+        raise TideError(f"{file} is damaged: {size} bytes, expected {expected} by its header: {GET_AGAIN}")
     return [(entry.name, entry.info, 8 + length + entry.begin) for entry in entries]
 
 
@@ -266,11 +269,11 @@ def _entry(name: str, values: dict[str, Any]) -> _Entry:
 def _shown(value: Any) -> str:
     """A value from a file, shortened and printable, for an error message."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return shortened(text, 45)
+    return shorten(text, 45)
 
 
 def _unreadable(name: str, file: Path, error: BaseException) -> str:
-    return f"{name} cannot be read from {file} ({first_line(error)}): {AGAIN}"
+    return f"{name} cannot be read from {file} ({first_line(error)}): {GET_AGAIN}"
 
 
 def cast_in_range(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray:
@@ -284,11 +287,11 @@ def cast_in_range(array: np.ndarray, dtype: np.dtype, source: str) -> np.ndarray
     if _magnitude(cast) <= _LARGEST:
         return cast
     if not np.isfinite(array).all():
-        raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, {AGAIN}")
+        raise TideError(f"tensor {source} holds NaN or infinity: the checkpoint is damaged, {GET_AGAIN}")
     if not np.isfinite(cast).all():
         raise TideError(f"tensor {source} overflows {dtype.name}: use bfloat16 or float32")
     found = f"a number as large as {_magnitude(cast):.1e}, expected none above {_LARGEST:.0e}"
-    raise TideError(f"tensor {source} holds {found}: the checkpoint is damaged, {AGAIN}")
+    raise TideError(f"tensor {source} holds {found}: the checkpoint is damaged, {GET_AGAIN}")
 
 
 def _magnitude(array: np.ndarray) -> float:
