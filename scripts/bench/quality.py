@@ -64,7 +64,7 @@ DEFINITIONS = {
     "time_ratio": "time per decoded token, exits over full depth beside it: median over prompts",
     "gain_per_skipped": "(1 - time_ratio) / (1 - depth) of the generation: share of time saved over share of layers "
     "skipped",
-    "oracle": "every token leaves at the first exit point, from min_layers on, whose answer is the full model's, all "
+    "oracle": "every token exits at the first exit point, from min_layers on, whose answer is the full model's, all "
     "tokens before it at full depth",
     "oracle_by_kl": "the least depth for the mean KL it spends, nearly the logarithm of the perplexity limit, every "
     "token's divergence at each exit point known",

@@ -168,10 +168,10 @@ def least_depth(
     def choose(price: float) -> tuple[float, float]:
         cost = np.concatenate([kl - price * saved, np.zeros((1, kl.shape[1]))])
         best = cost.argmin(axis=0)
-        leaves = best < len(kl)
-        at = np.where(leaves, best, 0)
-        depth = np.where(leaves, (exit_points[at] + 1) / num_layers, 1.0)
-        return float(depth.mean()), float(np.where(leaves, kl[at, np.arange(kl.shape[1])], 0.0).mean())
+        exits = best < len(kl)
+        at = np.where(exits, best, 0)
+        depth = np.where(exits, (exit_points[at] + 1) / num_layers, 1.0)
+        return float(depth.mean()), float(np.where(exits, kl[at, np.arange(kl.shape[1])], 0.0).mean())
 
     low, high = 1e-9, 1e3
     for _ in range(60):

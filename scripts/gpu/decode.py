@@ -170,7 +170,7 @@ def targets(steered: Steered) -> list[tuple[float, int]]:
     return found + [(share, middle) for share in BELOW]
 
 
-def leaving(share: float, depth: int, layers: int, tokens: int) -> int:
+def exiting_tokens(share: float, depth: int, layers: int, tokens: int) -> int:
     """How many of `tokens` must exit after `depth` layers for a mean of `share` of the layers, or slightly more."""
     return int((1 - share) * layers * tokens / (layers - depth) + 1e-9)
 
@@ -179,11 +179,11 @@ def mixes(steered: Steered, steps: int) -> dict[str, np.ndarray]:
     """Depths of each step: some steps, evenly spread, exit at one exit point, all rows of a batch together."""
     found, layers = {}, steered.layers
     for share, depth in targets(steered):
-        count = leaving(share, depth, layers, steps)
+        count = exiting_tokens(share, depth, layers, steps)
         chosen = np.full(steps, layers)
         chosen[np.linspace(0, steps - 1, count).round().astype(int)] = depth
         if count:
-            found[f"mean {chosen.mean() / layers:.3f}: {count} of {steps} steps leave after {depth}"] = chosen
+            found[f"mean {chosen.mean() / layers:.3f}: {count} of {steps} steps exit after {depth}"] = chosen
     return found
 
 

@@ -163,9 +163,9 @@ def _project(implementation: str, *arguments: Any) -> jax.Array:
 
 
 def _project_bytes(affine: bool, shape: Shape) -> int:
-    leaving = -(-shape.rows // 2)
-    head = (shape.rows + leaving + shape.size + 1) * shape.bytes if affine else 0
-    return 2 * leaving * shape.bytes + shape.bytes + shape.rows + head
+    exiting = -(-shape.rows // 2)
+    head = (shape.rows + exiting + shape.size + 1) * shape.bytes if affine else 0
+    return 2 * exiting * shape.bytes + shape.bytes + shape.rows + head
 
 
 def _project_difference(found: jax.Array, wanted: jax.Array, given: Arguments) -> Difference:

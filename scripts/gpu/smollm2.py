@@ -78,7 +78,7 @@ def compare(
                 continue
             wanted.setdefault(strategy, out if name == "reference" else None)
             row |= {"tokens_per_second": out.stats.tokens_per_second, "mean_depth": out.stats.depth}
-            row["tokens_that_leave"] = float(np.mean(out.exit_layers < model.config.num_layers - 1))
+            row["tokens_that_exit"] = float(np.mean(out.exit_layers < model.config.num_layers - 1))
             row |= _same(out, wanted[strategy])
     return rows
 

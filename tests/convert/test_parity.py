@@ -72,7 +72,7 @@ def test_skipped_layers_that_leave_nothing_behind(checkpoint: Path, monkeypatch:
     assert wrong_paths(checkpoint) == {"mixed_exit"}
 
 
-def test_tokens_that_leave_one_layer_late(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_exit_one_layer_late(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = parity.constant_routers
     monkeypatch.setattr(parity, "constant_routers", lambda config, interval: real(config, interval=interval + 1))
     assert {"forced_exit", "mixed_exit"} <= wrong_paths(checkpoint)

@@ -216,7 +216,7 @@ def processed(logits: np.ndarray, row: list[int], prompt: int, rules: dict[str, 
 
 @pytest.mark.parametrize("kv_strategy", ["propagate", "recompute"])
 @pytest.mark.parametrize("name", ["everything", "no n-gram of two", "bad words"])
-def test_rules_apply_to_tokens_that_leave(name: str, kv_strategy: str) -> None:
+def test_rules_apply_to_tokens_that_exit(name: str, kv_strategy: str) -> None:
     """The scoring call defines the logits; transformers' processors and an argmax make the tokens of them."""
     pytest.importorskip("torch")
     own, rules = engine().with_config(kv_strategy=kv_strategy), RULES[name]

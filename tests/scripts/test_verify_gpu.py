@@ -267,7 +267,7 @@ def test_implementations_are_compared_token_by_token() -> None:
         if row["implementation"] in ("reference", "pallas_interpret"):
             assert row["same_tokens"]
             assert row["same_exits"]
-            assert 0 < row["tokens_that_leave"] < 1
+            assert 0 < row["tokens_that_exit"] < 1
         else:
             assert "runs on a GPU" in row["error"]
 
@@ -300,7 +300,7 @@ def on_gpu(**changes: Any) -> Report:
         return {"batch": batch, "variant": variant, "ms_per_step": ms, "tokens_per_second": 1e3 / ms} | fields
 
     def mix(batch: int, gain: float) -> Report:
-        return step(batch, "mean 0.930: 7 of 50 steps leave after 16", 5.0, gain=gain, mean_depth=0.93)
+        return step(batch, "mean 0.930: 7 of 50 steps exit after 16", 5.0, gain=gain, mean_depth=0.93)
 
     full = {"gain": 0.0, "floor_ms": 4.5, "share_of_floor": 0.9}
     rows = [
