@@ -10,13 +10,34 @@ package doesn't need, such as `rope.dimension_sections`, may be missing here eve
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from convert.sources.gguf.hyperparameters import Hyperparameters
+from tide_jax.errors import TideError
 
 REQUIRED: Any = object()
 Defaults = dict[str, Any]
+
+
+class Hyperparameters(Protocol):
+    """What defaults read of a file, see `convert.sources.gguf.hyperparameters.Hyperparameters`."""
+
+    architecture: str
+
+    def peek(self, key: str) -> Any:
+        """Value of a key, or its default."""
+        ...
+
+    def has(self, *names: str) -> bool:
+        """Whether a tensor of one of these names is in the file."""
+        ...
+
+    def missing_key_error(self, key: str) -> TideError:
+        """Error for a key that must be present."""
+        ...
+
+    def unsupported_error(self, what: str) -> TideError:
+        """Error for values that fit no model."""
+        ...
 
 
 def _same_as(key: str) -> Callable[[Hyperparameters], Any]:
