@@ -9,7 +9,7 @@ package doesn't need, such as `rope.dimension_sections`, may be missing here eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from tide_jax.errors import TideError
@@ -22,13 +22,24 @@ class Hyperparameters(Protocol):
     """What defaults read of a file, see `convert.sources.gguf.hyperparameters.Hyperparameters`."""
 
     architecture: str
+    layers: int
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
 
     def peek(self, key: str) -> Any:
         """Value of a key, or its default."""
         ...
 
+    def stated_value(self, key: str) -> Any:
+        """Value of a key in the file, None if it is missing."""
+        ...
+
     def has(self, *names: str) -> bool:
-        """Whether a tensor of one of these names is in the file."""
+        """Whether the first layer has a tensor of one of these names."""
+        ...
+
+    def raise_missing_key(self, key: str) -> Any:
+        """Raises `missing_key_error`."""
         ...
 
     def missing_key_error(self, key: str) -> TideError:
