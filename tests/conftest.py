@@ -41,6 +41,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `matrix`, marks all cases but the first and some between as slow: ``matrix(keep=3)``."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        keep = found[0].get_closest_marker("matrix").kwargs.get("keep", 1)  # type: ignore[union-attr]
+        fast = {len(found) * number // keep for number in range(keep)}
+        for number, item in enumerate(found):
+            if number not in fast:
+                item.add_marker("slow")
+
+
 def pytest_runtest_teardown() -> None:
     """Drops compiled programs where they have taken too many of the memory mappings that a process may have."""
     if short_of_mappings():
