@@ -86,6 +86,7 @@ def all_tokens() -> tuple[np.ndarray, np.ndarray]:
     return normed[:, learned], targets[learned]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kept", [100_000, 500, 3])
 def test_kept_states_are_those_of_the_plain_model(kept: int) -> None:
     """Every row of a reservoir is one token of some text, with all its states; no token is there twice."""
@@ -405,6 +406,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_several_devices_keep_the_same() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(

@@ -18,6 +18,7 @@ def reservoir_of(count: int, capacity: int, *, seed: int, step: int) -> Reservoi
     return reservoir
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("step", [1, 7, 100])
 def test_a_reservoir_is_a_uniform_sample(step: int) -> None:
     count, capacity, runs = 100, 20, 600

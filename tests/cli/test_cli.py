@@ -349,6 +349,7 @@ def test_closed_and_full_streams(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_standard_error_gets_into_no_file(source: Path, tmp_path: Path, model: Path) -> None:
     """The first file that is opened would get its number, and libraries print to that number."""
     run = run_in_shell(f"convert {source} {tmp_path / 'out'} --json", "<&- 2>&-")

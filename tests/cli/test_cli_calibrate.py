@@ -229,6 +229,7 @@ def test_a_work_folder_is_gone_on_in(
     assert "was started with another configuration" in refusal(capsys, *command, "--seed", "1")
 
 
+@pytest.mark.slow
 def test_devices_share_the_reading_pass(model: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
     output = tmp_path / "routers.safetensors"
     command = ("calibrate", model, "--text", text, "--output", output, *QUICK, "--devices", "2", "--json")

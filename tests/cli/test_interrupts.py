@@ -128,6 +128,7 @@ def test_while_modules_are_imported(command: str, drops: str, source: Path, tmp_
     assert run([places.get(a, a) for a in COMMANDS[command]], fakes) == (130, "", "interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["destructor", "converted", "refused", "compiling", "done"])
 def test_while_work_goes_on(how: str) -> None:
     assert run(["-c", WORKING, how]) == (130, "", "interrupted\n")

@@ -229,6 +229,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
 def test_peak_memory_is_far_below_a_stack_of_experts(source: Path, tmp_path: Path) -> None:
     experts = {"model_type": "mixtral", "num_local_experts": 12, "num_experts_per_tok": 2}

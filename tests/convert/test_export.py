@@ -80,6 +80,7 @@ def assert_same_logits(reference: Any, exported: Path) -> None:
     np.testing.assert_array_equal(logits(load_hf(exported)), expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "model_type", ["gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3"]
 )
@@ -98,6 +99,7 @@ def test_logits(model_type: str, tmp_path: Path) -> None:
 ALONE = sorted(name for name in FAMILIES if not name.endswith("_vl_text") or name == "minimax_m3_vl_text")
 
 
+@pytest.mark.matrix(keep=5)
 @pytest.mark.parametrize("model_type", ALONE)
 def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in TYP
 CASES |= {name: case for name, case in VARIANTS.items() if case[0] in TYPES}
 
 
+@pytest.mark.matrix(keep=6)
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name: str, tmp_path: Path) -> None:
     model_type, fields = CASES[name]

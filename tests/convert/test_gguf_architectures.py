@@ -157,6 +157,7 @@ def label(case: tuple[str, str, dict[str, Any]]) -> str:
     return f"{recipe}-{model_type}-{'-'.join(fields)}"
 
 
+@pytest.mark.matrix(keep=6)
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_file_is_the_checkpoint_it_was_made_from(tmp_path: Path, case: tuple[str, str, dict[str, Any]]) -> None:
     recipe, model_type, fields = case
@@ -211,6 +212,7 @@ def test_parts_of_a_model(tmp_path: Path) -> None:
         compare_weights(open_model(part), open_model(tmp_path / "hf"))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "recipe, model_type, fields",
     [("mixtral", "mixtral", {}), ("deepseek2", "deepseek_v3", {}), ("gpt-oss", "gpt_oss", {})],

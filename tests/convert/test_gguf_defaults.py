@@ -70,6 +70,7 @@ def keys_of(made: Model) -> list[str]:
     return [key.removeprefix(f"{made[0]}.") for key in made[1] if key.startswith(f"{made[0]}.")]
 
 
+@pytest.mark.matrix(keep=13)
 @pytest.mark.parametrize("recipe", sorted(recipe for recipe, *_ in RECIPES_ONCE.values()))
 def test_a_missing_key_means_the_default_or_is_required(recipe: str, model: Callable[[str], Model]) -> None:
     made = model(recipe)

@@ -402,6 +402,7 @@ _PEFT_CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize("case", _PEFT_CASES)
 @pytest.mark.filterwarnings("ignore")  # of PEFT's and its imports'
 def test_logits_are_those_of_peft(case: str, tmp_path: Path) -> None:

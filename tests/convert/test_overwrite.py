@@ -319,6 +319,7 @@ def found_text(directory: Path) -> str | None:
     return str(record["name"])
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_to_a_file(run: Killer, tmp_path: Path) -> None:
     """At every point there is the old model or the new one, with the user's files. Programs that do not know of folders
     on their way find one of the two or none, and never a mix. The next run leaves no trace."""
@@ -354,6 +355,7 @@ def test_a_first_run_killed_before_any_change_to_a_file(run: Killer, tmp_path: P
     assert step > 8
 
 
+@pytest.mark.slow
 def test_killed_at_any_time(run: Killer, sources: dict[str, Path], tmp_path: Path) -> None:
     """As many times as TIDE_EXAMPLES says."""
     random, out, last = np.random.default_rng(0), tmp_path / "out", "old"

@@ -100,6 +100,7 @@ _ROPES = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rope", _ROPES)
 def test_rotary_variants(rope: str, tmp_path: Path) -> None:
     reference, model = make_pair(tmp_path, "llama", num_hidden_layers=2, head_dim=10, **_ROPES[rope])

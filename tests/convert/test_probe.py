@@ -382,6 +382,7 @@ def test_a_checkpoint_without_reference_code_is_refused(tmp_path: Path) -> None:
         probe(open_source(tmp_path))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model_type", ["gpt2", "phi", "glm", "gemma3_text", "mixtral", "youtu"])
 def test_probing_a_family_gives_its_table_entry(tmp_path: Path, model_type: str) -> None:
     save_tiny(model_type, tmp_path)

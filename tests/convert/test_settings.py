@@ -110,6 +110,7 @@ def declared(model_type: str) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map) | set(vars(kind()))
 
 
+@pytest.mark.matrix(keep=66)
 @pytest.mark.parametrize("value", [3, 0.37, "relu", True, None])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_keys_that_a_family_does_not_declare_change_nothing(model_type: str, value: Any) -> None:
@@ -121,6 +122,7 @@ def test_keys_that_a_family_does_not_declare_change_nothing(model_type: str, val
     assert read(config | strays | config) == read(config)
 
 
+@pytest.mark.matrix(keep=51)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_undeclared_keys_that_models_read_are_listed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs transformers' model and looks at what it asks its configuration for."""
@@ -151,6 +153,7 @@ def _models() -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "mixtral", "deepseek_v2"])
 def test_logits_with_stray_keys_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -78,6 +78,7 @@ def save(model_type: str, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model_type", CASES)
 def test_the_text_decoder_converts(model_type: str, tmp_path: Path) -> None:
     save(model_type, tmp_path / "source")
@@ -100,6 +101,7 @@ class Whole:
         self.files: list[Path] = []
 
 
+@pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize(
     "outer, inner",
     [

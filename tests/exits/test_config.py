@@ -119,6 +119,7 @@ def test_dynamic_rotary_scaling_stretches_the_context() -> None:
     assert tiny_config().context_length == 512
 
 
+@pytest.mark.matrix(keep=4)
 @pytest.mark.parametrize("layers", range(1, 14))
 @pytest.mark.parametrize("interval", range(1, 6))
 def test_groups_cover_every_layer_once_and_the_last_has_no_exit_point(layers: int, interval: int) -> None:

@@ -47,11 +47,13 @@ def check_against_brute_force(engine: TIDE, prompts: list[list[int]], new: int) 
     return set(out.exit_layers[:, 1:].reshape(-1).tolist())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_generates_as_the_brute_force(name: str) -> None:
     check_against_brute_force(engine_of(name), PROMPTS[:1], QUEUE_LENGTH + 3)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2)])
 @pytest.mark.parametrize("dials", [{"exit_threshold": 0.3}, {"prefill_exits": True}])
 def test_generation_is_the_brute_force(rows: slice, dials: dict[str, Any]) -> None:
@@ -138,6 +140,7 @@ def decoded(
     return outs
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows", "latent attention"])
 @pytest.mark.parametrize("queue_length", [1, 2, 3, QUEUE_LENGTH])
 def test_steps_and_caches_are_those_of_projecting_at_once(name: str, queue_length: int) -> None:

@@ -77,6 +77,7 @@ def with_exits_off(model: Decoder, tokens: jax.Array, positions: jax.Array, cach
     return out.states, out.new
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_routers_a_pass_is_the_plain_one_bit_for_bit(name: str) -> None:
     model = model_of(name)
@@ -154,6 +155,7 @@ def test_scoring_is_the_brute_force(name: str) -> None:
     assert left_at == {*engine.routers.exit_points, engine.model.config.num_layers - 1}, "every exit was taken"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])
 @pytest.mark.parametrize("prefill_exits", [False, True])
 def test_generation_is_the_brute_force(name: str, prefill_exits: bool) -> None:

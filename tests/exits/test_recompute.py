@@ -38,6 +38,7 @@ def brute_force_of(engine: TIDE) -> BruteForce:
     return BruteForce(engine.model, engine.routers, config.exit_threshold, config.min_layers, exact=True)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scoring_is_the_brute_force(name: str) -> None:
     engine, prompt_lengths = engine_of(name), [3, 0, 5]
@@ -51,6 +52,7 @@ def test_scoring_is_the_brute_force(name: str) -> None:
     assert scored.stats.depth < 1.0, "something left"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])
 @pytest.mark.parametrize("dials", DIALS)
 def test_generation_is_the_brute_force(name: str, dials: dict[str, Any]) -> None:
@@ -65,6 +67,7 @@ def test_generation_is_the_brute_force(name: str, dials: dict[str, Any]) -> None
         assert out.exit_layers[b].tolist() == exit_layers, b
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"pre norm", "sliding windows"}))
 def test_every_architecture_generates_as_the_brute_force(name: str) -> None:
     engine, prompts, new = engine_of(name).with_config(exit_threshold=0.4), PROMPTS[:1], QUEUE_LENGTH + 3
@@ -144,6 +147,7 @@ def test_a_full_queue_runs_every_layer_and_no_earlier(monkeypatch: pytest.Monkey
     assert out.stats.layers_executed == 4 + sum(steps)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("queue_length", [1, 2, 3])
 def test_short_queues_give_the_same_tokens(queue_length: int) -> None:
     model = tiny_model(CONFIGS["pre norm"])

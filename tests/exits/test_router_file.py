@@ -104,6 +104,7 @@ def test_no_bit_of_a_file_can_be_changed() -> None:
     router_file.read(path)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("cut", [0, 7, 8, 100, -1])
 def test_no_byte_can_be_missing_or_more(cut: int) -> None:
     content = router_file.encode(*whole())

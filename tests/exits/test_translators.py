@@ -44,6 +44,7 @@ def layer_inputs(model: Decoder, batch: Batch) -> np.ndarray:
     return np.stack(found)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_each_token_gets_what_its_own_exit_point_predicts(rank: int, tokens: int) -> None:

@@ -56,6 +56,7 @@ def padded(side: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("width", [7, 11])
 def test_padding_on_either_side_changes_nothing(side: str, width: int) -> None:
@@ -82,6 +83,7 @@ def test_padded_lists_and_masks_are_what_a_tokenizer_gives(side: str, kind: Any)
     same(engine().generate(unequal[0], attention_mask=unequal[1], max_new_tokens=NEW), expected)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["exit", "full", "lossless"])
 def test_a_long_row_does_not_clip_its_neighbours(mode: str, caplog: pytest.LogCaptureFixture) -> None:
     prompts = random_prompts((38, 5, 20))
@@ -118,6 +120,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(arguments: dict[str, Any]) -> 
         assert scored.stats.tokens == sum(map(len, prompts))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", [list, np.asarray, jnp.asarray, lambda row: [row], lambda row: np.asarray([row])])
 def test_one_prompt_in_any_shape(kind: Any) -> None:
     row = PROMPTS[1]

@@ -132,6 +132,7 @@ def found(engine: TIDE, prompts: list[list[int]] = PROMPTS, **arguments: Any) ->
     return [row[:n].tolist() for row, n in zip(out.tokens, out.lengths, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_tests_models_end_in_many_ways() -> None:
     rows = found(engine())
     assert rows == expected({})
@@ -140,11 +141,13 @@ def test_the_tests_models_end_in_many_ways() -> None:
     assert len(changed) >= len(RULES) - 3, sorted(set(RULES) - set(changed))
 
 
+@pytest.mark.matrix(keep=5)
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_those_of_transformers(name: str) -> None:
     assert found(engine(), **RULES[name]) == expected(RULES[name])
 
 
+@pytest.mark.slow
 def test_random_rules_are_those_of_transformers() -> None:
     rng, different = np.random.default_rng(0), 0
     for seed in range(EXAMPLES):
@@ -157,6 +160,7 @@ def test_random_rules_are_those_of_transformers() -> None:
     assert different > EXAMPLES / 2
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["everything", "no n-gram of two", "bad words", "a least length"])
 def test_files_arguments_and_configurations_say_the_same(name: str, tmp_path: Path) -> None:
     from transformers import GenerationConfig
@@ -229,6 +233,7 @@ def test_rules_apply_to_tokens_that_exit(name: str, kv_strategy: str) -> None:
             assert row[at] == processed(logits[at - 1], row[:at], len(prompt), rules).argmax()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("mode", ["full", "exit", "lossless"])
 def test_streams_and_single_rows_are_the_batch(mode: str, sampled: bool) -> None:
@@ -286,6 +291,7 @@ def test_sampling_alone_takes_temperature_one() -> None:
     assert found(engine(), do_sample=True, key=key) == found(engine(), temperature=1.0, key=key)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["everything", "no n-gram of two", "suppressed"])
 def test_rules_come_before_the_filters_of_sampling(name: str) -> None:
     """The distribution of a first token: transformers' processors, then our filters, which have a test of their own."""

@@ -41,6 +41,7 @@ def start() -> Any:
     return jax.jit(prefill)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["pre norm", "alibi and sinks", "latent attention", "sliding windows"])
 @pytest.mark.parametrize("slots", [2 * BLOCK + 71, 3 * BLOCK, 4 * BLOCK + 200])
 def test_blocks_of_the_cache_are_the_whole_cache(name: str, slots: int) -> None:

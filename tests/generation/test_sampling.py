@@ -44,6 +44,7 @@ def nothing_seen(logits: np.ndarray) -> jax.Array:
     return jnp.zeros(logits.shape, bool)
 
 
+@pytest.mark.matrix(keep=5)
 @pytest.mark.parametrize("dials", FILTERS, ids=str)
 def test_filters_are_those_of_transformers(dials: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")

@@ -41,6 +41,7 @@ def engine(converted: Path) -> tide_jax.TIDE:
     return tide_jax.TIDE(tide_jax.load(converted))
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers(engine: tide_jax.TIDE, converted: Path) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -70,6 +71,7 @@ def test_chat_answers_and_stops(engine: tide_jax.TIDE, converted: Path) -> None:
     assert out.tokens[0, out.lengths[0] - 1] == tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_forced_depth_runs_that_many_layers(engine: tide_jax.TIDE) -> None:
     routers = constant_routers(engine.model.config, interval=3)
     forced = tide_jax.TIDE(engine.model, routers, tide_jax.ExitConfig(exit_threshold=0.5, min_layers=15))

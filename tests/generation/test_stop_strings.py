@@ -43,6 +43,7 @@ def check_cut(out: GenerateOutput, full: GenerateOutput, stops: list[str]) -> No
         assert not any(stop in DECODE(row[:-1].tolist()) for stop in stops)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["exit", "full", "lossless"])
 def test_rows_end_at_their_stop_strings(mode: str) -> None:
     full = whole(mode)

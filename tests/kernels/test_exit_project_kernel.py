@@ -62,6 +62,7 @@ def test_reference_is_what_the_model_does(rank: int | None, kind: Any, unit_offs
     np.testing.assert_array_equal(found, jnp.where(exits[:, None], norm(states), out))
 
 
+@pytest.mark.matrix(keep=5)
 @pytest.mark.parametrize("rank", [None, 0, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, size", [(1, 8), (3, 63), (17, 576), (5, 130)])
@@ -130,6 +131,7 @@ def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: 
     assert not kernels()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["sandwich norms", "parallel", "norms after the residual add"])
 def test_an_engine_takes_its_exit_states_from_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """RMSNorm with a unit offset, LayerNorm and no norm at all; affine heads, and a second look at what they give."""
@@ -166,6 +168,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
         )
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [63, 576, 3584, 5120, 8192])
 def test_kernel_lowers_for_cuda(size: int, dtype: Any) -> None:

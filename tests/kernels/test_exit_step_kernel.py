@@ -64,6 +64,7 @@ def assert_is_the_reference(arguments: tuple[Any, ...], found: ExitStep, norm: A
     assert found.any_active == found.active.any()
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("blocks", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, size, hidden", [(1, 8, 1), (3, 63, 16), (16, 576, 128), (17, 129, 33), (40, 257, 100)])
@@ -72,6 +73,7 @@ def test_kernel_is_the_reference(blocks: Blocks, dtype: Any, rows: int, size: in
     assert_is_the_reference(arguments, interpreted(arguments, blocks))
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("blocks", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm_of_states_far_from_zero(blocks: Blocks, dtype: Any) -> None:
@@ -93,6 +95,7 @@ def test_a_score_must_exceed_the_threshold(blocks: Blocks) -> None:
     np.testing.assert_array_equal(interpreted((x, still, below, rows), blocks).exits, rows.active & rows.may_exit)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("blocks", [WHOLE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_without_numbers_stay_and_leave_others_alone(blocks: Blocks, dtype: Any) -> None:
@@ -238,6 +241,7 @@ def abstract(rows: int, size: int, hidden: int, dtype: Any) -> tuple[Any, ...]:
     return of((rows, size), dtype), router, Gate(of(()), of((), jnp.int32), of((), jnp.int32)), state
 
 
+@pytest.mark.matrix(keep=4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [63, 576, 1024, 2048, 3584, 4096, 5120, 8192])
 def test_kernel_lowers_for_cuda(size: int, dtype: Any) -> None:

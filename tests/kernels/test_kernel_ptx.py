@@ -66,6 +66,7 @@ def check_step(kernels: dict[str, Compiled], dtype: Any) -> Compiled:
     return projection
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, size, hidden", [(1, 4096, 128), (65536, 4096, 128), (65536, 576, 200), (1, 8192, 200)])
@@ -77,6 +78,7 @@ def test_exit_step(tmp_path: Path, architecture: int, dtype: Any, rows: int, siz
         assert bool(projection.count("wgmma")) == (architecture == 90)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 65536])
 def test_exit_step_in_triton(tmp_path: Path, dtype: Any, rows: int) -> None:
@@ -88,6 +90,7 @@ def test_exit_step_in_triton(tmp_path: Path, dtype: Any, rows: int) -> None:
     assert all(kernel.wide_addresses for kernel in kernels.values())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 65536])
 def test_exit_step_with_layer_norm_spills_nothing(tmp_path: Path, architecture: int, rows: int) -> None:
@@ -103,6 +106,7 @@ def test_exit_step_with_layer_norm_in_triton(tmp_path: Path, rows: int) -> None:
     assert not any(k.spilled or k.undefined_loads or k.count(r".*tf32") for k in kernels.values())
 
 
+@pytest.mark.slow
 def test_blocks_that_are_too_tall_spill(tmp_path: Path) -> None:
     tall = step(exit_step.exit_step, 65536, jnp.bfloat16, blocks=Blocks(128, 64, 1, 4))
     assert compiled(tmp_path, 90, *tall)["exit_step_whole"].spilled
@@ -125,6 +129,7 @@ def check_projection(made: Compiled) -> None:
     assert made.count(r"st\.global\.[bu]") == 0
 
 
+@pytest.mark.matrix(keep=6)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [576, 4096, 16384])
@@ -144,6 +149,7 @@ def test_exit_project_in_triton(tmp_path: Path, dtype: Any, size: int) -> None:
     assert made.wide_addresses
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 128, 64)])

@@ -95,6 +95,7 @@ MODELS = CONFIGS | _EXTRA
 LEFT_OUT = {"alibi and sinks": "clipped", "gated output": "another kind", "latent attention": "LatentAttention"}
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize(
     "implementation, dtype", [(None, jnp.float32), (None, jnp.bfloat16), ("pallas_interpret", jnp.float32)]
 )
@@ -147,6 +148,7 @@ def test_layers_of_other_kinds_say_why_and_project_in_plain_jax(caplog: pytest.L
 # The kernel is the reference.
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "tokens, heads, channels, half, bias, key_norm, interleaved",
@@ -245,6 +247,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
 # What a GPU's compiler would be given.
 
 
+@pytest.mark.matrix(keep=4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 80, 16), (5, 20, 0)])
 def test_kernel_lowers_for_cuda(heads: int, channels: int, half: int, dtype: Any) -> None:

@@ -27,6 +27,7 @@ def interpreted(arguments: tuple[Any, ...], **settings: Any) -> Any:
     return mosaic_gpu.exit_step(*arguments, eps=EPS, **settings, interpret=params.InterpretGPUParams())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "rows, size, hidden, splits", [(1, 64, 1, 1), (3, 192, 16, 1), (64, 256, 128, 2), (70, 384, 100, 3)]

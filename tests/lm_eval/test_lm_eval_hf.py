@@ -104,6 +104,7 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
     return short + tight
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_scores_of_random_splits(tmp_path: Path, adds_bos: bool, add_bos_token: bool | None) -> None:
@@ -152,6 +153,7 @@ def both(theirs: HFLM, ours: TideLM, **arguments: Any) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_rule_as_a_generation_argument(files: Files) -> None:
     theirs, ours = hf(files), TideLM(str(files.converted))
     plain = both(theirs, ours)
@@ -159,6 +161,7 @@ def test_every_rule_as_a_generation_argument(files: Files) -> None:
         assert both(theirs, ours, **rules) != plain or name in ("a least length", "new tokens at least"), name
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_in_a_file(name: str, tmp_path: Path) -> None:
     made = make_files(tmp_path, **RULES[name], do_sample=True, temperature=0.6, top_k=3)

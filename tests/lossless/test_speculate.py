@@ -79,6 +79,7 @@ def assert_full(engine: TIDE, prompts: Any, out: LosslessGenerated, new: int = N
         assert out.tokens[b, : full.lengths[b]].tolist() == full.tokens[b, : full.lengths[b]].tolist(), b
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
     engine = engine_of(name)
@@ -87,6 +88,7 @@ def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
     assert 0 < out.counts.accepted < out.counts.drafted, "some drafts hold, some fail"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("most_slots", [1, 2, 3, 11])
 def test_passes_of_any_width(most_slots: int) -> None:
     engine, costs = engine_of("pre norm"), FREE
@@ -97,6 +99,7 @@ def test_passes_of_any_width(most_slots: int) -> None:
     assert (out.counts.accepted > 0) == (most_slots > 1)
 
 
+@pytest.mark.slow
 def test_hundreds_of_prompts() -> None:
     engine = engine_of("pre norm")
     rng = np.random.default_rng(3)
@@ -119,6 +122,7 @@ def test_one_row_makes_fewer_passes_where_its_text_repeats() -> None:
     assert out.counts.passes < 48, "a pass makes more than a token"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     "dials",
     [
@@ -151,6 +155,7 @@ def test_sampling_draws_what_full_depth_draws_with_the_same_key(
     program.cache_clear()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dials", [{}, {"temperature": 0.8}, {"repetition_penalty": 1.4}], ids=str)
 @pytest.mark.parametrize(
     "rules",
@@ -192,6 +197,7 @@ def test_sampled_tokens_have_the_full_models_distribution() -> None:
         assert np.all(np.abs(counts - expected)[likely] < 4.5 * error[likely] + 0.002)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("new", [1, 2, 3, 16])
 def test_generations_of_any_length(new: int) -> None:
     engine = engine_of("pre norm")
@@ -223,6 +229,7 @@ def test_drafts_that_cost_more_than_they_bring_are_not_made() -> None:
     assert out.counts.passes == NEW
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("accepted", [0, 1, 3, 7])
 def test_losses_are_bounded_and_gains_taken(accepted: int) -> None:
     """A row whose every draft holds for so many tokens, at the costs of a CPU."""

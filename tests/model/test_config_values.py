@@ -154,6 +154,7 @@ def test_the_activations_of_a_configuration_are_those_that_there_are() -> None:
     assert {*get_args(GatedActivation), *get_args(UngatedActivation)} == set(KNOWN_ACTIVATIONS)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["logit_scale", "residual_scale", "logit_softcap", "activation_limit", "clip_qkv"])
 def test_whole_numbers_beyond_32_bits_run(name: str) -> None:
     """JSON writes 3e9 as it likes; JAX takes no int of this size in the place of a float."""
@@ -178,6 +179,7 @@ def test_a_damaged_config_names_the_file(source: Path, tmp_path: Path) -> None:
         load(tmp_path / "out")
 
 
+@pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize(
     "values, expected",
     [

@@ -58,6 +58,7 @@ CALLS: dict[str, Callable[[TIDE], Any]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_answer_is_better_than_none(call: Callable[[TIDE], Any]) -> None:
     with pytest.raises(TideError) as caught:
@@ -66,6 +67,7 @@ def test_no_answer_is_better_than_none(call: Callable[[TIDE], Any]) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_the_same_weights_answer_in_bfloat16(call: Callable[[TIDE], Any]) -> None:
     call(engine("bfloat16"))
@@ -84,6 +86,7 @@ def late(model: Decoder, token: int) -> Decoder:
     return with_parameters(model, {"embed.kernel": table})
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["full", "exit", "lossless"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_what_overflows_later_is_noticed_then(mode: Any, streamed: bool) -> None:
@@ -113,6 +116,7 @@ def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
 # ---- what float16 checkpoints of families that overflow it run in ----
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("model_type", "expected"), [("gemma3_text", "bfloat16"), ("glm4", "bfloat16"), ("llama", "float16")]
 )

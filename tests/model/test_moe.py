@@ -74,6 +74,7 @@ def assert_same(found: list[dict[int, float]], expected: list[dict[int, float]])
 GROUPS = [(1, 1), (4, 2), (6, 3), (3, 3)]
 
 
+@pytest.mark.matrix(keep=4)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("correction", get_args(Correction))
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -178,6 +179,7 @@ def mixture_of_one_token(moe: MoE, x: np.ndarray) -> np.ndarray:
     return out
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("tokens", [(3, 5), (2, 1)], ids=["many", "few"])
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_what_the_experts_give(flags: dict[str, Any], tokens: tuple[int, int]) -> None:
@@ -194,6 +196,7 @@ def test_what_the_experts_give(flags: dict[str, Any], tokens: tuple[int, int]) -
     np.testing.assert_allclose(np.asarray(moe(jnp.asarray(x))), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize("spread", ["random", "one for all", "uneven", "few"])
 @pytest.mark.parametrize("way", [_by_blocks, _by_row, _by_runs, expert_matmul])
 def test_products_by_expert(way: Any, spread: str) -> None:
@@ -224,6 +227,7 @@ def test_bfloat16_weights_choose_as_their_float32_values_do() -> None:
     assert np.asarray(moe(x)).any()
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

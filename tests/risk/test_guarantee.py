@@ -83,6 +83,7 @@ CASES: list[tuple[str, Any, float]] = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("per_exit_point", [False, True])
 @pytest.mark.parametrize("name, loss, risk", CASES)
 def test_what_is_promised_holds(name: str, loss: Any, risk: float, per_exit_point: bool) -> None:
@@ -101,6 +102,7 @@ def test_what_is_promised_holds(name: str, loss: Any, risk: float, per_exit_poin
     assert promise.sequences == (225 if per_exit_point else 300)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name, loss, risk", CASES)
 def test_the_record_is_what_the_engine_does_and_the_next_threshold_fails(name: str, loss: Any, risk: float) -> None:
     config = guarantee(engine_of(), TEXTS, risk, 0.1, loss)
