@@ -23,7 +23,6 @@ CHECKED = (
     "tide_jax.generation.generate",
     "tide_jax.generation.logit_rules",
     "tide_jax.generation.outputs",
-    "tide_jax.generation.sampling",
     "tide_jax.lossless",
     "tide_jax.model.cache",
 )

@@ -244,13 +244,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"texts": TEXTS[:-1]}, "begun with another text"),
-        ({"texts": [*TEXTS[1:], TEXTS[0]]}, "begun with another text"),
-        ({"texts": [Sample(text, 2) for text in TEXTS]}, "begun with another text"),
-        ({"calibration": config(seed=3)}, "begun with another configuration"),
-        ({"calibration": config(exit_strategy="identity")}, "begun with another configuration"),
-        ({"exit_points": (1,)}, "begun with another exit_points"),
-        ({"model": "other"}, "begun with another model"),
+        ({"texts": TEXTS[:-1]}, "started with another text"),
+        ({"texts": [*TEXTS[1:], TEXTS[0]]}, "started with another text"),
+        ({"texts": [Sample(text, 2) for text in TEXTS]}, "started with another text"),
+        ({"calibration": config(seed=3)}, "started with another configuration"),
+        ({"calibration": config(exit_strategy="identity")}, "started with another configuration"),
+        ({"exit_points": (1,)}, "started with another exit_points"),
+        ({"model": "other"}, "started with another model"),
     ],
 )
 def test_a_folder_of_another_pass_is_refused(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:

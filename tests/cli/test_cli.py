@@ -145,7 +145,11 @@ def test_a_chat_template_shows_the_prompt(model: Path, tmp_path: Path, capsys: C
         ("red sun", "generate --prompt cat --chat-template rag", "no --chat-template rag; choose one of: default, dog"),
         ("red sun", "calibrate --text self --output {out} --chat-template rag", "no --chat-template rag; choose one"),
         ("red sun", "generate --prompt cat --raw --chat-template dog", "leave --chat-template out"),
-        ("red sun", "calibrate --text {text} --output {out} --chat-template dog", "--chat-template is how --text self"),
+        (
+            "red sun",
+            "calibrate --text {text} --output {out} --chat-template dog",
+            "--chat-template only applies to --text self",
+        ),
     ],
 )
 def test_a_chat_template_of_no_use_is_one_line(
@@ -187,7 +191,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a second prompt that is no UTF-8": (
         ("generate", "MODEL", *_PROMPT, "--prompt", "\ud800"),
-        "--prompt 2 is no valid",
+        "--prompt 2 is not valid",
     ),
     "a threshold above 1": (("generate", "MODEL", *_PROMPT, "--exit-threshold", "1.5"), "--exit-threshold 1.5"),
     "a cache strategy without routers": (

@@ -267,7 +267,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("calibrate", "MODEL", "--text", "self", "--output", "OUT", "--samples", "5", *PROMISE),
         "5 different texts are too few",
     ),
-    "more devices than there are": ((*CALIBRATE, "--devices", "99"), "--devices 99: this machine has 1"),
+    "more devices than there are": ((*CALIBRATE, "--devices", "99"), "--devices 99: JAX has 1 devices"),
     "no device": ((*CALIBRATE, "--devices", "0"), "--devices 0"),
     "another folder to work in": (
         (*CALIBRATE, *QUICK, "--work-dir", "FOLDER"),

@@ -265,7 +265,7 @@ def test_lm_eval_takes_weights(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "plain")
     engine = open_engine(str(tmp_path / "plain"), None, {}, None, None, "int8")
     assert engine.model.weights == "int8"
-    with pytest.raises(TideError, match="brings its routers, dtype and weights"):
+    with pytest.raises(TideError, match="already has its routers, dtype and weights"):
         open_engine(engine, None, {}, None, None, "int8")
 
 

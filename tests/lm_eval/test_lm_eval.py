@@ -125,7 +125,7 @@ def test_long_contexts_lose_their_first_tokens(exiting: tide_jax.TIDE) -> None:
         for context, max_length in ((tokens[:50], 20), (tokens[39:50], None))
     )
     assert cut.log_likelihood == pytest.approx(short.log_likelihood, rel=1e-6)
-    with pytest.raises(tide_jax.TideError, match="10 tokens, at most 9"):
+    with pytest.raises(tide_jax.TideError, match="10 tokens, but at most 9"):
         score_continuations(exiting, [Continuation(tokens[:50], tokens[50:])], max_length=9)
 
 

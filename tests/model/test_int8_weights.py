@@ -24,7 +24,7 @@ from tide_jax.model import rounding as rounding_module
 from tide_jax.model.architecture import AttentionType, HeadTransform, MoEConfig
 from tide_jax.model.decoder import Decoder, from_parameters, parameters, stored_parameters, summed_axes
 from tide_jax.model.files.checkpoint import fingerprint
-from tide_jax.model.moe import _by_row, _by_runs, _gathered, _integers_by_blocks, expert_matmul
+from tide_jax.model.moe import _by_row, _by_runs, _gather_experts, _integers_by_blocks, expert_matmul
 from tide_jax.model.ops import integer_sums, times_rows
 from tide_jax.model.rounding import floats_of, kept_as_floats, round_weights, scale_path
 from tide_jax.risk.promise import exit_settings
@@ -146,7 +146,7 @@ def test_many_tokens_make_floats_of_some_rows_at_a_time(
 
 
 @pytest.mark.parametrize("count", [2, 24])
-@pytest.mark.parametrize("way", [None, _gathered, _by_row, _integers_by_blocks, _by_runs])
+@pytest.mark.parametrize("way", [None, _gather_experts, _by_row, _integers_by_blocks, _by_runs])
 def test_products_of_experts(count: int, way: Callable[..., jax.Array] | None) -> None:
     """A few rows by the experts that they chose, many by all of them; and as other platforms do either."""
     rng = np.random.default_rng(count)

@@ -68,6 +68,7 @@ def outcomes(folder: Path) -> dict[str, str]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sharding_checks.checks(Path()))
 def test_on_eight_devices(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "ok", outcomes[name]

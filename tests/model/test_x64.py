@@ -103,12 +103,14 @@ def wide(function: Callable[[], Any]) -> Any:
         return function()
 
 
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("run", RUNS)
 def test_answers(run: str) -> None:
     expected = RUNS[run](engine_of("dense"))
     assert wide(lambda: RUNS[run](engine_there())) == expected
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["experts", "windows"])
 @pytest.mark.parametrize("mode", ["exit", "lossless"])
 def test_architectures(name: str, mode: Any) -> None:
