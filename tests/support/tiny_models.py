@@ -142,7 +142,12 @@ def random_prompts(lengths: tuple[int, ...], *, seed: int = 0, vocab: int = 259)
 
 def routed_engine(name: str, **settings: Any) -> TIDE:
     """An engine over one of `CONFIGS`, with every part that routers can have; `settings` are its `ExitConfig`'s."""
-    model = tiny_model(CONFIGS[name])
+    return engine_over(CONFIGS[name], **settings)
+
+
+def engine_over(config: DecoderConfig, **settings: Any) -> TIDE:
+    """`routed_engine` for any configuration."""
+    model = tiny_model(config)
     interval = 2 if model.config.num_layers > 4 else 1
     routers = random_routers(model.config, interval=interval, affine=True, translator_rank=3, model=model)
     return TIDE(model, routers, ExitConfig(min_layers=0, **settings))
