@@ -155,7 +155,7 @@ def test_scoring_is_the_brute_force(name: str) -> None:
     assert left_at == {*engine.routers.exit_points, engine.model.config.num_layers - 1}, "every exit was taken"
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])
 @pytest.mark.parametrize("prefill_exits", [False, True])
 def test_generation_is_the_brute_force(name: str, prefill_exits: bool) -> None:

@@ -22,7 +22,7 @@ PENALTY = {"repetition_penalty": 1.3}  # without one, tiny models repeat themsel
 
 @functools.cache
 def engine() -> tide_jax.TIDE:
-    model = tiny_decoder(tiny_config(num_layers=4, vocab_size=259, max_positions=64))
+    model = tiny_decoder(tiny_config(num_layers=2, vocab_size=259, max_positions=64))
     routers = random_routers(model.config, interval=1)
     return tide_jax.TIDE(model, routers, tide_jax.ExitConfig(exit_threshold=0.5, min_layers=1))
 
@@ -76,7 +76,7 @@ def test_no_step_runs_after_the_last_stop_string() -> None:
         **PENALTY,
     )
     assert out.stats.steps == out.lengths[0] == out.tokens.shape[1] < NEW
-    assert out.stats.layers_executed == 4 * out.stats.steps
+    assert out.stats.layers_executed == 2 * out.stats.steps
 
 
 @pytest.mark.parametrize("mode", ["exit", "lossless"])
