@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from typing import Any
@@ -19,8 +20,11 @@ from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.kv_fill import KVRows, KVWeights, Rotary, Settings, kv_fill, pallas_triton, reference
 from tide_jax.exits import cache_fill
 from tide_jax.exits.cache_fill import fill_rows, unsupported
+from tide_jax.exits.depth import run_depth
+from tide_jax.exits.exits import Exits
+from tide_jax.exits.queue import init_cache
 from tide_jax.model.architecture import AttentionType, QKNorm, RopeConfig
-from tide_jax.testing import tiny_config
+from tide_jax.testing import random_routers, tiny_config, tiny_decoder
 
 EPS = 1e-5
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -274,3 +278,21 @@ def test_lowering_refuses_a_block_that_is_no_power_of_two(monkeypatch: pytest.Mo
     assert_is_the_reference(arguments, kernel(*arguments, interpret=True))
     with pytest.raises(ValueError, match="power of 2"):
         gpu_lowering.lower(kernel, *arguments)
+
+
+def test_a_step_with_the_kernel_fills_every_tokens_rows() -> None:
+    """From position 1 on, the first at which a token may exit, as the plain projection does."""
+    model = tiny_decoder(tiny_config(num_layers=3))
+    exits = Exits.uniform(random_routers(model.config, interval=1), 0.0)
+    cache, one = init_cache(model.config, 2, 4, model.dtype), jnp.ones((2, 1), jnp.int32)
+    cache = cache.append(model.run_layers(one, 0 * one, None)[1], 0 * one)
+
+    def rows(implementation: str) -> tuple[np.ndarray, ...]:
+        given = dataclasses.replace(exits, implementation=implementation)
+        out = jax.jit(run_depth)(model, 5 * one, one, cache, given)
+        assert out.layers_executed == 1
+        return np.asarray(out.new.keys), np.asarray(out.new.values)
+
+    for found, expected in zip(rows("pallas_interpret"), rows("reference"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert (np.abs(expected[1:]).max(axis=(1, 2, 3, 4)) > 0).all()
