@@ -210,6 +210,27 @@ def test_generations_of_any_length(new: int) -> None:
     assert_full(engine, PROMPTS, out, new)
 
 
+def test_no_draft_behind_an_end_of_sequence_token_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All drafts are full depth's own tokens, and one in the middle ends the row."""
+    engine, width, key = engine_of("pre norm"), bucket(len(PROMPTS[0])), jax.random.key(1)
+    options = {"key": key, "temperature": 1.0}
+    made = engine.generate(PROMPTS[:1], max_new_tokens=NEW, mode="full", eos_token_id=[], **options).tokens
+    known = jnp.asarray(np.pad(made, ((0, 0), (width, 8))))
+
+    def drafter(tokens: Any, start: Any, end: Any, count: int) -> Drafts:
+        found = jnp.take_along_axis(known, end[:, None] + jnp.arange(count)[None], axis=1, mode="clip")
+        return Drafts(found.astype(jnp.int32), jnp.full(end.shape, 8, jnp.int32))
+
+    monkeypatch.setattr("tide_jax.lossless.speculate.text_drafts", drafter)
+    program.cache_clear()
+    for at in range(2, 7):
+        eos = int(made[0, at])
+        out = lossless(engine, PROMPTS[:1], eos=[eos], key=1, temperature=1.0)
+        assert_full(engine, PROMPTS[:1], out, eos_token_id=[eos], **options)
+        assert int(out.lengths[0]) <= at + 1 < NEW
+    program.cache_clear()
+
+
 def test_rows_end_at_their_end_of_sequence_token() -> None:
     engine = engine_of("pre norm")
     free = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[]).tokens
