@@ -207,12 +207,3 @@ def latent_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Values of latent attention's up-projection [H * (nope + value), R]: [R, H, value]."""
     assert c.latent is not None
     return a.T.reshape(a.shape[1], c.num_heads, -1)[..., c.latent.nope_dim :]
-
-
-def rows_from(start: int) -> Take:
-    """A table without its first rows."""
-
-    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        return a[start:]
-
-    return take

@@ -106,7 +106,7 @@ def steered(config: DecoderConfig, *, interval: int, bottleneck: int, dtype: jnp
     directions = _directions(len(exit_points) + 1, config.hidden_size)
     model.embed.kernel[...] = _steer(model.embed.kernel[...], directions)
     routers = tuple(_router(i, directions[i], bottleneck) for i in range(len(exit_points)))
-    return Steered(model, Exits.uniform(Routers(routers, None, exit_points), 0.5, prompt=True))
+    return Steered(model, Exits.uniform(Routers(routers, None, exit_points), 0.5))
 
 
 def _directions(count: int, size: int) -> Float[Array, "kinds D"]:

@@ -66,8 +66,8 @@ class QueuedCache(NamedTuple):
     kv: KVCache
     pending: Pending
 
-    def append_complete(self, new: KeyValue, positions: Int[Array, "B T"]) -> QueuedCache:
-        """Appends slots that have run all layers, when nothing waits; arguments as in `KVCache.append`."""
+    def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> QueuedCache:
+        """`KVCache.append` for slots that have run all layers; nothing may wait."""
         kv = self.kv.append(new, positions)
         return QueuedCache(kv, self.pending._replace(ran=jnp.broadcast_to(kv.length, self.pending.ran.shape)))
 

@@ -177,9 +177,7 @@ def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None
         tokens, places = cut(prompt.tokens), cut(positions)
         seen = None if earlier is None else keys_and_values(earlier)
         out = run_depth(model, tokens, places, seen, exits)
-        before = cache if earlier is None else earlier
-        queued = isinstance(before, QueuedCache)
-        grown = before.append_complete(out.new, places) if queued else before.append(out.new, places)
+        grown = (cache if earlier is None else earlier).append(out.new, places)
         finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
 

@@ -149,19 +149,15 @@ class Decoder(nnx.Module):
             return x + _sinusoid(index, x.shape[-1], endpoint=self.config.sinusoid_endpoint).astype(x.dtype)
         return x
 
-    def contexts(
-        self, positions: Int[Array, "B T"], cache: KVCache | None, asking: Int[Array, "B M"] | None = None
-    ) -> tuple[AttentionContext, ...]:
+    def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[AttentionContext, ...]:
         """Masks and rotary tables of each attention type, computed once and shared by all layers.
 
         Args:
           positions: positions of the new tokens.
           cache: earlier tokens.
-          asking: positions of the new tokens that run; all of them if omitted.
         """
         seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
-        asks = positions if asking is None else asking
-        return tuple(attention_context(kind, asks, seq_len, slots, positions) for kind in self.config.attention_types)
+        return tuple(attention_context(kind, positions, seq_len, slots) for kind in self.config.attention_types)
 
     def logits(self, x: Float[Array, "B T D"], rows: HeadRows | None = None) -> Float[Array, "B T V"]:
         """Logits, float32, from states after the final norm; with `rows`, only for that part of the vocabulary."""

@@ -18,7 +18,7 @@ REQUIRED: Any = object()
 Defaults = dict[str, Any]
 
 
-class Hyperparameters(Protocol):
+class ReadableKeys(Protocol):
     """What defaults read of a file, see `convert.sources.gguf.hyperparameters.Hyperparameters`."""
 
     architecture: str
@@ -51,11 +51,11 @@ class Hyperparameters(Protocol):
         ...
 
 
-def _same_as(key: str) -> Callable[[Hyperparameters], Any]:
+def _same_as(key: str) -> Callable[[ReadableKeys], Any]:
     return lambda hp: hp.peek(key)
 
 
-def _mean_width(hp: Hyperparameters) -> int:
+def _mean_width(hp: ReadableKeys) -> int:
     """Width of a head: model width over number of heads."""
     width = hp.peek("embedding_length") // hp.peek("attention.head_count")
     if width < 1:
@@ -63,7 +63,7 @@ def _mean_width(hp: Hyperparameters) -> int:
     return width
 
 
-def _required_dense_width(hp: Hyperparameters) -> None:
+def _required_dense_width(hp: ReadableKeys) -> None:
     """Raises TideError if a tensor needs the missing width, else returns None.
 
     llama.cpp's default is 0, which fits no dense layer, and no experts without a width of their own.
@@ -72,20 +72,20 @@ def _required_dense_width(hp: Hyperparameters) -> None:
         raise hp.missing_key_error("feed_forward_length")
 
 
-def _share_of_experts(hp: Hyperparameters) -> int:
+def _share_of_experts(hp: ReadableKeys) -> int:
     """Width of an expert: all experts that a token uses are together as wide as the dense layer."""
     return (hp.peek("feed_forward_length") or 0) // max(1, hp.peek("expert_used_count")) or hp.raise_missing_key(
         "expert_feed_forward_length"
     )
 
 
-def _deepseek_scoring(hp: Hyperparameters) -> int:
+def _deepseek_scoring(hp: ReadableKeys) -> int:
     """Softmax as in V2, whose files leave the key out; sigmoids in GLM 4.7 Flash, recognised by its sizes."""
     vocabulary = len(hp.metadata.get("tokenizer.ggml.tokens", ())) or hp.stated_value("vocab_size")
     return 2 if hp.layers in (47, 48) and vocabulary == 154880 else 1
 
 
-def _shared_experts(hp: Hyperparameters) -> int:
+def _shared_experts(hp: ReadableKeys) -> int:
     """Number of shared experts, from the width of their joint matrices."""
     names = (f"blk.{layer}.ffn_up_shexp.weight" for layer in range(hp.layers))
     rows = next((hp.tensors[name].shape[0] for name in names if name in hp.tensors), 0)
@@ -248,7 +248,7 @@ BY_ARCHITECTURE: dict[str, Defaults] = {
 }
 
 
-def default_value(hp: Hyperparameters, key: str) -> Any:
+def default_value(hp: ReadableKeys, key: str) -> Any:
     """Returns the meaning of a missing key. Raises TideError if the key must be present."""
     entry = BY_ARCHITECTURE.get(hp.architecture, {}).get(key, COMMON.get(key, REQUIRED))
     if entry is REQUIRED:

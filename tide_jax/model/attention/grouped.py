@@ -46,20 +46,18 @@ def attention_context(
     positions: Int[Array, "B T"],
     seq_len: Int[Array, ""],
     slots: Int[Array, "B S"] | None,
-    new: Int[Array, "B N"] | None = None,
 ) -> AttentionContext:
     """Masks, biases and rotary tables of one attention type.
 
     Args:
-      positions: position in its row of each query token, -1 for padding.
+      positions: position in its row of each new token, -1 for padding.
       seq_len: tokens seen so far in the longest row.
       slots: position of the token in each cache slot, -1 for an empty slot; None without a cache.
-      new: positions of all new tokens, if only some of them are queries.
     """
     cos, sin = rope_tables(kind.rope, positions, seq_len) if kind.rope is not None else (None, None)
     scale = None if kind.query_scaling is None else _query_scale(kind.query_scaling, positions)
     cached = None if slots is None else _span(kind, positions, slots)
-    return AttentionContext(cos, sin, scale, _span(kind, positions, positions if new is None else new), cached)
+    return AttentionContext(cos, sin, scale, _span(kind, positions, positions), cached)
 
 
 def _query_scale(scaling: QueryScaling, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
