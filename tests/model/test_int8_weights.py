@@ -270,7 +270,7 @@ def test_exits_are_those_of_the_floats(engines: tuple[TIDE, TIDE], kv_strategy: 
 
 def test_lossless_tokens_are_those_of_full_depth(engines: tuple[TIDE, TIDE]) -> None:
     prompts = random_prompts((7,))
-    engines[0]._drafting._costs[1] = FREE  # measured ones would draft now this, now that
+    engines[0]._learned._costs[1] = FREE  # measured ones would draft now this, now that
     full, lossless = (engines[0].generate(prompts, mode=mode, max_new_tokens=9) for mode in ("full", "lossless"))
     np.testing.assert_array_equal(lossless.tokens, full.tokens)
 
@@ -286,7 +286,7 @@ def test_routers_fit_both_and_a_promise_does_not(tmp_path: Path) -> None:
     facts["exit_config"] = ExitConfig(**dials, guarantee=promise).to_dict()
     dataclasses.replace(made, metadata=RouterMetadata.from_dict(facts)).save(path)
     routers = Routers.load(path, model=small)
-    assert routers.checkpoints == made.checkpoints
+    assert routers.exit_points == made.exit_points
     other = dataclasses.replace(model.config, attention_types=(AttentionType(scale=0.9),))
     assert fingerprint(rounded(tiny_model(other))) != fingerprint(small)
     assert exit_settings(model, routers)[0].guarantee == promise

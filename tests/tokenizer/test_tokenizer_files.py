@@ -224,14 +224,14 @@ def test_older_files_name_the_special_tokens(tmp_path: Path) -> None:
         ("tokenizer.json", "[" * 100_000, "tokenizer.json cannot be read as a tokenizer"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "cannot be read"),
         ("tokenizer_config.json", "[]", "tokenizer_config.json holds a JSON list"),
-        ("tokenizer_config.json", '{"bos_token": 3}', "wrong at bos_token"),
-        ("tokenizer_config.json", '{"bos_token": {"content": null}}', "wrong at bos_token"),
-        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "wrong at add_bos_token"),
-        ("tokenizer_config.json", '{"padding_side": "middle"}', "wrong at padding_side"),
-        ("tokenizer_config.json", '{"model_max_length": -4}', "wrong at model_max_length"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', "wrong at added_tokens_decoder"),
-        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "wrong at extra_special_tokens"),
-        ("special_tokens_map.json", '{"eos_token": []}', "wrong at eos_token"),
+        ("tokenizer_config.json", '{"bos_token": 3}', "wrong value at bos_token"),
+        ("tokenizer_config.json", '{"bos_token": {"content": null}}', "wrong value at bos_token"),
+        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "wrong value at add_bos_token"),
+        ("tokenizer_config.json", '{"padding_side": "middle"}', "wrong value at padding_side"),
+        ("tokenizer_config.json", '{"model_max_length": -4}', "wrong value at model_max_length"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', "wrong value at added_tokens_decoder"),
+        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "wrong value at extra_special_tokens"),
+        ("special_tokens_map.json", '{"eos_token": []}', "wrong value at eos_token"),
     ],
 )
 def test_damaged_files_are_one_line(name: str, content: str, expected: str, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_other_vocabularies_say_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "tokenizer.model").write_bytes(content)
     write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    with pytest.raises(TideError, match=f"tokenizer.model, which takes .*pip install {packages}"):
+    with pytest.raises(TideError, match=f"tokenizer.model, which needs .*pip install {packages}"):
         tide_jax.load_tokenizer(tmp_path)
 
 
