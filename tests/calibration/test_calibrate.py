@@ -62,6 +62,7 @@ def gather(model: Decoder, calibration: CalibrationConfig, texts: Any = None) ->
 
 
 @pytest.mark.parametrize("candidates", [0, 64])
+@pytest.mark.matrix
 def test_tokens_leave_where_nothing_is_left_to_do(candidates: int) -> None:
     model = finished_model()
     routers = calibrate(model, None, TEXTS, config(confidence_candidates=candidates))

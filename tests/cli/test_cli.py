@@ -319,6 +319,7 @@ def run_in_shell(command: str, output: str = "", **environment: str) -> subproce
 
 
 @pytest.mark.parametrize("stream", ["", "--no-stream"])
+@pytest.mark.slow
 def test_output_that_cannot_hold_the_text(model: Path, stream: str, tmp_path: Path) -> None:
     """Characters that the output's encoding lacks are replaced."""
     from tokenizers import Tokenizer

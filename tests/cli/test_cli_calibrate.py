@@ -91,6 +91,7 @@ def test_the_promise_is_stored_and_nothing_it_rests_on_was_learned_from(
         assert part in out
 
 
+@pytest.mark.slow
 def test_the_stored_promise_is_used_and_dropped_with_other_settings(
     model: Path,  # noqa: F811
     promised: Path,

@@ -31,6 +31,7 @@ raise SystemExit(main())
 
 
 @pytest.mark.parametrize("exists, name", [(False, "SIGHUP"), (True, "SIGTERM")])
+@pytest.mark.slow
 def test_a_conversion_leaves_nothing_half_written(exists: bool, name: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if exists:

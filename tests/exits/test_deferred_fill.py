@@ -82,6 +82,7 @@ def test_a_skipped_layer_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.stats.layers_executed == 4 + 2 * (NEW - 1)
 
 
+@pytest.mark.slow
 def test_the_engine_defers_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     known, steps = engine_of("pre norm"), []
     step = generate.deferred_step
@@ -99,7 +100,7 @@ def test_the_engine_defers_where_that_is_faster(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bfloat16_generates() -> None:
-    model = tiny_decoder(tiny_config(), dtype=jnp.bfloat16)
+    model = tiny_decoder(tiny_config(num_layers=4), dtype=jnp.bfloat16)
     routers = random_routers(model.config, interval=2, affine=True, translator_rank=3, model=model)
     engine = TIDE(model, routers, ExitConfig(exit_threshold=0.3, min_layers=0))
     out = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])

@@ -97,6 +97,7 @@ def test_a_long_row_does_not_clip_its_neighbours(mode: str, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("arguments", [SAMPLED, {"mode": "lossless"}], ids=["exit", "lossless"])
+@pytest.mark.matrix
 def test_rows_that_fill_up_a_batch_change_nothing(arguments: dict[str, Any]) -> None:
     """17 rows run as 18."""
     prompts = random_prompts(tuple(range(2, 19)), seed=4)

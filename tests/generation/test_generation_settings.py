@@ -220,6 +220,7 @@ def processed(logits: np.ndarray, row: list[int], prompt: int, rules: dict[str, 
 
 @pytest.mark.parametrize("kv_strategy", ["propagate", "recompute"])
 @pytest.mark.parametrize("name", ["everything", "no n-gram of two", "bad words"])
+@pytest.mark.matrix(keep=2)
 def test_rules_apply_to_tokens_that_exit(name: str, kv_strategy: str) -> None:
     """The scoring call defines the logits; transformers' processors and an argmax make the tokens of them."""
     pytest.importorskip("torch")

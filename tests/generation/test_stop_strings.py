@@ -80,6 +80,7 @@ def test_no_step_runs_after_the_last_stop_string() -> None:
 
 
 @pytest.mark.parametrize("mode", ["exit", "lossless"])
+@pytest.mark.matrix
 def test_max_length_counts_the_prompt_of_each_row(mode: str) -> None:
     out = engine().generate(PROMPTS, mode=mode, max_length=24, eos_token_id=[], **PENALTY)
     assert [len(row) for row in out.sequences] == [24, 24, 24]

@@ -199,6 +199,7 @@ LONG = "A volcano is an opening through which lava, ash and gases escape from a 
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.slow
 def test_answers_are_those_of_lm_evals_own_model(tmp_path: Path, adds_bos: bool) -> None:
     pytest.importorskip("torch")
     from lm_eval.models.huggingface import HFLM
@@ -378,6 +379,7 @@ def command(*arguments: Any) -> int:
     return execute(lambda: parser, ["eval", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_command_line(files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = f"pretrained={files.converted},routers={files.routers},exit_threshold=0.5,min_layers=1"
     where = ["--tasks", "tide_passages", "--include_path", TASKS, "--output_path", tmp_path / "out"]

@@ -107,6 +107,7 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
 @pytest.mark.matrix
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
 @pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.slow
 def test_scores_of_random_splits(tmp_path: Path, adds_bos: bool, add_bos_token: bool | None) -> None:
     made = make_files(tmp_path, adds_bos=adds_bos)
     theirs = hf(made, add_bos_token=add_bos_token)

@@ -103,6 +103,7 @@ def test_what_overflows_later_is_noticed_then(mode: Any, streamed: bool) -> None
 
 
 @pytest.mark.parametrize("mode", ["full", "lossless"])
+@pytest.mark.matrix
 def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
     """The token that overflows ends the row, so that it is never read."""
     config = tiny_config(num_layers=3, tie_embeddings=False)

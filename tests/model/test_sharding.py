@@ -74,6 +74,7 @@ def test_on_eight_devices(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "ok", outcomes[name]
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_mesh(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -103,7 +103,7 @@ def wide(function: Callable[[], Any]) -> Any:
         return function()
 
 
-@pytest.mark.matrix(keep=2)
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_answers(run: str) -> None:
     expected = RUNS[run](engine_of("dense"))

@@ -144,6 +144,7 @@ def test_min_layers_of_the_engine_are_kept() -> None:
 
 
 @pytest.mark.parametrize("per_exit_point", [False, True])
+@pytest.mark.matrix
 def test_the_same_texts_give_the_same_guarantee(per_exit_point: bool) -> None:
     first = guarantee(engine_of(), TEXTS, 0.08, 0.1, per_exit_point=per_exit_point)
     again = guarantee(engine_of(), iter(TEXTS), 0.08, 0.1, per_exit_point=per_exit_point)

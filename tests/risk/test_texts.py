@@ -128,6 +128,7 @@ class ChatTokenizer(ByteTokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), ChatTokenizer()], ids=["plain", "chat"])
+@pytest.mark.matrix
 def test_a_model_writes_its_own_text(tokenizer: ByteTokenizer) -> None:
     model = tiny_model(tiny_config(num_layers=2))
     done: list[int] = []

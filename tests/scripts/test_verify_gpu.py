@@ -58,6 +58,7 @@ def report(out: Path) -> Report:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_report_says_what_it_was_made_with(report: Report) -> None:
     assert report["complete"]
     assert report["platform"] == "cpu"
@@ -69,6 +70,7 @@ def test_report_says_what_it_was_made_with(report: Report) -> None:
     assert report["roof"]["launch_us"] is not None
 
 
+@pytest.mark.slow
 def test_every_case_has_a_row_that_is_measured_and_right(report: Report) -> None:
     for op, shapes in (("exit_step", 4), ("exit_project", 4), ("exit_project, affine head", 4)):
         for name in ("reference", "pallas_interpret"):
@@ -80,6 +82,7 @@ def test_every_case_has_a_row_that_is_measured_and_right(report: Report) -> None
             assert all(r["right"] and r["max_error"] <= r["tolerance"] and r["flips"] == 0 for r in compared)
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_with_its_reason_and_the_rest_goes_on(report: Report) -> None:
     rows = [r for r in report["ops"] if r["op"] == "broken" and r["implementation"] == "pallas_interpret"]
     assert [(r["compiled"], r["error"]) for r in rows] == [(False, "ValueError: does not lower")] * 2
@@ -91,6 +94,7 @@ def test_what_fails_is_a_row_with_its_reason_and_the_rest_goes_on(report: Report
     assert found["exit_step, all kernels and shapes"]["found"].endswith("pallas_triton, triton")
 
 
+@pytest.mark.slow
 def test_decoding_goes_as_deep_as_it_is_told_and_the_chain_draws_the_same_tokens(report: Report) -> None:
     rows = report["decode"]["rows"]
     assert {row["batch"] for row in rows} == {1, 2}
@@ -110,6 +114,7 @@ def test_decoding_goes_as_deep_as_it_is_told_and_the_chain_draws_the_same_tokens
     assert all("overhead" in row for row in rows if row["variant"] == "routers on, no exits")
 
 
+@pytest.mark.slow
 def test_prompts_are_timed(report: Report) -> None:
     (row,) = report["prefill"]
     assert (row["batch"], row["tokens"]) == (1, 16)
@@ -117,10 +122,12 @@ def test_prompts_are_timed(report: Report) -> None:
     assert {g["measure"] for g in report["gains"]} == {"throughput, batch 1", "throughput, batch 2"}
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_a_line(report: Report) -> None:
     assert report["smollm2"] == {"skipped": "no converted model: pass --model DIR, as tide-jax convert writes it"}
 
 
+@pytest.mark.slow
 def test_parts_can_be_run_again_and_what_time_does_not_suffice_for_is_noted(out: Path, report: Report) -> None:
     again = ["--tiny", "--out", str(out), "--only", "ops", "--ops", "exit_project", "--minutes", "1e-9"]
     assert verify_gpu.main(again) == 0
@@ -335,6 +342,7 @@ def write(path: Path, report: Report) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_without_a_gpus_results_every_row_is_not_yet_run(tmp_path: Path, report: Report) -> None:
     missing = gpu_table(tmp_path / "none.json")
     assert {tuple(row) for row in cells(missing).values()} == {("not yet run on a GPU", "")}

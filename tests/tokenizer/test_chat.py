@@ -188,6 +188,7 @@ def test_a_template_goes_on_after_one_text_failed(monkeypatch: pytest.MonkeyPatc
             template.render([{"role": "user", "content": "loop"}])
 
 
+@pytest.mark.slow
 def test_an_interrupted_template_starts_anew() -> None:
     """The answer that was not waited for is not taken for the next one."""
     wait = "{% if messages[0].content == 'wait' %}" + ENDLESS["loops"] + "{% endif %}{{ messages[0].content }}"
