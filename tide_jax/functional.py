@@ -39,6 +39,13 @@ Lossless: the tokens of full depth, with drafts from the text verified several i
 >>> lossless = jax.jit(F.generate_lossless, static_argnames=("capacity", "most_slots"))
 >>> lossless(model, prompt, request, costs, capacity=8, most_slots=2).lengths.tolist()
 [4, 4]
+
+The model's weights rounded to 8 bits draft, too:
+
+>>> drafters = (*F.TEXT_ONLY, F.TwinDrafter(F.make_twin(model)))
+>>> costs = F.measure_pass_costs(model, drafters, batch=2, most_slots=2)
+>>> lossless(model, prompt, request, costs, None, drafters, capacity=8, most_slots=2).counts.chosen.shape
+(2,)
 """
 
 from tide_jax.exits.depth import DepthOutput, run_depth
@@ -61,8 +68,9 @@ from tide_jax.generation.logit_rules import LogitRules, make_rules
 from tide_jax.generation.sampling import Sampling, make_sampling, sample
 from tide_jax.lossless.control import DraftControl, PassCosts
 from tide_jax.lossless.costs import measure_pass_costs
-from tide_jax.lossless.drafts import Drafts, text_drafts
+from tide_jax.lossless.drafts import DraftedRows, Drafter, Drafts, TextDrafter
 from tide_jax.lossless.speculate import (
+    TEXT_ONLY,
     DraftCounts,
     LosslessGenerated,
     LosslessState,
@@ -70,6 +78,7 @@ from tide_jax.lossless.speculate import (
     begin_lossless,
     generate_lossless,
 )
+from tide_jax.lossless.twin import TwinDrafter, make_twin
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
@@ -77,11 +86,14 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.model.generation_settings import GenerationSettings
 
 __all__ = [
+    "TEXT_ONLY",
     "Decoder",
     "DecoderConfig",
     "DepthOutput",
     "DraftControl",
     "DraftCounts",
+    "DraftedRows",
+    "Drafter",
     "Drafts",
     "Exits",
     "Generated",
@@ -100,6 +112,8 @@ __all__ = [
     "Routers",
     "Sampling",
     "StepOutput",
+    "TextDrafter",
+    "TwinDrafter",
     "advance",
     "advance_lossless",
     "begin",
@@ -110,9 +124,9 @@ __all__ = [
     "init_cache",
     "make_rules",
     "make_sampling",
+    "make_twin",
     "measure_pass_costs",
     "prefill",
     "run_depth",
     "sample",
-    "text_drafts",
 ]

@@ -18,9 +18,10 @@ from tide_jax.generation.batch import bucket, eos_table, pad_left
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.logit_rules import make_rules
 from tide_jax.generation.sampling import make_sampling
-from tide_jax.lossless.control import DraftControl, Round, choose_drafts, update
-from tide_jax.lossless.drafts import Drafts, text_drafts
-from tide_jax.lossless.speculate import LosslessGenerated
+from tide_jax.lossless.control import DraftControl, Plan, Round, choose_drafts, expected_accepted, update
+from tide_jax.lossless.drafts import text_drafts
+from tide_jax.lossless.speculate import TEXT_ONLY, LosslessGenerated
+from tide_jax.lossless.twin import TwinDrafter, make_twin
 from tide_jax.model.generation_settings import GenerationSettings
 from tide_jax.testing import tiny_config
 
@@ -29,10 +30,12 @@ STATIC = ("capacity", "most_slots")
 # One of each way to read the cache.
 ARCHITECTURES = ("pre norm", "experts", "alibi and sinks", "latent attention", "sliding windows", "gated output")
 PROMPTS = random_prompts((7, 1, 12, 9))
-# A layer costs the same whatever the width, and heads nothing: every draft is worth a try. Or none is. Or as on a CPU.
-FREE = PassCosts(jnp.ones((3,)), jnp.zeros((3,)))
-DEAR = PassCosts(jnp.asarray([1.0, 10.0, 100.0]), jnp.zeros((3,)))
-CPU = PassCosts(jnp.asarray([1.0, 1.4, 2.5]), jnp.zeros((3,)))
+# A pass costs the same whatever the width: every draft is worth a try. Or none is. Or as on a CPU.
+FREE = PassCosts(jnp.ones((3,)), jnp.zeros((1,)))
+DEAR = PassCosts(jnp.asarray([1.0, 10.0, 100.0]), jnp.zeros((1,)))
+CPU = PassCosts(jnp.asarray([1.0, 1.4, 2.5]), jnp.zeros((1,)))
+# Drafts of a twin cost less than they bring.
+TWIN = PassCosts(jnp.ones((3,)), jnp.asarray([0.0, 0.01]))
 
 
 @functools.cache
@@ -41,6 +44,12 @@ def engine_of(name: str) -> TIDE:
     if name == "pre norm":  # a pass runs all layers: two show what five would, and compile in half the time
         config = dataclasses.replace(config, num_layers=2, attention_pattern=(0, 0))
     return engine_over(config, exit_threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def twin() -> TwinDrafter:
+    """That of the model most tests take."""
+    return TwinDrafter(make_twin(engine_of("pre norm").model))
 
 
 @functools.cache
@@ -59,9 +68,10 @@ def lossless(
     key: int = 0,
     most_slots: int = 8,
     rules: Any = None,
+    twin: TwinDrafter | None = None,
     **dials: Any,
 ) -> LosslessGenerated:
-    """The pure function with costs of our own."""
+    """The pure function with costs of our own, and the text's drafts; with a twin, these and the twin's."""
     lengths = np.asarray([len(p) for p in prompts], np.int32)
     prompt = Prompt(jnp.asarray(pad_left(prompts, bucket(int(lengths.max())))), jnp.asarray(lengths))
     request = Request(
@@ -72,7 +82,8 @@ def lossless(
         max_new_tokens=jnp.int32(new),
         rules=None if rules is None else make_rules(GenerationSettings(**rules), engine.model.config.vocab_size),
     )
-    arguments = (engine.model, prompt, request, costs)
+    drafters = TEXT_ONLY if twin is None else (*TEXT_ONLY, twin)
+    arguments = (engine.model, prompt, request, costs if twin is None else TWIN, None, drafters)
     return program()(*arguments, capacity=bucket(new), most_slots=most_slots)
 
 
@@ -97,7 +108,7 @@ def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
 def test_passes_of_any_width(most_slots: int) -> None:
     engine, costs = engine_of("pre norm"), FREE
     if most_slots < 3:
-        costs = PassCosts(FREE.layer[:most_slots], FREE.head[:most_slots])
+        costs = PassCosts(FREE.passes[:most_slots], FREE.drafts)
     out = lossless(engine, PROMPTS, costs=costs, most_slots=most_slots)
     assert_full(engine, PROMPTS, out)
     assert (out.counts.accepted > 0) == (most_slots > 1)
@@ -146,12 +157,12 @@ def test_sampling_draws_what_full_depth_draws_with_the_same_key(
         made = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[], key=key, **dials).tokens
         known = jnp.asarray(np.pad(made, ((0, 0), (width, 8))))
 
-        def drafter(tokens: Any, start: Any, end: Any, count: int, known: Any = known) -> Drafts:
+        def drafter(tokens: Any, start: Any, end: Any, count: int, known: Any = known) -> Any:
             columns = end[:, None] + jnp.arange(count)[None]
             guesses = jnp.take_along_axis(known, columns, axis=1, mode="clip") + (columns % 3 == 0).astype(jnp.int32)
-            return Drafts(guesses.astype(jnp.int32), jnp.full(end.shape, 8, jnp.int32))
+            return guesses.astype(jnp.int32), jnp.full(end.shape, 8, jnp.int32)
 
-        monkeypatch.setattr("tide_jax.lossless.speculate.text_drafts", drafter)
+        monkeypatch.setattr("tide_jax.lossless.drafts.text_drafts", drafter)
         program.cache_clear()
         out = lossless(engine, PROMPTS, key=seed, **dials)
         assert_full(engine, PROMPTS, out, key=key, **dials)
@@ -217,11 +228,11 @@ def test_no_draft_behind_an_end_of_sequence_token_is_taken(monkeypatch: pytest.M
     made = engine.generate(PROMPTS[:1], max_new_tokens=NEW, mode="full", eos_token_id=[], **options).tokens
     known = jnp.asarray(np.pad(made, ((0, 0), (width, 8))))
 
-    def drafter(tokens: Any, start: Any, end: Any, count: int) -> Drafts:
+    def drafter(tokens: Any, start: Any, end: Any, count: int) -> Any:
         found = jnp.take_along_axis(known, end[:, None] + jnp.arange(count)[None], axis=1, mode="clip")
-        return Drafts(found.astype(jnp.int32), jnp.full(end.shape, 8, jnp.int32))
+        return found.astype(jnp.int32), jnp.full(end.shape, 8, jnp.int32)
 
-    monkeypatch.setattr("tide_jax.lossless.speculate.text_drafts", drafter)
+    monkeypatch.setattr("tide_jax.lossless.drafts.text_drafts", drafter)
     program.cache_clear()
     for at in range(2, 7):
         eos = int(made[0, at])
@@ -254,49 +265,76 @@ def test_drafts_that_cost_more_than_they_bring_are_not_made() -> None:
     assert out.counts.passes == NEW
 
 
+def plan_of(control: DraftControl, costs: PassCosts, confidence: Any, drafters: Any = TEXT_ONLY) -> tuple[int, int]:
+    """Drafter and number of drafts for one running row."""
+    plan = choose_drafts(control, costs, drafters, jnp.asarray(confidence), jnp.asarray([True]), most_slots=8)
+    return int(plan.drafter), int(plan.count)
+
+
+def outcome(
+    drafts: int, held: int, seconds: float, *, right: bool, confidence: Any = ((1,),), drafter: int = 0
+) -> Round:
+    """A pass over one row."""
+    plan = Plan(jnp.int32(drafter), jnp.int32(drafts))
+    there = jnp.asarray(confidence)
+    return Round(
+        plan, there, jnp.full(there.shape, right), jnp.asarray([drafts]), jnp.asarray([held]), jnp.float32(held + 1),
+        jnp.float32(seconds),
+    )  # fmt: skip
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("accepted", [0, 1, 3, 7])
 def test_losses_are_bounded_and_gains_taken(accepted: int) -> None:
     """A row whose every draft holds for so many tokens, at the costs of a CPU."""
-    costs, layers = CPU, 30
-    control, seconds, tokens = DraftControl.start(), 0.0, 0
-    matched, running = jnp.asarray([3]), jnp.asarray([True])
+    control, seconds, tokens = DraftControl.start(TEXT_ONLY), 0.0, 0
+    learn = jax.jit(lambda control, done: update(control, CPU, TEXT_ONLY, done))
+    choose = jax.jit(lambda c: choose_drafts(c, CPU, TEXT_ONLY, jnp.asarray([[1]]), jnp.asarray([True]), most_slots=8))
     for _ in range(400):
-        chosen = choose_drafts(control, costs, layers, matched, running, most=7)
-        drafts = int(chosen)
+        drafts = int(choose(control).count)
         held = min(drafts, accepted)
-        spent = layers * {0: 1.0, 1: 1.4, 7: 2.5}[drafts]
-        done = Round(
-            matched,
-            chosen[None],
-            jnp.asarray([held if drafts else min(accepted, 1)]),  # the first is seen to hold where none is made
-            jnp.float32(held + 1),
-            jnp.float32(spent),
-        )
-        control = update(control, costs, layers, done)
+        spent = {0: 1.0, 3: 1.4, 7: 2.5}[drafts]
+        control = learn(control, outcome(drafts, held, spent, right=accepted > 0))
         seconds, tokens = seconds + spent, tokens + held + 1
-        assert seconds <= layers * (1.01 * tokens + 3.1)
-    gain = layers * tokens / seconds
-    assert gain > {0: 0.97, 1: 1.3, 3: 1.4, 7: 2.5}[accepted]
+        assert seconds <= 1.01 * tokens + 3.1
+    assert tokens / seconds > {0: 0.97, 1: 1.3, 3: 2.5, 7: 2.9}[accepted]
 
 
 @pytest.mark.parametrize("holds", [0, 1])
 def test_what_drafts_would_have_done_is_learned_without_making_any(holds: int) -> None:
     """Without credit nothing is drafted; once there is some, drafts are made where they would have held."""
-    costs, layers = CPU, 30
-    control = DraftControl.start()._replace(credit=jnp.float32(-1e6))
-    matched, running = jnp.asarray([3]), jnp.asarray([True])
-
-    def drafts() -> int:
-        return int(choose_drafts(control, costs, layers, matched, running, most=7))
-
+    control = DraftControl.start(TEXT_ONLY)._replace(credit=jnp.float32(-1e6))
     for _ in range(60):
-        assert drafts() == 0
-        one = jnp.float32(1.0)
-        done = Round(matched, jnp.asarray([0]), jnp.asarray([holds]), one, layers * one)
-        control = update(control, costs, layers, done)
+        assert plan_of(control, CPU, [[1]])[1] == 0
+        control = update(control, CPU, TEXT_ONLY, outcome(0, 0, 1.0, right=bool(holds)))
     control = control._replace(credit=jnp.float32(0.0))
-    assert drafts() == 7 * holds
+    assert (plan_of(control, CPU, [[1]])[1] > 0) == bool(holds)
+
+
+def test_the_fastest_drafter_drafts(twin: TwinDrafter) -> None:
+    """Long matches in the text, whose drafts cost nothing; else the twin; nobody where a draft costs a step."""
+    drafters = (*TEXT_ONLY, twin)
+    control = DraftControl.start(drafters)
+    cheap, dear = (PassCosts(jnp.asarray([1.0, 1.1, 1.2]), jnp.asarray([0.0, draft])) for draft in (0.3, 1.0))
+    assert plan_of(control, cheap, [[3], [0]], drafters) == (0, 7)
+    assert plan_of(control, cheap, [[-1], [0]], drafters) == (1, 7)
+    assert plan_of(control, cheap, [[0], [0]], drafters) == (1, 7)
+    assert plan_of(control, dear, [[-1], [0]], drafters)[1] == 0
+    assert plan_of(control, dear, [[3], [0]], drafters) == (0, 7)
+
+
+def test_a_twin_that_fails_is_left_and_tried_again(twin: TwinDrafter) -> None:
+    drafters, costs = (*TEXT_ONLY, twin), PassCosts(jnp.asarray([1.0, 1.1, 1.2]), jnp.asarray([0.0, 0.3]))
+    control, tried = DraftControl.start(drafters), []
+    learn = jax.jit(lambda control, done: update(control, costs, drafters, done))
+    for _ in range(300):
+        number, drafts = plan_of(control, costs, [[-1], [0]], drafters)
+        spent = {0: 1.0, 3: 2.0, 7: 3.3}[drafts]
+        control = learn(control, outcome(drafts, 0, spent, right=False, confidence=[[-1], [0]], drafter=number))
+        tried.append(drafts > 0)
+    assert any(tried[:10])
+    assert any(tried[100:])
+    assert sum(tried) < 15
 
 
 def test_the_verifier_tells_whether_drafts_would_have_held() -> None:
@@ -320,32 +358,34 @@ def told(row: list[int], new: list[int]) -> dict[int, list[int]]:
     for made, token in enumerate(new[1:], start=1):
         text = row + new[:made]
         room = [0] * (len(row) + len(new) - len(text))  # one shape, so that one program serves all lengths
-        found = text_drafts(jnp.asarray([text + room]), jnp.asarray([0]), jnp.asarray([len(text)]), 1)
-        if (length := int(found.matched[0])) >= 2:
+        tokens, matched = text_drafts(jnp.asarray([text + room]), jnp.asarray([0]), jnp.asarray([len(text)]), 1)
+        if (length := int(matched[0])) >= 2:
             number = sum(length >= edge for edge in (3, 5, 8))
-            held.setdefault(number, []).append(int(int(found.tokens[0, 0]) == token))
+            held.setdefault(number, []).append(int(int(tokens[0, 0]) == token))
     return held
 
 
 def test_a_row_without_drafts_says_nothing_of_several() -> None:
-    costs, layers = CPU, 30
-    control = DraftControl.start()
+    control = DraftControl.start(TEXT_ONLY)
     for _ in range(20):  # all seven hold; the other row was not drafted for, and its first would have failed
-        lengths, held = jnp.asarray([9, 3]), jnp.asarray([7, 0])
-        done = Round(lengths, held, held, jnp.float32(4.5), jnp.float32(75.0))
-        control = update(control, costs, layers, done)
-    assert control.many[3] > 6.5
+        plan = Plan(jnp.int32(0), jnp.int32(7))
+        held = jnp.asarray([7, 0])
+        right = jnp.asarray([[True, False]])
+        done = Round(plan, jnp.asarray([[3, 1]]), right, held, held, jnp.float32(4.5), jnp.float32(2.5))
+        control = update(control, CPU, TEXT_ONLY, done)
+    expected = expected_accepted(control, 7)
+    assert expected[3] > 6.5
     assert control.first[1] < 0.1
-    assert 0.0 < control.many[1] < 0.3
+    assert 0.0 < expected[1] < 0.3
 
 
 def test_text_drafts_continue_the_latest_longest_match() -> None:
     rows = [[1, 2, 3, 9, 2, 3, 5, 2, 3, 0, 0], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 6, 7, 6, 7, 6, 0, 0, 0, 0]]
-    found = text_drafts(jnp.asarray(rows), jnp.asarray([0, 0, 2]), jnp.asarray([9, 3, 7]), 4)
-    assert found.matched.tolist() == [2, 2, 3]
-    assert found.tokens.tolist() == [[5, 2, 3, 5], [4, 4, 4, 4], [7, 6, 7, 6]]
-    none = text_drafts(jnp.asarray([[1, 2, 3, 1, 0]]), jnp.asarray([1]), jnp.asarray([4]), 2)
-    assert none.matched.tolist() == [0], "what stands before the row is not the row's"
+    tokens, matched = text_drafts(jnp.asarray(rows), jnp.asarray([0, 0, 2]), jnp.asarray([9, 3, 7]), 4)
+    assert matched.tolist() == [2, 2, 3]
+    assert tokens.tolist() == [[5, 2, 3, 5], [4, 4, 4, 4], [7, 6, 7, 6]]
+    _, matched = text_drafts(jnp.asarray([[1, 2, 3, 1, 0]]), jnp.asarray([1]), jnp.asarray([4]), 2)
+    assert matched.tolist() == [0], "what stands before the row is not the row's"
 
 
 def test_the_engine_measures_costs_and_says_what_drafts_came_to() -> None:
@@ -403,8 +443,9 @@ def test_half_precision_runs() -> None:
 def test_costs_are_positive_and_bad_sizes_refused() -> None:
     engine = engine_of("pre norm")
     costs = measure_pass_costs(engine.model, batch=2)
-    assert costs.layer.shape == costs.head.shape == (3,)
-    assert bool(jnp.all(costs.layer > 0) & jnp.all(costs.head > 0))
+    assert costs.passes.shape == (3,)
+    assert bool(jnp.all(costs.passes > 0))
+    assert costs.drafts.tolist() == [0.0], "copying costs nothing"
     with pytest.raises(TideError, match="batch"):
         measure_pass_costs(engine.model, batch=0)
     with pytest.raises(TideError, match="lossless"):

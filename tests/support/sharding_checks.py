@@ -34,7 +34,7 @@ from tide_jax.testing import random_routers, tiny_config
 
 NEW = 12
 PROMPTS = random_prompts((7, 1, 12, 9, 3, 5, 2, 8), vocab=200)
-FREE = PassCosts(np.ones(3, np.float32), np.zeros(3, np.float32))  # every draft is worth a try
+FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32))  # every draft is worth a try
 EVEN = tiny_config(
     num_layers=2, vocab_size=264, hidden_size=64, num_heads=16, num_kv_heads=8, head_dim=8, intermediate_size=96
 )
@@ -64,7 +64,7 @@ def engine_of(name: str, shape: str | None = None) -> TIDE:
     model = tiny_model(MODELS[name])
     routers = random_routers(model.config, interval=1, affine=True, translator_rank=4, model=model)
     engine = TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0), mesh=mesh)
-    engine._learned._costs[len(PROMPTS)] = FREE  # measured costs would draft now this, now that
+    engine._learned._costs[len(PROMPTS), "text"] = FREE  # measured costs would draft now this, now that
     return engine
 
 

@@ -54,21 +54,43 @@ class DriftReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftStats:
-    """Draft counters of ``mode="lossless"``, summed over all rows.
+class DrafterStats:
+    """Counters of one drafter.
 
     Attributes:
-      passes: passes of the full model, prefill included.
-      drafted, accepted: drafts verified, and drafts accepted.
+      passes: passes that verified its drafts.
+      drafted, accepted: drafts verified, and drafts accepted, over all rows.
     """
 
     passes: int
     drafted: int
     accepted: int
 
+
+@dataclasses.dataclass(frozen=True)
+class DraftStats:
+    """Draft counters of ``mode="lossless"``, summed over all rows.
+
+    Attributes:
+      passes: passes of the full model, prefill included.
+      drafted, accepted: drafts verified, and drafts accepted.
+      by_drafter: the same for each drafter, by name. Its `passes` are those that verified its drafts.
+    """
+
+    passes: int
+    drafted: int
+    accepted: int
+    by_drafter: dict[str, DrafterStats] = dataclasses.field(default_factory=dict)
+
     def summary(self) -> str:
         """One line to print."""
-        return f"lossless: {self.passes} passes; {self.accepted} of {self.drafted} drafts accepted"
+        plain = self.passes - sum(each.passes for each in self.by_drafter.values())
+        parts = [
+            f"{name}: {each.accepted} of {each.drafted} drafts accepted in {each.passes} passes"
+            for name, each in self.by_drafter.items()
+            if each.passes
+        ]
+        return "; ".join([f"lossless: {self.passes} passes, {plain} without drafts", *parts])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,31 @@
-"""Chooses how many drafts to verify in each pass: the number with the highest expected tokens per second, or none.
+"""Chooses who drafts in each pass, and how many tokens: whatever makes the most tokens a second, or no drafts.
 
-Verifying several tokens may cost more than running one, so the cost of passes over one, two and all slots is measured
-(`tide_jax.lossless.costs`). The acceptance rates of drafts are learned during generation. They are learned without
-drafting, too: the token that is generated shows whether the first draft would have been accepted. Losses are bounded:
-drafting stops when the total time exceeds that of full depth by more than one percent plus one or two steps.
+Verifying several tokens may cost more than running one, and some drafters run a model of their own, so these costs are
+measured (`tide_jax.lossless.costs`). How often drafts are accepted is learned during generation. For drafters whose
+drafts cost nothing it is learned without drafting, too: the token that is generated shows whether the first draft would
+have been accepted. Losses are bounded: drafting stops when the total time exceeds that of full depth by more than one
+percent plus one or two steps.
+
+A pass that verifies K drafts gains ``first * (1 + later + ... + later**(K - 1))`` tokens on average, if the first draft
+is accepted with probability `first` and each later one with probability `later`, given those before it. A row's drafts
+come with a confidence, a small number, and each confidence of each drafter has a `first` and a `later` of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tide_jax.lossless.drafts import Drafter
+
 MOST_DRAFTS = 7
 """Drafts in a full pass: one for each slot but the newest token's."""
-_SHORTEST_MATCH = 2
-_MATCH_EDGES = (3, 5, 8)
-"""Acceptance is learned separately for matches of 2, 3 to 4, 5 to 7, and 8 or more tokens."""
-_FIRST_ACCEPTED = (0.4, 0.5, 0.7, 0.85)
-_MANY_ACCEPTED = (0.5, 1.0, 2.2, 4.5)
-"""Prior expected number of accepted drafts, by length of match: of one draft, and of a full pass."""
+_WIDTHS = (1, 4, 8)
+"""Slots of a row that passes are compiled for. On a CPU, three tokens cost as much as four, and five as much as eight:
+the weight product takes four or eight rows at once."""
 _LEARNING_RATE = 0.15
 _FADING = 0.005  # share by which estimates move back to the prior in each pass, so that failed drafts are retried
 _WORTH_IT = 1.02  # least speed-up for drafting, above the error of the measured costs
@@ -29,134 +34,182 @@ _CREDIT_AT_FIRST, _MOST_CREDIT = 1.5, 8.0
 
 
 class PassCosts(NamedTuple):
-    """Seconds of a pass by its width, the slots of a row: one, two, or the most (`tide_jax.exits.queue.pass_widths`).
+    """Seconds of a pass of the full model, and of a draft.
 
     Attributes:
-      layer: seconds of one layer.
-      head: seconds of the output head.
+      passes: by the width of the pass, the slots of a row, for each of `pass_widths`.
+      drafts: seconds of one draft for all rows, by drafter; 0 for drafters that copy.
     """
 
-    layer: Float[Array, " W"]
-    head: Float[Array, " W"]
+    passes: Float[Array, " W"]
+    drafts: Float[Array, " D"]
 
 
 class DraftControl(NamedTuple):
     """Learned acceptance rates, a pytree that each generation passes on to the next.
 
+    The entries are the confidences of the first drafter, then those of the second, and so on.
+
     Attributes:
-      first: probability that the first draft is accepted, by length of match.
-      many: expected accepted drafts of a full pass, by length of match.
+      first: probability that the first draft is accepted.
+      later: probability that a later draft is accepted, given those before it.
       credit: time that drafting may still lose, in steps at full depth.
     """
 
-    first: Float[Array, " M"]
-    many: Float[Array, " M"]
+    first: Float[Array, " C"]
+    later: Float[Array, " C"]
     credit: Float[Array, ""]
 
     @classmethod
-    def start(cls) -> DraftControl:
+    def start(cls, drafters: Sequence[Drafter]) -> DraftControl:
         """Prior estimates, with the initial credit."""
-        return _prior()._replace(credit=jnp.float32(_CREDIT_AT_FIRST))
+        return _prior(drafters)._replace(credit=jnp.float32(_CREDIT_AT_FIRST))
+
+
+class Plan(NamedTuple):
+    """What the next pass does.
+
+    Attributes:
+      drafter: number of the drafter, int32; meaningless without drafts.
+      count: drafts of each row, int32; 0 for none.
+    """
+
+    drafter: Int[Array, ""]
+    count: Int[Array, ""]
 
 
 class Round(NamedTuple):
     """Outcome of one pass.
 
     Attributes:
-      matched: length of match of each row's drafts, verified or not; 0 if there was nothing to draft.
-      drafted: verified drafts of each row, int32.
-      accepted: accepted drafts of each row. Without drafts: 1 if the first draft would have been accepted, which costs
-        nothing to check.
+      plan: the pass's drafter, and the number of drafts that it was to make.
+      confidence: confidence of each drafter in a row's drafts, verified or not; -1 if it has none, or none worth
+        verifying.
+      right: whether each drafter's first draft is the token that was generated; read for drafters whose drafts cost
+        nothing.
+      drafted, accepted: verified and accepted drafts of each row.
       tokens: new tokens of a row, mean over the running rows.
-      seconds: time of the pass, according to the measured costs.
+      seconds: time of the pass with its drafts, according to the measured costs.
     """
 
-    matched: Int[Array, " B"]
+    plan: Plan
+    confidence: Int[Array, "D B"]
+    right: Bool[Array, "D B"]
     drafted: Int[Array, " B"]
     accepted: Int[Array, " B"]
     tokens: Float[Array, ""]
     seconds: Float[Array, ""]
 
 
-def step_seconds(costs: PassCosts, num_layers: int) -> Float[Array, " W"]:
-    """Seconds of a pass at full depth, by width."""
-    return costs.layer * num_layers + costs.head
+def pass_widths(most: int) -> tuple[int, ...]:
+    """Slots of a row that passes are compiled for, ascending.
+
+    >>> pass_widths(8), pass_widths(1), pass_widths(5)
+    ((1, 4, 8), (1,), (1, 4, 5))
+    """
+    return (*(width for width in _WIDTHS if width < most), most)
+
+
+def pass_number(count: Int[Array, ""], most: int) -> Int[Array, ""]:
+    """Index of the narrowest pass with at least `count` slots."""
+    return jnp.searchsorted(jnp.asarray(pass_widths(most), jnp.int32), count).astype(jnp.int32)
+
+
+def seconds_of(costs: PassCosts, plan: Plan, slots: Int[Array, ""], most_slots: int) -> Float[Array, ""]:
+    """Measured seconds of a pass over `slots` slots, with the drafts of its plan."""
+    return costs.passes[pass_number(slots, most_slots)] + costs.drafts[plan.drafter] * plan.count.astype(jnp.float32)
 
 
 def choose_drafts(
     control: DraftControl,
     costs: PassCosts,
-    num_layers: int,
-    matched: Int[Array, " B"],
+    drafters: Sequence[Drafter],
+    confidence: Int[Array, "D B"],
     running: Bool[Array, " B"],
     *,
-    most: int,
-) -> Int[Array, ""]:
-    """Number of drafts to verify for each row in the next pass: 0, 1 or `most`.
+    most_slots: int,
+) -> Plan:
+    """The plan with the most expected tokens for its time: a drafter and a width of the pass, or no drafts.
 
     Args:
       control: learned acceptance rates.
-      costs: measured seconds of a pass.
-      num_layers: layers of the model.
-      matched: length of match of each row's drafts.
+      costs: measured seconds.
+      drafters: the drafters of the control's rates.
+      confidence: confidence of each drafter in each row's drafts, -1 for none.
       running: rows that have not ended.
-      most: drafts in a full pass, beside the newest token.
+      most_slots: slots of a row in the widest pass, the newest token's included.
     """
-    seconds = step_seconds(costs, num_layers)
-    drafted, bucket = running & (matched >= _SHORTEST_MATCH), _bucket(matched)
+    widths = pass_widths(most_slots)
+    plans = [(number, width - 1) for number in range(len(drafters)) for width in widths[1:]]
+    if not plans:
+        return Plan(jnp.int32(0), jnp.int32(0))
     rows = jnp.maximum(jnp.sum(running, dtype=jnp.int32), 1).astype(jnp.float32)
+    entries, drafted = entries_of(drafters, confidence), running[None] & (confidence >= 0)
 
-    def rate(expected: Float[Array, " M"], pass_seconds: Array) -> Array:
+    def speed(number: int, count: int) -> Array:
         """Expected tokens of a row in the time of one step at full depth."""
-        gained = jnp.sum(jnp.where(drafted, expected[bucket], 0.0)) / rows
-        return (1.0 + gained) * seconds[0] / pass_seconds
+        gained = expected_accepted(control, count)[entries[number]]
+        gained = jnp.sum(jnp.where(drafted[number], gained, 0.0)) / rows
+        seconds = costs.passes[widths.index(count + 1)] + count * costs.drafts[number]
+        return (1.0 + gained) * costs.passes[0] / seconds
 
-    # Compare one draft with a full pass, and draft only if credit is left and the better one beats a plain step.
-    rates = jnp.stack([rate(control.first, seconds[min(1, len(seconds) - 1)]), rate(control.many, seconds[-1])])
-    best = jnp.argmax(rates)
-    worth_it = (control.credit >= 0) & jnp.any(drafted) & (rates[best] > _WORTH_IT)
-    return jnp.where(worth_it, jnp.where(best == 0, min(1, most), most), 0).astype(jnp.int32)
+    speeds = jnp.stack([speed(*plan) for plan in plans])
+    best = jnp.argmax(speeds)
+    number, count = (jnp.asarray(column, jnp.int32)[best] for column in zip(*plans, strict=True))
+    # Draft only if credit is left, and if the best plan beats a plain step.
+    worth_it = (control.credit >= 0) & (speeds[best] > _WORTH_IT) & jnp.any(drafted[number])
+    return Plan(number, jnp.where(worth_it, count, 0))
 
 
-def update(control: DraftControl, costs: PassCosts, num_layers: int, done: Round) -> DraftControl:
+def expected_accepted(control: DraftControl, count: int) -> Float[Array, " C"]:
+    """Expected accepted drafts of `count`, by confidence."""
+    return control.first * sum((control.later**n for n in range(1, count)), start=jnp.ones_like(control.later))
+
+
+def update(control: DraftControl, costs: PassCosts, drafters: Sequence[Drafter], done: Round) -> DraftControl:
     """Updates the acceptance rates and the credit with the outcome of one pass."""
-    one, most = step_seconds(costs, num_layers)[0], MOST_DRAFTS
-    # Fade towards the prior. For full passes it is derived from `first`: each draft is as likely as the first.
-    prior = _prior()._replace(many=_as_often(control.first), credit=control.credit)
-    control = DraftControl(*(a + _FADING * (b - a) for a, b in zip(control, prior, strict=True)))
-    # Learn from the rows with a match: `first` from all of them, `many` from those with several drafts.
-    counted = done.matched >= _SHORTEST_MATCH
-    untried, several = counted & (done.drafted == 0), counted & (done.drafted > 1)
-    first = _toward(control.first, done.matched, jnp.minimum(done.accepted, 1), counted, _LEARNING_RATE)
-    many = _toward(control.many, done.matched, done.accepted, several, _LEARNING_RATE)
-    # Rows without drafts say nothing about `many`. Scale it with `first`, keeping the ratio learned so far.
-    inferred = jnp.minimum(control.many * _as_often(first) / _as_often(control.first), float(most))
-    many = _toward(many, done.matched, inferred[_bucket(done.matched)], untried, 1.0)
+    # Fade towards the prior. Without other evidence, a later draft is accepted as often as the first.
+    prior = _prior(drafters)
+    first = control.first + _FADING * (prior.first - control.first)
+    later = control.later + _FADING * (control.first - control.later)
+    # The first draft: known where drafts cost nothing, and where this drafter was chosen.
+    entries, there = entries_of(drafters, done.confidence), done.confidence >= 0
+    chosen = (jnp.arange(len(drafters), dtype=jnp.int32) == done.plan.drafter)[:, None] & (done.drafted > 0)[None]
+    free = jnp.asarray([[drafter.model is None] for drafter in drafters])
+    right = jnp.where(chosen, (done.accepted > 0)[None], done.right).astype(jnp.float32)
+    first = _toward(first, entries, right, there & (free | chosen), jnp.full((1, 1), _LEARNING_RATE))
+    # Later drafts: those up to the first that failed, or up to the last. Each is one observation.
+    tried = jnp.minimum(done.drafted, done.accepted + 1) - 1
+    share = jnp.maximum(done.accepted - 1, 0).astype(jnp.float32) / jnp.maximum(tried, 1).astype(jnp.float32)
+    speed = 1.0 - (1.0 - _LEARNING_RATE) ** tried.astype(jnp.float32)
+    several = there & chosen & ((done.accepted > 0) & (tried > 0))[None]
+    later = _toward(later, entries, share[None], several, speed[None])
     # Gain the time that the new tokens would have taken at full depth, plus the allowed loss; pay for the pass.
-    credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / one
-    return DraftControl(first, many, jnp.minimum(credit, _MOST_CREDIT))
+    credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / costs.passes[0]
+    return DraftControl(first, later, jnp.minimum(credit, _MOST_CREDIT))
 
 
-def _prior() -> DraftControl:
-    return DraftControl(
-        jnp.asarray(_FIRST_ACCEPTED, jnp.float32), jnp.asarray(_MANY_ACCEPTED, jnp.float32), credit=jnp.float32(0.0)
-    )
+def entries_of(drafters: Sequence[Drafter], confidence: Int[Array, "D B"]) -> Int[Array, "D B"]:
+    """The entry of `DraftControl` for each drafter's confidence in each row's drafts; of -1, that of 0."""
+    starts = [sum(len(drafter.rates) for drafter in drafters[:number]) for number in range(len(drafters))]
+    return jnp.asarray(starts, jnp.int32)[:, None] + jnp.maximum(confidence, 0)
 
 
-def _as_often(first: Float[Array, " M"]) -> Float[Array, " M"]:
-    """Expected accepted drafts of a full pass if each is accepted as often as the first, given those before it."""
-    return sum((first**n for n in range(2, MOST_DRAFTS + 1)), start=first)
-
-
-def _bucket(matched: Int[Array, " B"]) -> Int[Array, " B"]:
-    return jnp.sum(matched[:, None] >= jnp.asarray(_MATCH_EDGES, jnp.int32)[None], axis=1, dtype=jnp.int32)
+def _prior(drafters: Sequence[Drafter]) -> DraftControl:
+    first, later = zip(*(rates for drafter in drafters for rates in drafter.rates), strict=True)
+    return DraftControl(jnp.asarray(first, jnp.float32), jnp.asarray(later, jnp.float32), jnp.float32(0.0))
 
 
 def _toward(
-    known: Float[Array, " M"], matched: Int[Array, " B"], seen: Array, counted: Bool[Array, " B"], speed: float
-) -> Float[Array, " M"]:
-    """Moves the estimate of each length of match towards the mean of `seen` over the counted rows of that length."""
-    member = (_bucket(matched)[:, None] == jnp.arange(known.shape[0], dtype=jnp.int32)[None]) & counted[:, None]
-    number = jnp.sum(member.astype(jnp.float32), axis=0)
-    mean = jnp.sum(jnp.where(member, seen[:, None].astype(jnp.float32), 0.0), axis=0) / jnp.maximum(number, 1.0)
-    return jnp.where(number > 0, known + speed * (mean - known), known)
+    known: Float[Array, " C"],
+    entries: Int[Array, "D B"],
+    seen: Float[Array, "#D B"],
+    counted: Bool[Array, "D B"],
+    speed: Float[Array, "1 #B"],
+) -> Float[Array, " C"]:
+    """Moves each entry towards the mean of `seen` over its counted rows, by their mean `speed`."""
+    places = jnp.arange(known.shape[0], dtype=jnp.int32)[:, None, None]
+    member = ((entries[None] == places) & counted[None]).astype(jnp.float32)
+    number = jnp.maximum(jnp.sum(member, axis=(1, 2)), 1.0)
+    mean, by = (jnp.sum(member * a[None], axis=(1, 2)) / number for a in (seen, speed))
+    return known + by * jnp.where(jnp.any(member > 0, axis=(1, 2)), mean - known, 0.0)

@@ -1,9 +1,9 @@
-"""Measures the time of passes over one, two or several tokens on this machine, for `tide_jax.lossless.control`."""
+"""Measures the time of passes and of drafts on this machine, for `tide_jax.lossless.control`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,22 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from tide_jax.checks import whole_number
-from tide_jax.exits.queue import pass_widths
-from tide_jax.lossless.control import PassCosts
-from tide_jax.lossless.speculate import MOST_SLOTS
+from tide_jax.lossless.control import PassCosts, pass_widths
+from tide_jax.lossless.drafts import Drafter
+from tide_jax.lossless.speculate import MOST_SLOTS, TEXT_ONLY
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.ops import likeliest
 
 _MOST_LAYERS = 8  # enough that their weights don't stay in a CPU's caches
 _REPEATS = 8
 
 
-def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST_SLOTS) -> PassCosts:
+def measure_pass_costs(
+    model: Decoder, drafters: Sequence[Drafter] = TEXT_ONLY, *, batch: int = 1, most_slots: int = MOST_SLOTS
+) -> PassCosts:
     """Times layers and the output head at each width of a pass; takes a few seconds, compilation included.
 
     Attention over earlier tokens is not measured: its time hardly depends on the width.
 
     Args:
       model: the decoder.
+      drafters: who may draft; a pass over one token of a drafter's own model is timed, too.
       batch: rows of the batch.
       most_slots: slots of the widest pass.
 
@@ -35,27 +39,48 @@ def measure_pass_costs(model: Decoder, *, batch: int = 1, most_slots: int = MOST
     """
     batch = whole_number("batch", batch, 1)
     widths = pass_widths(whole_number("most_slots", most_slots, 1))
-    # Compile one program for each kind of layer; time layers spread over the depth.
-    count = min(_MOST_LAYERS, len(model.layers))
-    chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
-    programs: dict[Any, Callable[..., Any]] = {}
-    layers = [_flat(programs, model.layers[i], lambda layer, x, c: layer(x, c, None)[0]) for i in chosen.tolist()]
-    head = _flat(programs, model, lambda model, x: jnp.argmax(model.logits(model.final_norm(x)), axis=-1))
-    layer_times: dict[int, list[float]] = {w: [] for w in widths}
-    head_times: dict[int, list[float]] = {w: [] for w in widths}
-    # Alternate between widths, so that a slow moment of the machine doesn't hit one width alone.
-    for _ in range(_REPEATS + 1):  # the first round compiles
-        for width in widths:
-            x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
-            contexts = model.contexts(jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width)), None)
-            layer_times[width].append(_seconds(lambda x=x, c=contexts: _through(layers, x, c)) / len(layers))
-            head_times[width].append(_seconds(lambda x=x: head(x)))
+    passes = {width: _Passes(model, batch, width) for width in widths}
+    drafts = [None if drafter.model is None else _Passes(drafter.model, batch, 1) for drafter in drafters]
+    timed = [*passes.values(), *(draft for draft in drafts if draft is not None)]
+    # Alternate between them, so that a slow moment of the machine doesn't hit one alone. The first round compiles.
+    for _ in range(_REPEATS + 1):
+        for each in timed:
+            each.run()
+    return PassCosts(
+        passes=jnp.asarray([each.seconds() for each in passes.values()], jnp.float32),
+        drafts=jnp.asarray([0.0 if draft is None else draft.seconds() for draft in drafts], jnp.float32),
+    )
 
-    def least(times: dict[int, list[float]]) -> jax.Array:
-        # The minimum: other load on the machine only adds time, unevenly; medians differed by half.
-        return jnp.asarray([min(times[w][1:]) for w in widths], jnp.float32)
 
-    return PassCosts(least(layer_times), least(head_times))
+class _Passes:
+    """Times passes of one width: layers spread over the depth, and the output head."""
+
+    def __init__(self, model: Decoder, batch: int, width: int) -> None:
+        count = min(_MOST_LAYERS, len(model.layers))
+        chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
+        programs: dict[Any, Callable[..., Any]] = {}  # one for each kind of layer
+        self._layers = [
+            _flat(programs, model.layers[i], lambda layer, x, c: layer(x, c, None)[0]) for i in chosen.tolist()
+        ]
+        self._head = _flat(programs, model, lambda model, x: likeliest(model.logits(model.final_norm(x))))
+        self._all = len(model.layers)
+        self._x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
+        positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
+        self._contexts = model.contexts(positions, None)
+        self._times: list[tuple[float, float]] = []
+
+    def run(self) -> None:
+        """Runs once, and keeps the seconds of the layers and of the head."""
+        layers = _seconds(lambda: _through(self._layers, self._x, self._contexts))
+        self._times.append((layers, _seconds(lambda: self._head(self._x))))
+
+    def seconds(self) -> float:
+        """Seconds of a whole pass.
+
+        The minimum without the first run: other load on the machine only adds time, unevenly; medians differed by half.
+        """
+        layers, head = (min(column) for column in zip(*self._times[1:], strict=True))
+        return layers / len(self._layers) * self._all + head
 
 
 def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callable[..., Any]) -> Callable[..., Any]:

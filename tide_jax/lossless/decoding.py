@@ -1,71 +1,124 @@
-"""``mode="lossless"`` for `tide_jax.generation.driver`; keeps measured costs and learned acceptance rates."""
+"""``mode="lossless"`` for `tide_jax.generation.driver`; keeps drafters, measured costs and acceptance rates."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import weight_product
+from tide_jax.config import Mode
+from tide_jax.errors import TideError, shorten
 from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
+from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.outputs import GenerateOutput
 from tide_jax.generation.programs import Programs
-from tide_jax.generation.stats import DraftStats
+from tide_jax.generation.stats import DrafterStats, DraftStats
 from tide_jax.lossless.control import DraftControl, PassCosts
 from tide_jax.lossless.costs import measure_pass_costs
+from tide_jax.lossless.drafts import Drafter
 from tide_jax.lossless.speculate import (
+    TEXT_ONLY,
     DraftCounts,
+    LosslessGenerated,
     LosslessState,
     advance_lossless,
     begin_lossless,
     generate_lossless,
 )
-from tide_jax.model.decoder import Decoder
+from tide_jax.lossless.twin import TwinDrafter, make_twin
+from tide_jax.model.decoder import Decoder, stored_parameters
 from tide_jax.model.sharding import fetch, from_first_process, mesh_context, mesh_of
+
+DRAFTS = ("text", "int8")
+"""Who drafts: the row's own text; the model's 8-bit twin (`tide_jax.lossless.twin`) and the text."""
+_TWIN_PAYS_FROM = 64 * 2**20
+"""Bytes of weights from which the twin is the default. Smaller models are read from a CPU's caches."""
+
+
+def check_draft(draft: Any, mode: Mode | None) -> None:
+    """Raises TideError unless `draft` is None, or one of `DRAFTS` and the mode is "lossless"."""
+    if draft is not None and (not isinstance(draft, str) or draft not in DRAFTS):
+        raise TideError(f"draft={shorten(repr(draft), 60)} is not known; choose 'text' or 'int8', or leave it out")
+    if draft is not None and mode != "lossless":
+        raise TideError(f"draft={draft!r} is for mode='lossless', and this call has mode={mode!r}: change one of them")
+
+
+def default_draft(model: Decoder) -> str:
+    """The drafts of a model whose user names none: "int8" where the twin is measured to pay.
+
+    That is on a CPU with the weight product's kernel, for float weights that exceed the caches.
+    """
+    weights = sum(parameter.value.nbytes for parameter in stored_parameters(model))
+    x = jnp.ones((1, model.config.hidden_size), model.dtype)
+    pays = model.weights == "float" and mesh_of(model) is None and weights >= _TWIN_PAYS_FROM
+    return "int8" if pays and weight_product.pays(x, ((jnp.ones((1, x.shape[1]), x.dtype), None),)) else "text"
 
 
 class Learned:
-    """What an engine knows about drafting at each batch size: costs of passes, measured once, and acceptance rates."""
+    """What an engine knows about drafting, by batch size and drafts: costs, measured once, and acceptance rates."""
 
     def __init__(self) -> None:
-        self._costs: dict[int, PassCosts] = {}
-        self._control: dict[int, DraftControl] = {}
+        self._costs: dict[tuple[int, str], PassCosts] = {}
+        self._control: dict[tuple[int, str], DraftControl] = {}
+        self._twin: TwinDrafter | None = None
+        self._default: str | None = None
 
-    def costs(self, model: Decoder, batch: int) -> tuple[PassCosts, float]:
-        """Costs of passes at a batch size, and the seconds spent measuring them in this call."""
-        start = time.perf_counter()
-        if batch not in self._costs:
+    def default(self, model: Decoder) -> str:
+        """`default_draft`, found out once."""
+        if self._default is None:
+            self._default = default_draft(model)
+        return self._default
+
+    def drafters(self, model: Decoder, draft: str) -> tuple[Drafter, ...]:
+        """The drafters of one of `DRAFTS`; the first call for "int8" makes the twin."""
+        if draft == "text":
+            return TEXT_ONLY
+        if self._twin is None:
+            self._twin = TwinDrafter(make_twin(model))
+        return (*TEXT_ONLY, self._twin)
+
+    def costs(self, model: Decoder, batch: int, draft: str) -> PassCosts:
+        """Costs of passes and drafts at a batch size."""
+        if (batch, draft) not in self._costs:
             with mesh_context(mesh_of(model)):
-                self._costs[batch] = from_first_process(measure_pass_costs(model, batch=batch))
-        return self._costs[batch], time.perf_counter() - start
+                found = measure_pass_costs(model, self.drafters(model, draft), batch=batch)
+            self._costs[batch, draft] = from_first_process(found)
+        return self._costs[batch, draft]
 
-    def control(self, batch: int) -> DraftControl:
+    def control(self, model: Decoder, batch: int, draft: str) -> DraftControl:
         """Acceptance rates learned at a batch size."""
-        return self._control.get(batch) or DraftControl.start()
+        return self._control.get((batch, draft)) or DraftControl.start(self.drafters(model, draft))
 
-    def keep(self, batch: int, control: DraftControl) -> None:
+    def keep(self, batch: int, draft: str, control: DraftControl) -> None:
         """Stores the acceptance rates after a generation."""
-        self._control[batch] = control
+        self._control[batch, draft] = control
 
 
 class LosslessDecoding:
     """``mode="lossless"``: a pass gives each row one token and its accepted drafts; every token ran all layers."""
 
-    def __init__(self, model: Decoder, programs: Programs, learned: Learned) -> None:
+    def __init__(self, model: Decoder, programs: Programs, learned: Learned, draft: str | None) -> None:
         self._model, self._programs, self._learned = model, programs, learned
+        self._draft = learned.default(model) if draft is None else draft
         self._layers = model.config.num_layers
 
     def whole(self, call: Call) -> GenerateOutput:
         batch, rows = len(call.prompt.lengths), call.count
-        costs, measuring = self._learned.costs(self._model, batch)
-        arguments = (call.prompt, call.request, costs, self._learned.control(batch))
+        drafters, costs, measuring = self._prepare(batch)
+        control = self._learned.control(self._model, batch, self._draft)
+        # Other drafters have other numbers of costs and rates, so that their programs are other ones, too.
         out, seconds, compiled = self._programs.run(
-            generate_lossless, (self._model,), arguments, capacity=call.capacity
+            _whole, (self._model, drafters), (call.prompt, call.request, costs, control), capacity=call.capacity
         )
         # The acceptance rates stay on the device, for the next call; the rest is fetched, without the padding rows.
         control, out = out.control, fetch(out._replace(control=None))
         check_finite(out.finite[:rows], self._model.dtype)
-        self._learned.keep(batch, control)
+        self._learned.keep(batch, self._draft, control)
         longest = int(np.max(out.lengths[:rows]))
         return make_output(
             call.rows.rows,
@@ -76,19 +129,21 @@ class LosslessDecoding:
             steps=int(out.counts.passes),
             wall_time=seconds,
             compile_time=compiled + measuring,
-            drafts=_draft_stats(out.counts),
+            drafts=_draft_stats(out.counts, drafters),
         )
 
     def begin(self, call: Call) -> LosslessState:
         batch = len(call.prompt.lengths)
-        _, measuring = self._learned.costs(self._model, batch)
+        drafters, _, measuring = self._prepare(batch)
         self._programs.compile_time += measuring  # count it as compiling, not as running
-        arguments = (call.prompt, call.request, self._learned.control(batch))
-        return self._programs.run(begin_lossless, (self._model,), arguments, capacity=call.capacity)[0]
+        arguments = (call.prompt, call.request, self._learned.control(self._model, batch, self._draft))
+        sizes = {"capacity": call.capacity, "num_drafters": len(drafters)}
+        return self._programs.run(begin_lossless, (self._model,), arguments, **sizes)[0]
 
     def advance(self, state: LosslessState, call: Call) -> LosslessState:
-        costs, _ = self._learned.costs(self._model, len(call.prompt.lengths))
-        return self._programs.run(advance_lossless, (self._model,), (state, call.request, costs), donate=1)[0]
+        drafters, costs, _ = self._prepare(len(call.prompt.lengths))
+        fixed, arguments = (self._model, drafters), (state, call.request, costs)
+        return self._programs.run(advance_lossless, fixed, arguments, donate=2)[0]
 
     def read(self, state: LosslessState, call: Call, start: int) -> Reading:
         done, finite, ends, tokens, counts, width = fetch(
@@ -101,15 +156,46 @@ class LosslessDecoding:
         columns = np.arange(start, max(start, ready))
         made = columns[None] < ends[:, None]
         new = np.where(made, tokens[:, int(width) + columns], int(call.request.pad)).astype(np.int32)
-        return Reading(new, self._exit_layers(made), self._layers, done, _draft_stats(counts))
+        return Reading(
+            new,
+            self._exit_layers(made),
+            self._layers,
+            done,
+            _draft_stats(counts, self._learned.drafters(self._model, self._draft)),
+        )
 
     def finish(self, state: LosslessState, call: Call) -> None:
-        self._learned.keep(len(call.prompt.lengths), state.control)
+        self._learned.keep(len(call.prompt.lengths), self._draft, state.control)
+
+    def _prepare(self, batch: int) -> tuple[tuple[Drafter, ...], PassCosts, float]:
+        """The drafters, the costs at a batch size, and the seconds that making and measuring them took in this call."""
+        start = time.perf_counter()
+        drafters = self._learned.drafters(self._model, self._draft)
+        costs = self._learned.costs(self._model, batch, self._draft)
+        return drafters, costs, time.perf_counter() - start
 
     def _exit_layers(self, made: np.ndarray) -> np.ndarray:
         """The last layer where there is a token, -1 elsewhere."""
         return np.where(made, self._layers - 1, -1).astype(np.int32)
 
 
-def _draft_stats(counts: DraftCounts) -> DraftStats:
-    return DraftStats(**{name: int(n) for name, n in counts._asdict().items()})
+def _whole(
+    model: Decoder,
+    drafters: tuple[Drafter, ...],
+    prompt: Prompt,
+    request: Request,
+    costs: PassCosts,
+    control: DraftControl,
+    *,
+    capacity: int,
+) -> LosslessGenerated:
+    """`generate_lossless` with the drafters in front: they are not part of a program's key."""
+    return generate_lossless(model, prompt, request, costs, control, drafters, capacity=capacity)
+
+
+def _draft_stats(counts: DraftCounts, drafters: Sequence[Drafter]) -> DraftStats:
+    by_drafter = {
+        drafter.name: DrafterStats(*(int(n[number]) for n in (counts.chosen, counts.drafted, counts.accepted)))
+        for number, drafter in enumerate(drafters)
+    }
+    return DraftStats(int(counts.passes), int(counts.drafted.sum()), int(counts.accepted.sum()), by_drafter=by_drafter)

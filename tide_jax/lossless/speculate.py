@@ -1,8 +1,9 @@
-"""The decoding loop of ``mode="lossless"``: the text gives drafts, the full model verifies several in one pass.
+"""The decoding loop of ``mode="lossless"``: drafters propose tokens, the full model verifies several in one pass.
 
     while a row has not ended:
-        draft the tokens that follow the newest one of each row      tide_jax.lossless.drafts
-        choose how many drafts are worth verifying, or none          tide_jax.lossless.control
+        let each drafter look at the rows                            tide_jax.lossless.drafts
+        choose who drafts, and how many tokens, or no drafts         tide_jax.lossless.control
+        draft                                                        tide_jax.lossless.drafts, .twin
         run the full model over the newest token and its drafts      tide_jax.lossless.verify
         keep the accepted drafts, and the model's token behind them
         update the acceptance rates
@@ -20,31 +21,43 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from tide_jax.exits.queue import init_cache, pass_number
+from tide_jax.exits.queue import init_cache
 from tide_jax.generation.generate import Prompt, Request, prefill
 from tide_jax.generation.logit_rules import rule_on
 from tide_jax.generation.sampling import sample
-from tide_jax.lossless.control import MOST_DRAFTS, DraftControl, PassCosts, Round, choose_drafts, step_seconds, update
-from tide_jax.lossless.drafts import Drafts, text_drafts
-from tide_jax.lossless.verify import DraftedRows, row_text, run_full_model, verify_drafts
+from tide_jax.lossless.control import (
+    MOST_DRAFTS,
+    DraftControl,
+    PassCosts,
+    Plan,
+    Round,
+    choose_drafts,
+    seconds_of,
+    update,
+)
+from tide_jax.lossless.drafts import DraftedRows, Drafter, Drafts, TextDrafter
+from tide_jax.lossless.verify import row_text, run_full_model, verify_drafts
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 MOST_SLOTS = MOST_DRAFTS + 1
 """Most tokens of a row in one pass, the newest included."""
+TEXT_ONLY: tuple[Drafter, ...] = (TextDrafter(),)
 
 
 class DraftCounts(NamedTuple):
-    """Counters of a lossless generation, int32 scalars; drafts are counted over all rows.
+    """Counters of a lossless generation, int32; drafts and tokens are counted over all rows.
 
     Attributes:
       passes: passes of the full model, prefill included.
-      drafted, accepted: drafts verified, and drafts accepted.
+      chosen: passes with drafts, by drafter.
+      drafted, accepted: drafts verified, and drafts accepted, by drafter.
     """
 
     passes: Int[Array, ""]
-    drafted: Int[Array, ""]
-    accepted: Int[Array, ""]
+    chosen: Int[Array, " D"]
+    drafted: Int[Array, " D"]
+    accepted: Int[Array, " D"]
 
 
 class LosslessState(NamedTuple):
@@ -73,6 +86,11 @@ class LosslessState(NamedTuple):
     control: DraftControl
     counts: DraftCounts
 
+    @property
+    def rows(self) -> DraftedRows:
+        """The rows, without drafts."""
+        return DraftedRows(self.tokens, self.starts, self.ends, self.width, self.seen)
+
 
 class LosslessGenerated(NamedTuple):
     """A finished lossless generation of static capacity N.
@@ -98,10 +116,11 @@ def begin_lossless(
     request: Request,
     control: DraftControl,
     *,
+    num_drafters: int = 1,
     capacity: int,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """Runs the prompt and draws the first token; arguments as in `generate_lossless`."""
+    """Runs the prompt and draws the first token; arguments as in `generate_lossless`, and the number of drafters."""
     batch, width = prompt.tokens.shape
     # Rows share slots: a row with rejected drafts leaves slots empty that other rows use. So a batch gets twice the
     # slots. A pass writes all its slots, including those behind the newest token.
@@ -115,7 +134,7 @@ def begin_lossless(
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + most_slots - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
-    limit, zero = _limit(model, jnp.int32(width), starts, request), jnp.int32(0)
+    limit, none = _limit(model, jnp.int32(width), starts, request), jnp.zeros((num_drafters,), jnp.int32)
     return LosslessState(
         tokens=tokens,
         width=jnp.int32(width),
@@ -126,12 +145,13 @@ def begin_lossless(
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
         control=control,
-        counts=DraftCounts(jnp.int32(1), zero, zero),
+        counts=DraftCounts(jnp.int32(1), none, none, none),
     )
 
 
 def advance_lossless(
     model: Decoder,
+    drafters: tuple[Drafter, ...],
     state: LosslessState,
     request: Request,
     costs: PassCosts,
@@ -140,23 +160,23 @@ def advance_lossless(
 ) -> LosslessState:
     """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`."""
     # Draft, run the full model over the drafts, and keep those it confirms.
-    new = _lay_out(model, state, request, costs, most_slots)
-    rows = DraftedRows(new.row_tokens, state.starts, state.ends + new.drafted, state.width, state.seen)
-    answers = run_full_model(model, rows, new.tokens, new.positions, new.count, state.cache, request)
-    found = verify_drafts(rows, answers, new.positions, state.cache)
+    new = _lay_out(model, drafters, state, request, costs, most_slots)
+    rows = state.rows._replace(tokens=new.row_tokens, ends=state.ends + new.drafted)
+    answers = run_full_model(model, rows, new.tokens, new.positions, new.count, new.cache, request)
+    found = verify_drafts(rows, answers, new.positions, new.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
     accepted = jnp.maximum(gained - 1, 0)  # the last token is the model's own
-    # Without drafts, the model's token shows whether the first draft would have been accepted.
-    guess, first = (jnp.take_along_axis(t, state.ends[:, None], axis=1)[:, 0] for t in (new.row_tokens, found.tokens))
-    # Report the outcome to the control.
+    # Report the outcome to the control: the model's token shows, too, whose first draft would have been accepted.
     running = jnp.maximum(jnp.sum(~state.done, dtype=jnp.int32), 1).astype(jnp.float32)
-    seconds = step_seconds(costs, model.config.num_layers)
+    first = jnp.take_along_axis(found.tokens, state.ends[:, None], axis=1)[:, 0]
     done = Round(
-        matched=new.matched,
+        plan=new.plan,
+        confidence=new.confidence,
+        right=new.guesses == first[None],
         drafted=new.drafted,
-        accepted=jnp.where(new.drafted > 0, accepted, (guess == first).astype(jnp.int32)),
+        accepted=accepted,
         tokens=jnp.sum(gained.astype(jnp.float32)) / running,
-        seconds=seconds[pass_number(new.count, most_slots)],
+        seconds=seconds_of(costs, new.plan, new.count, most_slots),
     )
     limit = _limit(model, state.width, state.starts, request)
     return state._replace(
@@ -166,12 +186,8 @@ def advance_lossless(
         finite=state.finite & (state.done | answers.finite),
         seen=_add_seen(state, found.tokens, found.ends, most_slots),
         cache=found.cache,
-        control=update(state.control, costs, model.config.num_layers, done),
-        counts=DraftCounts(
-            passes=state.counts.passes + 1,
-            drafted=state.counts.drafted + jnp.sum(new.drafted, dtype=jnp.int32),
-            accepted=state.counts.accepted + jnp.sum(accepted, dtype=jnp.int32),
-        ),
+        control=update(state.control, costs, drafters, done),
+        counts=_count(state.counts, new.plan, new.drafted, accepted),
     )
 
 
@@ -181,6 +197,7 @@ def generate_lossless(
     request: Request,
     costs: PassCosts,
     control: DraftControl | None = None,
+    drafters: tuple[Drafter, ...] = TEXT_ONLY,
     *,
     capacity: int,
     most_slots: int = MOST_SLOTS,
@@ -191,16 +208,19 @@ def generate_lossless(
       model: the decoder.
       prompt: left-padded prompts.
       request: sampling settings, end-of-sequence ids, number of new tokens.
-      costs: measured seconds of a pass (`tide_jax.lossless.costs`).
-      control: acceptance rates learned by earlier generations; None starts from the prior.
+      costs: measured seconds of passes and drafts (`tide_jax.lossless.costs`).
+      control: acceptance rates learned by earlier generations with these drafters; None starts from the prior.
+      drafters: who may draft; in each pass one of them does, or none.
       capacity: static upper bound of `request.max_new_tokens`.
       most_slots: most tokens of a row in one pass, the newest included.
     """
-    control = DraftControl.start() if control is None else control
-    state = begin_lossless(model, prompt, request, control, capacity=capacity, most_slots=most_slots)
+    control = DraftControl.start(drafters) if control is None else control
+    state = begin_lossless(
+        model, prompt, request, control, num_drafters=len(drafters), capacity=capacity, most_slots=most_slots
+    )
     state = lax.while_loop(
         lambda s: ~jnp.all(s.done) & jnp.all(s.finite),
-        lambda s: advance_lossless(model, s, request, costs, most_slots=most_slots),
+        lambda s: advance_lossless(model, drafters, s, request, costs, most_slots=most_slots),
         state,
     )
     # Cut the new tokens out of the rows.
@@ -218,7 +238,9 @@ class _NewSlots(NamedTuple):
       tokens, positions: token ids and positions of the slots; position -1 if a row does not use the slot.
       count: leading slots that at least one row uses.
       drafted: drafts of each row in this pass.
-      matched: length of each row's match, whether its drafts are verified or not; 0 if there is nothing to draft.
+      plan: who drafted, and how many tokens.
+      confidence, guesses: of each drafter, in each row's drafts, verified or not; the first drafts.
+      cache: keys and values of all tokens but the newest.
     """
 
     row_tokens: Int[Array, "B S"]
@@ -226,23 +248,46 @@ class _NewSlots(NamedTuple):
     positions: Int[Array, "B Q"]
     count: Int[Array, ""]
     drafted: Int[Array, " B"]
-    matched: Int[Array, " B"]
+    plan: Plan
+    confidence: Int[Array, "D B"]
+    guesses: Int[Array, "D B"]
+    cache: KVCache
 
 
-def _lay_out(model: Decoder, state: LosslessState, request: Request, costs: PassCosts, most_slots: int) -> _NewSlots:
-    """Drafts, chooses how many drafts to verify, and lays out the slots of the pass."""
-    limit, running = _limit(model, state.width, state.starts, request), ~state.done
-    found = text_drafts(state.tokens, state.starts, state.ends, most_slots - 1)
-    chosen = choose_drafts(state.control, costs, model.config.num_layers, found.matched, running, most=most_slots - 1)
+def _lay_out(
+    model: Decoder,
+    drafters: tuple[Drafter, ...],
+    state: LosslessState,
+    request: Request,
+    costs: PassCosts,
+    most_slots: int,
+) -> _NewSlots:
+    """Drafts as planned, and lays out the slots of the pass."""
+    limit, running, rows = _limit(model, state.width, state.starts, request), ~state.done, state.rows
+    room = jnp.maximum(limit - state.ends - 1, 0)  # the last token of a row needs no draft
+    looks = [drafter.look(rows, max(1, most_slots - 1)) for drafter in drafters]
+    looks = [
+        found._replace(confidence=jnp.where(running & (_worth(drafter, found, room, request)), found.confidence, -1))
+        for drafter, found in zip(drafters, looks, strict=True)
+    ]
+    confidence = jnp.stack([found.confidence for found in looks])
+    plan = choose_drafts(state.control, costs, drafters, confidence, running, most_slots=most_slots)
     # Rejected drafts waste slots. Draft only if enough slots remain to finish all rows with one token a pass.
-    needed = jnp.max(jnp.where(state.done, 0, limit - state.ends))
+    needed = jnp.max(jnp.where(state.done, 0, room + 1))
     spare = jnp.int32(state.cache.capacity) - state.cache.length - needed - (most_slots - 1)
-    usable = jnp.where(running, _usable(found, state.ends, limit, request), 0)
-    drafted = jnp.minimum(usable, jnp.where(spare >= chosen, chosen, 0))
+    plan = plan._replace(count=jnp.where(spare >= plan.count, jnp.minimum(plan.count, jnp.max(room)), 0))
+    # Let the chosen drafter draft.
+    cache, tokens, usable = state.cache, looks[0].tokens, jnp.zeros_like(room)
+    for number, (drafter, found) in enumerate(zip(drafters, looks, strict=True)):
+        count = jnp.where(plan.drafter == number, plan.count, 0)
+        drafts, cache = drafter.draft(found, rows, cache, request, count)
+        tokens = jnp.where(count > 0, drafts.tokens, tokens)
+        usable = jnp.where(count > 0, _usable(drafts, room, request), usable)
+    drafted = jnp.where(running, jnp.minimum(usable, plan.count), 0)
     # Each row's slots: its newest token, then its drafts.
     slots = jnp.arange(most_slots, dtype=jnp.int32)[None]
     columns, index = state.ends[:, None] + slots, jnp.arange(state.ends.shape[0])[:, None]
-    row_tokens = state.tokens.at[index, columns[:, :-1]].set(found.tokens, mode="drop")
+    row_tokens = state.tokens.at[index, columns[:, :-1]].set(tokens[:, : most_slots - 1], mode="drop")
     there = running[:, None] & (slots <= drafted[:, None])
     return _NewSlots(
         row_tokens=row_tokens,
@@ -250,7 +295,10 @@ def _lay_out(model: Decoder, state: LosslessState, request: Request, costs: Pass
         positions=jnp.where(there, columns - 1 - state.starts[:, None], -1),
         count=1 + jnp.max(drafted),
         drafted=drafted,
-        matched=jnp.where(usable > 0, found.matched, 0),
+        plan=plan,
+        confidence=confidence,
+        guesses=jnp.stack([found.tokens[:, 0] for found in looks]),
+        cache=cache,
     )
 
 
@@ -259,11 +307,28 @@ def _limit(model: Decoder, width: Int[Array, ""], starts: Int[Array, " B"], requ
     return jnp.minimum(width + request.max_new_tokens, starts + request.most_tokens(model.config.context_length))
 
 
-def _usable(found: Drafts, ends: Int[Array, " B"], limit: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
+def _worth(drafter: Drafter, found: Drafts, room: Int[Array, " B"], request: Request) -> Bool[Array, " B"]:
+    """Rows in which a draft is worth verifying, as far as is known before drafting."""
+    return room > 0 if drafter.model is not None else _usable(found, room, request) > 0
+
+
+def _usable(found: Drafts, room: Int[Array, " B"], request: Request) -> Int[Array, " B"]:
     """Number of drafts worth verifying: those before an end-of-sequence draft, and before the row's last token."""
     ends_row = jnp.any(found.tokens[:, :, None] == request.eos[:, None, :], axis=2)
     before_end = jnp.sum(jnp.cumsum(ends_row, axis=1) == 0, axis=1, dtype=jnp.int32)
-    return jnp.where(found.matched > 0, jnp.clip(limit - ends - 1, 0, before_end), 0)
+    return jnp.where(found.confidence >= 0, jnp.minimum(room, before_end), 0)
+
+
+def _count(counts: DraftCounts, plan: Plan, drafted: Int[Array, " B"], accepted: Int[Array, " B"]) -> DraftCounts:
+    """The counters after a pass; drafts count for the drafter that made them."""
+    chosen = jnp.arange(len(counts.chosen), dtype=jnp.int32) == plan.drafter
+    made, kept = jnp.sum(drafted, dtype=jnp.int32), jnp.sum(accepted, dtype=jnp.int32)
+    return DraftCounts(
+        passes=counts.passes + 1,
+        chosen=counts.chosen + jnp.where(chosen & (made > 0), 1, 0),
+        drafted=counts.drafted + jnp.where(chosen, made, 0),
+        accepted=counts.accepted + jnp.where(chosen, kept, 0),
+    )
 
 
 def _has_ended(tokens: Int[Array, "B S"], ends: Int[Array, " B"], request: Request) -> Bool[Array, " B"]:

@@ -16,31 +16,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from tide_jax.exits.depth import run_depth
-from tide_jax.exits.queue import pass_number, pass_widths
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import Request
 from tide_jax.generation.logit_rules import RowText, rule_on
 from tide_jax.generation.sampling import row_keys, sample_rows
+from tide_jax.lossless.control import pass_number, pass_widths
+from tide_jax.lossless.drafts import DraftedRows
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
-
-
-class DraftedRows(NamedTuple):
-    """Rows of a batch, drafts included.
-
-    Attributes:
-      tokens: row b is ``tokens[b, starts[b]:ends[b]]``.
-      starts, ends: int32 [B].
-      width: column of the first new token, int32 scalar.
-      seen: tokens that occur in each row before its drafts.
-    """
-
-    tokens: Int[Array, "B S"]
-    starts: Int[Array, " B"]
-    ends: Int[Array, " B"]
-    width: Int[Array, ""]
-    seen: Bool[Array, "B V"]
 
 
 class Answers(NamedTuple):

@@ -1,0 +1,184 @@
+"""The 8-bit twin drafts: the tokens are full depth's whatever it drafts, and its keys and values leave no trace."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_speculate import ARCHITECTURES, NEW, PROMPTS, TWIN, assert_full, engine_of, lossless
+from tiny_models import tiny_model
+
+from tide_jax import TIDE, TideError
+from tide_jax.functional import (
+    TEXT_ONLY,
+    DraftControl,
+    Prompt,
+    Request,
+    TwinDrafter,
+    advance_lossless,
+    begin_lossless,
+    init_cache,
+    make_sampling,
+    make_twin,
+    prefill,
+)
+from tide_jax.generation.batch import bucket, pad_left
+from tide_jax.lossless.decoding import default_draft
+from tide_jax.model.decoder import from_parameters, parameters, stored_parameters
+from tide_jax.testing import tiny_config
+
+
+@functools.cache
+def twin_of(engine: TIDE) -> TwinDrafter:
+    return TwinDrafter(make_twin(engine.model))
+
+
+def wrong_twin(engine: TIDE) -> TwinDrafter:
+    """One of another model, whose drafts all but never hold."""
+    other = {path: -value for path, value in parameters(engine.model).items()}
+    return TwinDrafter(from_parameters(engine.model.config, other.items(), dtype=engine.model.dtype))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
+    engine = engine_of(name)
+    out = lossless(engine, PROMPTS, twin=twin_of(engine))
+    assert_full(engine, PROMPTS, out)
+    assert out.counts.accepted[1] > 0
+    assert out.counts.passes < NEW, "a pass makes more than a token"
+
+
+def test_a_wrong_twin_changes_nothing_and_leaves_nothing_in_the_cache() -> None:
+    """Each pass drafts seven tokens that fail; the cache is that of a pass over the text."""
+    engine = engine_of("pre norm")
+    model, drafters = engine.model, (*TEXT_ONLY, wrong_twin(engine))
+    lengths = jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
+    prompt = Prompt(jnp.asarray(pad_left(PROMPTS, bucket(max(map(len, PROMPTS))))), lengths)
+    request = Request(
+        make_sampling(), jax.random.key(0), jnp.full((4, 1), -1), pad=jnp.int32(0), max_new_tokens=jnp.int32(12)
+    )
+    always = DraftControl.start(drafters)._replace(credit=jnp.float32(1e6))
+    state = begin_lossless(model, prompt, request, always, num_drafters=2, capacity=16)
+    advance = jax.jit(advance_lossless)
+    for _ in range(6):
+        state = advance(model, drafters, state._replace(control=always), request, TWIN)
+    assert state.counts.drafted[1] > 4 * 6
+    assert state.counts.accepted[1] < 6
+    for b, row in enumerate(PROMPTS):
+        made = state.tokens[b, state.starts[b] : state.ends[b]].tolist()
+        assert made[: len(row)] == row
+        whole = Prompt(jnp.asarray([made[:-1]]), jnp.asarray([len(made) - 1]))
+        expected = prefill(model, whole, init_cache(model.config, 1, len(made), model.dtype)).cache
+        used = np.flatnonzero(np.asarray(state.cache.positions[b]) >= 0)
+        assert np.asarray(state.cache.positions[b])[used].tolist() == list(range(len(made) - 1))
+        for found, wanted in zip(
+            (*state.cache.keys, *state.cache.values), (*expected.keys, *expected.values), strict=True
+        ):
+            np.testing.assert_allclose(found[b][:, used], wanted[0][:, : len(made) - 1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"temperature": 1.2, "top_p": 0.7, "repetition_penalty": 1.3},
+        {"temperature": 0.8},
+        {"rules": {"no_repeat_ngram_size": 2, "suppress_tokens": list(range(3, 100))}},
+    ],
+    ids=lambda dials: next(iter(dials)),
+)
+def test_the_twin_draws_with_the_keys_and_rules_of_the_model(dials: dict[str, Any]) -> None:
+    engine, rules = engine_of("pre norm"), dials.get("rules", {})
+    options = {name: value for name, value in dials.items() if name != "rules"}
+    for seed in (0, 1):
+        out = lossless(engine, PROMPTS, key=seed, twin=twin_of(engine), **dials)
+        assert_full(engine, PROMPTS, out, key=jax.random.key(seed), **options, **rules)
+        assert int(out.counts.accepted[1]) > 0.6 * int(out.counts.drafted[1]), "drawn with other keys, few would agree"
+
+
+def test_rows_end_at_their_end_of_sequence_token() -> None:
+    engine = engine_of("pre norm")
+    free = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[]).tokens
+    for at in (3, 11):
+        eos = sorted({int(free[0, at]), int(free[2, 2 * at]), 0})  # 0 is what stands in for drafts not made yet
+        out = lossless(engine, PROMPTS, eos=eos, twin=twin_of(engine))
+        assert_full(engine, PROMPTS, out, eos_token_id=eos)
+        assert int(out.lengths.min()) < NEW
+        assert out.counts.accepted[1] > 0
+
+
+def test_the_engine_drafts_with_its_twin_and_says_so() -> None:
+    engine = TIDE(engine_of("pre norm").model)
+    engine._learned._costs[len(PROMPTS), "int8"] = TWIN  # measured ones would draft now this, now that
+    full = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    options: dict[str, Any] = {"mode": "lossless", "draft": "int8", "max_new_tokens": NEW, "eos_token_id": []}
+    out = engine.generate(PROMPTS, **options)
+    assert out.tokens.tolist() == full.tokens.tolist()
+    assert out.stats.drafts is not None
+    twin = out.stats.drafts.by_drafter["int8 twin"]
+    assert 0 < twin.accepted <= twin.drafted
+    assert f"int8 twin: {twin.accepted} of {twin.drafted} drafts accepted" in out.stats.summary()
+    steps = list(engine.stream(PROMPTS, **options))
+    assert np.stack([s.tokens for s in steps], axis=1).tolist() == full.tokens.tolist()
+    assert steps[-1].drafts is not None
+    assert steps[-1].drafts.by_drafter["int8 twin"].accepted > 0
+    again = engine.generate(PROMPTS, **options | {"draft": "text"})
+    assert again.tokens.tolist() == full.tokens.tolist()
+    assert list(again.stats.drafts.by_drafter) == ["text"]
+
+
+def test_costs_of_the_twin_are_measured() -> None:
+    engine = TIDE(engine_of("pre norm").model)
+    out = engine.generate(PROMPTS[:1], mode="lossless", draft="int8", max_new_tokens=8, eos_token_id=[])
+    assert out.tokens.tolist() == engine.generate(PROMPTS[:1], max_new_tokens=8, eos_token_id=[]).tokens.tolist()
+    costs = engine._learned._costs[1, "int8"]
+    assert costs.drafts[0] == 0 < costs.drafts[1]
+
+
+def test_the_twin_shares_what_stays_float_and_the_model_stays_as_it_is() -> None:
+    model = tiny_model(tiny_config(num_layers=2))
+    before = {p.path: np.asarray(p.value).copy() for p in stored_parameters(model)}
+    twin = make_twin(model)
+    assert (model.weights, twin.weights) == ("float", "int8")
+    after = {p.path: p.value for p in stored_parameters(model)}
+    for p in stored_parameters(twin):
+        if p.path in after and p.value.dtype == jnp.float32:
+            assert p.value.unsafe_buffer_pointer() == after[p.path].unsafe_buffer_pointer(), p.path
+    for path, value in after.items():
+        np.testing.assert_array_equal(value, before[path])
+    small = sum(p.value.nbytes for p in stored_parameters(twin) if p.value.dtype == jnp.int8)
+    assert small * 4 > 0.9 * sum(a.nbytes for a in before.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draft": "int8"}, "draft='int8' is for mode='lossless', and this call has mode=None"),
+        ({"draft": "int8", "mode": "exit"}, "draft='int8' is for mode='lossless'"),
+        ({"draft": "int4", "mode": "lossless"}, "draft='int4' is not known; choose 'text' or 'int8'"),
+        ({"draft": ["int8"], "mode": "lossless"}, "is not known"),
+    ],
+)
+def test_bad_drafts_are_refused_in_a_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TideError, match=message) as caught:
+        engine_of("pre norm").generate(PROMPTS, **arguments)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TideError, match=message):
+        engine_of("pre norm").stream(PROMPTS, **arguments)
+
+
+def test_a_model_of_integers_has_no_twin() -> None:
+    model = tiny_model(tiny_config(num_layers=1))
+    small = from_parameters(model.config, parameters(model).items(), dtype=model.dtype, weights="int8")
+    with pytest.raises(TideError, match=r"8-bit integers already: .* use draft='text'"):
+        TIDE(small).generate(PROMPTS, mode="lossless", draft="int8")
+    assert default_draft(small) == "text"
+
+
+def test_small_models_draft_from_the_text_alone() -> None:
+    assert default_draft(engine_of("pre norm").model) == "text"
