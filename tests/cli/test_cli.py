@@ -223,6 +223,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("generate", "MODEL", *_PROMPT, "--mode", "exit", "--max-new-tokens", "999"),
         "--mode exit needs --routers",
     ),
+    "drafts without lossless": (
+        ("generate", "MODEL", *_PROMPT, "--draft", "int8", "--mode", "full"),
+        "--draft says who drafts; it needs --mode lossless",
+    ),
     "no new tokens": (("generate", "MODEL", *_PROMPT, "--max-new-tokens", "0"), "--max-new-tokens 0"),
     "a negative temperature": (("generate", "MODEL", *_PROMPT, "--temperature", "-1"), "--temperature -1.0"),
     "a huge top-k": (("generate", "MODEL", *_PROMPT, "--top-k", "9" * 30), "--top-k 9999"),

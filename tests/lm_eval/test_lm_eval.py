@@ -327,6 +327,8 @@ def test_sampling_follows_the_seed(files: Files) -> None:
         ({"min_layers": 9}, "exceeds the model's 6 layers"),
         ({"mode": "deep"}, "choose 'exit', 'lossless' or 'full'"),
         ({"mode": "exit"}, "needs routers"),
+        ({"draft": "int8"}, "is for mode='lossless'"),
+        ({"draft": "int4", "mode": "lossless"}, "draft='int4' is not known"),
         ({"kv_strategy": "recompute"}, "kv_strategy says how tokens exit; it needs routers"),
         ({"threshold_tilt": 1.0}, "threshold_tilt says how tokens exit; it needs routers"),
         ({"routers": "missing.safetensors"}, "missing.safetensors"),

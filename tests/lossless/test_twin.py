@@ -101,6 +101,23 @@ def test_the_twin_draws_with_the_keys_and_rules_of_the_model(dials: dict[str, An
         assert int(out.counts.accepted[1]) > 0.6 * int(out.counts.drafted[1]), "drawn with other keys, few would agree"
 
 
+def test_drafts_count_as_seen_for_the_penalty_on_repetition() -> None:
+    """The penalty makes full depth avoid what it said before, so drafts that repeat a draft would all fail."""
+    engine = engine_of("pre norm")
+    out = lossless(engine, PROMPTS, twin=twin_of(engine), repetition_penalty=8.0)
+    assert_full(engine, PROMPTS, out, repetition_penalty=8.0)
+    assert int(out.counts.accepted[1]) > 0.8 * int(out.counts.drafted[1])
+
+
+def test_too_little_memory_for_the_twin_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tide_jax.lossless.decoding.make_twin", full)
+    with pytest.raises(TideError, match=r"too little memory for the 8-bit twin.* use draft='text'"):
+        TIDE(engine_of("pre norm").model).generate(PROMPTS, mode="lossless", draft="int8")
+
+
 def test_rows_end_at_their_end_of_sequence_token() -> None:
     engine = engine_of("pre norm")
     free = engine.generate(PROMPTS, max_new_tokens=NEW, mode="full", eos_token_id=[]).tokens
@@ -122,7 +139,9 @@ def test_the_engine_drafts_with_its_twin_and_says_so() -> None:
     assert out.stats.drafts is not None
     twin = out.stats.drafts.by_drafter["int8 twin"]
     assert 0 < twin.accepted <= twin.drafted
-    assert f"int8 twin: {twin.accepted} of {twin.drafted} drafts accepted" in out.stats.summary()
+    summary = out.stats.summary()
+    assert f"int8 twin: {twin.accepted} of {twin.drafted} drafts accepted" in summary
+    assert "a pass over 8 tokens 1.00, a draft of the int8 twin 0.01" in summary
     steps = list(engine.stream(PROMPTS, **options))
     assert np.stack([s.tokens for s in steps], axis=1).tolist() == full.tokens.tolist()
     assert steps[-1].drafts is not None

@@ -75,22 +75,27 @@ class DraftStats:
       passes: passes of the full model, prefill included.
       drafted, accepted: drafts verified, and drafts accepted.
       by_drafter: the same for each drafter, by name. Its `passes` are those that verified its drafts.
+      costs: why it drafted as it did: measured costs in steps of full depth, by what they are of.
     """
 
     passes: int
     drafted: int
     accepted: int
     by_drafter: dict[str, DrafterStats] = dataclasses.field(default_factory=dict)
+    costs: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
         """One line to print."""
         plain = self.passes - sum(each.passes for each in self.by_drafter.values())
         parts = [
-            f"{name}: {each.accepted} of {each.drafted} drafts accepted in {each.passes} passes"
+            f"{name}: {each.accepted} of {each.drafted} drafts accepted, {each.accepted / each.passes:.1f} in each of "
+            f"{each.passes} passes"
             for name, each in self.by_drafter.items()
             if each.passes
         ]
-        return "; ".join([f"lossless: {self.passes} passes, {plain} without drafts", *parts])
+        costs = ", ".join(f"{name} {steps:.2f}" for name, steps in self.costs.items())
+        why = [f"in steps: {costs}"] if costs else []
+        return "; ".join([f"lossless: {self.passes} passes, {plain} without drafts", *parts, *why])
 
 
 @dataclasses.dataclass(frozen=True)

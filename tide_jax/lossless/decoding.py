@@ -11,17 +11,18 @@ import numpy as np
 
 from pallas_kernels import weight_product
 from tide_jax.config import Mode
-from tide_jax.errors import TideError, shorten
+from tide_jax.errors import TideError, out_of_memory, shorten
 from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.outputs import GenerateOutput
 from tide_jax.generation.programs import Programs
 from tide_jax.generation.stats import DrafterStats, DraftStats
-from tide_jax.lossless.control import DraftControl, PassCosts
+from tide_jax.lossless.control import DraftControl, PassCosts, pass_widths
 from tide_jax.lossless.costs import measure_pass_costs
 from tide_jax.lossless.drafts import Drafter
 from tide_jax.lossless.speculate import (
+    MOST_SLOTS,
     TEXT_ONLY,
     DraftCounts,
     LosslessGenerated,
@@ -79,7 +80,14 @@ class Learned:
         if draft == "text":
             return TEXT_ONLY
         if self._twin is None:
-            self._twin = TwinDrafter(make_twin(model))
+            try:
+                self._twin = TwinDrafter(make_twin(model))
+            except Exception as error:
+                if out_of_memory(error) is None:
+                    raise
+                raise TideError(
+                    "too little memory for the 8-bit twin, a quarter of float32's: use draft='text'"
+                ) from error
         return (*TEXT_ONLY, self._twin)
 
     def costs(self, model: Decoder, batch: int, draft: str) -> PassCosts:
@@ -129,7 +137,7 @@ class LosslessDecoding:
             steps=int(out.counts.passes),
             wall_time=seconds,
             compile_time=compiled + measuring,
-            drafts=_draft_stats(out.counts, drafters),
+            drafts=_draft_stats(out.counts, drafters, costs),
         )
 
     def begin(self, call: Call) -> LosslessState:
@@ -146,6 +154,7 @@ class LosslessDecoding:
         return self._programs.run(advance_lossless, fixed, arguments, donate=2)[0]
 
     def read(self, state: LosslessState, call: Call, start: int) -> Reading:
+        drafters, costs, _ = self._prepare(len(call.prompt.lengths))
         done, finite, ends, tokens, counts, width = fetch(
             (state.done, state.finite, state.ends - state.width, state.tokens, state.counts, state.width)
         )
@@ -161,7 +170,7 @@ class LosslessDecoding:
             self._exit_layers(made),
             self._layers,
             done,
-            _draft_stats(counts, self._learned.drafters(self._model, self._draft)),
+            _draft_stats(counts, drafters, costs),
         )
 
     def finish(self, state: LosslessState, call: Call) -> None:
@@ -193,9 +202,15 @@ def _whole(
     return generate_lossless(model, prompt, request, costs, control, drafters, capacity=capacity)
 
 
-def _draft_stats(counts: DraftCounts, drafters: Sequence[Drafter]) -> DraftStats:
+def _draft_stats(counts: DraftCounts, drafters: Sequence[Drafter], costs: PassCosts) -> DraftStats:
+    step, widths = float(costs.passes[0]), pass_widths(MOST_SLOTS)
+    in_steps = {f"a pass over {width} tokens": float(costs.passes[i]) / step for i, width in enumerate(widths) if i}
+    in_steps |= {
+        f"a draft of the {d.name}": float(costs.drafts[i]) / step for i, d in enumerate(drafters) if d.model is not None
+    }
     by_drafter = {
         drafter.name: DrafterStats(*(int(n[number]) for n in (counts.chosen, counts.drafted, counts.accepted)))
         for number, drafter in enumerate(drafters)
     }
-    return DraftStats(int(counts.passes), int(counts.drafted.sum()), int(counts.accepted.sum()), by_drafter=by_drafter)
+    passes, drafted, accepted = (int(n) for n in (counts.passes, counts.drafted.sum(), counts.accepted.sum()))
+    return DraftStats(passes, drafted, accepted, by_drafter=by_drafter, costs=in_steps)
