@@ -1,8 +1,9 @@
-"""Makes the tables of passes over several tokens and of lossless mode, from scripts.bench.passes and .lossless."""
+"""Makes the tables of lossless mode: the demo's modes side by side, passes over several tokens, speed by drafts."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from typing import Any
 
 from scripts.readme.speed import RESULTS, where
@@ -15,6 +16,30 @@ _VARIANTS = {
     "twin": "lossless, 8-bit twin and text draft",
     "int8": "8-bit weights, full depth (other tokens)",
     "int8, text": "8-bit weights, lossless, text drafts",
+}
+
+
+def modes_table() -> str:
+    """Full depth, lossless mode and 8-bit weights side by side, from the demo."""
+    report = json.loads((RESULTS / "demo_report.json").read_text())
+    rows = report["side_by_side"]
+    lines = [
+        f"SmolLM2-135M-Instruct; {where(report['machine'])}; `make demo`, medians of {len(rows)} prompts, greedy.",
+        "",
+        "| | tokens/s | / full depth | text |",
+        "|---|---:|---:|---|",
+    ]
+    for name, title in _MODES.items():
+        speed = statistics.median(row[name]["tokens_per_second"] for row in rows)
+        text = "the same" if report["identical"][name] else "other words"
+        lines.append(f"| {title} | {speed:.0f} | {report['speedups'][name]:.2f} | {text if name != 'full' else ''} |")
+    return "\n".join(lines)
+
+
+_MODES = {
+    "full": "full depth, float32",
+    "lossless": '`mode="lossless"`: an 8-bit copy drafts, the full model verifies',
+    "int8": '`weights="int8"`, full depth',
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu.table import gpu_table
-from scripts.readme.lossless import lossless_table, passes_table
+from scripts.readme.lossless import lossless_table, modes_table, passes_table
 from scripts.readme.products import llama_cpp_table, products_table, summary_table
 from scripts.readme.reliability import reliability_table
 from scripts.readme.speed import (
@@ -301,6 +301,7 @@ TABLES = {
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
     "gpu_aot": gpu_aot_table,
     "tpu_aot": tpu_aot_table,
+    "modes": modes_table,
     "paper_families": paper_families,
     "passes": passes_table,
     "peers": peers_table,
