@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the converted model goes (.demo)")
     parser.add_argument("--report", type=Path, default=Path("demo_report.json"))
-    parser.add_argument("--texts", type=int, default=64, help="calibration texts the model writes (64)")
+    parser.add_argument("--texts", type=int, default=48, help="calibration texts the model writes (48)")
     parser.add_argument("--new-tokens", type=int, default=96, help="tokens to generate for each prompt (96)")
     parser.add_argument("--agreement", type=float, default=0.9, help="held-out agreement the threshold is chosen for")
     parser.add_argument("--where", action="store_true", help="print where the checkpoint is, and nothing else")
@@ -100,7 +100,7 @@ def load_model(source: Path, folder: Path) -> tuple[Decoder, Any]:
 
 def train(model: Decoder, tokenizer: Any, count: int) -> tide_jax.Routers:
     """Calibrates on text that the model writes itself."""
-    config = tide_jax.CalibrationConfig(checkpoint_interval=3, calibration_samples=count, max_length=LENGTH)
+    config = tide_jax.CalibrationConfig(checkpoint_interval=5, calibration_samples=count, max_length=LENGTH)
     with progress_bars(disable=False) as progress:
         texts = model_texts(model, tokenizer, count, max_length=LENGTH, batch_size=16, progress=progress)
         return tide_jax.calibrate(model, tokenizer, texts, config, source="the model's own text", progress=progress)

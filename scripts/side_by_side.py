@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 import tide_jax
+from tide_jax.generation.batch import bucket
 
 MODES = {
     "full": ("full", None),
@@ -31,8 +32,8 @@ def compare(
     """
     small = tide_jax.TIDE(tide_jax.load(folder, weights="int8"))
     engines = {name: small if name == "int8" else engine for name in MODES}
-    for ids in prompts.values():  # compiles, and measures what drafts cost
-        for name in MODES:
+    for ids in {bucket(len(ids)): ids for ids in prompts.values()}.values():
+        for name in MODES:  # compiles a program for each padded length, and measures what drafts cost
             generate(engines[name], name, ids, new_tokens)
     rows: list[dict[str, Any]] = []
     with Live(table(rows), console=console, auto_refresh=False) as live:
