@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _OFF = jax.make_user_context(default_value=False)  # part of jit's cache key: programs traced with and without it differ
 IMPLEMENTATIONS = Choices("weight_product", ("reference", "llvm"), ())
 """Plain JAX; a CPU kernel that LLVM compiles for the current machine."""
-MOST_ROWS = 16
+MOST_ROWS = 32
 """Most rows that the CPU kernel takes; for more, XLA's matrix product is faster."""
 
 

@@ -184,5 +184,11 @@ def _seen_before(
 
 
 def _pad_slots(rows: Array, most: int) -> Array:
-    """Key or value rows padded with zeros at the end to `most` slots."""
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, most - rows.shape[3]), (0, 0)))
+    """Key or value rows padded with zeros at the end to `most` slots.
+
+    On a CPU, updating a slice of zeros is faster than `jnp.pad`.
+    """
+    if rows.shape[3] == most:
+        return rows
+    empty = jnp.zeros((*rows.shape[:3], most, rows.shape[4]), rows.dtype)
+    return lax.dynamic_update_slice_in_dim(empty, rows, 0, axis=3)
