@@ -267,7 +267,7 @@ def _lay_out(
     room = jnp.maximum(limit - state.ends - 1, 0)  # the last token of a row needs no draft
     looks = [drafter.look(rows, max(1, most_slots - 1)) for drafter in drafters]
     looks = [
-        found._replace(confidence=jnp.where(running & (_worth(drafter, found, room, request)), found.confidence, -1))
+        found._replace(confidence=jnp.where(running & _worth(drafter, found, room, request), found.confidence, -1))
         for drafter, found in zip(drafters, looks, strict=True)
     ]
     confidence = jnp.stack([found.confidence for found in looks])
