@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +42,8 @@ def tide_variant(engine: tide_jax.TIDE, mode: Mode) -> Variant:
         out = engine.generate(ids, max_new_tokens=count, mode=mode, eos_token_id=[])
         seconds = time.perf_counter() - start - out.stats.compile_time
         tokens = [int(t) for t in out.tokens[0, : out.lengths[0]]]
-        drafts = None if out.stats.drafts is None else dataclasses.asdict(out.stats.drafts)
-        if drafts is not None:
-            drafts = {name: value for name, value in drafts.items() if isinstance(value, int)}  # these can be added up
+        found = out.stats.drafts
+        drafts = None if found is None else {name: getattr(found, name) for name in ("passes", "drafted", "accepted")}
         return Run(tokens, seconds, out.stats.layers_executed / len(tokens), drafts)
 
     return run

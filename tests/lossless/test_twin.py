@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_speculate import ARCHITECTURES, NEW, PROMPTS, TWIN, assert_full, engine_of, lossless
-from tiny_models import tiny_model
+from tiny_models import random_prompts, tiny_model
 
 from tide_jax import TIDE, TideError
 from tide_jax.functional import (
@@ -63,7 +63,7 @@ def test_a_wrong_twin_changes_nothing_and_leaves_nothing_in_the_cache() -> None:
         make_sampling(), jax.random.key(0), jnp.full((4, 1), -1), pad=jnp.int32(0), max_new_tokens=jnp.int32(12)
     )
     always = DraftControl.start(drafters)._replace(credit=jnp.float32(1e6))
-    state = begin_lossless(model, prompt, request, always, num_drafters=2, capacity=16)
+    state = begin_lossless(model, prompt, request, always, drafters, capacity=16)
     advance = jax.jit(advance_lossless)
     for _ in range(6):
         state = advance(model, drafters, state._replace(control=always), request, TWIN)
@@ -191,13 +191,109 @@ def test_bad_drafts_are_refused_in_a_line(arguments: dict[str, Any], message: st
         engine_of("pre norm").stream(PROMPTS, **arguments)
 
 
-def test_a_model_of_integers_has_no_twin() -> None:
+def test_a_model_of_integers_has_no_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tide_jax.lossless.decoding._TWIN_PAYS_FROM", 1)
     model = tiny_model(tiny_config(num_layers=1))
     small = from_parameters(model.config, parameters(model).items(), dtype=model.dtype, weights="int8")
     with pytest.raises(TideError, match=r"8-bit integers already: .* use draft='text'"):
         TIDE(small).generate(PROMPTS, mode="lossless", draft="int8")
-    assert default_draft(small) == "text"
+    assert (default_draft(model), default_draft(small)) == ("int8", "text")
 
 
-def test_small_models_draft_from_the_text_alone() -> None:
-    assert default_draft(engine_of("pre norm").model) == "text"
+def test_the_twin_drafts_by_default_in_large_models_and_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drafters(engine: TIDE, prompts: Any, new: int) -> list[str]:
+        out = engine.generate(prompts, mode="lossless", max_new_tokens=new, eos_token_id=[])
+        assert out.stats.drafts is not None
+        return list(out.stats.drafts.by_drafter)
+
+    model = engine_of("pre norm").model
+    assert drafters(TIDE(model), PROMPTS, 2) == ["text"], "a tiny model"
+    monkeypatch.setattr("tide_jax.lossless.decoding._TWIN_PAYS_FROM", 1)
+    engine = TIDE(model)
+    assert drafters(engine, PROMPTS, 1) == ["text"], "one token needs no draft"
+    assert drafters(engine, PROMPTS, 2) == ["text", "int8 twin"]
+    assert drafters(engine, [PROMPTS[0]] * 9, 2) == ["text"]
+
+
+def test_a_default_twin_that_does_not_fit_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tide_jax.lossless.decoding._TWIN_PAYS_FROM", 1)
+    monkeypatch.setattr("tide_jax.lossless.decoding.make_twin", full)
+    engine = TIDE(engine_of("pre norm").model)
+    for _ in range(2):
+        out = engine.generate(PROMPTS, mode="lossless", max_new_tokens=4, eos_token_id=[])
+        assert out.tokens.tolist() == engine.generate(PROMPTS, max_new_tokens=4, eos_token_id=[]).tokens.tolist()
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
+    assert "too little memory for the 8-bit twin" in caplog.text
+
+
+def overflowing_twin(engine: TIDE) -> TwinDrafter:
+    """One whose states, keys and values overflow in the last layer; its drafts are arbitrary."""
+    twin = make_twin(engine.model)
+    scale = twin.layers[-1].attention.kv.scale
+    scale[...] = scale[...] * jnp.float32(1e38) * 10.0
+    return TwinDrafter(twin)
+
+
+def test_what_overflows_in_the_twin_does_not_reach_the_model() -> None:
+    """The model reads the slots behind its cache times zero, and infinity times zero is not a number."""
+    engine = engine_of("pre norm")
+    out = lossless(engine, PROMPTS, twin=overflowing_twin(engine))
+    assert bool(jnp.all(out.finite))
+    assert_full(engine, PROMPTS, out)
+    assert out.counts.drafted[1] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(dtype: str) -> None:
+    """Near-ties make other tokens than full depth's; most drafts hold all the same."""
+    engine = TIDE(tiny_model(tiny_config(num_layers=2), dtype=jnp.dtype(dtype)))
+    out = lossless(engine, PROMPTS, twin=twin_of(engine))
+    assert out.lengths.tolist() == [NEW] * len(PROMPTS)
+    assert bool(jnp.all(out.finite))
+    assert int(out.counts.accepted[1]) > 0.7 * int(out.counts.drafted[1])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("most_slots", [1, 2])
+def test_passes_of_few_slots(most_slots: int) -> None:
+    engine = engine_of("pre norm")
+    costs = TWIN._replace(passes=TWIN.passes[:most_slots])
+    out = lossless(engine, PROMPTS, costs=costs, most_slots=most_slots, twin=twin_of(engine))
+    assert_full(engine, PROMPTS, out)
+    assert (out.counts.accepted[1] > 0) == (most_slots > 1)
+
+
+def test_stop_strings_and_lengths_with_the_twin() -> None:
+    """Step by step: a row ends at its text, or with as many tokens as it may have."""
+    engine, prompts = TIDE(engine_of("pre norm").model), PROMPTS[:3]
+
+    class Letters:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join(chr(0x4E00 + int(i)) for i in ids)
+
+    engine._learned._costs[3, "int8"] = TWIN
+    free = engine.generate(prompts, max_new_tokens=24, mode="full", eos_token_id=[]).tokens
+    for options in (
+        {"stop_strings": [Letters().decode(free[0, 5:7])], "tokenizer": Letters()},
+        {"max_new_tokens": None, "max_length": 20},
+    ):
+        given = {"max_new_tokens": 24, "eos_token_id": []} | options
+        full = engine.generate(prompts, mode="full", **given)
+        out = engine.generate(prompts, mode="lossless", draft="int8", **given)
+        assert out.tokens.tolist() == full.tokens.tolist()
+        assert out.lengths.tolist() == full.lengths.tolist()
+        assert out.lengths.min() < 24
+        assert out.stats.drafts.by_drafter["int8 twin"].accepted > 0
+
+
+def test_long_caches_are_read_in_blocks_by_the_twin_too() -> None:
+    engine = engine_of("pre norm")
+    prompts = random_prompts((300, 7))
+    out = lossless(engine, prompts, 400, twin=twin_of(engine))
+    assert_full(engine, prompts, out, 400)
+    assert out.counts.accepted[1] > 300

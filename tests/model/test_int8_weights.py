@@ -57,7 +57,7 @@ SWEEP = {
     )
     for name, config in ({name: CONFIGS[name] for name in FEW} | MORE).items()
 }
-FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32))  # every draft is worth a try
+FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32), np.float32(0))  # every draft is worth a try
 FLOAT32 = jnp.dtype(jnp.float32)
 
 

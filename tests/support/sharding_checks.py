@@ -34,7 +34,7 @@ from tide_jax.testing import random_routers, tiny_config
 
 NEW = 12
 PROMPTS = random_prompts((7, 1, 12, 9, 3, 5, 2, 8), vocab=200)
-FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32))  # every draft is worth a try
+FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32), np.float32(0))  # every draft is worth a try
 EVEN = tiny_config(
     num_layers=2, vocab_size=264, hidden_size=64, num_heads=16, num_kv_heads=8, head_dim=8, intermediate_size=96
 )

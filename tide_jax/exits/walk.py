@@ -42,7 +42,7 @@ from tide_jax.exits.queue import Queue, pass_number, pass_widths
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.grouped import AttentionContext
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache
+from tide_jax.model.cache import KVCache, place_rows
 from tide_jax.model.decoder import Decoder
 
 Contexts = tuple[AttentionContext, ...]
@@ -79,7 +79,8 @@ class GroupRows(NamedTuple):
         """Stacks the rows of one group's layers, padded in front to `slots` slots."""
 
         def stack(arrays: list[Array]) -> Array:
-            return _behind_zeros(jnp.stack(arrays + [jnp.zeros_like(arrays[0])] * (self._longest - len(arrays))), slots)
+            stacked = jnp.stack(arrays + [jnp.zeros_like(arrays[0])] * (self._longest - len(arrays)))
+            return place_rows(stacked, slots, slots - stacked.shape[3])
 
         return KeyValue(stack([r.keys for r in rows]), stack([r.values for r in rows]))
 
@@ -245,14 +246,6 @@ def run_groups(
         return Loop(s.group + 1, state, KeyValue(keys, values))
 
     return lax.while_loop(more, body, loop)
-
-
-def _behind_zeros(a: Float[Array, "l B KV W c"], slots: int) -> Float[Array, "l B KV S c"]:
-    """Pads rows with zeros in front to `slots` slots; on a CPU, updating a slice of zeros is faster than `jnp.pad`."""
-    if a.shape[3] == slots:
-        return a
-    empty = jnp.zeros((*a.shape[:3], slots, a.shape[4]), a.dtype)
-    return lax.dynamic_update_slice_in_dim(empty, a, slots - a.shape[3], axis=3)
 
 
 def anyone_active(count: int) -> Callable[[Loop], Any]:

@@ -69,33 +69,43 @@ class DrafterStats:
 
 @dataclasses.dataclass(frozen=True)
 class DraftStats:
-    """Draft counters of ``mode="lossless"``, summed over all rows.
+    """What ``mode="lossless"`` drafted, summed over all rows, and why.
 
     Attributes:
       passes: passes of the full model, prefill included.
-      drafted, accepted: drafts verified, and drafts accepted.
-      by_drafter: the same for each drafter, by name. Its `passes` are those that verified its drafts.
-      costs: why it drafted as it did: measured costs in steps of full depth, by what they are of.
+      by_drafter: counters of each drafter, by name.
+      pass_steps: measured time of a pass, by the number of a row's tokens in it, in steps at full depth.
+      draft_steps: measured time of a draft, by drafter, in steps at full depth.
     """
 
     passes: int
-    drafted: int
-    accepted: int
-    by_drafter: dict[str, DrafterStats] = dataclasses.field(default_factory=dict)
-    costs: dict[str, float] = dataclasses.field(default_factory=dict)
+    by_drafter: dict[str, DrafterStats]
+    pass_steps: dict[int, float]
+    draft_steps: dict[str, float]
+
+    @property
+    def drafted(self) -> int:
+        """Drafts verified."""
+        return sum(each.drafted for each in self.by_drafter.values())
+
+    @property
+    def accepted(self) -> int:
+        """Drafts accepted."""
+        return sum(each.accepted for each in self.by_drafter.values())
 
     def summary(self) -> str:
         """One line to print."""
-        plain = self.passes - sum(each.passes for each in self.by_drafter.values())
+        plain = self.passes - 1 - sum(each.passes for each in self.by_drafter.values())  # without the prompt's pass
         parts = [
             f"{name}: {each.accepted} of {each.drafted} drafts accepted, {each.accepted / each.passes:.1f} in each of "
             f"{each.passes} passes"
             for name, each in self.by_drafter.items()
             if each.passes
         ]
-        costs = ", ".join(f"{name} {steps:.2f}" for name, steps in self.costs.items())
-        why = [f"in steps: {costs}"] if costs else []
-        return "; ".join([f"lossless: {self.passes} passes, {plain} without drafts", *parts, *why])
+        costs = [f"a pass over {width} tokens {steps:.2f}" for width, steps in self.pass_steps.items() if width > 1]
+        costs += [f"a draft of the {name} {steps:.2f}" for name, steps in self.draft_steps.items() if steps > 0]
+        why = f"in steps: {', '.join(costs)}"
+        return "; ".join([f"lossless: {self.passes} passes, {plain} of them without drafts", *parts, why])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,10 @@
 Verifying several tokens may cost more than running one, and some drafters run a model of their own, so these costs are
 measured (`tide_jax.lossless.costs`). How often drafts are accepted is learned during generation. For drafters whose
 drafts cost nothing it is learned without drafting, too: the token that is generated shows whether the first draft would
-have been accepted. Losses are bounded: drafting stops when the total time exceeds that of full depth by more than one
-percent plus one or two steps.
+have been accepted.
+
+Losses are bounded: drafting stops once all time so far, by these costs, exceeds that of full depth by two percent and
+six steps, the price of two passes of seven 8-bit drafts that all fail. In a batch, the mean row counts.
 
 A pass that verifies K drafts gains ``first * (1 + later + ... + later**(K - 1))`` tokens on average, if the first draft
 is accepted with probability `first` and each later one with probability `later`, given those before it. A row's drafts
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tide_jax.errors import TideError
 from tide_jax.lossless.drafts import Drafter
 
 MOST_DRAFTS = 7
@@ -29,20 +32,23 @@ the weight product takes four or eight rows at once."""
 _LEARNING_RATE = 0.15
 _FADING = 0.005  # share by which estimates move back to the prior in each pass, so that failed drafts are retried
 _WORTH_IT = 1.02  # least speed-up for drafting, above the error of the measured costs
-_MAY_LOSE = 0.01
-_CREDIT_AT_FIRST, _MOST_CREDIT = 1.5, 8.0
+_MAY_LOSE = 0.02  # share of the time at full depth that drafting may lose in the long run
+_CREDIT_AT_FIRST, _MOST_CREDIT = 6.0, 8.0  # in steps
 
 
 class PassCosts(NamedTuple):
     """Seconds of a pass of the full model, and of a draft.
 
     Attributes:
-      passes: by the width of the pass, the slots of a row, for each of `pass_widths`.
-      drafts: seconds of one draft for all rows, by drafter; 0 for drafters that copy.
+      passes: by the width of the pass, the slots of a row, for each of `verify_widths`; attention over earlier tokens
+        not included.
+      drafts: one draft for all rows, by drafter; 0 for drafters that copy. Attention is not included, either.
+      attention: added to each pass and to each draft of a model, for each slot of the cache that is filled.
     """
 
     passes: Float[Array, " W"]
     drafts: Float[Array, " D"]
+    attention: Float[Array, ""]
 
 
 class DraftControl(NamedTuple):
@@ -62,7 +68,7 @@ class DraftControl(NamedTuple):
 
     @classmethod
     def start(cls, drafters: Sequence[Drafter]) -> DraftControl:
-        """Prior estimates, with the initial credit."""
+        """Prior estimates, with the initial credit. Raises TideError without drafters."""
         return _prior(drafters)._replace(credit=jnp.float32(_CREDIT_AT_FIRST))
 
 
@@ -70,26 +76,26 @@ class Plan(NamedTuple):
     """What the next pass does.
 
     Attributes:
-      drafter: number of the drafter, int32; meaningless without drafts.
-      count: drafts of each row, int32; 0 for none.
+      drafter: index of the drafter, int32; meaningless without drafts.
+      drafts: most drafts of a row, int32; 0 for none.
     """
 
     drafter: Int[Array, ""]
-    count: Int[Array, ""]
+    drafts: Int[Array, ""]
 
 
 class Round(NamedTuple):
     """Outcome of one pass.
 
     Attributes:
-      plan: the pass's drafter, and the number of drafts that it was to make.
+      plan: the pass's drafter, and the drafts that it was to make.
       confidence: confidence of each drafter in a row's drafts, verified or not; -1 if it has none, or none worth
         verifying.
       right: whether each drafter's first draft is the token that was generated; read for drafters whose drafts cost
         nothing.
       drafted, accepted: verified and accepted drafts of each row.
       tokens: new tokens of a row, mean over the running rows.
-      seconds: time of the pass with its drafts, according to the measured costs.
+      steps: time of the pass with its drafts, according to the measured costs, in steps at full depth.
     """
 
     plan: Plan
@@ -98,26 +104,58 @@ class Round(NamedTuple):
     drafted: Int[Array, " B"]
     accepted: Int[Array, " B"]
     tokens: Float[Array, ""]
-    seconds: Float[Array, ""]
+    steps: Float[Array, ""]
 
 
-def pass_widths(most: int) -> tuple[int, ...]:
+def verify_widths(most: int) -> tuple[int, ...]:
     """Slots of a row that passes are compiled for, ascending.
 
-    >>> pass_widths(8), pass_widths(1), pass_widths(5)
+    >>> verify_widths(8), verify_widths(1), verify_widths(5)
     ((1, 4, 8), (1,), (1, 4, 5))
     """
     return (*(width for width in _WIDTHS if width < most), most)
 
 
-def pass_number(count: Int[Array, ""], most: int) -> Int[Array, ""]:
-    """Index of the narrowest pass with at least `count` slots."""
-    return jnp.searchsorted(jnp.asarray(pass_widths(most), jnp.int32), count).astype(jnp.int32)
+def verify_index(slots: Int[Array, ""], most: int) -> Int[Array, ""]:
+    """Index of the narrowest pass with at least `slots` slots."""
+    return jnp.searchsorted(jnp.asarray(verify_widths(most), jnp.int32), slots).astype(jnp.int32)
 
 
-def seconds_of(costs: PassCosts, plan: Plan, slots: Int[Array, ""], most_slots: int) -> Float[Array, ""]:
-    """Measured seconds of a pass over `slots` slots, with the drafts of its plan."""
-    return costs.passes[pass_number(slots, most_slots)] + costs.drafts[plan.drafter] * plan.count.astype(jnp.float32)
+def steps_of(
+    costs: PassCosts,
+    drafters: Sequence[Drafter],
+    plan: Plan,
+    slots: Int[Array, ""],
+    filled: Int[Array, ""],
+    *,
+    most_slots: int,
+) -> Float[Array, ""]:
+    """Measured time of a pass over `slots` slots with the drafts of its plan, in steps at full depth.
+
+    Args:
+      filled: slots of the cache that are filled.
+    """
+    passes, drafts = _with_attention(costs, drafters, filled)
+    seconds = passes[verify_index(slots, most_slots)] + drafts[plan.drafter] * plan.drafts.astype(jnp.float32)
+    return seconds / passes[0]
+
+
+def check_sizes(
+    drafters: Sequence[Drafter], control: DraftControl, costs: PassCosts | None = None, *, most_slots: int
+) -> None:
+    """Raises TideError unless rates and costs are those of the drafters and of passes up to `most_slots`."""
+    expected = (sum(len(drafter.rates) for drafter in drafters),)
+    if control.first.shape != expected or control.later.shape != expected:
+        raise TideError(
+            f"control has rates of shape {control.first.shape}, and these drafters need {expected}: take "
+            "DraftControl.start(drafters), or the control of a generation with the same drafters"
+        )
+    sizes = ((len(verify_widths(most_slots)),), (len(drafters),))
+    if costs is not None and (costs.passes.shape, costs.drafts.shape) != sizes:
+        raise TideError(
+            f"costs have the shapes {costs.passes.shape} and {costs.drafts.shape}, expected {sizes[0]} and {sizes[1]}: "
+            "call measure_pass_costs with these drafters and this most_slots"
+        )
 
 
 def choose_drafts(
@@ -126,6 +164,7 @@ def choose_drafts(
     drafters: Sequence[Drafter],
     confidence: Int[Array, "D B"],
     running: Bool[Array, " B"],
+    filled: Int[Array, ""],
     *,
     most_slots: int,
 ) -> Plan:
@@ -137,36 +176,47 @@ def choose_drafts(
       drafters: the drafters of the control's rates.
       confidence: confidence of each drafter in each row's drafts, -1 for none.
       running: rows that have not ended.
+      filled: slots of the cache that are filled.
       most_slots: slots of a row in the widest pass, the newest token's included.
     """
-    widths = pass_widths(most_slots)
-    plans = [(number, width - 1) for number in range(len(drafters)) for width in widths[1:]]
+    widths = verify_widths(most_slots)
+    plans = [(index, width - 1) for index in range(len(drafters)) for width in widths[1:]]
     if not plans:
         return Plan(jnp.int32(0), jnp.int32(0))
     rows = jnp.maximum(jnp.sum(running, dtype=jnp.int32), 1).astype(jnp.float32)
     entries, drafted = entries_of(drafters, confidence), running[None] & (confidence >= 0)
+    pass_seconds, draft_seconds = _with_attention(costs, drafters, filled)
 
-    def speed(number: int, count: int) -> Array:
+    def speed(index: int, drafts: int) -> Array:
         """Expected tokens of a row in the time of one step at full depth."""
-        gained = expected_accepted(control, count)[entries[number]]
-        gained = jnp.sum(jnp.where(drafted[number], gained, 0.0)) / rows
-        seconds = costs.passes[widths.index(count + 1)] + count * costs.drafts[number]
-        return (1.0 + gained) * costs.passes[0] / seconds
+        gained = expected_accepted(control, drafts)[entries[index]]
+        gained = jnp.sum(jnp.where(drafted[index], gained, 0.0)) / rows
+        seconds = pass_seconds[widths.index(drafts + 1)] + drafts * draft_seconds[index]
+        return (1.0 + gained) * pass_seconds[0] / seconds
 
     speeds = jnp.stack([speed(*plan) for plan in plans])
     best = jnp.argmax(speeds)
-    number, count = (jnp.asarray(column, jnp.int32)[best] for column in zip(*plans, strict=True))
+    index, drafts = (jnp.asarray(column, jnp.int32)[best] for column in zip(*plans, strict=True))
     # Draft only if credit is left, and if the best plan beats a plain step.
-    worth_it = (control.credit >= 0) & (speeds[best] > _WORTH_IT) & jnp.any(drafted[number])
-    return Plan(number, jnp.where(worth_it, count, 0))
+    worth_it = (control.credit >= 0) & (speeds[best] > _WORTH_IT) & jnp.any(drafted[index])
+    return Plan(index, jnp.where(worth_it, drafts, 0))
 
 
-def expected_accepted(control: DraftControl, count: int) -> Float[Array, " C"]:
-    """Expected accepted drafts of `count`, by confidence."""
-    return control.first * sum((control.later**n for n in range(1, count)), start=jnp.ones_like(control.later))
+def _with_attention(
+    costs: PassCosts, drafters: Sequence[Drafter], filled: Int[Array, ""]
+) -> tuple[Float[Array, " W"], Float[Array, " D"]]:
+    """Seconds of passes and drafts that read `filled` slots of the cache."""
+    read = costs.attention * filled.astype(jnp.float32)
+    runs = jnp.asarray([drafter.model is not None for drafter in drafters])
+    return costs.passes + read[None], costs.drafts + jnp.where(runs, read[None], 0.0)
 
 
-def update(control: DraftControl, costs: PassCosts, drafters: Sequence[Drafter], done: Round) -> DraftControl:
+def expected_accepted(control: DraftControl, drafts: int) -> Float[Array, " C"]:
+    """Expected accepted drafts of so many, by confidence."""
+    return control.first * sum((control.later**n for n in range(1, drafts)), start=jnp.ones_like(control.later))
+
+
+def update(control: DraftControl, drafters: Sequence[Drafter], done: Round) -> DraftControl:
     """Updates the acceptance rates and the credit with the outcome of one pass."""
     # Fade towards the prior. Without other evidence, a later draft is accepted as often as the first.
     prior = _prior(drafters)
@@ -185,17 +235,19 @@ def update(control: DraftControl, costs: PassCosts, drafters: Sequence[Drafter],
     several = there & chosen & ((done.accepted > 0) & (tried > 0))[None]
     later = _toward(later, entries, share[None], several, speed[None])
     # Gain the time that the new tokens would have taken at full depth, plus the allowed loss; pay for the pass.
-    credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.seconds / costs.passes[0]
+    credit = control.credit + (1.0 + _MAY_LOSE) * done.tokens - done.steps
     return DraftControl(first, later, jnp.minimum(credit, _MOST_CREDIT))
 
 
 def entries_of(drafters: Sequence[Drafter], confidence: Int[Array, "D B"]) -> Int[Array, "D B"]:
     """The entry of `DraftControl` for each drafter's confidence in each row's drafts; of -1, that of 0."""
-    starts = [sum(len(drafter.rates) for drafter in drafters[:number]) for number in range(len(drafters))]
+    starts = [sum(len(drafter.rates) for drafter in drafters[:index]) for index in range(len(drafters))]
     return jnp.asarray(starts, jnp.int32)[:, None] + jnp.maximum(confidence, 0)
 
 
 def _prior(drafters: Sequence[Drafter]) -> DraftControl:
+    if not drafters:
+        raise TideError("lossless generation needs a drafter: pass drafters=TEXT_ONLY or others")
     first, later = zip(*(rates for drafter in drafters for rates in drafter.rates), strict=True)
     return DraftControl(jnp.asarray(first, jnp.float32), jnp.asarray(later, jnp.float32), jnp.float32(0.0))
 

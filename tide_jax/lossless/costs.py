@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from tide_jax.checks import whole_number
-from tide_jax.lossless.control import PassCosts, pass_widths
+from tide_jax.lossless.control import PassCosts, verify_widths
 from tide_jax.lossless.drafts import Drafter
 from tide_jax.lossless.speculate import MOST_SLOTS, TEXT_ONLY
+from tide_jax.model.attention.span import BLOCK, CachedRows
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.ops import likeliest
 
 _MOST_LAYERS = 8  # enough that their weights don't stay in a CPU's caches
 _REPEATS = 8
+_FILLED = 2 * BLOCK  # slots that a pass reads to measure attention
 
 
 def measure_pass_costs(
@@ -26,7 +29,8 @@ def measure_pass_costs(
 ) -> PassCosts:
     """Times layers and the output head at each width of a pass; takes a few seconds, compilation included.
 
-    Attention over earlier tokens is not measured: its time hardly depends on the width.
+    Tokens are random, so that they take different experts. Attention over earlier tokens is timed for one token a row:
+    it hardly depends on the width.
 
     Args:
       model: the decoder.
@@ -38,41 +42,54 @@ def measure_pass_costs(
       TideError: `batch` or `most_slots` is below 1.
     """
     batch = whole_number("batch", batch, 1)
-    widths = pass_widths(whole_number("most_slots", most_slots, 1))
-    passes = {width: _Passes(model, batch, width) for width in widths}
+    passes = [_Passes(model, batch, width) for width in verify_widths(whole_number("most_slots", most_slots, 1))]
+    reading = _Passes(model, batch, 1, filled=_FILLED)
     drafts = [None if drafter.model is None else _Passes(drafter.model, batch, 1) for drafter in drafters]
-    timed = [*passes.values(), *(draft for draft in drafts if draft is not None)]
+    timed = [*passes, reading, *(draft for draft in drafts if draft is not None)]
     # Alternate between them, so that a slow moment of the machine doesn't hit one alone. The first round compiles.
     for _ in range(_REPEATS + 1):
         for each in timed:
             each.run()
+    seconds = [each.seconds() for each in passes]
     return PassCosts(
-        passes=jnp.asarray([each.seconds() for each in passes.values()], jnp.float32),
+        passes=jnp.asarray(seconds, jnp.float32),
         drafts=jnp.asarray([0.0 if draft is None else draft.seconds() for draft in drafts], jnp.float32),
+        attention=jnp.float32(max(0.0, reading.seconds() - seconds[0]) / _FILLED),
     )
 
 
 class _Passes:
-    """Times passes of one width: layers spread over the depth, and the output head."""
+    """Times passes of one width: layers spread over the depth, and the output head.
 
-    def __init__(self, model: Decoder, batch: int, width: int) -> None:
-        count = min(_MOST_LAYERS, len(model.layers))
-        chosen = np.unique(np.linspace(0, len(model.layers) - 1, count).astype(int))
+    Args:
+      filled: slots of earlier tokens that the layers read.
+    """
+
+    def __init__(self, model: Decoder, batch: int, width: int, *, filled: int = 0) -> None:
+        most = min(_MOST_LAYERS, len(model.layers))
+        chosen = np.unique(np.linspace(0, len(model.layers) - 1, most).astype(int))
         programs: dict[Any, Callable[..., Any]] = {}  # one for each kind of layer
         self._layers = [
-            _flat(programs, model.layers[i], lambda layer, x, c: layer(x, c, None)[0]) for i in chosen.tolist()
+            _flat(programs, model.layers[i], lambda layer, *given: layer(*given)[0]) for i in chosen.tolist()
         ]
         self._head = _flat(programs, model, lambda model, x: likeliest(model.logits(model.final_norm(x))))
         self._all = len(model.layers)
-        self._x = jnp.ones((batch, width, model.config.hidden_size), model.dtype)
-        positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-        self._contexts = model.contexts(positions, None)
+        self._x = jax.random.normal(jax.random.key(0), (batch, width, model.config.hidden_size), model.dtype)
+        cache, self._cached = (None, [None] * most) if not filled else _filled_cache(model, batch, filled, most)
+        positions = jnp.broadcast_to(filled + jnp.arange(width, dtype=jnp.int32), (batch, width))
+        self._contexts = model.contexts(positions, cache)
         self._times: list[tuple[float, float]] = []
 
     def run(self) -> None:
         """Runs once, and keeps the seconds of the layers and of the head."""
-        layers = _seconds(lambda: _through(self._layers, self._x, self._contexts))
+        layers = _seconds(self._run_layers)
         self._times.append((layers, _seconds(lambda: self._head(self._x))))
+
+    def _run_layers(self) -> jax.Array:
+        x = self._x
+        for layer, cached in zip(self._layers, self._cached, strict=True):
+            x = layer(x, self._contexts, cached)
+        return x
 
     def seconds(self) -> float:
         """Seconds of a whole pass.
@@ -95,10 +112,15 @@ def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callab
     return lambda *args: program(leaves, *args)
 
 
-def _through(layers: list[Callable[..., Any]], x: jax.Array, contexts: Any) -> jax.Array:
-    for layer in layers:
-        x = layer(x, contexts)
-    return x
+def _filled_cache(model: Decoder, batch: int, slots: int, layers: int) -> tuple[KVCache, list[CachedRows]]:
+    """A full cache, and the rows of some layers, each with memory of its own."""
+    heads, key_channels, value_channels = model.config.cache_shape
+    positions, filled = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots)), jnp.int32(slots)
+    rows = [
+        CachedRows(*(jnp.zeros((batch, heads, slots, n), model.dtype) for n in (key_channels, value_channels)), filled)
+        for _ in range(layers)
+    ]
+    return KVCache(tuple(r.keys for r in rows), tuple(r.values for r in rows), positions, filled), rows
 
 
 def _seconds(run: Callable[[], Any]) -> float:

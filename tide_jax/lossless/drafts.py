@@ -79,16 +79,16 @@ class Drafter(Protocol):
         ...
 
     def draft(
-        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, count: Int[Array, ""]
+        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, most: Int[Array, ""]
     ) -> tuple[Drafts, KVCache]:
-        """The first `count` drafts of each row; the others are arbitrary.
+        """Up to `most` drafts of each row, none behind an end-of-sequence draft; the others are arbitrary.
 
         Args:
           found: what `look` returned.
           rows: the rows, without drafts.
           cache: keys and values of all tokens but the newest. The drafter may write behind them.
           request: sampling settings, key and rules; at temperature 0, the likeliest token is drafted.
-          count: 0 if another drafter was chosen.
+          most: 0 if another drafter was chosen.
         """
         ...
 
@@ -119,7 +119,7 @@ class TextDrafter(NamedTuple):
         return Drafts(tokens, jnp.where(matched >= _SHORTEST_MATCH, confidence, -1))
 
     def draft(
-        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, count: Int[Array, ""]
+        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, most: Int[Array, ""]
     ) -> tuple[Drafts, KVCache]:
         return found, cache
 

@@ -31,8 +31,9 @@ from tide_jax.lossless.control import (
     PassCosts,
     Plan,
     Round,
+    check_sizes,
     choose_drafts,
-    seconds_of,
+    steps_of,
     update,
 )
 from tide_jax.lossless.drafts import DraftedRows, Drafter, Drafts, TextDrafter
@@ -115,12 +116,13 @@ def begin_lossless(
     prompt: Prompt,
     request: Request,
     control: DraftControl,
+    drafters: tuple[Drafter, ...] = TEXT_ONLY,
     *,
-    num_drafters: int = 1,
     capacity: int,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """Runs the prompt and draws the first token; arguments as in `generate_lossless`, and the number of drafters."""
+    """Runs the prompt and draws the first token; arguments and errors as in `generate_lossless`."""
+    check_sizes(drafters, control, most_slots=most_slots)
     batch, width = prompt.tokens.shape
     # Rows share slots: a row with rejected drafts leaves slots empty that other rows use. So a batch gets twice the
     # slots. A pass writes all its slots, including those behind the newest token.
@@ -134,7 +136,7 @@ def begin_lossless(
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
     room = jnp.broadcast_to(request.pad, (batch, capacity + most_slots - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
-    limit, none = _limit(model, jnp.int32(width), starts, request), jnp.zeros((num_drafters,), jnp.int32)
+    limit, none = _limit(model, jnp.int32(width), starts, request), jnp.zeros((len(drafters),), jnp.int32)
     return LosslessState(
         tokens=tokens,
         width=jnp.int32(width),
@@ -159,35 +161,36 @@ def advance_lossless(
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
     """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`."""
+    check_sizes(drafters, state.control, costs, most_slots=most_slots)
     # Draft, run the full model over the drafts, and keep those it confirms.
-    new = _lay_out(model, drafters, state, request, costs, most_slots)
-    rows = state.rows._replace(tokens=new.row_tokens, ends=state.ends + new.drafted)
-    answers = run_full_model(model, rows, new.tokens, new.positions, new.count, new.cache, request)
-    found = verify_drafts(rows, answers, new.positions, new.cache)
+    drafted = _draft(model, drafters, state, request, costs, most_slots)
+    slots = _lay_out(state, drafted, most_slots)
+    answers = run_full_model(model, slots.rows, slots.tokens, slots.positions, slots.used, drafted.cache, request)
+    found = verify_drafts(slots.rows, answers, slots.positions, drafted.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
     accepted = jnp.maximum(gained - 1, 0)  # the last token is the model's own
     # Report the outcome to the control: the model's token shows, too, whose first draft would have been accepted.
     running = jnp.maximum(jnp.sum(~state.done, dtype=jnp.int32), 1).astype(jnp.float32)
     first = jnp.take_along_axis(found.tokens, state.ends[:, None], axis=1)[:, 0]
     done = Round(
-        plan=new.plan,
-        confidence=new.confidence,
-        right=new.guesses == first[None],
-        drafted=new.drafted,
+        plan=drafted.plan,
+        confidence=drafted.confidence,
+        right=drafted.guesses == first[None],
+        drafted=drafted.made,
         accepted=accepted,
         tokens=jnp.sum(gained.astype(jnp.float32)) / running,
-        seconds=seconds_of(costs, new.plan, new.count, most_slots),
+        steps=steps_of(costs, drafters, drafted.plan, slots.used, state.cache.length, most_slots=most_slots),
     )
     limit = _limit(model, state.width, state.starts, request)
     return state._replace(
         tokens=found.tokens,
         ends=found.ends,
         done=state.done | _has_ended(found.tokens, found.ends, request) | (found.ends >= limit),
-        finite=state.finite & (state.done | answers.finite),
+        finite=state.finite & (state.done | found.finite),
         seen=_add_seen(state, found.tokens, found.ends, most_slots),
         cache=found.cache,
-        control=update(state.control, costs, drafters, done),
-        counts=_count(state.counts, new.plan, new.drafted, accepted),
+        control=update(state.control, drafters, done),
+        counts=_count(state.counts, drafted.plan, drafted.made, accepted),
     )
 
 
@@ -213,11 +216,12 @@ def generate_lossless(
       drafters: who may draft; in each pass one of them does, or none.
       capacity: static upper bound of `request.max_new_tokens`.
       most_slots: most tokens of a row in one pass, the newest included.
+
+    Raises:
+      TideError: no drafters, or the sizes of `costs` or `control` are not those of the drafters and `most_slots`.
     """
     control = DraftControl.start(drafters) if control is None else control
-    state = begin_lossless(
-        model, prompt, request, control, num_drafters=len(drafters), capacity=capacity, most_slots=most_slots
-    )
+    state = begin_lossless(model, prompt, request, control, drafters, capacity=capacity, most_slots=most_slots)
     state = lax.while_loop(
         lambda s: ~jnp.all(s.done) & jnp.all(s.finite),
         lambda s: advance_lossless(model, drafters, s, request, costs, most_slots=most_slots),
@@ -230,75 +234,84 @@ def generate_lossless(
     return LosslessGenerated(tokens, lengths, state.counts, state.control, state.finite)
 
 
-class _NewSlots(NamedTuple):
-    """Input of one pass: the newest token of each row, and its drafts.
+class _Drafted(NamedTuple):
+    """What drafters propose for one pass.
 
     Attributes:
-      row_tokens: `LosslessState.tokens` with the drafts written behind each row's end.
-      tokens, positions: token ids and positions of the slots; position -1 if a row does not use the slot.
-      count: leading slots that at least one row uses.
-      drafted: drafts of each row in this pass.
-      plan: who drafted, and how many tokens.
+      tokens: drafts of each row.
+      made: leading ones of them that are worth verifying.
+      plan: who drafted, and how many tokens at most.
       confidence, guesses: of each drafter, in each row's drafts, verified or not; the first drafts.
       cache: keys and values of all tokens but the newest.
     """
 
-    row_tokens: Int[Array, "B S"]
-    tokens: Int[Array, "B Q"]
-    positions: Int[Array, "B Q"]
-    count: Int[Array, ""]
-    drafted: Int[Array, " B"]
+    tokens: Int[Array, "B K"]
+    made: Int[Array, " B"]
     plan: Plan
     confidence: Int[Array, "D B"]
     guesses: Int[Array, "D B"]
     cache: KVCache
 
 
-def _lay_out(
+def _draft(
     model: Decoder,
     drafters: tuple[Drafter, ...],
     state: LosslessState,
     request: Request,
     costs: PassCosts,
     most_slots: int,
-) -> _NewSlots:
-    """Drafts as planned, and lays out the slots of the pass."""
+) -> _Drafted:
+    """Lets each drafter look at the rows, chooses one of them, and lets it draft."""
     limit, running, rows = _limit(model, state.width, state.starts, request), ~state.done, state.rows
-    room = jnp.maximum(limit - state.ends - 1, 0)  # the last token of a row needs no draft
+    room = jnp.where(running, jnp.maximum(limit - state.ends - 1, 0), 0)  # the last token of a row needs no draft
     looks = [drafter.look(rows, max(1, most_slots - 1)) for drafter in drafters]
     looks = [
         found._replace(confidence=jnp.where(running & _worth(drafter, found, room, request), found.confidence, -1))
         for drafter, found in zip(drafters, looks, strict=True)
     ]
-    confidence = jnp.stack([found.confidence for found in looks])
-    plan = choose_drafts(state.control, costs, drafters, confidence, running, most_slots=most_slots)
+    confidence, filled = jnp.stack([found.confidence for found in looks]), state.cache.length
+    plan = choose_drafts(state.control, costs, drafters, confidence, running, filled, most_slots=most_slots)
     # Rejected drafts waste slots. Draft only if enough slots remain to finish all rows with one token a pass.
-    needed = jnp.max(jnp.where(state.done, 0, room + 1))
-    spare = jnp.int32(state.cache.capacity) - state.cache.length - needed - (most_slots - 1)
-    plan = plan._replace(count=jnp.where(spare >= plan.count, jnp.minimum(plan.count, jnp.max(room)), 0))
+    needed = jnp.max(jnp.where(running, room + 1, 0))
+    spare = jnp.int32(state.cache.capacity) - filled - needed - (most_slots - 1)
+    plan = plan._replace(drafts=jnp.where(spare >= plan.drafts, jnp.minimum(plan.drafts, jnp.max(room)), 0))
     # Let the chosen drafter draft.
     cache, tokens, usable = state.cache, looks[0].tokens, jnp.zeros_like(room)
-    for number, (drafter, found) in enumerate(zip(drafters, looks, strict=True)):
-        count = jnp.where(plan.drafter == number, plan.count, 0)
-        drafts, cache = drafter.draft(found, rows, cache, request, count)
-        tokens = jnp.where(count > 0, drafts.tokens, tokens)
-        usable = jnp.where(count > 0, _usable(drafts, room, request), usable)
-    drafted = jnp.where(running, jnp.minimum(usable, plan.count), 0)
-    # Each row's slots: its newest token, then its drafts.
+    for index, (drafter, found) in enumerate(zip(drafters, looks, strict=True)):
+        most = jnp.where(plan.drafter == index, plan.drafts, 0)
+        drafts, cache = drafter.draft(found, rows, cache, request, most)
+        tokens = jnp.where(most > 0, drafts.tokens, tokens)
+        usable = jnp.where(most > 0, _usable(drafts, room, request), usable)
+    made = jnp.minimum(usable, plan.drafts)
+    return _Drafted(tokens, made, plan, confidence, jnp.stack([found.tokens[:, 0] for found in looks]), cache)
+
+
+class _Slots(NamedTuple):
+    """Input of one pass: the newest token of each row, and its drafts.
+
+    Attributes:
+      rows: the rows, drafts included.
+      tokens, positions: token ids and positions of the slots; position -1 if a row does not use the slot.
+      used: leading slots that at least one row uses.
+    """
+
+    rows: DraftedRows
+    tokens: Int[Array, "B Q"]
+    positions: Int[Array, "B Q"]
+    used: Int[Array, ""]
+
+
+def _lay_out(state: LosslessState, drafted: _Drafted, most_slots: int) -> _Slots:
+    """Writes the drafts behind the rows, and gives each row's newest token and drafts their slots."""
     slots = jnp.arange(most_slots, dtype=jnp.int32)[None]
     columns, index = state.ends[:, None] + slots, jnp.arange(state.ends.shape[0])[:, None]
-    row_tokens = state.tokens.at[index, columns[:, :-1]].set(tokens[:, : most_slots - 1], mode="drop")
-    there = running[:, None] & (slots <= drafted[:, None])
-    return _NewSlots(
-        row_tokens=row_tokens,
-        tokens=jnp.take_along_axis(row_tokens, columns - 1, axis=1, mode="clip"),
+    tokens = state.tokens.at[index, columns[:, :-1]].set(drafted.tokens[:, : most_slots - 1], mode="drop")
+    there = ~state.done[:, None] & (slots <= drafted.made[:, None])
+    return _Slots(
+        rows=state.rows._replace(tokens=tokens, ends=state.ends + drafted.made),
+        tokens=jnp.take_along_axis(tokens, columns - 1, axis=1, mode="clip"),
         positions=jnp.where(there, columns - 1 - state.starts[:, None], -1),
-        count=1 + jnp.max(drafted),
-        drafted=drafted,
-        plan=plan,
-        confidence=confidence,
-        guesses=jnp.stack([found.tokens[:, 0] for found in looks]),
-        cache=cache,
+        used=1 + jnp.max(drafted.made),
     )
 
 

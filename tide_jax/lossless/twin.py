@@ -21,6 +21,7 @@ from tide_jax.exits.depth import run_depth
 from tide_jax.generation.generate import Request
 from tide_jax.lossless.drafts import DraftedRows, Drafts
 from tide_jax.lossless.verify import draw
+from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder, from_parameters, stored_parameters, summed_axes
 from tide_jax.model.sharding import mesh_of
@@ -51,26 +52,29 @@ class TwinDrafter(NamedTuple):
         return Drafts(jnp.zeros((batch, most), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def draft(
-        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, count: Int[Array, ""]
+        self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, most: Int[Array, ""]
     ) -> tuple[Drafts, KVCache]:
         def step(s: _Drafting) -> _Drafting:
             # Run the newest token, or the newest draft, and draw the draft behind it.
-            ends = rows.ends + s.number
+            ends = rows.ends + s.made
             inputs = jnp.take_along_axis(s.tokens, ends[:, None] - 1, axis=1, mode="clip")
-            positions = jnp.where(found.confidence >= 0, ends - 1 - rows.starts, -1)[:, None]
+            positions = jnp.where(s.drafting, ends - 1 - rows.starts, -1)[:, None]
             out = run_depth(self.model, inputs, positions, s.cache)
             drafted = rows._replace(tokens=s.tokens, ends=ends, seen=s.seen)
             drawn = draw(self.model, out.states, drafted, ends[:, None], s.seen[:, None], request)[:, 0]
             index = jnp.arange(len(ends))
+            # An overflow here is not the full model's, which reads masked slots times zero: keep them finite.
+            new = KeyValue(*(jnp.where(jnp.isfinite(a), a, 0) for a in out.new))
             return _Drafting(
-                number=s.number + 1,
+                made=s.made + 1,
+                drafting=s.drafting & ~jnp.any(drawn[:, None] == request.eos, axis=1),
                 tokens=s.tokens.at[index, ends].set(drawn, mode="drop"),
                 seen=s.seen.at[index, drawn].set(True),
-                cache=s.cache.append(out.new, positions),
+                cache=s.cache.append(new, positions),
             )
 
-        start = _Drafting(jnp.int32(0), rows.tokens, rows.seen, cache)
-        end = lax.while_loop(lambda s: s.number < count, step, start)
+        start = _Drafting(jnp.int32(0), found.confidence >= 0, rows.tokens, rows.seen, cache)
+        end = lax.while_loop(lambda s: (s.made < most) & jnp.any(s.drafting), step, start)
         columns = rows.ends[:, None] + jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(end.tokens, columns, axis=1, mode="clip")
         # The slots that the twin wrote count as empty again.
@@ -82,13 +86,15 @@ class _Drafting(NamedTuple):
     """Carry of the loop over drafts.
 
     Attributes:
-      number: drafts made so far.
+      made: drafts of a row so far.
+      drafting: rows without an end-of-sequence draft.
       tokens: the rows with these drafts.
       seen: tokens that occur in each row, drafts included.
       cache: keys and values, those of the drafts included.
     """
 
-    number: Int[Array, ""]
+    made: Int[Array, ""]
+    drafting: Bool[Array, " B"]
     tokens: Int[Array, "B S"]
     seen: Bool[Array, "B V"]
     cache: KVCache

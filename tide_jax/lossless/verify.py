@@ -16,14 +16,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from tide_jax.exits.depth import run_depth
-from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import Request
 from tide_jax.generation.logit_rules import RowText, rule_on
 from tide_jax.generation.sampling import row_keys, sample_rows
-from tide_jax.lossless.control import pass_number, pass_widths
+from tide_jax.lossless.control import verify_index, verify_widths
 from tide_jax.lossless.drafts import DraftedRows
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache
+from tide_jax.model.cache import KVCache, place_rows
 from tide_jax.model.decoder import Decoder
 
 
@@ -32,12 +31,12 @@ class Answers(NamedTuple):
 
     Attributes:
       tokens: next token drawn at each slot.
-      finite: rows whose states are finite.
+      finite: slots whose states are finite.
       new: key and value rows of every layer, ``[L, B, KV, Q, channels]``.
     """
 
     tokens: Int[Array, "B Q"]
-    finite: Bool[Array, " B"]
+    finite: Bool[Array, "B Q"]
     new: KeyValue
 
 
@@ -46,11 +45,13 @@ class Verification(NamedTuple):
 
     Attributes:
       tokens, ends: as in `DraftedRows`.
+      finite: rows whose states are finite, up to the newest token.
       cache: the cache with the slots of accepted inputs.
     """
 
     tokens: Int[Array, "B S"]
     ends: Int[Array, " B"]
+    finite: Bool[Array, " B"]
     cache: KVCache
 
 
@@ -59,7 +60,7 @@ def run_full_model(
     rows: DraftedRows,
     inputs: Int[Array, "B Q"],
     positions: Int[Array, "B Q"],
-    count: Int[Array, ""],
+    used: Int[Array, ""],
     cache: KVCache,
     request: Request,
 ) -> Answers:
@@ -70,7 +71,7 @@ def run_full_model(
       rows: the rows, drafts included.
       inputs: tokens of the slots.
       positions: positions of these tokens in their rows, -1 if a row does not use the slot.
-      count: leading slots that at least one row uses.
+      used: leading slots that at least one row uses.
       cache: the tokens before the slots.
       request: sampling settings, key and rules.
     """
@@ -83,11 +84,11 @@ def run_full_model(
         drawn = draw(model, out.states, rows, columns, _seen_before(rows, tokens, places >= 0, request), request)
         return Answers(
             tokens=jnp.pad(drawn, ((0, 0), (0, most - width))),
-            finite=finite_rows(out.states, places >= 0),
-            new=KeyValue(*(_pad_slots(a, most) for a in out.new)),
+            finite=jnp.pad(jnp.all(jnp.isfinite(out.states), axis=2), ((0, 0), (0, most - width))),
+            new=KeyValue(*(place_rows(a, most, 0) for a in out.new)),
         )
 
-    return lax.switch(pass_number(count, most), [lambda w=w: of_first(w) for w in pass_widths(most)])
+    return lax.switch(verify_index(used, most), [lambda w=w: of_first(w) for w in verify_widths(most)])
 
 
 def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verification:
@@ -113,11 +114,14 @@ def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B 
     # The cache keeps the slots of accepted inputs. Rows share slots: a row that keeps fewer leaves some empty.
     kept = ran & (slots <= at)
     used = jnp.max(jnp.where(kept, slots + 1, 0))
-    grown = cache.append(answers.new, jnp.where(kept, positions, -1))
+    # Rejected drafts leave zeros: attention multiplies what it masks by zero, and zero times infinity is not a number.
+    new = KeyValue(*(jnp.where(kept[None, :, None, :, None], a, 0) for a in answers.new))
+    grown = cache.append(new, jnp.where(kept, positions, -1))
     index = jnp.arange(rows.ends.shape[0])
     return Verification(
         tokens=rows.tokens.at[index, column].set(jnp.where(running, correct, rows.tokens[index, column])),
         ends=jnp.where(running, column + 1, rows.ends),
+        finite=jnp.all(answers.finite | ~kept, axis=1),
         cache=grown._replace(length=cache.length + used),
     )
 
@@ -181,14 +185,3 @@ def _seen_before(
 
     plain = jnp.broadcast_to(rows.seen[:, None], shape)
     return lax.cond(request.sampling.repetition_penalty == 1.0, lambda: plain, with_drafts)
-
-
-def _pad_slots(rows: Array, most: int) -> Array:
-    """Key or value rows padded with zeros at the end to `most` slots.
-
-    On a CPU, updating a slice of zeros is faster than `jnp.pad`.
-    """
-    if rows.shape[3] == most:
-        return rows
-    empty = jnp.zeros((*rows.shape[:3], most, rows.shape[4]), rows.dtype)
-    return lax.dynamic_update_slice_in_dim(empty, rows, 0, axis=3)

@@ -67,6 +67,17 @@ class KVCache(NamedTuple):
         )
 
 
+def place_rows(rows: Float[Array, "L B KV W c"], slots: int, at: int) -> Float[Array, "L B KV S c"]:
+    """Key or value rows in `slots` slots, from slot `at` on; zeros elsewhere.
+
+    On a CPU, updating a slice of zeros is faster than `jnp.pad`.
+    """
+    if rows.shape[3] == slots:
+        return rows
+    empty = jnp.zeros((*rows.shape[:3], slots, rows.shape[4]), rows.dtype)
+    return lax.dynamic_update_slice_in_dim(empty, rows, at, axis=3)
+
+
 def newest_positions(cache: KVCache, count: int) -> Int[Array, "B count"]:
     """Positions of the tokens in the newest `count` slots."""
     return lax.dynamic_slice_in_dim(cache.positions, cache.length - count, count, axis=1)
