@@ -18,7 +18,7 @@ MODES = {
     "lossless": ("lossless", "int8"),
     "int8": ("full", None),
 }
-"""Mode and drafts of each column; "int8" is full depth of the model with 8-bit weights."""
+"""Arguments `mode` and `draft` of each column; "int8" is full depth of the model with 8-bit weights."""
 
 
 def compare(
@@ -48,14 +48,18 @@ def compare(
         for name in MODES
     }
     identical = {name: all(row[name]["tokens"] == row["full"]["tokens"] for row in rows) for name in MODES}
-    # The fastest of those that change no token.
-    best = max((name for name in MODES if identical[name]), key=lambda name: speedups[name])
     return {
-        "recommended": {"mode": best, "speedup": speedups[best], "identical": identical[best]},
+        "recommended": recommend(speedups, identical),
         "speedups": speedups,
         "identical": identical,
         "side_by_side": rows,
     }
+
+
+def recommend(speedups: dict[str, float], identical: dict[str, bool]) -> dict[str, Any]:
+    """The fastest mode of the same weights that changed no token."""
+    best = max((name for name in ("full", "lossless") if identical[name]), key=lambda name: speedups[name])
+    return {"mode": best, "draft": MODES[best][1], "speedup": speedups[best], "identical": identical[best]}
 
 
 def generate(engine: tide_jax.TIDE, name: str, ids: list[int], new_tokens: int) -> Any:
@@ -89,7 +93,8 @@ def advice(found: dict[str, Any]) -> str:
     if best["mode"] == "full":
         lines = ["Recommended here: full depth; nothing that keeps every token was faster."]
     else:
-        lines = [f"Recommended: mode={best['mode']!r}, {best['speedup']:.2f} x full depth with every token the same."]
+        call = f"engine.generate(ids, mode={best['mode']!r}, draft={best['draft']!r})"
+        lines = [f"Recommended: {call}, {best['speedup']:.2f} x full depth with every token the same."]
     if speedups["int8"] > best["speedup"]:
         lines.append(
             f"8-bit weights are {speedups['int8']:.2f} x and take a quarter of the memory, if other words are fine: "

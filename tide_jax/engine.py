@@ -142,8 +142,9 @@ class TIDE:
             of "full", but verifies drafts where that is faster (`tide_jax.lossless.speculate`). Its first call at a
             batch size spends some seconds measuring the costs of passes.
           draft: who drafts with "lossless": "int8", the model's own weights rounded to 8 bits, made at the first call
-            (a quarter of float32's memory more), beside the text; or "text", the text alone. Default: "int8" for float
-            weights beyond 64 MiB on a CPU, else "text".
+            (one more byte a weight), beside the text; or "text", the text alone. Default: "int8" where it was measured
+            to pay, else "text". It pays on one CPU with the extra `cpu`, for float32 weights beyond 64 MiB and up to 8
+            rows, if the memory suffices.
           max_new_tokens: most tokens to generate, default 128; clipped at the end of the context, with a warning
             logged.
           max_length: most tokens of a row, its prompt included; ignored if `max_new_tokens` is given, too.

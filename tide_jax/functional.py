@@ -33,7 +33,7 @@ The same by hand: fill a cache with the prompts, then decode token by token. Don
 >>> bool((jnp.stack(tokens, axis=1) == out.tokens[:, :4]).all())
 True
 
-Lossless: the tokens of full depth, with drafts from the text verified several in a pass.
+Lossless: the tokens of full depth, several drafts verified in a pass. The text drafts:
 
 >>> costs = F.measure_pass_costs(model, batch=2, most_slots=2)
 >>> lossless = jax.jit(F.generate_lossless, static_argnames=("capacity", "most_slots"))

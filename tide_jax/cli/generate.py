@@ -72,8 +72,9 @@ def add_command(subparsers: Any) -> None:
     parser.add_argument(
         "--draft",
         choices=["int8", "text"],
-        help="who drafts with --mode lossless: the model's weights rounded to 8 bits, for a quarter more memory, and "
-        "the text; or the text alone (int8 on a CPU for float weights beyond 64 MiB, else text)",
+        help="who drafts with --mode lossless: the model's weights rounded to 8 bits, which takes one more byte a "
+        "weight, and the text; or the text alone (int8 where it pays: on a CPU with the extra 'cpu', for float32 "
+        "weights beyond 64 MiB; else text)",
     )
     parser.add_argument(
         "--audit",

@@ -116,8 +116,8 @@ class TideLM(TemplateLM):
             "prefill_exits": prefill_exits,
         }
         given_settings = {name: value for name, value in exit_settings.items() if value is not None}
-        self.engine = open_engine(pretrained, routers, given_settings, mode, dtype, weights)
         check_draft(draft, mode)
+        self.engine = open_engine(pretrained, routers, given_settings, mode, dtype, weights)
         self._draft = draft
         config = self.engine.model.config
         context = config.context_length
