@@ -63,6 +63,7 @@ RUNS: dict[str, Callable[[TIDE], list[Any]]] = {
     "exit": lambda e: [tokens(e.with_config(**dials)) for dials in EXITS.values()],
     "full": lambda e: tokens(e, mode="full"),
     "lossless": lambda e: tokens(e, mode="lossless")[0],
+    "lossless twin": lambda e: tokens(e, mode="lossless", draft="int8")[0],
     "sampled": lambda e: tokens(e, **DRAWN, **FILTERS),
     "sampled lossless": lambda e: tokens(e, mode="lossless", **DRAWN)[0],
     "stream": lambda e: streamed(e, "exit"),

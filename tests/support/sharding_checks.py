@@ -35,6 +35,7 @@ from tide_jax.testing import random_routers, tiny_config
 NEW = 12
 PROMPTS = random_prompts((7, 1, 12, 9, 3, 5, 2, 8), vocab=200)
 FREE = PassCosts(np.ones(3, np.float32), np.zeros(1, np.float32), np.float32(0))  # every draft is worth a try
+TWIN = FREE._replace(drafts=np.float32([0, 0.01]))
 EVEN = tiny_config(
     num_layers=2, vocab_size=264, hidden_size=64, num_heads=16, num_kv_heads=8, head_dim=8, intermediate_size=96
 )
@@ -47,8 +48,8 @@ MODELS = {
     "latent attention": CONFIGS["latent attention"],
 }
 CASES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("even", "2x4"): ("full", "propagate", "recompute", "lossless", "stream", "score"),
-    ("even", "1x8"): ("propagate", "lossless"),
+    ("even", "2x4"): ("full", "propagate", "recompute", "lossless", "lossless int8", "stream", "score"),
+    ("even", "1x8"): ("propagate", "lossless", "lossless int8"),
     ("even", "8x1"): ("full", "propagate"),
     ("even", "1x2"): ("recompute",),
     ("three heads", "4x2"): ("propagate",),
@@ -64,7 +65,8 @@ def engine_of(name: str, shape: str | None = None) -> TIDE:
     model = tiny_model(MODELS[name])
     routers = random_routers(model.config, interval=1, affine=True, translator_rank=4, model=model)
     engine = TIDE(model, routers, ExitConfig(exit_threshold=0.5, min_layers=0), mesh=mesh)
-    engine._learned._costs[len(PROMPTS), "text"] = FREE  # measured costs would draft now this, now that
+    for draft, costs in (("text", FREE), ("int8", TWIN)):
+        engine._learned._costs[len(PROMPTS), draft] = costs  # measured costs would draft now this, now that
     return engine
 
 
@@ -83,7 +85,9 @@ def run(engine: TIDE, mode: str) -> list[np.ndarray]:
     if mode.startswith("stream"):
         steps = list(engine.stream(PROMPTS, mode=name, max_new_tokens=NEW))
         return [np.stack([s.tokens for s in steps], axis=1), np.stack([s.exit_layers for s in steps], axis=1)]
-    out = engine.generate(PROMPTS, mode=name, max_new_tokens=NEW)
+    name, *draft = name.split()
+    out = engine.generate(PROMPTS, mode=name, draft=draft[0] if draft else None, max_new_tokens=NEW)
+    assert not draft or out.stats.drafts.by_drafter["int8 twin"].accepted > 0
     return [out.tokens, out.exit_layers]
 
 

@@ -116,10 +116,11 @@ def _filled_cache(model: Decoder, batch: int, slots: int, layers: int) -> tuple[
     """A full cache, and the rows of some layers, each with memory of its own."""
     heads, key_channels, value_channels = model.config.cache_shape
     positions, filled = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots)), jnp.int32(slots)
-    rows = [
-        CachedRows(*(jnp.zeros((batch, heads, slots, n), model.dtype) for n in (key_channels, value_channels)), filled)
-        for _ in range(layers)
-    ]
+
+    def zeros(channels: int) -> jax.Array:
+        return jnp.zeros((batch, heads, slots, channels), model.dtype)
+
+    rows = [CachedRows(zeros(key_channels), zeros(value_channels), filled) for _ in range(layers)]
     return KVCache(tuple(r.keys for r in rows), tuple(r.values for r in rows), positions, filled), rows
 
 
