@@ -82,7 +82,8 @@ class Dials(NamedTuple):
 
 def main() -> None:
     args = parse()
-    model, tokenizer = tide_jax.load(args.model, args.dtype), tide_jax.load_tokenizer(args.model)
+    model = tide_jax.load(args.model, args.dtype, weights=args.weights)
+    tokenizer = tide_jax.load_tokenizer(args.model)
     loaded = {path: tide_jax.Routers.load(path, model=model) for _, path, _ in args.routers}
     strategies = [loaded[path] for _, path, _ in args.routers]
     fit(args, model, strategies)
@@ -135,6 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default float32 on a CPU")
+    parser.add_argument("--weights", choices=["float", "int8"], help="int8 rounds the matrices; default: as MODEL is")
     args = parser.parse_args()
     args.thresholds = sorted({*args.thresholds, 1.0}, reverse=True)
     names = [name for name, _, _ in args.routers]
@@ -215,6 +217,7 @@ def describe(args: argparse.Namespace, model: Decoder, texts: list[list[int]], p
             "type": model.config.model_type,
             "layers": model.config.num_layers,
             "hidden_size": model.config.hidden_size,
+            "weights": model.weights,
             "dtype": str(model.dtype),
         },
         "text": {
