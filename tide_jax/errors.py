@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 _MAX_PROBLEMS = 3
 _PROBLEM_WIDTH = 80
@@ -57,6 +58,15 @@ def out_of_memory(error: BaseException) -> TideError | None:
         f"out of memory ({reason}): use fewer or shorter rows at once, fewer new tokens, a smaller dtype, or a "
         "machine with more memory"
     )
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine can still give to programs; None where it doesn't say (all but Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 def first_line(error: BaseException) -> str:

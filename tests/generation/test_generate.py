@@ -114,7 +114,7 @@ def test_rows_that_fill_up_a_batch_change_nothing(arguments: dict[str, Any]) -> 
     kept = len(fresh._programs)
     again = fresh.generate([*prompts, [3]], max_new_tokens=NEW, eos_token_id=[end, 300, 301, 302], **arguments)
     assert len(fresh._programs) == kept
-    assert again.stats.compile_time < 1e-3, "looking up what passes cost, and no more"
+    assert again.stats.compile_time == 0.0
     if "mode" not in arguments:
         scored = fresh(prompts)
         assert scored.logits.shape[:2] == scored.exit_layers.shape == (17, 18)

@@ -13,12 +13,18 @@ import pytest
 from tiny_models import CONFIGS, engine_over, random_prompts, tiny_model
 
 from tide_jax import TIDE, DriftMonitor, TideError
-from tide_jax.functional import PassCosts, generate_lossless, measure_pass_costs
+from tide_jax.functional import (
+    PassCosts,
+    advance_lossless,
+    begin_lossless,
+    generate_lossless,
+    measure_pass_costs,
+)
 from tide_jax.generation.batch import bucket, eos_table, pad_left
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.logit_rules import make_rules
 from tide_jax.generation.sampling import make_sampling
-from tide_jax.lossless.control import DraftControl, Plan, Round, choose_drafts, expected_accepted, update
+from tide_jax.lossless.control import DraftControl, Plan, Round, choose_drafts, expected_accepted, steps_of, update
 from tide_jax.lossless.drafts import text_drafts
 from tide_jax.lossless.speculate import TEXT_ONLY, LosslessGenerated
 from tide_jax.lossless.twin import TwinDrafter, make_twin
@@ -377,7 +383,7 @@ def test_bad_luck_at_the_start_does_not_stop_a_good_twin(twin: TwinDrafter, fail
     [
         ({"drafters": ()}, "needs a drafter"),
         ({"control": DraftControl.start(TEXT_ONLY * 2)}, r"control has rates of shape \(8,\), .* need \(4,\)"),
-        ({"costs": TWIN}, r"costs have the shapes \(3,\) and \(2,\), expected \(3,\) and \(1,\)"),
+        ({"costs": TWIN}, r"passes \(3,\), drafts \(2,\), attention \(\); expected \(3,\), \(1,\) and \(\)"),
         ({"costs": costs_of(1.0, 1.0)}, "call measure_pass_costs with these drafters and this most_slots"),
     ],
     ids=["no drafters", "control", "drafters", "widths"],
@@ -385,8 +391,7 @@ def test_bad_luck_at_the_start_does_not_stop_a_good_twin(twin: TwinDrafter, fail
 def test_costs_and_rates_of_others_are_refused(changes: dict[str, Any], message: str) -> None:
     """Read with other indices, they would say something else in silence."""
     given = {"costs": FREE, "control": None, "drafters": TEXT_ONLY} | changes
-    prompt = Prompt(jnp.asarray([[1, 2, 3]]), jnp.asarray([3]))
-    request = Request(make_sampling(), jax.random.key(0), jnp.full((1, 1), -1), jnp.int32(0), jnp.int32(4))
+    prompt, request = new_call([1, 2, 3], 4)
     with pytest.raises(TideError, match=message) as caught:
         generate_lossless(engine_of("pre norm").model, prompt, request, capacity=4, **given)
     assert "\n" not in str(caught.value)
@@ -441,6 +446,51 @@ def test_text_drafts_continue_the_latest_longest_match() -> None:
     assert tokens.tolist() == [[5, 2, 3, 5], [4, 4, 4, 4], [7, 6, 7, 6]]
     _, matched = text_drafts(jnp.asarray([[1, 2, 3, 1, 0]]), jnp.asarray([1]), jnp.asarray([4]), 2)
     assert matched.tolist() == [0], "what stands before the row is not the row's"
+
+
+def new_call(row: list[int], new: int) -> tuple[Prompt, Request]:
+    """One row, greedy."""
+    request = Request(make_sampling(), jax.random.key(0), jnp.full((1, 1), -1), jnp.int32(0), jnp.int32(new))
+    return Prompt(jnp.asarray([row]), jnp.asarray([len(row)])), request
+
+
+@pytest.mark.parametrize("most_slots", [1, 8])
+def test_passes_one_by_one_outside_a_program(most_slots: int) -> None:
+    """The state is donated though `begin_lossless` ran eagerly, and made for narrower passes than those that follow."""
+    engine, (prompt, request) = engine_of("pre norm"), new_call([7] * 9, 12)
+    control = DraftControl.start(TEXT_ONLY)
+    state = begin_lossless(engine.model, prompt, request, control, capacity=16, most_slots=most_slots)
+    advance = jax.jit(advance_lossless, donate_argnums=2)
+    while not bool(state.done[0]):
+        state = advance(engine.model, TEXT_ONLY, state, request, FREE)
+    made = state.tokens[0, 9:21].tolist()
+    assert made == engine.generate([[7] * 9], max_new_tokens=12, mode="full", eos_token_id=[]).tokens[0].tolist()
+    held = np.asarray(state.cache.positions[0])
+    assert held[held >= 0].tolist() == list(range(9 + 12 - 1))
+    assert float(control.credit) == 6.0, "the caller's stays"
+
+
+def test_an_abandoned_stream_keeps_what_it_learned() -> None:
+    engine = TIDE(engine_of("pre norm").model)
+    steps = engine.stream([[7] * 30], max_new_tokens=NEW, mode="lossless", draft="text", eos_token_id=[])
+    for _ in range(9):
+        next(steps)
+    steps.close()
+    kept, start = engine._learned._control[1, "text"], DraftControl.start(TEXT_ONLY)
+    assert kept.first.tolist() != start.first.tolist()
+
+
+def test_time_of_passes_and_drafts_counts_attention(twin: TwinDrafter) -> None:
+    costs, drafters = costs_of(2.0, 3.0, 4.0, twin=0.5, attention=0.01), (*TEXT_ONLY, twin)
+
+    def steps(drafter: int, drafts: int, filled: int) -> float:
+        plan = Plan(jnp.int32(drafter), jnp.int32(drafts))
+        return float(steps_of(costs, drafters, plan, jnp.int32(drafts + 1), jnp.int32(filled), most_slots=8))
+
+    assert steps(1, 7, 0) == pytest.approx((4.0 + 7 * 0.5) / 2.0)
+    assert steps(1, 7, 200) == pytest.approx((4.0 + 2.0 + 7 * (0.5 + 2.0)) / (2.0 + 2.0))
+    assert steps(0, 3, 200) == pytest.approx((3.0 + 2.0) / (2.0 + 2.0)), "copies read no cache"
+    assert steps(1, 0, 200) == 1.0
 
 
 def test_the_engine_measures_costs_and_says_what_drafts_came_to() -> None:
@@ -501,6 +551,9 @@ def test_costs_are_positive_and_bad_sizes_refused() -> None:
     assert costs.passes.shape == (3,)
     assert bool(jnp.all(costs.passes > 0))
     assert costs.drafts.tolist() == [0.0], "copying costs nothing"
+    assert 0.0 <= float(costs.attention) < float(costs.passes[0])
+    wide = tiny_config(num_layers=2, num_heads=16, num_kv_heads=16, head_dim=64)
+    assert float(measure_pass_costs(tiny_model(wide), batch=4).attention) > 0
     with pytest.raises(TideError, match="batch"):
         measure_pass_costs(engine.model, batch=0)
     with pytest.raises(TideError, match="lossless"):

@@ -114,7 +114,7 @@ def test_too_little_memory_for_the_twin_is_a_line(monkeypatch: pytest.MonkeyPatc
         raise MemoryError
 
     monkeypatch.setattr("tide_jax.lossless.decoding.make_twin", full)
-    with pytest.raises(TideError, match=r"too little memory for the 8-bit twin.* use draft='text'"):
+    with pytest.raises(TideError, match=r"memory does not suffice for the 8-bit twin.* use draft='text'"):
         TIDE(engine_of("pre norm").model).generate(PROMPTS, mode="lossless", draft="int8")
 
 
@@ -228,7 +228,18 @@ def test_a_default_twin_that_does_not_fit_is_done_without(
         out = engine.generate(PROMPTS, mode="lossless", max_new_tokens=4, eos_token_id=[])
         assert out.tokens.tolist() == engine.generate(PROMPTS, max_new_tokens=4, eos_token_id=[]).tokens.tolist()
     assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
-    assert "too little memory for the 8-bit twin" in caplog.text
+    assert "memory does not suffice for the 8-bit twin" in caplog.text
+
+
+def test_a_default_twin_is_not_tried_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Linux would promise the memory, and end the process."""
+    monkeypatch.setattr("tide_jax.lossless.decoding._TWIN_PAYS_FROM", 1)
+    monkeypatch.setattr("tide_jax.lossless.decoding.available_memory", lambda: 1000)
+    out = TIDE(engine_of("pre norm").model).generate(PROMPTS, mode="lossless", max_new_tokens=4, eos_token_id=[])
+    assert list(out.stats.drafts.by_drafter) == ["text"]
+    assert "memory does not suffice for the 8-bit twin" in caplog.text
 
 
 def overflowing_twin(engine: TIDE) -> TwinDrafter:

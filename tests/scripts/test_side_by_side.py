@@ -25,7 +25,7 @@ def test_other_weights_are_no_mode(identical: dict[str, bool]) -> None:
     assert recommend({"full": 1.0, "lossless": 1.8, "int8": 3.0}, identical)["mode"] == "lossless"
 
 
-@pytest.mark.parametrize(("speedup", "same"), [(0.9, True), (1.8, False)])
+@pytest.mark.parametrize(("speedup", "same"), [(0.9, True), (1.01, True), (1.8, False)])
 def test_full_depth_is_recommended_where_nothing_beats_it(speedup: float, same: bool) -> None:
     said = say({"full": 1.0, "lossless": speedup, "int8": 0.8}, SAME | {"lossless": same})
     assert said == "Recommended here: full depth; nothing that keeps every token was faster."

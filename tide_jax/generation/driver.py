@@ -154,7 +154,11 @@ def run_steps(decoding: Decoding, call: Call, programs: Programs) -> Iterator[St
         before = search.ended.copy()
         for tokens, exit_layers in zip(reading.tokens.T, reading.exit_layers.T, strict=True):
             if not search.ended.all():
-                yield search.cut(StreamStep(tokens, exit_layers, layers, reading.drafts))
+                try:
+                    yield search.cut(StreamStep(tokens, exit_layers, layers, reading.drafts))
+                except GeneratorExit:  # nobody reads on
+                    decoding.finish(state, call)
+                    raise
                 layers = 0
         read += reading.tokens.shape[1]
         # Rows that a stop string ended do not run any more. Read again: other rows may have waited for them.

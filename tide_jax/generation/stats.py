@@ -68,20 +68,40 @@ class DrafterStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class DraftSteps:
+    """Measured times of passes and drafts, in steps: passes over one token, without earlier tokens.
+
+    Attributes:
+      passes: a pass, by the number of a row's tokens in it.
+      drafts: a draft, by drafter; 0 for drafters that copy.
+      attention: what each pass and each draft of a model takes more, for 1,000 earlier tokens.
+    """
+
+    passes: dict[int, float]
+    drafts: dict[str, float]
+    attention: float
+
+    def summary(self) -> str:
+        """One line to print."""
+        costs = [f"a pass over {width} tokens {steps:.2f}" for width, steps in self.passes.items() if width > 1]
+        costs += [f"a draft of the {name} {steps:.2f}" for name, steps in self.drafts.items() if steps > 0]
+        costs += [f"{self.attention:.2f} more for each after 1,000 tokens"] if self.attention >= 0.005 else []
+        return f"in steps: {', '.join(costs)}"
+
+
+@dataclasses.dataclass(frozen=True)
 class DraftStats:
     """What ``mode="lossless"`` drafted, summed over all rows, and why.
 
     Attributes:
       passes: passes of the full model, prefill included.
       by_drafter: counters of each drafter, by name.
-      pass_steps: measured time of a pass, by the number of a row's tokens in it, in steps at full depth.
-      draft_steps: measured time of a draft, by drafter, in steps at full depth.
+      steps: the costs that the choice between them was made with.
     """
 
     passes: int
     by_drafter: dict[str, DrafterStats]
-    pass_steps: dict[int, float]
-    draft_steps: dict[str, float]
+    steps: DraftSteps
 
     @property
     def drafted(self) -> int:
@@ -102,10 +122,9 @@ class DraftStats:
             for name, each in self.by_drafter.items()
             if each.passes
         ]
-        costs = [f"a pass over {width} tokens {steps:.2f}" for width, steps in self.pass_steps.items() if width > 1]
-        costs += [f"a draft of the {name} {steps:.2f}" for name, steps in self.draft_steps.items() if steps > 0]
-        why = f"in steps: {', '.join(costs)}"
-        return "; ".join([f"lossless: {self.passes} passes, {plain} of them without drafts", *parts, why])
+        return "; ".join(
+            [f"lossless: {self.passes} passes, {plain} of them without drafts", *parts, self.steps.summary()]
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,9 @@ measured (`tide_jax.lossless.costs`). How often drafts are accepted is learned d
 drafts cost nothing it is learned without drafting, too: the token that is generated shows whether the first draft would
 have been accepted.
 
-Losses are bounded: drafting stops once all time so far, by these costs, exceeds that of full depth by two percent and
-six steps, the price of two passes of seven 8-bit drafts that all fail. In a batch, the mean row counts.
+Losses are bounded. Drafting starts with a credit of six steps, the price of two passes of seven 8-bit drafts that all
+fail. Each pass pays its time, by these costs, and earns the time that its tokens take at full depth, and two percent
+more. At most eight steps of credit are kept. Nothing is drafted while it is negative. In a batch, the mean row counts.
 
 A pass that verifies K drafts gains ``first * (1 + later + ... + later**(K - 1))`` tokens on average, if the first draft
 is accepted with probability `first` and each later one with probability `later`, given those before it. A row's drafts
@@ -40,10 +41,9 @@ class PassCosts(NamedTuple):
     """Seconds of a pass of the full model, and of a draft.
 
     Attributes:
-      passes: by the width of the pass, the slots of a row, for each of `verify_widths`; attention over earlier tokens
-        not included.
-      drafts: one draft for all rows, by drafter; 0 for drafters that copy. Attention is not included, either.
-      attention: added to each pass and to each draft of a model, for each slot of the cache that is filled.
+      passes: a pass without earlier tokens, for each of `verify_widths`.
+      drafts: one draft of each row without earlier tokens, for each drafter; 0 for drafters that copy.
+      attention: what each pass and each draft of a model takes more for each filled slot of the cache.
     """
 
     passes: Float[Array, " W"]
@@ -143,7 +143,7 @@ def steps_of(
 def check_sizes(
     drafters: Sequence[Drafter], control: DraftControl, costs: PassCosts | None = None, *, most_slots: int
 ) -> None:
-    """Raises TideError unless rates and costs are those of the drafters and of passes up to `most_slots`."""
+    """Raises TideError unless there are as many rates and costs as drafters and widths of passes need."""
     expected = (sum(len(drafter.rates) for drafter in drafters),)
     if control.first.shape != expected or control.later.shape != expected:
         raise TideError(
@@ -151,10 +151,11 @@ def check_sizes(
             "DraftControl.start(drafters), or the control of a generation with the same drafters"
         )
     sizes = ((len(verify_widths(most_slots)),), (len(drafters),))
-    if costs is not None and (costs.passes.shape, costs.drafts.shape) != sizes:
+    if costs is not None and tuple(map(jnp.shape, costs)) != (*sizes, ()):
+        found = ", ".join(f"{name} {jnp.shape(value)}" for name, value in costs._asdict().items())
         raise TideError(
-            f"costs have the shapes {costs.passes.shape} and {costs.drafts.shape}, expected {sizes[0]} and {sizes[1]}: "
-            "call measure_pass_costs with these drafters and this most_slots"
+            f"costs have the shapes {found}; expected {sizes[0]}, {sizes[1]} and (): call measure_pass_costs with "
+            "these drafters and this most_slots"
         )
 
 
@@ -206,6 +207,7 @@ def _with_attention(
     costs: PassCosts, drafters: Sequence[Drafter], filled: Int[Array, ""]
 ) -> tuple[Float[Array, " W"], Float[Array, " D"]]:
     """Seconds of passes and drafts that read `filled` slots of the cache."""
+    costs = PassCosts(*(jnp.asarray(seconds, jnp.float32) for seconds in costs))
     read = costs.attention * filled.astype(jnp.float32)
     runs = jnp.asarray([drafter.model is not None for drafter in drafters])
     return costs.passes + read[None], costs.drafts + jnp.where(runs, read[None], 0.0)

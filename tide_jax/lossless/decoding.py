@@ -12,13 +12,13 @@ import numpy as np
 
 from pallas_kernels import weight_product
 from tide_jax.config import Mode
-from tide_jax.errors import TideError, out_of_memory, shorten
+from tide_jax.errors import TideError, available_memory, out_of_memory, shorten
 from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.outputs import GenerateOutput
 from tide_jax.generation.programs import Programs
-from tide_jax.generation.stats import DrafterStats, DraftStats
+from tide_jax.generation.stats import DrafterStats, DraftStats, DraftSteps
 from tide_jax.lossless.control import DraftControl, PassCosts, verify_widths
 from tide_jax.lossless.costs import measure_pass_costs
 from tide_jax.lossless.drafts import Drafter
@@ -45,6 +45,7 @@ DRAFTS: dict[str, Callable[[Decoder], tuple[Drafter, ...]]] = {
 """Who drafts, by the name that users say: the row's own text; or the text and the model's 8-bit twin."""
 _TWIN_PAYS_FROM = 64 * 2**20
 """Bytes of weights from which the twin is the default. Smaller models are read from a CPU's caches."""
+_NO_ROOM = "the memory does not suffice for the 8-bit twin, which takes one byte a weight: use draft='text'"
 _TWIN_PAYS_TO = 8
 """Rows up to which the twin is the default. Drafts of more rows compute more than they read."""
 
@@ -59,7 +60,7 @@ def check_draft(draft: Any, mode: Mode | None) -> None:
 
 
 def default_draft(model: Decoder) -> str:
-    """The drafts of a model whose user names none: "int8" where the twin is measured to pay.
+    """The drafts of a model whose user names none: "int8" where the twin was found to pay, on other models.
 
     That is on a CPU with the weight product's kernel, for float weights that exceed the caches, without a mesh.
     """
@@ -67,6 +68,16 @@ def default_draft(model: Decoder) -> str:
     x = jnp.ones((1, model.config.hidden_size), model.dtype)
     pays = model.weights == "float" and mesh_of(model) is None and weights >= _TWIN_PAYS_FROM
     return "int8" if pays and weight_product.pays(x, ((jnp.ones((1, x.shape[1]), x.dtype), None),)) else "text"
+
+
+def check_memory(model: Decoder) -> None:
+    """Raises TideError if this machine says that the twin does not fit.
+
+    Linux promises memory that it does not have, and ends the process that uses it.
+    """
+    needed = sum(parameter.value.size for parameter in stored_parameters(model))
+    if (available := available_memory()) is not None and available < 2 * needed:  # the caches and programs come, too
+        raise TideError(_NO_ROOM)
 
 
 class Learned:
@@ -78,16 +89,18 @@ class Learned:
         self._costs: dict[tuple[int, str], PassCosts] = {}
         self._control: dict[tuple[int, str], DraftControl] = {}
 
-    def default(self, model: Decoder, rows: int, new_tokens: int) -> str:
-        """`default_draft`, but "text" for many rows, for one token, and where the memory doesn't suffice."""
-        if rows > _TWIN_PAYS_TO or new_tokens <= 1:
+    def default(self, model: Decoder, rows: int) -> str:
+        """`default_draft`, but "text" for many rows, and where the memory doesn't suffice."""
+        if rows > _TWIN_PAYS_TO:
             return "text"
         if self._default is None:
             self._default = default_draft(model)
             try:
+                if self._default == "int8":
+                    check_memory(model)
                 self.drafters(model, self._default)
             except TideError as error:
-                logger.warning("drafting from the text alone: %s", error)
+                logger.warning("the text drafts alone: %s", error)
                 self._default = "text"
         return self._default
 
@@ -99,16 +112,23 @@ class Learned:
             except Exception as error:
                 if out_of_memory(error) is None:
                     raise
-                raise TideError(
-                    "too little memory for the 8-bit twin, a quarter of float32's: use draft='text'"
-                ) from error
+                raise TideError(_NO_ROOM) from error
         return self._drafters[draft]
 
+    def known(self, batch: int, draft: str) -> bool:
+        """Whether costs at a batch size were measured."""
+        return (batch, draft) in self._costs
+
     def costs(self, model: Decoder, batch: int, draft: str) -> PassCosts:
-        """Costs of passes and drafts at a batch size."""
-        if (batch, draft) not in self._costs:
-            with mesh_context(mesh_of(model)):
-                found = measure_pass_costs(model, self.drafters(model, draft), batch=batch)
+        """Costs of passes and drafts at a batch size. Raises TideError if memory runs out."""
+        if not self.known(batch, draft):
+            try:
+                with mesh_context(mesh_of(model)):
+                    found = measure_pass_costs(model, self.drafters(model, draft), batch=batch)
+            except Exception as error:
+                if (reason := out_of_memory(error)) is not None:
+                    raise reason from error
+                raise
             self._costs[batch, draft] = from_first_process(found)
         return self._costs[batch, draft]
 
@@ -127,18 +147,19 @@ class LosslessDecoding:
     def __init__(self, model: Decoder, programs: Programs, learned: Learned, draft: str | None) -> None:
         self._model, self._programs, self._learned, self._asked = model, programs, learned, draft
         self._layers = model.config.num_layers
+        self._setup: _Setup | None = None  # that of the call
 
     def whole(self, call: Call) -> GenerateOutput:
-        drafting, rows = self._prepare(call), call.count
-        arguments = (call.prompt, call.request, drafting.costs, self._control(call))
+        setup, rows = self._prepare(call), call.count
+        arguments = (call.prompt, call.request, setup.costs, self._control(call))
         # The name of the drafts is part of the program's key; the drafters, like the model, are not.
         out, seconds, compiled = self._programs.run(
-            _whole, (self._model, drafting.drafters), arguments, capacity=call.capacity, draft=drafting.name
+            _whole, (self._model, setup.drafters), arguments, capacity=call.capacity, draft=setup.name
         )
         # The acceptance rates stay on the device, for the next call; the rest is fetched, without the padding rows.
         control, out = out.control, fetch(out._replace(control=None))
         check_finite(out.finite[:rows], self._model.dtype)
-        self._learned.keep(len(call.prompt.lengths), drafting.name, control)
+        self._learned.keep(len(call.prompt.lengths), setup.name, control)
         longest = int(np.max(out.lengths[:rows]))
         return make_output(
             call.rows.rows,
@@ -148,20 +169,20 @@ class LosslessDecoding:
             layers_executed=int(out.counts.passes) * self._layers,
             steps=int(out.counts.passes),
             wall_time=seconds,
-            compile_time=compiled + drafting.seconds,
-            drafts=drafting.stats(out.counts),
+            compile_time=compiled + setup.seconds,
+            drafts=setup.stats(out.counts),
         )
 
     def begin(self, call: Call) -> LosslessState:
-        drafting = self._prepare(call)
-        self._programs.compile_time += drafting.seconds  # count it as compiling, not as running
-        fixed, arguments = (self._model, drafting.drafters), (call.prompt, call.request, self._control(call))
-        return self._programs.run(_begin, fixed, arguments, capacity=call.capacity, draft=drafting.name)[0]
+        setup = self._prepare(call)
+        self._programs.compile_time += setup.seconds  # count it as compiling, not as running
+        fixed, arguments = (self._model, setup.drafters), (call.prompt, call.request, self._control(call))
+        return self._programs.run(_begin, fixed, arguments, capacity=call.capacity, draft=setup.name)[0]
 
     def advance(self, state: LosslessState, call: Call) -> LosslessState:
-        drafting = self._prepare(call)
-        fixed, arguments = (self._model, drafting.drafters), (state, call.request, drafting.costs)
-        return self._programs.run(_advance, fixed, arguments, donate=2, draft=drafting.name)[0]
+        setup = self._prepare(call)
+        fixed, arguments = (self._model, setup.drafters), (state, call.request, setup.costs)
+        return self._programs.run(_advance, fixed, arguments, donate=2, draft=setup.name)[0]
 
     def read(self, state: LosslessState, call: Call, start: int) -> Reading:
         done, finite, ends, tokens, counts, width = fetch(
@@ -179,15 +200,20 @@ class LosslessDecoding:
     def finish(self, state: LosslessState, call: Call) -> None:
         self._learned.keep(len(call.prompt.lengths), self._prepare(call).name, state.control)
 
-    def _prepare(self, call: Call) -> _Drafting:
+    def _prepare(self, call: Call) -> _Setup:
         """Who drafts in this call, and what that costs; what is not known yet is made and measured."""
+        if self._setup is not None:
+            return self._setup
         start, batch = time.perf_counter(), len(call.prompt.lengths)
-        name = self._asked
-        if name is None:
-            name = self._learned.default(self._model, batch, int(call.request.max_new_tokens))
+        if int(call.request.max_new_tokens) <= 1:  # nothing to draft
+            return _Setup("text", TEXT_ONLY, _UNKNOWN, _steps(TEXT_ONLY, _UNKNOWN), 0.0)
+        name = self._learned.default(self._model, batch) if self._asked is None else self._asked
+        known = self._learned.known(batch, name)
         drafters = self._learned.drafters(self._model, name)
         costs = self._learned.costs(self._model, batch, name)
-        return _Drafting(name, drafters, costs, time.perf_counter() - start)
+        seconds = 0.0 if known else time.perf_counter() - start
+        self._setup = _Setup(name, drafters, costs, _steps(drafters, costs), seconds)
+        return self._setup
 
     def _control(self, call: Call) -> DraftControl:
         return self._learned.control(self._model, len(call.prompt.lengths), self._prepare(call).name)
@@ -197,30 +223,41 @@ class LosslessDecoding:
         return np.where(made, self._layers - 1, -1).astype(np.int32)
 
 
-class _Drafting(NamedTuple):
+class _Setup(NamedTuple):
     """Drafters of a call.
 
     Attributes:
       name: one of `DRAFTS`.
       drafters, costs: who drafts, and what passes and drafts cost.
+      steps: the same costs, for reports.
       seconds: what making and measuring them took just now.
     """
 
     name: str
     drafters: tuple[Drafter, ...]
     costs: PassCosts
+    steps: DraftSteps
     seconds: float
 
     def stats(self, counts: DraftCounts) -> DraftStats:
         """What was drafted, by whom, and why."""
-        step, made = float(self.costs.passes[0]), zip(counts.chosen, counts.drafted, counts.accepted, strict=True)
-        widths = verify_widths(MOST_SLOTS)
-        return DraftStats(
-            passes=int(counts.passes),
-            by_drafter={d.name: DrafterStats(*map(int, n)) for d, n in zip(self.drafters, made, strict=True)},
-            pass_steps={width: float(self.costs.passes[i]) / step for i, width in enumerate(widths)},
-            draft_steps={d.name: float(self.costs.drafts[i]) / step for i, d in enumerate(self.drafters)},
-        )
+        made = zip(counts.chosen, counts.drafted, counts.accepted, strict=True)
+        by_drafter = {d.name: DrafterStats(*map(int, n)) for d, n in zip(self.drafters, made, strict=True)}
+        return DraftStats(int(counts.passes), by_drafter, self.steps)
+
+
+_UNKNOWN = PassCosts(np.ones(len(verify_widths(MOST_SLOTS)), np.float32), np.zeros(1, np.float32), np.float32(0))
+"""Costs of a call that drafts nothing."""
+
+
+def _steps(drafters: tuple[Drafter, ...], costs: PassCosts) -> DraftSteps:
+    """The costs in steps at full depth."""
+    passes, drafts, attention = (np.asarray(a, np.float64) / float(costs.passes[0]) for a in costs)
+    return DraftSteps(
+        passes=dict(zip(verify_widths(MOST_SLOTS), passes.tolist(), strict=True)),
+        drafts={drafter.name: steps for drafter, steps in zip(drafters, drafts.tolist(), strict=True)},
+        attention=1000 * float(attention),
+    )
 
 
 # Programs of these functions take the drafters behind the model. `draft` is their name: part of the program's key.

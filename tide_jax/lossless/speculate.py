@@ -121,12 +121,16 @@ def begin_lossless(
     capacity: int,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """Runs the prompt and draws the first token; arguments and errors as in `generate_lossless`."""
+    """Runs the prompt and draws the first token; arguments and errors as in `generate_lossless`.
+
+    There is room for passes of `most_slots` or `MOST_SLOTS` slots, whichever is more.
+    """
     check_sizes(drafters, control, most_slots=most_slots)
     batch, width = prompt.tokens.shape
-    # Rows share slots: a row with rejected drafts leaves slots empty that other rows use. So a batch gets twice the
-    # slots. A pass writes all its slots, including those behind the newest token.
-    slots = capacity * min(batch, 2) + 2 * most_slots
+    # Rows share slots: a row with rejected drafts leaves slots empty that other rows use. So a batch gets half as many
+    # again; more would cost every pass, which reads them. A pass writes all its slots, drafts or not.
+    widest = max(most_slots, MOST_SLOTS)
+    slots = (capacity if batch == 1 else capacity + capacity // 2) + 2 * widest
     step = prefill(model, prompt, init_cache(model.config, batch, width + slots, model.dtype))
     seen = prompt.seen(model.config.vocab_size)
     starts, ends = jnp.int32(width) - prompt.lengths, jnp.full((batch,), width, jnp.int32)
@@ -134,9 +138,9 @@ def begin_lossless(
     rows = DraftedRows(prompt.tokens, starts, ends, jnp.int32(width), seen)
     rule = rule_on(request.rules, lambda: row_text(rows, ends[:, None], request))
     drawn = sample(jax.random.fold_in(request.key, 0), step.logits, request.sampling, seen, rule)
-    room = jnp.broadcast_to(request.pad, (batch, capacity + most_slots - 1))
+    room = jnp.broadcast_to(request.pad, (batch, capacity + widest - 1))
     tokens = jnp.concatenate([prompt.tokens, drawn[:, None], room], axis=1)
-    limit, none = _limit(model, jnp.int32(width), starts, request), jnp.zeros((len(drafters),), jnp.int32)
+    limit = _limit(model, jnp.int32(width), starts, request)
     return LosslessState(
         tokens=tokens,
         width=jnp.int32(width),
@@ -146,8 +150,8 @@ def begin_lossless(
         finite=step.finite,
         seen=seen.at[jnp.arange(batch), drawn].set(True),
         cache=step.cache,
-        control=control,
-        counts=DraftCounts(jnp.int32(1), none, none, none),
+        control=jax.tree.map(jnp.array, control),  # a copy, for the state is donated
+        counts=DraftCounts(jnp.int32(1), *(jnp.zeros((len(drafters),), jnp.int32) for _ in range(3))),
     )
 
 
@@ -160,7 +164,10 @@ def advance_lossless(
     *,
     most_slots: int = MOST_SLOTS,
 ) -> LosslessState:
-    """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`."""
+    """Runs one pass: adds one token and the accepted drafts to each row. Donate `state`.
+
+    `most_slots` is at most that of `begin_lossless`, or `MOST_SLOTS` if that is more.
+    """
     check_sizes(drafters, state.control, costs, most_slots=most_slots)
     # Draft, run the full model over the drafts, and keep those it confirms.
     drafted = _draft(model, drafters, state, request, costs, most_slots)

@@ -54,7 +54,7 @@ class TwinDrafter(NamedTuple):
     def draft(
         self, found: Drafts, rows: DraftedRows, cache: KVCache, request: Request, most: Int[Array, ""]
     ) -> tuple[Drafts, KVCache]:
-        def step(s: _Drafting) -> _Drafting:
+        def step(s: _Loop) -> _Loop:
             # Run the newest token, or the newest draft, and draw the draft behind it.
             ends = rows.ends + s.made
             inputs = jnp.take_along_axis(s.tokens, ends[:, None] - 1, axis=1, mode="clip")
@@ -65,7 +65,7 @@ class TwinDrafter(NamedTuple):
             index = jnp.arange(len(ends))
             # An overflow here is not the full model's, which reads masked slots times zero: keep them finite.
             new = KeyValue(*(jnp.where(jnp.isfinite(a), a, 0) for a in out.new))
-            return _Drafting(
+            return _Loop(
                 made=s.made + 1,
                 drafting=s.drafting & ~jnp.any(drawn[:, None] == request.eos, axis=1),
                 tokens=s.tokens.at[index, ends].set(drawn, mode="drop"),
@@ -73,7 +73,7 @@ class TwinDrafter(NamedTuple):
                 cache=s.cache.append(new, positions),
             )
 
-        start = _Drafting(jnp.int32(0), found.confidence >= 0, rows.tokens, rows.seen, cache)
+        start = _Loop(jnp.int32(0), found.confidence >= 0, rows.tokens, rows.seen, cache)
         end = lax.while_loop(lambda s: (s.made < most) & jnp.any(s.drafting), step, start)
         columns = rows.ends[:, None] + jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(end.tokens, columns, axis=1, mode="clip")
@@ -82,7 +82,7 @@ class TwinDrafter(NamedTuple):
         return Drafts(tokens, found.confidence), cache
 
 
-class _Drafting(NamedTuple):
+class _Loop(NamedTuple):
     """Carry of the loop over drafts.
 
     Attributes:
