@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,8 +18,8 @@ def machine(*more: str) -> dict[str, Any]:
     """Describes the machine of a measurement, with the versions of `more` packages."""
     names = ("jax", "flax", "numpy", "transformers", "tide_jax", *more)
     versions = {name: __import__(name).__version__ for name in names}
-    if importlib.util.find_spec("torch"):
-        versions["torch"] = __import__("torch").__version__
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["torch"] = importlib.metadata.version("torch")  # importing it takes seconds
     return {
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),

@@ -48,6 +48,8 @@ class TIDE:
         the least recently used program is dropped, and compiled again when needed. Lengths, batch sizes and numbers of
         stop ids are rounded up so that calls share programs: a batch of up to 16 rows runs as it is, a larger one is
         rounded up in eight steps for each power of two.
+      cuda_graphs: on a GPU, True runs whole decode loops as CUDA graphs, False launches them from the host, and None
+        takes graphs if a small loop of loops is right as a graph on this GPU (`tide_jax.generation.cuda_graphs`).
 
     Attributes:
       model, routers, config, implementation: as given, the model on the mesh.
@@ -68,6 +70,7 @@ class TIDE:
         implementation: str | None = None,
         mesh: Mesh | None = None,
         max_programs: int = MOST_PROGRAMS,
+        cuda_graphs: bool | None = None,
     ) -> None:
         instance_of("model", model, Decoder)
         instance_of("routers", routers, Routers, or_none=True)
@@ -78,7 +81,7 @@ class TIDE:
         self.config = config or ExitConfig(min_layers=min(ExitConfig.min_layers, model.config.num_layers))
         self.implementation = implementation
         self._weights = self._on_mesh(routers.without_metadata()) if routers is not None else None
-        self.programs = Programs(self._mesh, most=max_programs)
+        self.programs = Programs(self._mesh, most=max_programs, cuda_graphs=cuda_graphs)
         self._learned = Learned()
         self._check()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.common import DTYPES, NormSettings, NormWeights
+from pallas_kernels.common import DTYPES, MAX_ELEMENTS, NormSettings, NormWeights
 from pallas_kernels.exit_project.reference import AffineHead
 from pallas_kernels.selection import Choices
 
@@ -55,6 +55,8 @@ def _refusal(x: Float[Array, "N D"], out: Float[Array, "N D"]) -> str | None:
         return "exit_project: no rows"
     if x.dtype not in DTYPES or out.dtype not in DTYPES:
         return f"exit_project: the kernel takes float32, float16 and bfloat16, not {x.dtype} and {out.dtype}"
+    if x.size > MAX_ELEMENTS:
+        return f"exit_project: the kernel takes up to 2^31 numbers, not {x.shape[0]} rows of {x.shape[1]}"
     if x.shape[1] > MAX_SIZE:
         return f"exit_project: the kernel takes rows up to {MAX_SIZE} wide, not {x.shape[1]}"
     return None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import gpu
-from pallas_kernels.common import DTYPES, NormKind, power_of_two
+from pallas_kernels.common import DTYPES, MAX_ELEMENTS, NormKind, power_of_two
 from pallas_kernels.exit_step.reference import ExitRows, ExitStep, Gate, Router
 
 MAX_HIDDEN = 256
@@ -74,6 +74,8 @@ class Problem(NamedTuple):
             return "exit_step: no rows"
         if self.dtype not in DTYPES:
             return f"exit_step: kernels take float32, float16 and bfloat16 rows, not {self.dtype}"
+        if self.rows * self.size > MAX_ELEMENTS:
+            return f"exit_step: kernels take up to 2^31 numbers, not {self.rows} rows of {self.size}"
         if self.hidden > MAX_HIDDEN:
             return f"exit_step: kernels take routers up to {MAX_HIDDEN} wide, not {self.hidden}"
         return None

@@ -83,7 +83,9 @@ def _kernel(
         if HALF > 0:
             c = tl.load(cos + token * HALF + turn, mask=turn < HALF, other=0.0)
             s = tl.load(sin + token * HALF + turn, mask=turn < HALF, other=0.0)
-            kind, wide = both.dtype.element_ty, keys_out.dtype.element_ty
+            # One statement each: Triton takes no tuple of dtypes.
+            kind: tl.constexpr = both.dtype.element_ty
+            wide: tl.constexpr = keys_out.dtype.element_ty
             tl.store(keys_out + target + at_first, (first * c - second * s).to(kind).to(wide), mask=pair_mask)
             tl.store(keys_out + target + at_second, (second * c + first * s).to(kind).to(wide), mask=pair_mask)
         if REST > 0:

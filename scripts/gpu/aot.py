@@ -13,7 +13,7 @@ import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,12 +28,22 @@ from scripts.gpu.compiled_program import LargeResult, float_copies, large_result
 from scripts.gpu.model import eight_billion_config
 from scripts.reporting import save
 from tide_jax.exits.exits import Exits
-from tide_jax.functional import Decoder, DecoderConfig, decode_step, init_cache
+from tide_jax.functional import (
+    Decoder,
+    DecoderConfig,
+    Prompt,
+    Request,
+    decode_step,
+    generate_tokens,
+    init_cache,
+    make_sampling,
+)
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
 from tide_jax.model.rounding import Weights, as_int8
 from tide_jax.testing import constant_routers
 
 SLOTS = 4096
+PROMPT = 16
 DTYPE = jnp.bfloat16
 INTERVAL = 4
 _EXPERTS = 16  # of 896 channels: as many weights as the MLP they replace
@@ -51,6 +61,8 @@ class Case(NamedTuple):
       rows: batch size.
       weights: the model's kind of weights.
       kind: "experts" replaces the MLPs by mixtures of experts, "latent" stores keys and values as latent vectors.
+      program: one step, or a whole generation, which makes its own cache.
+      graphs: on a GPU, loops as CUDA graphs (`tide_jax.generation.cuda_graphs`).
     """
 
     name: str
@@ -59,6 +71,8 @@ class Case(NamedTuple):
     rows: int = 1
     weights: Weights = "float"
     kind: Literal["plain", "experts", "latent"] = "plain"
+    program: Literal["decode_step", "generate_tokens"] = "decode_step"
+    graphs: bool = False
 
 
 INT8 = (
@@ -137,13 +151,19 @@ def compiled(
         "name": case.name,
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
-        "large_results": _counted(large_results(hlo, min(keys, kernel) // 2)),
+        "large_results": _counted(r for r in large_results(hlo, min(keys, kernel) // 2) if not _makes_cache(case, r)),
         "float_copies": _counted(float_copies(hlo, integers)),
     }
-    return Step(hlo, entry, _problems(entry, limit=max(2 * keys, _SMALL) + spare * config.num_layers))
+    cache = 0 if case.program == "decode_step" else 2 * keys * config.num_layers
+    return Step(hlo, entry, _problems(entry, limit=max(2 * keys, _SMALL) + spare * config.num_layers + cache))
 
 
-def _counted(results: list[LargeResult]) -> list[list[Any]]:
+def _makes_cache(case: Case, result: LargeResult) -> bool:
+    """Whether a generation fills an empty cache there: with zeros."""
+    return case.program == "generate_tokens" and result.kind == "broadcast"
+
+
+def _counted(results: Iterable[LargeResult]) -> list[list[Any]]:
     return [[*result, count] for result, count in Counter(results).items()]
 
 
@@ -189,12 +209,25 @@ def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages
 
     model = there(functools.partial(_model, config, case.weights))
     exits = None if case.kv_strategy is None else there(functools.partial(_exits, config, case))
-    cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, exits=exits))
-    rows = there(lambda: (*(jnp.zeros((case.rows,), jnp.int32) for _ in range(2)), jnp.ones((case.rows,), bool)))
     integers = {math.prod(leaf.shape) for leaf in jax.tree.leaves(model) if leaf.dtype == jnp.int8}
     with _compiling_for(device):
-        traced = jax.jit(decode_step, donate_argnames="cache").trace(model, cache, *rows, exits)
+        if case.program == "generate_tokens":
+            program = jax.jit(generate_tokens, static_argnames="capacity")
+            traced = program.trace(model, *there(lambda: _call(case.rows)), exits, capacity=SLOTS - PROMPT)
+        else:
+            cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, exits=exits))
+            rows = there(
+                lambda: (*(jnp.zeros((case.rows,), jnp.int32) for _ in range(2)), jnp.ones((case.rows,), bool))
+            )
+            traced = jax.jit(decode_step, donate_argnames="cache").trace(model, cache, *rows, exits)
         return traced.lower(lowering_platforms=(_LOWERED_FOR[_platform(device)],)), integers
+
+
+def _call(rows: int) -> tuple[Prompt, Request]:
+    """Prompts and a request for sampled tokens."""
+    prompt = Prompt(jnp.zeros((rows, PROMPT), jnp.int32), jnp.full((rows,), PROMPT, jnp.int32))
+    eos, most = jnp.full((rows, 1), -1, jnp.int32), jnp.int32(SLOTS - PROMPT)
+    return prompt, Request(make_sampling(), jax.random.key(0), eos, jnp.int32(0), most)
 
 
 def _model(config: DecoderConfig, weights: Weights) -> Decoder:

@@ -31,6 +31,7 @@ from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState, finish_group
 from tide_jax.exits.walk import GroupRows
 from tide_jax.functional import decode_step, init_cache
+from tide_jax.generation.cuda_graphs import OPTIONS
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import StepOutput
 from tide_jax.model.attention.span import KeyValue
@@ -41,10 +42,6 @@ TARGET_DEPTH = 0.93
 """Mean share of layers at which gains are compared with the TIDE paper's."""
 BELOW = (0.92, 0.9)
 """More such shares, to see where the paper's figures are reached."""
-ONE_GRAPH = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,WHILE",
-             "xla_gpu_graph_min_graph_size": 1}  # fmt: skip
-"""Makes XLA run the loop as one CUDA graph."""
-
 Step = Callable[..., StepOutput]
 """Like `tide_jax.functional.decode_step`."""
 
@@ -58,7 +55,7 @@ class DecodePlan(NamedTuple):
       steps: steps of one run. With 50, mixes of 32 layers reach `TARGET_DEPTH` exactly.
       rounds: runs of each variant, all variants in turn.
       implementation: implementation of the kernels in the step.
-      graphs: whether to try `ONE_GRAPH`.
+      graphs: whether to run the loops as one CUDA graph, too.
     """
 
     batches: Sequence[int] = (1, 8, 32)
@@ -66,7 +63,7 @@ class DecodePlan(NamedTuple):
     steps: int = 50
     rounds: int = 3
     implementation: str = "reference"
-    graphs: bool = False
+    graphs: bool = True
 
 
 class Variant(NamedTuple):
@@ -201,27 +198,44 @@ def variants(steered: Steered, plan: DecodePlan, batch: int) -> list[Variant]:
         Variant(f"cond chain, forced {middle}", "cond", np.full(plan.steps, middle)),
         *(Variant(f"cond chain, {name}", "cond", chosen) for name, chosen in list(mixed.items())[:1]),
     ]
-    if batch == plan.batches[0]:
-        if plan.implementation != "reference":
-            found.append(Variant("routers on, no exits, plain JAX", "routers, plain JAX", full))
-        if plan.graphs:
-            found.append(Variant("routers on, no exits, one graph", "one graph", full))
-            found.append(Variant(f"forced {middle}, one graph", "one graph", np.full(plan.steps, middle)))
+    if batch == plan.batches[0] and plan.implementation != "reference":
+        found.append(Variant("routers on, no exits, plain JAX", "routers, plain JAX", full))
     return found
 
 
+def graph_variants(steered: Steered, plan: DecodePlan) -> list[Variant]:
+    """Loops as one CUDA graph. They run after the others, and save their results apart: they may end the process."""
+    middle, full = steered.nearest(0.5), np.full(plan.steps, steered.layers)
+    return [
+        Variant("routers on, no exits, one graph", "one graph", full),
+        Variant(f"forced {middle}, one graph", "one graph", np.full(plan.steps, middle)),
+    ]
+
+
 def run_decode(
-    steered: Steered, plan: DecodePlan, roof: Roof, budget: Budget, progress: Callable[[str], None]
+    steered: Steered,
+    plan: DecodePlan,
+    roof: Roof,
+    budget: Budget,
+    progress: Callable[[str], None],
+    keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Returns a row for each batch size and variant."""
+    """Returns a row for each batch size and variant; `keep` gets the rows so far, after each batch size."""
     rows: list[Row] = []
     for batch in plan.batches:
         wanted = variants(steered, plan, batch)
         if budget.over("decode"):
             rows += [{"batch": batch, "variant": v.name, "not_run": OUT_OF_TIME} for v in wanted]
-            continue
-        progress(f"decode, batch {batch}")
-        rows += _Batch(steered, plan, batch).rows(wanted, roof, budget, progress)
+        else:
+            progress(f"decode, batch {batch}")
+            rows += _Batch(steered, plan, batch).rows(wanted, roof, budget, progress)
+        keep(rows)
+        if plan.graphs and not budget.over("decode"):
+            graphs = graph_variants(steered, plan)
+            beside = [v for v in wanted if v.name in ("full depth", "head only")]  # to compare with
+            found = _Batch(steered, plan, batch).rows([*beside, *graphs], roof, budget, progress)
+            rows += [row for row in found if row["variant"] in {v.name for v in graphs}]
+            keep(rows)
     return rows
 
 
@@ -282,7 +296,7 @@ class _Batch(NamedTuple):
                 return made
             start = time.perf_counter()
             try:
-                program = made[0].compile(ONE_GRAPH if name == "one graph" else None)
+                program = made[0].compile(OPTIONS if name == "one graph" else None)
             except Exception as error:
                 return reason(error)
             return program, made[1], time.perf_counter() - start

@@ -24,6 +24,7 @@ from scripts.gpu import aot
 from scripts.gpu.aot import Case, Step
 from scripts.gpu.compiled_program import launches
 from tide_jax.functional import DecoderConfig
+from tide_jax.generation.cuda_graphs import OPTIONS
 
 TARGET = Path(__file__).with_name("h100.txtpb")
 _KERNEL = re.compile(r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu)')
@@ -35,6 +36,10 @@ CASES = (
     Case("propagate, Pallas exit step", "propagate", "pallas_triton"),
     Case("propagate, Mosaic exit step", "propagate", "mosaic_gpu"),
     Case("recompute", "recompute"),
+    Case("full depth, loops as graphs", graphs=True),
+    Case("propagate, loops as graphs", "propagate", graphs=True),
+    Case("generate_tokens, full depth, loops as graphs", program="generate_tokens", graphs=True),
+    Case("generate_tokens, propagate, loops as graphs", "propagate", program="generate_tokens", graphs=True),
     Case("propagate, 8 rows, Pallas kernels, 8-bit weights", "propagate", "pallas_triton", rows=8, weights="int8"),
     *aot.INT8,
 )
@@ -57,8 +62,9 @@ def _h100() -> Any:
 
 def _compiled(case: Case, config: DecoderConfig, gpu: Any) -> Step:
     with tempfile.TemporaryDirectory() as dump:
-        step = aot.compiled(case, config, gpu, options={"xla_dump_to": dump})
-        (thunks,) = Path(dump).glob("*decode_step*.thunk_sequence_after_thunk_passes.txt")
+        options = {"xla_dump_to": dump} | (OPTIONS if case.graphs else {})
+        step = aot.compiled(case, config, gpu, options=options)
+        (thunks,) = Path(dump).glob(f"*{case.program}*.thunk_sequence_after_thunk_passes.txt")
         launched = launches(thunks.read_text())
     counts = {
         "kernels": launched["kCustomKernel"] + launched["kKernel"],
@@ -73,7 +79,10 @@ def _compiled(case: Case, config: DecoderConfig, gpu: Any) -> Step:
 def _problems(case: Case, counts: dict[str, int]) -> list[str]:
     # One graph before the loop, one per group, one after; "propagate" adds a loop over the skipped groups.
     graphs = 4 if case.kv_strategy == "propagate" else 3
+    graphs = 1 if case.graphs else graphs
     found = []
+    if case.graphs and counts["loops"]:
+        found.append(f"has {counts['loops']} loops outside graphs")
     if (counts["exit_kernels"] > 0) == (case.implementation == "reference"):
         found.append(f"has {counts['exit_kernels']} kernels of {case.implementation}")
     if counts["graphs"] != graphs:

@@ -51,6 +51,23 @@ def config_8b() -> DecoderConfig:
     return dataclasses.replace(eight_billion_config(), tie_embeddings=False, norm_eps=1e-5)
 
 
+def config_smollm2() -> DecoderConfig:
+    """The shape of SmolLM2-135M."""
+    return DecoderConfig(
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        max_positions=8192,
+        attention_types=(AttentionType(scale=64**-0.5, rope=RopeConfig(theta=100000.0, rotary_dim=64)),),
+        attention_pattern=(0,) * 30,
+    )
+
+
 def config_tiny() -> DecoderConfig:
     """A shape that a processor runs quickly."""
     kind = AttentionType(scale=16**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=16))

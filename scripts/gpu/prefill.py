@@ -30,20 +30,28 @@ class PrefillPlan(NamedTuple):
     rounds: int = 5
 
 
-def run_prefill(steered: Steered, plan: PrefillPlan, budget: Budget, progress: Callable[[str], None]) -> list[Row]:
-    """Returns a row for each shape."""
+def run_prefill(
+    steered: Steered,
+    plan: PrefillPlan,
+    budget: Budget,
+    progress: Callable[[str], None],
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Returns a row for each shape; `keep` gets the rows so far, after each shape."""
     rows: list[Row] = []
     for batch, tokens in plan.shapes:
         row: Row = {"batch": batch, "tokens": tokens}
         rows.append(row)
         if budget.over("prefill"):
             row["not_run"] = OUT_OF_TIME
+            keep(rows)
             continue
         progress(f"prefill, {batch} x {tokens}")
         try:
             row |= _measure(steered, plan, batch, tokens)
         except Exception as error:
             row["error"] = reason(error)
+        keep(rows)
     return rows
 
 

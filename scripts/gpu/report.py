@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from scripts.gpu import targets as gpu_targets
 from scripts.gpu.decode import DecodePlan, run_decode
+from scripts.gpu.isolated import run_isolated
 from scripts.gpu.kernel_hash import ROOT, kernel_hash
 from scripts.gpu.model import Steered, config_8b, config_tiny, steered
 from scripts.gpu.op_table import OPS
 from scripts.gpu.ops import Matrix, Roof, run_ops
 from scripts.gpu.prefill import PrefillPlan, run_prefill
 from scripts.gpu.smollm2 import run_model
-from scripts.gpu.timing import DATA_SHEET, Budget, bandwidth, overhead
+from scripts.gpu.timing import DATA_SHEET, Budget, bandwidth, launch_seconds
 from scripts.reporting import machine, reason, save
 
 Progress = Callable[[str], None]
@@ -32,10 +33,10 @@ class Refused(Exception):
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Report:
-    """Runs the requested parts and writes the report after each.
+    """Runs the requested parts and writes the report after each batch of measurements.
 
     Raises:
-      Refused: there is no GPU, or no such operation.
+      Refused: there is no GPU, no such operation, or the file has another GPU's results.
     """
     platform = jax.default_backend()
     if platform == "cpu" and not args.tiny:
@@ -46,22 +47,28 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     report = _begin(args, platform)
     roof = _roof(args.tiny, report, progress)
     save(args.out, report)
+    # Plain JAX first: kernels may end the run.
+    if {"decode", "prefill"} & set(args.only):
+        _model_parts(args, report, roof, budget, progress)
     if "ops" in args.only:
         ops = [op for op in OPS if args.ops is None or op.name in args.ops]
         matrix = Matrix.tiny() if args.tiny else Matrix()
         kept = [row for row in report["ops"] or [] if row["op"] not in {op.name for op in ops}]
-        report["ops"] = kept + run_ops(ops, matrix, roof, budget, progress)
-        _keep(args, report)
-    if {"decode", "prefill"} & set(args.only):
-        _model_parts(args, report, roof, budget, progress)
+
+        def keep(rows: list[Report]) -> None:
+            _keep(args, report, ops=kept + rows)
+
+        if args.kernel is None and not args.together:
+            run_isolated(ops, args, budget, progress, keep)
+        else:
+            run_ops(ops, matrix, roof, budget, progress, keep, args.kernel)
     if "smollm2" in args.only:
-        report["smollm2"] = run_model(args.model, args.routers, 8 if args.tiny else 48, budget, progress)
+        count = 8 if args.tiny else 48
+        report["smollm2"] = run_model(args.model, args.routers, count, budget, progress, tiny=args.tiny)
         progress(report["smollm2"].get("skipped") or report["smollm2"].get("error") or "real model done")
     report["seconds"] = budget.spent
     report["complete"] = True
     _keep(args, report)
-    if args.prove:
-        prove(report, progress)
     return report
 
 
@@ -87,7 +94,10 @@ def _begin(args: argparse.Namespace, platform: str) -> Report:
     if before is None or any(before.get(key) != report[key] for key in same):
         return report
     if before["machine"]["device"] != report["machine"]["device"]:
-        return report
+        raise Refused(
+            f"{args.out} has results of a {before['machine']['device']}, and this is a {report['machine']['device']}: "
+            "name another file with --out"
+        )
     again = {part for part in args.only if part != "ops" or args.ops is None}
     return report | {key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2") if key not in again}
 
@@ -103,12 +113,11 @@ def _earlier(path: Path) -> Report | None:
 def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
     """Measures the device's limits."""
     size, repeats = (1 << 20, 2) if tiny else (1 << 31, 7)
-    roof = Roof(bandwidth(size, repeats), overhead(8 if tiny else 200, repeats))
-    sheet, (loop, launch) = DATA_SHEET.get(report["machine"]["device"]), roof.overhead
+    roof = Roof(bandwidth(size, repeats), launch_seconds(repeats))
+    sheet, launch = DATA_SHEET.get(report["machine"]["device"]), roof.launch
     report["roof"] = {
         "gb_s": roof.bandwidth / 1e9,
         "data_sheet_gb_s": sheet,
-        "loop_us": 1e6 * loop,
         "launch_us": None if launch is None else 1e6 * launch,
     }
     promised = "" if sheet is None else f" ({sheet} on the data sheet)"
@@ -117,8 +126,9 @@ def _roof(tiny: bool, report: Report, progress: Progress) -> Roof:
     return roof
 
 
-def _keep(args: argparse.Namespace, report: Report) -> None:
-    """Writes the current report."""
+def _keep(args: argparse.Namespace, report: Report, **parts: Any) -> None:
+    """Writes the report with these parts as they are now: whatever ends the process later loses nothing of them."""
+    report |= parts
     report["gains"], report["targets"] = gpu_targets.gains(report), gpu_targets.evaluate(report)
     save(args.out, report)
 
@@ -136,18 +146,16 @@ def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: B
         }
         return
     if "decode" in args.only:
-        plan = DecodePlan(implementation=implementation, graphs=args.graphs)
+        plan = DecodePlan(implementation=implementation, graphs=not args.no_graphs)
         if args.tiny:
             plan = plan._replace(batches=(1, 2), context=8, steps=8, rounds=1)
-        rows = run_decode(made, plan, roof, budget, progress)
-        report["decode"] = {"model": _facts(made), "plan": plan._asdict(), "rows": rows}
-        _keep(args, report)
+        facts = {"model": _facts(made), "plan": plan._asdict()}
+        run_decode(made, plan, roof, budget, progress, lambda rows: _keep(args, report, decode=facts | {"rows": rows}))
     if "prefill" in args.only:
         plan = PrefillPlan()
         if args.tiny:
             plan = plan._replace(shapes=((1, 16),), rounds=1)
-        report["prefill"] = run_prefill(made, plan, budget, progress)
-        _keep(args, report)
+        run_prefill(made, plan, budget, progress, lambda rows: _keep(args, report, prefill=rows))
 
 
 def _steered(tiny: bool) -> Steered:
@@ -203,10 +211,24 @@ def _holds(rows: list[Report], name: str, entries: set[str]) -> bool:
     return right and {row["op"] for row in own} == entries and speeds[len(speeds) // 2] >= 1
 
 
+def read(path: Path) -> Report:
+    """An earlier report. Raises Refused if the file has none."""
+    found = _earlier(path)
+    if found is None:
+        raise Refused(f"{path} is no report of verify_gpu.py")
+    return found
+
+
 def prove(report: Report, progress: Progress) -> None:
-    """Records which kernels a GPU found right, for exactly these sources."""
+    """Records which kernels a GPU found right, for exactly these sources; needs no GPU.
+
+    Raises:
+      Refused: the report is not a GPU's, not one of these sources, or did not compare plain JAX with a processor's.
+    """
     if report["platform"] != "gpu":
-        raise Refused("--prove takes a GPU")
+        raise Refused(f"--prove takes a report made on a GPU, not on a {report['platform']}")
+    if report["kernels_sha256"] != kernel_hash():
+        raise Refused("this report was made with other kernels: run verify_gpu.py with these")
     if not any("right" in row for row in report["ops"] or [] if row["implementation"] == "reference"):
         raise Refused(
             "--prove compares with plain JAX on the processor: run all operations, with the cpu backend there"

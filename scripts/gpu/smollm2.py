@@ -1,4 +1,7 @@
-"""Runs a real model end to end in float32 and checks that greedy tokens don't depend on the implementation."""
+"""Runs a model end to end in float32 and checks that greedy tokens don't depend on the implementation.
+
+Equal tokens need no trained weights, so without a model a random one of the same shape will do.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import tide_jax
 from pallas_kernels.exit_step import IMPLEMENTATIONS
+from scripts.gpu.model import config_smollm2, config_tiny
 from scripts.gpu.ops import OUT_OF_TIME, Row
 from scripts.gpu.timing import Budget
 from scripts.reporting import reason
@@ -24,11 +30,19 @@ THRESHOLD = {"trained": 0.7, "random": 0.5}
 
 
 def run_model(
-    source: Path | None, routers: Path | None, tokens: int, budget: Budget, progress: Callable[[str], None]
+    source: Path | None,
+    routers: Path | None,
+    tokens: int,
+    budget: Budget,
+    progress: Callable[[str], None],
+    *,
+    tiny: bool = False,
 ) -> Row:
-    """Runs a converted model; returns the reason if that is impossible."""
-    if source is None or not is_converted(source):
-        return {"skipped": "no converted model: pass --model DIR, as tide-jax convert writes it"}
+    """Runs a converted model, or random weights of SmolLM2-135M's shape (or a tiny one); returns why it can't."""
+    if source is None:
+        return _run_random(tokens, budget, progress, tiny=tiny)
+    if not is_converted(source):
+        return {"skipped": f"{source} is no converted model, as tide-jax convert writes it"}
     if routers is not None and not routers.is_file():
         return {"skipped": f"no router file at {routers}"}
     progress(f"{source.name}, float32")
@@ -45,6 +59,26 @@ def run_model(
     kind = "random" if routers is None else "trained"
     rows = compare(model, made, prompts, THRESHOLD[kind], tokens, budget)
     return {"model": source.name, "dtype": "float32", "routers": kind, "threshold": THRESHOLD[kind], "rows": rows}
+
+
+def _run_random(tokens: int, budget: Budget, progress: Callable[[str], None], *, tiny: bool) -> Row:
+    config = config_tiny() if tiny else config_smollm2()
+    progress("random weights, float32")
+    try:
+        model = Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        routers = random_routers(config, interval=1 if tiny else 5)
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in (7, 19, 40)]
+        rows = compare(model, routers, prompts, THRESHOLD["random"], tokens, budget)
+    except Exception as error:
+        return {"model": "random weights", "error": reason(error)}
+    return {
+        "model": "random weights of the shape of " + ("a tiny model" if tiny else "SmolLM2-135M"),
+        "dtype": "float32",
+        "routers": "random",
+        "threshold": THRESHOLD["random"],
+        "rows": rows,
+    }
 
 
 def compare(

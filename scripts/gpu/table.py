@@ -41,7 +41,7 @@ def _setting(report: dict[str, Any] | None, stale: bool) -> str:
     promised = "" if sheet is None else f" of {sheet} on the data sheet"
     text = (
         f"{machine['device']}, {machine['date']}, Python {machine['python']}, jax {machine['versions']['jax']}; "
-        f"kernels {report['kernels_sha256'][:12]}; {roof['gb_s']:.0f} GB/s measured{promised}. Operations run in a "
-        "loop, so inputs that fit stay in the GPU's cache, for all implementations alike."
+        f"kernels {report['kernels_sha256'][:12]}; {roof['gb_s']:.0f} GB/s measured{promised}. Each operation is "
+        "called many times in one program, on arguments that the GPU's cache does not hold together."
     )
     return text + (" **stale**: the kernels have changed since." if stale else "")

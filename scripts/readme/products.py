@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scripts.readme.speed import RESULTS, where
+from scripts.readme.speed import NOT_MEASURED, RESULTS, where
 
-_NOT_MEASURED = "Not measured yet."
 _VARIANTS = {"XLA": "XLA's products, float32", "float32": "float32", "int8": "8-bit weights"}
 _PARTS = ("tide_jax, float32", "llama.cpp, F32", "tide_jax, int8", "llama.cpp, Q8_0")
 
@@ -16,7 +15,7 @@ def products_table() -> str:
     """Products alone by rows, and steps at full depth, with XLA and with the kernel."""
     path = RESULTS / "products.json"
     if not path.exists():
-        return _NOT_MEASURED
+        return NOT_MEASURED
     report = json.loads(path.read_text())
     rows = sorted({int(key.split(", ")[1]) for key in report["products"][0]["times"]})
     lines = [
@@ -46,7 +45,7 @@ def llama_cpp_table() -> str:
     """tide_jax compared with llama.cpp."""
     path = RESULTS / "llama_cpp.json"
     if not path.exists():
-        return _NOT_MEASURED
+        return NOT_MEASURED
     report = json.loads(path.read_text())
     method = report["method"]
     lines = [
@@ -73,7 +72,7 @@ def summary_table() -> str:
     """The README's table: the same rows, one engine per line."""
     path = RESULTS / "llama_cpp.json"
     if not path.exists():
-        return _NOT_MEASURED
+        return NOT_MEASURED
     report = json.loads(path.read_text())
     batches = [part["batch"] for part in report["models"][0]["decoding"]]
     header = [f"tokens/s, batch {batch}" for batch in batches] + ["prompt of 512 tokens, ms"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+NOT_MEASURED = "Not measured yet."
 
 
 def where(machine: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ from typing import Any
 from scripts.gpu.table import gpu_table
 from scripts.readme.lossless import lossless_table, modes_table, passes_table
 from scripts.readme.products import llama_cpp_table, products_table, summary_table
+from scripts.readme.quality import quality_frontier, quality_table, weights_table
 from scripts.readme.reliability import reliability_table
 from scripts.readme.speed import (
+    NOT_MEASURED,
     RESULTS,
     decode_table,
     gpu_aot_table,
@@ -58,52 +60,12 @@ def demo_table() -> str:
     return "\n".join(rows)
 
 
-def quality_table() -> str:
-    """Each strategy at the threshold of least depth that keeps the limits, from scripts.bench.quality."""
-    report = _quality()
-    if report is None:
-        return _NOT_MEASURED
-    target = report["target"]
-    lines = [
-        _quality_setting(report),
-        "",
-        f"Least depth measured with at least {target['agreement']:.1%} agreement, and the depth of an oracle that "
-        "exits at the first right answer:",
-        "",
-        *_quality_best(report, "at_agreement", "oracle"),
-        "",
-        f"The same with a perplexity ratio of at most {target['perplexity_ratio']}, too, and an oracle that knows each "
-        "answer's divergence and spends as much of it:",
-        "",
-        *_quality_best(report, "at_target", "oracle_by_kl"),
-    ]
-    return "\n".join(lines)
-
-
-def _quality_best(report: dict[str, Any], best: str, oracle: str) -> list[str]:
-    """A table of each strategy's best row under one limit, with an oracle's depth."""
-    rows = ((entry, entry[best] or entry["rows"][-1]) for entry in report["strategies"])
-    lines = [f"{_quality_row(report, entry, row)} {entry[oracle]['depth']:.1%} |" for entry, row in rows]
-    return [_QUALITY_HEADER + " oracle's depth |", _QUALITY_RULE + "---:|", *lines]
-
-
-def quality_frontier() -> str:
-    """Every strategy at every threshold measured."""
-    report = _quality()
-    if report is None:
-        return _NOT_MEASURED
-    lines = [_quality_setting(report), "", _QUALITY_HEADER, _QUALITY_RULE]
-    for entry in report["strategies"]:
-        lines += [_quality_row(report, entry, row) for row in reversed(entry["rows"])]
-    return "\n".join(lines)
-
-
 def peers_table() -> str:
     """tide_jax compared with transformers, from scripts.bench.peers."""
     path = RESULTS / "peers.json"
     report = json.loads(path.read_text()) if path.exists() else None
     if report is None or not report["complete"]:
-        return _NOT_MEASURED
+        return NOT_MEASURED
     lines = [_peers_setting(report)]
     for entry in report["sets"]:
         lines += ["", f"| {entry['name']} prompts {_PEERS_HEADER}", "|---|" + "---:|" * (_PEERS_HEADER.count("|") - 1)]
@@ -174,54 +136,13 @@ def calibrate_line() -> str:
     """Calibration's time against a bare forward pass, from scripts.bench.calibrate."""
     path = RESULTS / "calibrate.json"
     if not path.exists():
-        return _NOT_MEASURED
+        return NOT_MEASURED
     report = json.loads(path.read_text())
     text, total, bare = report["text"], report["calibration"]["total"], report["forward"]
     return (
         f"{where(report['machine'])}; {text['texts']} texts, {text['tokens']} tokens: calibration takes "
         f"{total['seconds']:.0f} s, a bare forward pass over the same tokens {bare['seconds']:.0f} s "
         f"({report['ratio']['seconds']:.2f} x; {report['ratio']['cpu_seconds']:.2f} x in processor time)."
-    )
-
-
-_NOT_MEASURED = "Not measured yet."
-_QUALITY_HEADER = (
-    "| strategy | threshold | layers run | depth | agreement | perplexity ratio | KL, nats | executed | "
-    "tokens/s / full depth |"
-)
-_QUALITY_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-
-
-def _quality() -> dict[str, Any] | None:
-    """The report; None if it is missing or unfinished."""
-    path = RESULTS / "quality.json"
-    report = json.loads(path.read_text()) if path.exists() else None
-    return report if report and report["complete"] else None
-
-
-def _quality_setting(report: dict[str, Any]) -> str:
-    text, made = report["text"], report["generation"]
-    generated = (
-        ""
-        if made is None
-        else f"; tokens/s at batch 1, over full depth run in turn: medians of {made['prompts']} greedy "
-        f"generations of {made['new_tokens']} tokens"
-    )
-    model = report["model"]
-    return (
-        f"{where(report['machine'])}; {model['name']}, {model['dtype']}; {text['tokens']} tokens "
-        f"of {text['texts']} held-out texts ({text['file']}), position 0 left out{generated}."
-    )
-
-
-def _quality_row(report: dict[str, Any], entry: dict[str, Any], row: dict[str, Any]) -> str:
-    text, made, layers = row["text"], row["generation"], report["model"]["layers"]
-    threshold = f"{row['threshold']:.4f}".rstrip("0").rstrip(".")
-    executed, speed = ("", "") if made is None else (f"{made['executed']:.1%}", f"{made['speed_ratio']:.2f}")
-    ratio = f"{text['perplexity_ratio']:.3f}" if text["perplexity_ratio"] < 10 else "> 10"
-    return (
-        f"| {entry['name']} | {threshold} | {text['layers']:.2f} of {layers} | {text['depth']:.1%} | "
-        f"{text['agreement']:.1%} | {ratio} | {text['kl']:.4f} | {executed} | {speed} |"
     )
 
 
@@ -309,6 +230,7 @@ TABLES = {
     "quality": quality_table,
     "quality_frontier": quality_frontier,
     "reliability": reliability_table,
+    "weights": weights_table,
 }
 _PAGES = ("families", "choosing_quality", "kernels", "lossless", "reliability", "results")
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))

@@ -14,6 +14,7 @@ import pytest
 
 from tide_jax import TIDE, TideError
 from tide_jax.cli.command_line import Parser, execute
+from tide_jax.generation import cuda_graphs
 from tide_jax.generation.batch import eos_table, row_bucket
 from tide_jax.generation.programs import Programs, give_back_memory
 from tide_jax.testing import tiny_config, tiny_decoder
@@ -41,6 +42,36 @@ def test_the_program_not_used_for_the_longest_time_is_dropped() -> None:
     assert len(programs) == 2
     assert run(programs, 1) == 0
     assert run(programs, 2) > 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "wanted", "graphs"),
+    [("gpu", True, True), ("gpu", None, True), ("gpu", False, False), ("cpu", True, False), ("tpu", None, False)],
+)
+def test_loops_run_as_graphs_on_a_gpu_unless_told_otherwise(
+    platform: str, wanted: bool | None, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other compilers take the options and make nothing of them."""
+    programs, seen = Programs(cuda_graphs=wanted), []
+    compile_program = jax.stages.Lowered.compile
+    monkeypatch.setattr(programs, "_platform", lambda: platform)
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, options=None: seen.append(options) or compile_program(self, options)
+    )
+    cuda_graphs.loops_run_as_graphs.cache_clear()
+    assert run(programs, 3) > 0
+    assert (seen[-1] == cuda_graphs.OPTIONS) == graphs
+    assert len(seen) == (2 if wanted is None and platform == "gpu" else 1), "the self-check compiles a loop"
+
+
+def test_loops_that_go_wrong_as_graphs_are_launched_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "OPTIONS", {"xla_no_such_option": 1})
+    cuda_graphs.loops_run_as_graphs.cache_clear()
+    assert cuda_graphs.compiler_options("gpu", None) is None
+    assert "loops don't run as CUDA graphs here" in caplog.text
+    cuda_graphs.loops_run_as_graphs.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the mappings that Linux tells of")

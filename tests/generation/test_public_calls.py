@@ -76,7 +76,7 @@ def tide(**arguments: Any) -> Any:
 GENERATION = ("ids", "attention_mask", "max_new_tokens", "mode", "temperature", "top_k", "top_p", "min_p")
 GENERATION += ("repetition_penalty", "eos_token_id", "pad_token_id", "key")
 CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "TIDE": (tide, ("model", "routers", "config", "implementation", "mesh", "max_programs")),
+    "TIDE": (tide, ("model", "routers", "config", "implementation", "mesh", "max_programs", "cuda_graphs")),
     "with_config": (engine().with_config, tuple(ExitConfig.__dataclass_fields__)),
     "generate": (generate, (*GENERATION, "streamer", "monitor")),
     "stream": (first_step, GENERATION),

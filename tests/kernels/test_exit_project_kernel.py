@@ -168,6 +168,20 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:
         )
 
 
+def test_more_numbers_than_32_bit_offsets_reach_are_refused() -> None:
+    """Beyond them the kernel would write elsewhere."""
+
+    def run(x: jax.Array, exits: jax.Array) -> jax.Array:
+        return exit_project(x, None, NormWeights(), exits, x, settings=RMS, implementation="pallas_interpret")
+
+    def of(rows: int) -> tuple[Any, ...]:
+        return jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+
+    with pytest.raises(ValueError, match=r"up to 2\^31 numbers, not 524288 rows of 4096"):
+        jax.eval_shape(run, *of(2**19))
+    assert jax.eval_shape(run, *of(2**19 - 1)).shape == (2**19 - 1, 4096)
+
+
 @pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [63, 576, 3584, 5120, 8192])

@@ -259,6 +259,12 @@ def test_layer_norm_lowers_for_cuda(dtype: Any) -> None:
         assert gpu_lowering.KERNEL_CALL in gpu_lowering.lower(kernel, *abstract(rows, 576, 128, dtype))
 
 
+def test_more_numbers_than_32_bit_offsets_reach_are_refused() -> None:
+    run = functools.partial(exit_step, eps=EPS, implementation="pallas_interpret")
+    with pytest.raises(ValueError, match=r"up to 2\^31 numbers, not 524288 rows of 4096"):
+        jax.eval_shape(run, *abstract(2**19, 4096, 16, jnp.bfloat16))
+
+
 def test_lowering_refuses_what_the_gpu_cannot_do() -> None:
     """Interpreted, both kernels run: only lowering tells."""
     odd = functools.partial(pallas_triton.exit_step, eps=EPS, blocks=Blocks(16, 48, 1))

@@ -149,18 +149,34 @@ def test_exit_project_in_triton(tmp_path: Path, dtype: Any, size: int) -> None:
     assert made.wide_addresses
 
 
+def fill(function: Callable[..., Any], dtype: Any, heads: int, channels: int, half: int) -> tuple[Any, ...]:
+    """A cache fill with every parameter, and its arguments."""
+    projection = of((heads, 2, channels, 32), dtype), of((heads, 2, channels), dtype), of((channels,), dtype)
+    rows = of((2, heads, 64, channels), dtype)
+    tables = Rotary(of((2, 64, half)), of((2, 64, half))) if half else None
+    kernel = functools.partial(function, settings=Settings(NormSettings(1e-5)))
+    weights = KVWeights(NormWeights(), *projection)
+    return kernel, of((2, 64, 32), dtype), weights, tables, of((2, 64), jnp.bool_), KVRows(rows, rows)
+
+
 @pytest.mark.matrix(keep=2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (32, 128, 64)])
 def test_kv_fill(tmp_path: Path, architecture: int, dtype: Any, heads: int, channels: int, half: int) -> None:
-    projection = of((heads, 2, channels, 32), dtype), of((heads, 2, channels), dtype), of((channels,), dtype)
-    weights = KVWeights(NormWeights(), *projection)
-    rows = of((2, heads, 64, channels), dtype)
-    kernel = functools.partial(kv_fill.kv_fill, settings=Settings(NormSettings(1e-5)))
-    tables = Rotary(of((2, 64, half)), of((2, 64, half)))
-    arguments = of((2, 64, 32), dtype), weights, tables, of((2, 64), jnp.bool_), KVRows(rows, rows)
-    (made,) = compiled(tmp_path, architecture, kernel, *arguments).values()
+    (made,) = compiled(tmp_path, architecture, *fill(kv_fill.kv_fill, dtype, heads, channels, half)).values()
     assert not made.spilled
     assert made.count(r"ld\.global\.v4")
     assert made.count(r"st\.global\.v4")
+
+
+@pytest.mark.matrix(keep=3)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, channels, half", [(3, 64, 32), (8, 128, 64), (8, 128, 0)])
+def test_kv_fill_in_triton(tmp_path: Path, dtype: Any, heads: int, channels: int, half: int) -> None:
+    from pallas_kernels.kv_fill import triton
+
+    (made,) = compiled_twins(tmp_path, 90, *fill(triton.kv_fill, dtype, heads, channels, half)).values()
+    assert not made.spilled
+    assert not made.undefined_loads
+    assert made.wide_addresses

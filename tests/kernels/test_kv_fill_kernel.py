@@ -296,3 +296,12 @@ def test_a_step_with_the_kernel_fills_every_tokens_rows() -> None:
     for found, expected in zip(rows("pallas_interpret"), rows("reference"), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert (np.abs(expected[1:]).max(axis=(1, 2, 3, 4)) > 0).all()
+
+
+def test_keys_are_rounded_after_their_norm_as_the_model_rounds_them() -> None:
+    """A wide buffer shows it: channels that are not rotated hold numbers of the model's dtype."""
+    *others, fill, out = arguments_of((1, 4), 2, 16, jnp.bfloat16, half=4, key_norm=True, fill=1.0)
+    wide = KVRows(*(a.astype(jnp.float32) for a in out))
+    found = kv_fill(*others, fill, wide, settings=PLAIN, implementation="pallas_interpret")
+    for keys in (found.keys, reference.kv_fill(*others, fill, wide, settings=PLAIN).keys):
+        np.testing.assert_array_equal(keys, keys.astype(jnp.bfloat16).astype(jnp.float32))

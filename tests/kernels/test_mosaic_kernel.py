@@ -95,6 +95,22 @@ def test_what_is_written_is_committed_before_it_is_multiplied_or_copied() -> Non
     assert readers > 4
 
 
+def test_products_are_finished_before_their_memory_is_written_again() -> None:
+    """Matrix instructions run asynchronously and read shared memory until they are waited for. Interpreted, not."""
+    kernel = functools.partial(mosaic_gpu.exit_step, eps=EPS)
+    jaxpr = jax.make_jaxpr(kernel)(*abstract(64, 256, 128, jnp.bfloat16)).jaxpr
+    running, waits = False, 0
+    for name in (equation.primitive.name for equation in gpu_lowering.equations(jaxpr)):
+        if name == "wgmma_ref":
+            running = True
+        elif name == "wgmma_wait":
+            running, waits = False, waits + 1
+        elif name in ("swap", "copy_gmem_to_smem", "copy_smem_to_gmem", "barrier_wait"):
+            assert not running, name
+    assert waits > 1
+    assert not running
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernel_lowers_for_cuda(dtype: Any) -> None:
     for rows, size, hidden in ((1, 576, 128), (37, 4096, 96), (65536, 4096, 128), (4096, 8192, 16)):

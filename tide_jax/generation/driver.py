@@ -21,7 +21,7 @@ from tide_jax.generation.batch import PromptRows, pad_rows
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import GenerationState, Prompt, Request, advance, begin, generate_tokens
 from tide_jax.generation.outputs import GenerateOutput, StreamStep
-from tide_jax.generation.programs import Programs
+from tide_jax.generation.programs import Fixed, Programs
 from tide_jax.generation.stats import DraftStats, ExitStats
 from tide_jax.generation.stop_strings import Stops, StopSearch
 from tide_jax.model.decoder import Decoder
@@ -104,11 +104,11 @@ class PlainDecoding:
     """``mode="exit"`` and ``mode="full"``: a pass gives each row one token."""
 
     def __init__(self, model: Decoder, programs: Programs) -> None:
-        self._model, self._programs = model, programs
+        self._model, self._programs, self._fixed = model, programs, Fixed(model)
 
     def whole(self, call: Call) -> GenerateOutput:
         arguments = (call.prompt, call.request, call.exits)
-        out, seconds, compiled = self._programs.run(generate_tokens, (self._model,), arguments, capacity=call.capacity)
+        out, seconds, compiled = self._programs.run(generate_tokens, self._fixed, arguments, capacity=call.capacity)
         out = fetch(out)
         rows, steps = call.count, int(out.steps)
         check_finite(out.finite[:rows], self._model.dtype)
@@ -125,10 +125,10 @@ class PlainDecoding:
 
     def begin(self, call: Call) -> GenerationState:
         arguments = (call.prompt, call.request, call.exits)
-        return self._programs.run(begin, (self._model,), arguments, capacity=call.capacity)[0]
+        return self._programs.run(begin, self._fixed, arguments, capacity=call.capacity)[0]
 
     def advance(self, state: GenerationState, call: Call) -> GenerationState:
-        return self._programs.run(advance, (self._model,), (state, call.request, call.exits), donate=1)[0]
+        return self._programs.run(advance, self._fixed, (state, call.request, call.exits), donate=1)[0]
 
     def read(self, state: GenerationState, call: Call, start: int) -> Reading:
         step, done, finite, last, exit_layers, layers = fetch(

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tide_jax.checks import whole_number
+from tide_jax.checks import instance_of, whole_number
 from tide_jax.errors import out_of_memory
+from tide_jax.generation.cuda_graphs import compiler_options
 from tide_jax.model.sharding import mesh_context, replicate
 
 MOST_PROGRAMS = 32
@@ -23,16 +24,31 @@ MOST_PROGRAMS = 32
 Each takes some megabytes, hundreds for a deep model."""
 
 
+class Fixed:
+    """Leading arguments that stay the same while a user's call runs: the model.
+
+    They are flattened once: a model is hundreds of Python objects, and going through them takes longer than a pass of
+    a small model. Make one for each call, because weights may change between calls.
+    """
+
+    def __init__(self, *objects: Any) -> None:
+        self.leaves, self.structure = jax.tree.flatten(objects)
+        self.count = len(objects)
+
+
 class Programs:
     """Cache of compiled programs, keyed by function, argument shapes and placement on a mesh.
 
     Args:
       mesh: devices to run on; None for JAX's default device. Arguments not on the mesh are copied to all its devices.
       most: programs to keep; beyond that, the least recently used one is dropped.
+      cuda_graphs: whether loops run as CUDA graphs on a GPU, see `tide_jax.generation.cuda_graphs`.
     """
 
-    def __init__(self, mesh: Mesh | None = None, *, most: int = MOST_PROGRAMS) -> None:
+    def __init__(self, mesh: Mesh | None = None, *, most: int = MOST_PROGRAMS, cuda_graphs: bool | None = None) -> None:
         self._mesh = mesh
+        instance_of("cuda_graphs", cuda_graphs, bool, or_none=True)
+        self._cuda_graphs = cuda_graphs
         self._most = whole_number("max_programs", most, 1)
         self._compiled: dict[Any, Callable[..., Any]] = {}  # least recently used first
         self.compile_time = 0.0
@@ -41,7 +57,13 @@ class Programs:
         return len(self._compiled)
 
     def run(
-        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, *, donate: int | None = None, **static: Any
+        self,
+        function: Callable[..., Any],
+        fixed: tuple | Fixed,
+        arguments: tuple,
+        *,
+        donate: int | None = None,
+        **static: Any,
     ) -> tuple[Any, float, float]:
         """Compiles the function if needed and runs it.
 
@@ -59,6 +81,7 @@ class Programs:
         Raises:
           TideError: the device has too little memory.
         """
+        fixed = fixed if isinstance(fixed, Fixed) else Fixed(*fixed)
         try:
             return self._run(function, fixed, arguments, donate, static)
         except Exception as error:
@@ -67,7 +90,7 @@ class Programs:
             raise
 
     def _run(
-        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
+        self, function: Callable[..., Any], fixed: Fixed, arguments: tuple, donate: int | None, static: dict[str, Any]
     ) -> tuple[Any, float, float]:
         arguments = replicate(arguments, self._mesh)
         leaves, structure = jax.tree.flatten(arguments)
@@ -83,22 +106,27 @@ class Programs:
             self.compile_time += compiled
         self._compiled[key] = program
         start = time.perf_counter()
-        result = jax.block_until_ready(program(*fixed, *arguments))
+        result = jax.block_until_ready(program(fixed.leaves, *arguments))
         return result, time.perf_counter() - start, compiled
 
     def _compile(
-        self, function: Callable[..., Any], fixed: tuple, arguments: tuple, donate: int | None, static: dict[str, Any]
+        self, function: Callable[..., Any], fixed: Fixed, arguments: tuple, donate: int | None, static: dict[str, Any]
     ) -> Callable[..., Any]:
         # Drop old programs first: one too many may exhaust the process's memory mappings.
         while self._compiled and (len(self._compiled) >= self._most or short_of_mappings()):
             del self._compiled[next(iter(self._compiled))]
         options: dict[str, Any] = {"static_argnames": tuple(static)}
         if donate is not None:
-            options |= {"donate_argnums": (donate,)} | self._layout(arguments[donate - len(fixed)])
+            given = donate - fixed.count
+            options |= {"donate_argnums": (1 + given,)} | self._layout(arguments[given])
         with mesh_context(self._mesh):
-            program = jax.jit(_own(function), **options).lower(*fixed, *arguments, **static).compile()
+            lowered = jax.jit(_own(function, fixed.structure), **options).lower(fixed.leaves, *arguments, **static)
+            program = lowered.compile(compiler_options(self._platform(), self._cuda_graphs))
         give_back_memory()
         return program
+
+    def _platform(self) -> str:
+        return jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform
 
     def _split(self, leaf: Any) -> Any:
         """Sharding of an argument that is split over the mesh; None if it is not split."""
@@ -108,15 +136,15 @@ class Programs:
         return {} if self._mesh is None else {"out_shardings": jax.tree.map(lambda a: a.sharding, donated)}
 
 
-def _own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of the function object that lives only as long as its compiled program.
+def _own(function: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """The function with its leading arguments flattened, as an object that lives only as long as its compiled program.
 
     JAX keeps compiled programs for as long as the function object lives, even programs dropped here.
     """
 
     @functools.wraps(function)
-    def own(*arguments: Any, **static: Any) -> Any:
-        return function(*arguments, **static)
+    def own(leaves: list[Any], *arguments: Any, **static: Any) -> Any:
+        return function(*jax.tree.unflatten(structure, leaves), *arguments, **static)
 
     return own
 

@@ -17,7 +17,7 @@ from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.outputs import GenerateOutput
-from tide_jax.generation.programs import Programs
+from tide_jax.generation.programs import Fixed, Programs
 from tide_jax.generation.stats import DrafterStats, DraftStats, DraftSteps
 from tide_jax.lossless.control import DraftControl, PassCosts, verify_widths
 from tide_jax.lossless.costs import measure_pass_costs
@@ -154,7 +154,7 @@ class LosslessDecoding:
         arguments = (call.prompt, call.request, setup.costs, self._control(call))
         # The name of the drafts is part of the program's key; the drafters, like the model, are not.
         out, seconds, compiled = self._programs.run(
-            _whole, (self._model, setup.drafters), arguments, capacity=call.capacity, draft=setup.name
+            _whole, setup.fixed, arguments, capacity=call.capacity, draft=setup.name
         )
         # The acceptance rates stay on the device, for the next call; the rest is fetched, without the padding rows.
         control, out = out.control, fetch(out._replace(control=None))
@@ -176,13 +176,13 @@ class LosslessDecoding:
     def begin(self, call: Call) -> LosslessState:
         setup = self._prepare(call)
         self._programs.compile_time += setup.seconds  # count it as compiling, not as running
-        fixed, arguments = (self._model, setup.drafters), (call.prompt, call.request, self._control(call))
-        return self._programs.run(_begin, fixed, arguments, capacity=call.capacity, draft=setup.name)[0]
+        arguments = (call.prompt, call.request, self._control(call))
+        return self._programs.run(_begin, setup.fixed, arguments, capacity=call.capacity, draft=setup.name)[0]
 
     def advance(self, state: LosslessState, call: Call) -> LosslessState:
         setup = self._prepare(call)
-        fixed, arguments = (self._model, setup.drafters), (state, call.request, setup.costs)
-        return self._programs.run(_advance, fixed, arguments, donate=2, draft=setup.name)[0]
+        arguments = (state, call.request, setup.costs)
+        return self._programs.run(_advance, setup.fixed, arguments, donate=2, draft=setup.name)[0]
 
     def read(self, state: LosslessState, call: Call, start: int) -> Reading:
         done, finite, ends, tokens, counts, width = fetch(
@@ -206,13 +206,14 @@ class LosslessDecoding:
             return self._setup
         start, batch = time.perf_counter(), len(call.prompt.lengths)
         if int(call.request.max_new_tokens) <= 1:  # nothing to draft
-            return _Setup("text", TEXT_ONLY, _UNKNOWN, _steps(TEXT_ONLY, _UNKNOWN), 0.0)
+            fixed = Fixed(self._model, TEXT_ONLY)
+            return _Setup("text", TEXT_ONLY, fixed, _UNKNOWN, _steps(TEXT_ONLY, _UNKNOWN), 0.0)
         name = self._learned.default(self._model, batch) if self._asked is None else self._asked
         known = self._learned.known(batch, name)
         drafters = self._learned.drafters(self._model, name)
         costs = self._learned.costs(self._model, batch, name)
         seconds = 0.0 if known else time.perf_counter() - start
-        self._setup = _Setup(name, drafters, costs, _steps(drafters, costs), seconds)
+        self._setup = _Setup(name, drafters, Fixed(self._model, drafters), costs, _steps(drafters, costs), seconds)
         return self._setup
 
     def _control(self, call: Call) -> DraftControl:
@@ -229,12 +230,14 @@ class _Setup(NamedTuple):
     Attributes:
       name: one of `DRAFTS`.
       drafters, costs: who drafts, and what passes and drafts cost.
+      fixed: model and drafters, for programs.
       steps: the same costs, for reports.
       seconds: what making and measuring them took just now.
     """
 
     name: str
     drafters: tuple[Drafter, ...]
+    fixed: Fixed
     costs: PassCosts
     steps: DraftSteps
     seconds: float

@@ -29,8 +29,17 @@ def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
 
 
 def einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`jnp.einsum` of two operands under the precision rule."""
-    return jnp.einsum(spec, a, b, precision=matmul_precision(a.dtype))
+    """`jnp.einsum` of two operands under the precision rule: float32 sums, in a's dtype at the end.
+
+    XLA for GPUs turns the product of one token into a sum of products, and would round each product to 16 bits.
+    """
+    out = jnp.einsum(spec, a, b, precision=matmul_precision(a.dtype), preferred_element_type=_sum_dtype(a.dtype))
+    return out.astype(a.dtype)
+
+
+def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype | None:
+    """float32 for 16-bit operands; None for others, which are summed in their own dtype."""
+    return jnp.dtype(jnp.float32) if dtype.itemsize == 2 else None
 
 
 def integer_sums(spec: str, x: Float[Array, "..."], integers: Int8[Array, "..."]) -> Float[Array, "..."]:
@@ -50,8 +59,9 @@ def _keep_here(x: Array, integers: Array) -> tuple[Array, Array]:
 
 
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D ..."]) -> Float[Array, "..."]:
-    """`x` times a kernel with any number of output axes, under the precision rule."""
-    return jnp.tensordot(x, kernel, axes=1, precision=matmul_precision(x.dtype))
+    """`x` times a kernel with any number of output axes, under the precision rule of `einsum`."""
+    precision, sums = matmul_precision(x.dtype), _sum_dtype(x.dtype)
+    return jnp.tensordot(x, kernel, axes=1, precision=precision, preferred_element_type=sums).astype(x.dtype)
 
 
 def times_rows(
