@@ -16,7 +16,7 @@ from tide_jax import TIDE, TideError
 from tide_jax.cli.command_line import Parser, execute
 from tide_jax.generation import cuda_graphs
 from tide_jax.generation.batch import eos_table, row_bucket
-from tide_jax.generation.programs import Programs, give_back_memory
+from tide_jax.generation.programs import Fixed, Programs, give_back_memory
 from tide_jax.testing import tiny_config, tiny_decoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,23 @@ def test_loops_that_go_wrong_as_graphs_are_launched_from_the_host(
     assert cuda_graphs.compiler_options("gpu", None) is None
     assert "loops don't run as CUDA graphs here" in caplog.text
     cuda_graphs.loops_run_as_graphs.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["full", "lossless"])
+def test_a_stream_goes_through_the_model_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every step, which takes longer than a step of a small model; weights that change later are seen."""
+    taken = []
+    flatten = Fixed.__init__
+    monkeypatch.setattr(Fixed, "__init__", lambda self, *objects: taken.append(1) or flatten(self, *objects))
+    engine = TIDE(tiny_decoder(tiny_config(num_layers=1)))
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 9, "eos_token_id": []}
+    before = [step.tokens.tolist() for step in engine.stream([[1, 2, 3]], **options)]
+    assert (len(before), len(taken)) == (9, 1)
+    embed = engine.model.embed.kernel
+    embed[...] = embed[...][::-1]
+    after = engine.generate([[1, 2, 3]], **options).tokens[0].tolist()
+    fresh = TIDE(engine.model).generate([[1, 2, 3]], **options).tokens[0].tolist()
+    assert after == fresh != [token for (token,) in before]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the mappings that Linux tells of")
