@@ -204,15 +204,15 @@ class LosslessDecoding:
         """Who drafts in this call, and what that costs; what is not known yet is made and measured."""
         if self._setup is not None:
             return self._setup
-        start, batch = time.perf_counter(), len(call.prompt.lengths)
+        start, batch, seconds = time.perf_counter(), len(call.prompt.lengths), 0.0
         if int(call.request.max_new_tokens) <= 1:  # nothing to draft
-            fixed = Fixed(self._model, TEXT_ONLY)
-            return _Setup("text", TEXT_ONLY, fixed, _UNKNOWN, _steps(TEXT_ONLY, _UNKNOWN), 0.0)
-        name = self._learned.default(self._model, batch) if self._asked is None else self._asked
-        known = self._learned.known(batch, name)
-        drafters = self._learned.drafters(self._model, name)
-        costs = self._learned.costs(self._model, batch, name)
-        seconds = 0.0 if known else time.perf_counter() - start
+            name, drafters, costs = "text", TEXT_ONLY, _UNKNOWN
+        else:
+            name = self._learned.default(self._model, batch) if self._asked is None else self._asked
+            known = self._learned.known(batch, name)
+            drafters = self._learned.drafters(self._model, name)
+            costs = self._learned.costs(self._model, batch, name)
+            seconds = 0.0 if known else time.perf_counter() - start
         self._setup = _Setup(name, drafters, Fixed(self._model, drafters), costs, _steps(drafters, costs), seconds)
         return self._setup
 
