@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import weight_product
-from tide_jax.config import Mode
 from tide_jax.errors import TideError, available_memory, out_of_memory, shorten
 from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
@@ -50,7 +49,7 @@ _TWIN_PAYS_TO = 8
 """Rows up to which the twin is the default. Drafts of more rows compute more than they read."""
 
 
-def check_draft(draft: Any, mode: Mode | None) -> None:
+def check_draft(draft: Any, mode: Any) -> None:
     """Raises TideError unless `draft` is None, or one of `DRAFTS` and the mode is "lossless"."""
     expected = " or ".join(map(repr, DRAFTS))
     if draft is not None and (not isinstance(draft, str) or draft not in DRAFTS):
