@@ -49,13 +49,17 @@ def quality_frontier() -> str:
 
 
 def weights_table() -> str:
-    """What exits give with float and with 8-bit weights, by what they do to the cache."""
-    reports = [report for name in ("quality_float", "quality_int8") if (report := _quality(name)) is not None]
+    """What exits give with float and with 8-bit weights, by what they do to the cache.
+
+    An unfinished report counts with the strategies that were measured to the end.
+    """
+    paths = [path for name in ("quality_float", "quality_int8") if (path := RESULTS / f"{name}.json").exists()]
+    reports = [json.loads(path.read_text()) for path in paths]
     if not reports:
         return NOT_MEASURED
     lines = [_quality_setting(reports[0]), "", _WEIGHTS_HEADER, _WEIGHTS_RULE]
     for report in reports:
-        lines += [_weights_row(report, entry) for entry in report["strategies"]]
+        lines += [_weights_row(report, entry) for entry in report["strategies"] if entry["at_agreement"]]
     return "\n".join(lines)
 
 
@@ -67,7 +71,7 @@ _WEIGHTS_RULE = "|---|---|" + "---:|" * 7
 
 
 def _weights_row(report: dict[str, Any], entry: dict[str, Any]) -> str:
-    row = entry["at_agreement"] or entry["rows"][-1]
+    row = entry["at_agreement"]
     text, made = row["text"], row["generation"]
     gain = "" if made["gain_per_skipped"] is None else f"{made['gain_per_skipped']:.2f}"
     return (
@@ -84,9 +88,9 @@ _QUALITY_HEADER = (
 _QUALITY_RULE = "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 
 
-def _quality(name: str = "quality") -> dict[str, Any] | None:
+def _quality() -> dict[str, Any] | None:
     """The report; None if it is missing or unfinished."""
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / "quality.json"
     report = json.loads(path.read_text()) if path.exists() else None
     return report if report and report["complete"] else None
 
