@@ -159,8 +159,8 @@ def compiled(
 
 
 def _makes_cache(case: Case, result: LargeResult) -> bool:
-    """Whether a generation fills an empty cache there: with zeros."""
-    return case.program == "generate_tokens" and result.kind == "broadcast"
+    """Whether a generation makes its cache there: zeros, or the prompt's rows and zeros behind them."""
+    return case.program == "generate_tokens" and result.kind.split("+")[-1] in ("broadcast", "pad")
 
 
 def _counted(results: Iterable[LargeResult]) -> list[list[Any]]:

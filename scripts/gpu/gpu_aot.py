@@ -81,8 +81,6 @@ def _problems(case: Case, counts: dict[str, int]) -> list[str]:
     graphs = 4 if case.kv_strategy == "propagate" else 3
     graphs = 1 if case.graphs else graphs
     found = []
-    if case.graphs and counts["loops"]:
-        found.append(f"has {counts['loops']} loops outside graphs")
     if (counts["exit_kernels"] > 0) == (case.implementation == "reference"):
         found.append(f"has {counts['exit_kernels']} kernels of {case.implementation}")
     if counts["graphs"] != graphs:
