@@ -56,7 +56,8 @@ class Noise(Exception):
 def chained(call: Callable[..., Any] | None, calls: int, in_place: int | None = None) -> Callable[..., Any]:
     """Returns a program of `calls` calls, one after the other and without a loop.
 
-    It returns the last result, and a number of every other one: what nobody reads, compilers remove.
+    It returns the last result, and a number of every other one: what nobody reads, compilers remove. Results in place
+    are read by the next call; reading them later would make a compiler copy them.
 
     It takes several tuples of arguments and uses them in turn. With enough of them, a call finds nothing of the one
     before in the device's cache, as in a model, where all other weights are read between two uses. Without a call, the
@@ -72,11 +73,12 @@ def chained(call: Callable[..., Any] | None, calls: int, in_place: int | None = 
             given = list(sets[number % len(sets)])
             # The barrier makes every call wait for the one before.
             given[0], result = lax.optimization_barrier((given[0], result))
-            numbers.append(sum((_first(leaf) for leaf in jax.tree.leaves(result)), jnp.float32(0)))
-            if in_place is not None:
+            if in_place is None:
+                numbers.append(sum((_first(leaf) for leaf in jax.tree.leaves(result)), jnp.float32(0)))
+            else:
                 given[in_place] = result
             result = given[in_place or 0] if call is None else call(*given)
-        return result, jnp.stack(numbers)
+        return result, jnp.stack(numbers) if numbers else ()
 
     return run
 
