@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _MAX_PROBLEMS = 3
@@ -58,6 +59,17 @@ def out_of_memory(error: BaseException) -> TideError | None:
         f"out of memory ({reason}): use fewer or shorter rows at once, fewer new tokens, a smaller dtype, or a "
         "machine with more memory"
     )
+
+
+@contextlib.contextmanager
+def reports_out_of_memory() -> Iterator[None]:
+    """Raises `out_of_memory`'s TideError in place of the error if memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := out_of_memory(error)) is not None:
+            raise reason from error
+        raise
 
 
 def available_memory() -> int | None:

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from tide_jax.checks import instance_of, whole_number
-from tide_jax.errors import out_of_memory
+from tide_jax.errors import reports_out_of_memory
 from tide_jax.generation.cuda_graphs import compiler_options
 from tide_jax.model.sharding import mesh_context, replicate
 
@@ -82,12 +82,8 @@ class Programs:
           TideError: the device has too little memory.
         """
         fixed = fixed if isinstance(fixed, Fixed) else Fixed(*fixed)
-        try:
+        with reports_out_of_memory():
             return self._run(function, fixed, arguments, donate, static)
-        except Exception as error:
-            if (reason := out_of_memory(error)) is not None:
-                raise reason from error
-            raise
 
     def _run(
         self, function: Callable[..., Any], fixed: Fixed, arguments: tuple, donate: int | None, static: dict[str, Any]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import weight_product
-from tide_jax.errors import TideError, available_memory, out_of_memory, shorten
+from tide_jax.errors import TideError, available_memory, out_of_memory, reports_out_of_memory, shorten
 from tide_jax.generation.driver import Call, Reading, make_output
 from tide_jax.generation.finite import check_finite
 from tide_jax.generation.generate import Prompt, Request
@@ -121,13 +121,8 @@ class Learned:
     def costs(self, model: Decoder, batch: int, draft: str) -> PassCosts:
         """Costs of passes and drafts at a batch size. Raises TideError if memory runs out."""
         if not self.known(batch, draft):
-            try:
-                with mesh_context(mesh_of(model)):
-                    found = measure_pass_costs(model, self.drafters(model, draft), batch=batch)
-            except Exception as error:
-                if (reason := out_of_memory(error)) is not None:
-                    raise reason from error
-                raise
+            with reports_out_of_memory(), mesh_context(mesh_of(model)):
+                found = measure_pass_costs(model, self.drafters(model, draft), batch=batch)
             self._costs[batch, draft] = from_first_process(found)
         return self._costs[batch, draft]
 
