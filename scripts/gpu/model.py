@@ -31,8 +31,7 @@ _LENGTH, _SEEN, _SHARPNESS = 3.0, 0.4, 20.0
 
 def eight_billion_config() -> DecoderConfig:
     """Configuration of a typical model with 8 billion parameters (the shape of Llama 3.1)."""
-    return DecoderConfig(
-        model_type="llama",
+    return _llama(
         vocab_size=128256,
         hidden_size=4096,
         num_layers=32,
@@ -41,8 +40,20 @@ def eight_billion_config() -> DecoderConfig:
         head_dim=128,
         intermediate_size=14336,
         max_positions=131072,
-        attention_types=(AttentionType(scale=128**-0.5, rope=RopeConfig(theta=500000.0, rotary_dim=128)),),
-        attention_pattern=(0,) * 32,
+        theta=500000.0,
+    )
+
+
+def _llama(*, head_dim: int, num_layers: int, theta: float, **sizes: int) -> DecoderConfig:
+    """Every layer attends to all tokens before, with rotary positions."""
+    kind = AttentionType(scale=head_dim**-0.5, rope=RopeConfig(theta=theta, rotary_dim=head_dim))
+    return DecoderConfig(
+        model_type="llama",
+        head_dim=head_dim,
+        num_layers=num_layers,
+        attention_types=(kind,),
+        attention_pattern=(0,) * num_layers,
+        **sizes,
     )
 
 
@@ -53,8 +64,7 @@ def config_8b() -> DecoderConfig:
 
 def config_smollm2() -> DecoderConfig:
     """The shape of SmolLM2-135M."""
-    return DecoderConfig(
-        model_type="llama",
+    return _llama(
         vocab_size=49152,
         hidden_size=576,
         num_layers=30,
@@ -63,8 +73,7 @@ def config_smollm2() -> DecoderConfig:
         head_dim=64,
         intermediate_size=1536,
         max_positions=8192,
-        attention_types=(AttentionType(scale=64**-0.5, rope=RopeConfig(theta=100000.0, rotary_dim=64)),),
-        attention_pattern=(0,) * 30,
+        theta=100000.0,
     )
 
 
