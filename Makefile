@@ -39,6 +39,8 @@ bench: .venv/demo .venv/test
 	$(BIN)/python -m scripts.bench.products .demo/smollm2 --out scripts/results/products.json
 	$(BIN)/python -m scripts.bench.start .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) \
 		--out scripts/results/start.json
+	$(BIN)/python -m scripts.bench.prompts .demo/smollm2 --transformers $$($(BIN)/python -m scripts.demo --where) \
+		--out scripts/results/prompts.json
 	$(BIN)/python -m scripts.bench.long .demo/smollm2 --out scripts/results/long.json
 	$(BIN)/python -m scripts.bench.peers .demo/smollm2 $(if $(ROUTERS),--routers $(ROUTERS)) --divergence 8 \
 		--transformers $$($(BIN)/python -m scripts.demo --where) --out scripts/results/peers.json

@@ -8,7 +8,6 @@ variant's time per token is the time of a long generation minus that of a one-to
 program, which excludes prefill and start-up.
 
 "weights read once" is the floor: all cores together read as many bytes as the model's weights, and do nothing else.
-Prompts of --prompt-tokens tokens are timed separately, to the first token.
 
 Skip efficiency = (time saved / layer time at full depth) / (share of layers skipped), where layer time is full-depth
 time minus the time of embedding, output head and argmax alone; computed within each pair, median over the rounds.
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import time
@@ -43,7 +41,7 @@ from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
 from tide_jax.exits.deferred_fill import is_faster
 from tide_jax.exits.exits import Exits
-from tide_jax.functional import Decoder, KVCache, generate_tokens, init_cache, prefill
+from tide_jax.functional import Decoder, generate_tokens
 from tide_jax.generation.generate import Prompt, Request
 from tide_jax.generation.sampling import make_sampling
 from tide_jax.testing import constant_routers
@@ -59,7 +57,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=48, help="tokens generated per row (48)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of prompts that are timed apart (512)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--interval", type=int, default=5, help="layers in a group (5)")
     parser.add_argument(
@@ -79,11 +76,9 @@ def main() -> None:
         "method": {"prompt": PROMPT, "steps": args.steps, "rounds": args.rounds, "interval": args.interval},
         "machine": machine(),
         "batches": batches,
-        "prompts": bench_prompts(model, reference, args),
     }
     for row in batches:
         show(row, model.config.num_layers)
-    print(json.dumps(report["prompts"], indent=2))
     save(args.out, report)
 
 
@@ -155,16 +150,6 @@ def seconds_a_step(generate: Callable[[int], float], steps: int) -> float:
     return (generate(steps) - short) / (steps - 1)
 
 
-def warmed(run: Variant) -> Variant:
-    """The variant with an untimed run before each timed one, for the same reasons."""
-
-    def twice() -> float:
-        run()
-        return run()
-
-    return twice
-
-
 def head_variant(model: Decoder, batch: int, steps: int) -> Variant:
     """Embedding, final norm, output head and argmax, without layers."""
 
@@ -183,51 +168,6 @@ def head_variant(model: Decoder, batch: int, steps: int) -> Variant:
 
     run()
     return run
-
-
-def bench_prompts(model: Decoder, reference: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds until the first token of one long prompt."""
-    tokens = random_prompts(model.config.vocab_size, 1, args.prompt_tokens)
-    variants: dict[str, Variant] = {"full": prompt_variant(model, tokens)}
-    if reference is not None:
-        variants["transformers"] = reference_prompt_variant(reference, tokens)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name, run in variants.items():
-            times[name].append(1e3 * run())
-    rows = {name: {"ms": statistics.median(t), "min": min(t), "max": max(t)} for name, t in times.items()}
-    return {"tokens": args.prompt_tokens, "variants": rows}
-
-
-def prompt_variant(model: Decoder, tokens: np.ndarray) -> Variant:
-    prompt = Prompt(jnp.asarray(tokens, jnp.int32), jnp.full((1,), tokens.shape[1], jnp.int32))
-    cache = init_cache(model.config, 1, tokens.shape[1] + 1, model.dtype)
-
-    @jax.jit
-    def first_token(model: Decoder, prompt: Prompt, cache: KVCache) -> Any:
-        step = prefill(model, prompt, cache)
-        return step.cache, jnp.argmax(step.logits, axis=-1)
-
-    def run() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(first_token(model, prompt, cache))
-        return time.perf_counter() - start
-
-    return warmed(run)
-
-
-def reference_prompt_variant(reference: Any, tokens: np.ndarray) -> Variant:
-    import torch
-
-    inputs = torch.tensor(tokens)
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.no_grad():
-            reference(inputs, use_cache=True, logits_to_keep=1).logits.argmax(-1)
-        return time.perf_counter() - start
-
-    return warmed(run)
 
 
 def reference_variant(reference: Any, vocabulary: int, batch: int, steps: int) -> Variant:

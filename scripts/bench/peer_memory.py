@@ -74,12 +74,12 @@ def load(job: Job) -> Variant:
 def peaks(variant: Variant, ids: list[int], count: int) -> dict[str, float | None]:
     """Peak resident MiB since this process began, and during a second generation."""
     variant(ids, count)
-    whole, again = _peak(), _forget_peak()
+    whole, again = peak(), forget_peak()
     variant(ids, count)
-    return {"peak": max(whole, _peak()), "generating": _peak() if again else None}
+    return {"peak": max(whole, peak()), "generating": peak() if again else None}
 
 
-def _peak() -> float:
+def peak() -> float:
     """Prefers Linux's value for this process, because `getrusage` includes the parent process's peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -90,7 +90,7 @@ def _peak() -> float:
     return used / 1024 / (1024 if sys.platform == "darwin" else 1)
 
 
-def _forget_peak() -> bool:
+def forget_peak() -> bool:
     """Resets the peak; returns False if the system can't."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -15,12 +15,18 @@ from torch.nn import ModuleList
 from scripts.bench.peer_measures import Run, Variant, cores
 
 
-def load_peer(folder: Path) -> Any:
-    """Loads a `save_pretrained` folder in float32, with one thread per core and no end-of-text token."""
+def load_peer(folder: Path, attention: str | None = None) -> Any:
+    """Loads a `save_pretrained` folder in float32, with one thread per core and no end-of-text token.
+
+    Args:
+      attention: transformers' name of its implementation; None for its default.
+    """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     name = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures[0]
-    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+    model = (
+        getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    )
     torch.set_num_threads(cores())
     model.generation_config.eos_token_id = None
     return model

@@ -37,6 +37,7 @@ from tide_jax.functional import (
     generate_tokens,
     init_cache,
     make_sampling,
+    prefill,
 )
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
 from tide_jax.model.rounding import Weights, as_int8
@@ -44,6 +45,7 @@ from tide_jax.testing import constant_routers
 
 SLOTS = 4096
 PROMPT = 16
+LONG_PROMPT = 2048
 DTYPE = jnp.bfloat16
 INTERVAL = 4
 _EXPERTS = 16  # of 896 channels: as many weights as the MLP they replace
@@ -61,7 +63,8 @@ class Case(NamedTuple):
       rows: batch size.
       weights: the model's kind of weights.
       kind: "experts" replaces the MLPs by mixtures of experts, "latent" stores keys and values as latent vectors.
-      program: one step, or a whole generation, which makes its own cache.
+      program: one step, a whole generation, which makes its own cache, or a prompt of `LONG_PROMPT` tokens.
+      slots: capacity of the cache, for each row.
       graphs: on a GPU, loops as CUDA graphs (`tide_jax.generation.cuda_graphs`).
     """
 
@@ -71,7 +74,8 @@ class Case(NamedTuple):
     rows: int = 1
     weights: Weights = "float"
     kind: Literal["plain", "experts", "latent"] = "plain"
-    program: Literal["decode_step", "generate_tokens"] = "decode_step"
+    program: Literal["decode_step", "generate_tokens", "prefill"] = "decode_step"
+    slots: int = SLOTS
     graphs: bool = False
 
 
@@ -145,7 +149,7 @@ def compiled(
     assert hlo is not None
     assert memory is not None
     heads, channels, _ = config.cache_shape
-    keys = case.rows * heads * SLOTS * channels * jnp.dtype(DTYPE).itemsize
+    keys = case.rows * heads * case.slots * channels * jnp.dtype(DTYPE).itemsize
     kernel = 2 * config.num_kv_heads * config.head_dim * config.hidden_size * jnp.dtype(DTYPE).itemsize
     entry = {
         "name": case.name,
@@ -214,8 +218,12 @@ def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages
         if case.program == "generate_tokens":
             program = jax.jit(generate_tokens, static_argnames="capacity")
             traced = program.trace(model, *there(lambda: _call(case.rows)), exits, capacity=SLOTS - PROMPT)
+        elif case.program == "prefill":
+            cache = there(lambda: init_cache(config, case.rows, case.slots, DTYPE, exits=exits))
+            prompt = there(lambda: _prompt(case.rows, LONG_PROMPT))
+            traced = jax.jit(prefill, donate_argnames="cache").trace(model, prompt, cache, exits)
         else:
-            cache = there(lambda: init_cache(config, case.rows, SLOTS, DTYPE, exits=exits))
+            cache = there(lambda: init_cache(config, case.rows, case.slots, DTYPE, exits=exits))
             rows = there(
                 lambda: (*(jnp.zeros((case.rows,), jnp.int32) for _ in range(2)), jnp.ones((case.rows,), bool))
             )
@@ -223,11 +231,14 @@ def _lowered(case: Case, config: DecoderConfig, device: Any) -> tuple[jax.stages
         return traced.lower(lowering_platforms=(_LOWERED_FOR[_platform(device)],)), integers
 
 
+def _prompt(rows: int, tokens: int) -> Prompt:
+    return Prompt(jnp.zeros((rows, tokens), jnp.int32), jnp.full((rows,), tokens, jnp.int32))
+
+
 def _call(rows: int) -> tuple[Prompt, Request]:
     """Prompts and a request for sampled tokens."""
-    prompt = Prompt(jnp.zeros((rows, PROMPT), jnp.int32), jnp.full((rows,), PROMPT, jnp.int32))
     eos, most = jnp.full((rows, 1), -1, jnp.int32), jnp.int32(SLOTS - PROMPT)
-    return prompt, Request(make_sampling(), jax.random.key(0), eos, jnp.int32(0), most)
+    return _prompt(rows, PROMPT), Request(make_sampling(), jax.random.key(0), eos, jnp.int32(0), most)
 
 
 def _model(config: DecoderConfig, weights: Weights) -> Decoder:

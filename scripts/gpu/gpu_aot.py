@@ -40,6 +40,9 @@ CASES = (
     Case("propagate, loops as graphs", "propagate", graphs=True),
     Case("generate_tokens, full depth, loops as graphs", program="generate_tokens", graphs=True),
     Case("generate_tokens, propagate, loops as graphs", "propagate", program="generate_tokens", graphs=True),
+    Case("full depth, 8 rows, 16,384 slots", rows=8, slots=16384),
+    Case("prompt, full depth", program="prefill"),
+    Case("prompt, full depth, loops as graphs", program="prefill", graphs=True),
     Case("propagate, 8 rows, Pallas kernels, 8-bit weights", "propagate", "pallas_triton", rows=8, weights="int8"),
     *aot.INT8,
 )

@@ -22,6 +22,9 @@ SPARE = 2 * 2**20  # XLA's use per layer on a TPU, in smaller arrays
 CASES = (
     Case("full depth"),
     Case("propagate", "propagate"),
+    Case("full depth, 8 rows, 16,384 slots", rows=8, slots=16384),
+    Case("prompt, full depth", program="prefill"),
+    Case("generate_tokens, full depth", program="generate_tokens"),
     *aot.INT8,
 )
 

@@ -37,10 +37,31 @@ def decode_table() -> str:
                 f"| {name} | {row['ms_per_step']:.1f} | {row['tokens_per_second']:.1f} | "
                 f"{row['ratio_to_full']:.2f} | {efficiency} |"
             )
-    prompts = report["prompts"]
-    times = {name: f"{row['ms']:.0f} ms" for name, row in prompts["variants"].items()}
-    beside = f", transformers in {times['transformers']}" if "transformers" in times else ""
-    return "\n".join([*lines, "", f"A prompt of {prompts['tokens']} tokens is read in {times['full']}{beside}."])
+    return "\n".join(lines)
+
+
+def prompts_table() -> str:
+    """Time until the first token of long prompts, from scripts.bench.prompts."""
+    path = RESULTS / "prompts.json"
+    if not path.exists():
+        return NOT_MEASURED
+    report = json.loads(path.read_text())
+    lines = [
+        f"{where(report['machine'])}; medians of {report['method']['rounds']} alternating rounds; peak MiB of a "
+        "process, weights included.",
+        "",
+        "| tokens | tide_jax | MiB | transformers, SDPA (its default) | / tide_jax | MiB "
+        "| transformers, eager | / tide_jax | MiB |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for entry in report["prompts"]:
+        cells = []
+        for name in ("full", "sdpa", "eager"):
+            row, held = entry["variants"].get(name), entry["peak_mib"].get(name)
+            ratio = [] if name == "full" else ["" if row is None else f"{row['of_ours']:.2f}"]
+            cells += ["" if row is None else f"{row['ms']:.0f} ms", *ratio, "" if held is None else f"{held:.0f}"]
+        lines.append(f"| {entry['tokens']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 _NAMES = {

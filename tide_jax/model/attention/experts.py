@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from tide_jax.model.architecture import AttentionType, DecoderConfig
 from tide_jax.model.attention.grouped import AttentionContext, spans_of
-from tide_jax.model.attention.span import CachedRows, KeyValue, attend
+from tide_jax.model.attention.reading import attend
+from tide_jax.model.attention.span import CachedRows, KeyValue
 from tide_jax.model.moe import by_expert, choose_experts, expert_matmul, router_logits
 from tide_jax.model.ops import Dense, normal
 from tide_jax.model.rotary import rotate

@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm, QueryScaling
-from tide_jax.model.attention.span import CachedRows, KeyValue, Span, attend
+from tide_jax.model.attention.reading import attend
+from tide_jax.model.attention.span import CachedRows, KeyValue, Span
 from tide_jax.model.norms import Norm, block_norm, head_norm
 from tide_jax.model.ops import Dense, together
 from tide_jax.model.rotary import rope_tables, rotate

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from tide_jax.model.architecture import AttentionType, DecoderConfig, LatentConfig
 from tide_jax.model.attention.grouped import AttentionContext, spans_of
-from tide_jax.model.attention.span import CachedRows, KeyValue, attend
+from tide_jax.model.attention.reading import attend
+from tide_jax.model.attention.span import CachedRows, KeyValue
 from tide_jax.model.norms import Norm
 from tide_jax.model.ops import Dense, einsum, integer_sums
 from tide_jax.model.rotary import rotate

@@ -1,0 +1,119 @@
+"""One softmax over several runs of keys: new tokens, and the cache, which is read in place.
+
+The cache has separate arrays for each layer. With one array for all layers, XLA on a GPU would copy a layer's part at
+every step.
+
+How a run is read depends on the number of queries and on the platform:
+
+* A few queries over a cache, on a CPU: blocks up to the last filled slot, one after the other. So the cost of a step
+  depends on the tokens so far, not on the cache's capacity. Once the cache is more than half full, all of it is read at
+  once, which costs less than copying the blocks.
+* Many queries, on a CPU: in tiles of some queries and some keys (FlashAttention: Dao et al. 2022, arXiv:2205.14135,
+  section 3.1). A tile's scores stay in the CPU's caches, and a tile that no query sees, such as later tokens or tokens
+  before a window, costs nothing.
+* Many queries, on an accelerator: everything at once as far as its scores are small, otherwise long blocks up to the
+  last filled slot.
+* A few queries over a large cache, on a TPU: a quarter, a half, or all of the slots. On a GPU always all of them: XLA
+  would copy the slots of a part before it multiplies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from tide_jax.model.attention.softmax import FEW_QUERIES, Attend, Part, attend_part, merge
+from tide_jax.model.attention.span import BLOCK, Adapt, CachedRows, KeyValue, Span
+from tide_jax.model.attention.tiles import Tiles
+
+_TILE_SCORES = 2**20  # 4 MiB of float32 scores: between a CPU's second and third cache
+_TILE_QUERIES = (64, 512)
+_LONG_BLOCK = 1024  # keys, on accelerators
+_LARGE_CACHE = 2**24  # bytes of one layer's keys on a TPU, which take it 20 µs to read; a branch takes less
+
+
+def attend(
+    q: Float[Array, "B T KV G hk"],
+    spans: Sequence[tuple[KeyValue | CachedRows, Span]],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    adapt: Adapt = lambda rows, span: (rows, span),
+) -> Float[Array, "B T KV G hv"]:
+    """One softmax over several spans of keys, without concatenating them.
+
+    Args:
+      sinks: a score for each head that takes part in the softmax but has no value.
+      adapt: applied to keys, values, masks and biases as they are read.
+    """
+
+    # Move tokens behind heads in the queries, which are small; otherwise the product would transpose the large
+    # scores.
+    by_head = jnp.transpose(q, (0, 2, 3, 1, 4))
+
+    def part(q: Array, rows: KeyValue, span: Span) -> Part:
+        return attend_part(q, *adapt(rows, span), scale, softcap)
+
+    parts = [_read(part, by_head, rows, span) for rows, span in spans]
+    if sinks is not None:
+        # A sink is one more key: it adds weight to the softmax's denominator and nothing to the sum.
+        peak = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, *q.shape[2:4], 1), parts[0].peak.shape)
+        parts.append(Part(peak, jnp.ones_like(peak), jnp.zeros_like(parts[0].mixed)))
+    # Merge the parts' softmaxes, then divide once.
+    whole = parts[0]
+    for other in parts[1:]:
+        whole = merge(whole, other)
+    return jnp.transpose(whole.output(), (0, 3, 1, 2, 4)).astype(q.dtype)
+
+
+def _read(part: Attend, q: Float[Array, "B KV G T hk"], rows: KeyValue | CachedRows, span: Span) -> Part:
+    """Attention over one run of keys, read as the number of queries and the platform ask for."""
+    if q.shape[2] * q.shape[3] > FEW_QUERIES:
+        filled = rows.filled if isinstance(rows, CachedRows) else None
+        tiles = Tiles(part, q, KeyValue(rows.keys, rows.values), span, filled)
+        return lax.platform_dependent(
+            cpu=lambda: tiles._replace(tall=_tile_queries(q), wide=BLOCK, skip=True).read(),
+            default=lambda: tiles._replace(tall=q.shape[3], wide=_LONG_BLOCK).read(),
+        )
+    if isinstance(rows, KeyValue):
+        return part(q, rows, span)
+    if rows.keys.shape[2] <= BLOCK:
+        return part(q, KeyValue(rows.keys, rows.values), span)
+    return lax.platform_dependent(
+        cpu=lambda: _filled_blocks(part, q, rows, span),
+        tpu=lambda: _filled_share(part, q, rows, span),
+        default=lambda: part(q, KeyValue(rows.keys, rows.values), span),
+    )
+
+
+def _tile_queries(q: Float[Array, "B KV G T hk"]) -> int:
+    """Queries of a tile on a CPU: a power of two, so that a tile has at most some number of scores."""
+    batch, heads, group = q.shape[:3]
+    most = max(1, _TILE_SCORES // (batch * heads * group * BLOCK))
+    least, largest = _TILE_QUERIES
+    return max(least, min(largest, 1 << (most.bit_length() - 1)))
+
+
+def _filled_blocks(part: Attend, q: Float[Array, "B KV G T hk"], rows: CachedRows, span: Span) -> Part:
+    """A few queries over a cache, on a CPU."""
+    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
+
+    def in_blocks() -> Part:
+        # The first half of the slots, so a whole block fits.
+        return Tiles(part, q, everything, span, rows.filled, tall=q.shape[3], wide=BLOCK, skip=False).read()
+
+    return lax.cond(rows.filled * 2 > size, lambda: part(q, everything, span), in_blocks)
+
+
+def _filled_share(part: Attend, q: Float[Array, "B KV G T hk"], rows: CachedRows, span: Span) -> Part:
+    """A few queries over a cache, on a TPU."""
+    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
+    if rows.keys.nbytes < _LARGE_CACHE:
+        return part(q, everything, span)
+    shares = [size // 4, size // 2, size]
+    longer = sum((rows.filled > share).astype(jnp.int32) for share in shares[:-1])
+    return lax.switch(longer, [lambda n=n: part(q, everything.slots(0, n), span.slots(0, n)) for n in shares])
