@@ -23,6 +23,10 @@ _MODULES = {
 """The optional import that each implementation needs."""
 
 
+OUTSIDE_GRAPHS = ("triton",)
+"""Implementations that XLA leaves out of CUDA graphs: each would split a decode step into launches from the host."""
+
+
 class ImplementationError(ValueError):
     """The named implementation can't run here, or not with these arguments."""
 
@@ -36,12 +40,14 @@ class Choices(NamedTuple):
       on_gpu: those that run only on a GPU. None tries them there in this order, then the reference.
       proven: whether all of `on_gpu` gave correct results on a GPU; if None, ``proven.json`` says so for each. Unproven
         implementations are never chosen for None.
+      least_rows: for fewer rows None chooses the reference, whose few kernels cost less than a kernel's buffers.
     """
 
     operation: str
     names: tuple[str, ...]
     on_gpu: tuple[str, ...]
     proven: bool | None = None
+    least_rows: int = 1
 
     def refusal(self, name: str | None) -> str | None:
         """Reason why `name` can't run in this process, whatever its arguments; None if it can."""
@@ -65,19 +71,21 @@ class Choices(NamedTuple):
         """`name`, which was given for several operations, or None if this operation has no such implementation."""
         return name if name in self.names else None
 
-    def plain(self, name: str | None) -> bool:
-        """Whether `name` means plain JAX in this process, whatever the arguments."""
-        return name == "reference" or (name is None and not self._automatic())
+    def plain(self, name: str | None, rows: int) -> bool:
+        """Whether `name` means plain JAX in this process for `rows` rows, whatever the other arguments."""
+        return name == "reference" or (name is None and not self._automatic(rows))
 
-    def choose(self, name: str | None, argument_refusal: Callable[[str], str | None]) -> str:
+    def choose(self, name: str | None, argument_refusal: Callable[[str], str | None], rows: int) -> str:
         """The implementation to run.
 
-        None chooses the reference, except on a GPU with proven kernels (`proven`): there it chooses the first one that
-        can be imported and takes the arguments, or else the reference, with a warning in the log.
+        None chooses the reference, except on a GPU with proven kernels (`proven`) and from `least_rows` rows on: there
+        it chooses the first one that can be imported and takes the arguments, or else the reference, with a warning in
+        the log. It never chooses a kernel that CUDA graphs leave out.
 
         Args:
           name: the caller's choice; None chooses by platform.
           argument_refusal: for a name, the reason why its kernel can't take the arguments; None if it can.
+          rows: rows or tokens that the operation takes.
 
         Raises:
           ImplementationError: `name` can't run here; the message has the reason.
@@ -87,7 +95,7 @@ class Choices(NamedTuple):
             if reason is not None:
                 raise ImplementationError(reason)
             return name
-        for candidate in self._automatic():
+        for candidate in self._automatic(rows):
             reason = self.refusal(candidate) or argument_refusal(candidate)
             if reason is None:
                 return candidate
@@ -103,13 +111,14 @@ class Choices(NamedTuple):
         function = getattr(importlib.import_module(f"pallas_kernels.{self.operation}.{file}"), self.operation)
         return functools.partial(function, interpret=True) if name == "pallas_interpret" else function
 
-    def _automatic(self) -> tuple[str, ...]:
+    def _automatic(self, rows: int) -> tuple[str, ...]:
         """Implementations that None tries in this process: on a GPU, the proven ones of `on_gpu`; elsewhere none."""
-        if platform() != "gpu":
+        if platform() != "gpu" or rows < self.least_rows:
             return ()
+        proven = self.on_gpu if self.proven else ()
         if self.proven is None:
-            return tuple(name for name in self.on_gpu if name in _proven_kernels().get(self.operation, ()))
-        return self.on_gpu if self.proven else ()
+            proven = tuple(name for name in self.on_gpu if name in _proven_kernels().get(self.operation, ()))
+        return tuple(name for name in proven if name not in OUTSIDE_GRAPHS)
 
 
 def platform() -> str:

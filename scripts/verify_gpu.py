@@ -10,7 +10,8 @@ hangs or writes where it must not costs its own rows. A case that fails becomes 
 continue. After --minutes, the remaining cases are noted as not run. The JSON is written after every batch of
 measurements; --only with an existing --out runs some parts again and keeps the others. --tiny runs everything with
 tiny shapes on a processor. --prove gpu.json runs nothing: it records the kernels that a report shows to be right in
-pallas_kernels/proven.json, and from then on ``implementation=None`` uses them on a GPU.
+pallas_kernels/proven.json, and from then on ``implementation=None`` uses them on a GPU. --smoke takes about a minute:
+it compares decoding with a processor's and times it at batch 1.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except gpu_report.Refused as error:
         print(error, file=sys.stderr)
         return 2
+    if args.smoke:
+        print(gpu_report.verdict(report))
+        return int(not report["smoke"]["right"])
     for target in report["targets"]:
         met = {None: "", True: "met", False: "NOT MET"}[target["met"]]
         found = target["found"] or "not measured"
@@ -67,14 +71,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--routers", type=Path, metavar="FILE", help="its routers (random ones)")
     parser.add_argument("--no-graphs", action="store_true", help="leave out decode loops as one CUDA graph")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, kernels interpreted: a test of this script")
+    parser.add_argument("--smoke", action="store_true", help="only whether decoding is right and how fast at batch 1")
     parser.add_argument("--prove", type=Path, metavar="F", help="note which kernels were right in this report")
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error("--minutes must be more than 0")
-    if args.prove is None and args.out is None:
+    if args.prove is None and args.out is None and not args.smoke:
         parser.error("name the file to write with --out, or a report with --prove")
     if args.out is not None and not args.out.resolve().parent.is_dir():
         parser.error(f"no folder {args.out.parent} to write {args.out.name} to")
+    if args.smoke:
+        args.only = ["decode"]
     args.only = [section for section in SECTIONS if section in args.only]
     return args
 

@@ -322,7 +322,11 @@ class TIDE:
             return None
         thresholds = self.config.thresholds(self._weights.exit_points, self.model.config.num_layers)
         strategy = self.config.kv_strategy
-        deferred = strategy == "propagate" and decoded_rows is not None and is_faster(self.model, decoded_rows)
+        deferred = (
+            strategy == "propagate"
+            and decoded_rows is not None
+            and is_faster(self.model, decoded_rows, graphs=self.programs.loops_in_graphs)
+        )
         return Exits(
             self._weights,
             jnp.asarray(thresholds, jnp.float32),

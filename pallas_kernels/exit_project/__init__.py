@@ -45,8 +45,8 @@ def exit_project(
     Raises:
       ValueError: the named implementation can't run here; the message has the reason.
     """
-    function = IMPLEMENTATIONS.function(IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, out)))
-    return function(x, head, final_norm, exits, out, settings=settings)
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, out), x.shape[0])
+    return IMPLEMENTATIONS.function(name)(x, head, final_norm, exits, out, settings=settings)
 
 
 def _refusal(x: Float[Array, "N D"], out: Float[Array, "N D"]) -> str | None:

@@ -47,7 +47,7 @@ def exit_step(
       ValueError: the named implementation can't run here; the message has the reason.
     """
     refusal = functools.partial(_refusal, Problem.of(x, router, norm))
-    function = IMPLEMENTATIONS.function(IMPLEMENTATIONS.choose(implementation, refusal))
+    function = IMPLEMENTATIONS.function(IMPLEMENTATIONS.choose(implementation, refusal, x.shape[0]))
     return function(x, router, gate, rows, eps=eps, norm=norm)
 
 

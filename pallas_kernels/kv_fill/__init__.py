@@ -11,7 +11,10 @@ from pallas_kernels.selection import Choices
 __all__ = ["IMPLEMENTATIONS", "KVRows", "KVWeights", "Rotary", "Settings", "kv_fill"]
 
 IMPLEMENTATIONS = Choices(
-    "kv_fill", ("reference", "pallas_triton", "pallas_interpret", "triton"), ("pallas_triton", "triton")
+    "kv_fill",
+    ("reference", "pallas_triton", "pallas_interpret", "triton"),
+    ("pallas_triton", "triton"),
+    least_rows=64,  # compiled for an H100, the reference is 5 kernels, and the kernel with its buffers 7
 )
 """Plain JAX; a Pallas kernel; the same kernel run by XLA anywhere, for tests; a kernel in Triton's own language."""
 MAX_ROW = 1 << 14
@@ -49,7 +52,7 @@ def kv_fill(
     Raises:
       ValueError: the named implementation can't run here; the message has the reason.
     """
-    name = IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, weights, rotary, out))
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, weights, rotary, out), fill.size)
     return IMPLEMENTATIONS.function(name)(x, weights, rotary, fill, out, settings=settings)
 
 

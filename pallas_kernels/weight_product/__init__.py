@@ -61,7 +61,7 @@ def weight_products(
             raise ValueError(
                 f"weight_product: int8 weights need a scale, and others have none; these are {weights.dtype}"
             )
-    name = IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, products))
+    name = IMPLEMENTATIONS.choose(implementation, lambda _: _refusal(x, products), x.shape[0])
     if name == "reference":
         return tuple(reference.weight_product(x, weights, scale) for weights, scale in products)
     from pallas_kernels.weight_product import llvm

@@ -12,9 +12,14 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _MOVES = {"copy-done", "slice-done"}  # their results are found where they were made
+_COPIES = {"copy", "transpose", "reshape", "slice", "dynamic-slice", "concatenate", "pad", "convert", "copy-done"}
+_EXCHANGED = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_EXCHANGES = {*_EXCHANGED, *(f"{name}-start" for name in _EXCHANGED)}
 _FLOATS = re.compile(r"b?f\d")
 _ON_CHIP = re.compile(r"S\(\d+\)")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
+KERNELS = ("kCustomKernel", "kKernel")
+"""Names of kernels among launches."""
 _THUNK = re.compile(r"^\s*\d+: (k\w+)")
 # Their results are made elsewhere, or are other names for existing arrays.
 _NO_WORK = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "constant"}
@@ -73,9 +78,37 @@ def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
     ]
 
 
+def moves_only(result: LargeResult) -> bool:
+    """Whether an array is another array's numbers in another place, order or format."""
+    return set(result.kind.split("+")) <= _COPIES
+
+
+def collectives(hlo: str) -> Counter[str]:
+    """Counts the exchanges between devices, by operation."""
+    found = (match[4] for match in map(_INSTRUCTION.match, hlo.splitlines()) if match)
+    return Counter(operation.removesuffix("-start") for operation in found if operation in _EXCHANGES)
+
+
 def launches(thunks: str) -> Counter[str]:
     """Counts each kind of launch in a dumped thunk sequence: kernels, copies, command buffers, loops."""
     return Counter(match[1] for match in map(_THUNK.match, thunks.splitlines()) if match)
+
+
+def largest_graph(thunks: str) -> int:
+    """Counts the kernels of the CUDA graph with the most of them, in a dumped thunk sequence."""
+    sizes, inside = [0], -1
+    for line in thunks.splitlines():
+        depth, match = len(line) - len(line.lstrip()), _THUNK.match(line)
+        if match is None:
+            continue
+        if depth <= inside:
+            inside = -1
+        if match[1] == "kCommandBuffer" and inside < 0:
+            inside = depth
+            sizes.append(0)
+        elif inside >= 0 and match[1] in KERNELS:
+            sizes[-1] += 1
+    return max(sizes)
 
 
 def _written(hlo: str) -> Iterator[tuple[str, _Array]]:

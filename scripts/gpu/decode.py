@@ -56,6 +56,7 @@ class DecodePlan(NamedTuple):
       rounds: runs of each variant, all variants in turn.
       implementation: implementation of the kernels in the step.
       graphs: whether to run the loops as one CUDA graph, too.
+      names: the variants to run; None for all.
     """
 
     batches: Sequence[int] = (1, 8, 32)
@@ -64,6 +65,11 @@ class DecodePlan(NamedTuple):
     rounds: int = 3
     implementation: str = "reference"
     graphs: bool = True
+    names: Sequence[str] | None = None
+
+    def wanted(self, variants: Sequence[Variant]) -> list[Variant]:
+        """Those of `variants` that are to run."""
+        return [v for v in variants if self.names is None or v.name in self.names]
 
 
 class Variant(NamedTuple):
@@ -223,7 +229,7 @@ def run_decode(
     """Returns a row for each batch size and variant; `keep` gets the rows so far, after each batch size."""
     rows: list[Row] = []
     for batch in plan.batches:
-        wanted = variants(steered, plan, batch)
+        wanted = plan.wanted(variants(steered, plan, batch))
         if budget.over("decode"):
             rows += [{"batch": batch, "variant": v.name, "not_run": OUT_OF_TIME} for v in wanted]
         else:
@@ -231,7 +237,7 @@ def run_decode(
             rows += _Batch(steered, plan, batch).rows(wanted, roof, budget, progress)
         keep(rows)
         if plan.graphs and not budget.over("decode"):
-            graphs = graph_variants(steered, plan)
+            graphs = plan.wanted(graph_variants(steered, plan))
             beside = [v for v in wanted if v.name in ("full depth", "head only")]  # to compare with
             found = _Batch(steered, plan, batch).rows([*beside, *graphs], roof, budget, progress)
             rows += [row for row in found if row["variant"] in {v.name for v in graphs}]

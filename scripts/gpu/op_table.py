@@ -88,12 +88,23 @@ def rounding(dtype: str) -> float:
 
 
 def worst(found: Any, wanted: Any) -> float:
-    """The largest error between two arrays, see `Difference`."""
-    a, b = (np.asarray(v, np.float64) for v in (found, wanted))
-    if a.size == 0:
-        return 0.0
-    off = np.abs(a - b) / np.maximum(1.0, np.abs(b))
-    return float(np.max(np.where(np.isnan(a) & np.isnan(b), 0.0, np.where(np.isnan(off), np.inf, off))))
+    """The largest error between two arrays, see `Difference`; computed on the device."""
+    return float(_worst(found, wanted)) if found.size else 0.0
+
+
+@jax.jit
+def _worst(found: jax.Array, wanted: jax.Array) -> jax.Array:
+    a, b = found.astype(jnp.float32), wanted.astype(jnp.float32)
+    off = jnp.abs(a - b) / jnp.maximum(1.0, jnp.abs(b))
+    both = jnp.isnan(a) & jnp.isnan(b)
+    return jnp.max(jnp.where(both, 0.0, jnp.where(jnp.isnan(off), jnp.inf, off)))
+
+
+@jax.jit
+def _changed(found: jax.Array, before: jax.Array, stays: jax.Array) -> jax.Array:
+    """Counts the numbers that changed in the rows, of the leading axis, that had to stay."""
+    where = jnp.broadcast_to(stays.reshape(-1, *(1,) * (found.ndim - 1)), found.shape)
+    return jnp.sum(where & (found != before), dtype=jnp.int32)
 
 
 @functools.cache
@@ -169,9 +180,7 @@ def _project_bytes(affine: bool, shape: Shape) -> int:
 
 
 def _project_difference(found: jax.Array, wanted: jax.Array, given: Arguments) -> Difference:
-    exits, before = np.asarray(given[3]), np.asarray(given[4])
-    stayed = np.asarray(found)[~exits] != before[~exits]
-    return Difference(worst(found, wanted), int(np.sum(stayed)))
+    return Difference(worst(found, wanted), int(_changed(found, given[4], ~given[3])))
 
 
 def _projection(name: str, affine: bool, only: Callable[[Shape], bool] = lambda shape: True) -> Op:
@@ -221,10 +230,8 @@ def _fill_bytes(shape: Shape) -> int:
 
 def _fill_difference(found: fill.KVRows, wanted: fill.KVRows, given: Arguments) -> Difference:
     *_, filled, before = given
-    stays = ~np.asarray(filled)[:, 0]
-    pairs = [(np.asarray(a), np.asarray(b), np.asarray(c)) for a, b, c in zip(found, wanted, before, strict=True)]
-    flips = sum(int(np.sum(a[stays] != before[stays])) for a, _, before in pairs)
-    return Difference(max(worst(a, b) for a, b, _ in pairs), flips)
+    flips = sum(int(_changed(a, b, ~filled[:, 0])) for a, b in zip(found, before, strict=True))
+    return Difference(max(worst(a, b) for a, b in zip(found, wanted, strict=True)), flips)
 
 
 OPS = (

@@ -202,7 +202,7 @@ def _measured(op: Op, case: Case, programs: Sequence[Any], matrix: Matrix, roof:
     """Measures errors and times. Plain JAX runs first, and the others are compared with it."""
     arguments = _arguments(op, case.shape)
     sets = [arguments, *(jax.tree.map(jnp.array, arguments) for _ in range(case.sets - 1))]  # copies
-    found, _ = jax.device_get(programs[0](sets))
+    found, _ = programs[0](sets)
     row: Row = {"calls": matrix.calls, "sets": case.sets, "floor_us": 1e6 * op.floor(case.shape) / roof.bandwidth}
     try:
         spent = per_call(*(functools.partial(each, sets) for each in programs), matrix.calls, matrix.repeats)
@@ -218,17 +218,18 @@ def _measured(op: Op, case: Case, programs: Sequence[Any], matrix: Matrix, roof:
         wanted = plain.get("result")
         row["speedup"] = plain["us"] / row["us"] if plain.get("us") and "us" in row else None
     if wanted is not None:
-        error, flips = op.compare(found, wanted, jax.device_get(arguments))
+        error, flips = op.compare(found, wanted, arguments)
         limit = op.tolerance(case.shape.dtype)
         row |= {"max_error": error, "tolerance": limit, "flips": flips, "right": error <= limit and flips == 0}
     return row
 
 
 def _elsewhere(op: Op, arguments: tuple[Any, ...]) -> Any:
-    """The reference's result on the processor, to check the reference on a device; None without a processor backend."""
+    """The reference's result, computed on the processor to check a device; None without a processor backend."""
     try:
         processor = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         return None
     with jax.default_device(processor):
-        return jax.device_get(jax.jit(functools.partial(op.call, "reference"))(*jax.device_put(arguments, processor)))
+        found = jax.jit(functools.partial(op.call, "reference"))(*jax.device_put(arguments, processor))
+    return jax.device_put(found, jax.devices()[0])  # compared there

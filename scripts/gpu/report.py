@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.selection import OUTSIDE_GRAPHS
 from scripts.gpu import targets as gpu_targets
 from scripts.gpu.decode import DecodePlan, run_decode
 from scripts.gpu.isolated import run_isolated
@@ -19,10 +20,13 @@ from scripts.gpu.model import Steered, config_8b, config_tiny, steered
 from scripts.gpu.op_table import OPS
 from scripts.gpu.ops import Matrix, Roof, run_ops
 from scripts.gpu.prefill import PrefillPlan, run_prefill
+from scripts.gpu.smoke import NAMES as SMOKE
+from scripts.gpu.smoke import compare_with_processor, verdict
 from scripts.gpu.smollm2 import run_model
 from scripts.gpu.timing import DATA_SHEET, Budget, bandwidth, launch_seconds
 from scripts.reporting import machine, reason, save
 
+__all__ = ["Refused", "prove", "proven", "read", "run", "verdict"]
 Progress = Callable[[str], None]
 Report = dict[str, Any]
 PROVEN = ROOT / "pallas_kernels" / "proven.json"
@@ -47,6 +51,9 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     report = _begin(args, platform)
     roof = _roof(args.tiny, report, progress)
     save(args.out, report)
+    if args.smoke:
+        report["smoke"] = compare_with_processor()
+        _keep(args, report)
     # Plain JAX first: kernels may end the run.
     if {"decode", "prefill"} & set(args.only):
         _model_parts(args, report, roof, budget, progress)
@@ -86,6 +93,7 @@ def _begin(args: argparse.Namespace, platform: str) -> Report:
         "decode": None,
         "prefill": None,
         "smollm2": None,
+        "smoke": None,
         "gains": [],
         "targets": [],
     }
@@ -99,10 +107,14 @@ def _begin(args: argparse.Namespace, platform: str) -> Report:
             "name another file with --out"
         )
     again = {part for part in args.only if part != "ops" or args.ops is None}
-    return report | {key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2") if key not in again}
+    return report | {
+        key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2", "smoke") if key not in again
+    }
 
 
-def _earlier(path: Path) -> Report | None:
+def _earlier(path: Path | None) -> Report | None:
+    if path is None:
+        return None
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -149,6 +161,8 @@ def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: B
         plan = DecodePlan(implementation=implementation, graphs=not args.no_graphs)
         if args.tiny:
             plan = plan._replace(batches=(1, 2), context=8, steps=8, rounds=1)
+        if args.smoke:
+            plan = plan._replace(batches=(1,), rounds=1, names=SMOKE)
         facts = {"model": _facts(made), "plan": plan._asdict()}
         run_decode(made, plan, roof, budget, progress, lambda rows: _keep(args, report, decode=facts | {"rows": rows}))
     if "prefill" in args.only:
@@ -177,10 +191,10 @@ def _facts(made: Steered) -> Report:
 
 
 def _usable(report: Report) -> str:
-    """The first kernel that ran and was always right; plain JAX if there is none."""
+    """The first kernel that ran, was always right, and can be in a CUDA graph; plain JAX if there is none."""
     rows = [row for row in report["ops"] or [] if "refused" not in row and "not_run" not in row]
     names = list(dict.fromkeys(name for op in OPS for name in op.choices.on_gpu))
-    for name in names:
+    for name in (name for name in names if name not in OUTSIDE_GRAPHS):
         own = [row.get("right", False) for row in rows if row["implementation"] == name]
         if own and all(own):
             return name

@@ -1,42 +1,89 @@
-"""Compiles decode steps of an 8B model for an absent TPU v5e, and checks XLA's programs.
+"""Compiles programs of an 8B model for absent TPUs, v5e and v6e, and checks XLA's programs.
 
   make tpu-aot
 
 installs XLA's compiler for TPUs (one wheel, no TPU) into .tpu_aot and runs this script with it. Weights are only
-shapes. A step must not copy weights or the cache, must not convert integer weights to floats, and may use little extra
-memory. The script prints its findings, writes them with --out, and exits with 1 if a check fails.
+shapes. A program must not copy weights or the cache, must not convert integer weights to floats, must not ask for a
+kernel of a GPU, and may use little extra memory. On several chips, a layer exchanges two sums and nothing else. The
+script prints its findings, writes them with --out, and exits with 1 if a check fails.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from scripts.gpu import aot
-from scripts.gpu.aot import Case
+from scripts.gpu.aot import Step, Target
+from scripts.gpu.aot_programs import Case
+from tide_jax.functional import DecoderConfig
 
 SPARE = 2 * 2**20  # XLA's use per layer on a TPU, in smaller arrays
+CHIPS = ("v5e", "v6e")
+_SINGLE = "2x2"  # the smallest topology that the compiler knows; one of its chips is compiled for
+_SUMS = 2  # exchanges of a layer: after attention, and after the feed-forward block
+_MORE_EXCHANGES = 12  # the embedding, the output head and the choice of a token
+
 CASES = (
-    Case("full depth"),
-    Case("propagate", "propagate"),
+    Case("full depth", implementation=None),
+    Case("propagate", "propagate", implementation=None),
+    Case("recompute", "recompute", implementation=None),
     Case("full depth, 8 rows, 16,384 slots", rows=8, slots=16384),
-    Case("prompt, full depth", program="prefill"),
     Case("generate_tokens, full depth", program="generate_tokens"),
+    Case("generate_tokens, propagate", "propagate", implementation=None, program="generate_tokens"),
+    Case("generate_tokens, 8-bit weights", weights="int8", program="generate_tokens"),
+    Case("prompt, full depth", program="prefill"),
+    Case("prompt, 8-bit weights", weights="int8", program="prefill"),
+    Case("lossless pass", program="advance_lossless"),
+    Case("lossless pass, 8-bit weights", weights="int8", program="advance_lossless"),
     *aot.INT8,
+)
+MESHES = (
+    Case("full depth, 2 rows, mesh 2x2", rows=2, mesh=(2, 2)),
+    Case("propagate, 2 rows, mesh 2x2", "propagate", implementation=None, rows=2, mesh=(2, 2)),
+    Case("full depth, 2 rows, mesh 2x4", rows=2, mesh=(2, 4)),
+    Case("propagate, 2 rows, 8-bit weights, mesh 2x4", "propagate", rows=2, weights="int8", mesh=(2, 4)),
+    Case("prompt, 2 rows, mesh 2x4", rows=2, program="prefill", mesh=(2, 4)),
 )
 
 
 def main() -> int:
     args = aot.arguments(__doc__)
     try:
-        tpu = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+        targets = [Target(f"TPU {chip}", _Chips(chip), CASES + MESHES) for chip in CHIPS]
     except Exception as error:
         print(f"error: no TPU compiler for jax {jax.__version__} ({error}); run `make tpu-aot`", file=sys.stderr)
         return 2
-    return aot.report(args, CASES, tpu, functools.partial(aot.compiled, device=tpu, spare=SPARE))
+    return aot.report(args, targets, _compiled)
+
+
+class _Chips:
+    """Chips of a kind, for meshes of one, four and eight."""
+
+    def __init__(self, chip: str) -> None:
+        self._of = {shape: _topology(f"{chip}:{shape}") for shape in ("2x2", "2x4")}
+
+    def __call__(self, mesh: tuple[int, int]) -> np.ndarray:
+        if mesh == (1, 1):
+            return self._of[_SINGLE].reshape(-1)[:1].reshape(mesh)
+        return self._of[f"{mesh[0]}x{mesh[1]}"].reshape(mesh)
+
+
+def _topology(name: str) -> np.ndarray:
+    return np.array(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def _compiled(case: Case, config: DecoderConfig, devices: np.ndarray) -> Step:
+    step = aot.compiled(case, config, devices, spare=SPARE)
+    problems = ["asks for a kernel of a GPU"] if "triton" in step.hlo or "mosaic_gpu" in step.hlo else []
+    exchanged = sum(step.entry.get("collectives", {}).values())
+    most = _SUMS * config.num_layers + _MORE_EXCHANGES
+    if case.program == "decode_step" and exchanged > most:
+        problems.append(f"exchanges {exchanged} times, more than {most}")
+    return Step(step.hlo, step.entry, step.problems + problems)
 
 
 if __name__ == "__main__":

@@ -116,37 +116,44 @@ def long_table() -> str:
 
 
 def gpu_aot_table() -> str:
-    """Decode steps compiled for a GPU, from gpu_aot.py."""
+    """Programs compiled for a GPU, from gpu_aot.py."""
     return _aot_table("gpu_aot", {"kernels": "kernels", "graphs": "CUDA graphs", "loops": "loops"})
 
 
 def tpu_aot_table() -> str:
-    """Decode steps compiled for a TPU, from tpu_aot.py."""
-    return _aot_table("tpu_aot", {})
+    """Programs compiled for TPUs, from tpu_aot.py."""
+    return _aot_table("tpu_aot", {"collectives": "exchanges between chips"})
 
 
 def _aot_table(name: str, counts: dict[str, str]) -> str:
-    """Table of compiled decode steps; `counts` maps names in the report to headings of more columns."""
+    """Table of compiled programs; `counts` maps names in the report to headings of more columns."""
     report = json.loads((RESULTS / f"{name}.json").read_text())
-    model = report["model"]
-    columns = ("decode step", "large arrays written", "floats made of integers", *counts.values(), "memory besides")
+    model, devices = report["model"], list(dict.fromkeys(case["device"] for case in report["cases"]))
+    columns = ("program", "large arrays written", "floats made of integers", *counts.values(), "memory besides")
     lines = [
-        f"jax {report['jax']} for {report['device']}; {model['layers']} layers of {model['hidden_size']}, "
-        f"{model['dtype']}, an exit point every {report['interval']} layers, {report['slots']} slots a row.",
+        f"jax {report['jax']} for {' and '.join(devices)}; {model['layers']} layers of {model['hidden_size']}, "
+        f"{model['dtype']}, an exit point every {report['interval']} layers, {report['slots']} slots a row unless said "
+        f"otherwise; prompts of {report['prompt']} tokens.",
         "",
         f"| {' | '.join(columns)} |",
         f"|---|{'---:|' * (len(columns) - 1)}",
     ]
     for case in report["cases"]:
-        copied = (_mebibytes(case[key]) for key in ("large_results", "float_copies"))
         cells = (
-            case["name"],
-            *copied,
-            *(str(case[key]) for key in counts),
+            case["name"] if len(devices) == 1 else f"{case['device'].removeprefix('TPU ')}: {case['name']}",
+            *(_mebibytes(case[key]) for key in ("large_results", "float_copies")),
+            *(_count(case.get(key)) for key in counts),
             f"{case['temporary_bytes'] / 2**20:.1f} MiB",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _count(found: int | dict[str, int] | None) -> str:
+    """A number, or numbers by name."""
+    if isinstance(found, dict):
+        return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
+    return "" if found is None else str(found)
 
 
 def _mebibytes(results: list[list[Any]]) -> str:

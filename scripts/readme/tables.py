@@ -19,6 +19,7 @@ from scripts.readme.lossless import lossless_table, modes_table, passes_table
 from scripts.readme.products import llama_cpp_table, products_table, summary_table
 from scripts.readme.quality import quality_frontier, quality_table, weights_table
 from scripts.readme.reliability import reliability_table
+from scripts.readme.roofline import roofline_table
 from scripts.readme.speed import (
     NOT_MEASURED,
     RESULTS,
@@ -218,6 +219,7 @@ TABLES = {
     "llama_cpp": llama_cpp_table,
     "long": long_table,
     "lossless": lossless_table,
+    "roofline": roofline_table,
     "start": start_table,
     "summary": summary_table,
     "gpu": lambda: gpu_table(RESULTS / "gpu.json"),
@@ -234,7 +236,7 @@ TABLES = {
     "reliability": reliability_table,
     "weights": weights_table,
 }
-_PAGES = ("families", "choosing_quality", "kernels", "lossless", "reliability", "results")
+_PAGES = ("accelerators", "families", "choosing_quality", "kernels", "lossless", "reliability", "results")
 FILES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _PAGES))
 
 

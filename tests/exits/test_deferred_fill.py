@@ -14,6 +14,7 @@ from brute_force import BruteForce
 from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, tiny_model
 
 from tide_jax import TIDE, ExitConfig, TideError
+from tide_jax.exits import deferred_fill
 from tide_jax.exits.deferred_fill import MOST_ROWS, is_faster
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
@@ -97,6 +98,14 @@ def test_the_engine_defers_where_that_is_faster(monkeypatch: pytest.MonkeyPatch)
     rope = RopeConfig(theta=10000.0, rotary_dim=8, kind="dynamic", factor=2.0, max_positions=16)
     changing = tiny_config(attention_types=(AttentionType(scale=8**-0.5, rope=rope),))
     assert not is_faster(tiny_model(changing), 1), "keys made later would turn by other frequencies"
+
+
+def test_a_gpu_defers_where_loops_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine_of("pre norm").model
+    monkeypatch.setattr(deferred_fill, "_platforms", lambda model: {"gpu"})
+    assert is_faster(model, 1, graphs=True)
+    assert not is_faster(model, 1)
+    assert not is_faster(model, MOST_ROWS + 1, graphs=True)
 
 
 def test_bfloat16_generates() -> None:

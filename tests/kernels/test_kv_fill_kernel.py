@@ -215,16 +215,24 @@ def test_the_buffers_keep_their_own_dtype() -> None:
     assert_is_the_reference(arguments, kv_fill(*arguments, settings=PLAIN, implementation="pallas_interpret"))
 
 
-def test_none_is_the_reference_and_once_proven_the_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = arguments_of((1, 4), 2, 16, jnp.float32)
-
-    def kernels() -> bool:
+def test_none_is_the_kernel_on_a_gpu_once_proven_and_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels(tokens: int) -> bool:
+        arguments = arguments_of((1, tokens), 2, 16, jnp.float32)
         return bool(gpu_lowering.kernel_equations(functools.partial(kv_fill, settings=PLAIN), *arguments))
 
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
-    assert not kernels()
+    assert not kernels(64)
     monkeypatch.setattr(package, "IMPLEMENTATIONS", package.IMPLEMENTATIONS._replace(proven=True))
-    assert kernels()
+    assert kernels(64)
+    assert not kernels(63)  # its buffers would cost more than it saves
+
+
+def test_none_is_never_a_kernel_outside_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "platform", lambda: "gpu")
+    monkeypatch.setattr(selection, "_import_error", lambda module: None)
+    only = package.IMPLEMENTATIONS._replace(proven=True, on_gpu=("triton",))
+    assert only.choose(None, lambda name: None, 64) == "reference"
+    assert only.choose("triton", lambda name: None, 64) == "triton"
 
 
 def test_what_the_kernel_cannot_do_is_refused_with_the_reason() -> None:

@@ -8,9 +8,12 @@ import pytest
 
 from scripts.gpu.compiled_program import (
     LargeResult,
+    collectives,
     float_copies,
     large_results,
+    largest_graph,
     launches,
+    moves_only,
 )
 from tide_jax.model.ops import integer_sums, times_rows
 
@@ -115,3 +118,36 @@ def test_what_a_program_launches() -> None:
         013: kCustomKernel [source] kCopy
 """
     assert launches(thunks) == {"kCommandBuffer": 2, "kCustomKernel": 2, "kWhile": 1}
+
+
+def test_exchanges_between_devices() -> None:
+    program = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %s = f32[8]{0} all-reduce-start(%x), to_apply=%add
+  %d = f32[8]{0} all-reduce-done(%s)
+  %r = f32[8]{0} all-reduce(%d), to_apply=%add
+  ROOT %g = f32[8]{0} all-gather(%r), dimensions={0}
+}
+"""
+    assert collectives(program) == {"all-reduce": 2, "all-gather": 1}
+
+
+def test_what_only_moves_numbers() -> None:
+    assert moves_only(LargeResult("transpose+convert", "f32[8]", 32))
+    assert not moves_only(LargeResult("transpose+dot", "f32[8]", 32))
+
+
+def test_the_largest_graph() -> None:
+    thunks = """000: kCommandBuffer [source]
+    001: kCustomKernel [source] a
+    002: kCopy [source] kCopy
+003: kWhile [prev=000]
+  body:
+    000: kCommandBuffer [source]
+        004: kCustomKernel [source] b
+        005: kKernel [source] c
+    006: kCustomKernel [source] outside
+"""
+    assert largest_graph(thunks) == 2
+    assert largest_graph("000: kCustomKernel [source] a") == 0

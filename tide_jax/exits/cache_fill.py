@@ -42,7 +42,7 @@ def fill_rows(
     attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
     wanted = IMPLEMENTATIONS.own(implementation)
     # `project_kv` is fast on a CPU, and on a mesh it splits its products over the devices.
-    if IMPLEMENTATIONS.plain(wanted) or on_mesh():
+    if IMPLEMENTATIONS.plain(wanted, fill.size) or on_mesh():
         return layer.project_kv(x, contexts)
     if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
         if wanted is not None:

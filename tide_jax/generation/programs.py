@@ -117,9 +117,17 @@ class Programs:
             options |= {"donate_argnums": (1 + given,)} | self._layout(arguments[given])
         with mesh_context(self._mesh):
             lowered = jax.jit(_own(function, fixed.structure), **options).lower(fixed.leaves, *arguments, **static)
-            program = lowered.compile(compiler_options(self._platform(), self._cuda_graphs))
+            program = lowered.compile(self._options())
         give_back_memory()
         return program
+
+    @property
+    def loops_in_graphs(self) -> bool:
+        """Whether loops run as CUDA graphs."""
+        return self._options() is not None
+
+    def _options(self) -> dict[str, Any] | None:
+        return compiler_options(self._platform(), self._cuda_graphs)
 
     def _platform(self) -> str:
         return jax.default_backend() if self._mesh is None else self._mesh.devices.flat[0].platform

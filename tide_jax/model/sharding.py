@@ -141,6 +141,13 @@ def place(path: str, tensor: Any, mesh: Mesh) -> Array:
     return _put(tensor, NamedSharding(mesh, _spec(_parameter_axes(f".{path}", tensor.ndim), tensor.shape, mesh.shape)))
 
 
+def array_sharding(path: Any, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where the rules put an array of a model, of routers or of a cache, by its path in a pytree."""
+    dotted = f".{_dotted_path(path)}"
+    axes = _parameter_axes(dotted, len(shape)) or _axes(dotted, CACHE)
+    return NamedSharding(mesh, _spec(axes, shape, mesh.shape))
+
+
 def split_rows(tree: T, mesh: Mesh | None) -> T:
     """Splits the leading axis of arrays over "data" where possible; without a mesh returns them unchanged."""
     if mesh is None:

@@ -29,7 +29,7 @@ from tide_jax.model.attention.softmax import FEW_QUERIES, Attend, Part, attend_p
 from tide_jax.model.attention.span import BLOCK, Adapt, CachedRows, KeyValue, Span
 from tide_jax.model.attention.tiles import Tiles
 
-_TILE_SCORES = 2**20  # 4 MiB of float32 scores: between a CPU's second and third cache
+_TILE_SCORES = 2**21  # 8 MiB of float32 scores
 _TILE_QUERIES = (64, 512)
 _LONG_BLOCK = 1024  # keys, on accelerators
 _LARGE_CACHE = 2**24  # bytes of one layer's keys on a TPU, which take it 20 µs to read; a branch takes less
@@ -73,10 +73,12 @@ def attend(
 def _read(part: Attend, q: Float[Array, "B KV G T hk"], rows: KeyValue | CachedRows, span: Span) -> Part:
     """Attention over one run of keys, read as the number of queries and the platform ask for."""
     if q.shape[2] * q.shape[3] > FEW_QUERIES:
-        filled = rows.filled if isinstance(rows, CachedRows) else None
-        tiles = Tiles(part, q, KeyValue(rows.keys, rows.values), span, filled)
+        cached = isinstance(rows, CachedRows)
+        tiles = Tiles(part, q, KeyValue(rows.keys, rows.values), span, rows.filled if cached else None)
+        # Among new tokens, half of the keys are later than a query: lower tiles leave out more of them.
+        tall = _tile_queries(q) // (1 if cached else 2)
         return lax.platform_dependent(
-            cpu=lambda: tiles._replace(tall=_tile_queries(q), wide=BLOCK, skip=True).read(),
+            cpu=lambda: tiles._replace(tall=tall, wide=BLOCK, skip=True).read(),
             default=lambda: tiles._replace(tall=q.shape[3], wide=_LONG_BLOCK).read(),
         )
     if isinstance(rows, KeyValue):

@@ -1,0 +1,166 @@
+"""Makes the roofline page: what a decode step of an 8B model should take on accelerators, predicted or measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.gpu.model import eight_billion_config
+from scripts.gpu.targets import NOT_RUN
+from tide_jax.cli.inspection import bytes_read
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+FILLED, SLOTS = 1024, 4096
+"""Tokens of a row so far, and slots of its cache."""
+_SHARE = 0.9
+"""Share of the data sheet's bandwidth that large products are assumed to reach."""
+_PRODUCTS = 5
+"""Weight products of a layer; every other kernel of a layer counts as small."""
+_SMALL_KERNEL = 1.8e-6
+"""Seconds assumed for a small kernel in a CUDA graph, its dependency on the one before included."""
+_LARGE_CACHE = 2**24
+"""Bytes of a layer's keys from which a TPU reads a share of the slots (`tide_jax.model.attention.reading`)."""
+
+
+class Machine(NamedTuple):
+    """An accelerator.
+
+    Attributes:
+      name: as in its vendor's data sheet.
+      bandwidth: bytes per second of its memory, from the data sheet.
+      gpu: whether it launches kernels one by one and reads all slots of a cache.
+    """
+
+    name: str
+    bandwidth: float
+    gpu: bool
+
+
+MACHINES = (
+    Machine("H100 SXM", 3.35e12, gpu=True),
+    Machine("TPU v5e", 0.819e12, gpu=False),
+    Machine("TPU v6e", 1.64e12, gpu=False),
+)
+
+
+class Step(NamedTuple):
+    """A kind of decode step.
+
+    Attributes:
+      name: name in the table.
+      rows: batch size.
+      weights: how `bytes_read` calls the weights.
+      depth: share of layers that run.
+      projects: share of a skipped layer's keys-and-values weights that the step reads.
+      measured: the variant of verify_gpu.py that measures it, or None.
+    """
+
+    name: str
+    rows: int = 1
+    weights: str = "bfloat16"
+    depth: float = 1.0
+    projects: float = 1.0
+    measured: str | None = None
+
+
+STEPS = (
+    Step("full depth, 1 row", measured="full depth"),
+    Step("full depth, 8 rows", rows=8, measured="full depth"),
+    Step("full depth, 32 rows", rows=32, measured="full depth"),
+    Step("full depth, 1 row, 8-bit weights", weights="bfloat16 with int8 weights"),
+    Step("half depth, 1 row, rows projected at once", depth=0.5),
+    Step("half depth, 1 row, projected for 8 tokens together", depth=0.5, projects=1 / 8),
+)
+
+
+class Prediction(NamedTuple):
+    """Bytes and seconds of a step.
+
+    Attributes:
+      weights: bytes of weights that it reads.
+      cache: bytes of keys and values of the tokens so far.
+      read: bytes of keys and values that the program reads.
+      kernels: kernels that it launches; 0 on a TPU.
+      floor, seconds: least time at the data sheet's bandwidth, and predicted time.
+    """
+
+    weights: float
+    cache: float
+    read: float
+    kernels: int
+    floor: float
+    seconds: float
+
+
+def roofline_table() -> str:
+    """A table for each accelerator."""
+    kernels = _kernels()
+    lines = [
+        f"Llama 3.1 8B's shape, bfloat16; {FILLED} tokens so far, caches of {SLOTS} slots. Floor: weights and the keys "
+        "and values of the tokens so far, at the data sheet's bandwidth. Predicted: what the compiled program reads at "
+        f"{_SHARE:.0%} of that bandwidth, and on a GPU {_SMALL_KERNEL * 1e6:.1f} µs for each kernel that is no weight "
+        f"product ({kernels:.0f} kernels a layer, counted in the program compiled for an H100).",
+    ]
+    for machine in MACHINES:
+        missing = NOT_RUN if machine.gpu else "not yet run on a TPU"
+        lines += [
+            "",
+            f"| {machine.name}, {machine.bandwidth / 1e12:.2f} TB/s | weights, GB | cache, GB (read) | kernels "
+            "| floor, ms | predicted, ms | predicted share of the floor | measured |",
+            "|---|---:|---:|---:|---:|---:|---:|---|",
+        ]
+        for step in STEPS:
+            p = predict(step, machine, kernels)
+            lines.append(
+                f"| {step.name} | {p.weights / 1e9:.2f} | {p.cache / 1e9:.2f} ({p.read / 1e9:.2f}) "
+                f"| {p.kernels or ''} | {p.floor * 1e3:.2f} | {p.seconds * 1e3:.2f} | {p.floor / p.seconds:.0%} "
+                f"| {_measured(step, machine) or missing} |"
+            )
+    return "\n".join(lines)
+
+
+def predict(step: Step, machine: Machine, kernels: float) -> Prediction:
+    """Predicts a step; `kernels`: kernels of a layer."""
+    config = eight_billion_config()
+    whole = bytes_read(config)[step.weights]
+    head = config.vocab_size * config.hidden_size * (1 if "int8" in step.weights else 2)
+    layer, skipped = (whole - head) / config.num_layers, config.num_layers * (1 - step.depth)
+    projection = 2 * config.num_kv_heads * config.head_dim / _rows_of_a_layer() * layer
+    weights = head + layer * config.num_layers * step.depth + skipped * projection * step.projects
+    # Keys and values of the layers that run: of the tokens so far, and of the slots that the program reads.
+    slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers * step.depth * step.rows
+    keys = step.rows * config.num_kv_heads * config.head_dim * 2 * SLOTS
+    share = FILLED / SLOTS if not machine.gpu and keys >= _LARGE_CACHE else 1.0
+    cache, read = slot * FILLED, slot * SLOTS * share
+    launched = round(kernels * config.num_layers * step.depth + _PRODUCTS * skipped * step.projects)
+    small = launched - _PRODUCTS * config.num_layers * step.depth
+    seconds = (weights + read) / (machine.bandwidth * _SHARE) + (small * _SMALL_KERNEL if machine.gpu else 0.0)
+    floor = (weights + cache) / machine.bandwidth
+    return Prediction(weights, cache, read, launched if machine.gpu else 0, floor, seconds)
+
+
+def _rows_of_a_layer() -> int:
+    """Weights of a layer, in rows as long as the hidden size."""
+    config = eight_billion_config()
+    attention = 2 * config.num_heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim
+    return attention + 3 * config.intermediate_size
+
+
+def _kernels() -> float:
+    """Kernels of a layer of a decode step, counted by gpu_aot.py."""
+    report = json.loads((RESULTS / "gpu_aot.json").read_text())
+    (case,) = (case for case in report["cases"] if case["name"] == "full depth")
+    return case["kernels_a_layer"]
+
+
+def _measured(step: Step, machine: Machine) -> str | None:
+    """Milliseconds that verify_gpu.py measured for the step, with the GPU's name."""
+    path = RESULTS / "gpu.json"
+    if not machine.gpu or step.measured is None or not path.exists():
+        return None
+    report = json.loads(path.read_text())
+    for row in (report.get("decode") or {}).get("rows", []):
+        if row["batch"] == step.rows and row["variant"] == step.measured and "ms_per_step" in row:
+            return f"{row['ms_per_step']:.2f} ms, {report['machine']['device']}"
+    return None
