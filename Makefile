@@ -59,7 +59,7 @@ quality: .venv/demo
 	$(BIN)/python -m scripts.bench.drift .demo/smollm2 .demo/quality.safetensors --calibrated-on $(HELD_OUT) \
 		--text $(OTHER) --out scripts/results/drift.json
 
-# Decode steps compiled for an H100 on a machine without a GPU: copies, CUDA graphs, memory. Downloads XLA's compiler for
+# Programs compiled for an H100 on a machine without a GPU: copies, CUDA graphs, memory. Downloads XLA's compiler for
 # NVIDIA GPUs, some 130 MB, into a folder of its own, where JAX does not look for a GPU otherwise.
 gpu-aot: .gpu_aot/made
 	JAX_PLATFORMS=cpu PYTHONPATH=.gpu_aot $(BIN)/python -m scripts.gpu.gpu_aot --out scripts/results/gpu_aot.json
@@ -71,7 +71,7 @@ gpu-aot: .gpu_aot/made
 		"import jax; print(*(f'jax-cuda13-{part}=={jax.__version__}' for part in ('plugin', 'pjrt')))")
 	touch $@
 
-# The same for a TPU v5e, with XLA's compiler for TPUs in .tpu_aot: no TPU is needed.
+# The same for TPUs, v5e and v6e, with XLA's compiler for TPUs in .tpu_aot: no TPU is needed. Takes an hour.
 tpu-aot: .tpu_aot/made
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 PYTHONPATH=.tpu_aot $(BIN)/python -m scripts.gpu.tpu_aot \
 		--out scripts/results/tpu_aot.json

@@ -24,9 +24,11 @@ from scripts.gpu.model import eight_billion_config
 from scripts.reporting import save
 from tide_jax.functional import DecoderConfig
 from tide_jax.generation.generate import PREFILL_CHUNK
+from tide_jax.lossless.speculate import MOST_SLOTS
 
 _SMALL = 16 * 2**20  # extra memory that a program may always use, even if a layer's keys and values take less
-_PROMPT_SCORES = 8  # arrays as large as a chunk's scores or activations that a prompt may need at the same time
+_PASS_LOGITS = 4  # arrays as large as a lossless pass's logits, float32
+_PROMPT_ARRAYS = 8  # arrays as large as a chunk's widest activations, and as its keys and values in all layers
 
 INT8 = (
     Case("full depth, 8-bit weights", weights="int8"),
@@ -130,24 +132,36 @@ def compiled(
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "large_results": _counted(_copies(case, hlo, keys, kernel)),
-        "float_copies": _counted(float_copies(hlo, lowered.integers)),
+        "float_copies": _counted(_float_copies(case, hlo, lowered.integers)),
     }
     if devices.size > 1:
         entry["collectives"] = dict(collectives(hlo))
     limit = max(2 * keys, _SMALL) + spare * config.num_layers
     if case.makes_cache:
         limit += 2 * keys * config.num_layers
+    if case.program == "advance_lossless":
+        limit += _PASS_LOGITS * case.rows * MOST_SLOTS * config.vocab_size * 4 // devices.size
     if case.program == "prefill":
-        # A chunk's activations in the widest layer: several of them exist at the same time.
-        limit += _PROMPT_SCORES * PREFILL_CHUNK * 2 * config.intermediate_size * item
+        row = 2 * config.intermediate_size + 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        limit += _PROMPT_ARRAYS * PREFILL_CHUNK * row * item
     return Step(hlo, entry, _problems(entry, limit))
 
 
 def _copies(case: Case, hlo: str, keys: int, kernel: int) -> list[LargeResult]:
-    """Large arrays that the program writes. A prompt's activations are large, so there only copies count."""
-    if case.program == "prefill":
-        return [result for result in large_results(hlo, min(keys, kernel)) if moves_only(result)]
+    """Large arrays that the program writes.
+
+    A prompt's activations are large, and so are scores of many slots; there only copies count.
+    """
+    if case.program == "prefill" or case.slots > SLOTS:
+        moved = (result for result in large_results(hlo, min(keys, kernel) // 2) if moves_only(result))
+        return [result for result in moved if PREFILL_CHUNK not in result.sizes]  # no weight has that size
     return [result for result in large_results(hlo, min(keys, kernel) // 2) if not _makes_cache(case, result)]
+
+
+def _float_copies(case: Case, hlo: str, integers: set[int]) -> list[LargeResult]:
+    """Integer weights as floats; of a prompt only what could be weights, for its scores may be as large."""
+    found = float_copies(hlo, integers)
+    return [each for each in found if moves_only(each, scaled=True)] if case.program == "prefill" else found
 
 
 def _makes_cache(case: Case, result: LargeResult) -> bool:

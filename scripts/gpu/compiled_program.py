@@ -13,6 +13,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _MOVES = {"copy-done", "slice-done"}  # their results are found where they were made
 _COPIES = {"copy", "transpose", "reshape", "slice", "dynamic-slice", "concatenate", "pad", "convert", "copy-done"}
+_SCALING = {"multiply", "broadcast"}
 _EXCHANGED = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _EXCHANGES = {*_EXCHANGED, *(f"{name}-start" for name in _EXCHANGED)}
 _FLOATS = re.compile(r"b?f\d")
@@ -37,6 +38,11 @@ class LargeResult(NamedTuple):
     kind: str
     shape: str
     size: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+        return tuple(map(int, filter(None, self.shape.partition("[")[2].rstrip("]").split(","))))
 
 
 class _Array(NamedTuple):
@@ -78,9 +84,9 @@ def float_copies(hlo: str, counts: Set[int]) -> list[LargeResult]:
     ]
 
 
-def moves_only(result: LargeResult) -> bool:
-    """Whether an array is another array's numbers in another place, order or format."""
-    return set(result.kind.split("+")) <= _COPIES
+def moves_only(result: LargeResult, *, scaled: bool = False) -> bool:
+    """Whether an array is another array's numbers in another place, order or format; with `scaled`, perhaps scaled."""
+    return set(result.kind.split("+")) <= (_COPIES | _SCALING if scaled else _COPIES)
 
 
 def collectives(hlo: str) -> Counter[str]:

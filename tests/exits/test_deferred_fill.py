@@ -108,6 +108,17 @@ def test_a_gpu_defers_where_loops_are_graphs(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_faster(model, MOST_ROWS + 1, graphs=True)
 
 
+def test_on_a_gpu_rows_are_written_in_the_order_of_the_cache() -> None:
+    """Without this, XLA transposes the whole cache at every step (make gpu-aot)."""
+    model = engine_of("pre norm").model
+    exits = exits_of(model, 0.3, deferred=True)
+    cache = init_cache(model.config, 1, 8, model.dtype, exits=exits)
+    token = jnp.zeros((1,), jnp.int32)
+    traced = jax.jit(decode_step).trace(model, cache, token, token, token == 0, exits)
+    assert "LayoutConstraint" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "LayoutConstraint" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
 def test_bfloat16_generates() -> None:
     model = tiny_decoder(tiny_config(num_layers=4), dtype=jnp.bfloat16)
     routers = random_routers(model.config, interval=2, affine=True, translator_rank=3, model=model)

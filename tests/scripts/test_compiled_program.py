@@ -136,6 +136,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_what_only_moves_numbers() -> None:
     assert moves_only(LargeResult("transpose+convert", "f32[8]", 32))
     assert not moves_only(LargeResult("transpose+dot", "f32[8]", 32))
+    assert not moves_only(LargeResult("convert+multiply", "f32[8]", 32))
+    assert moves_only(LargeResult("convert+multiply", "f32[8]", 32), scaled=True)
+    assert not moves_only(LargeResult("multiply+reduce", "f32[8]", 32), scaled=True)
 
 
 def test_the_largest_graph() -> None:

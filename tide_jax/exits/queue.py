@@ -23,6 +23,7 @@ from tide_jax.exits.exits import Exits
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, empty_cache, newest_positions
+from tide_jax.model.ops import in_order
 
 QUEUE_LENGTH = 8
 """Tokens whose deep layers may wait, the newest included; one pass over the weights runs them all."""
@@ -144,7 +145,7 @@ class Queue(NamedTuple):
 
         def write_layer(old: Array, rows: Float[Array, "B KV Q c"], fresh: Bool[Array, "1 1 Q 1"]) -> Array:
             kept = lax.dynamic_slice(old, start, rows.shape)
-            return lax.dynamic_update_slice(old, jnp.where(fresh, rows.astype(old.dtype), kept), start)
+            return lax.dynamic_update_slice(old, in_order(jnp.where(fresh, rows.astype(old.dtype), kept)), start)
 
         def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
             return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import BLOCK, CachedRows, KeyValue
+from tide_jax.model.ops import in_order
 from tide_jax.model.sharding import constrain_cache
 
 EVEN_SLOTS = 128
@@ -57,6 +58,7 @@ class KVCache(NamedTuple):
         start = (zero, zero, self.length, zero)
 
         def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
+            rows = in_order(rows)
             return tuple(lax.dynamic_update_slice(a, r.astype(a.dtype), start) for a, r in zip(old, rows, strict=True))
 
         return KVCache(

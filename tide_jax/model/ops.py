@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Int8
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int, Int8, Shaped
 
 from pallas_kernels import weight_product
 from tide_jax.model.rounding import apply_scale, as_floats
@@ -145,6 +146,19 @@ def _float_product(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> Float
         return jnp.moveaxis(products, 0, 1).reshape(*x.shape[:-1], rows.shape[0])
 
     return lax.platform_dependent(cpu=in_parts, default=at_once)
+
+
+def in_order(rows: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """On a GPU, an array that lies in memory in the order of its axes: rows to write into a cache, or read from it.
+
+    XLA lays out an array like what is written into it or cut out of it. In a loop that carries the cache, it would take
+    the order that suits a product's rows, and transpose all of the cache before and after.
+    """
+    return lax.platform_dependent(rows, cuda=_in_order, default=lambda rows: rows)
+
+
+def _in_order(rows: Array) -> Array:
+    return with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
 
 
 def likeliest(logits: Float[Array, "... V"]) -> Int[Array, "..."]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from tide_jax.model.attention.softmax import Attend, Part, empty_part, merge
 from tide_jax.model.attention.span import KeyValue, Span
+from tide_jax.model.ops import in_order
 
 
 class Tiles(NamedTuple):
@@ -63,7 +64,8 @@ class Tiles(NamedTuple):
             some = some._replace(mask=some.mask & ~again[None, None, :])
 
             def read(sofar: Part) -> Part:
-                return merge(sofar, self.part(q, self.rows.slots(start, wide), some))
+                rows = KeyValue(*(in_order(a) for a in self.rows.slots(start, wide)))
+                return merge(sofar, self.part(q, rows, some))
 
             return lax.cond(jnp.any(some.mask), read, lambda sofar: sofar, sofar) if self.skip else read(sofar)
 
