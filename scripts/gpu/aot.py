@@ -21,7 +21,7 @@ import numpy as np
 from scripts.gpu.aot_programs import DTYPE, INTERVAL, LONG_PROMPT, SLOTS, Case, lower
 from scripts.gpu.compiled_program import LargeResult, collectives, float_copies, large_results, moves_only
 from scripts.gpu.model import eight_billion_config
-from scripts.reporting import save
+from scripts.reporting import reason, save
 from tide_jax.functional import DecoderConfig
 from tide_jax.generation.generate import PREFILL_CHUNK
 from tide_jax.lossless.speculate import MOST_SLOTS
@@ -88,15 +88,20 @@ def report(
     model = {"layers": args.layers, "hidden_size": config.hidden_size, "dtype": jnp.dtype(DTYPE).name}
     found = {"jax": jax.__version__, "model": model, "slots": SLOTS, "interval": INTERVAL, "prompt": LONG_PROMPT}
     entries: list[dict[str, Any]] = []
+    problems: list[str] = []
     for target in targets:
         for case in target.cases:
             if args.only and case.name not in args.only:
                 continue
-            step = compiled(case, config, target.devices(case.mesh))
-            entries.append({"device": target.name, **step.entry, "problems": step.problems})
+            try:
+                step = compiled(case, config, target.devices(case.mesh))
+            except Exception as error:
+                problems.append(f"{target.name}, {case.name}: {reason(error)}")
+                continue
+            entries.append({"device": target.name, **step.entry})
             print(", ".join(f"{key} {value}" for key, value in entries[-1].items()), flush=True)
-            save(args.out, found | {"cases": entries})
-    problems = [f"{entry['device']}, {entry['name']}: {each}" for entry in entries for each in entry["problems"]]
+            problems += [f"{target.name}, {case.name}: {each}" for each in step.problems]
+            save(args.out, found | {"cases": entries, "problems": problems})
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return int(bool(problems))

@@ -1,0 +1,102 @@
+"""Recurrences over many tokens are the step, repeated; slots without a token change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tide_jax.model.recurrent.conv import causal_conv, move_window
+from tide_jax.model.recurrent.linear import CHUNK, Updates, run_linear
+from tide_jax.model.recurrent.order import TokenOrder
+
+B, H, DK, DV = 2, 3, 5, 4
+
+
+def token_by_token(
+    state: np.ndarray, queries: np.ndarray, updates: Updates, delta: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The recurrence as its definition says it, in float64."""
+    state, out = state.astype(np.float64), []
+    keys, values, fade, rate = (np.asarray(a, np.float64) for a in updates)
+    for t in range(queries.shape[1]):
+        state = state * np.exp(fade[:, t])[..., None, None]
+        write = values[:, t]
+        if delta:
+            write = write - np.einsum("bhk,bhkv->bhv", keys[:, t], state)
+        state = state + np.einsum("bhk,bhv->bhkv", keys[:, t], write * rate[:, t][..., None])
+        out.append(np.einsum("bhk,bhkv->bhv", queries[:, t], state))
+    return np.stack(out, axis=1), state
+
+
+def made(tokens: int, seed: int = 0) -> tuple[Any, Any, Updates]:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    keys = normal(B, tokens, H, DK)
+    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    fade, rate = -jnp.abs(normal(B, tokens, H)), jax.nn.sigmoid(normal(B, tokens, H))
+    return normal(B, H, DK, DV), normal(B, tokens, H, DK), Updates(keys, normal(B, tokens, H, DV), fade, rate)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, 2 * CHUNK + 7])
+def test_chunks_are_the_recurrence(tokens: int, delta: bool) -> None:
+    state, queries, updates = made(tokens)
+    found = jax.jit(run_linear, static_argnames="delta")(state, queries, updates, delta=delta)
+    for one, other in zip(found, token_by_token(np.asarray(state), np.asarray(queries), updates, delta), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_strong_fading_stays_finite(delta: bool) -> None:
+    state, queries, updates = made(CHUNK)
+    updates = updates._replace(fade=updates.fade * 200.0)
+    out, after = run_linear(state, queries, updates, delta=delta)
+    wanted, wanted_after = token_by_token(np.asarray(state), np.asarray(queries), updates, delta)
+    np.testing.assert_allclose(out, wanted, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(after, wanted_after, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_tokens_that_are_none_do_nothing(delta: bool) -> None:
+    tokens = 70
+    real = np.random.default_rng(1).random((B, tokens)) < 0.6
+    state, queries, updates = made(tokens)
+    order = TokenOrder.of(jnp.asarray(real))
+    ordered = Updates(*map(order.forth, updates)).only(order.real)
+    out, after = run_linear(state, order.forth(queries), ordered, delta=delta)
+    out = np.asarray(order.back(out))
+    for b in range(B):
+        some = Updates(*(np.asarray(a)[b : b + 1, real[b]] for a in updates))
+        wanted, wanted_after = token_by_token(
+            np.asarray(state)[b : b + 1], np.asarray(queries)[b : b + 1, real[b]], some, delta
+        )
+        np.testing.assert_allclose(out[b, real[b]], wanted[0], rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(after[b], wanted_after[0], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_a_convolution_goes_on_where_it_stopped(size: int) -> None:
+    """Real tokens of each row in two parts, with padding before, between and behind them."""
+    rng = np.random.default_rng(2)
+    rows, filters, bias = rng.normal(size=(B, 11, 6)), rng.normal(size=(6, size)), rng.normal(size=6)
+    real = rng.random((B, 11)) < 0.6
+    window, out = jnp.zeros((B, size - 1, 6)), []
+    for part in (slice(0, 5), slice(5, 11)):
+        order = TokenOrder.of(jnp.asarray(real[:, part]))
+        ordered = order.forth(jnp.asarray(rows[:, part], jnp.float32))
+        found = causal_conv(window, ordered, jnp.asarray(filters, jnp.float32), jnp.asarray(bias, jnp.float32))
+        window = move_window(window, ordered, order.count)
+        out.append(order.back(found))
+    found = np.concatenate(out, axis=1)
+    for b in range(B):
+        before = np.concatenate([np.zeros((size - 1, 6)), rows[b, real[b]]])
+        wanted = np.stack([(before[t : t + size].T * filters).sum(1) for t in range(real[b].sum())]) + bias
+        np.testing.assert_allclose(found[b, real[b]], wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(window[b], before[len(before) - size + 1 :], rtol=1e-6)

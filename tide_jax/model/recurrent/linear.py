@@ -1,0 +1,114 @@
+"""Linear recurrences with a matrix for each head: Mamba-2, gated delta nets, and linear attention.
+
+A head's state S maps keys to values. A token lets it fade, writes its value under its key, and reads it with its query:
+
+    S = exp(fade) S                        fade <= 0
+    S = S + key (value - key S) rate       with the delta rule: replaces what the key read before
+    S = S + key value rate                 without it
+    out = query S
+
+The first is the gated delta rule (Yang et al. 2024, arXiv:2412.06464, section 3.1); the second is Mamba-2's recurrence
+(Dao & Gu 2024, arXiv:2405.21060, section 3). Many tokens run in chunks (sections 3.3 and 6 there): within a chunk,
+products of all tokens with all earlier ones; from chunk to chunk, the state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from tide_jax.model.ops import einsum
+
+CHUNK = 64
+
+
+class Updates(NamedTuple):
+    """What tokens do to a state, float32; tokens that do nothing have a `fade` and a `rate` of zero.
+
+    Attributes:
+      keys, values: what is written.
+      fade: logarithm of the factor of the state.
+      rate: factor of what is written.
+    """
+
+    keys: Float[Array, "B T H dk"]
+    values: Float[Array, "B T H dv"]
+    fade: Float[Array, "B T H"]
+    rate: Float[Array, "B T H"]
+
+    def only(self, real: Bool[Array, "B T"]) -> Updates:
+        """The updates of real tokens; the others do nothing."""
+
+        def kept(a: Array) -> Array:
+            return jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - 2)), a, 0.0)
+
+        return Updates(*map(kept, self))
+
+
+def run_linear(
+    state: Float[Array, "B H dk dv"], queries: Float[Array, "B T H dk"], updates: Updates, *, delta: bool
+) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
+    """What each token reads after its own update, and the state after the last token; float32.
+
+    Args:
+      state: before the first token.
+      delta: whether a write replaces what its key read before.
+    """
+    if queries.shape[1] == 1:
+        return _step(state, queries, updates, delta)
+    tokens, batch = queries.shape[1], queries.shape[0]
+    size = min(CHUNK, tokens)
+    count = -(-tokens // size)
+
+    def chunks(a: Float[Array, "B T H ..."]) -> Float[Array, "n B H c ..."]:
+        # Tokens that fill up the last chunk do nothing.
+        padded = jnp.pad(a, ((0, 0), (0, count * size - tokens), *((0, 0),) * (a.ndim - 2)))
+        return jnp.moveaxis(padded.reshape(batch, count, size, *a.shape[2:]), (1, 3), (0, 2))
+
+    def run(state: Array, chunk: tuple[Array, Updates]) -> tuple[Array, Array]:
+        out, state = _chunk(state, *chunk, delta)
+        return state, out
+
+    state, out = lax.scan(run, state, (chunks(queries), Updates(*map(chunks, updates))))
+    return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, count * size, *out.shape[2:3], -1)[:, :tokens], state
+
+
+def _step(state: Array, queries: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
+    keys, values, fade, rate = (a[:, 0] for a in updates)
+    state = state * jnp.exp(fade)[:, :, None, None]
+    if delta:
+        values = values - einsum("bhk,bhkv->bhv", keys, state)
+    state = state + keys[..., None] * (values * rate[..., None])[:, :, None, :]
+    return einsum("bhk,bhkv->bhv", queries[:, 0], state)[:, None], state
+
+
+def _chunk(
+    state: Float[Array, "B H dk dv"], queries: Float[Array, "B H c dk"], updates: Updates, delta: bool
+) -> tuple[Float[Array, "B H c dv"], Float[Array, "B H dk dv"]]:
+    """One chunk; the arrays of `updates` have heads before tokens, too."""
+    keys, values, fade, rate = updates
+    size = keys.shape[2]
+    # between[i, j]: what is left at token i of what token j wrote. Sums of fades between the two, not differences of
+    # sums from the start, which would lose small fades behind large ones.
+    after = jnp.tril(jnp.broadcast_to(fade[..., :, None], (*fade.shape, size)), -1)
+    lower = jnp.tril(jnp.ones_like(after))
+    between = jnp.exp(einsum("bhik,bhkj->bhij", lower, after)) * lower
+    since = jnp.exp(jnp.cumsum(fade, axis=2))  # what is left at each token of the state before the chunk
+    scaled = keys * rate[..., None]
+    written = values * rate[..., None]
+    if delta:
+        # Each write depends on all earlier ones of the chunk: a triangular system (the "UT transform").
+        strict = jnp.tril(einsum("bhck,bhdk->bhcd", scaled, keys) * between, -1)
+        right = jnp.concatenate([written, scaled * since[..., None]], axis=-1)
+        solved = lax.linalg.triangular_solve(strict, right, left_side=True, lower=True, unit_diagonal=True)
+        written, reads = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
+        written = written - einsum("bhck,bhkv->bhcv", reads, state)
+    inside = einsum("bhck,bhdk->bhcd", queries, keys) * between
+    before = einsum("bhck,bhkv->bhcv", queries * since[..., None], state)
+    out = before + einsum("bhcd,bhdv->bhcv", inside, written)
+    left = keys * between[..., -1, :, None]
+    state = state * since[..., -1, None, None] + einsum("bhck,bhcv->bhkv", left, written)
+    return out, state
