@@ -37,7 +37,8 @@ class Choices(NamedTuple):
     Attributes:
       operation: its name, for messages, which is also its folder's.
       names: all implementations.
-      on_gpu: those that run only on a GPU. None tries them there in this order, then the reference.
+      on_gpu: those that run only on a GPU. None tries them there in this order, without `OUTSIDE_GRAPHS`, then the
+        reference.
       proven: whether all of `on_gpu` gave correct results on a GPU; if None, ``proven.json`` says so for each. Unproven
         implementations are never chosen for None.
       least_rows: for fewer rows None chooses the reference, whose few kernels cost less than a kernel's buffers.

@@ -10,7 +10,7 @@ hangs or writes where it must not costs its own rows. A case that fails becomes 
 continue. After --minutes, the remaining cases are noted as not run. The JSON is written after every batch of
 measurements; --only with an existing --out runs some parts again and keeps the others. --tiny runs everything with
 tiny shapes on a processor. --prove gpu.json runs nothing: it records the kernels that a report shows to be right in
-pallas_kernels/proven.json, and from then on ``implementation=None`` uses them on a GPU. --smoke takes about a minute:
+pallas_kernels/proven.json, and from then on ``implementation=None`` chooses among them on a GPU. --smoke takes about a minute:
 it compares decoding with a processor's and times it at batch 1.
 """
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if args.smoke:
-        print(gpu_report.verdict(report))
-        return int(not report["smoke"]["right"])
+        print(gpu_report.verdict(report["smoke"]))
+        return int(not gpu_report.passed(report["smoke"]))
     for target in report["targets"]:
         met = {None: "", True: "met", False: "NOT MET"}[target["met"]]
         found = target["found"] or "not measured"

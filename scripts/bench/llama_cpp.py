@@ -26,8 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tide_jax
-from scripts.bench.decode import PROMPT, engine_variant, prompt_variant, random_prompts, warmed
+from scripts.bench.decode import PROMPT, engine_variant, random_prompts
 from scripts.bench.products import alternate
+from scripts.bench.prompts import ours as our_reading
+from scripts.bench.prompts import timed, warmed
 from scripts.reporting import machine, save
 from tide_jax.cli.inspection import bytes_read
 
@@ -80,7 +82,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         theirs[name] = peer.Model(folder / f"{kind}.gguf", slots, max(args.batch), threads)
     vocabulary = next(iter(ours.values())).config.vocab_size
     prompt = random_prompts(vocabulary, 1, args.prompt_tokens)
-    reading: Variants = {name: prompt_variant(model, prompt) for name, model in ours.items()}
+    reading: Variants = {name: warmed(timed(our_reading(model), prompt)) for name, model in ours.items()}
     reading |= {name: warmed(peer.prompt_reading(model, prompt[0])) for name, model in theirs.items()}
     prompts = alternate(reading, args.rounds, "prompt")
     decoding, read = [], {name: bytes_read(model.config)[model.precision] for name, model in ours.items()}

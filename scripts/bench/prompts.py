@@ -107,6 +107,27 @@ def peer(folder: str, attention: str) -> Run:
     return run
 
 
+def timed(run: Run, tokens: np.ndarray) -> Callable[[], float]:
+    """Reads a prompt and returns the seconds it takes."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        run(tokens)
+        return time.perf_counter() - start
+
+    return once
+
+
+def warmed(run: Callable[[], float]) -> Callable[[], float]:
+    """With an untimed run before each timed one, which brings weights back that others pushed out of memory."""
+
+    def twice() -> float:
+        run()
+        return run()
+
+    return twice
+
+
 def prompt_of(tokens: int) -> np.ndarray:
     """A prompt ``[1, T]`` of random tokens."""
     return np.random.default_rng(0).integers(5, 250, (1, tokens))
@@ -120,9 +141,7 @@ def measure(variants: dict[str, Run], tokens: int, rounds: int) -> dict[str, Any
         run(prompt)
     for _ in tqdm(range(rounds), desc=f"{tokens} tokens"):
         for name, run in variants.items():
-            start = time.perf_counter()
-            run(prompt)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(run, prompt)())
     rows = {
         name: {
             "ms": 1e3 * statistics.median(taken),

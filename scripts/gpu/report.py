@@ -21,12 +21,12 @@ from scripts.gpu.op_table import OPS
 from scripts.gpu.ops import Matrix, Roof, run_ops
 from scripts.gpu.prefill import PrefillPlan, run_prefill
 from scripts.gpu.smoke import NAMES as SMOKE
-from scripts.gpu.smoke import compare_with_processor, verdict
+from scripts.gpu.smoke import compare_with_processor, passed, verdict
 from scripts.gpu.smollm2 import run_model
 from scripts.gpu.timing import DATA_SHEET, Budget, bandwidth, launch_seconds
 from scripts.reporting import machine, reason, save
 
-__all__ = ["Refused", "prove", "proven", "read", "run", "verdict"]
+__all__ = ["Refused", "passed", "prove", "proven", "read", "run", "verdict"]
 Progress = Callable[[str], None]
 Report = dict[str, Any]
 PROVEN = ROOT / "pallas_kernels" / "proven.json"
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Report:
     if args.smoke:
         report["smoke"] = compare_with_processor()
         _keep(args, report)
+        _smoke(args, report, roof, budget, progress)
+        return report
     # Plain JAX first: kernels may end the run.
     if {"decode", "prefill"} & set(args.only):
         _model_parts(args, report, roof, budget, progress)
@@ -106,7 +108,7 @@ def _begin(args: argparse.Namespace, platform: str) -> Report:
             f"{args.out} has results of a {before['machine']['device']}, and this is a {report['machine']['device']}: "
             "name another file with --out"
         )
-    again = {part for part in args.only if part != "ops" or args.ops is None}
+    again = {"smoke"} if args.smoke else {part for part in args.only if part != "ops" or args.ops is None}
     return report | {
         key: before.get(key) for key in ("ops", "decode", "prefill", "smollm2", "smoke") if key not in again
     }
@@ -161,8 +163,6 @@ def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: B
         plan = DecodePlan(implementation=implementation, graphs=not args.no_graphs)
         if args.tiny:
             plan = plan._replace(batches=(1, 2), context=8, steps=8, rounds=1)
-        if args.smoke:
-            plan = plan._replace(batches=(1,), rounds=1, names=SMOKE)
         facts = {"model": _facts(made), "plan": plan._asdict()}
         run_decode(made, plan, roof, budget, progress, lambda rows: _keep(args, report, decode=facts | {"rows": rows}))
     if "prefill" in args.only:
@@ -170,6 +170,18 @@ def _model_parts(args: argparse.Namespace, report: Report, roof: Roof, budget: B
         if args.tiny:
             plan = plan._replace(shapes=((1, 16),), rounds=1)
         run_prefill(made, plan, budget, progress, lambda rows: _keep(args, report, prefill=rows))
+
+
+def _smoke(args: argparse.Namespace, report: Report, roof: Roof, budget: Budget, progress: Progress) -> None:
+    """Times decoding at batch 1, beside the rows of an earlier, whole run."""
+    plan = DecodePlan(batches=(1,), rounds=1, names=SMOKE)
+    if args.tiny:
+        plan = plan._replace(context=8, steps=8)
+    try:
+        rows = run_decode(_steered(args.tiny), plan, roof, budget, progress)
+    except Exception as error:
+        rows = [{"batch": 1, "variant": "full depth", "error": reason(error)}]
+    _keep(args, report, smoke=report["smoke"] | {"rows": rows})
 
 
 def _steered(tiny: bool) -> Steered:

@@ -34,14 +34,17 @@ def compare_with_processor() -> dict[str, Any]:
     return {"difference": difference, "same_depth": same, "right": same and difference <= _MOST}
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """Says whether decoding was right and how fast, in one line, from a report of verify_gpu.py."""
-    found = report["smoke"]
+def passed(found: dict[str, Any]) -> bool:
+    """Whether decoding was right, in small and at full size, from the part of a report."""
+    return found["right"] and all("error" not in row and row.get("as_forced", True) for row in found["rows"])
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Says whether decoding was right and how fast, in one line, from the part of a report."""
     words = "right" if found["right"] else "WRONG"
     facts = [f"decoding is {words} (logits differ by up to {found['difference']:.1e} from a processor's)"]
-    rows = {row["variant"]: row for row in (report["decode"] or {}).get("rows", []) if row.get("batch") == 1}
-    for name in NAMES:
-        row = rows.get(name, {})
+    for row in found["rows"]:
+        name = row["variant"]
         if "ms_per_step" in row and name != "head only":
             share = f", {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
             forced = "" if row.get("as_forced", True) else " (WRONG depth)"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scripts.gpu.model import eight_billion_config
-from scripts.gpu.targets import NOT_RUN
+from scripts.gpu.targets import MOST_EFFICIENCY, NOT_RUN
 from tide_jax.cli.inspection import bytes_read
+from tide_jax.model.attention.reading import LARGE_CACHE
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FILLED, SLOTS = 1024, 4096
@@ -17,10 +18,10 @@ _SHARE = 0.9
 """Share of the data sheet's bandwidth that large products are assumed to reach."""
 _PRODUCTS = 5
 """Weight products of a layer; every other kernel of a layer counts as small."""
+_PROJECTION = 5
+"""Kernels that project the keys and values of a skipped layer, one of them a product (read off the same program)."""
 _SMALL_KERNEL = 1.8e-6
 """Seconds assumed for a small kernel in a CUDA graph, its dependency on the one before included."""
-_LARGE_CACHE = 2**24
-"""Bytes of a layer's keys from which a TPU reads a share of the slots (`tide_jax.model.attention.reading`)."""
 
 
 class Machine(NamedTuple):
@@ -52,7 +53,7 @@ class Step(NamedTuple):
       rows: batch size.
       weights: how `bytes_read` calls the weights.
       depth: share of layers that run.
-      projects: share of a skipped layer's keys-and-values weights that the step reads.
+      projects: share of a skipped layer's keys-and-values weights that the step reads; below 1 only on a GPU.
       measured: the variant of verify_gpu.py that measures it, or None.
     """
 
@@ -107,10 +108,10 @@ def roofline_table() -> str:
         lines += [
             "",
             f"| {machine.name}, {machine.bandwidth / 1e12:.2f} TB/s | weights, GB | cache, GB (read) | kernels "
-            "| floor, ms | predicted, ms | predicted share of the floor | measured |",
+            f"| floor, ms | predicted, ms | predicted share of the floor | measured{_context(machine)} |",
             "|---|---:|---:|---:|---:|---:|---:|---|",
         ]
-        for step in STEPS:
+        for step in (step for step in STEPS if machine.gpu or step.projects == 1.0):
             p = predict(step, machine, kernels)
             lines.append(
                 f"| {step.name} | {p.weights / 1e9:.2f} | {p.cache / 1e9:.2f} ({p.read / 1e9:.2f}) "
@@ -126,25 +127,18 @@ def predict(step: Step, machine: Machine, kernels: float) -> Prediction:
     whole = bytes_read(config)[step.weights]
     head = config.vocab_size * config.hidden_size * (1 if "int8" in step.weights else 2)
     layer, skipped = (whole - head) / config.num_layers, config.num_layers * (1 - step.depth)
-    projection = 2 * config.num_kv_heads * config.head_dim / _rows_of_a_layer() * layer
+    projection = (1 - MOST_EFFICIENCY) * layer
     weights = head + layer * config.num_layers * step.depth + skipped * projection * step.projects
     # Keys and values of the layers that run: of the tokens so far, and of the slots that the program reads.
     slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers * step.depth * step.rows
     keys = step.rows * config.num_kv_heads * config.head_dim * 2 * SLOTS
-    share = FILLED / SLOTS if not machine.gpu and keys >= _LARGE_CACHE else 1.0
+    share = FILLED / SLOTS if not machine.gpu and keys >= LARGE_CACHE else 1.0
     cache, read = slot * FILLED, slot * SLOTS * share
-    launched = round(kernels * config.num_layers * step.depth + _PRODUCTS * skipped * step.projects)
-    small = launched - _PRODUCTS * config.num_layers * step.depth
+    launched = round(kernels * config.num_layers * step.depth + _PROJECTION * skipped * step.projects)
+    small = launched - _PRODUCTS * config.num_layers * step.depth - skipped * step.projects
     seconds = (weights + read) / (machine.bandwidth * _SHARE) + (small * _SMALL_KERNEL if machine.gpu else 0.0)
     floor = (weights + cache) / machine.bandwidth
     return Prediction(weights, cache, read, launched if machine.gpu else 0, floor, seconds)
-
-
-def _rows_of_a_layer() -> int:
-    """Weights of a layer, in rows as long as the hidden size."""
-    config = eight_billion_config()
-    attention = 2 * config.num_heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim
-    return attention + 3 * config.intermediate_size
 
 
 def _kernels() -> float:
@@ -156,11 +150,24 @@ def _kernels() -> float:
 
 def _measured(step: Step, machine: Machine) -> str | None:
     """Milliseconds that verify_gpu.py measured for the step, with the GPU's name."""
-    path = RESULTS / "gpu.json"
-    if not machine.gpu or step.measured is None or not path.exists():
+    report = _report()
+    if not machine.gpu or step.measured is None or report is None:
         return None
-    report = json.loads(path.read_text())
     for row in (report.get("decode") or {}).get("rows", []):
         if row["batch"] == step.rows and row["variant"] == step.measured and "ms_per_step" in row:
             return f"{row['ms_per_step']:.2f} ms, {report['machine']['device']}"
     return None
+
+
+def _context(machine: Machine) -> str:
+    """Says how many tokens the measured steps had before them."""
+    report = _report()
+    return f", {report['decode']['plan']['context']} tokens so far" if machine.gpu and report is not None else ""
+
+
+def _report() -> dict[str, Any] | None:
+    """The report of a GPU at full size, with decode steps; None without one."""
+    path = RESULTS / "gpu.json"
+    report = json.loads(path.read_text()) if path.exists() else None
+    full = report is not None and report["platform"] == "gpu" and not report["tiny"]
+    return report if full and "rows" in (report["decode"] or {}) else None

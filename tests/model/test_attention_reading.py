@@ -37,6 +37,11 @@ class Case(NamedTuple):
     filled: int
     masks: tuple[np.ndarray, np.ndarray]
 
+    def bias(self, of: int) -> np.ndarray:
+        """A bias for each head, token and key of a run."""
+        shape = (B, KV * G, *self.masks[of].shape[1:])
+        return np.random.default_rng(of).normal(size=shape).astype(np.float32)
+
 
 def make_case(tokens: int, slots: int, filled: int, window: int | None = None) -> Case:
     """The first row has real tokens throughout; the second has padding ahead and sees no key there."""
@@ -61,7 +66,9 @@ def make_case(tokens: int, slots: int, filled: int, window: int | None = None) -
     return Case(random(B, tokens, KV, G, HD), rows(tokens), rows(slots), filled, (mask(query), mask(slot)))
 
 
-def one_softmax(case: Case, softcap: float | None, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def one_softmax(
+    case: Case, softcap: float | None, sinks: np.ndarray | None, biased: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Attention in float64 without blocks, and which queries see a key."""
     keys = np.concatenate([case.new.keys, case.cached.keys], axis=2, dtype=np.float64)
     values = np.concatenate([case.new.values, case.cached.values], axis=2, dtype=np.float64)
@@ -69,6 +76,9 @@ def one_softmax(case: Case, softcap: float | None, sinks: np.ndarray | None) -> 
     scores = np.einsum("btkgd,bksd->btkgs", np.asarray(case.q, np.float64), keys) * 0.3
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
+    if biased:
+        bias = np.concatenate([case.bias(0), case.bias(1)], axis=3)
+        scores = scores + bias.reshape(B, KV, G, *bias.shape[2:]).transpose(0, 3, 1, 2, 4)
     weights = np.exp(scores) * mask[:, :, None, None]
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
@@ -89,13 +99,14 @@ def one_softmax(case: Case, softcap: float | None, sinks: np.ndarray | None) -> 
         (3, BLOCK, 10, 4),
     ],
 )
-@pytest.mark.parametrize("rest", ["plain", "softcap and sinks"])
+@pytest.mark.parametrize("rest", ["plain", "softcap, bias and sinks"])
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_attention_is_one_softmax(
     tokens: int, slots: int, filled: int, window: int | None, rest: str, platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(tokens, slots, filled, window)
-    softcap, sinks = (2.0, np.asarray([0.5, -1.0, 0.0, 2.0])) if rest != "plain" else (None, None)
+    biased = rest != "plain"
+    softcap, sinks = (2.0, np.asarray([0.5, -1.0, 0.0, 2.0])) if biased else (None, None)
     if platform != "cpu":
         # What other platforms would run, with blocks and caches as long as here.
         def choose(*args: Any, default: Callable[..., Any], **ways: Callable[..., Any]) -> Any:
@@ -104,22 +115,48 @@ def test_attention_is_one_softmax(
         for module in (reading, softmax):
             monkeypatch.setattr(module, "lax", _With(module.lax, platform_dependent=choose))
         monkeypatch.setattr(reading, "_LONG_BLOCK", 128)
-        monkeypatch.setattr(reading, "_LARGE_CACHE", 1)
+        monkeypatch.setattr(reading, "LARGE_CACHE", 1)
 
     @jax.jit
     def found() -> jax.Array:
-        spans = [
-            (case.new, Span(jnp.asarray(case.masks[0]), None)),
-            (CachedRows(*case.cached, filled=jnp.int32(filled)), Span(jnp.asarray(case.masks[1]), None)),
-        ]
+        biases = [jnp.asarray(case.bias(of)) if biased else None for of in (0, 1)]
+        masks = map(jnp.asarray, case.masks)
+        runs = (case.new, CachedRows(*case.cached, filled=jnp.int32(filled)))
+        spans = [(rows, Span(mask, bias)) for rows, mask, bias in zip(runs, masks, biases, strict=True)]
         given = None if sinks is None else jnp.asarray(sinks, jnp.float32)
         return reading.attend(jnp.asarray(case.q), spans, scale=0.3, softcap=softcap, sinks=given)
 
-    wanted, seen = one_softmax(case, softcap, sinks)
+    wanted, seen = one_softmax(case, softcap, sinks, biased)
     assert seen.any(axis=1).all() or tokens < 3
     result = np.asarray(found())
     assert np.isfinite(result).all()
     np.testing.assert_allclose(result[seen], wanted[seen], atol=2e-5)
+
+
+def test_long_prompts_can_be_differentiated() -> None:
+    case = make_case(2 * BLOCK + 5, BLOCK, 1)
+    span = Span(jnp.asarray(case.masks[0]), None)
+
+    def total(q: jax.Array) -> jax.Array:
+        return jnp.sum(reading.attend(q, [(case.new, span)], scale=0.3) ** 2)
+
+    slope = jax.jit(jax.grad(total))(case.q)
+    ahead = jnp.zeros_like(case.q).at[0, 300, 1, 0, 2].set(1e-2)
+    change = (total(case.q + ahead) - total(case.q - ahead)) / 2e-2
+    np.testing.assert_allclose(slope[0, 300, 1, 0, 2], change, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("heads", [1, 71])
+def test_a_single_token_never_reads_in_a_loop_on_an_accelerator(heads: int) -> None:
+    """Blocks of a cache would be copied; 71 heads share a key in Falcon-7B."""
+    q, cache = jnp.zeros((1, 1, 1, heads, 8)), jnp.zeros((1, 1, 4096, 8))
+    span = Span(jnp.ones((1, 1, 4096), bool), None)
+
+    def step(filled: jax.Array) -> jax.Array:
+        return reading.attend(q, [(CachedRows(cache, cache, filled), span)], scale=1.0)
+
+    for platform in ("cuda", "tpu"):
+        assert "while" not in jax.jit(step).trace(jnp.int32(9)).lower(lowering_platforms=(platform,)).as_text()
 
 
 class _With:

@@ -25,14 +25,26 @@ def test_a_minute_answers_both_questions(tmp_path: Path, capsys: pytest.CaptureF
     assert "full depth:" in said
     assert "routers on, no exits:" in said
     report = json.loads(out.read_text())
-    assert {row["batch"] for row in report["decode"]["rows"]} == {1}
-    assert {row["variant"] for row in report["decode"]["rows"]} == set(smoke.NAMES)
+    assert {row["batch"] for row in report["smoke"]["rows"]} == {1}
+    assert {row["variant"] for row in report["smoke"]["rows"]} == set(smoke.NAMES)
+    # A whole report keeps its rows.
+    out.write_text(json.dumps(report | {"decode": {"rows": [{"batch": 32}]}}))
+    assert verify_gpu.main([*LINE, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["decode"] == {"rows": [{"batch": 32}]}
 
 
 def test_wrong_decoding_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_report, "_model_parts", lambda *args: None)
+    rows: list[dict[str, Any]] = [{"batch": 1, "variant": "full depth", "ms_per_step": 5.0}]
+    monkeypatch.setattr(gpu_report, "_steered", lambda tiny: None)
+    monkeypatch.setattr(gpu_report, "run_decode", lambda *args: rows)
     monkeypatch.setattr(gpu_report, "_roof", lambda *args: None)
     assert verify_gpu.main(LINE) == 0
+    assert "full depth: 5.00 ms a token" in capsys.readouterr().out
+    for wrong in ({"error": "XLA failed"}, {"as_forced": False}):
+        rows[0] = {"batch": 1, "variant": "full depth", "ms_per_step": 5.0} | wrong
+        assert verify_gpu.main(LINE) == 1
+    rows[0] = {"batch": 1, "variant": "full depth", "ms_per_step": 5.0}
+    capsys.readouterr()
     decoded, calls = smoke._decoded, iter(range(4))
 
     def deviates(device: Any, exits: bool) -> tuple[np.ndarray, np.ndarray]:

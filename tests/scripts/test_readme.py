@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import subprocess
@@ -51,3 +52,12 @@ def test_commands_in_the_documentation_are_understood(monkeypatch: pytest.Monkey
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_script_finds_what_it_imports(path: Path) -> None:
+    try:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except ModuleNotFoundError as error:  # a package that only this script needs
+        if (error.name or "").split(".")[0] in ("", "scripts", "tide_jax", "convert", "pallas_kernels"):
+            raise

@@ -10,15 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.attention.span import BLOCK, CachedRows, KeyValue
+from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, CachedRows, KeyValue
 from tide_jax.model.ops import in_order
 from tide_jax.model.sharding import constrain_cache
-
-EVEN_SLOTS = 128
-"""Long caches have a multiple of this many slots.
-
-For other sizes, XLA on a GPU makes padded copies at every step and layer.
-"""
 
 
 class KVCache(NamedTuple):

@@ -11,14 +11,14 @@ How a run is read depends on the number of queries and on the platform:
 * Many queries, on a CPU: in tiles of some queries and some keys (FlashAttention: Dao et al. 2022, arXiv:2205.14135,
   section 3.1). A tile's scores stay in the CPU's caches, and a tile that no query sees, such as later tokens or tokens
   before a window, costs nothing.
-* Many queries, on an accelerator: everything at once as far as its scores are small, otherwise long blocks up to the
-  last filled slot.
-* A few queries over a large cache, on a TPU: a quarter, a half, or all of the slots. On a GPU always all of them: XLA
+* Many tokens, on an accelerator: up to 1,024 keys at once, more in blocks of that size, up to the last filled slot.
+* A few tokens over a large cache, on a TPU: a quarter, a half, or all of the slots. On a GPU always all of them: XLA
   would copy the slots of a part before it multiplies them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -26,13 +26,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from tide_jax.model.attention.softmax import FEW_QUERIES, Attend, Part, attend_part, merge
-from tide_jax.model.attention.span import BLOCK, Adapt, CachedRows, KeyValue, Span
+from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, Adapt, CachedRows, KeyValue, Span
 from tide_jax.model.attention.tiles import Tiles
 
 _TILE_SCORES = 2**21  # 8 MiB of float32 scores
 _TILE_QUERIES = (64, 512)
+_FEW_TOKENS = 16  # a step or a pass over drafts; an accelerator reads their cache at once
 _LONG_BLOCK = 1024  # keys, on accelerators
-_LARGE_CACHE = 2**24  # bytes of one layer's keys on a TPU, which take it 20 µs to read; a branch takes less
+LARGE_CACHE = 2**24  # bytes of one layer's keys on a TPU, which take it 20 µs to read; a branch takes less
 
 
 def attend(
@@ -72,24 +73,44 @@ def attend(
 
 def _read(part: Attend, q: Float[Array, "B KV G T hk"], rows: KeyValue | CachedRows, span: Span) -> Part:
     """Attention over one run of keys, read as the number of queries and the platform ask for."""
+    few = q.shape[3] <= _FEW_TOKENS and q.shape[2] * q.shape[3] <= FEW_QUERIES
+    if few and (isinstance(rows, KeyValue) or rows.keys.shape[2] <= BLOCK):
+        return part(q, KeyValue(rows.keys, rows.values), span)  # the same everywhere
+    ways = {"cpu": _on_cpu, "tpu": _on_tpu, "default": _on_gpu}
+    return lax.platform_dependent(**{name: functools.partial(way, part, q, rows, span) for name, way in ways.items()})
+
+
+def _on_cpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
+    everything, cached = KeyValue(rows.keys, rows.values), isinstance(rows, CachedRows)
     if q.shape[2] * q.shape[3] > FEW_QUERIES:
-        cached = isinstance(rows, CachedRows)
-        tiles = Tiles(part, q, KeyValue(rows.keys, rows.values), span, rows.filled if cached else None)
         # Among new tokens, half of the keys are later than a query: lower tiles leave out more of them.
         tall = _tile_queries(q) // (1 if cached else 2)
-        return lax.platform_dependent(
-            cpu=lambda: tiles._replace(tall=tall, wide=BLOCK, skip=True).read(),
-            default=lambda: tiles._replace(tall=q.shape[3], wide=_LONG_BLOCK).read(),
-        )
-    if isinstance(rows, KeyValue):
-        return part(q, rows, span)
-    if rows.keys.shape[2] <= BLOCK:
-        return part(q, KeyValue(rows.keys, rows.values), span)
-    return lax.platform_dependent(
-        cpu=lambda: _filled_blocks(part, q, rows, span),
-        tpu=lambda: _filled_share(part, q, rows, span),
-        default=lambda: part(q, KeyValue(rows.keys, rows.values), span),
-    )
+        filled = rows.filled if isinstance(rows, CachedRows) else None
+        return Tiles(part, q, everything, span, filled, tall=tall, wide=BLOCK, skip=True).read()
+    if not isinstance(rows, CachedRows) or rows.keys.shape[2] <= BLOCK:
+        return part(q, everything, span)
+
+    def in_blocks() -> Part:
+        return Tiles(part, q, everything, span, rows.filled, tall=q.shape[3], wide=BLOCK, skip=False).read()
+
+    return lax.cond(rows.filled * 2 > rows.keys.shape[2], lambda: part(q, everything, span), in_blocks)
+
+
+def _on_gpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
+    everything, tokens = KeyValue(rows.keys, rows.values), q.shape[3]
+    if tokens <= _FEW_TOKENS:
+        return part(q, everything, span)
+    filled = rows.filled if isinstance(rows, CachedRows) else None
+    return Tiles(part, q, everything, span, filled, tall=tokens, wide=_LONG_BLOCK, skip=False).read()
+
+
+def _on_tpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
+    if q.shape[3] > _FEW_TOKENS or not isinstance(rows, CachedRows) or rows.keys.nbytes < LARGE_CACHE:
+        return _on_gpu(part, q, rows, span)
+    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
+    shares = [min(size, share + -share % EVEN_SLOTS) for share in (size // 4, size // 2, size)]
+    longer = sum((rows.filled > share).astype(jnp.int32) for share in shares[:-1])
+    return lax.switch(longer, [lambda n=n: part(q, everything.slots(0, n), span.slots(0, n)) for n in shares])
 
 
 def _tile_queries(q: Float[Array, "B KV G T hk"]) -> int:
@@ -98,24 +119,3 @@ def _tile_queries(q: Float[Array, "B KV G T hk"]) -> int:
     most = max(1, _TILE_SCORES // (batch * heads * group * BLOCK))
     least, largest = _TILE_QUERIES
     return max(least, min(largest, 1 << (most.bit_length() - 1)))
-
-
-def _filled_blocks(part: Attend, q: Float[Array, "B KV G T hk"], rows: CachedRows, span: Span) -> Part:
-    """A few queries over a cache, on a CPU."""
-    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
-
-    def in_blocks() -> Part:
-        # The first half of the slots, so a whole block fits.
-        return Tiles(part, q, everything, span, rows.filled, tall=q.shape[3], wide=BLOCK, skip=False).read()
-
-    return lax.cond(rows.filled * 2 > size, lambda: part(q, everything, span), in_blocks)
-
-
-def _filled_share(part: Attend, q: Float[Array, "B KV G T hk"], rows: CachedRows, span: Span) -> Part:
-    """A few queries over a cache, on a TPU."""
-    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
-    if rows.keys.nbytes < _LARGE_CACHE:
-        return part(q, everything, span)
-    shares = [size // 4, size // 2, size]
-    longer = sum((rows.filled > share).astype(jnp.int32) for share in shares[:-1])
-    return lax.switch(longer, [lambda n=n: part(q, everything.slots(0, n), span.slots(0, n)) for n in shares])

@@ -10,6 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 256
 """Keys that are read at once. Caches of at most this size are read whole."""
+EVEN_SLOTS = 128
+"""Long caches, and parts of them, have a multiple of this many slots.
+
+For other sizes, XLA on a GPU makes padded copies at every step and layer.
+"""
 
 
 class KeyValue(NamedTuple):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -31,9 +32,9 @@ class Tiles(NamedTuple):
     rows: KeyValue
     span: Span
     filled: Int[Array, ""] | None
-    tall: int = 1
-    wide: int = 1
-    skip: bool = False
+    tall: int
+    wide: int
+    skip: bool
 
     def read(self) -> Part:
         """Attention of all queries."""
@@ -48,7 +49,7 @@ class Tiles(NamedTuple):
             update = lax.dynamic_update_slice_in_dim
             return Part(*(update(old, new, first, axis=3) for old, new in zip(whole, found, strict=True)))
 
-        return lax.fori_loop(jnp.int32(0), jnp.int32(-(-queries // tall)), strip, self._nothing(queries))
+        return lax.fori_loop(np.int32(0), np.int32(-(-queries // tall)), strip, self._nothing(queries))
 
     def _strip(self, q: Float[Array, "B KV G t hk"], span: Span) -> Part:
         """Attention of one strip of queries, tile after tile."""
@@ -69,8 +70,9 @@ class Tiles(NamedTuple):
 
             return lax.cond(jnp.any(some.mask), read, lambda sofar: sofar, sofar) if self.skip else read(sofar)
 
-        filled = jnp.int32(keys) if self.filled is None else self.filled
-        return lax.fori_loop(jnp.int32(0), (filled + (wide - 1)) // wide, tile, self._nothing(q.shape[3]))
+        # Loops of a known length can be differentiated backwards.
+        count = np.int32(-(-keys // wide)) if self.filled is None else (self.filled + (wide - 1)) // wide
+        return lax.fori_loop(np.int32(0), count, tile, self._nothing(q.shape[3]))
 
     @property
     def _height(self) -> int:
