@@ -10,8 +10,8 @@ hangs or writes where it must not costs its own rows. A case that fails becomes 
 continue. After --minutes, the remaining cases are noted as not run. The JSON is written after every batch of
 measurements; --only with an existing --out runs some parts again and keeps the others. --tiny runs everything with
 tiny shapes on a processor. --prove gpu.json runs nothing: it records the kernels that a report shows to be right in
-pallas_kernels/proven.json, and from then on ``implementation=None`` chooses among them on a GPU. --smoke takes about a minute:
-it compares decoding with a processor's and times it at batch 1.
+pallas_kernels/proven.json, and from then on ``implementation=None`` chooses among them on a GPU. --smoke takes about a
+minute: it compares decoding with a processor's and times it at batch 1.
 """
 
 from __future__ import annotations
