@@ -1,0 +1,192 @@
+"""Recurrent layers give what transformers' layers give: whole rows, padded batches, and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.mixer import Mixer
+from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.short_conv import ShortConv
+from tide_jax.model.recurrent.state_space import StateSpace
+from tide_jax.model.recurrent.types import GatedDeltaType, ShortConvType, StateSpaceType
+
+torch = pytest.importorskip("torch")
+SIZE, TOKENS = 24, 75
+Pair = tuple[Mixer, Callable[[np.ndarray], np.ndarray]]
+
+
+def random_weights(module: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+
+
+def set_weights(mixer: Mixer, **weights: Any) -> Mixer:
+    """Sets parameters by dotted path; kernels as transformers stores them, outputs before inputs."""
+    state = nnx.state(mixer)
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    given = {path.replace("__", "."): np.asarray(value.detach()) for path, value in weights.items()}
+    assert set(flat) == set(given)
+    for path, leaf in flat.items():
+        leaf.set_value(jnp.asarray(given[path].reshape(leaf.get_value().shape)))
+    nnx.update(mixer, state)
+    return mixer
+
+
+def reference(module: Any) -> Callable[[np.ndarray], np.ndarray]:
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.tensor(x)).numpy()
+
+    return run
+
+
+def short_conv() -> Pair:
+    from transformers import Lfm2Config
+    from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+
+    config = Lfm2Config(hidden_size=SIZE, conv_L_cache=3, conv_bias=True, layer_types=["conv"], num_hidden_layers=1)
+    module = Lfm2ShortConv(config, 0)
+    random_weights(module)
+    mixer = ShortConv(SIZE, ShortConvType(width=3, bias=True), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return set_weights(
+        mixer,
+        inputs__kernel=module.in_proj.weight,
+        inputs__bias=module.in_proj.bias,
+        filters=module.conv.weight,
+        filter_bias=module.conv.bias,
+        out__kernel=module.out_proj.weight,
+        out__bias=module.out_proj.bias,
+    ), reference(module)
+
+
+def gated_delta() -> Pair:
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    config = Qwen3NextConfig(
+        hidden_size=SIZE, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=6, linear_conv_kernel_dim=4, layer_types=["linear_attention"], num_hidden_layers=1,
+    )  # fmt: skip
+    module = Qwen3NextGatedDeltaNet(config, 0)
+    random_weights(module)
+    kind = GatedDeltaType(key_heads=2, value_heads=4, key_dim=8, value_dim=6, width=4)
+    mixer = GatedDelta(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    # transformers stores the rows of each key head together: its query, key, values and gates.
+    parts = torch.split(module.in_proj_qkvz.weight.view(2, -1, SIZE), [8, 8, 12, 12], dim=1)
+    q, k, v, z = (part.reshape(-1, SIZE) for part in parts)
+    rate, fade = (a.reshape(-1, SIZE) for a in torch.split(module.in_proj_ba.weight.view(2, -1, SIZE), [2, 2], dim=1))
+    return set_weights(
+        mixer,
+        qkv__kernel=torch.cat([q, k, v]),
+        gates__kernel=torch.stack([rate, fade]),
+        output_gate__kernel=z,
+        filters=module.conv1d.weight,
+        fade=module.A_log,
+        fade_bias=module.dt_bias,
+        norm__scale=module.norm.weight,
+        out__kernel=module.out_proj.weight,
+    ), reference(module)
+
+
+def state_space() -> Pair:
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = Mamba2Config(
+        hidden_size=SIZE, num_heads=6, head_dim=8, n_groups=2, state_size=5, conv_kernel=4, expand=2, use_bias=True,
+        chunk_size=16, num_hidden_layers=1, time_step_limit=(0.01, 2.0),
+    )  # fmt: skip
+    module = Mamba2Mixer(config, 0)
+    random_weights(module)
+    kind = StateSpaceType(
+        heads=6, head_dim=8, groups=2, state_size=5, width=4, bias=True, step_limit=(0.01, 2.0),
+        norm_eps=config.layer_norm_epsilon,
+    )  # fmt: skip
+    mixer = StateSpace(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    sizes = [48, 48 + 2 * 10, 6]
+    gate, stream, step = torch.split(module.in_proj.weight, sizes)
+    gate_bias, stream_bias, step_bias = torch.split(module.in_proj.bias, sizes)
+    return set_weights(
+        mixer,
+        gate__kernel=gate,
+        gate__bias=gate_bias,
+        stream__kernel=stream,
+        stream__bias=stream_bias,
+        step__kernel=step,
+        step__bias=step_bias,
+        filters=module.conv1d.weight,
+        filter_bias=module.conv1d.bias,
+        fade=module.A_log,
+        step_bias=module.dt_bias,
+        passed=module.D,
+        norm__scale=module.norm.weight,
+        out__kernel=module.out_proj.weight,
+        out__bias=module.out_proj.bias,
+    ), reference(module)
+
+
+MAKERS = [short_conv, gated_delta, state_space]
+
+
+@pytest.fixture(scope="module", params=MAKERS, ids=lambda make: make.__name__)
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return request.param()
+
+
+def rows() -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(2, TOKENS, SIZE)).astype(np.float32)
+
+
+@jax.jit
+def run(mixer: Mixer, x: jax.Array, real: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    order = TokenOrder.of(real)
+    out, inputs = mixer(x, order, state)
+    return out, mixer.advance(state, inputs, order)
+
+
+def test_whole_rows(pair: Pair) -> None:
+    mixer, expected = pair
+    x = rows()
+    out, _ = run(mixer, jnp.asarray(x), jnp.ones(x.shape[:2], bool), mixer.start(2, jnp.float32))
+    np.testing.assert_allclose(out, expected(x), rtol=1e-5, atol=2e-5)
+
+
+def test_padding_anywhere_and_rows_in_parts(pair: Pair) -> None:
+    """Tokens of each row, with slots that hold none before, between and behind them, in three passes."""
+    mixer, expected = pair
+    x, real = rows(), np.random.default_rng(4).random((2, TOKENS)) < 0.7
+    real[1, :9] = False
+    state, outs = mixer.start(2, jnp.float32), []
+    for part in (slice(0, 40), slice(40, 41), slice(41, TOKENS)):
+        spoilt = np.where(real[:, part, None], x[:, part], 1e3)
+        out, state = run(mixer, jnp.asarray(spoilt), jnp.asarray(real[:, part]), state)
+        outs.append(np.asarray(out))
+    out = np.concatenate(outs, axis=1)
+    for b in range(2):
+        np.testing.assert_allclose(out[b, real[b]], expected(x[b : b + 1, real[b]])[0], rtol=1e-5, atol=2e-5)
+
+
+def test_token_by_token(pair: Pair) -> None:
+    mixer, expected = pair
+    x, state, outs = rows()[:, :12], mixer.start(2, jnp.float32), []
+    for t in range(x.shape[1]):
+        out, state = run(mixer, jnp.asarray(x[:, t : t + 1]), jnp.ones((2, 1), bool), state)
+        outs.append(out)
+    np.testing.assert_allclose(np.concatenate(outs, axis=1), expected(x), rtol=1e-5, atol=2e-5)
+
+
+def test_inputs_without_running_the_layer(pair: Pair) -> None:
+    mixer, _ = pair
+    x = jnp.asarray(rows())
+    _, inputs = mixer(x, TokenOrder.of(jnp.ones(x.shape[:2], bool)), mixer.start(2, jnp.float32))
+    np.testing.assert_array_equal(mixer.project_inputs(x), inputs)

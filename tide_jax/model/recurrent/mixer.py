@@ -1,0 +1,98 @@
+"""What all recurrent layers share: inputs of tokens, which a state takes in one after the other.
+
+A mixer never changes a state that it reads. It returns the tokens' inputs, and whoever runs the layers lets the state
+take in those of the tokens that count (`Mixer.advance`). So a skipped layer only needs its inputs, a queue can wait,
+and rejected drafts leave nothing behind.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from tide_jax.model.recurrent.conv import causal_conv, move_window
+from tide_jax.model.recurrent.linear import Updates, run_linear
+from tide_jax.model.recurrent.order import TokenOrder
+
+
+class State(NamedTuple):
+    """A recurrent layer's memory of the tokens so far.
+
+    Attributes:
+      window: inputs of the newest tokens, for the convolution.
+      matrix: what each head's keys read, float32; without channels for layers that only convolve.
+    """
+
+    window: Float[Array, "B W C"]
+    matrix: Float[Array, "B H dk dv"]
+
+
+class Mixer(nnx.Module):
+    """A recurrent layer. Subclasses set the attributes and implement `_project`, `_parts` and `_output`.
+
+    Attributes:
+      filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``.
+      matrix_shape: heads, key channels and value channels of the state.
+      delta: whether writes follow the delta rule.
+    """
+
+    filters: nnx.Param
+    filter_bias: nnx.Param | None
+    matrix_shape: tuple[int, int, int]
+    delta: bool
+
+    def start(self, batch: int, dtype: jnp.dtype) -> State:
+        """The state before the first token."""
+        channels, width = self.filters.shape
+        matrix = jnp.zeros((batch, *self.matrix_shape), jnp.float32)
+        return State(jnp.zeros((batch, width - 1, channels), dtype), matrix)
+
+    def project_inputs(self, x: Float[Array, "B T D"]) -> Float[Array, "B T I"]:
+        """The tokens' inputs to the state, without running the layer."""
+        return self._project(x)[0]
+
+    def __call__(
+        self, x: Float[Array, "B T D"], order: TokenOrder, state: State
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T I"]]:
+        """The layer's output for new tokens, and their inputs to the state.
+
+        Args:
+          order: of the real tokens; other slots get meaningless outputs.
+          state: of the tokens before.
+        """
+        inputs, gate = self._project(x)
+        mixed, queries, updates = self._parts(order.forth(inputs), state.window)
+        read = None
+        if updates is not None:
+            read, _ = run_linear(state.matrix, queries, updates.only(order.real), delta=self.delta)
+            read = order.back(read)
+        return self._output(read, order.back(mixed), gate), inputs
+
+    def advance(self, state: State, inputs: Float[Array, "B T I"], order: TokenOrder) -> State:
+        """The state after it took in the real tokens' inputs."""
+        ordered = order.forth(inputs)
+        _, queries, updates = self._parts(ordered, state.window)
+        window = move_window(state.window, ordered[..., : self.filters.shape[0]], order.count)
+        if updates is None:
+            return State(window, state.matrix)
+        _, matrix = run_linear(state.matrix, queries, updates.only(order.real), delta=self.delta)
+        return State(window, matrix)
+
+    def _convolve(self, rows: Float[Array, "B T C"], window: Float[Array, "B W C"]) -> Float[Array, "B T C"]:
+        bias = None if self.filter_bias is None else self.filter_bias[...]
+        return causal_conv(window, rows, self.filters[...], bias)
+
+    def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T ..."]]:
+        """Inputs to the state, the convolution's channels first, and the gate of the output."""
+        raise NotImplementedError
+
+    def _parts(self, inputs: Array, window: Array) -> tuple[Array, Array | None, Updates | None]:
+        """Convolved channels, queries and updates of ordered inputs; the last two None without a matrix."""
+        raise NotImplementedError
+
+    def _output(self, read: Array | None, mixed: Array, gate: Array) -> Float[Array, "B T D"]:
+        """The layer's output from what the queries read, the convolved channels, and the gate."""
+        raise NotImplementedError

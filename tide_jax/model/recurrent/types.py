@@ -1,0 +1,67 @@
+"""Kinds of recurrent layers, as flags: points in the same space as `tide_jax.model.architecture.DecoderConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tide_jax.ranges import Channels, Epsilon, Heads, Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConvType:
+    """A gated convolution over a few tokens, without further memory (LFM2, Liquid AI 2025).
+
+    Attributes:
+      width: tokens of a filter, the newest included.
+      bias: whether the projections and the filters have a bias.
+    """
+
+    width: Channels
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaType:
+    """A gated delta net (Yang et al. 2024, arXiv:2412.06464, section 3.4).
+
+    Attributes:
+      key_heads, value_heads: numbers of heads; each key head serves several value heads.
+      key_dim, value_dim: channels of a head.
+      width: tokens of a filter over queries, keys and values.
+      norm_eps: of the norm over each head's output, which a gate multiplies.
+    """
+
+    key_heads: Heads
+    value_heads: Heads
+    key_dim: Channels
+    value_dim: Channels
+    width: Channels
+    norm_eps: Epsilon = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpaceType:
+    """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060, section 7).
+
+    Attributes:
+      heads, head_dim: heads of the inner stream and their channels.
+      groups: groups of heads that share what is written and read.
+      state_size: channels of a group's keys.
+      width: tokens of a filter over inner stream, keys and queries.
+      conv_bias, bias: whether filters, and projections, have a bias.
+      step_limit: least and largest time step.
+      norm_eps: of the norm over each group's gated output.
+    """
+
+    heads: Heads
+    head_dim: Channels
+    groups: Heads
+    state_size: Channels
+    width: Channels
+    conv_bias: bool = True
+    bias: bool = False
+    step_limit: tuple[float, Positive] = (0.0, float("inf"))
+    norm_eps: Epsilon = 1e-5
+
+
+RecurrentType = ShortConvType | GatedDeltaType | StateSpaceType
