@@ -16,12 +16,10 @@ from tide_jax.model.recurrent.order import TokenOrder
 B, H, DK, DV = 2, 3, 5, 4
 
 
-def token_by_token(
-    state: np.ndarray, queries: np.ndarray, updates: Updates, delta: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def token_by_token(state: np.ndarray, updates: Updates, delta: bool) -> tuple[np.ndarray, np.ndarray]:
     """The recurrence as its definition says it, in float64."""
     state, out = state.astype(np.float64), []
-    keys, values, fade, rate = (np.asarray(a, np.float64) for a in updates)
+    queries, keys, values, fade, rate = (np.asarray(a, np.float64) for a in updates)
     for t in range(queries.shape[1]):
         state = state * np.exp(fade[:, t])[..., None, None]
         write = values[:, t]
@@ -32,7 +30,7 @@ def token_by_token(
     return np.stack(out, axis=1), state
 
 
-def made(tokens: int, seed: int = 0) -> tuple[Any, Any, Updates]:
+def made(tokens: int, seed: int = 0) -> tuple[Any, Updates]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -41,24 +39,24 @@ def made(tokens: int, seed: int = 0) -> tuple[Any, Any, Updates]:
     keys = normal(B, tokens, H, DK)
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     fade, rate = -jnp.abs(normal(B, tokens, H)), jax.nn.sigmoid(normal(B, tokens, H))
-    return normal(B, H, DK, DV), normal(B, tokens, H, DK), Updates(keys, normal(B, tokens, H, DV), fade, rate)
+    return normal(B, H, DK, DV), Updates(normal(B, tokens, H, DK), keys, normal(B, tokens, H, DV), fade, rate)
 
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, 2 * CHUNK + 7])
 def test_chunks_are_the_recurrence(tokens: int, delta: bool) -> None:
-    state, queries, updates = made(tokens)
-    found = jax.jit(run_linear, static_argnames="delta")(state, queries, updates, delta=delta)
-    for one, other in zip(found, token_by_token(np.asarray(state), np.asarray(queries), updates, delta), strict=True):
+    state, updates = made(tokens)
+    found = jax.jit(run_linear, static_argnames="delta")(state, updates, delta=delta)
+    for one, other in zip(found, token_by_token(np.asarray(state), updates, delta), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("delta", [False, True])
 def test_strong_fading_stays_finite(delta: bool) -> None:
-    state, queries, updates = made(CHUNK)
+    state, updates = made(CHUNK)
     updates = updates._replace(fade=updates.fade * 200.0)
-    out, after = run_linear(state, queries, updates, delta=delta)
-    wanted, wanted_after = token_by_token(np.asarray(state), np.asarray(queries), updates, delta)
+    out, after = run_linear(state, updates, delta=delta)
+    wanted, wanted_after = token_by_token(np.asarray(state), updates, delta)
     np.testing.assert_allclose(out, wanted, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(after, wanted_after, rtol=2e-4, atol=2e-5)
 
@@ -67,16 +65,14 @@ def test_strong_fading_stays_finite(delta: bool) -> None:
 def test_tokens_that_are_none_do_nothing(delta: bool) -> None:
     tokens = 70
     real = np.random.default_rng(1).random((B, tokens)) < 0.6
-    state, queries, updates = made(tokens)
+    state, updates = made(tokens)
     order = TokenOrder.of(jnp.asarray(real))
     ordered = Updates(*map(order.forth, updates)).only(order.real)
-    out, after = run_linear(state, order.forth(queries), ordered, delta=delta)
+    out, after = run_linear(state, ordered, delta=delta)
     out = np.asarray(order.back(out))
     for b in range(B):
         some = Updates(*(np.asarray(a)[b : b + 1, real[b]] for a in updates))
-        wanted, wanted_after = token_by_token(
-            np.asarray(state)[b : b + 1], np.asarray(queries)[b : b + 1, real[b]], some, delta
-        )
+        wanted, wanted_after = token_by_token(np.asarray(state)[b : b + 1], some, delta)
         np.testing.assert_allclose(out[b, real[b]], wanted[0], rtol=2e-4, atol=2e-5)
         np.testing.assert_allclose(after[b], wanted_after[0], rtol=2e-4, atol=2e-5)
 

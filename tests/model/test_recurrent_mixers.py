@@ -14,9 +14,10 @@ from flax import nnx
 from tide_jax.model.recurrent.gated_delta import GatedDelta
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
-from tide_jax.model.recurrent.types import GatedDeltaType, ShortConvType, StateSpaceType
+from tide_jax.model.recurrent.types import GatedDeltaType, SelectiveType, ShortConvType, StateSpaceType
 
 torch = pytest.importorskip("torch")
 SIZE, TOKENS = 24, 75
@@ -135,7 +136,56 @@ def state_space() -> Pair:
     ), reference(module)
 
 
-MAKERS = [short_conv, gated_delta, state_space]
+def selective(norms: str = "none") -> Pair:
+    from transformers import FalconMambaConfig, JambaConfig, MambaConfig
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    sizes = {"hidden_size": SIZE, "num_hidden_layers": 1}
+    if norms == "scaled":
+        mamba = {"mamba_d_state": 5, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 3}
+        config = JambaConfig(**sizes, **mamba, mamba_proj_bias=True, use_mamba_kernels=False)
+        module, eps = JambaMambaMixer(config, 0), config.rms_norm_eps
+    else:
+        mamba = {"state_size": 5, "conv_kernel": 4, "expand": 2, "time_step_rank": 3, "use_bias": True}
+        config = (MambaConfig if norms == "none" else FalconMambaConfig)(**sizes, **mamba)
+        module = (MambaMixer if norms == "none" else FalconMambaMixer)(config, 0, initialize_mixer_weights=False)
+        eps = getattr(config, "mixer_rms_eps", 1e-6)
+    random_weights(module)
+    kind = SelectiveType(inner=48, state_size=5, step_rank=3, width=4, bias=True, norms=norms, norm_eps=eps)
+    mixer = Selective(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    scales = {
+        f"{ours}_norm__scale": getattr(module, f"{theirs}_layernorm").weight
+        for ours, theirs in (("step", "dt"), ("key", "b"), ("query", "c"))
+        if norms == "scaled"
+    }
+    return set_weights(
+        mixer,
+        **scales,
+        stream__kernel=module.in_proj.weight,
+        stream__bias=module.in_proj.bias,
+        parts__kernel=module.x_proj.weight,
+        step__kernel=module.dt_proj.weight,
+        step_bias=module.dt_proj.bias,
+        filters=module.conv1d.weight,
+        filter_bias=module.conv1d.bias,
+        fade=module.A_log,
+        passed=module.D,
+        out__kernel=module.out_proj.weight,
+        out__bias=module.out_proj.bias,
+    ), reference(module)
+
+
+def plain_norms() -> Pair:
+    return selective("plain")
+
+
+def scaled_norms() -> Pair:
+    return selective("scaled")
+
+
+MAKERS = [short_conv, gated_delta, state_space, selective, plain_norms, scaled_norms]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda make: make.__name__)
@@ -145,6 +195,11 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 def rows() -> np.ndarray:
     return np.random.default_rng(3).normal(size=(2, TOKENS, SIZE)).astype(np.float32)
+
+
+def assert_close(found: Any, wanted: np.ndarray) -> None:
+    """No number differs by more than a few roundings of the largest one."""
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6 * np.abs(wanted).max())
 
 
 @jax.jit
@@ -158,7 +213,7 @@ def test_whole_rows(pair: Pair) -> None:
     mixer, expected = pair
     x = rows()
     out, _ = run(mixer, jnp.asarray(x), jnp.ones(x.shape[:2], bool), mixer.start(2, jnp.float32))
-    np.testing.assert_allclose(out, expected(x), rtol=1e-5, atol=2e-5)
+    assert_close(out, expected(x))
 
 
 def test_padding_anywhere_and_rows_in_parts(pair: Pair) -> None:
@@ -173,7 +228,7 @@ def test_padding_anywhere_and_rows_in_parts(pair: Pair) -> None:
         outs.append(np.asarray(out))
     out = np.concatenate(outs, axis=1)
     for b in range(2):
-        np.testing.assert_allclose(out[b, real[b]], expected(x[b : b + 1, real[b]])[0], rtol=1e-5, atol=2e-5)
+        assert_close(out[b, real[b]], expected(x[b : b + 1, real[b]])[0])
 
 
 def test_token_by_token(pair: Pair) -> None:
@@ -182,7 +237,7 @@ def test_token_by_token(pair: Pair) -> None:
     for t in range(x.shape[1]):
         out, state = run(mixer, jnp.asarray(x[:, t : t + 1]), jnp.ones((2, 1), bool), state)
         outs.append(out)
-    np.testing.assert_allclose(np.concatenate(outs, axis=1), expected(x), rtol=1e-5, atol=2e-5)
+    assert_close(np.concatenate(outs, axis=1), expected(x))
 
 
 def test_inputs_without_running_the_layer(pair: Pair) -> None:

@@ -42,7 +42,7 @@ class GatedDelta(Mixer):
         qkv, gates, gate = together(x, [self.qkv, self.gates, self.output_gate])
         return jnp.concatenate([qkv, gates.reshape(*gates.shape[:2], -1)], axis=-1), gate
 
-    def _parts(self, inputs: Array, window: Array) -> tuple[Array, Array | None, Updates | None]:
+    def _updates(self, inputs: Array, window: Array) -> tuple[Array, Updates]:
         kind, channels = self.kind, self.filters.shape[0]
         mixed = jax.nn.silu(self._convolve(inputs[..., :channels], window))
         keys, heads = kind.key_heads * kind.key_dim, kind.value_heads
@@ -51,12 +51,13 @@ class GatedDelta(Mixer):
         rate, fade = inputs[..., channels : channels + heads], inputs[..., channels + heads :].astype(jnp.float32)
         shifted = jax.nn.softplus(fade + self.fade_bias[...].astype(jnp.float32)[None, None])
         updates = Updates(
+            queries=q * kind.key_dim**-0.5,
             keys=k,
             values=v.reshape(*v.shape[:2], heads, kind.value_dim),
             fade=-jnp.exp(self.fade[...].astype(jnp.float32))[None, None] * shifted,
             rate=jax.nn.sigmoid(rate).astype(jnp.float32),
         )
-        return mixed, q * kind.key_dim**-0.5, updates
+        return mixed, updates
 
     def _of_value_heads(self, a: Float[Array, "B T h dk"]) -> Float[Array, "B T H dk"]:
         """A copy of each key head for each of its value heads."""

@@ -29,11 +29,13 @@ class Updates(NamedTuple):
     """What tokens do to a state, float32; tokens that do nothing have a `fade` and a `rate` of zero.
 
     Attributes:
+      queries: what reads the state after the token's own write.
       keys, values: what is written.
       fade: logarithm of the factor of the state.
       rate: factor of what is written.
     """
 
+    queries: Float[Array, "B T H dk"]
     keys: Float[Array, "B T H dk"]
     values: Float[Array, "B T H dv"]
     fade: Float[Array, "B T H"]
@@ -49,7 +51,7 @@ class Updates(NamedTuple):
 
 
 def run_linear(
-    state: Float[Array, "B H dk dv"], queries: Float[Array, "B T H dk"], updates: Updates, *, delta: bool
+    state: Float[Array, "B H dk dv"], updates: Updates, *, delta: bool
 ) -> tuple[Float[Array, "B T H dv"], Float[Array, "B H dk dv"]]:
     """What each token reads after its own update, and the state after the last token; float32.
 
@@ -57,9 +59,9 @@ def run_linear(
       state: before the first token.
       delta: whether a write replaces what its key read before.
     """
-    if queries.shape[1] == 1:
-        return _step(state, queries, updates, delta)
-    tokens, batch = queries.shape[1], queries.shape[0]
+    batch, tokens = updates.fade.shape[:2]
+    if tokens == 1:
+        return _step(state, updates, delta)
     size = min(CHUNK, tokens)
     count = -(-tokens // size)
 
@@ -68,28 +70,28 @@ def run_linear(
         padded = jnp.pad(a, ((0, 0), (0, count * size - tokens), *((0, 0),) * (a.ndim - 2)))
         return jnp.moveaxis(padded.reshape(batch, count, size, *a.shape[2:]), (1, 3), (0, 2))
 
-    def run(state: Array, chunk: tuple[Array, Updates]) -> tuple[Array, Array]:
-        out, state = _chunk(state, *chunk, delta)
+    def run(state: Array, chunk: Updates) -> tuple[Array, Array]:
+        out, state = _chunk(state, chunk, delta)
         return state, out
 
-    state, out = lax.scan(run, state, (chunks(queries), Updates(*map(chunks, updates))))
+    state, out = lax.scan(run, state, Updates(*map(chunks, updates)))
     return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(batch, count * size, *out.shape[2:3], -1)[:, :tokens], state
 
 
-def _step(state: Array, queries: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
-    keys, values, fade, rate = (a[:, 0] for a in updates)
+def _step(state: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
+    queries, keys, values, fade, rate = (a[:, 0] for a in updates)
     state = state * jnp.exp(fade)[:, :, None, None]
     if delta:
         values = values - einsum("bhk,bhkv->bhv", keys, state)
     state = state + keys[..., None] * (values * rate[..., None])[:, :, None, :]
-    return einsum("bhk,bhkv->bhv", queries[:, 0], state)[:, None], state
+    return einsum("bhk,bhkv->bhv", queries, state)[:, None], state
 
 
 def _chunk(
-    state: Float[Array, "B H dk dv"], queries: Float[Array, "B H c dk"], updates: Updates, delta: bool
+    state: Float[Array, "B H dk dv"], updates: Updates, delta: bool
 ) -> tuple[Float[Array, "B H c dv"], Float[Array, "B H dk dv"]]:
     """One chunk; the arrays of `updates` have heads before tokens, too."""
-    keys, values, fade, rate = updates
+    queries, keys, values, fade, rate = updates
     size = keys.shape[2]
     # between[i, j]: what is left at token i of what token j wrote. Sums of fades between the two, not differences of
     # sums from the start, which would lose small fades behind large ones.

@@ -7,14 +7,14 @@ and rejected drafts leave nothing behind.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.model.recurrent.conv import causal_conv, move_window
-from tide_jax.model.recurrent.linear import Updates, run_linear
+from tide_jax.model.recurrent.linear import run_linear
 from tide_jax.model.recurrent.order import TokenOrder
 
 
@@ -31,18 +31,18 @@ class State(NamedTuple):
 
 
 class Mixer(nnx.Module):
-    """A recurrent layer. Subclasses set the attributes and implement `_project`, `_parts` and `_output`.
+    """A recurrent layer. Subclasses set the attributes and implement `_project`, `_updates` and `_output`.
 
     Attributes:
       filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``.
       matrix_shape: heads, key channels and value channels of the state.
-      delta: whether writes follow the delta rule.
+      delta: whether writes follow the delta rule, in linear recurrences.
     """
 
     filters: nnx.Param
     filter_bias: nnx.Param | None
     matrix_shape: tuple[int, int, int]
-    delta: bool
+    delta: bool = False
 
     def start(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before the first token."""
@@ -64,22 +64,21 @@ class Mixer(nnx.Module):
           state: of the tokens before.
         """
         inputs, gate = self._project(x)
-        mixed, queries, updates = self._parts(order.forth(inputs), state.window)
+        mixed, updates = self._updates(order.forth(inputs), state.window)
         read = None
         if updates is not None:
-            read, _ = run_linear(state.matrix, queries, updates.only(order.real), delta=self.delta)
+            read, _ = self._run(state.matrix, updates.only(order.real))
             read = order.back(read)
         return self._output(read, order.back(mixed), gate), inputs
 
     def advance(self, state: State, inputs: Float[Array, "B T I"], order: TokenOrder) -> State:
         """The state after it took in the real tokens' inputs."""
         ordered = order.forth(inputs)
-        _, queries, updates = self._parts(ordered, state.window)
+        _, updates = self._updates(ordered, state.window)
         window = move_window(state.window, ordered[..., : self.filters.shape[0]], order.count)
         if updates is None:
             return State(window, state.matrix)
-        _, matrix = run_linear(state.matrix, queries, updates.only(order.real), delta=self.delta)
-        return State(window, matrix)
+        return State(window, self._run(state.matrix, updates.only(order.real))[1])
 
     def _convolve(self, rows: Float[Array, "B T C"], window: Float[Array, "B W C"]) -> Float[Array, "B T C"]:
         bias = None if self.filter_bias is None else self.filter_bias[...]
@@ -89,9 +88,13 @@ class Mixer(nnx.Module):
         """Inputs to the state, the convolution's channels first, and the gate of the output."""
         raise NotImplementedError
 
-    def _parts(self, inputs: Array, window: Array) -> tuple[Array, Array | None, Updates | None]:
-        """Convolved channels, queries and updates of ordered inputs; the last two None without a matrix."""
+    def _updates(self, inputs: Array, window: Array) -> tuple[Array, Any]:
+        """Convolved channels, and what ordered inputs do to the matrix; None without a matrix."""
         raise NotImplementedError
+
+    def _run(self, matrix: Array, updates: Any) -> tuple[Array, Array]:
+        """What each token reads, ``[B, T, H, dv]``, and the matrix after the last token."""
+        return run_linear(matrix, updates, delta=self.delta)
 
     def _output(self, read: Array | None, mixed: Array, gate: Array) -> Float[Array, "B T D"]:
         """The layer's output from what the queries read, the convolved channels, and the gate."""

@@ -7,7 +7,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.model.ops import Dense, normal
-from tide_jax.model.recurrent.linear import Updates
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.types import ShortConvType
 
@@ -20,14 +19,14 @@ class ShortConv(Mixer):
         self.filters = nnx.Param(normal(rngs, (size, kind.width), kind.width, dtype))
         self.filter_bias = nnx.Param(jnp.zeros((size,), dtype)) if kind.bias else None
         self.out = Dense((size,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
-        self.matrix_shape, self.delta = (0, 0, 0), False
+        self.matrix_shape = (0, 0, 0)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         projected = self.inputs(x)
         return projected[:, :, 0] * projected[:, :, 2], projected[:, :, 1]
 
-    def _parts(self, inputs: Array, window: Array) -> tuple[Array, Array | None, Updates | None]:
-        return self._convolve(inputs, window), None, None
+    def _updates(self, inputs: Array, window: Array) -> tuple[Array, None]:
+        return self._convolve(inputs, window), None
 
     def _output(self, read: Array | None, mixed: Array, gate: Array) -> Float[Array, "B T D"]:
         return self.out(gate * mixed)

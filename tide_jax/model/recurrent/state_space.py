@@ -35,13 +35,13 @@ class StateSpace(Mixer):
         shape = (kind.groups, inner // kind.groups)
         self.norm = Norm(shape, axes=1, kind="rms", eps=kind.norm_eps, dtype=dtype)
         self.out = Dense((inner,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
-        self.matrix_shape, self.delta = (kind.heads, kind.state_size, kind.head_dim), False
+        self.matrix_shape = (kind.heads, kind.state_size, kind.head_dim)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T N"]]:
         gate, stream, step = together(x, [self.gate, self.stream, self.step])
         return jnp.concatenate([stream, step], axis=-1), gate
 
-    def _parts(self, inputs: Array, window: Array) -> tuple[Array, Array | None, Updates | None]:
+    def _updates(self, inputs: Array, window: Array) -> tuple[Array, Updates]:
         kind, channels = self.kind, self.filters.shape[0]
         mixed = jax.nn.silu(self._convolve(inputs[..., :channels], window))
         inner, keys = kind.heads * kind.head_dim, kind.groups * kind.state_size
@@ -49,12 +49,13 @@ class StateSpace(Mixer):
         step = jax.nn.softplus(inputs[..., channels:].astype(jnp.float32) + _row(self.step_bias))
         step = jnp.clip(step, *kind.step_limit)
         updates = Updates(
+            queries=self._of_heads(q),
             keys=self._of_heads(k),
             values=stream.reshape(*stream.shape[:2], kind.heads, kind.head_dim),
             fade=-jnp.exp(_row(self.fade)) * step,
             rate=step,
         )
-        return mixed, self._of_heads(q), updates
+        return mixed, updates
 
     def _of_heads(self, a: Float[Array, "B T K"]) -> Float[Array, "B T H n"]:
         """A copy of each group for each of its heads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from tide_jax.ranges import Channels, Epsilon, Heads, Positive
 
@@ -64,4 +65,28 @@ class StateSpaceType:
     norm_eps: Epsilon = 1e-5
 
 
-RecurrentType = ShortConvType | GatedDeltaType | StateSpaceType
+@dataclasses.dataclass(frozen=True)
+class SelectiveType:
+    """Mamba (Gu & Dao 2023, arXiv:2312.00752, section 3): each channel has a small state of its own.
+
+    Attributes:
+      inner: channels of the inner stream.
+      state_size: numbers in a channel's state.
+      step_rank: rank of the time step's projection.
+      width: tokens of a filter over the inner stream.
+      conv_bias, bias: whether filters, and projections, have a bias.
+      norms: whether time step, keys and queries are normed, with or without a learned scale.
+      norm_eps: of these norms.
+    """
+
+    inner: Channels
+    state_size: Channels
+    step_rank: Channels
+    width: Channels
+    conv_bias: bool = True
+    bias: bool = False
+    norms: Literal["none", "plain", "scaled"] = "none"
+    norm_eps: Epsilon = 1e-6
+
+
+RecurrentType = ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType
