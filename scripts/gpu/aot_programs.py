@@ -60,6 +60,7 @@ class Case(NamedTuple):
       deferred: "propagate" projects rows of skipped layers for several tokens at once.
       graphs: on a GPU, loops as CUDA graphs (`tide_jax.generation.cuda_graphs`).
       mesh: shape of the mesh, data x model.
+      copies: whether copies are reported but no problem, because they are known (docs/scaling.md, "Limits").
     """
 
     name: str
@@ -73,6 +74,7 @@ class Case(NamedTuple):
     deferred: bool = False
     graphs: bool = False
     mesh: tuple[int, int] = (1, 1)
+    copies: bool = False
 
     @property
     def makes_cache(self) -> bool:

@@ -43,7 +43,7 @@ MESHES = (
     Case("full depth, 2 rows, mesh 2x2", rows=2, mesh=(2, 2)),
     Case("propagate, 2 rows, mesh 2x2", "propagate", implementation=None, rows=2, mesh=(2, 2)),
     Case("full depth, 2 rows, mesh 2x4", rows=2, mesh=(2, 4)),
-    Case("propagate, 2 rows, 8-bit weights, mesh 2x4", "propagate", rows=2, weights="int8", mesh=(2, 4)),
+    Case("propagate, 2 rows, 8-bit weights, mesh 2x4", "propagate", rows=2, weights="int8", mesh=(2, 4), copies=True),
     Case("prompt, 2 rows, mesh 2x4", rows=2, program="prefill", mesh=(2, 4)),
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pallas_kernels import exit_step as package
 from pallas_kernels import selection
 from pallas_kernels.exit_step import exit_step, reference
 from scripts import verify_gpu
@@ -204,12 +205,13 @@ def test_none_takes_what_is_noted_as_proven(monkeypatch: pytest.MonkeyPatch, cap
     given = gpu_op_table.OPS[0].make(gpu_op_table.Shape(2, 8, "float32"), np.random.default_rng(0))
     monkeypatch.setattr(selection.Choices, "function", lambda _, name: names.append(name) or reference.exit_step)
     monkeypatch.setattr(selection, "_import_error", lambda module: None)
-    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["triton"]})
+    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_step": ["mosaic_gpu", "triton"]})
     assert chosen() == "reference", "on a processor"
     assert not caplog.records, "and that is nothing to warn of"
     monkeypatch.setattr(selection, "platform", lambda: "gpu")
-    assert chosen() == "triton"
-    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_project": ["triton"]})
+    monkeypatch.setattr(package, "_refusal", lambda problem, name: None)
+    assert chosen() == "mosaic_gpu"
+    monkeypatch.setattr(selection, "_proven_kernels", lambda: {"exit_project": ["mosaic_gpu"]})
     assert chosen() == "reference"
 
 
