@@ -149,9 +149,9 @@ def compiled(
     if case.program == "prefill":
         row = 2 * config.intermediate_size + 2 * config.num_layers * config.num_kv_heads * config.head_dim
         limit += _PROMPT_ARRAYS * PREFILL_CHUNK * row * item
-    if case.copies:
-        return Step(hlo, entry, [])
-    return Step(hlo, entry, _problems(entry, limit))
+    if case.copies:  # known ones take memory, too
+        limit += sum(size * count for _, _, size, count in entry["large_results"])
+    return Step(hlo, entry, _problems(entry, limit, copies=case.copies))
 
 
 def _copies(case: Case, hlo: str, keys: int, kernel: int) -> list[LargeResult]:
@@ -168,7 +168,9 @@ def _copies(case: Case, hlo: str, keys: int, kernel: int) -> list[LargeResult]:
 def _float_copies(case: Case, hlo: str, integers: set[int]) -> list[LargeResult]:
     """Integer weights as floats; of a prompt only what could be weights, for its scores may be as large."""
     found = float_copies(hlo, integers)
-    return [each for each in found if moves_only(each, scaled=True)] if case.program == "prefill" else found
+    if case.program != "prefill":
+        return found
+    return [each for each in found if moves_only(each, scaled=True) and PREFILL_CHUNK not in each.sizes]
 
 
 def _makes_cache(case: Case, result: LargeResult) -> bool:
@@ -180,13 +182,22 @@ def _counted(results: Iterable[LargeResult]) -> list[list[Any]]:
     return [[*result, count] for result, count in Counter(results).items()]
 
 
-def _problems(entry: dict[str, Any], limit: int) -> list[str]:
-    """Failed checks; `limit` is the number of extra bytes that a program may use."""
-    found = [
-        f"{what} {shape} by {kind}, {count} times: {size / 2**20:.1f} MiB each"
-        for what, key in (("writes", "large_results"), ("makes floats of integers,", "float_copies"))
-        for kind, shape, size, count in entry[key]
-    ]
+def _problems(entry: dict[str, Any], limit: int, *, copies: bool) -> list[str]:
+    """Failed checks.
+
+    Args:
+      limit: extra bytes that the program may use.
+      copies: whether copies are known.
+    """
+    found = (
+        []
+        if copies
+        else [
+            f"{what} {shape} by {kind}, {count} times: {size / 2**20:.1f} MiB each"
+            for what, key in (("writes", "large_results"), ("makes floats of integers,", "float_copies"))
+            for kind, shape, size, count in entry[key]
+        ]
+    )
     if entry["temporary_bytes"] > limit:
         found.append(f"uses {entry['temporary_bytes'] / 2**20:.1f} MiB besides, more than {limit / 2**20:.1f}")
     return found

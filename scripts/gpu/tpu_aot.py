@@ -21,7 +21,8 @@ from scripts.gpu.aot import Step, Target
 from scripts.gpu.aot_programs import Case
 from tide_jax.functional import DecoderConfig
 
-SPARE = 2 * 2**20  # XLA's use per layer on a TPU, in smaller arrays
+SPARE = {"v5": 2 * 2**20, "v6": 4 * 2**20}  # XLA's use per layer on a TPU, in smaller arrays
+SPARE_OF_PASSES = 6 * 2**20  # the same over several tokens
 _SINGLE = "2x2"  # the smallest topology that the compiler knows; one of its chips is compiled for
 _SUMS = 2  # exchanges of a layer: after attention, and after the feed-forward block
 _MORE_EXCHANGES = 12  # the embedding, the output head and the choice of a token
@@ -33,7 +34,7 @@ CASES = (
     Case("generate_tokens, full depth", program="generate_tokens"),
     Case("generate_tokens, propagate", "propagate", implementation=None, program="generate_tokens"),
     Case("generate_tokens, 8-bit weights", weights="int8", program="generate_tokens"),
-    Case("prompt, full depth", program="prefill"),
+    Case("prompt, full depth", program="prefill", copies=True),
     Case("prompt, 8-bit weights", weights="int8", program="prefill"),
     Case("lossless pass", program="advance_lossless"),
     Case("lossless pass, 8-bit weights", weights="int8", program="advance_lossless"),
@@ -44,7 +45,7 @@ MESHES = (
     Case("propagate, 2 rows, mesh 2x2", "propagate", implementation=None, rows=2, mesh=(2, 2)),
     Case("full depth, 2 rows, mesh 2x4", rows=2, mesh=(2, 4)),
     Case("propagate, 2 rows, 8-bit weights, mesh 2x4", "propagate", rows=2, weights="int8", mesh=(2, 4), copies=True),
-    Case("prompt, 2 rows, mesh 2x4", rows=2, program="prefill", mesh=(2, 4)),
+    Case("prompt, 2 rows, mesh 2x4", rows=2, program="prefill", mesh=(2, 4), copies=True),
 )
 
 
@@ -90,7 +91,9 @@ def _topology(name: str) -> np.ndarray:
 
 
 def _compiled(case: Case, config: DecoderConfig, devices: np.ndarray) -> Step:
-    step = aot.compiled(case, config, devices, spare=SPARE)
+    several = case.program == "advance_lossless" or case.kv_strategy == "recompute"
+    kind = next(spare for chip, spare in SPARE.items() if chip in devices.flat[0].device_kind)
+    step = aot.compiled(case, config, devices, spare=SPARE_OF_PASSES if several else kind)
     problems = ["asks for a kernel of a GPU"] if "triton" in step.hlo or "mosaic_gpu" in step.hlo else []
     exchanged = sum(step.entry.get("collectives", {}).values())
     copies = 2 if case.program == "prefill" else 1  # the first chunk of a prompt, and the loop over the others
