@@ -30,18 +30,20 @@ class Machine(NamedTuple):
     Attributes:
       name: as in its vendor's data sheet.
       bandwidth: bytes per second of its memory, from the data sheet.
+      memory: bytes of it.
       gpu: whether it launches kernels one by one and reads all slots of a cache.
     """
 
     name: str
     bandwidth: float
+    memory: float
     gpu: bool
 
 
 MACHINES = (
-    Machine("H100 SXM", 3.35e12, gpu=True),
-    Machine("TPU v5e", 0.819e12, gpu=False),
-    Machine("TPU v6e", 1.64e12, gpu=False),
+    Machine("H100 SXM", 3.35e12, 80e9, gpu=True),
+    Machine("TPU v5e", 0.819e12, 16e9, gpu=False),
+    Machine("TPU v6e", 1.64e12, 32e9, gpu=False),
 )
 
 
@@ -101,7 +103,8 @@ def roofline_table() -> str:
         f"Llama 3.1 8B's shape, bfloat16; {FILLED} tokens so far, caches of {SLOTS} slots. Floor: weights and the keys "
         "and values of the tokens so far, at the data sheet's bandwidth. Predicted: what the compiled program reads at "
         f"{_SHARE:.0%} of that bandwidth, and on a GPU {_SMALL_KERNEL * 1e6:.1f} µs for each kernel that is no weight "
-        f"product ({kernels:.0f} kernels a layer, counted in the program compiled for an H100).",
+        f"product ({kernels:.0f} kernels a layer, counted in the program compiled for an H100). Rows whose weights and "
+        "caches do not fit into a machine's memory are left out.",
     ]
     for machine in MACHINES:
         missing = NOT_RUN if machine.gpu else "not yet run on a TPU"
@@ -111,7 +114,9 @@ def roofline_table() -> str:
             f"| floor, ms | predicted, ms | predicted share of the floor | measured{_context(machine)} |",
             "|---|---:|---:|---:|---:|---:|---:|---|",
         ]
-        for step in (step for step in STEPS if machine.gpu or step.projects == 1.0):
+        for step in STEPS:
+            if not fits(step, machine) or (step.projects != 1.0 and not machine.gpu):
+                continue
             p = predict(step, machine, kernels)
             lines.append(
                 f"| {step.name} | {p.weights / 1e9:.2f} | {p.cache / 1e9:.2f} ({p.read / 1e9:.2f}) "
@@ -119,6 +124,13 @@ def roofline_table() -> str:
                 f"| {_measured(step, machine) or missing} |"
             )
     return "\n".join(lines)
+
+
+def fits(step: Step, machine: Machine) -> bool:
+    """Whether weights and caches fit into the machine's memory."""
+    config = eight_billion_config()
+    slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
+    return bytes_read(config)[step.weights] + step.rows * SLOTS * slot <= machine.memory
 
 
 def predict(step: Step, machine: Machine, kernels: float) -> Prediction:

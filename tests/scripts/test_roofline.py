@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.readme.roofline import FILLED, MACHINES, SLOTS, STEPS, Step, predict
+from scripts.readme.roofline import FILLED, MACHINES, SLOTS, STEPS, Step, fits, predict
 
 H100, V5E, _ = MACHINES
 
@@ -33,3 +33,9 @@ def test_a_tpu_reads_a_share_of_a_large_cache_and_launches_nothing() -> None:
     assert predict(Step("rows", rows=8), V5E, 20).read == predict(Step("rows", rows=8), V5E, 20).cache
     assert predict(Step("row"), V5E, 20).kernels == 0
     assert predict(Step("row"), V5E, 20).seconds == predict(Step("row"), V5E, 40).seconds
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    assert fits(Step("row"), V5E)
+    assert not fits(Step("rows", rows=8), V5E)
+    assert fits(Step("rows", rows=32), H100)
