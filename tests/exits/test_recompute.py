@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, t
 from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
-from tide_jax.functional import Decoder, KVCache, decode_step, init_cache
+from tide_jax.functional import Decoder, KeyValue, KVCache, decode_step, init_cache
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -108,7 +108,8 @@ def exits_of(model: Decoder, threshold: float, min_layers: int = 0) -> Exits:
 
 def rows_of_full_model(model: Decoder, tokens: np.ndarray) -> Any:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return model.run_layers(jnp.asarray(tokens), positions, None)[1]
+    rows = model.run_layers(jnp.asarray(tokens), positions, None)[1]
+    return KeyValue(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
 
 
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])

@@ -299,7 +299,7 @@ def test_a_step_with_the_kernel_fills_every_tokens_rows() -> None:
         given = dataclasses.replace(exits, implementation=implementation)
         out = jax.jit(run_depth)(model, 5 * one, one, cache, given)
         assert out.layers_executed == 1
-        return np.asarray(out.new.keys), np.asarray(out.new.values)
+        return tuple(np.stack(arrays) for arrays in zip(*out.new, strict=True))
 
     for found, expected in zip(rows("pallas_interpret"), rows("reference"), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
@@ -22,7 +23,6 @@ from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState
 from tide_jax.exits.queue import Pending, Queue, QueuedCache
 from tide_jax.exits.walk import Loop, Walk, groups_of
-from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.sharding import mesh_of
 
@@ -138,9 +138,8 @@ class _DeferredStep(NamedTuple):
         cache = QueuedCache(queue.write_rows(self.walk.rows.by_layer(rows), done), pending._replace(ran=ran))
         # The new slot is appended only at the end of the step: its rows join those of the loop.
         own = (done & gone)[:, None, None, None, None, None]
-        keys = jnp.where(own, rows.keys[:, :, :, :, -1:], loop.rows.keys)
-        values = jnp.where(own, rows.values[:, :, :, :, -1:], loop.rows.values)
-        return loop._replace(rows=KeyValue(keys, values)), cache
+        joined = jax.tree.map(lambda a, b: jnp.where(own, a[:, :, :, :, -1:], b), rows, loop.rows)
+        return loop._replace(rows=joined), cache
 
     def _queue(self, cache: QueuedCache) -> Queue:
         return Queue(cache, self.walk.groups, self.window)

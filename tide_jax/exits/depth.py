@@ -28,13 +28,13 @@ class DepthOutput(NamedTuple):
       states: final-normed states [B, T, D], the input of the output head.
       exit_layers: index of the last layer each token ran for its answer, int32 [B, T]; -1 for tokens that were not
         active.
-      new: key and value rows of every layer, ``[L, B, KV, T, channels]``.
+      new: key and value rows of each layer, ``[B, KV, T, channels]``.
       layers_executed: layers the loop ran, int32 scalar: the depth of the deepest token; all layers with "recompute".
     """
 
     states: Float[Array, "B T D"]
     exit_layers: Int[Array, "B T"]
-    new: KeyValue
+    new: tuple[KeyValue, ...]
     layers_executed: Int[Array, ""]
 
 

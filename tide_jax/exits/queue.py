@@ -10,6 +10,7 @@ its last run: a contiguous range at the end of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class QueuedCache(NamedTuple):
     kv: KVCache
     pending: Pending
 
-    def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> QueuedCache:
+    def append(self, new: Sequence[KeyValue], positions: Int[Array, "B T"]) -> QueuedCache:
         """`KVCache.append` for slots that have run all layers; nothing may wait."""
         kv = self.kv.append(new, positions)
         return QueuedCache(kv, self.pending._replace(ran=jnp.broadcast_to(kv.length, self.pending.ran.shape)))
@@ -130,11 +131,11 @@ class Queue(NamedTuple):
         slots = jnp.arange(kv.capacity, dtype=jnp.int32)[None]
         return kv._replace(positions=jnp.where(slots < self.pending.ran[g], kv.positions, -1))
 
-    def write_rows(self, new: KeyValue, done: Bool[Array, " groups"]) -> KVCache:
+    def write_rows(self, new: Sequence[KeyValue], done: Bool[Array, " groups"]) -> KVCache:
         """Keys and values with the rows of waiting slots written.
 
         Args:
-          new: ``[L, B, KV, Q, channels]``, rows of the queue's slots.
+          new: rows of the queue's slots, ``[B, KV, Q, channels]`` for each layer.
           done: groups whose rows `new` holds.
         """
         # Only slots that waited for a group of `done` get new rows; all others keep theirs.
@@ -147,13 +148,14 @@ class Queue(NamedTuple):
             kept = lax.dynamic_slice(old, start, rows.shape)
             return lax.dynamic_update_slice(old, in_order(jnp.where(fresh, rows.astype(old.dtype), kept)), start)
 
-        def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
-            return tuple(write_layer(*layer) for layer in zip(old, rows, fresh, strict=True))
-
         kv = self.cache.kv
-        return kv._replace(keys=write(kv.keys, new.keys), values=write(kv.values, new.values))
+        keys = tuple(write_layer(old, r.keys, f) for old, r, f in zip(kv.keys, new, fresh, strict=True))
+        values = tuple(write_layer(old, r.values, f) for old, r, f in zip(kv.values, new, fresh, strict=True))
+        return kv._replace(keys=keys, values=values)
 
-    def write_step(self, new: KeyValue, done: Bool[Array, " groups"], states: Float[Array, "B Q D"]) -> QueuedCache:
+    def write_step(
+        self, new: Sequence[KeyValue], done: Bool[Array, " groups"], states: Float[Array, "B Q D"]
+    ) -> QueuedCache:
         """Writes rows like `write_rows` and appends the step's tokens.
 
         Args:

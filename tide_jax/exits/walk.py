@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -84,15 +85,10 @@ class GroupRows(NamedTuple):
 
         return KeyValue(stack([r.keys for r in rows]), stack([r.values for r in rows]))
 
-    def by_layer(self, rows: KeyValue) -> KeyValue:
-        """``[groups, longest group, ...]`` -> ``[layers, ...]``."""
-
-        def flatten(a: Array) -> Array:
-            if all(len(group) == self._longest for group in self.groups):
-                return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])  # without a copy
-            return jnp.concatenate([a[g, : len(group)] for g, group in enumerate(self.groups)])
-
-        return KeyValue(flatten(rows.keys), flatten(rows.values))
+    def by_layer(self, rows: KeyValue) -> tuple[KeyValue, ...]:
+        """The rows of each layer, ``[B, KV, S, channels]``."""
+        places = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group))]
+        return tuple(KeyValue(*(a[place] for a in rows)) for place in places)
 
     def layers_before(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """Number of layers in the groups before `group`."""
@@ -240,10 +236,11 @@ def run_groups(
 
     def body(s: Loop) -> Loop:
         state, rows = lax.switch(choose(s), branches, s.state)
-        zeros = (jnp.int32(0),) * rows.keys.ndim
-        keys = lax.dynamic_update_slice(s.rows.keys, rows.keys[None], (s.group, *zeros))
-        values = lax.dynamic_update_slice(s.rows.values, rows.values[None], (s.group, *zeros))
-        return Loop(s.group + 1, state, KeyValue(keys, values))
+
+        def write(old: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice(old, new[None], (s.group, *(jnp.int32(0),) * new.ndim))
+
+        return Loop(s.group + 1, state, jax.tree.map(write, s.rows, rows))
 
     return lax.while_loop(more, body, loop)
 

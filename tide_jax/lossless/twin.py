@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -21,7 +22,6 @@ from tide_jax.exits.depth import run_depth
 from tide_jax.generation.generate import Request
 from tide_jax.lossless.drafts import DraftedRows, Drafts
 from tide_jax.lossless.verify import draw
-from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder, from_parameters, stored_parameters, summed_axes
 from tide_jax.model.sharding import mesh_of
@@ -64,7 +64,7 @@ class TwinDrafter(NamedTuple):
             drawn = draw(self.model, out.states, drafted, ends[:, None], s.seen[:, None], request)[:, 0]
             index = jnp.arange(len(ends))
             # An overflow here is not the full model's, which reads masked slots times zero: keep them finite.
-            new = KeyValue(*(jnp.where(jnp.isfinite(a), a, 0) for a in out.new))
+            new = jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0), out.new)
             return _Loop(
                 made=s.made + 1,
                 drafting=s.drafting & ~jnp.any(drawn[:, None] == request.eos, axis=1),

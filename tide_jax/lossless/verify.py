@@ -32,12 +32,12 @@ class Answers(NamedTuple):
     Attributes:
       tokens: next token drawn at each slot.
       finite: slots whose states are finite.
-      new: key and value rows of every layer, ``[L, B, KV, Q, channels]``.
+      new: key and value rows of each layer, ``[B, KV, Q, channels]``.
     """
 
     tokens: Int[Array, "B Q"]
     finite: Bool[Array, "B Q"]
-    new: KeyValue
+    new: tuple[KeyValue, ...]
 
 
 class Verification(NamedTuple):
@@ -85,7 +85,7 @@ def run_full_model(
         return Answers(
             tokens=jnp.pad(drawn, ((0, 0), (0, most - width))),
             finite=jnp.pad(jnp.all(jnp.isfinite(out.states), axis=2), ((0, 0), (0, most - width))),
-            new=KeyValue(*(place_rows(a, most, 0) for a in out.new)),
+            new=jax.tree.map(lambda a: place_rows(a, most, 0), out.new),
         )
 
     return lax.switch(verify_index(used, most), [lambda w=w: of_first(w) for w in verify_widths(most)])
@@ -115,7 +115,7 @@ def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B 
     kept = ran & (slots <= at)
     used = jnp.max(jnp.where(kept, slots + 1, 0))
     # Rejected drafts leave zeros: attention multiplies what it masks by zero, and zero times infinity is not a number.
-    new = KeyValue(*(jnp.where(kept[None, :, None, :, None], a, 0) for a in answers.new))
+    new = jax.tree.map(lambda a: jnp.where(kept[:, None, :, None], a, 0), answers.new)
     grown = cache.append(new, jnp.where(kept, positions, -1))
     index = jnp.arange(rows.ends.shape[0])
     return Verification(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -43,35 +44,34 @@ class KVCache(NamedTuple):
         """One layer's keys and values, without a copy."""
         return CachedRows(self.keys[index], self.values[index], self.length)
 
-    def append(self, new: KeyValue, positions: Int[Array, "B T"]) -> KVCache:
-        """Writes T new slots of every layer (``new.keys [L, B, KV, T, hk]``) after the last one.
+    def append(self, new: Sequence[KeyValue], positions: Int[Array, "B T"]) -> KVCache:
+        """Writes T new slots of every layer (``new[layer].keys [B, KV, T, hk]``) after the last one.
 
         The caller ensures that ``length + T <= capacity``.
         """
         zero = jnp.int32(0)
         start = (zero, zero, self.length, zero)
 
-        def write(old: tuple[Array, ...], rows: Array) -> tuple[Array, ...]:
-            rows = in_order(rows)
-            return tuple(lax.dynamic_update_slice(a, r.astype(a.dtype), start) for a, r in zip(old, rows, strict=True))
+        def write(old: Array, rows: Array) -> Array:
+            return lax.dynamic_update_slice(old, in_order(rows.astype(old.dtype)), start)
 
         return KVCache(
-            keys=write(self.keys, new.keys),
-            values=write(self.values, new.values),
+            keys=tuple(write(old, rows.keys) for old, rows in zip(self.keys, new, strict=True)),
+            values=tuple(write(old, rows.values) for old, rows in zip(self.values, new, strict=True)),
             positions=lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), (zero, self.length)),
             length=self.length + jnp.int32(positions.shape[1]),
         )
 
 
-def place_rows(rows: Float[Array, "L B KV W c"], slots: int, at: int) -> Float[Array, "L B KV S c"]:
+def place_rows(rows: Float[Array, "... W c"], slots: int, at: int) -> Float[Array, "... S c"]:
     """Key or value rows in `slots` slots, from slot `at` on; zeros elsewhere.
 
     On a CPU, updating a slice of zeros is faster than `jnp.pad`.
     """
-    if rows.shape[3] == slots:
+    if rows.shape[-2] == slots:
         return rows
-    empty = jnp.zeros((*rows.shape[:3], slots, rows.shape[4]), rows.dtype)
-    return lax.dynamic_update_slice_in_dim(empty, rows, at, axis=3)
+    empty = jnp.zeros((*rows.shape[:-2], slots, rows.shape[-1]), rows.dtype)
+    return lax.dynamic_update_slice_in_dim(empty, rows, at, axis=rows.ndim - 2)
 
 
 def newest_positions(cache: KVCache, count: int) -> Int[Array, "B count"]:

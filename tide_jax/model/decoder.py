@@ -105,11 +105,10 @@ class Decoder(nnx.Module):
 
     def run_layers(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Plain pass through all layers: the last layer's output and the new keys and values ``[L, B, KV, T, hd]``."""
+    ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
+        """Plain pass through all layers: the last layer's output, and each layer's new keys and values."""
         outputs = list(self.layer_outputs(tokens, positions, cache))
-        rows = [rows for _, rows in outputs]
-        return outputs[-1][0], KeyValue(jnp.stack([r.keys for r in rows]), jnp.stack([r.values for r in rows]))
+        return outputs[-1][0], tuple(rows for _, rows in outputs)
 
     def layer_outputs(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
