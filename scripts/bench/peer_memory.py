@@ -12,6 +12,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,15 +72,15 @@ def load(job: Job) -> Variant:
     return tide_variant(make_engine(tide_jax.load(job.model, "float32"), settings)[0], job.variant)
 
 
-def peaks(variant: Variant, ids: list[int], count: int) -> dict[str, float | None]:
-    """Peak resident MiB since this process began, and during a second generation."""
-    variant(ids, count)
-    whole, again = peak(), forget_peak()
-    variant(ids, count)
-    return {"peak": max(whole, peak()), "generating": peak() if again else None}
+def peaks(run: Callable[[], Any]) -> dict[str, float | None]:
+    """Peak resident MiB since this process began, and during a second run; None if unknown."""
+    run()
+    whole, again = _peak(), _forget_peak()
+    run()
+    return {"peak": max(whole, _peak()), "generating": _peak() if again else None}
 
 
-def peak() -> float:
+def _peak() -> float:
     """Prefers Linux's value for this process, because `getrusage` includes the parent process's peak."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -90,7 +91,7 @@ def peak() -> float:
     return used / 1024 / (1024 if sys.platform == "darwin" else 1)
 
 
-def forget_peak() -> bool:
+def _forget_peak() -> bool:
     """Resets the peak; returns False if the system can't."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -101,4 +102,5 @@ def forget_peak() -> bool:
 
 if __name__ == "__main__":
     job = Job(**json.loads(sys.argv[1]))
-    print(json.dumps(peaks(load(job), job.ids, job.count)))
+    variant = load(job)
+    print(json.dumps(peaks(lambda: variant(job.ids, job.count))))

@@ -35,8 +35,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 import tide_jax
+from scripts.bench.decode import random_prompts
 from scripts.bench.float_copy import float_copy
-from scripts.bench.peer_memory import forget_peak, peak
+from scripts.bench.peer_memory import peaks
 from scripts.reporting import machine, save
 from tide_jax.functional import Decoder, KVCache, init_cache, prefill
 from tide_jax.generation.generate import Prompt
@@ -57,18 +58,19 @@ def main() -> None:
     parser.add_argument("--memory-of", nargs=2, metavar=("VARIANT", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(json.dumps(memory(variant(args.memory_of[0], args.model), int(args.memory_of[1]))))
+        run, prompt = variant(args.memory_of[0], args.model), prompt_of(int(args.memory_of[1]))
+        print(json.dumps(peaks(lambda: run(prompt))["generating"]))
         return
     peers = PEERS if args.transformers and importlib.util.find_spec("torch") else ()
     with float_copy(args.transformers) if peers else nullcontext(tempfile.gettempdir()) as folder:
         sources = {OURS: args.model, **dict.fromkeys(peers, str(folder))}
-        peaks = {n: {name: peak_memory(name, source, n) for name, source in sources.items()} for n in args.tokens}
+        held = {n: {name: peak_memory(name, source, n) for name, source in sources.items()} for n in args.tokens}
         variants = {name: variant(name, source) for name, source in sources.items()}
     report = {
         "model": str(args.model),
         "method": {"rounds": args.rounds},
         "machine": machine(),
-        "prompts": [{**measure(variants, n, args.rounds), "peak_mib": peaks[n]} for n in args.tokens],
+        "prompts": [{**measure(variants, n, args.rounds), "peak_mib": held[n]} for n in args.tokens],
     }
     show(report)
     save(args.out, report)
@@ -129,8 +131,8 @@ def warmed(run: Callable[[], float]) -> Callable[[], float]:
 
 
 def prompt_of(tokens: int) -> np.ndarray:
-    """A prompt ``[1, T]`` of random tokens."""
-    return np.random.default_rng(0).integers(5, 250, (1, tokens))
+    """A prompt ``[1, T]`` of random tokens that every vocabulary has."""
+    return random_prompts(250, 1, tokens)
 
 
 def measure(variants: dict[str, Run], tokens: int, rounds: int) -> dict[str, Any]:
@@ -154,18 +156,8 @@ def measure(variants: dict[str, Run], tokens: int, rounds: int) -> dict[str, Any
     return {"tokens": tokens, "variants": rows}
 
 
-def memory(run: Run, tokens: int) -> float | None:
-    """Peak resident MiB of this process while it reads a prompt for the second time; None if unknown."""
-    prompt = prompt_of(tokens)
-    run(prompt)
-    if not forget_peak():
-        return None
-    run(prompt)
-    return peak()
-
-
 def peak_memory(name: str, source: str, tokens: int) -> float | None:
-    """`memory` of a variant, in a new process; None if it fails."""
+    """Peak resident MiB while a variant reads a prompt for the second time, in a new process; None if it fails."""
     command = [sys.executable, "-m", "scripts.bench.prompts", source, "--memory-of", name, str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT)
     if done.returncode:

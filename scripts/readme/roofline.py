@@ -128,9 +128,8 @@ def roofline_table() -> str:
 
 def fits(step: Step, machine: Machine) -> bool:
     """Whether weights and caches fit into the machine's memory."""
-    config = eight_billion_config()
-    slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
-    return bytes_read(config)[step.weights] + step.rows * SLOTS * slot <= machine.memory
+    weights = bytes_read(eight_billion_config())[step.weights]
+    return weights + step.rows * SLOTS * _bytes_of_a_token() <= machine.memory
 
 
 def predict(step: Step, machine: Machine, kernels: float) -> Prediction:
@@ -142,7 +141,7 @@ def predict(step: Step, machine: Machine, kernels: float) -> Prediction:
     projection = (1 - MOST_EFFICIENCY) * layer
     weights = head + layer * config.num_layers * step.depth + skipped * projection * step.projects
     # Keys and values of the layers that run: of the tokens so far, and of the slots that the program reads.
-    slot = 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers * step.depth * step.rows
+    slot = _bytes_of_a_token() * step.depth * step.rows
     keys = step.rows * config.num_kv_heads * config.head_dim * 2 * SLOTS
     share = FILLED / SLOTS if not machine.gpu and keys >= LARGE_CACHE else 1.0
     cache, read = slot * FILLED, slot * SLOTS * share
@@ -151,6 +150,12 @@ def predict(step: Step, machine: Machine, kernels: float) -> Prediction:
     seconds = (weights + read) / (machine.bandwidth * _SHARE) + (small * _SMALL_KERNEL if machine.gpu else 0.0)
     floor = (weights + cache) / machine.bandwidth
     return Prediction(weights, cache, read, launched if machine.gpu else 0, floor, seconds)
+
+
+def _bytes_of_a_token() -> int:
+    """Bytes of a token's keys and values in all layers, bfloat16."""
+    config = eight_billion_config()
+    return 2 * config.num_kv_heads * config.head_dim * 2 * config.num_layers
 
 
 def _kernels() -> float:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tide_jax.model.attention.softmax import FEW_QUERIES, Attend, Part, attend_part, merge
 from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, Adapt, CachedRows, KeyValue, Span
@@ -71,46 +71,43 @@ def attend(
     return jnp.transpose(whole.output(), (0, 3, 1, 2, 4)).astype(q.dtype)
 
 
-def _read(part: Attend, q: Float[Array, "B KV G T hk"], rows: KeyValue | CachedRows, span: Span) -> Part:
+def _read(part: Attend, q: Float[Array, "B KV G T hk"], run: KeyValue | CachedRows, span: Span) -> Part:
     """Attention over one run of keys, read as the number of queries and the platform ask for."""
+    rows, filled = KeyValue(run.keys, run.values), run.filled if isinstance(run, CachedRows) else None
     few = q.shape[3] <= _FEW_TOKENS and q.shape[2] * q.shape[3] <= FEW_QUERIES
-    if few and (isinstance(rows, KeyValue) or rows.keys.shape[2] <= BLOCK):
-        return part(q, KeyValue(rows.keys, rows.values), span)  # the same everywhere
+    if few and (filled is None or rows.keys.shape[2] <= BLOCK):
+        return part(q, rows, span)  # the same everywhere
     ways = {"cpu": _on_cpu, "tpu": _on_tpu, "default": _on_gpu}
-    return lax.platform_dependent(**{name: functools.partial(way, part, q, rows, span) for name, way in ways.items()})
+    return lax.platform_dependent(
+        **{name: functools.partial(way, part, q, rows, span, filled) for name, way in ways.items()}
+    )
 
 
-def _on_cpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
-    everything, cached = KeyValue(rows.keys, rows.values), isinstance(rows, CachedRows)
+def _on_cpu(part: Attend, q: Array, rows: KeyValue, span: Span, filled: Int[Array, ""] | None) -> Part:
     if q.shape[2] * q.shape[3] > FEW_QUERIES:
         # Among new tokens, half of the keys are later than a query: lower tiles leave out more of them.
-        tall = _tile_queries(q) // (1 if cached else 2)
-        filled = rows.filled if isinstance(rows, CachedRows) else None
-        return Tiles(part, q, everything, span, filled, tall=tall, wide=BLOCK, skip=True).read()
-    if not isinstance(rows, CachedRows) or rows.keys.shape[2] <= BLOCK:
-        return part(q, everything, span)
-
-    def in_blocks() -> Part:
-        return Tiles(part, q, everything, span, rows.filled, tall=q.shape[3], wide=BLOCK, skip=False).read()
-
-    return lax.cond(rows.filled * 2 > rows.keys.shape[2], lambda: part(q, everything, span), in_blocks)
+        tall = _tile_queries(q) // (2 if filled is None else 1)
+        return Tiles(part, q, rows, span, filled, tall=tall, wide=BLOCK, skip=True).read()
+    if filled is None or rows.keys.shape[2] <= BLOCK:
+        return part(q, rows, span)
+    blocks = Tiles(part, q, rows, span, filled, tall=q.shape[3], wide=BLOCK, skip=False)
+    return lax.cond(filled * 2 > rows.keys.shape[2], lambda: part(q, rows, span), blocks.read)
 
 
-def _on_gpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
-    everything, tokens = KeyValue(rows.keys, rows.values), q.shape[3]
+def _on_gpu(part: Attend, q: Array, rows: KeyValue, span: Span, filled: Int[Array, ""] | None) -> Part:
+    tokens = q.shape[3]
     if tokens <= _FEW_TOKENS:
-        return part(q, everything, span)
-    filled = rows.filled if isinstance(rows, CachedRows) else None
-    return Tiles(part, q, everything, span, filled, tall=tokens, wide=_LONG_BLOCK, skip=False).read()
+        return part(q, rows, span)
+    return Tiles(part, q, rows, span, filled, tall=tokens, wide=_LONG_BLOCK, skip=False).read()
 
 
-def _on_tpu(part: Attend, q: Array, rows: KeyValue | CachedRows, span: Span) -> Part:
-    if q.shape[3] > _FEW_TOKENS or not isinstance(rows, CachedRows) or rows.keys.nbytes < LARGE_CACHE:
-        return _on_gpu(part, q, rows, span)
-    everything, size = KeyValue(rows.keys, rows.values), rows.keys.shape[2]
+def _on_tpu(part: Attend, q: Array, rows: KeyValue, span: Span, filled: Int[Array, ""] | None) -> Part:
+    if q.shape[3] > _FEW_TOKENS or filled is None or rows.keys.nbytes < LARGE_CACHE:
+        return _on_gpu(part, q, rows, span, filled)
+    size = rows.keys.shape[2]
     shares = [min(size, share + -share % EVEN_SLOTS) for share in (size // 4, size // 2, size)]
-    longer = sum((rows.filled > share).astype(jnp.int32) for share in shares[:-1])
-    return lax.switch(longer, [lambda n=n: part(q, everything.slots(0, n), span.slots(0, n)) for n in shares])
+    longer = sum((filled > share).astype(jnp.int32) for share in shares[:-1])
+    return lax.switch(longer, [lambda n=n: part(q, rows.slots(0, n), span.slots(0, n)) for n in shares])
 
 
 def _tile_queries(q: Float[Array, "B KV G T hk"]) -> int:
