@@ -88,13 +88,20 @@ _hints = functools.cache(typing.get_type_hints)
 def _missing_fields(kind: Any, value: Any, place: str) -> Iterator[str]:
     """Missing fields at any depth; values that are present may have any type."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        yield from _missing_fields(get_args(kind)[0], value, place) if value is not None else ()
+        yield from _missing_fields(_member(kind, value), value, place) if value is not None else ()
     elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _missing_fields(get_args(kind)[0], item, f"{place}{i}.")
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
         for name, hint in _fields(kind).items():
             yield from _missing_fields(hint, value[name], f"{place}{name}.") if name in value else (f"{place}{name}",)
+
+
+def _member(union: Any, value: Any) -> Any:
+    """The member of a union that a value is meant for: the dataclass with its `kind`, else the first member."""
+    tag = value.get("kind") if isinstance(value, dict) else None
+    tagged = (m for m in get_args(union) if dataclasses.is_dataclass(m) and tag in get_args(_fields(m).get("kind")))
+    return next(tagged, get_args(union)[0])
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 def _build(kind: Any, value: Any) -> Any:
     """Converts a value to its annotated type, with nested dataclasses and tuples."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return None if value is None else _build(get_args(kind)[0], value)
+        return None if value is None else _build(_member(kind, value), value)
     if typing.get_origin(kind) is tuple:
         return tuple(_build(get_args(kind)[0], item) for item in value)
     if dataclasses.is_dataclass(kind):

@@ -14,6 +14,7 @@ from tide_jax.exits.router import SCREEN_LEVELS, Candidates, Confidence, ExitHea
 from tide_jax.exits.translators import LayerTranslators, Translators
 from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.recurrent.types import GatedDeltaType, SelectiveType, ShortConvType, StateSpaceType
 
 
 def tiny_config(**changes: Any) -> DecoderConfig:
@@ -33,9 +34,29 @@ def tiny_config(**changes: Any) -> DecoderConfig:
         "intermediate_size": 80,
         "max_positions": 512,
         "attention_types": (AttentionType(scale=8**-0.5, rope=RopeConfig(theta=10000.0, rotary_dim=8)),),
-        "attention_pattern": (0,) * num_layers,
+        "layer_pattern": (0,) * num_layers,
     }
     return DecoderConfig(**(fields | changes))
+
+
+def tiny_hybrid_config(**changes: Any) -> DecoderConfig:
+    """`tiny_config` with 7 layers: a short convolution, Mamba-2, two delta nets, attention in layers 2 and 5, Mamba.
+
+    `changes` replace fields.
+    """
+    kinds = (
+        ShortConvType(width=3),
+        StateSpaceType(heads=6, head_dim=8, groups=2, state_size=10, width=4),
+        GatedDeltaType(key_heads=2, value_heads=4, key_dim=8, value_dim=6, width=4),
+        SelectiveType(inner=40, state_size=5, step_rank=3, width=4),
+    )
+    fields: dict[str, Any] = {
+        "num_layers": 7,
+        "recurrent_types": kinds,
+        "layer_pattern": (1, 2, 0, 3, 3, 0, 4),
+        "mlp_layers": (0, 1, 2, 3, 5, 6),
+    }
+    return tiny_config(**(fields | changes))
 
 
 def tiny_decoder(config: DecoderConfig | None = None, *, seed: int = 0, dtype: Any = jnp.float32) -> Decoder:

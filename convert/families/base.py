@@ -149,7 +149,7 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
         "intermediate_size": first_set(hf, "intermediate_size"),
         "max_positions": first_set(hf, "max_position_embeddings"),
         "attention_types": types,
-        "attention_pattern": tuple(types.index(layer) for layer in layers),
+        "layer_pattern": tuple(types.index(layer) for layer in layers),
         "norm_eps": norm_eps(hf),
         "activation": first_set(hf, "hidden_activation", "hidden_act", "activation_function"),
         "tie_embeddings": bool(hf.tie_word_embeddings),

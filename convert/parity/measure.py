@@ -23,10 +23,13 @@ from tide_jax.exits.depth import run_depth
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import init_cache
 from tide_jax.exits.router import Routers
-from tide_jax.model.cache import KVCache
+from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.cache import KVCache, advance, empty_cache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.files.checkpoint import load
-from tide_jax.model.layers import DecoderLayer, KeyValue
+from tide_jax.model.layers import DecoderLayer, Rows
+from tide_jax.model.recurrent.mixer import State
+from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.testing import constant_routers
 
 _MIN_LOGIT_RANGE = 2.0
@@ -169,7 +172,7 @@ def _run_depth(
 ) -> tuple[Float[Array, "B T V"], Int[Array, "B T"], KVCache]:
     """Logits and exit layers when every token that may exit does so at the first exit point."""
     out = run_depth(model, tokens, positions, cache, Exits.uniform(routers, 0.0), may_exit=may_exit)
-    return model.logits(out.states), out.exit_layers, cache.append(out.new, positions)
+    return model.logits(out.states), out.exit_layers, cache.append(out.new, positions, model.layers)
 
 
 @_jit
@@ -180,7 +183,7 @@ def _run_head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B 
 def _run_prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Logits of one pass at full depth, and `NEW_TOKENS` greedy tokens after each row, [B, NEW_TOKENS]."""
     logits, rows = _run_forward(model, jnp.asarray(batch.tokens), jnp.asarray(batch.positions))
-    cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions))
+    cache = _empty_cache(model, batch).append(rows, jnp.asarray(batch.positions), model.layers)
     text = [np.argmax(logits[:, -1:], axis=-1).astype(np.int32)]
     for n in range(1, NEW_TOKENS):
         ones = np.ones_like(text[-1], bool)
@@ -225,9 +228,8 @@ def _walk_layers(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarr
     layers only compute its keys and values.
     """
     rows, length = batch.tokens.shape
-    heads, *channels = model.config.cache_shape
-    empty = KeyValue(*(jnp.zeros((rows, heads, 1, c), jnp.float32) for c in channels))
-    memory = [[empty] * length for _ in model.layers]  # full length from the start, so that shapes never change
+    # Full length from the start, so that shapes never change.
+    memory: list[Any] = [_start(memory, length) for memory in empty_cache(model.config, rows, 1, jnp.float32).layers]
     exits = may_exit & (batch.positions >= 1)
     states = []
     for t in range(length):
@@ -236,7 +238,11 @@ def _walk_layers(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarr
         x, contexts = _embed(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, cached_positions)))
         for i, layer in enumerate(model.layers):
             exited = exits[:, t] & (i > _middle_layer(model))
-            x, memory[i][t] = _run_layer(layer, x, contexts, memory[i], jnp.asarray(exited))
+            x, new = _run_layer(layer, x, contexts, memory[i], jnp.asarray(exited))
+            if isinstance(memory[i], State):
+                memory[i] = _take_in(layer, memory[i], new, jnp.asarray(now.positions >= 0))
+            else:
+                memory[i][t] = new
         states.append(x)
     return np.asarray(_run_head(model, jnp.concatenate(states, axis=1)))
 
@@ -258,14 +264,29 @@ def _embed(
 
 @_jit
 def _run_layer(
-    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue], exited: Bool[Array, " B"]
-) -> tuple[Float[Array, "B 1 D"], KeyValue]:
-    """Runs a layer on one token of each row. Rows that exited keep their state and only give keys and values."""
-    cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
+    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue] | State, exited: Bool[Array, " B"]
+) -> tuple[Float[Array, "B 1 D"], Rows]:
+    """Runs a layer on one token of each row. Rows that exited keep the residual stream, and the layer keeps that."""
+    cached: Any = memory
+    if not isinstance(memory, State):
+        cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
     y, new = layer(x, contexts, cached)
-    exit_rows = layer.project_kv(x, contexts)
-    new = KeyValue(*(jnp.where(exited[:, None, None, None], a, b) for a, b in zip(exit_rows, new, strict=True)))
-    return jnp.where(exited[:, None, None], x, y), new
+
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(exited.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    new = jax.tree.map(choose, layer.project_rows(x, contexts), new)
+    return choose(x, y), new
 
 
-_PROGRAMS: tuple[Any, ...] = (_run_forward, _run_depth, _run_head, _embed, _run_layer)
+@_jit
+def _take_in(layer: DecoderLayer, state: State, inputs: Array, real: Bool[Array, "B 1"]) -> State:
+    """A recurrent layer's state after one more token of each row that has one."""
+    return advance(layer, state, inputs, TokenOrder.of(real))
+
+
+def _start(memory: KeyValue | State, length: int) -> list[KeyValue] | State:
+    return memory if isinstance(memory, State) else [KeyValue(*(a[:, :, :1] for a in memory))] * length
+
+
+_PROGRAMS: tuple[Any, ...] = (_run_forward, _run_depth, _run_head, _embed, _run_layer, _take_in)

@@ -57,7 +57,7 @@ def decoder_of(
         model_type=model_type,
         num_layers=len(layers),
         attention_types=types,
-        attention_pattern=tuple(types.index(kind) for kind in kinds),
+        layer_pattern=tuple(types.index(kind) for kind in kinds),
         **flags,
     )
 

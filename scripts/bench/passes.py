@@ -86,7 +86,9 @@ def pass_variant(model: Decoder, width: int) -> Callable[[], float]:
             tokens, cache = carry
             out = run_depth(model, tokens, positions, cache)
             answers = likeliest(model.logits(out.states))
-            return answers, cache.append(out.new, jnp.full_like(positions, -1))._replace(length=cache.length)
+            return answers, cache.append(out.new, jnp.full_like(positions, -1), model.layers)._replace(
+                length=cache.length
+            )
 
         return lax.fori_loop(0, PASSES, body, (tokens, cache))[0]
 

@@ -84,7 +84,7 @@ def report(
     compiled: Callable[[Case, DecoderConfig, np.ndarray], Step],
 ) -> int:
     """Compiles the cases, prints and writes the findings, and returns the process's exit code."""
-    config = dataclasses.replace(eight_billion_config(), num_layers=args.layers, attention_pattern=(0,) * args.layers)
+    config = dataclasses.replace(eight_billion_config(), num_layers=args.layers, layer_pattern=(0,) * args.layers)
     model = {"layers": args.layers, "hidden_size": config.hidden_size, "dtype": jnp.dtype(DTYPE).name}
     found = {"jax": jax.__version__, "model": model, "slots": SLOTS, "interval": INTERVAL, "prompt": LONG_PROMPT}
     entries: list[dict[str, Any]] = []

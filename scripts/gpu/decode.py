@@ -29,12 +29,11 @@ from scripts.reporting import reason
 from tide_jax.config import layer_groups
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState, finish_group
-from tide_jax.exits.walk import GroupRows
+from tide_jax.exits.walk import GroupRows, Stacks
 from tide_jax.functional import decode_step, init_cache
 from tide_jax.generation.cuda_graphs import OPTIONS
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.generate import StepOutput
-from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
@@ -91,19 +90,20 @@ def cond_chain_step(
     """`tide_jax.functional.decode_step` with a `lax.cond` for each group instead of the loop and its switch."""
     positions = jnp.where(active, positions, -1)[:, None]
     groups = layer_groups(model.config.num_layers, exits.routers.exit_points)
-    contexts, rows = model.contexts(positions, cache), GroupRows(groups)
+    contexts, rows = model.contexts(positions, cache), GroupRows(groups, model.config)
     alone = positions.size == 1
 
-    def run(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
+    def run(g: int, state: TokenState) -> tuple[TokenState, Stacks]:
         found, going = [], state.active[:, :, None]
         for i in groups[g]:
             y, new = model.layers[i](state.x, contexts, cache.layer(i))
             state = state._replace(x=y if alone else jnp.where(going, y, state.x))
             found.append(new)
-        return finish_group(model, groups, g, state, exits, positions >= 1), rows.stack(found, positions.shape[1])
+        return finish_group(model, groups, g, state, exits, positions >= 1), rows.stack(g, found, positions.shape[1])
 
-    def fill(g: int, state: TokenState) -> tuple[TokenState, KeyValue]:
-        return state, rows.stack([model.layers[i].project_kv(state.x, contexts) for i in groups[g]], positions.shape[1])
+    def fill(g: int, state: TokenState) -> tuple[TokenState, Stacks]:
+        filled = [model.layers[i].project_rows(state.x, contexts) for i in groups[g]]
+        return state, rows.stack(g, filled, positions.shape[1])
 
     state = TokenState.start(model.embed_tokens(tokens[:, None], positions), positions)
     found, executed = [], jnp.int32(0)
@@ -112,8 +112,8 @@ def cond_chain_step(
         executed += jnp.where(going, len(group), 0)
         state, new = lax.cond(going, functools.partial(run, g), functools.partial(fill, g), state)
         found.append(new)
-    stacked = KeyValue(jnp.stack([r.keys for r in found]), jnp.stack([r.values for r in found]))
-    grown = cache.append(rows.by_layer(stacked), positions)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *found)
+    grown = cache.append(rows.by_layer(stacked), positions, model.layers)
     finite = finite_rows(state.states)
     return StepOutput(model.logits(state.states)[:, 0], grown, state.exit_layers[:, 0], executed, finite)
 
@@ -158,12 +158,11 @@ def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, ja
 def filled_cache(steered: Steered, batch: int, tokens: int, room: int) -> KVCache:
     """A cache filled with random rows."""
     cache = init_cache(steered.model.config, batch, tokens + room, steered.model.dtype)
-    arrays, tree = jax.tree.flatten((cache.keys, cache.values))
+    arrays, tree = jax.tree.flatten(cache.layers)
     filled = [jax.random.normal(jax.random.key(i), a.shape, a.dtype) for i, a in enumerate(arrays)]
-    keys, values = jax.tree.unflatten(tree, filled)
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)
     positions = jnp.broadcast_to(jnp.where(slots < tokens, slots, -1), cache.positions.shape)
-    return cache._replace(keys=keys, values=values, positions=positions, length=jnp.int32(tokens))
+    return cache._replace(layers=jax.tree.unflatten(tree, filled), positions=positions, length=jnp.int32(tokens))
 
 
 def targets(steered: Steered) -> list[tuple[float, int]]:

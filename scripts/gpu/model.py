@@ -52,7 +52,7 @@ def _llama(*, head_dim: int, num_layers: int, theta: float, **sizes: int) -> Dec
         head_dim=head_dim,
         num_layers=num_layers,
         attention_types=(kind,),
-        attention_pattern=(0,) * num_layers,
+        layer_pattern=(0,) * num_layers,
         **sizes,
     )
 

@@ -173,7 +173,7 @@ def test_damaged_conversions(source: Path, tmp_path: Path) -> None:
     settings = json.loads((out / "config.json").read_text())
     shard = out / "model-00002-of-00005.safetensors"
     (out / "config.json").write_text(json.dumps(settings | {"tide_jax": {"format": 99}}))
-    with pytest.raises(TideError, match="converted in format 99, this version of tide_jax reads format 3"):
+    with pytest.raises(TideError, match="converted in format 99, this version of tide_jax reads format 4"):
         tide_jax.model.files.checkpoint.load(out)
     (out / "config.json").write_text(json.dumps(settings))
     content = next(out.glob("model-00002-of-*")).read_bytes()

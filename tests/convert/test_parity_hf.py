@@ -67,7 +67,7 @@ def our_steps(model: Decoder, tokens: np.ndarray) -> np.ndarray:
         positions = jnp.full((len(tokens), 1), t, jnp.int32)
         x, rows = model.run_layers(jnp.asarray(tokens[:, t : t + 1], jnp.int32), positions, cache)
         logits.append(np.asarray(model.logits(model.final_norm(x))))
-        cache = cache.append(rows, positions)
+        cache = cache.append(rows, positions, model.layers)
     return np.concatenate(logits, axis=1)
 
 

@@ -326,7 +326,7 @@ def test_a_mixture_with_its_own_code_is_probed(tmp_path: Path) -> None:
     config = probed.config
     assert (config.parallel_residual, config.shared_norm) == (True, False)
     assert (config.positions, config.embedding_scale, config.logit_softcap) == ("none", 7.0, 20.0)
-    assert [config.attention(i).window for i in range(3)] == [30, None, 30]  # seen though the row was shorter
+    assert [config.layer_type(i).window for i in range(3)] == [30, None, 30]  # seen though the row was shorter
     assert config.moe is not None
     assert (config.moe.experts_per_token, config.moe.renormalise, config.moe.scale) == (2, False, pytest.approx(1.5))
     assert probed.report["verification"]["relative"] < TOLERANCE

@@ -81,7 +81,7 @@ def test_calibration_settings_out_of_range(values: dict[str, Any], expected: str
         ({"norm": "batch"}, "norm='batch'"),
         ({"norm_placement": "inside"}, "norm_placement='inside'"),
         ({"positions": "alibi"}, "positions='alibi'"),
-        ({"attention_pattern": (0, 0)}, "2 entries, expected one for each of the 6"),
+        ({"layer_pattern": (0, 0)}, "2 entries, expected one for each of the 6"),
         ({"num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
         ({"num_kv_heads": 0}, "num_kv_heads=0"),
     ],

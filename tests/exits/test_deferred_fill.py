@@ -191,12 +191,12 @@ def test_steps_and_caches_are_those_of_projecting_at_once(name: str, queue_lengt
 def check_cache(found: KVCache, expected: KVCache, ran: np.ndarray, ahead: int) -> None:
     """Rows of every group, as far as it has seen to them. Those of rows that have ended nobody reads."""
     real = np.asarray(expected.positions) >= 0
-    for layer in range(len(found.keys)):
+    for layer, pair in enumerate(zip(found.layers, expected.layers, strict=True)):
         count = ran[min(layer // 2, len(ran) - 1)]
-        for got, wanted in ((found.keys, expected.keys), (found.values, expected.values)):
-            rows = np.asarray(got[layer])[:, :, ahead : ahead + count].swapaxes(1, 2)[real[:, :count]]
+        for got, wanted in zip(*pair, strict=True):
+            rows = np.asarray(got)[:, :, ahead : ahead + count].swapaxes(1, 2)[real[:, :count]]
             np.testing.assert_allclose(
-                rows, np.asarray(wanted[layer])[:, :, :count].swapaxes(1, 2)[real[:, :count]], atol=2e-5
+                rows, np.asarray(wanted)[:, :, :count].swapaxes(1, 2)[real[:, :count]], atol=2e-5
             )
 
 

@@ -63,7 +63,9 @@ def two_passes(run: Any, model: Decoder, tokens: jax.Array, positions: jax.Array
     """`run` on all tokens but the last, then on the last one with a cache."""
     head, tail = (tokens[:, :-1], positions[:, :-1]), (tokens[:, -1:], positions[:, -1:])
     prompt, rows = run(model, *head, None)
-    cache = init_cache(model.config, tokens.shape[0], tokens.shape[1] + 3, model.dtype).append(rows, head[1])
+    cache = init_cache(model.config, tokens.shape[0], tokens.shape[1] + 3, model.dtype).append(
+        rows, head[1], model.layers
+    )
     return Pass(prompt, rows, *run(model, *tail, cache))
 
 
@@ -104,7 +106,7 @@ def test_full_generation_is_a_plain_greedy_loop() -> None:
     @jax.jit
     def forward(model: Decoder, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple:
         x, rows = model.run_layers(tokens, positions, cache)
-        return model.logits(model.final_norm(x[:, -1:]))[0, 0], cache.append(rows, positions)
+        return model.logits(model.final_norm(x[:, -1:]))[0, 0], cache.append(rows, positions, model.layers)
 
     cache = init_cache(model.config, 1, 32, model.dtype)
     tokens, start, expected = prompt, 0, []

@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, random_prompts, record_layers, routed_engine, t
 from tide_jax import TIDE, ExitConfig, TideError
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
-from tide_jax.functional import Decoder, KeyValue, KVCache, decode_step, init_cache
+from tide_jax.functional import Decoder, KVCache, decode_step, init_cache
 from tide_jax.testing import constant_routers, random_routers, tiny_config
 
 PROMPTS = random_prompts((7, 1, 12))
@@ -108,8 +108,7 @@ def exits_of(model: Decoder, threshold: float, min_layers: int = 0) -> Exits:
 
 def rows_of_full_model(model: Decoder, tokens: np.ndarray) -> Any:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rows = model.run_layers(jnp.asarray(tokens), positions, None)[1]
-    return KeyValue(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+    return model.run_layers(jnp.asarray(tokens), positions, None)[1]
 
 
 @pytest.mark.parametrize("name", ["pre norm", "sliding windows"])
@@ -128,9 +127,9 @@ def test_the_cache_holds_the_full_models_rows_where_a_group_has_run(name: str) -
         assert list(ran) == sorted(ran, reverse=True)
         for layer in range(model.config.num_layers):
             group = min(layer // 2, len(ran) - 1)
-            for found, expected in ((cache.kv.keys, full.keys), (cache.kv.values, full.values)):
-                got = np.asarray(found[layer][:, :, ahead : ahead + ran[group]])
-                np.testing.assert_allclose(got, expected[layer][:, :, : ran[group]], atol=2e-5)
+            for found, expected in zip(cache.kv.layers[layer], full[layer], strict=True):
+                got = np.asarray(found[:, :, ahead : ahead + ran[group]])
+                np.testing.assert_allclose(got, expected[:, :, : ran[group]], atol=2e-5)
     assert len(waited) > 3, "queues of many lengths"
     assert len(went_deep) > 1
 

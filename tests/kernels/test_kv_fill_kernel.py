@@ -111,7 +111,7 @@ def test_filled_rows_are_what_the_layer_stores(name: str, dtype: Any, implementa
     contexts, fill = model.contexts(positions, None), positions % 2 == 1
     for layer in (model.layers[0], model.layers[-1]):
         assert unsupported(layer) is None
-        expected = layer.project_kv(x, contexts)
+        expected = layer.project_rows(x, contexts)
         found = fill_rows(layer, x, contexts, fill, implementation=implementation)
         for ours, theirs in zip(found, expected, strict=True):
             ours, theirs = (np.asarray(a, np.float32).swapaxes(1, 2)[np.asarray(fill)] for a in (ours, theirs))
@@ -138,7 +138,7 @@ def test_layers_of_other_kinds_say_why_and_project_in_plain_jax(caplog: pytest.L
         layer, contexts = model.layers[0], model.contexts(positions, None)
         assert reason in str(unsupported(layer))
         x = jnp.ones((1, 3, model.config.hidden_size))
-        expected = layer.project_kv(x, contexts)
+        expected = layer.project_rows(x, contexts)
         with caplog.at_level(logging.WARNING, logger="tide_jax.exits.cache_fill"):
             found = fill_rows(layer, x, contexts, positions >= 0, implementation="pallas_interpret")
         assert reason in caplog.text
@@ -293,7 +293,7 @@ def test_a_step_with_the_kernel_fills_every_tokens_rows() -> None:
     model = tiny_decoder(tiny_config(num_layers=3))
     exits = Exits.uniform(random_routers(model.config, interval=1), 0.0)
     cache, one = init_cache(model.config, 2, 4, model.dtype), jnp.ones((2, 1), jnp.int32)
-    cache = cache.append(model.run_layers(one, 0 * one, None)[1], 0 * one)
+    cache = cache.append(model.run_layers(one, 0 * one, None)[1], 0 * one, model.layers)
 
     def rows(implementation: str) -> tuple[np.ndarray, ...]:
         given = dataclasses.replace(exits, implementation=implementation)

@@ -43,7 +43,7 @@ PROMPTS = random_prompts((7, 1, 12, 9))
 def engine_of(name: str) -> TIDE:
     config = CONFIGS[name]
     if name == "pre norm":  # a pass runs all layers: two show what five would, and compile in half the time
-        config = dataclasses.replace(config, num_layers=2, attention_pattern=(0, 0))
+        config = dataclasses.replace(config, num_layers=2, layer_pattern=(0, 0))
     return engine_over(config, exit_threshold=0.5)
 
 

@@ -133,7 +133,7 @@ def test_missing_fields_inside_of_parts_are_named() -> None:
         ({"activation": "xielu"}, "activation='xielu' is not known"),
         ({"activation": "swiglu_oai", "mlp_gated": False}, "activation='swiglu_oai' is not known"),
         ({"head_transform": {"activation": "x", "size": None, "bias": True}}, "activation='x'"),
-        ({"attention_types": []}, "attention_pattern names attention type 0, expected one of the 0"),
+        ({"attention_types": []}, "layer_pattern names layer type 0, expected one of the 0"),
     ],
 )
 def test_values_of_a_converted_model(changes: dict[str, Any], expected: str) -> None:
@@ -142,10 +142,10 @@ def test_values_of_a_converted_model(changes: dict[str, Any], expected: str) -> 
     assert expected in str(caught.value)
 
 
-def test_an_attention_pattern_names_types_that_are_there() -> None:
+def test_an_layer_pattern_names_types_that_are_there() -> None:
     values = next(iter(CONFIGS.values())).to_dict()
-    values["attention_pattern"] = [*values["attention_pattern"][:-1], 7]
-    with pytest.raises(TideError, match="attention_pattern names attention type 7, expected one of the"):
+    values["layer_pattern"] = [*values["layer_pattern"][:-1], 7]
+    with pytest.raises(TideError, match="layer_pattern names layer type 7, expected one of the"):
         DecoderConfig.from_dict(values)
 
 

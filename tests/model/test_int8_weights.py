@@ -52,7 +52,7 @@ SWEEP = {
     name: dataclasses.replace(
         config,
         num_layers=1,
-        attention_pattern=config.attention_pattern[:1],
+        layer_pattern=config.layer_pattern[:1],
         moe=None if config.moe is None else dataclasses.replace(config.moe, layers=(0,)),
     )
     for name, config in ({name: CONFIGS[name] for name in FEW} | MORE).items()
@@ -243,7 +243,7 @@ def test_kernels_for_gpus_are_not_given_floats() -> None:
     assert "8-bit integers" in str(unsupported(layer))
     assert unsupported(restored_model(small).layers[0]) is None
     filled = fill_rows(layer, x, *options, implementation="pallas_interpret")
-    for found, wanted in zip(filled, layer.project_kv(x, options[0]), strict=True):
+    for found, wanted in zip(filled, layer.project_rows(x, options[0]), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -109,8 +109,7 @@ def state_space() -> Pair:
     )  # fmt: skip
     module = Mamba2Mixer(config, 0)
     random_weights(module)
-    kind = StateSpaceType(
-        heads=6, head_dim=8, groups=2, state_size=5, width=4, bias=True, step_limit=(0.01, 2.0),
+    kind = StateSpaceType(heads=6, head_dim=8, groups=2, state_size=5, width=4, bias=True, step_limit=(0.01, 2.0),
         norm_eps=config.layer_norm_epsilon,
     )  # fmt: skip
     mixer = StateSpace(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))

@@ -169,7 +169,7 @@ class BruteForce:
         return x + self.config.residual_scale * self._norm(norm, update)
 
     def _attend(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
-        name, kind = f"layers.{layer}.attention", self.config.attention(layer)
+        name, kind = f"layers.{layer}.attention", self.config.layer_type(layer)
         queries = self._queries(layer, x, position)
         seen = [p for p in range(position + 1) if _sees(kind, position, p)]
         group = len(queries) // len(keys[0])
@@ -192,7 +192,7 @@ class BruteForce:
         return self._dense(f"{name}.out", mixed)
 
     def _queries(self, layer: int, x: np.ndarray, position: int) -> np.ndarray:
-        name, kind, latent = f"layers.{layer}.attention", self.config.attention(layer), self.config.latent
+        name, kind, latent = f"layers.{layer}.attention", self.config.layer_type(layer), self.config.latent
         if latent is None:
             queries = self._placed(layer, f"{name}.q_norm", self._dense(f"{name}.q", x), position)
             if (growth := kind.query_scaling) is not None:
@@ -219,7 +219,7 @@ class BruteForce:
 
     def _placed(self, layer: int, name: str, heads: np.ndarray, position: int) -> np.ndarray:
         """Queries or keys, normed and rotated in the architecture's order."""
-        norm = self.config.attention(layer).qk_norm
+        norm = self.config.layer_type(layer).qk_norm
         if norm is not None and not norm.after_rope:
             heads = self._qk_norm(name, heads, norm)
         heads = self._rotate(layer, self._clip(heads), position)
@@ -239,7 +239,7 @@ class BruteForce:
         return heads + self.weights.get(f"{name}.bias", 0.0)
 
     def _rotate(self, layer: int, heads: np.ndarray, position: int) -> np.ndarray:
-        if (rope := self.config.attention(layer).rope) is None:
+        if (rope := self.config.layer_type(layer).rope) is None:
             return heads
         half = rope.rotary_dim // 2
         turn = np.exp((-1j if rope.reverse else 1j) * position / rope.theta ** (np.arange(half) / half))

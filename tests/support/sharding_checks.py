@@ -42,7 +42,7 @@ EVEN = tiny_config(
 MODELS = {
     "even": EVEN,  # everything divides by 8
     "three heads": dataclasses.replace(
-        EVEN, num_heads=6, num_kv_heads=3, vocab_size=259, num_layers=3, attention_pattern=(0,) * 3
+        EVEN, num_heads=6, num_kv_heads=3, vocab_size=259, num_layers=3, layer_pattern=(0,) * 3
     ),
     "experts": CONFIGS["experts"],
     "latent attention": CONFIGS["latent attention"],
@@ -178,7 +178,7 @@ def steps_of(engine: TIDE, prompts: list[list[int]], new: int) -> tuple[list[Any
     state, _, _ = engine.programs.run(begin, (engine.model,), arguments, capacity=call.capacity)
     for _ in range(3):
         kv = keys_and_values(state.cache)
-        held.append({shard_shape(a) for a in (*kv.keys, *kv.values)})
+        held.append({shard_shape(a) for a in jax.tree.leaves(kv.layers)})
         arguments = (state, call.request, call.exits)
         state, _, _ = engine.programs.run(advance, (engine.model,), arguments, donate=1)
     # One program: a step's result goes into the next as it is.
@@ -192,7 +192,7 @@ def cache_is_split() -> None:
     assert held == [{(4, 2, 39, 8)}] * 3, held
     with jax.set_mesh(tide_jax.make_mesh("2x4")):  # for those who call the pure functions
         cache = init_cache(EVEN, 8, 16, np.dtype(np.float32))
-        assert {shard_shape(a) for a in (*cache.keys, *cache.values)} == {(4, 2, 16, 8)}
+        assert {shard_shape(a) for a in jax.tree.leaves(cache.layers)} == {(4, 2, 16, 8)}
 
 
 def results_take_the_place_of_what_is_donated() -> None:

@@ -94,7 +94,7 @@ CONFIGS: dict[str, DecoderConfig] = {
     "gated output": tiny_config(
         num_layers=3,
         attention_types=(_CHUNKED, dataclasses.replace(_GLOBAL, query_scaling=QueryScaling(0.7, 3.0, 1))),
-        attention_pattern=(0, 1, 0),
+        layer_pattern=(0, 1, 0),
         attention_gate="channel",
         sub_norm=True,
         residual_scale=0.6,
@@ -108,7 +108,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         num_kv_heads=6,
         moe=MoEConfig(5, 2, 40, layers=(1, 2), scale=1.3, shared_size=24),
     ),
-    "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), attention_pattern=(1, 0, 1, 1)),
+    "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), layer_pattern=(1, 0, 1, 1)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of skipped layers, projected from an estimate of the layer's input."""
+"""What skipped layers keep of a token, projected from an estimate of the layer's input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.kv_fill import IMPLEMENTATIONS, KVRows, KVWeights, Rotary, Settings, kv_fill
 from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.layers import Context, DecoderLayer, Rows
 from tide_jax.model.norms import Norm
 from tide_jax.model.sharding import on_mesh
 
@@ -22,32 +22,33 @@ logger = logging.getLogger(__name__)
 def fill_rows(
     layer: DecoderLayer,
     x: Float[Array, "B T D"],
-    contexts: tuple[AttentionContext, ...],
+    contexts: tuple[Context, ...],
     fill: Bool[Array, "B T"],
     *,
     implementation: str | None = None,
-) -> KeyValue:
-    """Keys and values that `layer` would cache for tokens, without running the layer.
+) -> Rows:
+    """What `layer` would keep of tokens, without running the layer.
 
-    The result is that of `DecoderLayer.project_kv`, computed by the `kv_fill` kernel where it applies.
+    The result is that of `DecoderLayer.project_rows`, computed by the `kv_fill` kernel where it applies.
 
     Args:
       layer: the skipped layer.
       x: the layer's input.
-      contexts: attention contexts with the tokens' true positions.
+      contexts: of the layers, with the tokens' true positions.
       fill: tokens whose rows are needed; rows of other tokens are undefined.
       implementation: of the cache fill, see `pallas_kernels`. On a mesh, and for layers the kernel doesn't support,
         rows are projected in plain JAX. For unsupported layers this logs a warning if an implementation was named.
     """
-    attention, context, norm = layer.attention, contexts[layer.attention_type], layer.pre_attention_norm
+    attention, context, norm = layer.attention, contexts[layer.layer_type], layer.pre_attention_norm
     wanted = IMPLEMENTATIONS.own(implementation)
-    # `project_kv` is fast on a CPU, and on a mesh it splits its products over the devices.
+    # `project_rows` is fast on a CPU, and on a mesh it splits its products over the devices.
     if IMPLEMENTATIONS.plain(wanted, fill.size) or on_mesh():
-        return layer.project_kv(x, contexts)
+        return layer.project_rows(x, contexts)
     if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
         if wanted is not None:
             _warn_once(f"kv_fill: {reason}; layers of this kind project their rows in plain JAX")
-        return layer.project_kv(x, contexts)
+        return layer.project_rows(x, contexts)
+    assert isinstance(context, AttentionContext)
     heads, _, channels = attention.kv.outputs
     empty = jnp.zeros((x.shape[0], heads, x.shape[1], channels), x.dtype)
     gain = None if attention.k_norm is None else attention.k_norm.scale
@@ -75,7 +76,7 @@ def unsupported(layer: DecoderLayer) -> str | None:
     """Why the `kv_fill` kernel can't project the rows of a layer; None if it can."""
     attention = layer.attention
     if not isinstance(attention, Attention) or type(attention).place_kv is not Attention.place_kv:
-        return f"{type(attention).__name__} stores other rows than keys and values of its heads"
+        return f"{type(attention or layer.recurrent).__name__} stores other rows than keys and values of its heads"
     norm = attention.k_norm
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
     reasons = {

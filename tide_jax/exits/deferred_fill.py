@@ -95,11 +95,13 @@ class _DeferredStep(NamedTuple):
         done = jnp.arange(len(self.walk.groups), dtype=jnp.int32) < loop.group
         before, new = cache.pending, self.walk.rows.by_layer(loop.rows)
         executed = jnp.max(loop.state.exit_layers, initial=-1) + 1
-        kv = cache.kv.append(new, self.window[:, -1:])
+        ran = jnp.where(done, cache.kv.length + 1, before.ran)
+        there = [ran[g] > cache.kv.length for g, group in enumerate(self.walk.groups) for _ in group]
+        kv = cache.kv.append(new, self.window[:, -1:], self.walk.model.layers, counts=there)
         # Push the token's exit state onto the queue, for groups that still have to project its rows.
         slots = self._slots(loop.state, before)
         assert slots.code is not None
-        dtype, ran = before.states.dtype, jnp.where(done, kv.length, before.ran)
+        dtype = before.states.dtype
         pending = Pending(slots.x.astype(dtype), ran, slots.exit_layers, slots.code.astype(dtype))
         out = DepthOutput(loop.state.states, loop.state.exit_layers, new, executed)
         return out, QueuedCache(kv, pending)
@@ -135,10 +137,15 @@ class _DeferredStep(NamedTuple):
         # Write the rows of earlier tokens; `ran` counts the new slot too if its token has exited.
         done, gone = jnp.arange(count, dtype=jnp.int32) >= loop.group, ~jnp.any(loop.state.active)
         ran = jnp.where(done, cache.kv.length + gone.astype(jnp.int32), pending.ran)
-        cache = QueuedCache(queue.write_rows(self.walk.rows.by_layer(rows), done), pending._replace(ran=ran))
+        kv = queue.write_rows(self.walk.rows.by_layer(rows), done, self.walk.model.layers, own=False)
+        cache = QueuedCache(kv, pending._replace(ran=ran))
+
         # The new slot is appended only at the end of the step: its rows join those of the loop.
-        own = (done & gone)[:, None, None, None, None, None]
-        joined = jax.tree.map(lambda a, b: jnp.where(own, a[:, :, :, :, -1:], b), rows, loop.rows)
+        def join(filled: Array, ran: Array) -> Array:
+            own = (done & gone).reshape(-1, *(1,) * (ran.ndim - 1))
+            return jnp.where(own, lax.slice_in_dim(filled, filled.shape[-2] - 1, None, axis=filled.ndim - 2), ran)
+
+        joined = jax.tree.map(join, rows, loop.rows)
         return loop._replace(rows=joined), cache
 
     def _queue(self, cache: QueuedCache) -> Queue:

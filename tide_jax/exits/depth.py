@@ -16,9 +16,9 @@ from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState
 from tide_jax.exits.walk import Walk, anyone_active, groups_of
 from tide_jax.model.architecture import check_choice
-from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.layers import Rows
 
 
 class DepthOutput(NamedTuple):
@@ -28,13 +28,13 @@ class DepthOutput(NamedTuple):
       states: final-normed states [B, T, D], the input of the output head.
       exit_layers: index of the last layer each token ran for its answer, int32 [B, T]; -1 for tokens that were not
         active.
-      new: key and value rows of each layer, ``[B, KV, T, channels]``.
+      new: what each layer keeps of the tokens: keys and values, or inputs to its state.
       layers_executed: layers the loop ran, int32 scalar: the depth of the deepest token; all layers with "recompute".
     """
 
     states: Float[Array, "B T D"]
     exit_layers: Int[Array, "B T"]
-    new: tuple[KeyValue, ...]
+    new: tuple[Rows, ...]
     layers_executed: Int[Array, ""]
 
 

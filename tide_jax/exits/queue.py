@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -23,8 +24,10 @@ from tide_jax.errors import TideError
 from tide_jax.exits.exits import Exits
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache, empty_cache, newest_positions
-from tide_jax.model.ops import in_order
+from tide_jax.model.cache import KVCache, advance, empty_cache, newest_positions, write_slots
+from tide_jax.model.layers import DecoderLayer, Rows
+from tide_jax.model.recurrent.mixer import State
+from tide_jax.model.recurrent.order import TokenOrder
 
 QUEUE_LENGTH = 8
 """Tokens whose deep layers may wait, the newest included; one pass over the weights runs them all."""
@@ -61,16 +64,17 @@ class QueuedCache(NamedTuple):
     """A cache whose newest slots may wait for deep layers.
 
     Attributes:
-      kv: keys and values; Q - 1 empty slots lie ahead of the first token, so that the newest Q slots always exist.
+      kv: keys, values and states; Q - 1 empty slots lie ahead of the first token, so that the newest Q slots always
+        exist.
       pending: what the waiting slots need.
     """
 
     kv: KVCache
     pending: Pending
 
-    def append(self, new: Sequence[KeyValue], positions: Int[Array, "B T"]) -> QueuedCache:
+    def append(self, new: Sequence[Rows], positions: Int[Array, "B T"], layers: Sequence[DecoderLayer]) -> QueuedCache:
         """`KVCache.append` for slots that have run all layers; nothing may wait."""
-        kv = self.kv.append(new, positions)
+        kv = self.kv.append(new, positions, layers)
         return QueuedCache(kv, self.pending._replace(ran=jnp.broadcast_to(kv.length, self.pending.ran.shape)))
 
 
@@ -131,39 +135,59 @@ class Queue(NamedTuple):
         slots = jnp.arange(kv.capacity, dtype=jnp.int32)[None]
         return kv._replace(positions=jnp.where(slots < self.pending.ran[g], kv.positions, -1))
 
-    def write_rows(self, new: Sequence[KeyValue], done: Bool[Array, " groups"]) -> KVCache:
-        """Keys and values with the rows of waiting slots written.
+    def write_rows(
+        self,
+        new: Sequence[Rows],
+        done: Bool[Array, " groups"],
+        layers: Sequence[DecoderLayer],
+        *,
+        own: bool = True,
+    ) -> KVCache:
+        """The cache with the rows of waiting slots written, or taken in by states.
 
         Args:
-          new: rows of the queue's slots, ``[B, KV, Q, channels]`` for each layer.
+          new: rows of the queue's slots, for each layer.
           done: groups whose rows `new` holds.
+          layers: the model's layers.
+          own: whether states take in the step's own tokens, too.
         """
         # Only slots that waited for a group of `done` get new rows; all others keep theirs.
-        by_group = self._after(self.pending.ran) & done[:, None]
-        fresh = [by_group[g][None, None, :, None] for g, group in enumerate(self.groups) for _ in group]
-        zero = jnp.int32(0)
-        start = (zero, zero, self.first, zero)
+        fresh = self._after(self.pending.ran) & done[:, None]
+        slots = jnp.arange(self.positions.shape[1], dtype=jnp.int32)[None]
+        there = (self.positions >= 0) & (own | (slots < self.positions.shape[1] - 1))
+        kv, written = self.cache.kv, []
+        for g, group in enumerate(self.groups):
+            order = TokenOrder.of(there & fresh[g][None])
+            for i in group:
+                memory = kv.layers[i]
+                if isinstance(memory, State):
+                    written.append(advance(layers[i], memory, new[i], order))
+                else:
+                    written.append(self._write_slots(memory, new[i], fresh[g]))
+        return kv._replace(layers=tuple(written))
 
-        def write_layer(old: Array, rows: Float[Array, "B KV Q c"], fresh: Bool[Array, "1 1 Q 1"]) -> Array:
-            kept = lax.dynamic_slice(old, start, rows.shape)
-            return lax.dynamic_update_slice(old, in_order(jnp.where(fresh, rows.astype(old.dtype), kept)), start)
-
-        kv = self.cache.kv
-        keys = tuple(write_layer(old, r.keys, f) for old, r, f in zip(kv.keys, new, fresh, strict=True))
-        values = tuple(write_layer(old, r.values, f) for old, r, f in zip(kv.values, new, fresh, strict=True))
-        return kv._replace(keys=keys, values=values)
+    def _write_slots(self, memory: KeyValue, rows: Rows, fresh: Bool[Array, " Q"]) -> KeyValue:
+        """Writes the fresh rows of the queue's slots, and what is there in the others."""
+        kept = memory.slots(self.first, self.positions.shape[1])
+        mask = fresh[None, None, :, None]
+        merged = jax.tree.map(lambda a, b: jnp.where(mask, a.astype(b.dtype), b), rows, kept)
+        return write_slots(memory, merged, self.first)
 
     def write_step(
-        self, new: Sequence[KeyValue], done: Bool[Array, " groups"], states: Float[Array, "B Q D"]
+        self,
+        new: Sequence[Rows],
+        done: Bool[Array, " groups"],
+        layers: Sequence[DecoderLayer],
+        states: Float[Array, "B Q D"],
     ) -> QueuedCache:
         """Writes rows like `write_rows` and appends the step's tokens.
 
         Args:
-          new, done: as in `write_rows`.
+          new, done, layers: as in `write_rows`.
           states: residual stream of the queue's slots, each after the last group that ran it.
         """
         zero, pending = jnp.int32(0), self.pending
-        kv = self.write_rows(new, done)._replace(
+        kv = self.write_rows(new, done, layers)._replace(
             positions=lax.dynamic_update_slice(self.cache.kv.positions, self.positions, (zero, self.first)),
             length=self.length,
         )

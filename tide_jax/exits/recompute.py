@@ -54,4 +54,4 @@ def recompute_step(
     loop = walk.run(walk.start(state), lambda s: (s.group < count) & (queue.full | jnp.any(s.state.active)))
     new, done = walk.rows.by_layer(loop.rows), jnp.arange(count, dtype=jnp.int32) < loop.group
     out = DepthOutput(loop.state.states, loop.state.exit_layers, new, walk.rows.layers_before(loop.group))
-    return out, queue.write_step(new, done, loop.state.x)
+    return out, queue.write_step(new, done, model.layers, loop.state.x)

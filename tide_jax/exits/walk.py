@@ -20,13 +20,14 @@ Two rules make a skipped group cost nothing (measured, docs/architecture.md):
 
 * Each group is a branch of a `lax.switch` with its own weights. A dynamic slice of stacked weights would copy them at
   every step.
-* The loop only reads the cache. Layers return their new key and value rows, and the caller writes the cache once.
+* The loop only reads the cache. Layers return what they keep of the new tokens, and the caller writes the cache once.
 
 The per-token decision by a learned router follows TIDE (2026).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -41,14 +42,16 @@ from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState, exit_input, finish_group
 from tide_jax.exits.queue import Queue, pass_number, pass_widths
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.attention.grouped import AttentionContext
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, place_rows
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.layers import Context, Rows
 
-Contexts = tuple[AttentionContext, ...]
-Branch = Callable[[TokenState], tuple[TokenState, KeyValue]]
-"""Runs one group: returns the new state and the group's key and value rows in the layout of `GroupRows.stack`."""
+Contexts = tuple[Context, ...]
+Stacks = tuple[Rows, ...]
+"""Rows of several layers, with an array for each kind of row: keys, values, and inputs of each recurrent type."""
+Branch = Callable[[TokenState], tuple[TokenState, Stacks]]
+"""Runs one group: returns the new state and the rows of the group's layers in the layout of `GroupRows.stack`."""
 
 
 class Loop(NamedTuple):
@@ -57,46 +60,81 @@ class Loop(NamedTuple):
     Attributes:
       group: index of the next group, int32 scalar.
       state: state of the tokens.
-      rows: key and value rows so far, ``[groups, longest group, B, KV, S, channels]``.
+      rows: rows so far, in the layout of `GroupRows.empty`.
     """
 
     group: Int[Array, ""]
     state: TokenState
-    rows: KeyValue
+    rows: Stacks
 
 
 class GroupRows(NamedTuple):
-    """Layout of key and value rows by group, padded to the longest group: all switch branches return one shape."""
+    """Layout of rows by group: all branches of a switch return arrays of one shape.
+
+    Layers with attention keep keys and values, and recurrent layers of each type keep inputs of their own size. So
+    there are arrays for each kind of row, padded to the most layers of that kind in a group.
+    """
 
     groups: tuple[range, ...]
+    config: DecoderConfig
 
-    def empty(self, config: DecoderConfig, x: Float[Array, "B S D"]) -> KeyValue:
-        """Zeros for every layer, in the dtype of `x`."""
-        heads, key_channels, value_channels = config.cache_shape
-        shape = (len(self.groups), self._longest, x.shape[0], heads, x.shape[1])
-        return KeyValue(jnp.zeros((*shape, key_channels), x.dtype), jnp.zeros((*shape, value_channels), x.dtype))
+    def empty(self, x: Float[Array, "B S D"]) -> Stacks:
+        """Zeros for every layer, ``[groups, most layers, B, ..., S, channels]`` for each kind, in the dtype of `x`."""
+        return tuple(
+            jax.tree.map(lambda a, n=most: jnp.zeros((len(self.groups), n, *a.shape), a.dtype), self._row(kind, x))
+            for kind, most in self._most.items()
+        )
 
-    def stack(self, rows: Sequence[KeyValue], slots: int) -> KeyValue:
-        """Stacks the rows of one group's layers, padded in front to `slots` slots."""
+    def stack(self, g: int, rows: Sequence[Rows], slots: int) -> Stacks:
+        """Stacks the rows of the layers of group `g`, padded in front to `slots` slots."""
 
-        def stack(arrays: list[Array]) -> Array:
-            stacked = jnp.stack(arrays + [jnp.zeros_like(arrays[0])] * (self._longest - len(arrays)))
-            return place_rows(stacked, slots, slots - stacked.shape[3])
+        def stack(most: int, *arrays: Array) -> Array:
+            stacked = jnp.stack([*arrays, *[jnp.zeros_like(arrays[0])] * (most - len(arrays))])
+            return place_rows(stacked, slots, slots - stacked.shape[-2])
 
-        return KeyValue(stack([r.keys for r in rows]), stack([r.values for r in rows]))
+        found = []
+        for kind, most in self._most.items():
+            own = [r for layer, r in zip(self.groups[g], rows, strict=True) if self._kind(layer) == kind]
+            found.append(jax.tree.map(functools.partial(stack, most), *(own or [self._no_row(kind, rows, slots)])))
+        return tuple(found)
 
-    def by_layer(self, rows: KeyValue) -> tuple[KeyValue, ...]:
-        """The rows of each layer, ``[B, KV, S, channels]``."""
-        places = [(g, i) for g, group in enumerate(self.groups) for i in range(len(group))]
-        return tuple(KeyValue(*(a[place] for a in rows)) for place in places)
+    def by_layer(self, stacks: Stacks) -> tuple[Rows, ...]:
+        """The rows of each layer."""
+        of_kind, found = dict(zip(self._most, stacks, strict=True)), []
+        for g, group in enumerate(self.groups):
+            seen = dict.fromkeys(self._most, 0)
+            for kind in map(self._kind, group):
+                found.append(jax.tree.map(lambda a, place=(g, seen[kind]): a[place], of_kind[kind]))
+                seen[kind] += 1
+        return tuple(found)
 
     def layers_before(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """Number of layers in the groups before `group`."""
         return jnp.asarray([0, *(g.stop for g in self.groups)], jnp.int32)[group]
 
+    def _kind(self, layer: int) -> int:
+        """0 for a layer that keeps keys and values; another number for each recurrent type."""
+        return max(0, self.config.layer_pattern[layer] + 1 - len(self.config.attention_types))
+
     @property
-    def _longest(self) -> int:
-        return max(len(group) for group in self.groups)
+    def _most(self) -> dict[int, int]:
+        """For each kind of row, the most layers of that kind in a group."""
+        kinds = [[self._kind(layer) for layer in group] for group in self.groups]
+        return {kind: max(of.count(kind) for of in kinds) for kind in sorted({k for of in kinds for k in of})}
+
+    def _row(self, kind: int, x: Float[Array, "B S D"]) -> Rows:
+        """Zeros in place of one layer's row."""
+        batch, slots, _ = x.shape
+        if kind:
+            sizes = self.config.recurrent_types[kind - 1].sizes(self.config.hidden_size)
+            return jnp.zeros((batch, slots, sizes.inputs), x.dtype)
+        heads, *channels = self.config.cache_shape
+        return KeyValue(*(jnp.zeros((batch, heads, slots, c), x.dtype) for c in channels))
+
+    def _no_row(self, kind: int, rows: Sequence[Rows], slots: int) -> Rows:
+        """What stands for the rows of a kind that the group's layers lack."""
+        like = jax.tree.leaves(rows)[0]
+        return self._row(kind, jnp.zeros((like.shape[0], slots, 0), like.dtype))
 
 
 class Walk(NamedTuple):
@@ -124,12 +162,12 @@ class Walk(NamedTuple):
 
     @property
     def rows(self) -> GroupRows:
-        """Layout of the walk's key and value rows."""
-        return GroupRows(self.groups)
+        """Layout of what the walk's layers keep."""
+        return GroupRows(self.groups, self.model.config)
 
     def start(self, state: TokenState) -> Loop:
         """The loop's carry before the first group."""
-        return Loop(jnp.int32(0), state, self.rows.empty(self.model.config, state.x))
+        return Loop(jnp.int32(0), state, self.rows.empty(state.x))
 
     def run(self, loop: Loop, more: Callable[[Loop], Bool[Array, ""]]) -> Loop:
         """Runs group after group while `more` returns True."""
@@ -156,10 +194,10 @@ class Walk(NamedTuple):
         """Branch that runs group `g` over the newest `width` slots, then makes the exit decision.
 
         Args:
-          contexts: attention contexts with the newest tokens as queries.
+          contexts: of the layers, with the newest tokens as queries.
         """
 
-        def run(state: TokenState) -> tuple[TokenState, KeyValue]:
+        def run(state: TokenState) -> tuple[TokenState, Stacks]:
             # Take the slots. Of a queue, only those run that wait for the group; they attend to slots it has processed.
             before, waits, seen = state.x[:, -width:], None, contexts
             x = before
@@ -183,17 +221,17 @@ class Walk(NamedTuple):
             ahead = state.x.shape[1] - width
             state = state._replace(x=jnp.concatenate([state.x[:, :ahead], x], axis=1) if ahead else x)
             state = finish_group(self.model, self.groups, g, state, self.exits, self.may_exit)
-            return state, self.rows.stack(rows, self.positions.shape[1])
+            return state, self.rows.stack(g, rows, self.positions.shape[1])
 
         return run
 
     def fill(self, loop: Loop, contexts: Contexts, wanted: Bool[Array, "B S"] | Callable[[int], Array]) -> Loop:
-        """Projects key and value rows of the remaining groups from the exit states, translated to each layer.
+        """Projects the rows of the remaining groups from the exit states, translated to each layer.
 
         This is CALM's state propagation (Schuster et al. 2022, arXiv:2207.07061, section 3.3).
 
         Args:
-          contexts: attention contexts with the slots' true positions.
+          contexts: of the layers, with the slots' true positions.
           wanted: slots whose rows are needed, or a function from the group to these slots.
         """
         count = len(self.groups)
@@ -203,12 +241,12 @@ class Walk(NamedTuple):
     def _projection(self, g: int, contexts: Contexts, wanted: Bool[Array, "B S"]) -> Branch:
         implementation = None if self.exits is None else self.exits.implementation
 
-        def project(state: TokenState) -> tuple[TokenState, KeyValue]:
+        def project(state: TokenState) -> tuple[TokenState, Stacks]:
             rows = []
             for i in self.groups[g]:
                 x = exit_input(self.model, self.exits, i, state)
                 rows.append(fill_rows(self.model.layers[i], x, contexts, wanted, implementation=implementation))
-            return state, self.rows.stack(rows, state.x.shape[1])
+            return state, self.rows.stack(g, rows, state.x.shape[1])
 
         return project
 

@@ -177,7 +177,7 @@ def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None
         tokens, places = cut(prompt.tokens), cut(positions)
         seen = None if earlier is None else keys_and_values(earlier)
         out = run_depth(model, tokens, places, seen, exits)
-        grown = (cache if earlier is None else earlier).append(out.new, places)
+        grown = (cache if earlier is None else earlier).append(out.new, places, model.layers)
         finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
 
@@ -223,7 +223,7 @@ def decode_step(
     else:
         kv = keys_and_values(cache)
         out = run_depth(model, tokens[:, None], positions, kv, exits)
-        cache = kv.append(out.new, positions)
+        cache = kv.append(out.new, positions, model.layers)
     logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
     return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)
 

@@ -14,8 +14,8 @@ from tide_jax.checks import whole_number
 from tide_jax.lossless.control import PassCosts, verify_widths
 from tide_jax.lossless.drafts import Drafter
 from tide_jax.lossless.speculate import MOST_SLOTS, TEXT_ONLY
-from tide_jax.model.attention.span import BLOCK, CachedRows
-from tide_jax.model.cache import KVCache
+from tide_jax.model.attention.span import BLOCK
+from tide_jax.model.cache import KVCache, empty_cache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.ops import likeliest
 
@@ -75,7 +75,8 @@ class _Passes:
         self._head = _flat(programs, model, lambda model, x: likeliest(model.logits(model.final_norm(x))))
         self._all = len(model.layers)
         self._x = jax.random.normal(jax.random.key(0), (batch, width, model.config.hidden_size), model.dtype)
-        cache, self._cached = (None, [None] * most) if not filled else _filled_cache(model, batch, filled, most)
+        cache = _filled_cache(model, batch, filled) if filled else None
+        self._cached = [None if cache is None else cache.layer(i) for i in chosen.tolist()]
         positions = jnp.broadcast_to(filled + jnp.arange(width, dtype=jnp.int32), (batch, width))
         self._contexts = model.contexts(positions, cache)
         self._times: list[tuple[float, float]] = []
@@ -112,16 +113,11 @@ def _flat(programs: dict[Any, Callable[..., Any]], module: Any, function: Callab
     return lambda *args: program(leaves, *args)
 
 
-def _filled_cache(model: Decoder, batch: int, slots: int, layers: int) -> tuple[KVCache, list[CachedRows]]:
-    """A full cache, and the rows of some layers, each with memory of its own."""
-    heads, key_channels, value_channels = model.config.cache_shape
-    positions, filled = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots)), jnp.int32(slots)
-
-    def zeros(channels: int) -> jax.Array:
-        return jnp.zeros((batch, heads, slots, channels), model.dtype)
-
-    rows = [CachedRows(zeros(key_channels), zeros(value_channels), filled) for _ in range(layers)]
-    return KVCache(tuple(r.keys for r in rows), tuple(r.values for r in rows), positions, filled), rows
+def _filled_cache(model: Decoder, batch: int, slots: int) -> KVCache:
+    """A full cache."""
+    cache = empty_cache(model.config, batch, slots, model.dtype)
+    positions = jnp.broadcast_to(jnp.arange(cache.capacity, dtype=jnp.int32), (batch, cache.capacity))
+    return cache._replace(positions=positions, length=jnp.int32(cache.capacity))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

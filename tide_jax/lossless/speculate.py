@@ -173,7 +173,7 @@ def advance_lossless(
     drafted = _draft(model, drafters, state, request, costs, most_slots)
     slots = _lay_out(state, drafted, most_slots)
     answers = run_full_model(model, slots.rows, slots.tokens, slots.positions, slots.used, drafted.cache, request)
-    found = verify_drafts(slots.rows, answers, slots.positions, drafted.cache)
+    found = verify_drafts(model, slots.rows, answers, slots.positions, drafted.cache)
     gained = jnp.where(state.done, 0, found.ends - state.ends)
     accepted = jnp.maximum(gained - 1, 0)  # the last token is the model's own
     # Report the outcome to the control: the model's token shows, too, whose first draft would have been accepted.

@@ -70,16 +70,14 @@ class TwinDrafter(NamedTuple):
                 drafting=s.drafting & ~jnp.any(drawn[:, None] == request.eos, axis=1),
                 tokens=s.tokens.at[index, ends].set(drawn, mode="drop"),
                 seen=s.seen.at[index, drawn].set(True),
-                cache=s.cache.append(new, positions),
+                cache=s.cache.append(new, positions, self.model.layers),
             )
 
         start = _Loop(jnp.int32(0), found.confidence >= 0, rows.tokens, rows.seen, cache)
         end = lax.while_loop(lambda s: (s.made < most) & jnp.any(s.drafting), step, start)
         columns = rows.ends[:, None] + jnp.arange(found.tokens.shape[1], dtype=jnp.int32)[None]
         tokens = jnp.take_along_axis(end.tokens, columns, axis=1, mode="clip")
-        # The slots that the twin wrote count as empty again.
-        cache = end.cache._replace(positions=cache.positions, length=cache.length)
-        return Drafts(tokens, found.confidence), cache
+        return Drafts(tokens, found.confidence), end.cache.rolled_back(cache)
 
 
 class _Loop(NamedTuple):

@@ -21,9 +21,9 @@ from tide_jax.generation.logit_rules import RowText, rule_on
 from tide_jax.generation.sampling import row_keys, sample_rows
 from tide_jax.lossless.control import verify_index, verify_widths
 from tide_jax.lossless.drafts import DraftedRows
-from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.cache import KVCache, place_rows
+from tide_jax.model.cache import KVCache, only_slots, place_rows
 from tide_jax.model.decoder import Decoder
+from tide_jax.model.layers import Rows
 
 
 class Answers(NamedTuple):
@@ -32,12 +32,12 @@ class Answers(NamedTuple):
     Attributes:
       tokens: next token drawn at each slot.
       finite: slots whose states are finite.
-      new: key and value rows of each layer, ``[B, KV, Q, channels]``.
+      new: what each layer keeps of the tokens.
     """
 
     tokens: Int[Array, "B Q"]
     finite: Bool[Array, "B Q"]
-    new: tuple[KeyValue, ...]
+    new: tuple[Rows, ...]
 
 
 class Verification(NamedTuple):
@@ -91,12 +91,15 @@ def run_full_model(
     return lax.switch(verify_index(used, most), [lambda w=w: of_first(w) for w in verify_widths(most)])
 
 
-def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache) -> Verification:
+def verify_drafts(
+    model: Decoder, rows: DraftedRows, answers: Answers, positions: Int[Array, "B Q"], cache: KVCache
+) -> Verification:
     """Accepts drafts that match the full model's tokens and rolls the cache back past the first mismatch.
 
     Behind its accepted drafts, each running row gets one token of the full model.
 
     Args:
+      model: the decoder.
       rows: the rows, drafts included.
       answers: the full model's output at the slots.
       positions: positions of the slots, -1 if a row does not use the slot.
@@ -115,8 +118,8 @@ def verify_drafts(rows: DraftedRows, answers: Answers, positions: Int[Array, "B 
     kept = ran & (slots <= at)
     used = jnp.max(jnp.where(kept, slots + 1, 0))
     # Rejected drafts leave zeros: attention multiplies what it masks by zero, and zero times infinity is not a number.
-    new = jax.tree.map(lambda a: jnp.where(kept[:, None, :, None], a, 0), answers.new)
-    grown = cache.append(new, jnp.where(kept, positions, -1))
+    new = only_slots(answers.new, kept)
+    grown = cache.append(new, jnp.where(kept, positions, -1), model.layers)
     index = jnp.arange(rows.ends.shape[0])
     return Verification(
         tokens=rows.tokens.at[index, column].set(jnp.where(running, correct, rows.tokens[index, column])),

@@ -25,6 +25,7 @@ from tide_jax.model.architecture_parts import (
     check_choice,
 )
 from tide_jax.model.generation_settings import NOTHING_SAID, GenerationSettings
+from tide_jax.model.recurrent.types import RecurrentType
 from tide_jax.ranges import (
     Channels,
     Epsilon,
@@ -64,10 +65,12 @@ class DecoderConfig:
 
     Attributes:
       model_type: name of the family the model was converted from. Provenance only: the model never reads it.
+      recurrent_types: the distinct kinds of layers that keep a state of fixed size instead of keys and values.
+      mlp_layers: layers with a feed-forward block; None for all.
       extra_tokens: token ids beyond the vocabulary: they have an embedding but no logit.
       embedding_size: width of the embeddings if it differs from the layers' width; projections join the two.
       attention_types: the distinct kinds of attention in the model.
-      attention_pattern: for each layer, an index into `attention_types`.
+      layer_pattern: for each layer, an index into ``attention_types + recurrent_types``.
       norm: "rms" (RMSNorm) or "layer" (LayerNorm).
       layer_norm_eps: the layers' norms add this to the mean square instead of `norm_eps`.
       norm_scale, norm_bias: whether norms have a learned scale and a learned bias.
@@ -123,7 +126,9 @@ class DecoderConfig:
     intermediate_size: Channels
     max_positions: PositionCount
     attention_types: tuple[AttentionType, ...]
-    attention_pattern: tuple[LayerIndex, ...]
+    layer_pattern: tuple[LayerIndex, ...]
+    recurrent_types: tuple[RecurrentType, ...] = ()
+    mlp_layers: tuple[LayerIndex, ...] | None = None
     extra_tokens: TokenId = 0
     embedding_size: Channels | None = None
     norm: NormKind = "rms"
@@ -186,15 +191,15 @@ class DecoderConfig:
         check_choice("gate_activation", self.gate_activation, GateActivation)
         gated_activation = self.mlp_gated or self.moe is not None
         check_choice("activation", self.activation, GatedActivation if gated_activation else UngatedActivation)
-        if len(self.attention_pattern) != self.num_layers:
+        if len(self.layer_pattern) != self.num_layers:
             raise TideError(
-                f"attention_pattern has {len(self.attention_pattern)} entries, expected one for each of the "
+                f"layer_pattern has {len(self.layer_pattern)} entries, expected one for each of the "
                 f"{self.num_layers} layers"
             )
-        if max(self.attention_pattern, default=0) >= len(self.attention_types):
+        if max(self.layer_pattern, default=0) >= len(self.layer_types):
             raise TideError(
-                f"attention_pattern names attention type {max(self.attention_pattern)}, expected one of the "
-                f"{len(self.attention_types)} in attention_types, counted from 0"
+                f"layer_pattern names layer type {max(self.layer_pattern)}, expected one of the "
+                f"{len(self.layer_types)} in attention_types and recurrent_types, counted from 0"
             )
         if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
             raise TideError(
@@ -202,9 +207,18 @@ class DecoderConfig:
                 "check the checkpoint's config.json"
             )
 
-    def attention(self, layer: int) -> AttentionType:
-        """The attention type of a layer."""
-        return self.attention_types[self.attention_pattern[layer]]
+    @property
+    def layer_types(self) -> tuple[AttentionType | RecurrentType, ...]:
+        """What `layer_pattern` names."""
+        return (*self.attention_types, *self.recurrent_types)
+
+    def layer_type(self, layer: int) -> AttentionType | RecurrentType:
+        """The attention type or recurrent type of a layer."""
+        return self.layer_types[self.layer_pattern[layer]]
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has a feed-forward block."""
+        return self.mlp_layers is None or layer in self.mlp_layers
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts in place of an MLP."""
@@ -218,13 +232,15 @@ class DecoderConfig:
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
-        """Heads, key channels and value channels that one token occupies in a layer's cache.
+        """Heads, key channels and value channels that one token occupies in the cache of a layer with attention.
 
         Latent attention caches its latent vector and the shared rotated key as the key of one head. Its values are the
         latent vectors, so it stores no values.
         """
         if self.latent is not None:
             return 1, self.latent.kv_rank + self.latent.rope_dim, 0
+        if not self.attention_types:
+            return 0, 0, 0
         heads = max(kind.num_kv_heads or self.num_kv_heads for kind in self.attention_types)
         channels = max(kind.head_dim or self.head_dim for kind in self.attention_types)
         return heads, channels, self.value_dim or channels

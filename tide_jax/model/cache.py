@@ -1,37 +1,42 @@
-"""The KV cache: a pytree that layers read and that each forward pass writes once."""
+"""The cache: a pytree of keys, values and states that layers read and that each forward pass writes once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, CachedRows, KeyValue
+from tide_jax.model.layers import DecoderLayer, Rows
 from tide_jax.model.ops import in_order
+from tide_jax.model.recurrent.mixer import State, empty_state
+from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.types import RecurrentType
 from tide_jax.model.sharding import constrain_cache
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, and the position of the token in each slot.
+    """What every layer keeps of earlier tokens, and the position of the token in each slot.
 
     Because slots store positions, a row may have padding anywhere. A query sees a slot if the slot's position is at
     least 0 and not after the query's.
 
     Attributes:
-      keys, values: one array per layer, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated. Latent
-        attention stores everything in the keys (see `DecoderConfig.cache_shape`).
+      layers: for each layer, keys and values, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated; or its
+        state after the tokens so far, which has no slots. Latent attention stores everything in the keys (see
+        `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the position of the token in each slot, -1 where empty.
       length: number of slots written so far (the same for all rows), int32 scalar; empty slots ahead of the first
         token count as written.
     """
 
-    keys: tuple[Float[Array, "B KV S hk"], ...]
-    values: tuple[Float[Array, "B KV S hv"], ...]
+    layers: tuple[KeyValue | State, ...]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
 
@@ -40,31 +45,86 @@ class KVCache(NamedTuple):
         """Number of slots S."""
         return self.positions.shape[1]
 
-    def layer(self, index: int) -> CachedRows:
-        """One layer's keys and values, without a copy."""
-        return CachedRows(self.keys[index], self.values[index], self.length)
+    def layer(self, index: int) -> CachedRows | State:
+        """One layer's part, without a copy."""
+        memory = self.layers[index]
+        return memory if isinstance(memory, State) else CachedRows(*memory, self.length)
 
-    def append(self, new: Sequence[KeyValue], positions: Int[Array, "B T"]) -> KVCache:
-        """Writes T new slots of every layer (``new[layer].keys [B, KV, T, hk]``) after the last one.
+    def append(
+        self,
+        new: Sequence[Rows],
+        positions: Int[Array, "B T"],
+        layers: Sequence[DecoderLayer],
+        *,
+        counts: Sequence[Bool[Array, ""]] | None = None,
+    ) -> KVCache:
+        """Writes T new slots after the last one. States take in the tokens with a position.
 
         The caller ensures that ``length + T <= capacity``.
+
+        Args:
+          new: what each layer keeps of the tokens.
+          positions: of the tokens, -1 for slots without one.
+          layers: the model's layers.
+          counts: for each layer, whether its state takes in the tokens; all do if omitted.
         """
         zero = jnp.int32(0)
-        start = (zero, zero, self.length, zero)
-
-        def write(old: Array, rows: Array) -> Array:
-            return lax.dynamic_update_slice(old, in_order(rows.astype(old.dtype)), start)
-
+        order = TokenOrder.of(positions >= 0)
+        orders = [order if counts is None else order.only_if(c) for c in counts or self.layers]
+        grown = zip(layers, self.layers, new, orders, strict=True)
         return KVCache(
-            keys=tuple(write(old, rows.keys) for old, rows in zip(self.keys, new, strict=True)),
-            values=tuple(write(old, rows.values) for old, rows in zip(self.values, new, strict=True)),
+            layers=tuple(_append(layer, memory, rows, self.length, order) for layer, memory, rows, order in grown),
             positions=lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), (zero, self.length)),
             length=self.length + jnp.int32(positions.shape[1]),
         )
 
+    def rolled_back(self, before: KVCache) -> KVCache:
+        """The cache `before` some tokens were appended, in the memory of the present one.
+
+        Slots written since count as empty.
+        """
+        pairs = zip(before.layers, self.layers, strict=True)
+        layers = tuple(old if isinstance(old, State) else new for old, new in pairs)
+        return KVCache(layers, before.positions, before.length)
+
+
+def _append(
+    layer: DecoderLayer, memory: KeyValue | State, rows: Rows, start: Int[Array, ""], order: TokenOrder
+) -> KeyValue | State:
+    if isinstance(memory, State):
+        return advance(layer, memory, rows, order)
+    return write_slots(memory, rows, start)
+
+
+def advance(layer: DecoderLayer, state: State, inputs: Rows, order: TokenOrder) -> State:
+    """A recurrent layer's state after it took in the real tokens' inputs."""
+    assert layer.recurrent is not None
+    return layer.recurrent.advance(state, inputs, order)
+
+
+def write_slots(memory: KeyValue, rows: Rows, start: Int[Array, ""]) -> KeyValue:
+    """Keys and values with the slots from `start` on written."""
+    assert isinstance(rows, KeyValue)
+    zero = jnp.int32(0)
+    written = (
+        lax.dynamic_update_slice(old, in_order(new.astype(old.dtype)), (zero, zero, start, zero))
+        for old, new in zip(memory, rows, strict=True)
+    )
+    return KeyValue(*written)
+
+
+def only_slots(rows: Sequence[Rows], kept: Bool[Array, "B T"]) -> tuple[Rows, ...]:
+    """Each layer's rows, zeros for the slots that are not kept."""
+
+    def keep(a: Array) -> Array:
+        mask = kept.reshape(kept.shape[0], *(1,) * (a.ndim - 3), kept.shape[1], 1)
+        return jnp.where(mask, a, jnp.zeros_like(a))
+
+    return jax.tree.map(keep, tuple(rows))
+
 
 def place_rows(rows: Float[Array, "... W c"], slots: int, at: int) -> Float[Array, "... S c"]:
-    """Key or value rows in `slots` slots, from slot `at` on; zeros elsewhere.
+    """Rows of one kind in `slots` slots, from slot `at` on; zeros elsewhere.
 
     On a CPU, updating a slice of zeros is faster than `jnp.pad`.
     """
@@ -85,15 +145,24 @@ def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLi
     Args:
       ahead: empty slots before the first token; they count as written.
     """
-    heads, key_channels, value_channels = config.cache_shape
     slots = ahead + capacity
     if slots > BLOCK:
         slots += -slots % EVEN_SLOTS
-    shape, layers = (batch, heads, slots), range(config.num_layers)
     cache = KVCache(
-        keys=tuple(jnp.zeros((*shape, key_channels), dtype) for _ in layers),
-        values=tuple(jnp.zeros((*shape, value_channels), dtype) for _ in layers),
+        layers=tuple(
+            _empty_memory(config, kind, batch, slots, dtype)
+            for kind in map(config.layer_type, range(config.num_layers))
+        ),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.int32(ahead),
     )
     return constrain_cache(cache)
+
+
+def _empty_memory(
+    config: DecoderConfig, kind: AttentionType | RecurrentType, batch: int, slots: int, dtype: DTypeLike
+) -> KeyValue | State:
+    if isinstance(kind, RecurrentType):
+        return empty_state(kind.sizes(config.hidden_size), batch, dtype)
+    heads, *channels = config.cache_shape
+    return KeyValue(*(jnp.zeros((batch, heads, slots, c), dtype) for c in channels))

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tide_jax.errors import TideError, join_problems
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.attention.grouped import AttentionContext, attention_context
-from tide_jax.model.attention.span import KeyValue
+from tide_jax.model.attention.grouped import attention_context
 from tide_jax.model.cache import KVCache
 from tide_jax.model.fingerprints import Samples
-from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.layers import Context, DecoderLayer, Rows
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense, from_storage_order, times_rows, to_storage_order
+from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.model.rounding import (
     Weights,
     as_floats,
@@ -105,15 +105,15 @@ class Decoder(nnx.Module):
 
     def run_layers(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], tuple[KeyValue, ...]]:
-        """Plain pass through all layers: the last layer's output, and each layer's new keys and values."""
+    ) -> tuple[Float[Array, "B T D"], tuple[Rows, ...]]:
+        """Plain pass through all layers: the last layer's output, and what each layer keeps of the tokens."""
         outputs = list(self.layer_outputs(tokens, positions, cache))
         return outputs[-1][0], tuple(rows for _, rows in outputs)
 
     def layer_outputs(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
-    ) -> Iterator[tuple[Float[Array, "B T D"], KeyValue]]:
-        """The residual stream after each layer, and the layer's new keys and values ``[B, KV, T, hd]``, in order."""
+    ) -> Iterator[tuple[Float[Array, "B T D"], Rows]]:
+        """The residual stream after each layer, and what the layer keeps of the tokens, in order."""
         x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
         for i, layer in enumerate(self.layers):
             x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
@@ -148,15 +148,19 @@ class Decoder(nnx.Module):
             return x + _sinusoid(index, x.shape[-1], endpoint=self.config.sinusoid_endpoint).astype(x.dtype)
         return x
 
-    def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[AttentionContext, ...]:
-        """Masks and rotary tables of each attention type, computed once and shared by all layers.
+    def contexts(self, positions: Int[Array, "B T"], cache: KVCache | None) -> tuple[Context, ...]:
+        """Masks and rotary tables of each attention type, and the order of tokens for each recurrent type.
+
+        They are computed once and shared by all layers.
 
         Args:
           positions: positions of the new tokens.
           cache: earlier tokens.
         """
         seq_len, slots = jnp.max(positions) + 1, None if cache is None else cache.positions
-        return tuple(attention_context(kind, positions, seq_len, slots) for kind in self.config.attention_types)
+        attention = [attention_context(kind, positions, seq_len, slots) for kind in self.config.attention_types]
+        recurrent = len(self.config.recurrent_types)
+        return (*attention, *[TokenOrder.of(positions >= 0)] * recurrent) if recurrent else tuple(attention)
 
     def logits(self, x: Float[Array, "B T D"], rows: HeadRows | None = None) -> Float[Array, "B T V"]:
         """Logits, float32, from states after the final norm; with `rows`, only for that part of the vocabulary."""

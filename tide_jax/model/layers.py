@@ -1,4 +1,4 @@
-"""A decoder layer: attention and feed-forward block around a residual stream.
+"""A decoder layer: attention or a recurrent layer, and a feed-forward block, around a residual stream.
 
 The parts branch on configuration flags, never on a family. Kernels keep their natural axes (heads, head channels,
 experts). So a converter can name the slice that a source tensor fills, and a sharding rule can name the axis that it
@@ -8,6 +8,7 @@ splits.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,35 @@ from tide_jax.model.attention.span import CachedRows, KeyValue
 from tide_jax.model.feed_forward import MLP
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import Norm, block_norm
+from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.mixer import Mixer, State
+from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.selective import Selective
+from tide_jax.model.recurrent.short_conv import ShortConv
+from tide_jax.model.recurrent.state_space import StateSpace
+from tide_jax.model.recurrent.types import RecurrentType
 from tide_jax.model.sharding import whole_channels
+
+Context = AttentionContext | TokenOrder
+"""What all layers of one type share in a pass: masks and rotary tables, or the order of tokens."""
+Rows = KeyValue | Float[Array, "B T I"]
+"""What a layer keeps of new tokens: keys and values, or inputs to its state."""
+
+_MIXERS: dict[str, type] = {
+    "short_conv": ShortConv,
+    "gated_delta": GatedDelta,
+    "state_space": StateSpace,
+    "selective": Selective,
+}
 
 
 class DecoderLayer(nnx.Module):
-    """One decoder layer; returns the new residual stream and the layer's new keys and values."""
+    """One decoder layer; returns the new residual stream and what the layer keeps of the new tokens."""
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         if config.layer_norm_eps is not None:
             config = dataclasses.replace(config, norm_eps=config.layer_norm_eps)
-        self.attention_type = config.attention_pattern[index]
+        self.layer_type = config.layer_pattern[index]
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
         self.norm_after_add = config.norm_placement == "residual"
         self.residual_scale = config.residual_scale
@@ -48,33 +68,45 @@ class DecoderLayer(nnx.Module):
 
         self.pre_attention_norm = norm(pre and (config.first_norm or index > 0))
         self.post_attention_norm = norm(post)
-        self.pre_mlp_norm, self.post_mlp_norm = norm(pre and not config.shared_norm), norm(post)
-        self.attention = _attention(config, config.attention(index), dtype=dtype, rngs=rngs)
+        kind, has_mlp = config.layer_type(index), config.has_mlp(index)
+        attends = isinstance(kind, AttentionType)
+        self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends else None
+        self.recurrent: Mixer | None = None if attends else _recurrent(config, kind, dtype=dtype, rngs=rngs)
+        self.pre_mlp_norm = norm(pre and has_mlp and not config.shared_norm)
+        self.post_mlp_norm = norm(post and has_mlp)
         self.attention_residual = weights(config.residual_weights, config.hidden_size)
-        self.mlp_residual = weights(config.residual_weights, config.hidden_size)
+        self.mlp_residual = weights(config.residual_weights and has_mlp, config.hidden_size)
         self.output_scale = weights(config.layer_scale, 1)
-        self.mlp = (MoE if config.has_experts(index) else MLP)(config, dtype=dtype, rngs=rngs)
+        mlp = MoE if config.has_experts(index) else MLP
+        self.mlp = mlp(config, dtype=dtype, rngs=rngs) if has_mlp else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Runs the layer on new tokens; returns the new residual stream and the new keys and values."""
+        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: CachedRows | State | None
+    ) -> tuple[Float[Array, "B T D"], Rows]:
+        """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens."""
         return _trace_once(self, x, contexts, cached)
 
     def _run(
-        self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: CachedRows | State | None
+    ) -> tuple[Float[Array, "B T D"], Rows]:
         normed = _apply(self.pre_attention_norm, x)
-        attended, new = self.attention(normed, contexts[self.attention_type], cached)
+        mix: Any = self.attention or self.recurrent
+        attended, new = mix(normed, contexts[self.layer_type], cached)
         middle = self._add(_multiply(x, self.attention_residual), attended, self.post_attention_norm)
+        if self.mlp is None:
+            return whole_channels(_multiply(middle, self.output_scale)), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         out = self._add(_multiply(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
         return whole_channels(_multiply(out, self.output_scale)), new
 
-    def project_kv(self, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...]) -> KeyValue:
-        """The keys and values that this layer would store for `x`, without running it."""
-        return self.attention.project_kv(_apply(self.pre_attention_norm, x), contexts[self.attention_type])
+    def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
+        """What this layer would keep of `x`, without running it."""
+        normed = _apply(self.pre_attention_norm, x)
+        if self.recurrent is not None:
+            return self.recurrent.project_inputs(normed)
+        attention: Any = self.attention
+        return attention.project_kv(normed, contexts[self.layer_type])
 
     def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
@@ -88,8 +120,11 @@ class DecoderLayer(nnx.Module):
 
 @jax.jit
 def _trace_once(
-    layer: DecoderLayer, x: Float[Array, "B T D"], contexts: tuple[AttentionContext, ...], cached: CachedRows | None
-) -> tuple[Float[Array, "B T D"], KeyValue]:
+    layer: DecoderLayer,
+    x: Float[Array, "B T D"],
+    contexts: tuple[Context, ...],
+    cached: CachedRows | State | None,
+) -> tuple[Float[Array, "B T D"], Rows]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
     return layer._run(x, contexts, cached)
 
@@ -106,6 +141,10 @@ def _attention(
     if any(other.head_dim or other.num_kv_heads for other in config.attention_types):
         attention = ShapedAttention
     return attention(config, kind, dtype=dtype, rngs=rngs)
+
+
+def _recurrent(config: DecoderConfig, kind: RecurrentType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Mixer:
+    return _MIXERS[kind.kind](config.hidden_size, kind, dtype=dtype, rngs=rngs)
 
 
 def _apply(norm: Norm | None, x: Array) -> Array:

@@ -81,8 +81,10 @@ of a kernel of 8-bit integers are placed like its outputs.
 """
 
 CACHE: Mapping[str, Axes] = {
-    "*.keys.*": ("rows", "kv_heads", None, None),
-    "*.values.*": ("rows", "kv_heads", None, None),
+    "*.keys": ("rows", "kv_heads", None, None),
+    "*.values": ("rows", "kv_heads", None, None),
+    "*.window": ("rows", None, None),
+    "*.matrix": ("rows", None, None, None),
     "*.positions": ("rows", None),
 }
 """Logical axes of the arrays of a `KVCache`."""

@@ -24,7 +24,7 @@ from tide_jax.model.rounding import WEIGHTS, check_weights, precision
 from tide_jax.model.sharding import check_mesh, fetch
 from tide_jax.tokenizer.files import read_tokenizer
 
-FORMAT = 3
+FORMAT = 4
 CONFIG_KEY = "tide_jax"
 WEIGHTS_KEY, FINGERPRINT_KEY = "weights", "fingerprint"
 """Keys in tide_jax's part of a converted config.json.

@@ -24,7 +24,7 @@ class GatedDelta(Mixer):
     """
 
     def __init__(self, size: int, kind: GatedDeltaType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kind = kind
+        self.kind, self.sizes = kind, kind.sizes(size)
         keys, values = kind.key_heads * kind.key_dim, kind.value_heads * kind.value_dim
         channels = 2 * keys + values
         self.qkv = Dense((size,), (channels,), bias=False, dtype=dtype, rngs=rngs)
@@ -36,7 +36,7 @@ class GatedDelta(Mixer):
         self.fade_bias = nnx.Param(jnp.zeros((kind.value_heads,), dtype))
         self.norm = Norm((kind.value_dim,), kind="rms", eps=kind.norm_eps, dtype=dtype)
         self.out = Dense((kind.value_heads, kind.value_dim), (size,), bias=False, dtype=dtype, rngs=rngs)
-        self.matrix_shape, self.delta = (kind.value_heads, kind.key_dim, kind.value_dim), True
+        self.delta = True
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T H dv"]]:
         qkv, gates, gate = together(x, [self.qkv, self.gates, self.output_gate])

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tide_jax.model.recurrent.conv import causal_conv, move_window
 from tide_jax.model.recurrent.linear import run_linear
 from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.types import StateSizes
 
 
 class State(NamedTuple):
@@ -30,39 +32,44 @@ class State(NamedTuple):
     matrix: Float[Array, "B H dk dv"]
 
 
+def empty_state(sizes: StateSizes, batch: int, dtype: DTypeLike) -> State:
+    """The state before the first token."""
+    window = jnp.zeros((batch, sizes.width - 1, sizes.channels), dtype)
+    return State(window, jnp.zeros((batch, *sizes.matrix), jnp.float32))
+
+
 class Mixer(nnx.Module):
     """A recurrent layer. Subclasses set the attributes and implement `_project`, `_updates` and `_output`.
 
     Attributes:
+      sizes: of its state.
       filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``.
-      matrix_shape: heads, key channels and value channels of the state.
       delta: whether writes follow the delta rule, in linear recurrences.
     """
 
+    sizes: StateSizes
     filters: nnx.Param
     filter_bias: nnx.Param | None
-    matrix_shape: tuple[int, int, int]
     delta: bool = False
 
-    def start(self, batch: int, dtype: jnp.dtype) -> State:
+    def start(self, batch: int, dtype: DTypeLike) -> State:
         """The state before the first token."""
-        channels, width = self.filters.shape
-        matrix = jnp.zeros((batch, *self.matrix_shape), jnp.float32)
-        return State(jnp.zeros((batch, width - 1, channels), dtype), matrix)
+        return empty_state(self.sizes, batch, dtype)
 
     def project_inputs(self, x: Float[Array, "B T D"]) -> Float[Array, "B T I"]:
         """The tokens' inputs to the state, without running the layer."""
         return self._project(x)[0]
 
     def __call__(
-        self, x: Float[Array, "B T D"], order: TokenOrder, state: State
+        self, x: Float[Array, "B T D"], order: TokenOrder, state: State | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T I"]]:
         """The layer's output for new tokens, and their inputs to the state.
 
         Args:
           order: of the real tokens; other slots get meaningless outputs.
-          state: of the tokens before.
+          state: of the tokens before, None if there are none.
         """
+        state = self.start(x.shape[0], x.dtype) if state is None else state
         inputs, gate = self._project(x)
         mixed, updates = self._updates(order.forth(inputs), state.window)
         read = None

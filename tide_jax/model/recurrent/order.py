@@ -24,9 +24,15 @@ class TokenOrder(NamedTuple):
     @classmethod
     def of(cls, real: Bool[Array, "B T"]) -> TokenOrder:
         """The order of slots, some of which hold a token."""
+        if real.shape[1] == 1:
+            return cls(first := jnp.zeros(real.shape, jnp.int32), first, real[:, 0].astype(jnp.int32))
         index = jnp.argsort(~real, axis=1, stable=True).astype(jnp.int32)
         place = jnp.argsort(index, axis=1).astype(jnp.int32)
         return cls(index, place, jnp.sum(real, axis=1, dtype=jnp.int32))
+
+    def only_if(self, counts: Bool[Array, ""]) -> TokenOrder:
+        """The same order if the tokens count, else one without a real token."""
+        return self._replace(count=jnp.where(counts, self.count, 0))
 
     @property
     def real(self) -> Bool[Array, "B T"]:

@@ -45,7 +45,7 @@ class Selective(Mixer):
     """
 
     def __init__(self, size: int, kind: SelectiveType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kind = kind
+        self.kind, self.sizes = kind, kind.sizes(size)
         inner, state = kind.inner, kind.state_size
         self.stream = Dense((size,), (2, inner), bias=kind.bias, dtype=dtype, rngs=rngs)
         self.parts = Dense((inner,), (kind.step_rank + 2 * state,), bias=False, dtype=dtype, rngs=rngs)
@@ -63,7 +63,6 @@ class Selective(Mixer):
             return None if kind.norms == "none" else plain
 
         self.step_norm, self.key_norm, self.query_norm = norm(kind.step_rank), norm(state), norm(state)
-        self.matrix_shape = (inner, state, 1)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
         stream = self.stream(x)

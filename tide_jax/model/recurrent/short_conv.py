@@ -15,11 +15,11 @@ class ShortConv(Mixer):
     """``out(c * conv(b * u))``, where b, c and u are projections of the input."""
 
     def __init__(self, size: int, kind: ShortConvType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.sizes = kind.sizes(size)
         self.inputs = Dense((size,), (3, size), bias=kind.bias, dtype=dtype, rngs=rngs)
         self.filters = nnx.Param(normal(rngs, (size, kind.width), kind.width, dtype))
         self.filter_bias = nnx.Param(jnp.zeros((size,), dtype)) if kind.bias else None
         self.out = Dense((size,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
-        self.matrix_shape = (0, 0, 0)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         projected = self.inputs(x)

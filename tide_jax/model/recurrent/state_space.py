@@ -21,7 +21,7 @@ class StateSpace(Mixer):
     """
 
     def __init__(self, size: int, kind: StateSpaceType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kind = kind
+        self.kind, self.sizes = kind, kind.sizes(size)
         inner = kind.heads * kind.head_dim
         channels = inner + 2 * kind.groups * kind.state_size
         self.gate = Dense((size,), (inner,), bias=kind.bias, dtype=dtype, rngs=rngs)
@@ -35,7 +35,6 @@ class StateSpace(Mixer):
         shape = (kind.groups, inner // kind.groups)
         self.norm = Norm(shape, axes=1, kind="rms", eps=kind.norm_eps, dtype=dtype)
         self.out = Dense((inner,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
-        self.matrix_shape = (kind.heads, kind.state_size, kind.head_dim)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T N"]]:
         gate, stream, step = together(x, [self.gate, self.stream, self.step])

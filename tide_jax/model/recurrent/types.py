@@ -5,7 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from tide_jax.ranges import Channels, Epsilon, Heads, Positive
+from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative
+from tide_jax.records import STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSizes:
+    """Sizes of what a recurrent layer keeps of earlier tokens, and of what one token adds.
+
+    Attributes:
+      channels: of the convolution.
+      width: tokens of the convolution's window; the newest is not kept.
+      matrix: heads, key channels and value channels of the state; zeros for layers that only convolve.
+      inputs: numbers that a token gives to the state, the convolution's channels first.
+    """
+
+    channels: int
+    width: int
+    matrix: tuple[int, int, int]
+    inputs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +31,20 @@ class ShortConvType:
     """A gated convolution over a few tokens, without further memory (LFM2, Liquid AI 2025).
 
     Attributes:
+      kind: tag of these types in JSON.
       width: tokens of a filter, the newest included.
       bias: whether the projections and the filters have a bias.
     """
 
     width: Channels
     bias: bool = False
+    kind: Literal["short_conv"] = "short_conv"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        return StateSizes(hidden_size, self.width, (0, 0, 0), hidden_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +52,7 @@ class GatedDeltaType:
     """A gated delta net (Yang et al. 2024, arXiv:2412.06464, section 3.4).
 
     Attributes:
+      kind: tag of these types in JSON.
       key_heads, value_heads: numbers of heads; each key head serves several value heads.
       key_dim, value_dim: channels of a head.
       width: tokens of a filter over queries, keys and values.
@@ -38,6 +65,15 @@ class GatedDeltaType:
     value_dim: Channels
     width: Channels
     norm_eps: Epsilon = 1e-6
+    kind: Literal["gated_delta"] = "gated_delta"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        matrix = (self.value_heads, self.key_dim, self.value_dim)
+        return StateSizes(channels, self.width, matrix, channels + 2 * self.value_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +81,7 @@ class StateSpaceType:
     """Mamba-2 (Dao & Gu 2024, arXiv:2405.21060, section 7).
 
     Attributes:
+      kind: tag of these types in JSON.
       heads, head_dim: heads of the inner stream and their channels.
       groups: groups of heads that share what is written and read.
       state_size: channels of a group's keys.
@@ -61,8 +98,17 @@ class StateSpaceType:
     width: Channels
     conv_bias: bool = True
     bias: bool = False
-    step_limit: tuple[float, Positive] = (0.0, float("inf"))
+    step_limit: tuple[NotNegative, ...] = (0.0, 1e30)
     norm_eps: Epsilon = 1e-5
+    kind: Literal["state_space"] = "state_space"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        channels = self.heads * self.head_dim + 2 * self.groups * self.state_size
+        matrix = (self.heads, self.state_size, self.head_dim)
+        return StateSizes(channels, self.width, matrix, channels + self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +116,7 @@ class SelectiveType:
     """Mamba (Gu & Dao 2023, arXiv:2312.00752, section 3): each channel has a small state of its own.
 
     Attributes:
+      kind: tag of these types in JSON.
       inner: channels of the inner stream.
       state_size: numbers in a channel's state.
       step_rank: rank of the time step's projection.
@@ -87,6 +134,13 @@ class SelectiveType:
     bias: bool = False
     norms: Literal["none", "plain", "scaled"] = "none"
     norm_eps: Epsilon = 1e-6
+    kind: Literal["selective"] = "selective"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        return StateSizes(self.inner, self.width, (self.inner, self.state_size, 1), self.inner)
 
 
 RecurrentType = ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType
