@@ -14,6 +14,7 @@ from convert.families import (
     layer_norm,
     llama,
     olmo,
+    recurrent,
 )
 from convert.families.base import Family
 from convert.families.refused import REFUSED
@@ -32,4 +33,5 @@ FAMILIES: dict[str, Family] = {
     **experts.FAMILIES,
     **latent.FAMILIES,
     **encoder_heritage.FAMILIES,
+    **recurrent.FAMILIES,
 }

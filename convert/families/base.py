@@ -12,6 +12,7 @@ from convert.weights.rules import Rule
 from tide_jax.errors import TideError, shorten
 from tide_jax.model.activations import KNOWN_ACTIVATIONS
 from tide_jax.model.architecture import AttentionType, DecoderConfig, QKNorm
+from tide_jax.model.recurrent.types import RecurrentType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +136,12 @@ def rms_qk_norm(hf: Any, **flags: Any) -> QKNorm:
     return QKNorm(eps=norm_eps(hf), **flags)
 
 
-def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderConfig:
+def decoder(hf: Any, layers: Sequence[AttentionType | RecurrentType], **flags: Any) -> DecoderConfig:
     """Builds a configuration from the usual field names and `flags`. Raises TideError for an unknown activation."""
-    types = tuple(dict.fromkeys(layers))
+    kinds = dict.fromkeys(layers)
+    attention = tuple(kind for kind in kinds if isinstance(kind, AttentionType))
+    recurrent = tuple(kind for kind in kinds if not isinstance(kind, AttentionType))
+    types = (*attention, *recurrent)
     fields: dict[str, Any] = {
         "model_type": hf.model_type,
         "vocab_size": hf.vocab_size,
@@ -148,7 +152,8 @@ def decoder(hf: Any, layers: Sequence[AttentionType], **flags: Any) -> DecoderCo
         "head_dim": head_dim(hf),
         "intermediate_size": first_set(hf, "intermediate_size"),
         "max_positions": first_set(hf, "max_position_embeddings"),
-        "attention_types": types,
+        "attention_types": attention,
+        "recurrent_types": recurrent,
         "layer_pattern": tuple(types.index(layer) for layer in layers),
         "norm_eps": norm_eps(hf),
         "activation": first_set(hf, "hidden_activation", "hidden_act", "activation_function"),

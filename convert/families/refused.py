@@ -18,10 +18,10 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    **_types("falcon_mamba mamba mamba2 rwkv xlstm", _RECURRENT),
+    **_types("rwkv xlstm", _RECURRENT),
     **_types(
-        "bailing_hybrid bamba falcon_h1 inkling2_text inkling_text jamba kimi_linear lfm2 lfm2_moe "
-        "lfm3 minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma "
+        "bailing_hybrid falcon_h1 inkling2_text inkling_text kimi_linear "
+        "minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma "
         "zamba zamba2 zaya",
         _HYBRID,
     ),

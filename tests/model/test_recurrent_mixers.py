@@ -88,7 +88,9 @@ def gated_delta() -> Pair:
     rate, fade = (a.reshape(-1, SIZE) for a in torch.split(module.in_proj_ba.weight.view(2, -1, SIZE), [2, 2], dim=1))
     return set_weights(
         mixer,
-        qkv__kernel=torch.cat([q, k, v]),
+        q__kernel=q,
+        k__kernel=k,
+        v__kernel=v,
         gates__kernel=torch.stack([rate, fade]),
         output_gate__kernel=z,
         filters=module.conv1d.weight,

@@ -97,9 +97,8 @@ def _append(
 
 
 def advance(layer: DecoderLayer, state: State, inputs: Rows, order: TokenOrder) -> State:
-    """A recurrent layer's state after it took in the real tokens' inputs."""
-    assert layer.recurrent is not None
-    return layer.recurrent.advance(state, inputs, order)
+    """A layer's state after it took in the real tokens' inputs."""
+    return state if layer.recurrent is None else layer.recurrent.advance(state, inputs, order)
 
 
 def write_slots(memory: KeyValue, rows: Rows, start: Int[Array, ""]) -> KeyValue:

@@ -32,7 +32,7 @@ from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
-from tide_jax.model.recurrent.types import RecurrentType
+from tide_jax.model.recurrent.types import NothingType, RecurrentType
 from tide_jax.model.sharding import whole_channels
 
 Context = AttentionContext | TokenOrder
@@ -66,15 +66,17 @@ class DecoderLayer(nnx.Module):
         def weights(wanted: bool, size: int) -> nnx.Param | None:
             return nnx.Param(jnp.ones((size,), dtype)) if wanted else None
 
-        self.pre_attention_norm = norm(pre and (config.first_norm or index > 0))
-        self.post_attention_norm = norm(post)
         kind, has_mlp = config.layer_type(index), config.has_mlp(index)
+        mixes = not isinstance(kind, NothingType)
+        self.pre_attention_norm = norm(pre and mixes and (config.first_norm or index > 0))
+        self.post_attention_norm = norm(post and mixes)
         attends = isinstance(kind, AttentionType)
         self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends else None
-        self.recurrent: Mixer | None = None if attends else _recurrent(config, kind, dtype=dtype, rngs=rngs)
+        has_state = mixes and not attends
+        self.recurrent: Mixer | None = _recurrent(config, kind, dtype=dtype, rngs=rngs) if has_state else None
         self.pre_mlp_norm = norm(pre and has_mlp and not config.shared_norm)
         self.post_mlp_norm = norm(post and has_mlp)
-        self.attention_residual = weights(config.residual_weights, config.hidden_size)
+        self.attention_residual = weights(config.residual_weights and mixes, config.hidden_size)
         self.mlp_residual = weights(config.residual_weights and has_mlp, config.hidden_size)
         self.output_scale = weights(config.layer_scale, 1)
         mlp = MoE if config.has_experts(index) else MLP
@@ -89,10 +91,11 @@ class DecoderLayer(nnx.Module):
     def _run(
         self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: CachedRows | State | None
     ) -> tuple[Float[Array, "B T D"], Rows]:
-        normed = _apply(self.pre_attention_norm, x)
+        normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         mix: Any = self.attention or self.recurrent
-        attended, new = mix(normed, contexts[self.layer_type], cached)
-        middle = self._add(_multiply(x, self.attention_residual), attended, self.post_attention_norm)
+        if mix is not None:
+            mixed, new = mix(normed, contexts[self.layer_type], cached)
+            middle = self._add(_multiply(x, self.attention_residual), mixed, self.post_attention_norm)
         if self.mlp is None:
             return whole_channels(_multiply(middle, self.output_scale)), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
@@ -103,10 +106,9 @@ class DecoderLayer(nnx.Module):
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
         """What this layer would keep of `x`, without running it."""
         normed = _apply(self.pre_attention_norm, x)
-        if self.recurrent is not None:
-            return self.recurrent.project_inputs(normed)
-        attention: Any = self.attention
-        return attention.project_kv(normed, contexts[self.layer_type])
+        if self.attention is not None:
+            return self.attention.project_kv(normed, contexts[self.layer_type])
+        return x[..., :0] if self.recurrent is None else self.recurrent.project_inputs(normed)
 
     def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""

@@ -25,12 +25,13 @@ class GatedDelta(Mixer):
 
     def __init__(self, size: int, kind: GatedDeltaType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kind, self.sizes = kind, kind.sizes(size)
-        keys, values = kind.key_heads * kind.key_dim, kind.value_heads * kind.value_dim
-        channels = 2 * keys + values
-        self.qkv = Dense((size,), (channels,), bias=False, dtype=dtype, rngs=rngs)
+        keys, values = (kind.key_heads, kind.key_dim), (kind.value_heads, kind.value_dim)
+        self.q = Dense((size,), keys, bias=False, dtype=dtype, rngs=rngs)
+        self.k = Dense((size,), keys, bias=False, dtype=dtype, rngs=rngs)
+        self.v = Dense((size,), values, bias=False, dtype=dtype, rngs=rngs)
         self.gates = Dense((size,), (2, kind.value_heads), bias=False, dtype=dtype, rngs=rngs)
-        self.output_gate = Dense((size,), (kind.value_heads, kind.value_dim), bias=False, dtype=dtype, rngs=rngs)
-        self.filters = nnx.Param(normal(rngs, (channels, kind.width), kind.width, dtype))
+        self.output_gate = Dense((size,), values, bias=False, dtype=dtype, rngs=rngs)
+        self.filters = nnx.Param(normal(rngs, (self.sizes.channels, kind.width), kind.width, dtype))
         self.filter_bias = None
         self.fade = nnx.Param(jnp.zeros((kind.value_heads,), dtype))
         self.fade_bias = nnx.Param(jnp.zeros((kind.value_heads,), dtype))
@@ -39,8 +40,8 @@ class GatedDelta(Mixer):
         self.delta = True
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T H dv"]]:
-        qkv, gates, gate = together(x, [self.qkv, self.gates, self.output_gate])
-        return jnp.concatenate([qkv, gates.reshape(*gates.shape[:2], -1)], axis=-1), gate
+        *parts, gate = together(x, [self.q, self.k, self.v, self.gates, self.output_gate])
+        return jnp.concatenate([part.reshape(*x.shape[:2], -1) for part in parts], axis=-1), gate
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, Updates]:
         kind, channels = self.kind, self.filters.shape[0]

@@ -143,4 +143,21 @@ class SelectiveType:
         return StateSizes(self.inner, self.width, (self.inner, self.state_size, 1), self.inner)
 
 
-RecurrentType = ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType
+@dataclasses.dataclass(frozen=True)
+class NothingType:
+    """No attention and no recurrent layer: the layer is its feed-forward block alone (Nemotron-H).
+
+    Attributes:
+      kind: tag of these types in JSON.
+    """
+
+    kind: Literal["nothing"] = "nothing"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of an empty state."""
+        return StateSizes(0, 1, (0, 0, 0), 0)
+
+
+RecurrentType = NothingType | ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType

@@ -1,0 +1,93 @@
+"""Tables of checkpoint names for recurrent layers; see `convert.weights.parts`."""
+
+from __future__ import annotations
+
+from convert.weights import recurrent_takes, takes
+from convert.weights.parts import Names, linear, norm
+from convert.weights.rules import Target
+
+
+def short_conv(name: str) -> Names:
+    """A gated short convolution."""
+    return {
+        **linear(f"{name}.in_proj", "recurrent.inputs", recurrent_takes.thirds, recurrent_takes.thirds),
+        f"{name}.conv.weight": (Target("recurrent.filters", recurrent_takes.filters),),
+        f"{name}.conv.bias": (Target("recurrent.filter_bias"),),
+        **linear(f"{name}.out_proj", "recurrent.out"),
+    }
+
+
+def _mamba(name: str) -> Names:
+    """What both generations of Mamba have."""
+    return {
+        f"{name}.conv1d.weight": (Target("recurrent.filters", recurrent_takes.filters),),
+        f"{name}.conv1d.bias": (Target("recurrent.filter_bias"),),
+        f"{name}.A_log": (Target("recurrent.fade"),),
+        f"{name}.D": (Target("recurrent.passed"),),
+        **linear(f"{name}.out_proj", "recurrent.out"),
+    }
+
+
+def selective(name: str) -> Names:
+    """Mamba, with Jamba's norms."""
+    return {
+        **_mamba(name),
+        **linear(f"{name}.in_proj", "recurrent.stream", takes.halves, takes.halves),
+        **linear(f"{name}.x_proj", "recurrent.parts"),
+        f"{name}.dt_proj.weight": (Target("recurrent.step.kernel", takes.transpose),),
+        f"{name}.dt_proj.bias": (Target("recurrent.step_bias"),),
+        **norm(f"{name}.dt_layernorm", "recurrent.step_norm"),
+        **norm(f"{name}.b_layernorm", "recurrent.key_norm"),
+        **norm(f"{name}.c_layernorm", "recurrent.query_norm"),
+    }
+
+
+def state_space(name: str) -> Names:
+    """Mamba-2."""
+    parts = ("gate", "stream", "step")
+    taken = [recurrent_takes.state_space_part(number) for number in range(3)]
+    return {
+        **_mamba(name),
+        f"{name}.in_proj.weight": tuple(
+            Target(f"recurrent.{part}.kernel", take) for part, take in zip(parts, taken, strict=True)
+        ),
+        f"{name}.in_proj.bias": tuple(
+            Target(f"recurrent.{part}.bias", take) for part, take in zip(parts, taken, strict=True)
+        ),
+        f"{name}.dt_bias": (Target("recurrent.step_bias"),),
+        **norm(f"{name}.norm", "recurrent.norm", recurrent_takes.group_norm),
+    }
+
+
+def gated_delta(name: str) -> Names:
+    """A gated delta net: projections in two layouts of one Linear, or apart."""
+    qkv = ("q", "k", "v")
+    return {
+        f"{name}.in_proj_qkv.weight": tuple(
+            Target(f"recurrent.{part}.kernel", recurrent_takes.delta_part(i)) for i, part in enumerate(qkv)
+        ),
+        **linear(f"{name}.in_proj_z", "recurrent.output_gate", recurrent_takes.delta_values),
+        **linear(f"{name}.in_proj_b", "recurrent.gates", slot="0"),
+        **linear(f"{name}.in_proj_a", "recurrent.gates", slot="1"),
+        f"{name}.in_proj_qkvz.weight": tuple(
+            Target(f"recurrent.{part}.kernel", recurrent_takes.delta_part_by_head(i))
+            for i, part in enumerate((*qkv, "output_gate"))
+        ),
+        f"{name}.in_proj_ba.weight": tuple(
+            Target("recurrent.gates.kernel", recurrent_takes.delta_gate_by_head(i), f":, {i}") for i in range(2)
+        ),
+        f"{name}.conv1d.weight": (Target("recurrent.filters", recurrent_takes.filters),),
+        f"{name}.A_log": (Target("recurrent.fade"),),
+        f"{name}.dt_bias": (Target("recurrent.fade_bias"),),
+        **norm(f"{name}.norm", "recurrent.norm"),
+        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.inner_in),
+    }
+
+
+GATED_ATTENTION: Names = {
+    f"self_attn.q_proj.{kind}": tuple(
+        Target(f"attention.{part}.{ours}", recurrent_takes.gated_queries(i)) for i, part in enumerate(("q", "gate"))
+    )
+    for kind, ours in (("weight", "kernel"), ("bias", "bias"))
+}
+"""Queries that have their gate beside them, head by head."""

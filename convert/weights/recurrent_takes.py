@@ -1,0 +1,120 @@
+"""Arrangements of recurrent layers' tensors; see `convert.weights.takes`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+
+from convert.weights.rules import Take
+from tide_jax.errors import TideError
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.recurrent.types import GatedDeltaType, RecurrentType, StateSpaceType
+
+Kind = TypeVar("Kind", bound=RecurrentType)
+
+
+def _only(c: DecoderConfig, kind: type[Kind]) -> Kind:
+    """The configuration's recurrent type of a kind; layers of one kind have the same sizes in all families."""
+    found = next((each for each in c.recurrent_types if isinstance(each, kind)), None)
+    if found is None:
+        raise TideError(f"the configuration has no recurrent layers of kind {kind.__name__}")
+    return found
+
+
+def filters(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Filters of a convolution by channel, [C, 1, K] to [C, K]."""
+    return a[:, 0]
+
+
+def thirds(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Three projections, one after the other: [3 N, D] to [D, 3, N], [3 N] to [3, N]."""
+    return a.T.reshape(*a.shape[1:], 3, -1)
+
+
+def outputs(first: int, last: int, of: int) -> Take:
+    """Some of the equal parts of a Linear's outputs: [of * N, ...] to [..., (last - first) * N]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        size = a.shape[0] // of
+        return a[first * size : last * size].T
+
+    return take
+
+
+def state_space_part(number: int) -> Take:
+    """Gate, stream or time step of Mamba-2's input projection [inner + (inner + 2 G S) + H, ...]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = _only(c, StateSpaceType)
+        inner = kind.heads * kind.head_dim
+        ends = [0, inner, inner + kind.sizes(c.hidden_size).channels, a.shape[0]]
+        return a[ends[number] : ends[number + 1]].T
+
+    return take
+
+
+def group_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Scale of the norm over groups, [inner] to [groups, inner / groups]."""
+    return a.reshape(_only(c, StateSpaceType).groups, -1)
+
+
+def inner_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Output projection of a delta net, [D, H * dv] to [H, dv, D]."""
+    kind = _only(c, GatedDeltaType)
+    return a.T.reshape(kind.value_heads, kind.value_dim, a.shape[0])
+
+
+def delta_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Queries or keys, [h * dk, D] to [D, h, dk]."""
+    return a.T.reshape(a.shape[1], _only(c, GatedDeltaType).key_heads, -1)
+
+
+def delta_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Values or their gate, [H * dv, D] to [D, H, dv]."""
+    return a.T.reshape(a.shape[1], _only(c, GatedDeltaType).value_heads, -1)
+
+
+def delta_part(number: int) -> Take:
+    """Queries, keys or values of one Linear [2 h dk + H dv, D]: [D, heads, channels]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = _only(c, GatedDeltaType)
+        keys = kind.key_heads * kind.key_dim
+        part = a[(0, keys, 2 * keys)[number] : (keys, 2 * keys, a.shape[0])[number]]
+        return delta_values(part, c) if number == 2 else delta_keys(part, c)
+
+    return take
+
+
+def delta_part_by_head(number: int) -> Take:
+    """The same, or the gate (3), from a Linear that has each key head's query, key, values and gates together."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = _only(c, GatedDeltaType)
+        values = kind.value_heads // kind.key_heads * kind.value_dim
+        by_head = a.T.reshape(a.shape[1], kind.key_heads, -1)
+        ends = np.cumsum([0, kind.key_dim, kind.key_dim, values, values])
+        part = by_head[..., ends[number] : ends[number + 1]]
+        return part if number < 2 else part.reshape(a.shape[1], kind.value_heads, -1)
+
+    return take
+
+
+def delta_gate_by_head(number: int) -> Take:
+    """Rate (0) or fade (1) of a Linear that has those of each key head together: [D, H]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        by_head = a.T.reshape(a.shape[1], _only(c, GatedDeltaType).key_heads, 2, -1)
+        return by_head[:, :, number].reshape(a.shape[1], -1)
+
+    return take
+
+
+def gated_queries(number: int) -> Take:
+    """Queries (0) or their gate (1) of a Linear that has both of each head together: [..., H, hd]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        return a.T.reshape(*a.shape[1:], c.num_heads, 2, -1)[..., number, :]
+
+    return take
