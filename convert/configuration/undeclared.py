@@ -13,9 +13,9 @@ def _types(names: str) -> frozenset[str]:
 
 
 HEAD_DIM = _types(
-    "apertus bitnet cohere doge dots1 emu3_text_model ernie4_5_moe exaone4 exaone_moe flex_olmo glm4_moe granite "
-    "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared nanochat olmo olmo2 olmo3 olmoe phi phi3 "
-    "phi4_multimodal phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2"
+    "apertus bamba bitnet cohere doge dots1 emu3_text_model ernie4_5_moe exaone4 exaone_moe flex_olmo glm4_moe granite "
+    "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared jamba lfm2 lfm2_moe nanochat olmo olmo2 "
+    "olmo3 olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2"
 )
 """Model types whose head width is an undeclared `head_dim`."""
 
@@ -25,8 +25,9 @@ HEAD_DIM_OF_ROTATION = _types(
 """Model types that use an undeclared `head_dim` for the rotation only: it must equal the width of a head."""
 
 PARTIAL_ROTARY = _types(
-    "glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mimo_v2_flash minimax_m2 minimax_m3_vl_text "
-    "nemotron persimmon phi phi3 phi4_multimodal stablelm"
+    "bamba glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mimo_v2_flash minimax_m2 "
+    "minimax_m3_vl_text nemotron persimmon phi phi3 phi4_multimodal qwen3_5_moe_text "
+    "qwen3_5_text qwen3_next stablelm"
 )
 """Model types that rotate only the share `partial_rotary_factor` of a head."""
 

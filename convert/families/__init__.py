@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from convert.families import (
     cohere,
+    delta,
     encoder_heritage,
     experts,
     gemma,
@@ -34,4 +35,5 @@ FAMILIES: dict[str, Family] = {
     **latent.FAMILIES,
     **encoder_heritage.FAMILIES,
     **recurrent.FAMILIES,
+    **delta.FAMILIES,
 }

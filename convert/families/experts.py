@@ -13,7 +13,6 @@ from convert.families.base import (
     decoder,
     first_set,
     head_dim,
-    layers_without_rope,
     require,
     rms_qk_norm,
     rotary_layers,
@@ -103,52 +102,6 @@ def _phimoe_attention(hf: Any) -> list[AttentionType]:
             f"phimoe with short_mscale={short!r} and long_mscale={long!r} is not supported, only equal ones"
         )
     return [with_rope(layer, attention_factor=float(short)) for layer in layers]
-
-
-def _granitemoe(hf: Any) -> DecoderConfig:
-    return _granite_mixture(hf, rotary_layers(hf, scale=hf.attention_multiplier))
-
-
-def _granitemoe_swa(hf: Any) -> DecoderConfig:
-    thetas = hf.layer_rope_theta
-    no_rope = [not theta for theta in thetas]
-    layers = rotary_layers(hf, hf.layer_types, hf.attention_multiplier, no_rope=no_rope, sinks=True)
-    return _granite_mixture(
-        hf, [with_rope(a, theta=float(theta)) if theta else a for a, theta in zip(layers, thetas, strict=True)]
-    )
-
-
-def _granitemoehybrid(hf: Any) -> DecoderConfig:
-    """Granite 4.0 without recurrent layers. In models without experts, the shared MLP is the only MLP."""
-    if recurrent := sorted(set(hf.layer_types) - {"full_attention"}):
-        raise TideError(
-            f"{hf.model_type} with layer type {', '.join(recurrent)} is not supported, only full_attention: a skipped "
-            "layer would leave its recurrent state behind"
-        )
-    scale = hf.attention_multiplier
-    rotated = hf.position_embedding_type == "rope"
-    layers = rotary_layers(hf, scale=scale) if rotated else layers_without_rope(hf, scale)
-    flags = {} if rotated else {"positions": "none"}
-    if not hf.num_local_experts:
-        return _scaled_decoder(hf, layers, intermediate_size=hf.shared_intermediate_size, **flags)
-    return _granite_mixture(hf, layers, **flags)
-
-
-def _granite_mixture(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
-    shared = getattr(hf, "shared_intermediate_size", 0)
-    return _scaled_decoder(hf, layers, moe=mixture(hf, hf.num_local_experts, shared_size=shared), **flags)
-
-
-def _scaled_decoder(hf: Any, layers: list[AttentionType], **flags: Any) -> DecoderConfig:
-    return decoder(
-        hf,
-        layers,
-        embedding_scale=hf.embedding_multiplier,
-        residual_scale=hf.residual_multiplier,
-        logit_scale=1 / hf.logits_scaling,
-        **biases(hf.attention_bias),
-        **flags,
-    )
 
 
 def _ernie4_5_moe(hf: Any) -> DecoderConfig:
@@ -307,28 +260,6 @@ def _jetmoe(hf: Any) -> DecoderConfig:
     )
 
 
-GRANITE_EXPERTS = {
-    **linear("block_sparse_moe.router.layer", "mlp.router"),
-    "block_sparse_moe.input_linear.weight": (Target("mlp.experts.gate_up", takes.stacked_halves),),
-    "block_sparse_moe.output_linear.weight": (Target("mlp.experts.down", takes.transpose),),
-    **linear("block_sparse_moe.router", "mlp.router"),
-    "block_sparse_moe.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.stacked_halves),),
-    "block_sparse_moe.experts.down_proj": (Target("mlp.experts.down", takes.transpose),),
-}
-GRANITE_SHARED = {
-    **linear("shared_mlp.input_linear", "mlp.shared.gate_up", takes.halves),
-    **linear("shared_mlp.output_linear", "mlp.shared.down"),
-}
-GRANITE_DENSE = {
-    **linear("shared_mlp.input_linear", "mlp.gate_up", takes.halves),
-    **linear("shared_mlp.output_linear", "mlp.down"),
-}
-GRANITE = llama_weights(PRE_NORMS, GRANITE_EXPERTS, GRANITE_SHARED)
-GRANITE_HYBRID = (
-    *llama_weights(PRE_NORMS, GRANITE_EXPERTS),
-    *layer_rules("[model.]layers", GRANITE_SHARED, when=lambda config: config.moe is not None),
-    *layer_rules("[model.]layers", GRANITE_DENSE, when=lambda config: config.moe is None),
-)
 GPT_OSS_EXPERTS = {
     "mlp.experts.gate_up_proj": (Target("mlp.experts.gate_up", takes.alternating_halves),),
     "mlp.experts.gate_up_proj_bias": (Target("mlp.experts.gate_up_bias", takes.alternating_halves),),
@@ -382,12 +313,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(_qwen3_moe),
     "olmoe": Family(_olmoe),
     "phimoe": Family(_phimoe, llama_weights(PRE_NORMS, MIXTRAL_EXPERTS)),
-    "granitemoe": Family(_granitemoe, GRANITE),
-    "granitemoeshared": Family(_granitemoe, GRANITE),
-    "granitemoehybrid": Family(_granitemoehybrid, GRANITE_HYBRID),
     "gpt_oss": Family(_gpt_oss, llama_weights(PRE_NORMS, GPT_OSS_EXPERTS)),
     "llama4_text": Family(_llama4, llama_weights(PRE_NORMS, LLAMA4_MLP)),
-    "granitemoe_swa": Family(_granitemoe_swa, GRANITE),
     "ernie4_5_moe": Family(_ernie4_5_moe, llama_weights(PRE_NORMS, ERNIE_CORRECTION, top=WITHOUT_MTP)),
     "flex_olmo": Family(_flex_olmo, llama_weights(POST_NORMS)),
     "mellum": Family(_mellum, llama_weights(top=WITHOUT_MTP)),

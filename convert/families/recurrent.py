@@ -170,7 +170,7 @@ def _jamba(hf: Any) -> DecoderConfig:
 
 def _nemotron_h(hf: Any) -> DecoderConfig:
     """Each layer is one sublayer: Mamba-2, attention, or a feed-forward block."""
-    require(hf, mamba_hidden_act="silu", sliding_window=None, moe_latent_size=None)
+    require(hf, mamba_hidden_act="silu", moe_latent_size=None)
     kind = StateSpaceType(
         heads=hf.mamba_num_heads,
         head_dim=hf.mamba_head_dim,
@@ -198,7 +198,6 @@ def _nemotron_h(hf: Any) -> DecoderConfig:
         mlp_bias=hf.mlp_bias,
         mlp_layers=tuple(sorted(sparse + dense)),
         moe=moe,
-        **biases(hf.attention_bias),
     )
 
 
@@ -289,9 +288,16 @@ def _with_final_layernorm(*names: Names) -> tuple[Rule, ...]:
     return (*outer, *layer_rules("[model.]layers", ATTENTION, _FEED_FORWARD, *names))
 
 
+def _mixing_layers(config: DecoderConfig) -> list[int]:
+    """Layers that have attention or a state."""
+    return [i for i in range(config.num_layers) if not isinstance(config.layer_type(i), NothingType)]
+
+
 NEMOTRON_H = (
     *outer_rules("[backbone.]embeddings", "[backbone.]norm_f"),
     ignore(r"mtp\..*", "layers that predict further tokens, for speculative decoding"),
+    *layer_rules("[backbone.]layers", norm("norm", "pre_attention_norm"), layers=_mixing_layers),
+    *layer_rules("[backbone.]layers", norm("norm", "pre_mlp_norm"), layers=lambda config: config.mlp_layers or ()),
     *layer_rules(
         "[backbone.]layers",
         attention("mixer", out="o_proj"),
@@ -316,6 +322,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": Family(_mamba, MAMBA),
     "falcon_mamba": Family(_falcon_mamba, MAMBA),
     "mamba2": Family(_mamba2, MAMBA2),
+    "nemotron_h": Family(_nemotron_h, NEMOTRON_H),
     "jamba": Family(_jamba, _with_final_layernorm(selective("mamba"))),
     "bamba": Family(_bamba, _with_final_layernorm(state_space("mamba"))),
 }

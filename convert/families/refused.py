@@ -21,7 +21,7 @@ REFUSED: dict[str, str] = {
     **_types("rwkv xlstm", _RECURRENT),
     **_types(
         "bailing_hybrid falcon_h1 inkling2_text inkling_text kimi_linear "
-        "minimax nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma "
+        "minimax olmo_hybrid qwen4_exp_text recurrent_gemma "
         "zamba zamba2 zaya",
         _HYBRID,
     ),

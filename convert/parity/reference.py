@@ -13,6 +13,8 @@ LENGTHS = (20, 20, 13, 9)
 WHOLE_ROWS = 2
 """Leading rows without padding."""
 NEW_TOKENS = 16
+_COUNTS_FROM_ZERO = ("bamba",)
+"""Model types whose `forward` counts positions from zero at every call, if it is not told them."""
 _FIRST_TOKEN = 4  # special tokens have smaller ids
 
 
@@ -90,9 +92,12 @@ class Reference:
     def steps(self, batch: Batch) -> np.ndarray | None:
         """Logits of rows without padding, one token at a time through transformers' cache; None if it has no cache."""
         cache, logits, name = None, [], cache_name(self._model)
-        for column in self._to_ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]:
+        for position, column in enumerate(self._to_ids(batch.tokens[:WHOLE_ROWS]).T[:, :, None]):
+            inputs = {name: cache}
+            if self._model.config.model_type in _COUNTS_FROM_ZERO:
+                inputs["position_ids"] = self._torch.full_like(column, position)
             with self._torch.no_grad():
-                out = self._model(input_ids=column, **{name: cache}, use_cache=True)
+                out = self._model(input_ids=column, **inputs, use_cache=True)
             cache = getattr(out, name, None)
             if cache is None:
                 return None

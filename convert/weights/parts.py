@@ -7,7 +7,7 @@ has: rules that match nothing are harmless, and every match must fit the family'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from convert.weights import takes
 from convert.weights.rules import Rule, Take, Target, ignore, move, whole_tensor
@@ -75,10 +75,15 @@ def fused_qkv(name: str, q: Take, kv: Take) -> Names:
     }
 
 
-def layer_rules(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool] | None = None) -> tuple[Rule, ...]:
+def layer_rules(
+    prefix: str,
+    *parts: Names,
+    when: Callable[[DecoderConfig], bool] | None = None,
+    layers: Callable[[DecoderConfig], Collection[int]] | None = None,
+) -> tuple[Rule, ...]:
     """Rules for the layers' tensors; target paths are relative to the layer."""
     names = {name: targets for part in parts for name, targets in part.items()}
-    return tuple(
+    rules = (
         move(
             f"{prefix}.{{layer}}.{name}",
             *(dataclasses.replace(target, path=f"layers.{{layer}}.{target.path}") for target in targets),
@@ -86,6 +91,7 @@ def layer_rules(prefix: str, *parts: Names, when: Callable[[DecoderConfig], bool
         )
         for name, targets in names.items()
     )
+    return tuple(rule if layers is None else dataclasses.replace(rule, layers=layers) for rule in rules)
 
 
 def has_own_head(config: DecoderConfig) -> bool:

@@ -86,8 +86,8 @@ def gated_delta(name: str) -> Names:
 
 GATED_ATTENTION: Names = {
     f"self_attn.q_proj.{kind}": tuple(
-        Target(f"attention.{part}.{ours}", recurrent_takes.gated_queries(i)) for i, part in enumerate(("q", "gate"))
+        Target(f"attention.{path}", recurrent_takes.gated_queries(i)) for i, path in enumerate(paths)
     )
-    for kind, ours in (("weight", "kernel"), ("bias", "bias"))
+    for kind, paths in (("weight", ("q.kernel", "gate.kernel")), ("bias", ("q.bias", "gate_bias")))
 }
 """Queries that have their gate beside them, head by head."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Rule:
       targets: destinations; empty if the tensors are left out.
       reason: why tensors without targets are left out.
       when: the rule applies only to configurations for which this is true.
+      layers: the layers, by the pattern's group ``layer``, to which the rule applies; None for all.
       past_layers: the rule applies only to layers past the last one, by the pattern's group ``layer``. There it
         overrides all other rules.
     """
@@ -61,6 +62,7 @@ class Rule:
     targets: tuple[Target, ...] = ()
     reason: str = ""
     when: Callable[[DecoderConfig], bool] = lambda config: True
+    layers: Callable[[DecoderConfig], Collection[int]] | None = None
     past_layers: bool = False
 
 
@@ -155,7 +157,8 @@ def _matches(
     name: str, rules: Sequence[tuple[re.Pattern[str], Rule]], config: DecoderConfig
 ) -> list[tuple[re.Match[str], Rule]]:
     """Rules that apply to a tensor."""
-    matches = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
+    found = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
+    matches = [(m, rule) for m, rule in found if rule.layers is None or int(m["layer"]) in rule.layers(config)]
     past_last_layer = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
     return past_last_layer or [(match, rule) for match, rule in matches if not rule.past_layers]
 

@@ -101,7 +101,7 @@ class DecoderConfig:
       attention_gate: a gate multiplies each "head" or each "channel" of the attention's output. The gate is a function
         of a learned projection of the attention's input.
       gate_activation: that function.
-      gate_bias: each head adds a bias before that function.
+      gate_bias: each head or channel adds a bias before that function.
       key_bias: keys have a bias if queries and values do.
       value_dim: channels of a head's value if they differ from its key's; values then have their own projection.
       value_scale: multiplies values.
@@ -189,7 +189,7 @@ class DecoderConfig:
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
         check_choice("gate_activation", self.gate_activation, GateActivation)
-        gated_activation = self.mlp_gated or self.moe is not None
+        gated_activation = self.mlp_gated or (self.moe is not None and self.moe.gated)
         check_choice("activation", self.activation, GatedActivation if gated_activation else UngatedActivation)
         if len(self.layer_pattern) != self.num_layers:
             raise TideError(

@@ -238,6 +238,7 @@ class MoEConfig:
       group_score: a group scores as its best expert ("max") or as the sum of its best two ("top2").
       router_bias, expert_bias: whether the router and the experts have biases.
       router_softcap: ``cap * tanh(x / cap)`` on router logits.
+      gated: experts are ``down(act(gate x) * up x)``; otherwise ``down(act(up x))``.
       scale_input: scores multiply an expert's input instead of its output.
       shared_size: hidden width of an additional MLP for every token; 0 for none.
       shared_scale: multiplies that MLP's output.
@@ -261,6 +262,7 @@ class MoEConfig:
     router_bias: bool = False
     expert_bias: bool = False
     router_softcap: Positive | None = None
+    gated: bool = True
     scale_input: bool = False
     shared_size: ChannelsOrZero = 0
     shared_scale: Positive = 1.0

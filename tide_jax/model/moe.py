@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-from tide_jax.model.activations import gated_activation
+from tide_jax.model.activations import ACTIVATIONS, gated_activation
 from tide_jax.model.architecture import DecoderConfig, MoEConfig
 from tide_jax.model.feed_forward import MLP
 from tide_jax.model.norms import block_norm
@@ -27,16 +27,16 @@ _ON_TPU = "md,...df->m...f"
 class Experts(nnx.Module):
     """All experts stacked: ``gate_up [E, D, 2, F]``, ``down [E, F, D]`` and their biases ``[E, 2, F]``, ``[E, D]``.
 
-    With 8-bit weights, the scales have the shapes of the biases.
+    Without a gate, `gate_up` has one part instead of two. With 8-bit weights, the scales have the shapes of the biases.
     """
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        e, d, f = moe.num_experts, config.hidden_size, moe.intermediate_size
-        self.gate_up = nnx.Param(normal(rngs, (e, d, 2, f), d, dtype), summed=(1,))
+        e, d, f, parts = moe.num_experts, config.hidden_size, moe.intermediate_size, 2 if moe.gated else 1
+        self.gate_up = nnx.Param(normal(rngs, (e, d, parts, f), d, dtype), summed=(1,))
         self.down = nnx.Param(normal(rngs, (e, f, d), f, dtype), summed=(1,))
         self.gate_up_scale: nnx.Param | None = None
         self.down_scale: nnx.Param | None = None
-        self.gate_up_bias = nnx.Param(jnp.zeros((e, 2, f), dtype)) if moe.expert_bias else None
+        self.gate_up_bias = nnx.Param(jnp.zeros((e, parts, f), dtype)) if moe.expert_bias else None
         self.down_bias = nnx.Param(jnp.zeros((e, d), dtype)) if moe.expert_bias else None
 
 
@@ -92,7 +92,10 @@ class MoE(nnx.Module):
         hidden = expert_matmul(rows, experts.gate_up[...], expert, _numbers(experts.gate_up_scale))
         if experts.gate_up_bias is not None:
             hidden = hidden + experts.gate_up_bias[...][expert]
-        hidden = gated_activation(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
+        if self.moe.gated:
+            hidden = gated_activation(self.activation, hidden[:, 0], hidden[:, 1], self.limit)
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden[:, 0])
         out = expert_matmul(hidden, experts.down[...], expert, _numbers(experts.down_scale))
         return out if experts.down_bias is None else out + experts.down_bias[...][expert]
 

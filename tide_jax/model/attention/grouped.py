@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((h,), dtype)) if kind.sinks else None
         gate = {"none": None, "head": (h, 1), "channel": (h, vd)}[config.attention_gate]
         self.gate = None if gate is None else Dense((d,), gate, bias=False, dtype=dtype, rngs=rngs)
-        self.gate_bias = nnx.Param(jnp.zeros((h, 1), dtype)) if config.gate_bias else None
+        self.gate_bias = None if gate is None or not config.gate_bias else nnx.Param(jnp.zeros(gate, dtype))
         self.gate_activation = config.gate_activation
         self.sub_norm = block_norm(config, (h, vd), dtype=dtype) if config.sub_norm else None
 

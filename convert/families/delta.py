@@ -1,0 +1,63 @@
+"""Decoders whose recurrent layers are gated delta nets: Qwen3-Next and its successors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.families.base import Family, biases, decoder, first_set, require, rms_qk_norm, rotary_layers
+from convert.families.mixtures import WITHOUT_MTP, mixture, sparse_step_layers
+from convert.families.recurrent import attention_kinds, mixed
+from convert.weights.parts import ATTENTION, PRE_NORMS, llama_weights
+from convert.weights.recurrent_parts import GATED_ATTENTION, gated_delta
+from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.recurrent.types import GatedDeltaType
+
+
+def _gated_delta(hf: Any) -> GatedDeltaType:
+    require(hf, hidden_act="silu")
+    return GatedDeltaType(
+        key_heads=hf.linear_num_key_heads,
+        value_heads=hf.linear_num_value_heads,
+        key_dim=hf.linear_key_head_dim,
+        value_dim=hf.linear_value_head_dim,
+        width=hf.linear_conv_kernel_dim,
+        norm_eps=hf.rms_norm_eps,
+    )
+
+
+def _qwen(hf: Any, **flags: Any) -> DecoderConfig:
+    attention = rotary_layers(hf, attention_kinds(hf), qk_norm=rms_qk_norm(hf, unit_offset=True))
+    layers = mixed(hf, {"linear_attention": _gated_delta(hf)}, attention)
+    return decoder(
+        hf,
+        layers,
+        norm_unit_offset=True,
+        attention_gate="channel",
+        gate_bias=bool(hf.attention_bias),
+        **biases(hf.attention_bias),
+        **flags,
+    )
+
+
+def _qwen_mixture(hf: Any, **flags: Any) -> DecoderConfig:
+    shared = hf.shared_expert_intermediate_size
+    moe = mixture(hf, hf.num_experts, shared_size=shared, shared_gate=True, **flags)
+    width = first_set(hf, "intermediate_size", "moe_intermediate_size")  # of layers without experts, if there are any
+    return _qwen(hf, moe=moe, intermediate_size=width)
+
+
+def _qwen3_next(hf: Any) -> DecoderConfig:
+    return _qwen_mixture(hf, layers=sparse_step_layers(hf), renormalise=bool(hf.norm_topk_prob))
+
+
+QWEN = llama_weights(
+    PRE_NORMS,
+    gated_delta("linear_attn"),
+    attention={**ATTENTION, **GATED_ATTENTION},
+    top=WITHOUT_MTP,
+)
+FAMILIES: dict[str, Family] = {
+    "qwen3_next": Family(_qwen3_next, QWEN),
+    "qwen3_5_text": Family(_qwen, QWEN),
+    "qwen3_5_moe_text": Family(_qwen_mixture, QWEN),
+}
