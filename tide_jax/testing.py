@@ -14,7 +14,7 @@ from tide_jax.exits.router import SCREEN_LEVELS, Candidates, Confidence, ExitHea
 from tide_jax.exits.translators import LayerTranslators, Translators
 from tide_jax.model.architecture import AttentionType, DecoderConfig, RopeConfig
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.recurrent.types import GatedDeltaType, SelectiveType, ShortConvType, StateSpaceType
+from tide_jax.model.recurrent.types import GatedDeltaType, NothingType, SelectiveType, ShortConvType, StateSpaceType
 
 
 def tiny_config(**changes: Any) -> DecoderConfig:
@@ -40,21 +40,22 @@ def tiny_config(**changes: Any) -> DecoderConfig:
 
 
 def tiny_hybrid_config(**changes: Any) -> DecoderConfig:
-    """`tiny_config` with 7 layers: a short convolution, Mamba-2, two delta nets, attention in layers 2 and 5, Mamba.
+    """`tiny_config` with layers of many kinds.
 
-    `changes` replace fields.
+    In order: Mamba-2, a delta net without feed-forward block, attention, a short convolution, a feed-forward block
+    alone, and Mamba. `changes` replace fields.
     """
     kinds = (
         ShortConvType(width=3),
         StateSpaceType(heads=6, head_dim=8, groups=2, state_size=10, width=4),
         GatedDeltaType(key_heads=2, value_heads=4, key_dim=8, value_dim=6, width=4),
         SelectiveType(inner=40, state_size=5, step_rank=3, width=4),
+        NothingType(),
     )
     fields: dict[str, Any] = {
-        "num_layers": 7,
         "recurrent_types": kinds,
-        "layer_pattern": (1, 2, 0, 3, 3, 0, 4),
-        "mlp_layers": (0, 1, 2, 3, 5, 6),
+        "layer_pattern": (2, 3, 0, 1, 5, 4),
+        "mlp_layers": (0, 2, 3, 4, 5),
     }
     return tiny_config(**(fields | changes))
 

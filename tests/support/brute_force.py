@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from brute_force_recurrent import RecurrentLayer
 
 from tide_jax.exits.router import SCREEN_LEVELS, Routers
 from tide_jax.model.architecture import AttentionType, QKNorm
 from tide_jax.model.decoder import Decoder, parameters
+from tide_jax.model.recurrent.types import NothingType
 
 _erf = np.vectorize(math.erf)
 _ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -54,6 +56,11 @@ class BruteForce:
     def __post_init__(self) -> None:
         self.config = self.model.config
         self.weights = {path: np.asarray(a, np.float64) for path, a in parameters(self.model).items()}
+        self.recurrent = {
+            layer: RecurrentLayer(kind, _below(f"layers.{layer}.recurrent.", self.weights))
+            for layer, kind in enumerate(map(self.config.layer_type, range(self.config.num_layers)))
+            if not isinstance(kind, AttentionType | NothingType)
+        }
 
     def generate(
         self, prompt: list[int], new_tokens: int, *, prefill_exits: bool = False, eos: int = -1
@@ -74,7 +81,7 @@ class BruteForce:
             x, state, left = self._embed(token, position), None, self.config.num_layers - 1
             for layer in range(self.config.num_layers):
                 going_on = state is None or self.exact
-                key, value = self._key_value(layer, x if going_on else self._translated(left, layer, x), position)
+                key, value = self._kept(layer, x if going_on else self._translated(left, layer, x), position)
                 keys[layer].append(key)
                 values[layer].append(value)
                 if not going_on:
@@ -156,9 +163,14 @@ class BruteForce:
 
     def _layer(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
         name, config = f"layers.{layer}", self.config
-        normed = self._norm(f"{name}.pre_attention_norm", x)
-        attended = self._attend(layer, normed, position, keys, values)
-        middle = self._add(f"{name}.post_attention_norm", x, attended)
+        normed, middle = self._norm(f"{name}.pre_attention_norm", x), x
+        if layer in self.recurrent:
+            middle = self._add(f"{name}.post_attention_norm", x, self.recurrent[layer].mix(normed, keys))
+        elif isinstance(config.layer_type(layer), AttentionType):
+            attended = self._attend(layer, normed, position, keys, values)
+            middle = self._add(f"{name}.post_attention_norm", x, attended)
+        if not config.has_mlp(layer):
+            return middle
         mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
         fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
         return self._add(f"{name}.post_mlp_norm", middle, fed)
@@ -205,6 +217,14 @@ class BruteForce:
         queries = self._dense(f"{name}.q", x)
         nope = np.einsum("hn,rhn->hr", queries[:, : latent.nope_dim], self.weights[f"{name}.k_up.kernel"])
         return np.concatenate([nope, self._rotate(layer, queries[:, latent.nope_dim :], position)], axis=1)
+
+    def _kept(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a layer keeps of a token: key and value, or inputs to its state."""
+        if layer in self.recurrent:
+            return self.recurrent[layer].inputs(self._norm(f"layers.{layer}.pre_attention_norm", x)), None
+        if isinstance(self.config.layer_type(layer), NothingType):
+            return np.zeros(0), None
+        return self._key_value(layer, x, position)
 
     def _key_value(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
         name, latent = f"layers.{layer}.attention", self.config.latent
@@ -284,6 +304,10 @@ class BruteForce:
         scale = self.weights[f"{name}.scale"] + (1.0 if self.config.norm_unit_offset else 0.0)
         scale = scale.reshape(-1) if flat else scale
         return _rms(x, self.config.norm_eps) * scale + self.weights.get(f"{name}.bias", 0.0)
+
+
+def _below(prefix: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {path.removeprefix(prefix): a for path, a in weights.items() if path.startswith(prefix)}
 
 
 def _sees(kind: AttentionType, query: int, key: int) -> bool:

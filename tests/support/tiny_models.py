@@ -22,7 +22,7 @@ from tide_jax.model.architecture import (
 )
 from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.model.layers import DecoderLayer
-from tide_jax.testing import random_routers, tiny_config
+from tide_jax.testing import random_routers, tiny_config, tiny_hybrid_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
 _NORMED = dataclasses.replace(_GLOBAL, qk_norm=QKNorm())
@@ -109,6 +109,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         moe=MoEConfig(5, 2, 40, layers=(1, 2), scale=1.3, shared_size=24),
     ),
     "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), layer_pattern=(1, 0, 1, 1)),
+    "hybrid": tiny_hybrid_config(),
 }
 
 
