@@ -48,7 +48,7 @@ from tide_jax.model.decoder import Decoder
 from tide_jax.model.layers import Context, Rows
 
 Contexts = tuple[Context, ...]
-Stacks = tuple[Rows, ...]
+Stacks = tuple[Any, ...]
 """Rows of several layers, with an array for each kind of row: keys, values, and inputs of each recurrent type."""
 Branch = Callable[[TokenState], tuple[TokenState, Stacks]]
 """Runs one group: returns the new state and the rows of the group's layers in the layout of `GroupRows.stack`."""

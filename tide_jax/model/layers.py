@@ -37,7 +37,7 @@ from tide_jax.model.sharding import whole_channels
 
 Context = AttentionContext | TokenOrder
 """What all layers of one type share in a pass: masks and rotary tables, or the order of tokens."""
-Rows = KeyValue | Float[Array, "B T I"]
+Rows = KeyValue | Float[Array, "B T _"]
 """What a layer keeps of new tokens: keys and values, or inputs to its state."""
 
 _MIXERS: dict[str, type] = {
