@@ -321,6 +321,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_value_scale": None, "attention_bias": False, "v_head_dim": 18, "num_attention_heads": 8},
     ),
     "jetmoe-eps": ("jetmoe", {"rms_norm_eps": 0.1, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
+    "granitemoehybrid-recurrent": (
+        "granitemoehybrid",
+        {"layer_types": ["linear_attention", _FULL, _FULL, "linear_attention", _FULL], "mamba_n_groups": 2},
+    ),
+    "granitemoehybrid-recurrent-nope": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["linear_attention", "linear_attention", _FULL, "linear_attention", "linear_attention"],
+            "position_embedding_type": "nope",
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+        },
+    ),
+    "bamba-limits": ("bamba", {"time_step_limit": [0.05, 1.5], "mamba_n_groups": 2, "mamba_proj_bias": True}),
+    "jamba-dense": (
+        "jamba",
+        {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
+    "jamba-bias": ("jamba", {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True}),
+    "lfm2-conv-bias": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True}),
+    "lfm2_moe-plain": ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.3}),
+    "lfm3-pre": ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
+    "mamba-plain": ("mamba", {"use_bias": False, "use_conv_bias": False, "tie_word_embeddings": True}),
+    "mamba2-limits": ("mamba2", {"time_step_limit": [0.02, 0.9], "use_bias": False, "tie_word_embeddings": True}),
+    "nemotron_h-dense": (
+        "nemotron_h",
+        {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]},
+    ),
+    "qwen3_next-plain": (
+        "qwen3_next",
+        {"attention_bias": False, "mlp_only_layers": [0, 2], "norm_topk_prob": False, "tie_word_embeddings": True},
+    ),
+    "qwen3_5_text-one-head": ("qwen3_5_text", {"linear_num_key_heads": 4, "linear_num_value_heads": 4}),
     "glm_moe_dsa-short": (
         "glm_moe_dsa",
         {"index_topk": 64, "indexer_types": ["full", "full", "shared", "shared", "full"]},
@@ -329,10 +362,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Maps a name for tests and tables to the model type and fields that override those of `TYPES`."""
 
 REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "granitemoehybrid-recurrent": (
-        "granitemoehybrid",
-        {"layer_types": ["linear_attention", _FULL, _FULL, "linear_attention", _FULL]},
-    ),
     "gemma4_text-moe": (
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20},

@@ -84,8 +84,10 @@ def _without(message: str, directory: str) -> str:
 
 def _features(config: Any) -> list[str]:
     """Names of an architecture's non-default fields of `DecoderConfig`."""
+    from tide_jax.model.architecture import AttentionType
+
     sizes = {"model_type", "norm_eps", "eos_token_ids", "pad_token_id", "learned_positions", "position_offset"}
-    sizes |= {"generation"}  # not part of the architecture
+    sizes |= {"generation", "recurrent_types"}  # not part of the architecture, and below
     found = [
         _feature(field.name, getattr(config, field.name))
         for field in dataclasses.fields(config)
@@ -93,8 +95,9 @@ def _features(config: Any) -> list[str]:
         and field.default is not dataclasses.MISSING
         and getattr(config, field.name) != field.default
     ]
+    found += sorted({kind.kind.replace("_", " ") for kind in config.recurrent_types})
     kinds = config.attention_types
-    names = [f.name for f in dataclasses.fields(kinds[0]) if f.default is not dataclasses.MISSING]
+    names = [f.name for f in dataclasses.fields(AttentionType) if f.default is not dataclasses.MISSING]
     found += [name for name in names if name != "rope" and any(getattr(k, name) for k in kinds)]
     ropes = [kind.rope for kind in kinds if kind.rope is not None]
     found += sorted({f"rope: {rope.kind}" for rope in ropes if rope.kind != "default"})

@@ -85,7 +85,7 @@ def test_without_routers_a_pass_is_the_plain_one_bit_for_bit(name: str) -> None:
     tokens = jnp.asarray(random_prompts((9, 9)), jnp.int32)
     positions = jnp.asarray([range(9), [-1, -1, *range(7)]], jnp.int32)
     # Multipliers are fused into the next norm's sum when no loop lies between, and the sum's order changes by it (about
-    # 1e-6); unfused they agree. So are a state's updates, but XLA's older emitters for CPUs compute those wrong unfused.
+    # 1e-6); unfused they agree. So are a state's updates, which XLA's older emitters for CPUs compute wrong if unfused.
     multiplied = model.config.embedding_scale is not None or model.config.residual_scale != 1.0
     options = {"xla_disable_hlo_passes": "fusion"} if multiplied else {}
     equal = functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-6 if model.config.recurrent_types else 0)
