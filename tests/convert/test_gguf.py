@@ -250,8 +250,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "m.gguf", "mamba")
-    assert "'mamba', expected llama, internlm2" in error_of(tmp_path / "m.gguf")
+    write_model(tmp_path / "m.gguf", "rwkv7")
+    assert "'rwkv7', expected llama, internlm2" in error_of(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.005, 0.02, 0.5, 0.99])

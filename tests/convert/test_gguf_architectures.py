@@ -61,6 +61,11 @@ GEMMA4 = {
     "moe_intermediate_size": None,
 }
 CAP = {"final_logit_softcapping": 30.0}  # of every Gemma 4: what a file means that does not say
+MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"]}
+UNLIMITED = {"max_position_embeddings": 2**20}  # models without positions
+DENSE = ["linear_attention", "mlp", "full_attention", "mlp", "full_attention"]
+SPARSE = ["linear_attention", "moe", "full_attention", "moe", "full_attention"]
+ALL_SPARSE: dict[str, Any] = {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": []}
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 
 # Recipe, model type, fields of its configuration. A file says nothing of what llama.cpp does one way only.
@@ -149,6 +154,25 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepseek2", "glm4_moe_lite", {}),
     ("deepseek2", "youtu", {}),
     ("minicpm3", "minicpm3", {"v_head_dim": 8}),
+    ("lfm2", "lfm2", {}),
+    ("lfm2", "lfm2", {"block_auto_adjust_ff_dim": False, "tie_word_embeddings": True}),
+    ("lfm2moe", "lfm2_moe", {"tie_word_embeddings": True, "norm_topk_prob": True}),
+    ("mamba", "mamba", {}),
+    ("mamba", "falcon_mamba", {"use_bias": False, "tie_word_embeddings": True}),
+    ("mamba2", "mamba2", {}),
+    ("jamba", "jamba", {}),
+    ("jamba", "jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1}),
+    ("granitehybrid", "granitemoehybrid", MIXED | {"mamba_n_groups": 2}),
+    ("granitehybrid", "granitemoehybrid", MIXED | UNLIMITED | {"position_embedding_type": None}),
+    ("granitehybrid", "granitemoehybrid", MIXED | {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    ("bamba", "bamba", {}),
+    ("nemotron_h", "nemotron_h", UNLIMITED | {"layers_block_type": DENSE}),
+    ("nemotron_h_moe", "nemotron_h", UNLIMITED | {"layers_block_type": SPARSE, "intermediate_size": 40}),
+    ("qwen3next", "qwen3_next", ALL_SPARSE),
+    ("old qwen3next", "qwen3_next", ALL_SPARSE),
+    ("qwen35", "qwen3_5_text", {}),
+    ("qwen35", "qwen3_5_text", {"linear_num_key_heads": 4, "attention_bias": False}),
+    ("qwen35moe", "qwen3_5_moe_text", {"attention_bias": False}),
 )
 
 
@@ -181,7 +205,7 @@ def compare_weights(ours: Decoder, theirs: Decoder) -> None:
     found, expected = (dict(nnx.to_flat_state(nnx.state(model, nnx.Param))) for model in (ours, theirs))
     assert found.keys() == expected.keys()
     for path, variable in expected.items():
-        # Norms with one added lose a bit.
+        # Norms with one added lose a bit, and so do fades, which are stored as exponentials.
         np.testing.assert_allclose(found[path].get_value(), variable.get_value(), rtol=0, atol=2e-7, err_msg=str(path))
 
 
@@ -189,8 +213,14 @@ def test_every_architecture_is_tried() -> None:
     assert {MODEL_ARCH_NAMES[RECIPES[recipe].arch] for recipe, _, _ in CASES} == set(ARCHITECTURES)
 
 
-def test_layers_that_predict_further_tokens_are_ignored(tmp_path: Path) -> None:
-    save_tiny("glm4_moe", tmp_path / "hf", num_nextn_predict_layers=0)
+@pytest.mark.parametrize(
+    "recipe, model_type, fields",
+    [("glm4moe", "glm4_moe", {"num_nextn_predict_layers": 0}), ("qwen35", "qwen3_5_text", {})],
+)
+def test_layers_that_predict_further_tokens_are_ignored(
+    tmp_path: Path, recipe: str, model_type: str, fields: dict[str, Any]
+) -> None:
+    save_tiny(model_type, tmp_path / "hf", **fields)
 
     def change(writer: GGUFWriter) -> None:
         writer.add_block_count(6)
@@ -198,7 +228,7 @@ def test_layers_that_predict_further_tokens_are_ignored(tmp_path: Path) -> None:
         writer.add_tensor("blk.5.attn_norm.weight", np.ones(48, np.float32))
         writer.add_tensor("blk.5.nextn.eh_proj.weight", np.ones((48, 96), np.float32))
 
-    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "glm4moe", change=change)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", recipe, change=change)
     compare_weights(open_model(tmp_path / "m.gguf"), open_model(tmp_path / "hf"))
 
 

@@ -26,7 +26,10 @@ from tide_jax.errors import TideError
 # Keys from which nothing is read; and those that say nothing new in some architectures.
 SAY_NOTHING = {"vocab_size", "rope.dimension_sections", "n_deepstack_layers", "rope.scaling.finetuned"}
 TOLD_OTHERWISE = {
+    "attention.head_count": {"mamba", "mamba2"},
+    "attention.layer_norm_epsilon": {"nemotron_h", "nemotron_h_moe"},
     "attention.layer_norm_rms_epsilon": {"nemotron"},
+    "feed_forward_length": {"mamba", "mamba2"},
     "expert_shared_feed_forward_length": {"ernie4_5-moe", "hunyuan-moe", "exaone-moe", "granite"},
 }
 Model = tuple[str, dict[str, Any], dict[str, StoredTensor]]
@@ -118,6 +121,14 @@ def caps(attention: float | None, final: float | None) -> dict[str, Any]:
     return {"attn_logit_softcapping": attention, "final_logit_softcapping": final}
 
 
+NOT_IN_BAMBA = (
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+    "attention.scale",
+    "expert_shared_feed_forward_length",
+    "expert_count",
+)
 GROUPS = {"expert_group_count": None, "expert_group_used_count": None}
 # By llama.cpp's source, not by the table: recipe, what is changed or left out, what config.json has then.
 KNOWN: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
@@ -143,6 +154,17 @@ KNOWN: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("deepseek2", {"expert_weights_scale": None}, {"routed_scaling_factor": 1.0}),
     ("falcon", {"attention.head_count_kv": None}, {"num_kv_heads": 6, "multi_query": False}),
     ("exaone4", {"attention.sliding_window": None}, {"sliding_window": None}),
+    ("mamba", {"ssm.dt_b_c_rms": None}, {"model_type": "mamba"}),
+    ("mamba", {"ssm.dt_b_c_rms": True}, {"model_type": "falcon_mamba", "mixer_rms_eps": 1e-6}),
+    ("lfm2", {"attention.head_count_kv": None}, {"layer_types": ["full_attention"] * 5}),
+    ("granitehybrid", dict.fromkeys(NOT_IN_BAMBA), {"model_type": "bamba"}),
+    ("granitehybrid", {"rope.scaling.finetuned": None}, {"position_embedding_type": "rope"}),
+    ("nemotron_h_moe", {"expert_gating_func": None}, {"norm_topk_prob": True}),
+    (
+        "qwen3next",
+        {"full_attention_interval": None},
+        {"layer_types": ["linear_attention"] * 3 + ["full_attention", "linear_attention"]},
+    ),
 )
 
 
@@ -170,6 +192,11 @@ def test_defaults_are_those_of_llama_cpp(
         ("mixtral", "feed_forward_length"),
         ("qwen2", "feed_forward_length"),
         ("glm4moe", "feed_forward_length"),
+        ("mamba2", "ssm.group_count"),
+        ("jamba", "ssm.inner_size"),
+        ("lfm2", "shortconv.l_cache"),
+        ("lfm2moe", "expert_gating_func"),
+        ("nemotron_h_moe", "expert_shared_feed_forward_length"),
     ],
 )
 def test_keys_that_llama_cpp_requires_are_required(recipe: str, key: str, model: Callable[[str], Model]) -> None:
@@ -185,6 +212,25 @@ def test_experts_are_together_as_wide_as_the_dense_layer(model: Callable[[str], 
     config = config_of(made, **changes, feed_forward_length=20 * used)
     assert isinstance(config, dict)
     assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (20, 20 * used)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "problem"),
+    [
+        ("mamba", {"ssm.inner_size": 100}, "ssm.inner_size=100: not supported, expected a multiple of 48"),
+        ("mamba2", {"ssm.time_step_rank": 7}, "ssm.inner_size=96: not supported, expected a multiple of 7 heads"),
+        ("lfm2", {"attention.head_count_kv": [0, 2, 0, 3, 0]}, "attention.head_count_kv differs between attention"),
+        ("lfm2", {"attention.head_count_kv": [0, 2, 0, 2]}, "attention.head_count_kv lists 4 layers, expected 5"),
+        ("lfm2", {"attention.head_count": 0}, "attention.head_count=0: not supported, expected 1 or more"),
+        ("llama", {"attention.head_count_kv": 0}, "llama.attention.head_count_kv=0: "),
+        ("jamba", {"attention.head_count_kv": [2, 2, 0, 0, 2]}, "the layers with attention are not periodic"),
+        ("qwen35", {"ssm.group_count": 3}, "ssm.time_step_rank=4: not supported, expected"),
+    ],
+)
+def test_sizes_of_recurrent_layers_that_do_not_fit_are_refused(
+    recipe: str, changes: dict[str, Any], problem: str, model: Callable[[str], Model]
+) -> None:
+    assert problem in str(config_of(model(recipe), **changes))
 
 
 def test_an_attention_factor_is_not_ignored(model: Callable[[str], Model]) -> None:

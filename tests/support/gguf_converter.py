@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf_changes as changes
 import gguf_keys as keys
+import gguf_recurrent as recurrent
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, get_tensor_name_map
@@ -110,6 +111,21 @@ RECIPES: dict[str, Recipe] = {
     "llama4": Recipe(A.LLAMA4, keys.llama4_keys, changes.llama4_tensors, changes.llama3_tensors),
     "deepseek2": Recipe(A.DEEPSEEK2, keys.deepseek_keys, changes.deepseek_tensors),
     "old deepseek2": Recipe(A.DEEPSEEK2, keys.old_deepseek_keys, changes.stacked),
+    "lfm2": Recipe(A.LFM2, recurrent.lfm2_keys, recurrent.lfm2_tensors),
+    "lfm2moe": Recipe(A.LFM2MOE, recurrent.lfm2_moe_keys, recurrent.lfm2_tensors),
+    "mamba": Recipe(A.MAMBA, recurrent.mamba_keys, recurrent.mamba_tensors, common=False),
+    "mamba2": Recipe(A.MAMBA2, recurrent.mamba2_keys, recurrent.mamba2_tensors, common=False),
+    "jamba": Recipe(A.JAMBA, recurrent.jamba_keys, recurrent.jamba_tensors, common=False),
+    "granitehybrid": Recipe(
+        A.GRANITE_HYBRID, recurrent.granite_hybrid_keys, recurrent.granite_hybrid_tensors, common=False
+    ),
+    "bamba": Recipe(A.GRANITE_HYBRID, recurrent.bamba_keys, recurrent.bamba_tensors, common=False),
+    "nemotron_h": Recipe(A.NEMOTRON_H, recurrent.nemotron_h_keys, recurrent.nemotron_h_tensors, common=False),
+    "nemotron_h_moe": Recipe(A.NEMOTRON_H_MOE, recurrent.nemotron_h_keys, recurrent.nemotron_h_tensors, common=False),
+    "qwen3next": Recipe(A.QWEN3NEXT, recurrent.qwen3_next_keys, recurrent.qwen3_next_tensors),
+    "old qwen3next": Recipe(A.QWEN3NEXT, recurrent.qwen3_next_keys, recurrent.qwen3_next_joint_tensors),
+    "qwen35": Recipe(A.QWEN35, recurrent.qwen35_keys, recurrent.qwen35_tensors),
+    "qwen35moe": Recipe(A.QWEN35MOE, recurrent.qwen35_keys, recurrent.qwen35_tensors),
     "minicpm3": Recipe(A.MINICPM3, keys.minicpm3_keys, extra=changes.longrope_tensors, common=False),
 }
 

@@ -21,7 +21,7 @@ class HParams(dict[str, Any]):
 
     @property
     def layers(self) -> int:
-        return self.find("num_hidden_layers", "n_layer", "n_layers")
+        return self.find("num_hidden_layers", "n_layer", "n_layers") or len(self["layers_block_type"])
 
     @property
     def hidden(self) -> int:

@@ -133,6 +133,9 @@ COMMON: Defaults = {
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
 
+_SSM: Defaults = {
+    f"ssm.{name}": REQUIRED for name in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
+}
 _GRANITE: Defaults = {
     "rope.scaling.finetuned": True,
     "logit_scale": REQUIRED,
@@ -141,6 +144,11 @@ _GRANITE: Defaults = {
     "attention.scale": 0.0,  # 1 / sqrt(width of a head)
 }
 _EXPERT_WIDTHS: Defaults = {"feed_forward_length": None, "expert_feed_forward_length": _share_of_experts}
+_SHARED_EXPERT_WIDTH: Defaults = {
+    "expert_shared_feed_forward_length": lambda hp: (
+        hp.peek("feed_forward_length") or hp.raise_missing_key("expert_shared_feed_forward_length")
+    )
+}
 _EXPERTS_AFTER_DENSE_LAYERS: Defaults = {
     "expert_feed_forward_length": REQUIRED,
     "expert_shared_count": REQUIRED,
@@ -204,12 +212,7 @@ BY_ARCHITECTURE: dict[str, Defaults] = {
         "final_logit_softcapping": 30.0,
         "rope.dimension_count_swa": _same_as("rope.dimension_count"),
     },
-    "qwen2moe": _EXPERT_WIDTHS
-    | {
-        "expert_shared_feed_forward_length": lambda hp: (
-            hp.peek("feed_forward_length") or hp.raise_missing_key("expert_shared_feed_forward_length")
-        )
-    },
+    "qwen2moe": _EXPERT_WIDTHS | _SHARED_EXPERT_WIDTH,
     "qwen3moe": _EXPERT_WIDTHS,
     "qwen3vlmoe": _EXPERT_WIDTHS,
     "hunyuan-moe": {"feed_forward_length": None, "expert_feed_forward_length": REQUIRED, "expert_shared_count": 1},
@@ -237,6 +240,27 @@ BY_ARCHITECTURE: dict[str, Defaults] = {
         "interleave_moe_layer_step": REQUIRED,
         "attention.sliding_window": 8192,
     },
+    "lfm2": {"shortconv.l_cache": REQUIRED},
+    "lfm2moe": {
+        "shortconv.l_cache": REQUIRED,
+        "expert_feed_forward_length": REQUIRED,
+        "expert_gating_func": REQUIRED,
+    },
+    "mamba": _SSM | {"ssm.dt_b_c_rms": False},
+    "mamba2": _SSM,
+    "jamba": _SSM,
+    "granitehybrid": _SSM | _GRANITE | {"logit_scale": None, "expert_shared_feed_forward_length": 0},
+    "nemotron_h": _SSM,
+    # llama.cpp always scores these experts by sigmoids.
+    "nemotron_h_moe": _SSM
+    | {
+        "expert_feed_forward_length": REQUIRED,
+        "expert_shared_feed_forward_length": REQUIRED,
+        "expert_gating_func": 2,
+    },
+    "qwen3next": _SSM | _EXPERT_WIDTHS | _SHARED_EXPERT_WIDTH | {"full_attention_interval": 4},
+    "qwen35": _SSM | {"full_attention_interval": 4},
+    "qwen35moe": _SSM | _EXPERT_WIDTHS | _SHARED_EXPERT_WIDTH | {"full_attention_interval": 4},
     "deepseek2": _EXPERTS_AFTER_DENSE_LAYERS
     | {
         "attention.q_lora_rank": None,  # required, except for models recognised by their sizes; here the tensors tell

@@ -24,7 +24,7 @@ Epsilon = Annotated[StrictFloat, Field(gt=0.0, lt=1.0)]
 HYPERPARAMETERS: dict[str, Any] = {
     "block_count": Annotated[StrictInt, Field(ge=1, lt=2**16)],
     "context_length": Annotated[StrictInt, Field(ge=1, lt=2**31)],
-    **dict.fromkeys(("embedding_length", "vocab_size"), Size),
+    **dict.fromkeys(("embedding_length", "vocab_size", "ssm.inner_size"), Size),
     **dict.fromkeys(
         (
             "nextn_predict_layers",
@@ -63,6 +63,9 @@ HYPERPARAMETERS: dict[str, Any] = {
             "attention.kv_lora_rank",
             "rope.dimension_count",
             "rope.dimension_count_swa",
+            "full_attention_interval",
+            "shortconv.l_cache",
+            *(f"ssm.{name}" for name in ("conv_kernel", "group_count", "state_size", "time_step_rank")),
         ),
         Width,
     ),
@@ -103,9 +106,14 @@ HYPERPARAMETERS: dict[str, Any] = {
     "rope.scaling.original_context_length": Count,
     "rope.scaling.type": StrictStr,
     "rope.dimension_sections": Finite | StrictInt,
-    **dict.fromkeys(("expert_weights_norm", "rope.scaling.finetuned", "use_parallel_residual"), StrictBool),
+    **dict.fromkeys(
+        ("expert_weights_norm", "rope.scaling.finetuned", "ssm.dt_b_c_rms", "use_parallel_residual"), StrictBool
+    ),
     "tensor_data_layout": StrictStr,
 }
+# In these architectures, layers without attention have 0 heads.
+_RECURRENT = frozenset(("granitehybrid", "jamba", "lfm2", "lfm2moe", "mamba", "mamba2", "nemotron_h", "nemotron_h_moe"))
+_HEADS = dict.fromkeys(("attention.head_count", "attention.head_count_kv"), TypeAdapter(Layers))
 _TOKEN = "tokenizer.ggml."
 # Checked for the whole value.
 GENERAL: dict[str, Any] = {
@@ -140,8 +148,9 @@ def check_values(path: Path, architecture: str, metadata: Mapping[str, Any]) -> 
         elif name != key and name in HYPERPARAMETERS:
             if value == []:
                 raise TideError(f"{path} has {shorten(key)}=[], expected a value; get the file again")
+            kind = _HEADS.get(name) if architecture in _RECURRENT else None
             for one in value if isinstance(value, list) else (value,):
-                _check_value(path, key, _CHECKS[name], one)
+                _check_value(path, key, kind or _CHECKS[name], one)
 
 
 def _check_value(path: Path, key: str, kind: TypeAdapter[Any], value: Any) -> None:

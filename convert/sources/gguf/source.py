@@ -120,13 +120,15 @@ def _places(
     hp: Hyperparameters, architecture: Architecture, stored: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[Place, StoredTensor]]:
     """Place of each stored tensor in the checkpoint. Raises TideError for tensors unknown to the architecture."""
-    block = architecture.block if isinstance(architecture.block, Mapping) else architecture.block(hp)
+    block, top = (
+        names if isinstance(names, Mapping) else names(hp) for names in (architecture.block, architecture.top)
+    )
     places = {}
     for name, tensor in stored.items():
         layer, rest = layer_of(name)
         if rest in _ROTARY_TABLES or (layer is not None and layer >= hp.layers and hp.extra_layers):
             continue
-        names, prefix = (architecture.top, "") if layer is None else (block, f"{architecture.layers}.{layer}.")
+        names, prefix = (top, "") if layer is None else (block, f"{architecture.layers}.{layer}.")
         module, dot, kind = rest.rpartition(".")
         if rest in names:
             places[name] = complete_names(names[rest], prefix, ""), tensor

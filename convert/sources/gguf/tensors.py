@@ -72,7 +72,24 @@ class Split:
     sizes: Callable[[Config], tuple[int, ...]]
 
 
-Place = str | To | PartOf | Split
+@dataclasses.dataclass(frozen=True)
+class Woven:
+    """Destination of a stored tensor whose rows the checkpoint has group by group, beside those of other tensors.
+
+    Attributes:
+      name: name of the checkpoint's tensor or module.
+      index: position among the tensors that are joined.
+      groups: number of groups, given config.json's values.
+      sizes: rows in one group of each of the tensor's blocks, which are stored one after the other, given the same.
+    """
+
+    name: str
+    index: int
+    groups: Callable[[Config], int]
+    sizes: Callable[[Config], tuple[int, ...]]
+
+
+Place = str | To | PartOf | Split | Woven
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +141,17 @@ def arrange(places: Mapping[str, tuple[Place, StoredTensor]], config: Config) ->
     """
     views: dict[str, View] = {}
     parts: dict[str, list[tuple[PartOf, StoredTensor]]] = {}
+    woven: dict[str, list[tuple[Woven, StoredTensor]]] = {}
     for place, stored in places.values():
         if isinstance(place, PartOf):
             parts.setdefault(place.name, []).append((place, stored))
+        elif isinstance(place, Woven):
+            woven.setdefault(place.name, []).append((place, stored))
         elif isinstance(place, Split):
             views |= _split_rows(place, stored, config)
         else:
             views |= _move(To(place) if isinstance(place, str) else place, stored, config)
+    views |= {name: _weave(found, config) for name, found in woven.items()}
     return views | {name: _join(found, config) for name, found in parts.items()}
 
 
@@ -187,6 +208,28 @@ def _join(found: list[tuple[PartOf, StoredTensor]], config: Config) -> View:
     shape = entry if not first.stacked else (stack * entry[0], *entry[1:]) if first.flat else joined
     dtypes = {stored.dtype for _, stored in found}
     return View(TensorInfo(shape, dtypes.pop() if len(dtypes) == 1 else "F32"), tuple(pieces), joined)
+
+
+def _weave(found: list[tuple[Woven, StoredTensor]], config: Config) -> View:
+    pieces: list[_Piece] = []
+    groups, width = found[0][0].groups(config), 0
+    # A block's rows for one group go to the same place within every group.
+    for place, stored in sorted(found, key=lambda part: part[0].index):
+        first = 0
+        for size in place.sizes(config):
+            slots = [(group, slice(width, width + size)) for group in range(groups)]
+            starts = range(first, first + groups * size, size)
+            pieces += [
+                _Piece(stored.rows(start, start + size), keep_layout, slot)
+                for start, slot in zip(starts, slots, strict=True)
+            ]
+            first, width = first + groups * size, width + size
+        if first != stored.shape[0]:
+            raise ValueError(f"{place.name} has parts of {stored.shape[0]} rows, expected {first}")
+    rest = found[0][1].shape[1:]
+    dtypes = {stored.dtype for _, stored in found}
+    info = TensorInfo((groups * width, *rest), dtypes.pop() if len(dtypes) == 1 else "F32")
+    return View(info, tuple(pieces), (groups, width, *rest))
 
 
 def _entry(part: PartOf, stored: StoredTensor, index: int) -> _Piece:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from convert.sources.gguf.architectures import dense, gemma, gpt, latent, mixtures
+from convert.sources.gguf.architectures import delta, dense, gemma, gpt, hybrids, latent, mixtures, recurrent
 from convert.sources.gguf.architectures.base import Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture"]
@@ -13,4 +13,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     **gpt.ARCHITECTURES,
     **mixtures.ARCHITECTURES,
     **latent.ARCHITECTURES,
+    **recurrent.ARCHITECTURES,
+    **hybrids.ARCHITECTURES,
+    **delta.ARCHITECTURES,
 }

@@ -25,14 +25,14 @@ class Architecture:
       config: maps hyperparameters to config.json without token ids, including `model_type`.
       block: name inside `blk.N.` -> place inside a layer; a module's name stands for its weight and its bias. A
         function of the hyperparameters if the names depend on the file.
-      top: name of a module or tensor outside the layers -> place.
+      top: name of a module or tensor outside the layers -> place, or a function of the hyperparameters.
       layers: prefix of the checkpoint's layers.
       constants: tensors of the checkpoint, by name, that a file stores as hyperparameters.
     """
 
     config: Callable[[Hyperparameters], dict[str, Any]]
     block: Names | Callable[[Hyperparameters], Names]
-    top: Names = dataclasses.field(default_factory=lambda: TOP)
+    top: Names | Callable[[Hyperparameters], Names] = dataclasses.field(default_factory=lambda: TOP)
     layers: str = "model.layers"
     constants: Callable[[Hyperparameters], dict[str, np.ndarray]] = lambda hp: {}
 
@@ -71,7 +71,7 @@ LLAMA: Names = {**PRE_NORMS, **ATTENTION, **MLP}
 # ------------------------------------------------------------------------------------------------ arrangements to undo
 
 
-def _undo_rotary_pairs(heads: str) -> Undo:
+def undo_rotary_pairs(heads: str) -> Undo:
     """Reorders rows [heads, half, 2] back to [heads, 2, half], flattened.
 
     llama.cpp rotates neighbouring rows of a head together, transformers row i with row ``i + half``.
@@ -101,12 +101,12 @@ def group_by_head(a: np.ndarray, c: Config) -> np.ndarray:
 
 
 PERMUTED: Names = {
-    "attn_q": To("self_attn.q_proj", _undo_rotary_pairs("num_attention_heads")),
-    "attn_k": To("self_attn.k_proj", _undo_rotary_pairs("num_key_value_heads")),
+    "attn_q": To("self_attn.q_proj", undo_rotary_pairs("num_attention_heads")),
+    "attn_k": To("self_attn.k_proj", undo_rotary_pairs("num_key_value_heads")),
 }
 PERMUTED_WEIGHTS: Names = {
-    "attn_q.weight": To("self_attn.q_proj.weight", _undo_rotary_pairs("num_attention_heads")),
-    "attn_k.weight": To("self_attn.k_proj.weight", _undo_rotary_pairs("num_key_value_heads")),
+    "attn_q.weight": To("self_attn.q_proj.weight", undo_rotary_pairs("num_attention_heads")),
+    "attn_k.weight": To("self_attn.k_proj.weight", undo_rotary_pairs("num_key_value_heads")),
 }
 
 
@@ -207,20 +207,23 @@ def bias_settings(hp: Hyperparameters) -> dict[str, Any]:
 
 
 def granite_multipliers(hp: Hyperparameters) -> dict[str, Any]:
-    """Granite's multipliers; in a file 0 means not applied.
-
-    Raises TideError for a model without rotary embedding, which Granite marks as not fine-tuned. Models that could have
-    had state-space layers have those layers' sizes in their files; they are ignored.
-    """
-    hp.expect("rope.scaling.finetuned", True)
-    sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
-    hp.ignore(*(f"ssm.{name}" for name in sizes))
+    """Granite's multipliers; in a file 0 means not applied."""
     return {
         "attention_multiplier": hp.take("attention.scale") or hp.peek("attention.key_length") ** -0.5,
         "embedding_multiplier": hp.take("embedding_scale") or 1.0,
         "residual_multiplier": hp.take("residual_scale") or 1.0,
         "logits_scaling": hp.take("logit_scale"),
     }
+
+
+def expect_attention_only(hp: Hyperparameters) -> None:
+    """Raises TideError for a Granite without rotary embedding, which its converter marks as not fine-tuned.
+
+    Models that could have had state-space layers have those layers' sizes in their files; they are ignored.
+    """
+    hp.expect("rope.scaling.finetuned", True)
+    sizes = ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+    hp.ignore(*(f"ssm.{name}" for name in sizes))
 
 
 def local_rotary_settings(hp: Hyperparameters) -> dict[str, Any]:

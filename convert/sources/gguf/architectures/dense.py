@@ -19,6 +19,7 @@ from convert.sources.gguf.architectures.base import (
     Names,
     bias_settings,
     decoder,
+    expect_attention_only,
     granite_multipliers,
     inner_size,
     layer_norm_eps,
@@ -80,6 +81,7 @@ def _qwen(model_type: str) -> Any:
 
 def _granite(hp: Hyperparameters) -> Values:
     hp.ignore("expert_shared_feed_forward_length")
+    expect_attention_only(hp)
     width = inner_size(hp)
     return decoder(
         hp, "granite", **rms_norm_eps(hp), **bias_settings(hp), **granite_multipliers(hp), intermediate_size=width

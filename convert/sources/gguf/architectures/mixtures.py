@@ -15,6 +15,7 @@ from convert.sources.gguf.architectures.base import (
     Names,
     bias_settings,
     decoder,
+    expect_attention_only,
     expert_groups,
     expert_settings,
     granite_multipliers,
@@ -28,18 +29,35 @@ from convert.sources.gguf.hyperparameters import Hyperparameters
 from convert.sources.gguf.tensors import Config, PartOf, To
 
 Values = dict[str, Any]
+
+
+def to_row(a: np.ndarray, c: Config) -> np.ndarray:
+    """A vector as a matrix with one row; some versions of llama.cpp's converter dropped such axes."""
+    return a.reshape(1, -1)
+
+
 MIXTRAL_EXPERTS: Names = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "ffn_gate_exps": To("block_sparse_moe.experts.{i}.w1"),
     "ffn_up_exps": To("block_sparse_moe.experts.{i}.w3"),
     "ffn_down_exps": To("block_sparse_moe.experts.{i}.w2"),
 }
+GRANITE_EXPERTS: Names = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": PartOf("block_sparse_moe.input_linear", 0),
+    "ffn_up_exps": PartOf("block_sparse_moe.input_linear", 1),
+    "ffn_down_exps": "block_sparse_moe.output_linear",
+    "ffn_gate_shexp": PartOf("shared_mlp.input_linear", 0, stacked=False),
+    "ffn_up_shexp": PartOf("shared_mlp.input_linear", 1, stacked=False),
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}
+SHARED_EXPERT: Names = {
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": To("mlp.shared_expert_gate", to_row),
+}
 _QWEN: Names = {**LLAMA, **EXPERTS}
-
-
-def to_row(a: np.ndarray, c: Config) -> np.ndarray:
-    """A vector as a matrix with one row; some versions of llama.cpp's converter dropped such axes."""
-    return a.reshape(1, -1)
 
 
 def mixtral(hp: Hyperparameters) -> Values:
@@ -92,6 +110,7 @@ def _phimoe(hp: Hyperparameters) -> Values:
 
 def _granite_moe(hp: Hyperparameters) -> Values:
     shared = hp.take("expert_shared_feed_forward_length")
+    expect_attention_only(hp)
     return decoder(
         hp,
         "granitemoeshared" if shared else "granitemoe",
@@ -280,32 +299,13 @@ _GPT_OSS_GATE_UP = {"axis": 1, "undo": transpose, "alternating": True}
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture(
         _qwen2_moe,
-        {
-            **_QWEN,
-            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-            "ffn_up_shexp": "mlp.shared_expert.up_proj",
-            "ffn_down_shexp": "mlp.shared_expert.down_proj",
-            "ffn_gate_inp_shexp": To("mlp.shared_expert_gate", to_row),
-        },
+        {**_QWEN, **SHARED_EXPERT},
     ),
     "qwen3moe": Architecture(_qwen3_moe, _QWEN),
     "qwen3vlmoe": Architecture(_qwen3_moe, _QWEN),
     "olmoe": Architecture(_olmoe, _QWEN),
     "phimoe": Architecture(_phimoe, {**LLAMA, **MIXTRAL_EXPERTS}),
-    "granitemoe": Architecture(
-        _granite_moe,
-        {
-            **LLAMA,
-            **PERMUTED,
-            "ffn_gate_inp": "block_sparse_moe.router.layer",
-            "ffn_gate_exps": PartOf("block_sparse_moe.input_linear", 0),
-            "ffn_up_exps": PartOf("block_sparse_moe.input_linear", 1),
-            "ffn_down_exps": "block_sparse_moe.output_linear",
-            "ffn_gate_shexp": PartOf("shared_mlp.input_linear", 0, stacked=False),
-            "ffn_up_shexp": PartOf("shared_mlp.input_linear", 1, stacked=False),
-            "ffn_down_shexp": "shared_mlp.output_linear",
-        },
-    ),
+    "granitemoe": Architecture(_granite_moe, {**LLAMA, **PERMUTED, **GRANITE_EXPERTS}),
     "ernie4_5-moe": Architecture(
         _ernie4_5_moe,
         {**_QWEN, "exp_probs_b.bias": To("mlp.moe_statics.e_score_correction_bias", to_row)},
