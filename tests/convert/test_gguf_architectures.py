@@ -245,7 +245,13 @@ def test_parts_of_a_model(tmp_path: Path) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     "recipe, model_type, fields",
-    [("mixtral", "mixtral", {}), ("deepseek2", "deepseek_v3", {}), ("gpt-oss", "gpt_oss", {})],
+    [
+        ("mixtral", "mixtral", {}),
+        ("deepseek2", "deepseek_v3", {}),
+        ("gpt-oss", "gpt_oss", {}),
+        ("qwen3next", "qwen3_next", ALL_SPARSE),
+        ("qwen35moe", "qwen3_5_moe_text", {"linear_value_head_dim": 8}),
+    ],
 )
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.MXFP4, Kind.BF16], ids=lambda kind: kind.name)
 def test_quantised_weights(tmp_path: Path, recipe: str, model_type: str, fields: dict[str, Any], kind: Kind) -> None:

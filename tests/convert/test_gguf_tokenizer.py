@@ -148,6 +148,8 @@ def test_words(pre: str, words: list[str]) -> None:
         ("falcon", "It|'|s|ĠHTMLTag|'|s|Ġ|123|45|Ġa|,|Ġb|!|ĊĊ"),
         ("bloom", "It's|ĠHTMLTag's|Ġ12345|Ġa|,|Ġb|!ĊĊ"),
         ("exaone-moe", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!Ċ|Ċ"),
+        ("qwen35", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!ĊĊ"),
+        ("lfm2", "It|'s|ĠHTMLTag|'s|Ġ|123|45|Ġa|,|Ġb|!ĊĊ"),
         ("seed-coder", "It|'s|ĠHTMLTag|'s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!|ĊĊ"),
         ("deepseek-llm", "It|'|s|ĠHTMLTag|'|s|Ġ|1|2|3|4|5|Ġa|,|Ġb|!|Ċ|Ċ"),
         ("deepseek-v3", "It|'s|ĠHTMLTag|'s|Ġ|123|45|Ġa|,|Ġb|!ĊĊ"),
@@ -159,6 +161,13 @@ def test_words_are_those_of_llama_cpp(pre: str, words: str) -> None:
     assert tokenizer.pre_tokenizer is not None
     found = tokenizer.pre_tokenizer.pre_tokenize_str("It's HTMLTag's 12345 a, b!\n\n")
     assert "|".join(word for word, _ in found) == words
+
+
+@pytest.mark.parametrize("pre, words", [("qwen2", 2), ("qwen35", 1)])
+def test_marks_belong_to_words_of_qwen35(pre: str, words: int) -> None:
+    tokenizer = build_tokenizer(bpe_metadata(pre))
+    assert tokenizer.pre_tokenizer is not None
+    assert len(tokenizer.pre_tokenizer.pre_tokenize_str("\u0915\u093f")) == words
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

@@ -113,7 +113,9 @@ HYPERPARAMETERS: dict[str, Any] = {
 }
 # In these architectures, layers without attention have 0 heads.
 _RECURRENT = frozenset(("granitehybrid", "jamba", "lfm2", "lfm2moe", "mamba", "mamba2", "nemotron_h", "nemotron_h_moe"))
-_HEADS = dict.fromkeys(("attention.head_count", "attention.head_count_kv"), TypeAdapter(Layers))
+_HEADS: dict[str, TypeAdapter[Any]] = dict.fromkeys(
+    ("attention.head_count", "attention.head_count_kv"), TypeAdapter(Layers)
+)
 _TOKEN = "tokenizer.ggml."
 # Checked for the whole value.
 GENERAL: dict[str, Any] = {

@@ -57,6 +57,10 @@ _SEED_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35_WORDS = (  # Qwen2's, but marks belong to letters
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _EXAONE_MOE_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
     r"|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -73,15 +77,16 @@ _DEEPSEEK3 = PreTokenizer((_THREE_DIGITS, "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u3
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     # llama.cpp's choice if a file does not say, whatever the model was trained with.
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "exaone4", "mellum", "trillion", "jais"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "exaone4", "mellum", "trillion", "jais", "granite-docling"), _GPT2),
     "olmo": PreTokenizer((_GPT2_WORDS,), nfc=True),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS),
     "command-r": PreTokenizer((_DIGIT, _GPT2_WORDS), nfc=True),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _GPT4),
     **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), _GPT4O),
     "tekken": PreTokenizer((_cased_words("", _DIGIT),), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), _QWEN2),
+    "qwen35": PreTokenizer((_QWEN35_WORDS,), nfc=True),
     **dict.fromkeys(("hunyuan", "solar-open"), PreTokenizer((_words(_DIGIT),))),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_WORDS, "[0-9][0-9][0-9]")),
     "bloom": PreTokenizer((_BLOOM_WORDS,)),
