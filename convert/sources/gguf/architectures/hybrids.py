@@ -130,10 +130,12 @@ def _jamba(hp: Hyperparameters) -> Values:
 
 def _period(hp: Hyperparameters, kind: str, chosen: list[bool]) -> tuple[int, int]:
     """Period and offset of the chosen layers. Raises TideError if they are not periodic."""
-    for period in range(1, hp.layers + 2):
-        for offset in range(period):
-            if chosen == [layer % period == offset for layer in range(hp.layers)]:
-                return period, offset
+    places = [layer for layer, is_chosen in enumerate(chosen) if is_chosen]
+    offset = places[0] if places else hp.layers
+    # One layer recurs only after the last.
+    period = places[1] - offset if len(places) > 1 else hp.layers + 1
+    if chosen == [layer % period == offset for layer in range(hp.layers)]:
+        return period, offset
     raise hp.unsupported_error(f"block_count={hp.layers}: the layers {kind} are not periodic, expected a period")
 
 
