@@ -34,10 +34,8 @@ from tide_jax.testing import tiny_config
 
 NEW = 37
 STATIC = ("capacity", "most_slots")
-# One of each way to read the cache, and one with states, which go back past rejected drafts.
-ARCHITECTURES = (
-    "pre norm", "experts", "alibi and sinks", "latent attention", "sliding windows", "gated output", "hybrid",
-)  # fmt: skip
+# One of each way to read the cache.
+ARCHITECTURES = ("pre norm", "experts", "alibi and sinks", "latent attention", "sliding windows", "gated output")
 PROMPTS = random_prompts((7, 1, 12, 9))
 
 
