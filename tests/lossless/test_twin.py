@@ -45,7 +45,7 @@ def wrong_twin(engine: TIDE) -> TwinDrafter:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", (*ARCHITECTURES, "hybrid"))
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "hybrid"])
 def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
     engine = engine_of(name)
     out = lossless(engine, PROMPTS, twin=twin_of(engine))
