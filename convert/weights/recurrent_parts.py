@@ -32,7 +32,7 @@ def selective(name: str) -> Names:
     """Mamba, with Jamba's norms."""
     return {
         **_mamba(name),
-        **linear(f"{name}.in_proj", "recurrent.stream", takes.halves, takes.halves),
+        **linear(f"{name}.in_proj", "recurrent.stream_gate", takes.halves, takes.halves),
         **linear(f"{name}.x_proj", "recurrent.parts"),
         f"{name}.dt_proj.weight": (Target("recurrent.step.kernel", takes.transpose),),
         f"{name}.dt_proj.bias": (Target("recurrent.step_bias"),),
@@ -80,7 +80,7 @@ def gated_delta(name: str) -> Names:
         f"{name}.A_log": (Target("recurrent.fade"),),
         f"{name}.dt_bias": (Target("recurrent.fade_bias"),),
         **norm(f"{name}.norm", "recurrent.norm"),
-        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.inner_in),
+        **linear(f"{name}.out_proj", "recurrent.out"),
     }
 
 

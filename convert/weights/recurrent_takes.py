@@ -32,16 +32,6 @@ def thirds(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.T.reshape(*a.shape[1:], 3, -1)
 
 
-def outputs(first: int, last: int, of: int) -> Take:
-    """Some of the equal parts of a Linear's outputs: [of * N, ...] to [..., (last - first) * N]."""
-
-    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        size = a.shape[0] // of
-        return a[first * size : last * size].T
-
-    return take
-
-
 def state_space_part(number: int) -> Take:
     """Gate, stream or time step of Mamba-2's input projection [inner + (inner + 2 G S) + H, ...]."""
 
@@ -57,12 +47,6 @@ def state_space_part(number: int) -> Take:
 def group_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Scale of the norm over groups, [inner] to [groups, inner / groups]."""
     return a.reshape(_only(c, StateSpaceType).groups, -1)
-
-
-def inner_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Output projection of a delta net, [D, H * dv] to [H, dv, D]."""
-    kind = _only(c, GatedDeltaType)
-    return a.T.reshape(kind.value_heads, kind.value_dim, a.shape[0])
 
 
 def delta_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:

@@ -31,6 +31,7 @@ from tide_jax.functional import (
 from tide_jax.lossless.control import DraftControl, PassCosts, verify_widths
 from tide_jax.lossless.speculate import MOST_SLOTS, TEXT_ONLY, advance_lossless, begin_lossless
 from tide_jax.model.architecture import AttentionType, LatentConfig, MoEConfig, RopeConfig
+from tide_jax.model.recurrent.types import GatedDeltaType, ShortConvType, StateSpaceType
 from tide_jax.model.rounding import Weights, as_int8
 from tide_jax.model.sharding import DATA, MODEL, array_sharding, mesh_context
 from tide_jax.testing import constant_routers
@@ -53,7 +54,8 @@ class Case(NamedTuple):
       implementation: implementation of the exit step.
       rows: batch size.
       weights: the model's kind of weights.
-      kind: "experts" replaces the MLPs by mixtures of experts, "latent" stores keys and values as latent vectors.
+      kind: "experts" replaces the MLPs by mixtures of experts, "latent" stores keys and values as latent vectors,
+        "states" replaces three of four layers' attention by a delta net, Mamba-2 and a short convolution.
       program: one step; a whole generation, which makes its own cache; a prompt of `LONG_PROMPT` tokens; or one pass of
         the lossless mode, which verifies up to seven drafts.
       slots: capacity of the cache, for each row.
@@ -68,7 +70,7 @@ class Case(NamedTuple):
     implementation: str | None = "reference"
     rows: int = 1
     weights: Weights = "float"
-    kind: Literal["plain", "experts", "latent"] = "plain"
+    kind: Literal["plain", "experts", "latent", "states"] = "plain"
     program: Program = "decode_step"
     slots: int = SLOTS
     deferred: bool = False
@@ -83,7 +85,8 @@ class Case(NamedTuple):
 
     def config(self, config: DecoderConfig) -> DecoderConfig:
         """The model's configuration, from that of a plain model."""
-        return {"plain": _plain, "experts": _with_experts, "latent": _with_latent_vectors}[self.kind](config)
+        kinds = {"plain": _plain, "experts": _with_experts, "latent": _with_latent_vectors, "states": _with_states}
+        return kinds[self.kind](config)
 
 
 class Lowered(NamedTuple):
@@ -211,6 +214,17 @@ def _with_experts(config: DecoderConfig) -> DecoderConfig:
     size = config.intermediate_size // _EXPERTS
     moe = MoEConfig(num_experts=_EXPERTS, experts_per_token=2, intermediate_size=size)
     return dataclasses.replace(config, moe=moe)
+
+
+def _with_states(config: DecoderConfig) -> DecoderConfig:
+    """The configuration with recurrent layers of the sizes that hybrids of 8B parameters have."""
+    kinds = (
+        GatedDeltaType(key_heads=16, value_heads=32, key_dim=128, value_dim=128, width=4),
+        StateSpaceType(heads=128, head_dim=64, groups=8, state_size=128, width=4),
+        ShortConvType(width=3),
+    )
+    pattern = tuple((i + 1) % 4 for i in range(config.num_layers))
+    return dataclasses.replace(config, recurrent_types=kinds, layer_pattern=pattern)
 
 
 def _platform(devices: np.ndarray) -> str:

@@ -164,8 +164,8 @@ def selective(norms: str = "none") -> Pair:
     return set_weights(
         mixer,
         **scales,
-        stream__kernel=module.in_proj.weight,
-        stream__bias=module.in_proj.bias,
+        stream_gate__kernel=module.in_proj.weight,
+        stream_gate__bias=module.in_proj.bias,
         parts__kernel=module.x_proj.weight,
         step__kernel=module.dt_proj.weight,
         step_bias=module.dt_proj.bias,

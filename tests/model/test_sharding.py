@@ -105,7 +105,8 @@ def test_what_no_rule_names_is_small(name: str) -> None:
     for path, shape in abstract_parameters(config).items():
         axes = _axes(f".{path}", PARAMETERS)
         assert len(axes) in (0, len(shape)), path
-        small = any(part in path for part in ("norm", "router", "positions", "project", "bias", "q_down", "kv_down"))
+        parts = ("norm", "router", "positions", "project", "bias", "q_down", "kv_down")
+        small = any(part in path for part in (*parts, "filters", "fade", "passed", "recurrent.gates"))
         assert axes or small, f"{path} {shape}"
 
 

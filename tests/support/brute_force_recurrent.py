@@ -34,7 +34,7 @@ class RecurrentLayer:
             case StateSpaceType():
                 return np.concatenate([self._dense("stream", x), self._dense("step", x)])
             case SelectiveType():
-                return self._dense("stream", x)[0]
+                return self._dense("stream_gate", x)[0]
         raise NotImplementedError(self.kind)
 
     def mix(self, x: np.ndarray, inputs: list[np.ndarray]) -> np.ndarray:
@@ -71,7 +71,7 @@ class RecurrentLayer:
                 state[h] += np.outer(k, (v - k @ state[h]) / (1 + np.exp(-rates[h])))
                 out[h] = q @ state[h] / np.sqrt(kind.key_dim)
         normed = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + kind.norm_eps) * self.weights["norm.scale"]
-        return self._dense("out", normed * _silu(self._dense("output_gate", x)))
+        return self._dense("out", (normed * _silu(self._dense("output_gate", x))).reshape(-1))
 
     def _state_space(self, x: np.ndarray, inputs: list[np.ndarray], mixed: list[np.ndarray]) -> np.ndarray:
         kind = self.kind
@@ -102,7 +102,7 @@ class RecurrentLayer:
             step = np.log1p(np.exp(self._dense("step", low) + self.weights["step_bias"]))[:, None]
             state = np.exp(-np.exp(self.weights["fade"]) * step) * state + step * np.outer(row, key)
             out = state @ query + self.weights["passed"] * row
-        return self._dense("out", out * _silu(self._dense("stream", x)[1]))
+        return self._dense("out", out * _silu(self._dense("stream_gate", x)[1]))
 
     def _dense(self, name: str, x: np.ndarray) -> np.ndarray:
         kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias", 0.0)

@@ -59,6 +59,17 @@ PARAMETERS: Mapping[str, Axes] = {
     "*.attention.q": ("experts", None, "kv_heads", None),
     "*.attention.out": ("experts", "kv_heads", None, None),
     "*.attention.q_scale": ("experts", "kv_heads", None),
+    "*.recurrent.q.kernel": ("heads", None, None),
+    "*.recurrent.k.kernel": ("heads", None, None),
+    "*.recurrent.v.kernel": ("heads", None, None),
+    "*.recurrent.output_gate.kernel": ("heads", None, None),
+    "*.recurrent.inputs.kernel": (None, "ffn", None),
+    "*.recurrent.stream_gate.kernel": (None, "ffn", None),
+    "*.recurrent.stream.kernel": ("ffn", None),
+    "*.recurrent.gate.kernel": ("ffn", None),
+    "*.recurrent.parts.kernel": (None, "ffn"),
+    "*.recurrent.step.kernel": ("ffn", None),
+    "*.recurrent.out.kernel": (None, "ffn"),
     "*.gate_up.kernel": (None, "ffn", None),
     "*.gate_up.bias": (None, "ffn"),
     "*.up.kernel": ("ffn", None),
@@ -75,16 +86,16 @@ PARAMETERS: Mapping[str, Axes] = {
 }
 """Logical axes of stored parameters, by dotted path; the first matching pattern applies.
 
-All other parameters lie on every device: norms, routers and low-rank bottlenecks, because they are small, and
-translators, because each skipped layer would need a sum over the group, which costs more than reading them. The scales
-of a kernel of 8-bit integers are placed like its outputs.
+All other parameters lie on every device: norms, routers, filters, fades and low-rank bottlenecks, because they are
+small, and translators, because each skipped layer would need a sum over the group, which costs more than reading them.
+The scales of a kernel of 8-bit integers are placed like its outputs.
 """
 
 CACHE: Mapping[str, Axes] = {
     "*.keys": ("rows", "kv_heads", None, None),
     "*.values": ("rows", "kv_heads", None, None),
     "*.window": ("rows", None, None),
-    "*.matrix": ("rows", None, None, None),
+    "*.matrix": ("rows", "heads", None, None),
     "*.positions": ("rows", None),
 }
 """Logical axes of the arrays of a `KVCache`."""

@@ -36,7 +36,7 @@ class GatedDelta(Mixer):
         self.fade = nnx.Param(jnp.zeros((kind.value_heads,), dtype))
         self.fade_bias = nnx.Param(jnp.zeros((kind.value_heads,), dtype))
         self.norm = Norm((kind.value_dim,), kind="rms", eps=kind.norm_eps, dtype=dtype)
-        self.out = Dense((kind.value_heads, kind.value_dim), (size,), bias=False, dtype=dtype, rngs=rngs)
+        self.out = Dense((kind.value_heads * kind.value_dim,), (size,), bias=False, dtype=dtype, rngs=rngs)
         self.delta = True
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T H dv"]]:
@@ -67,7 +67,8 @@ class GatedDelta(Mixer):
     def _output(self, read: Array | None, mixed: Array, gate: Array) -> Float[Array, "B T D"]:
         assert read is not None
         normed = self.norm(read.astype(gate.dtype)).astype(jnp.float32)
-        return self.out((normed * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype))
+        gated = (normed * jax.nn.silu(gate.astype(jnp.float32))).astype(gate.dtype)
+        return self.out(gated.reshape(*gate.shape[:2], -1))
 
 
 def _unit(a: Float[Array, "B T h dk"]) -> Float[Array, "B T h dk"]:

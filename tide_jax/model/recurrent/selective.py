@@ -47,7 +47,7 @@ class Selective(Mixer):
     def __init__(self, size: int, kind: SelectiveType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kind, self.sizes = kind, kind.sizes(size)
         inner, state = kind.inner, kind.state_size
-        self.stream = Dense((size,), (2, inner), bias=kind.bias, dtype=dtype, rngs=rngs)
+        self.stream_gate = Dense((size,), (2, inner), bias=kind.bias, stacked=True, dtype=dtype, rngs=rngs)
         self.parts = Dense((inner,), (kind.step_rank + 2 * state,), bias=False, dtype=dtype, rngs=rngs)
         self.step = Dense((kind.step_rank,), (inner,), bias=False, dtype=dtype, rngs=rngs)
         self.step_bias = nnx.Param(jnp.zeros((inner,), dtype))
@@ -65,8 +65,8 @@ class Selective(Mixer):
         self.step_norm, self.key_norm, self.query_norm = norm(kind.step_rank), norm(state), norm(state)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T N"], Float[Array, "B T N"]]:
-        stream = self.stream(x)
-        return stream[:, :, 0], stream[:, :, 1]
+        both = self.stream_gate(x)
+        return both[:, :, 0], both[:, :, 1]
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, ChannelUpdates]:
         kind, mixed = self.kind, jax.nn.silu(self._convolve(inputs, window))

@@ -16,7 +16,7 @@ class ShortConv(Mixer):
 
     def __init__(self, size: int, kind: ShortConvType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.sizes = kind.sizes(size)
-        self.inputs = Dense((size,), (3, size), bias=kind.bias, dtype=dtype, rngs=rngs)
+        self.inputs = Dense((size,), (3, size), bias=kind.bias, stacked=True, dtype=dtype, rngs=rngs)
         self.filters = nnx.Param(normal(rngs, (size, kind.width), kind.width, dtype))
         self.filter_bias = nnx.Param(jnp.zeros((size,), dtype)) if kind.bias else None
         self.out = Dense((size,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
