@@ -27,7 +27,7 @@ HEAD_DIM_OF_ROTATION = _types(
 PARTIAL_ROTARY = _types(
     "bamba glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_neox_japanese laguna mimo_v2_flash minimax_m2 "
     "minimax_m3_vl_text nemotron persimmon phi phi3 phi4_multimodal qwen3_5_moe_text "
-    "qwen3_5_text qwen3_next stablelm"
+    "qwen3_5_text qwen3_next recurrent_gemma stablelm"
 )
 """Model types that rotate only the share `partial_rotary_factor` of a head."""
 

@@ -11,8 +11,10 @@ from convert.families import (
     glm,
     gpt,
     granite,
+    griffin,
     latent,
     layer_norm,
+    lightning,
     llama,
     olmo,
     recurrent,
@@ -36,4 +38,6 @@ FAMILIES: dict[str, Family] = {
     **encoder_heritage.FAMILIES,
     **recurrent.FAMILIES,
     **delta.FAMILIES,
+    **griffin.FAMILIES,
+    **lightning.FAMILIES,
 }

@@ -43,7 +43,7 @@ from tide_jax.model.recurrent.types import (
 )
 
 _ATTENTION = ("full_attention", "sliding_attention")
-_NO_LIMIT = 2**20
+NO_LIMIT = 2**20
 """Longest text of models without positions; their configurations name none."""
 
 
@@ -75,7 +75,7 @@ def _without_attention(hf: Any, kind: RecurrentType, **flags: Any) -> DecoderCon
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
         num_layers=hf.num_hidden_layers,
-        max_positions=_NO_LIMIT,
+        max_positions=NO_LIMIT,
         attention_types=(),
         recurrent_types=(kind,),
         layer_pattern=(0,) * hf.num_hidden_layers,

@@ -53,6 +53,8 @@ _COMMON: dict[str, Any] = {name: size for size, names in _SIZES.items() for name
     "qkv_bias": True,
     "lm_head_bias": True,
 }
+_COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Tensors in checkpoints that are functions of the configuration, by the end of their name."""
 _LATENT = {"num_key_value_heads": 6, "head_dim": 4}  # multi-head latent attention: one key head per query head
 
 
@@ -130,7 +132,7 @@ def _randomise(model: Any, torch: Any) -> None:
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name in frozen or not tensor.is_floating_point() or tensor.numel() == 0:
+            if name in frozen or name.endswith(_COMPUTED) or not tensor.is_floating_point() or tensor.numel() == 0:
                 continue
             noise = torch.randn(tensor.shape)
             constant = bool((tensor == tensor.flatten()[0]).all())

@@ -146,6 +146,11 @@ TYPES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": _MIXED},
     "mimo_v2_flash": {"head_dim": 18, "num_attention_heads": 8},
     "minicpm3": {"head_dim": 12},
+    "minimax": {
+        f"{part}_{name}_factor": factor
+        for part in ("mlp", "full_attn", "linear_attn")
+        for name, factor in (("alpha", 3.5), ("beta", 0.8))
+    },
     "minimax_m3_vl_text": {"rotary_dim": 6, "index_head_dim": 12, "index_n_heads": 2},
     "ministral": {"layer_types": _MIXED},
     "nemotron_h": {
@@ -176,6 +181,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         "ngram_vocab_size_base": 50,
     },
+    "recurrent_gemma": {"logits_soft_cap": 9.0},
     "reformer": {
         "axial_pos_shape": (8, 8),
         "axial_pos_embds_dim": (16, 32),

@@ -77,6 +77,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text-dense": ("llama4_text", {"moe_layers": [], "use_qk_norm": False, "attn_temperature_tuning": False}),
     "llama4_text-moe": ("llama4_text", {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2}),
     "minimax-attention": ("minimax", {"layer_types": [_FULL] * 5}),
+    "minimax-lightning": ("minimax", {"layer_types": ["linear_attention"] * 5}),
+    "minimax-plain": (
+        "minimax",
+        {"sliding_window": None, "head_dim": None}
+        | {f"{part}_{name}_factor": 1 for part in ("mlp", "full_attn", "linear_attn") for name in ("alpha", "beta")},
+    ),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "mixtral-window": ("mixtral", {"sliding_window": None, "num_experts_per_tok": 1}),
     "mpt-clipped": ("mpt", {"attn_config": {"clip_qkv": 1.2, "softmax_scale": 0.3}}),
@@ -111,6 +117,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-full": ("qwen3", {"use_sliding_window": False, "attention_bias": False}),
     "qwen3_next-attention": ("qwen3_next", {"layer_types": [_FULL] * 5}),
+    "recurrent_gemma-gelu": (
+        "recurrent_gemma",
+        {
+            "block_types": ["recurrent", _SLIDING],
+            "hidden_activation": "gelu",
+            "attention_bias": False,
+            "partial_rotary_factor": 1.0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "roformer-value": ("roformer", {"rotary_value": True}),
     "seed_oss-biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
     "smollm3-full": ("smollm3", {"use_sliding_window": False, "no_rope_layer_interval": 2}),
@@ -366,6 +382,7 @@ REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20},
     ),
+    "minimax-factors": ("minimax", {"mlp_alpha_factor": 2.0}),
     "gemma4_text-per-layer": ("gemma4_text", {"hidden_size_per_layer_input": 20}),
 }
 """Variants of supported types that are refused by name."""

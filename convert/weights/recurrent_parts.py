@@ -84,6 +84,33 @@ def gated_delta(name: str) -> Names:
     }
 
 
+def rg_lru(name: str) -> Names:
+    """A real-gated linear recurrent unit with its convolution."""
+    unit = f"{name}.rg_lru"
+    return {
+        **linear(f"{name}.linear_x", "recurrent.stream"),
+        **linear(f"{name}.linear_y", "recurrent.output_gate"),
+        f"{name}.conv_1d.weight": (Target("recurrent.filters", recurrent_takes.filters),),
+        f"{name}.conv_1d.bias": (Target("recurrent.filter_bias"),),
+        f"{unit}.input_gate_weight": (Target("recurrent.gates", slot="0"),),
+        f"{unit}.input_gate_bias": (Target("recurrent.gate_bias", slot="0"),),
+        f"{unit}.recurrent_gate_weight": (Target("recurrent.gates", slot="1"),),
+        f"{unit}.recurrent_gate_bias": (Target("recurrent.gate_bias", slot="1"),),
+        f"{unit}.recurrent_param": (Target("recurrent.fade"),),
+        **linear(f"{name}.linear_out", "recurrent.out"),
+    }
+
+
+def lightning(name: str) -> Names:
+    """Lightning attention."""
+    return {
+        **linear(f"{name}.qkv_proj", "recurrent.qkv", recurrent_takes.lightning_qkv),
+        **linear(f"{name}.output_gate", "recurrent.output_gate", recurrent_takes.lightning_values),
+        **norm(f"{name}.norm", "recurrent.norm", recurrent_takes.lightning_norm),
+        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.lightning_in),
+    }
+
+
 GATED_ATTENTION: Names = {
     f"self_attn.q_proj.{kind}": tuple(
         Target(f"attention.{path}", recurrent_takes.gated_queries(i)) for i, path in enumerate(paths)

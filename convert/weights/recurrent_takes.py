@@ -9,7 +9,7 @@ import numpy as np
 from convert.weights.rules import Take
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.recurrent.types import GatedDeltaType, RecurrentType, StateSpaceType
+from tide_jax.model.recurrent.types import GatedDeltaType, LightningType, RecurrentType, StateSpaceType
 
 Kind = TypeVar("Kind", bound=RecurrentType)
 
@@ -102,3 +102,24 @@ def gated_queries(number: int) -> Take:
         return a.T.reshape(*a.shape[1:], c.num_heads, 2, -1)[..., number, :]
 
     return take
+
+
+def lightning_qkv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Queries, keys and values of lightning attention, head by head: [H * 3 * hd, D] to [D, 3, H, hd]."""
+    kind = _only(c, LightningType)
+    return a.T.reshape(a.shape[1], kind.heads, 3, kind.head_dim).swapaxes(1, 2)
+
+
+def lightning_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Gate of lightning attention, [H * hd, D] to [D, H, hd]."""
+    return a.T.reshape(a.shape[1], _only(c, LightningType).heads, -1)
+
+
+def lightning_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Scale of the norm over all heads, [H * hd] to [H, hd]."""
+    return a.reshape(_only(c, LightningType).heads, -1)
+
+
+def lightning_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Output projection of lightning attention, [D, H * hd] to [H, hd, D]."""
+    return a.T.reshape(_only(c, LightningType).heads, -1, a.shape[0])

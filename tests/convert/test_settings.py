@@ -71,6 +71,7 @@ HARMLESS = {
     "kv_sharing_modes",
     "layer_types",
     "nemo_final_size",
+    "number_of_conv_states",
     "output_cross_attentions",
     "output_router_logits",
     "quantization_config",

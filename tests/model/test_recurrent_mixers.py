@@ -12,12 +12,21 @@ import pytest
 from flax import nnx
 
 from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.lightning import Lightning
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.rg_lru import RgLru
 from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
-from tide_jax.model.recurrent.types import GatedDeltaType, SelectiveType, ShortConvType, StateSpaceType
+from tide_jax.model.recurrent.types import (
+    GatedDeltaType,
+    LightningType,
+    RgLruType,
+    SelectiveType,
+    ShortConvType,
+    StateSpaceType,
+)
 
 torch = pytest.importorskip("torch")
 SIZE, TOKENS = 24, 75
@@ -186,7 +195,65 @@ def scaled_norms() -> Pair:
     return selective("scaled")
 
 
-MAKERS = [short_conv, gated_delta, state_space, selective, plain_norms, scaled_norms]
+def lightning() -> Pair:
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    config = MiniMaxConfig(
+        hidden_size=SIZE, num_attention_heads=3, head_dim=10, num_hidden_layers=4, layer_types=["linear_attention"] * 4,
+        block_size=16,
+    )  # fmt: skip
+    module = MiniMaxLightningAttention(config, 1)
+    random_weights(module)
+    kind = LightningType(heads=3, head_dim=10, fade=1 - 1 / (3 + 1e-5) + 1e-5)
+    mixer = Lightning(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def expected(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.tensor(x), None, None)[0].numpy()
+
+    return set_weights(
+        mixer,
+        qkv__kernel=module.qkv_proj.weight.view(3, 3, 10, SIZE).swapaxes(0, 1),
+        output_gate__kernel=module.output_gate.weight,
+        norm__scale=module.norm.weight,
+        out__kernel=module.out_proj.weight,
+    ), expected
+
+
+def rg_lru() -> Pair:
+    from transformers import RecurrentGemmaConfig
+    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
+
+    config = RecurrentGemmaConfig(hidden_size=SIZE, num_attention_heads=3, lru_width=30, num_hidden_layers=1)
+    module = RecurrentGemmaRecurrentBlock(config, 0)
+    random_weights(module)
+    kind = RgLruType(blocks=3, block_dim=10, width=4)
+    mixer = RgLru(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def expected(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            positions = torch.arange(x.shape[1])[None]
+            return module(torch.tensor(x), positions, None, use_cache=False)[0].numpy()
+
+    unit = module.rg_lru
+    return set_weights(
+        mixer,
+        stream__kernel=module.linear_x.weight,
+        stream__bias=module.linear_x.bias,
+        output_gate__kernel=module.linear_y.weight,
+        output_gate__bias=module.linear_y.bias,
+        filters=module.conv_1d.weight,
+        filter_bias=module.conv_1d.bias,
+        gates=torch.stack([unit.input_gate_weight, unit.recurrent_gate_weight]),
+        gate_bias=torch.stack([unit.input_gate_bias, unit.recurrent_gate_bias]),
+        fade=unit.recurrent_param,
+        out__kernel=module.linear_out.weight,
+        out__bias=module.linear_out.bias,
+    ), expected
+
+
+MAKERS = [short_conv, gated_delta, state_space, selective, plain_norms, scaled_norms, lightning, rg_lru]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda make: make.__name__)

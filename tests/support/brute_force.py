@@ -164,18 +164,20 @@ class BruteForce:
     def _layer(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
         name, config = f"layers.{layer}", self.config
         normed, middle = self._norm(f"{name}.pre_attention_norm", x), x
+        residual = normed if config.normed_residual else x
         if layer in self.recurrent:
-            middle = self._add(f"{name}.post_attention_norm", x, self.recurrent[layer].mix(normed, keys))
+            middle = self._add(f"{name}.post_attention_norm", residual, self.recurrent[layer].mix(normed, keys))
         elif isinstance(config.layer_type(layer), AttentionType):
             attended = self._attend(layer, normed, position, keys, values)
-            middle = self._add(f"{name}.post_attention_norm", x, attended)
+            middle = self._add(f"{name}.post_attention_norm", residual, attended)
         if not config.has_mlp(layer):
             return middle
         mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
         fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
-        return self._add(f"{name}.post_mlp_norm", middle, fed)
+        return self._add(f"{name}.post_mlp_norm", mlp_input if config.normed_residual else middle, fed)
 
     def _add(self, norm: str, x: np.ndarray, update: np.ndarray) -> np.ndarray:
+        x = x * self.config.stream_scale
         if self.config.norm_placement == "residual":
             return self._norm(norm, x + self.config.residual_scale * update)
         return x + self.config.residual_scale * self._norm(norm, update)

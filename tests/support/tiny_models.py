@@ -64,7 +64,12 @@ CONFIGS: dict[str, DecoderConfig] = {
         tie_embeddings=False,
         head_bias=True,
     ),
-    "experts": tiny_config(num_layers=2, moe=MoEConfig(num_experts=5, experts_per_token=2, intermediate_size=40)),
+    "experts": tiny_config(
+        num_layers=2,
+        moe=MoEConfig(num_experts=5, experts_per_token=2, intermediate_size=40),
+        normed_residual=True,
+        stream_scale=1.7,
+    ),
     "alibi and sinks": tiny_config(
         num_layers=2,
         attention_types=(AttentionType(scale=0.3, alibi=(0.5, 0.3, 0.2, 0.1, 0.05, 0.0), sinks=True),),

@@ -41,7 +41,7 @@ from tide_jax.exits.cache_fill import fill_rows
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.gate import TokenState, exit_input, finish_group
 from tide_jax.exits.queue import Queue, pass_number, pass_widths
-from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, place_rows
 from tide_jax.model.decoder import Decoder
@@ -71,8 +71,8 @@ class Loop(NamedTuple):
 class GroupRows(NamedTuple):
     """Layout of rows by group: all branches of a switch return arrays of one shape.
 
-    Layers with attention keep keys and values, and recurrent layers of each type keep inputs of their own size. So
-    there are arrays for each kind of row, padded to the most layers of that kind in a group.
+    Layers with attention keep keys and values, and recurrent layers keep inputs, in a number that depends on their
+    type. So there are arrays for each kind of row, padded to the most layers of that kind in a group.
     """
 
     groups: tuple[range, ...]
@@ -113,8 +113,9 @@ class GroupRows(NamedTuple):
         return jnp.asarray([0, *(g.stop for g in self.groups)], jnp.int32)[group]
 
     def _kind(self, layer: int) -> int:
-        """0 for a layer that keeps keys and values; another number for each recurrent type."""
-        return max(0, self.config.layer_pattern[layer] + 1 - len(self.config.attention_types))
+        """-1 for a layer that keeps keys and values, else the number of a token's inputs to the layer's state."""
+        kind = self.config.layer_type(layer)
+        return -1 if isinstance(kind, AttentionType) else kind.sizes(self.config.hidden_size).inputs
 
     @property
     def _most(self) -> dict[int, int]:
@@ -125,9 +126,8 @@ class GroupRows(NamedTuple):
     def _row(self, kind: int, x: Float[Array, "B S D"]) -> Rows:
         """Zeros in place of one layer's row."""
         batch, slots, _ = x.shape
-        if kind:
-            sizes = self.config.recurrent_types[kind - 1].sizes(self.config.hidden_size)
-            return jnp.zeros((batch, slots, sizes.inputs), x.dtype)
+        if kind >= 0:
+            return jnp.zeros((batch, slots, kind), x.dtype)
         heads, *channels = self.config.cache_shape
         return KeyValue(*(jnp.zeros((batch, heads, slots, c), x.dtype) for c in channels))
 

@@ -88,6 +88,8 @@ class DecoderConfig:
       parallel_residual: attention and MLP both read the layer's input, and both outputs are added to it.
       shared_norm: with `parallel_residual`, attention and MLP share one norm.
       residual_scale: multiplies each sublayer's output before the residual add.
+      stream_scale: multiplies the residual stream before a sublayer's output is added.
+      normed_residual: a sublayer's output is added to its normed input instead of the residual stream.
       layer_scale: a learned number multiplies each layer's output.
       residual_weights: a learned vector multiplies the residual stream before a sublayer's output is added.
       positions: "rope" and "none" add nothing to embeddings; "learned" and "sinusoidal" add a vector for each position.
@@ -147,6 +149,8 @@ class DecoderConfig:
     parallel_residual: bool = False
     shared_norm: bool = False
     residual_scale: Positive = 1.0
+    stream_scale: Positive = 1.0
+    normed_residual: bool = False
     residual_weights: bool = False
     layer_scale: bool = False
     positions: Positions = "rope"

@@ -27,8 +27,10 @@ from tide_jax.model.feed_forward import MLP
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import Norm, block_norm
 from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.lightning import Lightning
 from tide_jax.model.recurrent.mixer import Mixer, State
 from tide_jax.model.recurrent.order import TokenOrder
+from tide_jax.model.recurrent.rg_lru import RgLru
 from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
@@ -45,6 +47,8 @@ _MIXERS: dict[str, type] = {
     "gated_delta": GatedDelta,
     "state_space": StateSpace,
     "selective": Selective,
+    "lightning": Lightning,
+    "rg_lru": RgLru,
 }
 
 
@@ -57,7 +61,8 @@ class DecoderLayer(nnx.Module):
         self.layer_type = config.layer_pattern[index]
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
         self.norm_after_add = config.norm_placement == "residual"
-        self.residual_scale = config.residual_scale
+        self.residual_scale, self.stream_scale = config.residual_scale, config.stream_scale
+        self.normed_residual = config.normed_residual
         pre, post = config.norm_placement in ("pre", "sandwich"), config.norm_placement != "pre"
 
         def norm(wanted: bool) -> Norm | None:
@@ -95,12 +100,14 @@ class DecoderLayer(nnx.Module):
         mix: Any = self.attention or self.recurrent
         if mix is not None:
             mixed, new = mix(normed, contexts[self.layer_type], cached)
-            middle = self._add(_multiply(x, self.attention_residual), mixed, self.post_attention_norm)
+            stream = normed if self.normed_residual else x
+            middle = self._add(_multiply(stream, self.attention_residual), mixed, self.post_attention_norm)
         if self.mlp is None:
             return whole_channels(_multiply(middle, self.output_scale)), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
-        out = self._add(_multiply(middle, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
+        stream = mlp_input if self.normed_residual else middle
+        out = self._add(_multiply(stream, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
         return whole_channels(_multiply(out, self.output_scale)), new
 
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
@@ -114,9 +121,7 @@ class DecoderLayer(nnx.Module):
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
         if not self.norm_after_add:
             update = _apply(norm, update)
-        if self.residual_scale != 1.0:
-            # In float32, because the error of a rounded scale would accumulate over layers.
-            update = (update.astype(jnp.float32) * self.residual_scale).astype(update.dtype)
+        x, update = _scale(x, self.stream_scale), _scale(update, self.residual_scale)
         return _apply(norm, x + update) if self.norm_after_add else x + update
 
 
@@ -151,6 +156,11 @@ def _recurrent(config: DecoderConfig, kind: RecurrentType, *, dtype: jnp.dtype, 
 
 def _apply(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
+
+
+def _scale(x: Array, scale: float) -> Array:
+    # In float32, because the error of a rounded scale would accumulate over layers.
+    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _multiply(x: Array, weights: nnx.Param | None) -> Array:

@@ -24,7 +24,7 @@ class State(NamedTuple):
     """A recurrent layer's memory of the tokens so far.
 
     Attributes:
-      window: inputs of the newest tokens, for the convolution.
+      window: inputs of the newest tokens, for the convolution; empty without one.
       matrix: what each head's keys read, float32; without channels for layers that only convolve.
     """
 
@@ -43,7 +43,7 @@ class Mixer(nnx.Module):
 
     Attributes:
       sizes: of its state.
-      filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``.
+      filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``, if there is one.
       delta: whether writes follow the delta rule, in linear recurrences.
     """
 
@@ -82,7 +82,7 @@ class Mixer(nnx.Module):
         """The state after it took in the real tokens' inputs."""
         ordered = order.forth(inputs)
         _, updates = self._updates(ordered, state.window)
-        window = move_window(state.window, ordered[..., : self.filters.shape[0]], order.count)
+        window = move_window(state.window, ordered[..., : self.sizes.channels], order.count)
         if updates is None:
             return State(window, state.matrix)
         return State(window, self._run(state.matrix, updates.only(order.real))[1])

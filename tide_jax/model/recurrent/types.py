@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from tide_jax.model.architecture_parts import PlainActivation, check_choice
 from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative
 from tide_jax.records import STRICT
 
@@ -15,7 +16,7 @@ class StateSizes:
 
     Attributes:
       channels: of the convolution.
-      width: tokens of the convolution's window; the newest is not kept.
+      width: tokens of the convolution's window; the newest is not kept. 1 without a convolution.
       matrix: heads, key channels and value channels of the state; zeros for layers that only convolve.
       inputs: numbers that a token gives to the state, the convolution's channels first.
     """
@@ -144,6 +145,59 @@ class SelectiveType:
 
 
 @dataclasses.dataclass(frozen=True)
+class LightningType:
+    """Lightning attention (Qin et al. 2024, arXiv:2401.04658): linear attention whose heads fade at fixed rates.
+
+    Attributes:
+      kind: tag of these types in JSON.
+      heads, head_dim: numbers of heads and of their channels.
+      fade: multiplies the heads' rates of fading, ``2 ** (-8 h / heads)`` for head h, counted from 1.
+      norm_eps: of the norm over the outputs of all heads, which a gate multiplies.
+    """
+
+    heads: Heads
+    head_dim: Channels
+    fade: NotNegative = 1.0
+    norm_eps: Epsilon = 1e-6
+    kind: Literal["lightning"] = "lightning"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        inputs = 3 * self.heads * self.head_dim
+        return StateSizes(0, 1, (self.heads, self.head_dim, self.head_dim), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class RgLruType:
+    """A real-gated linear recurrent unit behind a convolution (Griffin, De et al. 2024, arXiv:2402.19427, section 2.4).
+
+    Attributes:
+      kind: tag of these types in JSON.
+      blocks, block_dim: blocks of channels, each with its own gates, and their channels.
+      width: tokens of a filter over all channels.
+      activation: of the gate of the output.
+    """
+
+    blocks: Heads
+    block_dim: Channels
+    width: Channels
+    activation: str = "gelu_pytorch_tanh"
+    kind: Literal["rg_lru"] = "rg_lru"
+
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_choice("activation", self.activation, PlainActivation)
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width; each block has one more number, 0 before the first token."""
+        inner = self.blocks * self.block_dim
+        return StateSizes(inner, self.width, (self.blocks, 1, self.block_dim + 1), inner)
+
+
+@dataclasses.dataclass(frozen=True)
 class NothingType:
     """No attention and no recurrent layer: the layer is its feed-forward block alone (Nemotron-H).
 
@@ -160,4 +214,6 @@ class NothingType:
         return StateSizes(0, 1, (0, 0, 0), 0)
 
 
-RecurrentType = NothingType | ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType
+RecurrentType = (
+    NothingType | ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType | LightningType | RgLruType
+)
