@@ -136,7 +136,9 @@ def compiled(
         "name": case.name,
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
-        "large_results": _counted(_copies(case, hlo, keys, kernel)),
+        "large_results": _counted(
+            each for each in _copies(case, hlo, keys, kernel) if not _is_state(config, case, each)
+        ),
         "float_copies": _counted(_float_copies(case, hlo, lowered.integers)),
     }
     if devices.size > 1:
@@ -176,6 +178,12 @@ def _float_copies(case: Case, hlo: str, integers: set[int]) -> list[LargeResult]
 def _makes_cache(case: Case, result: LargeResult) -> bool:
     """Whether a generation makes its cache there: zeros, or the prompt's rows and zeros behind them."""
     return case.makes_cache and result.kind.split("+")[-1] in ("broadcast", "pad")
+
+
+def _is_state(config: DecoderConfig, case: Case, result: LargeResult) -> bool:
+    """Whether a step computes a layer's new state there."""
+    shapes = {(case.rows, *kind.sizes(config.hidden_size).matrix) for kind in config.recurrent_types}
+    return tuple(result.sizes) in shapes and not moves_only(result)
 
 
 def _counted(results: Iterable[LargeResult]) -> list[list[Any]]:
