@@ -49,7 +49,7 @@ CASES = (
     Case("prompt, full depth, loops as graphs", program="prefill", graphs=True),
     Case("recurrent layers, full depth", kind="states"),
     Case("recurrent layers, recompute, loops as graphs", "recompute", kind="states", graphs=True),
-    Case("recurrent layers, prompt", kind="states", program="prefill"),
+    Case("recurrent layers, prompt", kind="states", program="prefill", copies=True),
     Case("recurrent layers, lossless pass, loops as graphs", kind="states", program="advance_lossless", graphs=True),
     Case("propagate, 8 rows, Pallas kernels, 8-bit weights", "propagate", "pallas_triton", rows=8, weights="int8"),
     *aot.INT8,

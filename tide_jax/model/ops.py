@@ -85,7 +85,7 @@ def times_rows_of(x: Float[Array, "... D"], products: Sequence[weight_product.Pr
     if not on_mesh() and weight_product.pays(flat, products):
         found = weight_product.weight_products(flat, products, implementation="llvm")
         return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in found]
-    joins = len(products) > 1 and flat.shape[0] > 1
+    joins = len(products) > 2 and flat.shape[0] > 1
     return [
         _integer_product(x, rows, scale)
         if scale is not None
@@ -101,7 +101,7 @@ def _as_is(x: Array, rows: Array) -> tuple[Array, Array]:
 def _apart(x: Float[Array, "... D"], rows: Float[Array, "F D"]) -> tuple[Array, Array]:
     """On a GPU, the factors of a product that stays one.
 
-    XLA would join products of one array, and for that concatenate their weights at every step.
+    XLA would join three products of one array and more, and for that concatenate their weights at every step.
     """
     return lax.platform_dependent(x, rows, cuda=_keep_here, default=_as_is)
 
