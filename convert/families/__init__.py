@@ -12,6 +12,7 @@ from convert.families import (
     gpt,
     granite,
     griffin,
+    kimi,
     latent,
     layer_norm,
     lightning,
@@ -40,4 +41,5 @@ FAMILIES: dict[str, Family] = {
     **delta.FAMILIES,
     **griffin.FAMILIES,
     **lightning.FAMILIES,
+    **kimi.FAMILIES,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from convert.families.base import Family, biases, decoder, rotary_layers
@@ -19,30 +20,45 @@ from convert.families.mixtures import (
 from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, llama_weights, norm
 from convert.weights.rules import ignore
 from tide_jax.errors import TideError
-from tide_jax.model.architecture import DecoderConfig, LatentConfig, MoEConfig
+from tide_jax.model.architecture import AttentionType, DecoderConfig, LatentConfig, MoEConfig
+from tide_jax.model.recurrent.types import RecurrentType
 
 logger = logging.getLogger(__name__)
 
 
-def _latent_decoder(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
-    """A decoder with latent attention. `head_dim` of these configurations covers only the rotated part."""
-    head = hf.qk_nope_head_dim + hf.qk_rope_head_dim
+def latent_scale(hf: Any) -> float:
+    """Factor of query-key products; `head_dim` of these configurations covers only the rotated part."""
+    return (hf.qk_nope_head_dim + hf.qk_rope_head_dim) ** -0.5
+
+
+def latent_rotary_layers(
+    hf: Any, layer_types: Sequence[str] | None = None, *, interleaved: bool
+) -> list[AttentionType]:
+    """Returns each layer's latent attention, with rotary embedding; see `rotary_layers`."""
+    return rotary_layers(hf, layer_types, scale=latent_scale(hf) * _temperature(hf) ** 2, interleaved=interleaved)
+
+
+def latent_decoder(hf: Any, layers: Sequence[AttentionType | RecurrentType], **flags: Any) -> DecoderConfig:
+    """A decoder with latent attention."""
     latent = LatentConfig(
         kv_rank=hf.kv_lora_rank,
-        q_rank=hf.q_lora_rank,
+        q_rank=getattr(hf, "q_lora_rank", None),
         nope_dim=hf.qk_nope_head_dim,
         rope_dim=hf.qk_rope_head_dim,
         value_dim=hf.v_head_dim,
     )
-    layers = rotary_layers(hf, scale=head**-0.5 * _temperature(hf) ** 2, interleaved=interleaved)
     return decoder(
         hf,
         layers,
         latent=latent,
-        head_dim=head,
+        head_dim=hf.qk_nope_head_dim + hf.qk_rope_head_dim,
         num_kv_heads=hf.num_attention_heads,
         **(biases(hf.attention_bias) | flags),
     )
+
+
+def _latent_decoder(hf: Any, *, interleaved: bool, **flags: Any) -> DecoderConfig:
+    return latent_decoder(hf, latent_rotary_layers(hf, interleaved=interleaved), **flags)
 
 
 def _temperature(hf: Any) -> float:

@@ -20,7 +20,7 @@ def _types(names: str, reason: str) -> dict[str, str]:
 REFUSED: dict[str, str] = {
     **_types("rwkv xlstm", _RECURRENT),
     **_types(
-        "bailing_hybrid falcon_h1 inkling2_text inkling_text kimi_linear olmo_hybrid qwen4_exp_text zamba zamba2 zaya",
+        "falcon_h1 inkling2_text inkling_text qwen4_exp_text zamba zamba2 zaya",
         _HYBRID,
     ),
     **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),

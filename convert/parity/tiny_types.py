@@ -162,7 +162,8 @@ TYPES: dict[str, dict[str, Any]] = {
         "n_routed_experts": 8,
     },
     "moshi": {"sliding_window": 64},
-    "olmo_hybrid": _LINEAR,
+    # transformers stores the filters of queries, keys and values as thirds, so these need equal widths.
+    "olmo_hybrid": _LINEAR | {"linear_key_head_dim": 20},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "tie_word_embeddings": True},
     "qwen2_moe": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "decoder_sparse_step": 2},
     "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "head_dim": 14},

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from convert.weights import takes
 from convert.weights.rules import Rule, Take, Target, ignore, move, whole_tensor
-from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.architecture import AttentionType, DecoderConfig
 
 Names = Mapping[str, tuple[Target, ...]]
 
@@ -57,6 +57,25 @@ def attention(name: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj"
     }
 
 
+def latent_attention(name: str) -> Names:
+    """Multi-head latent attention in one module."""
+    return {
+        **linear(f"{name}.q_proj", "attention.q", takes.heads_out),
+        **linear(f"{name}.q_a_proj", "attention.q_down"),
+        **norm(f"{name}.q_a_layernorm", "attention.q_norm"),
+        **linear(f"{name}.q_b_proj", "attention.q", takes.heads_out),
+        **linear(f"{name}.kv_a_proj_with_mqa", "attention.kv_down"),
+        **norm(f"{name}.kv_a_layernorm", "attention.kv_norm"),
+        f"{name}.kv_b_proj.weight": (
+            Target("attention.k_up.kernel", takes.latent_keys),
+            Target("attention.v_up.kernel", takes.latent_values),
+        ),
+        **linear(f"{name}.g_proj", "attention.gate", takes.attention_gate),
+        **linear(f"{name}.o_proj", "attention.out", takes.heads_in),
+        **linear(f"{name}.dense", "attention.out", takes.heads_in),
+    }
+
+
 def experts(name: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Names:
     """Experts stored one by one."""
     each = f"{name}.{{expert}}"
@@ -92,6 +111,16 @@ def layer_rules(
         for name, targets in names.items()
     )
     return tuple(rule if layers is None else dataclasses.replace(rule, layers=layers) for rule in rules)
+
+
+def layers_with_attention(config: DecoderConfig) -> list[int]:
+    """Layers whose mixer is attention, for `layer_rules`."""
+    return [i for i in range(config.num_layers) if isinstance(config.layer_type(i), AttentionType)]
+
+
+def layers_with_state(config: DecoderConfig) -> list[int]:
+    """The other layers."""
+    return [i for i in range(config.num_layers) if not isinstance(config.layer_type(i), AttentionType)]
 
 
 def has_own_head(config: DecoderConfig) -> bool:
@@ -151,19 +180,7 @@ ATTENTION: Names = {
     **norm("self_attn.key_layernorm", "attention.k_norm"),
     "self_attn.sinks": (Target("attention.sinks"),),
 }
-LATENT_ATTENTION: Names = {
-    **linear("self_attn.q_proj", "attention.q", takes.heads_out),
-    **linear("self_attn.q_a_proj", "attention.q_down"),
-    **norm("self_attn.q_a_layernorm", "attention.q_norm"),
-    **linear("self_attn.q_b_proj", "attention.q", takes.heads_out),
-    **linear("self_attn.kv_a_proj_with_mqa", "attention.kv_down"),
-    **norm("self_attn.kv_a_layernorm", "attention.kv_norm"),
-    "self_attn.kv_b_proj.weight": (
-        Target("attention.k_up.kernel", takes.latent_keys),
-        Target("attention.v_up.kernel", takes.latent_values),
-    ),
-    **linear("self_attn.o_proj", "attention.out", takes.heads_in),
-}
+LATENT_ATTENTION = latent_attention("self_attn")
 FAIRSEQ: Names = {**attention("self_attn"), **plain_mlp("fc1", "fc2")}
 FAIRSEQ_PRE_NORMS: Names = {
     **norm("self_attn_layer_norm", "pre_attention_norm"),

@@ -76,7 +76,9 @@ def gated_delta(name: str) -> Names:
         f"{name}.in_proj_ba.weight": tuple(
             Target("recurrent.gates.kernel", recurrent_takes.delta_gate_by_head(i), f":, {i}") for i in range(2)
         ),
-        f"{name}.conv1d.weight": (Target("recurrent.filters", recurrent_takes.filters),),
+        f"{name}.conv1d.weight": tuple(
+            Target(f"recurrent.{part}_filters", recurrent_takes.delta_filters(i)) for i, part in enumerate(qkv)
+        ),
         f"{name}.A_log": (Target("recurrent.fade"),),
         f"{name}.dt_bias": (Target("recurrent.fade_bias"),),
         **norm(f"{name}.norm", "recurrent.norm"),
@@ -108,6 +110,54 @@ def lightning(name: str) -> Names:
         **linear(f"{name}.output_gate", "recurrent.output_gate", recurrent_takes.lightning_values),
         **norm(f"{name}.norm", "recurrent.norm", recurrent_takes.lightning_norm),
         **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.lightning_in),
+    }
+
+
+def _convolutions(name: str) -> Names:
+    """Filters of queries, keys and values that lie apart."""
+    return {
+        f"{name}.{part}_conv1d.weight": (Target(f"recurrent.{part}_filters", recurrent_takes.filters),)
+        for part in ("q", "k", "v")
+    }
+
+
+def gated_delta_apart(name: str) -> Names:
+    """A gated delta net, every projection and filter apart."""
+    return {
+        **_convolutions(name),
+        **linear(f"{name}.q_proj", "recurrent.q", recurrent_takes.delta_keys),
+        **linear(f"{name}.k_proj", "recurrent.k", recurrent_takes.delta_keys),
+        **linear(f"{name}.v_proj", "recurrent.v", recurrent_takes.delta_values),
+        **linear(f"{name}.b_proj", "recurrent.gates", slot="0"),
+        **linear(f"{name}.a_proj", "recurrent.gates", slot="1"),
+        **linear(f"{name}.g_proj", "recurrent.output_gate", recurrent_takes.delta_values),
+        f"{name}.A_log": (Target("recurrent.fade"),),
+        f"{name}.dt_bias": (Target("recurrent.fade_bias"),),
+        **norm(f"{name}.o_norm", "recurrent.norm"),
+        **linear(f"{name}.o_proj", "recurrent.out"),
+    }
+
+
+def kimi_delta(name: str) -> Names:
+    """Kimi delta attention, with full projections or such of low rank for fades and gate."""
+    heads = recurrent_takes.kimi_heads
+    return {
+        **_convolutions(name),
+        **linear(f"{name}.q_proj", "recurrent.q", heads),
+        **linear(f"{name}.k_proj", "recurrent.k", heads),
+        **linear(f"{name}.v_proj", "recurrent.v", heads),
+        **linear(f"{name}.b_proj", "recurrent.rate"),
+        **linear(f"{name}.f_proj", "recurrent.fades", heads),
+        **linear(f"{name}.f_a_proj", "recurrent.fades_down"),
+        **linear(f"{name}.f_b_proj", "recurrent.fades", heads),
+        **linear(f"{name}.g_proj", "recurrent.output_gate", heads),
+        **linear(f"{name}.g_a_proj", "recurrent.gate_down"),
+        **linear(f"{name}.g_b_proj", "recurrent.output_gate", heads),
+        f"{name}.A_log": (Target("recurrent.fade", recurrent_takes.flat),),
+        f"{name}.dt_bias": (Target("recurrent.fade_bias", heads),),
+        **norm(f"{name}.o_norm", "recurrent.norm"),
+        **linear(f"{name}.o_proj", "recurrent.out"),
+        **linear(f"{name}.dense", "recurrent.out"),
     }
 
 

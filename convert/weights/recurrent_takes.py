@@ -9,7 +9,7 @@ import numpy as np
 from convert.weights.rules import Take
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.recurrent.types import GatedDeltaType, LightningType, RecurrentType, StateSpaceType
+from tide_jax.model.recurrent.types import GatedDeltaType, KimiDeltaType, LightningType, RecurrentType, StateSpaceType
 
 Kind = TypeVar("Kind", bound=RecurrentType)
 
@@ -49,6 +49,16 @@ def group_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.reshape(_only(c, StateSpaceType).groups, -1)
 
 
+def kimi_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """What Kimi delta attention has for each channel of its heads, [H * d, ...] to [..., H, d]."""
+    return a.T.reshape(*a.shape[1:], _only(c, KimiDeltaType).heads, -1)
+
+
+def flat(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """A number for each head, without axes of size 1."""
+    return a.reshape(-1)
+
+
 def delta_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Queries or keys, [h * dk, D] to [D, h, dk]."""
     return a.T.reshape(a.shape[1], _only(c, GatedDeltaType).key_heads, -1)
@@ -67,6 +77,17 @@ def delta_part(number: int) -> Take:
         keys = kind.key_heads * kind.key_dim
         part = a[(0, keys, 2 * keys)[number] : (keys, 2 * keys, a.shape[0])[number]]
         return delta_values(part, c) if number == 2 else delta_keys(part, c)
+
+    return take
+
+
+def delta_filters(number: int) -> Take:
+    """Filters of queries, keys or values, from one convolution [2 h dk + H dv, 1, K]: [channels, K]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = _only(c, GatedDeltaType)
+        keys = kind.key_heads * kind.key_dim
+        return a[(0, keys, 2 * keys)[number] : (keys, 2 * keys, a.shape[0])[number], 0]
 
     return take
 

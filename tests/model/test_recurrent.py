@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,16 @@ import numpy as np
 import pytest
 
 from tide_jax.model.recurrent.conv import causal_conv, move_window
-from tide_jax.model.recurrent.linear import CHUNK, Updates, run_linear
+from tide_jax.model.recurrent.linear import CHANNEL_CHUNK, CHUNK, Updates, run_linear
 from tide_jax.model.recurrent.order import TokenOrder
 
 B, H, DK, DV = 2, 3, 5, 4
+FADES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "middling": lambda size: -size,
+    "weak": lambda size: -0.01 * size,
+    "strong": lambda size: -jnp.minimum(18.0 + size, 20.0),
+    "some strong": lambda size: -jnp.where(size > 1.8, 20.0, 0.01 * size),
+}
 
 
 def token_by_token(state: np.ndarray, updates: Updates, delta: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +28,7 @@ def token_by_token(state: np.ndarray, updates: Updates, delta: bool) -> tuple[np
     state, out = state.astype(np.float64), []
     queries, keys, values, fade, rate = (np.asarray(a, np.float64) for a in updates)
     for t in range(queries.shape[1]):
-        state = state * np.exp(fade[:, t])[..., None, None]
+        state = state * np.exp(fade[:, t].reshape(len(state), H, -1))[..., None]
         write = values[:, t]
         if delta:
             write = write - np.einsum("bhk,bhkv->bhv", keys[:, t], state)
@@ -30,35 +37,50 @@ def token_by_token(state: np.ndarray, updates: Updates, delta: bool) -> tuple[np
     return np.stack(out, axis=1), state
 
 
-def made(tokens: int, seed: int = 0) -> tuple[Any, Updates]:
+def made(tokens: int, seed: int = 0, *, fades: str = "middling", channels: bool = False) -> tuple[Any, Updates]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    keys = normal(B, tokens, H, DK)
+    keys = normal(B, tokens, H, DK) + 0.5  # keys resemble each other, so that writes depend on many earlier ones
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    fade, rate = -jnp.abs(normal(B, tokens, H)), jax.nn.sigmoid(normal(B, tokens, H))
+    rate = jax.nn.sigmoid(normal(B, tokens, H))
+    fade = FADES[fades](jnp.abs(normal(B, tokens, H, DK) if channels else normal(B, tokens, H)))
     return normal(B, H, DK, DV), Updates(normal(B, tokens, H, DK), keys, normal(B, tokens, H, DV), fade, rate)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, 2 * CHUNK + 7])
-def test_chunks_are_the_recurrence(tokens: int, delta: bool) -> None:
-    state, updates = made(tokens)
-    found = jax.jit(run_linear, static_argnames="delta")(state, updates, delta=delta)
-    for one, other in zip(found, token_by_token(np.asarray(state), updates, delta), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+def assert_exact(found: Any, wanted: Any, roundings: float = 2e-6) -> None:
+    """Outputs and states differ by less than a few roundings of the largest number."""
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=roundings * np.abs(other).max())
 
 
+def run(state: Any, updates: Updates, delta: bool) -> Any:
+    return jax.jit(run_linear, static_argnames="delta")(state, updates, delta=delta)
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
 @pytest.mark.parametrize("delta", [False, True])
-def test_strong_fading_stays_finite(delta: bool) -> None:
-    state, updates = made(CHUNK)
-    updates = updates._replace(fade=updates.fade * 200.0)
-    out, after = run_linear(state, updates, delta=delta)
-    wanted, wanted_after = token_by_token(np.asarray(state), updates, delta)
-    np.testing.assert_allclose(out, wanted, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(after, wanted_after, rtol=2e-4, atol=2e-5)
+@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, CHANNEL_CHUNK + 7])
+def test_chunks_are_the_recurrence(tokens: int, delta: bool, channels: bool) -> None:
+    state, updates = made(tokens, channels=channels)
+    assert_exact(run(state, updates, delta), token_by_token(np.asarray(state), updates, delta))
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
+@pytest.mark.parametrize("fades", ["weak", "strong", "some strong"])
+def test_strong_and_weak_fades(fades: str, channels: bool) -> None:
+    """Small fades count behind large ones, and nothing overflows."""
+    state, updates = made(CHANNEL_CHUNK + 7, fades=fades, channels=channels)
+    assert_exact(run(state, updates, True), token_by_token(np.asarray(state), updates, True))
+
+
+@pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
+def test_rates_up_to_two(channels: bool) -> None:
+    state, updates = made(CHUNK + 7, fades="weak", channels=channels)
+    updates = updates._replace(rate=2.0 * updates.rate)
+    assert_exact(run(state, updates, True), token_by_token(np.asarray(state), updates, True))
 
 
 @pytest.mark.parametrize("delta", [False, True])

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.order import TokenOrder
@@ -21,6 +22,7 @@ from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
 from tide_jax.model.recurrent.types import (
     GatedDeltaType,
+    KimiDeltaType,
     LightningType,
     RgLruType,
     SelectiveType,
@@ -79,6 +81,12 @@ def short_conv() -> Pair:
     ), reference(module)
 
 
+def delta_filters(module: Any, *channels: int) -> dict[str, Any]:
+    """Filters of queries, keys and values."""
+    parts = torch.split(module.conv1d.weight, channels)
+    return {f"{name}_filters": part for name, part in zip("qkv", parts, strict=True)}
+
+
 def gated_delta() -> Pair:
     from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
@@ -102,12 +110,99 @@ def gated_delta() -> Pair:
         v__kernel=v,
         gates__kernel=torch.stack([rate, fade]),
         output_gate__kernel=z,
-        filters=module.conv1d.weight,
+        **delta_filters(module, 16, 16, 24),
         fade=module.A_log,
         fade_bias=module.dt_bias,
         norm__scale=module.norm.weight,
         out__kernel=module.out_proj.weight,
     ), reference(module)
+
+
+def rates_up_to_two() -> Pair:
+    from transformers import OlmoHybridConfig
+    from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGatedDeltaNet
+
+    config = OlmoHybridConfig(
+        hidden_size=SIZE, num_attention_heads=4, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=6, layer_types=["linear_attention", "full_attention"],
+        num_hidden_layers=2, linear_allow_neg_eigval=True,
+    )  # fmt: skip
+    module = OlmoHybridGatedDeltaNet(config, 0)
+    random_weights(module)
+    kind = GatedDeltaType(
+        key_heads=2, value_heads=4, key_dim=8, value_dim=6, width=4, largest_rate=2.0, norm_eps=1e-5
+    )  # fmt: skip
+    mixer = GatedDelta(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return set_weights(
+        mixer,
+        q__kernel=module.q_proj.weight,
+        k__kernel=module.k_proj.weight,
+        v__kernel=module.v_proj.weight,
+        gates__kernel=torch.stack([module.b_proj.weight, module.a_proj.weight]),
+        output_gate__kernel=module.g_proj.weight,
+        **delta_filters(module, 16, 16, 24),
+        fade=module.A_log,
+        fade_bias=module.dt_bias,
+        norm__scale=module.o_norm.weight,
+        out__kernel=module.o_proj.weight,
+    ), reference(module)
+
+
+def kimi_weights(mixer: Mixer, module: Any, **more: Any) -> Pair:
+    return set_weights(
+        mixer,
+        q__kernel=module.q_proj.weight,
+        k__kernel=module.k_proj.weight,
+        v__kernel=module.v_proj.weight,
+        rate__kernel=module.b_proj.weight,
+        **delta_filters(module, 24, 24, 24),
+        fade=module.forget_gate.A_log,
+        fade_bias=module.forget_gate.dt_bias,
+        norm__scale=module.o_norm.weight,
+        out__kernel=module.o_proj.weight,
+        **more,
+    ), reference(module)
+
+
+def kimi_delta() -> Pair:
+    from transformers import KimiLinearConfig
+    from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+
+    config = KimiLinearConfig(hidden_size=SIZE, linear_num_heads=3, linear_head_dim=8, num_hidden_layers=1)
+    module = KimiLinearDeltaAttention(config, 0)
+    random_weights(module)
+    kind = KimiDeltaType(heads=3, head_dim=8, width=4, fade_rank=8, gate_rank=8, norm_eps=config.rms_norm_eps)
+    return kimi_weights(
+        KimiDelta(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        module,
+        fades_down__kernel=module.forget_gate.f_a_proj.weight,
+        fades__kernel=module.forget_gate.f_b_proj.weight,
+        gate_down__kernel=module.g_a_proj.weight,
+        output_gate__kernel=module.g_b_proj.weight,
+    )
+
+
+def full_kimi_delta(limit: float | None = None) -> Pair:
+    from transformers import BailingHybridConfig
+    from transformers.models.bailing_hybrid.modeling_bailing_hybrid import BailingHybridDeltaAttention
+
+    config = BailingHybridConfig(
+        hidden_size=SIZE, num_attention_heads=3, head_dim=8, num_hidden_layers=1, kda_safe_gate=limit is not None,
+        kda_lower_bound=-(limit or 5.0),
+    )  # fmt: skip
+    module = BailingHybridDeltaAttention(config, 0)
+    random_weights(module)
+    kind = KimiDeltaType(heads=3, head_dim=8, width=4, fade_limit=limit, norm_eps=config.rms_norm_eps)
+    return kimi_weights(
+        KimiDelta(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0)),
+        module,
+        fades__kernel=module.forget_gate.f_proj.weight,
+        output_gate__kernel=module.g_proj.weight,
+    )
+
+
+def limited_kimi_delta() -> Pair:
+    return full_kimi_delta(3.0)
 
 
 def state_space() -> Pair:
@@ -253,7 +348,20 @@ def rg_lru() -> Pair:
     ), expected
 
 
-MAKERS = [short_conv, gated_delta, state_space, selective, plain_norms, scaled_norms, lightning, rg_lru]
+MAKERS = [
+    short_conv,
+    gated_delta,
+    rates_up_to_two,
+    kimi_delta,
+    full_kimi_delta,
+    limited_kimi_delta,
+    state_space,
+    selective,
+    plain_norms,
+    scaled_norms,
+    lightning,
+    rg_lru,
+]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda make: make.__name__)

@@ -39,9 +39,11 @@ class RecurrentLayer:
 
     def mix(self, x: np.ndarray, inputs: list[np.ndarray]) -> np.ndarray:
         """The output for the newest token, from the inputs of all tokens of its row."""
-        channels, width = self.weights["filters"].shape
+        names = ("q_filters", "k_filters", "v_filters") if "q_filters" in self.weights else ("filters",)
+        filters = np.concatenate([self.weights[name] for name in names])
+        channels, width = filters.shape
         rows = [np.zeros(channels)] * (width - 1) + [row[:channels] for row in inputs]
-        filters, bias = self.weights["filters"], self.weights.get("filter_bias", 0.0)
+        bias = self.weights.get("filter_bias", 0.0)
         mixed = [np.einsum("kc,ck->c", rows[t : t + width], filters) + bias for t in range(len(inputs))]
         match self.kind:
             case ShortConvType():

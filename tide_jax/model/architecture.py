@@ -77,6 +77,7 @@ class DecoderConfig:
       norm_unit_offset: norms multiply by ``1 + scale`` instead of ``scale``.
       norm_placement: norms come before each sublayer ("pre"), after it but before the residual add ("post"), both
         ("sandwich"), or after the residual add ("residual").
+      recurrent_norms: the same for layers without attention, None for `norm_placement`.
       first_norm: whether the first layer normalises the input of its attention too.
       final_norm: whether a norm precedes the head.
       embedding_norm: whether embeddings are normed before the first layer.
@@ -140,6 +141,7 @@ class DecoderConfig:
     norm_bias: bool = False
     norm_unit_offset: bool = False
     norm_placement: NormPlacement = "pre"
+    recurrent_norms: NormPlacement | None = None
     first_norm: bool = True
     final_norm: bool = True
     embedding_norm: bool = False
@@ -190,6 +192,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NormKind)
         check_choice("norm_placement", self.norm_placement, NormPlacement)
+        check_choice("recurrent_norms", self.recurrent_norms or self.norm_placement, NormPlacement)
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
         check_choice("gate_activation", self.gate_activation, GateActivation)
@@ -219,6 +222,11 @@ class DecoderConfig:
     def layer_type(self, layer: int) -> AttentionType | RecurrentType:
         """The attention type or recurrent type of a layer."""
         return self.layer_types[self.layer_pattern[layer]]
+
+    def norms_of(self, layer: int) -> NormPlacement:
+        """Where a layer's norms are."""
+        attends = isinstance(self.layer_type(layer), AttentionType)
+        return self.norm_placement if attends else self.recurrent_norms or self.norm_placement
 
     def has_mlp(self, layer: int) -> bool:
         """Whether a layer has a feed-forward block."""

@@ -27,6 +27,7 @@ from tide_jax.model.feed_forward import MLP
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import Norm, block_norm
 from tide_jax.model.recurrent.gated_delta import GatedDelta
+from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
 from tide_jax.model.recurrent.mixer import Mixer, State
 from tide_jax.model.recurrent.order import TokenOrder
@@ -45,6 +46,7 @@ Rows = KeyValue | Float[Array, "B T _"]
 _MIXERS: dict[str, type] = {
     "short_conv": ShortConv,
     "gated_delta": GatedDelta,
+    "kimi_delta": KimiDelta,
     "state_space": StateSpace,
     "selective": Selective,
     "lightning": Lightning,
@@ -60,10 +62,11 @@ class DecoderLayer(nnx.Module):
             config = dataclasses.replace(config, norm_eps=config.layer_norm_eps)
         self.layer_type = config.layer_pattern[index]
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
-        self.norm_after_add = config.norm_placement == "residual"
+        placement = config.norms_of(index)
+        self.norm_after_add = placement == "residual"
         self.residual_scale, self.stream_scale = config.residual_scale, config.stream_scale
         self.normed_residual = config.normed_residual
-        pre, post = config.norm_placement in ("pre", "sandwich"), config.norm_placement != "pre"
+        pre, post = placement in ("pre", "sandwich"), placement != "pre"
 
         def norm(wanted: bool) -> Norm | None:
             return block_norm(config, config.hidden_size, dtype=dtype) if wanted else None

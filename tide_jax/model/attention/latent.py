@@ -7,6 +7,7 @@ is multi-query attention over the latent vectors, and no cached token is expande
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -43,6 +44,8 @@ class LatentAttention(nnx.Module):
         self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)
         self.k_up = dense(latent.kv_rank, (h, latent.nope_dim))
         self.v_up = dense(latent.kv_rank, (h, latent.value_dim))
+        gate = {"none": None, "head": 1, "channel": latent.value_dim}[config.attention_gate]
+        self.gate = None if gate is None else dense(d, (h, gate))
         self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
@@ -66,7 +69,8 @@ class LatentAttention(nnx.Module):
             scale=self.scale,
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
-        return self.out(_values(mixed[..., : self.latent.kv_rank], self.v_up)), new
+        values = _values(mixed[..., : self.latent.kv_rank], self.v_up)
+        return self.out(values if self.gate is None else values * jax.nn.sigmoid(self.gate(x))), new
 
     def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
         """Queries in the space of latent vectors: ``W_k^T q``, concatenated with the rotated part."""

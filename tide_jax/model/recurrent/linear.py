@@ -1,4 +1,4 @@
-"""Linear recurrences with a matrix for each head: Mamba-2, gated delta nets, and linear attention.
+"""Linear recurrences with a matrix for each head: Mamba-2, delta nets, and linear attention.
 
 A head's state S maps keys to values. A token lets it fade, writes its value under its key, and reads it with its query:
 
@@ -8,8 +8,9 @@ A head's state S maps keys to values. A token lets it fade, writes its value und
     out = query S
 
 The first is the gated delta rule (Yang et al. 2024, arXiv:2412.06464, section 3.1); the second is Mamba-2's recurrence
-(Dao & Gu 2024, arXiv:2405.21060, section 3). Many tokens run in chunks (sections 3.3 and 6 there): within a chunk,
-products of all tokens with all earlier ones; from chunk to chunk, the state.
+(Dao & Gu 2024, arXiv:2405.21060, section 3). In Kimi delta attention (Kimi Team 2025, arXiv:2510.26692, section 3) each
+key channel has its own fade. Many tokens run in chunks (sections 3.3 and 6 of the first two): within a chunk, products
+of all tokens with all earlier ones; from chunk to chunk, the state.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.ops import einsum
+from tide_jax.model.recurrent.fades import fade_channels, fade_heads
 
 CHUNK = 64
+CHANNEL_CHUNK = 128  # for fades of channels, whose products take more operations and few of each
 
 
 class Updates(NamedTuple):
@@ -31,14 +34,14 @@ class Updates(NamedTuple):
     Attributes:
       queries: what reads the state after the token's own write.
       keys, values: what is written.
-      fade: logarithm of the factor of the state.
+      fade: logarithm of the factor of the state, for each head or for each key channel.
       rate: factor of what is written.
     """
 
     queries: Float[Array, "B T H dk"]
     keys: Float[Array, "B T H dk"]
     values: Float[Array, "B T H dv"]
-    fade: Float[Array, "B T H"]
+    fade: Float[Array, "B T H"] | Float[Array, "B T H dk"]
     rate: Float[Array, "B T H"]
 
     def only(self, real: Bool[Array, "B T"]) -> Updates:
@@ -62,7 +65,7 @@ def run_linear(
     batch, tokens = updates.fade.shape[:2]
     if tokens == 1:
         return _step(state, updates, delta)
-    size = min(CHUNK, tokens)
+    size = min(CHUNK, tokens) if updates.fade.ndim == 3 else min(CHANNEL_CHUNK, 1 << (tokens - 1).bit_length())
     count = -(-tokens // size)
 
     def chunks(a: Float[Array, "B T H ..."]) -> Float[Array, "n B H c ..."]:
@@ -81,7 +84,8 @@ def run_linear(
 def _step(state: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
     """One token. Sums of products instead of matrix products, for which XLA on a GPU would transpose the state."""
     queries, keys, values, fade, rate = (a[:, 0] for a in updates)
-    state = state * jnp.exp(fade)[:, :, None, None]
+    factor = jnp.exp(fade)
+    state = state * (factor[:, :, None, None] if factor.ndim == 2 else factor[..., None])
     if delta:
         values = values - jnp.sum(keys[..., None] * state, axis=2)
     state = state + keys[..., None] * (values * rate[..., None])[:, :, None, :]
@@ -93,25 +97,17 @@ def _chunk(
 ) -> tuple[Float[Array, "B H c dv"], Float[Array, "B H dk dv"]]:
     """One chunk; the arrays of `updates` have heads before tokens, too."""
     queries, keys, values, fade, rate = updates
-    size = keys.shape[2]
-    # between[i, j]: what is left at token i of what token j wrote. Sums of fades between the two, not differences of
-    # sums from the start, which would lose small fades behind large ones.
-    after = jnp.tril(jnp.broadcast_to(fade[..., :, None], (*fade.shape, size)), -1)
-    lower = jnp.tril(jnp.ones_like(after))
-    between = jnp.exp(einsum("bhik,bhkj->bhij", lower, after)) * lower
-    since = jnp.exp(jnp.cumsum(fade, axis=2))  # what is left at each token of the state before the chunk
-    scaled = keys * rate[..., None]
-    written = values * rate[..., None]
+    scaled, written = keys * rate[..., None], values * rate[..., None]
+    fade_tokens = fade_heads if fade.ndim == 3 else fade_channels
+    faded = fade_tokens([queries, scaled] if delta else [queries], keys, fade)
     if delta:
         # Each write depends on all earlier ones of the chunk: a triangular system (the "UT transform").
-        strict = jnp.tril(einsum("bhck,bhdk->bhcd", scaled, keys) * between, -1)
-        right = jnp.concatenate([written, scaled * since[..., None]], axis=-1)
+        strict = jnp.tril(faded.products[1], -1)
+        right = jnp.concatenate([written, scaled * faded.since], axis=-1)
         solved = lax.linalg.triangular_solve(strict, right, left_side=True, lower=True, unit_diagonal=True)
         written, reads = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
         written = written - einsum("bhck,bhkv->bhcv", reads, state)
-    inside = einsum("bhck,bhdk->bhcd", queries, keys) * between
-    before = einsum("bhck,bhkv->bhcv", queries * since[..., None], state)
-    out = before + einsum("bhcd,bhdv->bhcv", inside, written)
-    left = keys * between[..., -1, :, None]
-    state = state * since[..., -1, None, None] + einsum("bhck,bhcv->bhkv", left, written)
+    before = einsum("bhck,bhkv->bhcv", queries * faded.since, state)
+    out = before + einsum("bhcd,bhdv->bhcv", faded.products[0], written)
+    state = state * faded.since[..., -1, :, None] + einsum("bhck,bhcv->bhkv", faded.left, written)
     return out, state

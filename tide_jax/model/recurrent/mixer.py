@@ -43,7 +43,8 @@ class Mixer(nnx.Module):
 
     Attributes:
       sizes: of its state.
-      filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``, if there is one.
+      filters, filter_bias: the convolution, ``[C, K]`` and ``[C]``, if there is one; subclasses whose filters lie
+        apart join them in `_all_filters`.
       delta: whether writes follow the delta rule, in linear recurrences.
     """
 
@@ -89,7 +90,10 @@ class Mixer(nnx.Module):
 
     def _convolve(self, rows: Float[Array, "B T C"], window: Float[Array, "B W C"]) -> Float[Array, "B T C"]:
         bias = None if self.filter_bias is None else self.filter_bias[...]
-        return causal_conv(window, rows, self.filters[...], bias)
+        return causal_conv(window, rows, self._all_filters(), bias)
+
+    def _all_filters(self) -> Float[Array, "C K"]:
+        return self.filters[...]
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T ..."]]:
         """Inputs to the state, the convolution's channels first, and the gate of the output."""

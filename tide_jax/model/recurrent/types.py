@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from tide_jax.model.architecture_parts import PlainActivation, check_choice
-from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative
+from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative, Positive
 from tide_jax.records import STRICT
 
 
@@ -57,6 +57,8 @@ class GatedDeltaType:
       key_heads, value_heads: numbers of heads; each key head serves several value heads.
       key_dim, value_dim: channels of a head.
       width: tokens of a filter over queries, keys and values.
+      largest_rate: a write replaces at most this much of what its key read; 2 turns its sign (Grazzi et al. 2024,
+        arXiv:2411.12537).
       norm_eps: of the norm over each head's output, which a gate multiplies.
     """
 
@@ -65,6 +67,7 @@ class GatedDeltaType:
     key_dim: Channels
     value_dim: Channels
     width: Channels
+    largest_rate: Positive = 1.0
     norm_eps: Epsilon = 1e-6
     kind: Literal["gated_delta"] = "gated_delta"
 
@@ -75,6 +78,36 @@ class GatedDeltaType:
         channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
         matrix = (self.value_heads, self.key_dim, self.value_dim)
         return StateSizes(channels, self.width, matrix, channels + 2 * self.value_heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class KimiDeltaType:
+    """Kimi delta attention (Kimi Team 2025, arXiv:2510.26692, section 3): a delta net whose key channels fade apart.
+
+    Attributes:
+      kind: tag of these types in JSON.
+      heads, head_dim: heads and their channels, the same for queries, keys and values.
+      width: tokens of a filter over queries, keys and values.
+      fade_rank, gate_rank: ranks of the projections of fades and of the output's gate, None for full ones.
+      fade_limit: a token's fades lie between 0 and minus this; None for no limit.
+      norm_eps: of the norm over each head's output, which the gate multiplies.
+    """
+
+    heads: Heads
+    head_dim: Channels
+    width: Channels
+    fade_rank: Channels | None = None
+    gate_rank: Channels | None = None
+    fade_limit: Positive | None = None
+    norm_eps: Epsilon = 1e-6
+    kind: Literal["kimi_delta"] = "kimi_delta"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        inner = self.heads * self.head_dim
+        return StateSizes(3 * inner, self.width, (self.heads, self.head_dim, self.head_dim), 4 * inner + self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,5 +248,12 @@ class NothingType:
 
 
 RecurrentType = (
-    NothingType | ShortConvType | GatedDeltaType | StateSpaceType | SelectiveType | LightningType | RgLruType
+    NothingType
+    | ShortConvType
+    | GatedDeltaType
+    | KimiDeltaType
+    | StateSpaceType
+    | SelectiveType
+    | LightningType
+    | RgLruType
 )
