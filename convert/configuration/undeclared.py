@@ -15,7 +15,7 @@ def _types(names: str) -> frozenset[str]:
 HEAD_DIM = _types(
     "apertus bamba bitnet cohere doge dots1 emu3_text_model ernie4_5_moe exaone4 exaone_moe flex_olmo glm4_moe granite "
     "granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared jamba lfm2 lfm2_moe nanochat olmo olmo2 "
-    "olmo3 olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2"
+    "olmo3 olmo_hybrid olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3_moe smollm3 starcoder2"
 )
 """Model types whose head width is an undeclared `head_dim`."""
 
