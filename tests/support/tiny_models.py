@@ -109,6 +109,7 @@ CONFIGS: dict[str, DecoderConfig] = {
         num_layers=3,
         attention_types=(AttentionType(scale=0.3, rope=RopeConfig(theta=1000.0, rotary_dim=6, interleaved=True)),),
         latent=LatentConfig(kv_rank=20, q_rank=18, nope_dim=8, rope_dim=6, value_dim=10, q_scale=1.2, kv_scale=0.8),
+        attention_gate="head",
         head_dim=14,
         num_kv_heads=6,
         moe=MoEConfig(5, 2, 40, layers=(1, 2), scale=1.3, shared_size=24),
