@@ -17,6 +17,7 @@ from convert.families import (
     layer_norm,
     lightning,
     llama,
+    lstm,
     olmo,
     recurrent,
 )
@@ -42,4 +43,5 @@ FAMILIES: dict[str, Family] = {
     **griffin.FAMILIES,
     **lightning.FAMILIES,
     **kimi.FAMILIES,
+    **lstm.FAMILIES,
 }

@@ -67,24 +67,27 @@ def attention_kinds(hf: Any) -> list[str]:
     return [name if name in _ATTENTION else "full_attention" for name in hf.layer_types]
 
 
-def _without_attention(hf: Any, kind: RecurrentType, **flags: Any) -> DecoderConfig:
-    """A decoder of recurrent layers alone, without feed-forward blocks."""
-    nothing = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "intermediate_size": 1, "mlp_layers": ()}
-    return DecoderConfig(
-        model_type=hf.model_type,
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        num_layers=hf.num_hidden_layers,
-        max_positions=NO_LIMIT,
-        attention_types=(),
-        recurrent_types=(kind,),
-        layer_pattern=(0,) * hf.num_hidden_layers,
-        norm_eps=hf.layer_norm_epsilon,
-        positions="none",
-        tie_embeddings=bool(hf.tie_word_embeddings),
-        **nothing,
-        **flags,
-    )
+def without_attention(hf: Any, kind: RecurrentType, **flags: Any) -> DecoderConfig:
+    """A decoder of recurrent layers alone; without feed-forward blocks, unless `flags` say otherwise."""
+    fields: dict[str, Any] = {
+        "model_type": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_dim": 1,
+        "intermediate_size": 1,
+        "mlp_layers": (),
+        "max_positions": NO_LIMIT,
+        "attention_types": (),
+        "recurrent_types": (kind,),
+        "layer_pattern": (0,) * hf.num_hidden_layers,
+        "norm_eps": norm_eps(hf),
+        "positions": "none",
+        "tie_embeddings": bool(hf.tie_word_embeddings),
+    }
+    return DecoderConfig(**(fields | flags))
 
 
 def _selective(hf: Any, **flags: Any) -> SelectiveType:
@@ -101,11 +104,11 @@ def _selective(hf: Any, **flags: Any) -> SelectiveType:
 
 
 def _mamba(hf: Any) -> DecoderConfig:
-    return _without_attention(hf, _selective(hf))
+    return without_attention(hf, _selective(hf))
 
 
 def _falcon_mamba(hf: Any) -> DecoderConfig:
-    return _without_attention(hf, _selective(hf, norms="plain", norm_eps=hf.mixer_rms_eps))
+    return without_attention(hf, _selective(hf, norms="plain", norm_eps=hf.mixer_rms_eps))
 
 
 def _limits(limits: Sequence[float] | None) -> tuple[float, float]:
@@ -127,7 +130,7 @@ def _mamba2(hf: Any) -> DecoderConfig:
         step_limit=_limits(hf.time_step_limit),
         norm_eps=hf.layer_norm_epsilon,
     )
-    return _without_attention(hf, kind)
+    return without_attention(hf, kind)
 
 
 def mamba2_of(hf: Any) -> StateSpaceType:

@@ -18,7 +18,7 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    **_types("rwkv xlstm", _RECURRENT),
+    **_types("rwkv", _RECURRENT),
     **_types(
         "falcon_h1 inkling2_text inkling_text qwen4_exp_text zamba zamba2 zaya",
         _HYBRID,

@@ -205,7 +205,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "stablelm": {"head_dim": 8},
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni", "d_head": 8},
-    "xlstm": {"hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0},
+    "xlstm": {"hidden_size": 128, "num_heads": 4, "use_bias": False},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],

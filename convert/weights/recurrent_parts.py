@@ -161,6 +161,26 @@ def kimi_delta(name: str) -> Names:
     }
 
 
+def matrix_lstm(name: str) -> Names:
+    """An mLSTM: projections apart, or fused in two Linears."""
+    parts = ("q", "k", "v", "output_gate")
+    apart = ("q", "k", "v", "ogate_preact")
+    return {
+        **{
+            f"{name}.{source}.weight": (Target(f"recurrent.{part}.kernel", recurrent_takes.lstm_heads),)
+            for source, part in zip(apart, parts, strict=True)
+        },
+        f"{name}.qkv_opreact.weight": tuple(
+            Target(f"recurrent.{part}.kernel", recurrent_takes.lstm_part(i)) for i, part in enumerate(parts)
+        ),
+        **linear(f"{name}.igate_preact", "recurrent.gates", slot="0"),
+        **linear(f"{name}.fgate_preact", "recurrent.gates", slot="1"),
+        **linear(f"{name}.ifgate_preact", "recurrent.gates", takes.halves, takes.halves),
+        **norm(f"{name}.multihead_norm", "recurrent.norm", recurrent_takes.lstm_norm),
+        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.lstm_heads_in),
+    }
+
+
 GATED_ATTENTION: Names = {
     f"self_attn.q_proj.{kind}": tuple(
         Target(f"attention.{path}", recurrent_takes.gated_queries(i)) for i, path in enumerate(paths)

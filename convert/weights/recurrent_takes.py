@@ -9,7 +9,14 @@ import numpy as np
 from convert.weights.rules import Take
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
-from tide_jax.model.recurrent.types import GatedDeltaType, KimiDeltaType, LightningType, RecurrentType, StateSpaceType
+from tide_jax.model.recurrent.types import (
+    GatedDeltaType,
+    KimiDeltaType,
+    LightningType,
+    MatrixLSTMType,
+    RecurrentType,
+    StateSpaceType,
+)
 
 Kind = TypeVar("Kind", bound=RecurrentType)
 
@@ -112,6 +119,33 @@ def delta_gate_by_head(number: int) -> Take:
     def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
         by_head = a.T.reshape(a.shape[1], _only(c, GatedDeltaType).key_heads, 2, -1)
         return by_head[:, :, number].reshape(a.shape[1], -1)
+
+    return take
+
+
+def lstm_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Queries, keys, values or output gate of an mLSTM, [H * channels, D] to [D, H, channels]."""
+    return a.T.reshape(a.shape[1], _only(c, MatrixLSTMType).heads, -1)
+
+
+def lstm_heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Output projection of an mLSTM, [D, H * dv] to [H, dv, D]."""
+    return a.T.reshape(_only(c, MatrixLSTMType).heads, -1, a.shape[0])
+
+
+def lstm_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Scale of the norm over heads, [H * dv] to [H, dv]."""
+    return a.reshape(_only(c, MatrixLSTMType).heads, -1)
+
+
+def lstm_part(number: int) -> Take:
+    """Queries, keys, values or output gate of one Linear [2 H dk + 2 H dv, D]: [D, H, channels]."""
+
+    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = _only(c, MatrixLSTMType)
+        keys, values = kind.heads * kind.key_dim, kind.heads * kind.value_dim
+        ends = np.cumsum([0, keys, keys, values, values])
+        return lstm_heads(a[ends[number] : ends[number + 1]], c)
 
     return take
 

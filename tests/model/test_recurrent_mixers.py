@@ -14,6 +14,7 @@ from flax import nnx
 from tide_jax.model.recurrent.gated_delta import GatedDelta
 from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
+from tide_jax.model.recurrent.matrix_lstm import MatrixLSTM
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.model.recurrent.rg_lru import RgLru
@@ -24,6 +25,7 @@ from tide_jax.model.recurrent.types import (
     GatedDeltaType,
     KimiDeltaType,
     LightningType,
+    MatrixLSTMType,
     RgLruType,
     SelectiveType,
     ShortConvType,
@@ -348,6 +350,34 @@ def rg_lru() -> Pair:
     ), expected
 
 
+def matrix_lstm() -> Pair:
+    from transformers import xLSTMConfig
+    from transformers.models.xlstm.modeling_xlstm import xLSTMLayer
+
+    size = {"hidden_size": SIZE, "num_hidden_layers": 1, "num_heads": 4, "qk_dim_factor": 0.5, "v_dim_factor": 1.0}
+    module = xLSTMLayer(xLSTMConfig(**size, autocast_kernel_dtype="float32", gate_soft_cap=6.0))
+    random_weights(module)
+    kind = MatrixLSTMType(heads=4, key_dim=3, value_dim=6, gate_softcap=6.0)
+    mixer = MatrixLSTM(SIZE, kind, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    gates = module.igate_preact, module.fgate_preact
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.tensor(x))[0].numpy()
+
+    return set_weights(
+        mixer,
+        q__kernel=module.q.weight,
+        k__kernel=module.k.weight,
+        v__kernel=module.v.weight,
+        gates__kernel=torch.stack([gate.weight for gate in gates]),
+        gates__bias=torch.stack([gate.bias for gate in gates]),
+        output_gate__kernel=module.ogate_preact.weight,
+        norm__scale=module.multihead_norm.weight,
+        out__kernel=module.out_proj.weight,
+    ), run
+
+
 MAKERS = [
     short_conv,
     gated_delta,
@@ -361,6 +391,7 @@ MAKERS = [
     scaled_norms,
     lightning,
     rg_lru,
+    matrix_lstm,
 ]
 
 

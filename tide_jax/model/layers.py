@@ -29,6 +29,7 @@ from tide_jax.model.norms import Norm, block_norm
 from tide_jax.model.recurrent.gated_delta import GatedDelta
 from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
+from tide_jax.model.recurrent.matrix_lstm import MatrixLSTM
 from tide_jax.model.recurrent.mixer import Mixer, State
 from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.model.recurrent.rg_lru import RgLru
@@ -51,6 +52,7 @@ _MIXERS: dict[str, type] = {
     "selective": Selective,
     "lightning": Lightning,
     "rg_lru": RgLru,
+    "matrix_lstm": MatrixLSTM,
 }
 
 

@@ -231,6 +231,35 @@ class RgLruType:
 
 
 @dataclasses.dataclass(frozen=True)
+class MatrixLSTMType:
+    """The mLSTM of xLSTM 7B (Beck et al. 2025, arXiv:2503.13427, section 2).
+
+    Attributes:
+      kind: tag of these types in JSON.
+      heads: number of heads.
+      key_dim, value_dim: channels of a head.
+      gate_softcap: ``cap * tanh(x / cap)`` on input and forget gates.
+      eps: added to the normaliser of what a query reads.
+      norm_eps: of the norm over each head's output, which a gate multiplies.
+    """
+
+    heads: Heads
+    key_dim: Channels
+    value_dim: Channels
+    gate_softcap: Positive = 15.0
+    eps: Epsilon = 1e-6
+    norm_eps: Epsilon = 1e-6
+    kind: Literal["matrix_lstm"] = "matrix_lstm"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width; two more value channels hold normaliser and largest exponent."""
+        inputs = self.heads * (2 * self.key_dim + self.value_dim + 2)
+        return StateSizes(0, 1, (self.heads, self.key_dim, self.value_dim + 2), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class NothingType:
     """No attention and no recurrent layer: the layer is its feed-forward block alone (Nemotron-H).
 
@@ -256,4 +285,5 @@ RecurrentType = (
     | SelectiveType
     | LightningType
     | RgLruType
+    | MatrixLSTMType
 )
