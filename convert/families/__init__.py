@@ -20,6 +20,7 @@ from convert.families import (
     lstm,
     olmo,
     recurrent,
+    rwkv,
 )
 from convert.families.base import Family
 from convert.families.refused import REFUSED
@@ -44,4 +45,5 @@ FAMILIES: dict[str, Family] = {
     **lightning.FAMILIES,
     **kimi.FAMILIES,
     **lstm.FAMILIES,
+    **rwkv.FAMILIES,
 }

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-_RECURRENT = (
-    "it is a recurrent (state-space) model without attention layers; its state after a skipped layer would be undefined"
-)
 _HYBRID = (
     "some of its layers are recurrent, linear attention or convolutions over time, whose state a skipped layer would "
     "leave behind; only decoders made of attention layers convert"
@@ -18,7 +15,6 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    **_types("rwkv", _RECURRENT),
     **_types(
         "falcon_h1 inkling2_text inkling_text qwen4_exp_text zamba zamba2 zaya",
         _HYBRID,

@@ -378,6 +378,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "glm_moe_dsa",
         {"index_topk": 64, "indexer_types": ["full", "full", "shared", "shared", "full"]},
     ),
+    "rwkv-rescaled": ("rwkv", {"rescale_every": 2, "intermediate_size": None, "tie_word_embeddings": True}),
     "xlstm-caps": ("xlstm", {"qk_dim_factor": 1.0, "gate_soft_cap": 3.0, "output_logit_soft_cap": 4.0}),
 }
 """Maps a name for tests and tables to the model type and fields that override those of `TYPES`."""

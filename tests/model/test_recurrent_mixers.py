@@ -21,6 +21,7 @@ from tide_jax.model.recurrent.rg_lru import RgLru
 from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
+from tide_jax.model.recurrent.time_mix import TimeMix
 from tide_jax.model.recurrent.types import (
     GatedDeltaType,
     KimiDeltaType,
@@ -30,6 +31,7 @@ from tide_jax.model.recurrent.types import (
     SelectiveType,
     ShortConvType,
     StateSpaceType,
+    TimeMixType,
 )
 
 torch = pytest.importorskip("torch")
@@ -378,6 +380,31 @@ def matrix_lstm() -> Pair:
     ), run
 
 
+def time_mix() -> Pair:
+    from transformers import RwkvConfig
+    from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
+
+    module = RwkvSelfAttention(RwkvConfig(hidden_size=SIZE, attention_hidden_size=30, num_hidden_layers=2))
+    random_weights(module)
+    mixer = TimeMix(SIZE, TimeMixType(inner=30), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    shares = module.time_mix_key, module.time_mix_value, module.time_mix_receptance
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.tensor(x))[0].numpy()
+
+    return set_weights(
+        mixer,
+        shares=torch.cat(shares),
+        k__kernel=module.key.weight,
+        v__kernel=module.value.weight,
+        gate__kernel=module.receptance.weight,
+        fade=module.time_decay,
+        bonus=module.time_first,
+        out__kernel=module.output.weight,
+    ), run
+
+
 MAKERS = [
     short_conv,
     gated_delta,
@@ -392,6 +419,7 @@ MAKERS = [
     lightning,
     rg_lru,
     matrix_lstm,
+    time_mix,
 ]
 
 

@@ -36,7 +36,8 @@ from tide_jax.model.recurrent.rg_lru import RgLru
 from tide_jax.model.recurrent.selective import Selective
 from tide_jax.model.recurrent.short_conv import ShortConv
 from tide_jax.model.recurrent.state_space import StateSpace
-from tide_jax.model.recurrent.types import NothingType, RecurrentType
+from tide_jax.model.recurrent.time_mix import ChannelMix, TimeMix
+from tide_jax.model.recurrent.types import NothingType, RecurrentType, TimeMixType
 from tide_jax.model.sharding import whole_channels
 
 Context = AttentionContext | TokenOrder
@@ -53,6 +54,7 @@ _MIXERS: dict[str, type] = {
     "lightning": Lightning,
     "rg_lru": RgLru,
     "matrix_lstm": MatrixLSTM,
+    "time_mix": TimeMix,
 }
 
 
@@ -90,6 +92,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_residual = weights(config.residual_weights and has_mlp, config.hidden_size)
         self.output_scale = weights(config.layer_scale, 1)
         mlp = MoE if config.has_experts(index) else MLP
+        mlp = ChannelMix if isinstance(kind, TimeMixType) and kind.mixes_mlp else mlp
         self.mlp = mlp(config, dtype=dtype, rngs=rngs) if has_mlp else None
 
     def __call__(
@@ -111,16 +114,28 @@ class DecoderLayer(nnx.Module):
             return whole_channels(_multiply(middle, self.output_scale)), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
+        if isinstance(self.mlp, ChannelMix):
+            update, new = _mix_channels(self.mlp, mlp_input, new, contexts[self.layer_type], cached)
+        else:
+            update = self.mlp(mlp_input)
         stream = mlp_input if self.normed_residual else middle
-        out = self._add(_multiply(stream, self.mlp_residual), self.mlp(mlp_input), self.post_mlp_norm)
+        out = self._add(_multiply(stream, self.mlp_residual), update, self.post_mlp_norm)
         return whole_channels(_multiply(out, self.output_scale)), new
+
+    @property
+    def keeps_inputs_alone(self) -> bool:
+        """Whether what the layer keeps of a token depends on the layer's input alone, even when the layer runs."""
+        return not isinstance(self.mlp, ChannelMix)
 
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
         """What this layer would keep of `x`, without running it."""
         normed = _apply(self.pre_attention_norm, x)
         if self.attention is not None:
             return self.attention.project_kv(normed, contexts[self.layer_type])
-        return x[..., :0] if self.recurrent is None else self.recurrent.project_inputs(normed)
+        inputs = x[..., :0] if self.recurrent is None else self.recurrent.project_inputs(normed)
+        if isinstance(self.mlp, ChannelMix):
+            return jnp.concatenate([inputs, _apply(self.pre_mlp_norm, x)], axis=-1)
+        return inputs
 
     def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
@@ -157,6 +172,14 @@ def _attention(
 
 def _recurrent(config: DecoderConfig, kind: RecurrentType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Mixer:
     return _MIXERS[kind.kind](config.hidden_size, kind, dtype=dtype, rngs=rngs)
+
+
+def _mix_channels(
+    block: ChannelMix, x: Float[Array, "B T D"], inputs: Any, order: Any, state: Any
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T I"]]:
+    """Runs a feed-forward block that reads the token before, too; its inputs join those of the layer."""
+    window = jnp.zeros_like(x[:, :1]) if state is None else state.window[..., -x.shape[-1] :]
+    return block(x, order, window), jnp.concatenate([inputs, x], axis=-1)
 
 
 def _apply(norm: Norm | None, x: Array) -> Array:

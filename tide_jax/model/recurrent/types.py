@@ -260,6 +260,29 @@ class MatrixLSTMType:
 
 
 @dataclasses.dataclass(frozen=True)
+class TimeMixType:
+    """The time mixing of RWKV-4 (Peng et al. 2023, arXiv:2305.13048, section 3.1).
+
+    Attributes:
+      kind: tag of these types in JSON.
+      inner: channels that each average earlier values.
+      mixes_mlp: the layer's feed-forward block is RWKV's channel mixing, which reads the token before, too. The state
+        keeps that block's inputs behind the layer's own.
+    """
+
+    inner: Channels
+    mixes_mlp: bool = False
+    kind: Literal["time_mix"] = "time_mix"
+
+    __pydantic_config__ = STRICT
+
+    def sizes(self, hidden_size: int) -> StateSizes:
+        """Sizes of the state in a model of some width."""
+        inputs = 2 * hidden_size if self.mixes_mlp else hidden_size
+        return StateSizes(inputs, 2, (self.inner, 3, 1), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class NothingType:
     """No attention and no recurrent layer: the layer is its feed-forward block alone (Nemotron-H).
 
@@ -285,5 +308,6 @@ RecurrentType = (
     | SelectiveType
     | LightningType
     | RgLruType
+    | TimeMixType
     | MatrixLSTMType
 )
