@@ -17,8 +17,9 @@ from convert.families.mixtures import (
     shared_width,
     sigmoid_mixture,
 )
-from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, llama_weights, norm
-from convert.weights.rules import ignore
+from convert.weights import takes
+from convert.weights.parts import LATENT_ATTENTION, PRE_NORMS, Names, linear, llama_weights, norm
+from convert.weights.rules import Target, ignore
 from tide_jax.errors import TideError
 from tide_jax.model.architecture import AttentionType, DecoderConfig, LatentConfig, MoEConfig
 from tide_jax.model.recurrent.types import RecurrentType
@@ -38,7 +39,9 @@ def latent_rotary_layers(
     return rotary_layers(hf, layer_types, scale=latent_scale(hf) * _temperature(hf) ** 2, interleaved=interleaved)
 
 
-def latent_decoder(hf: Any, layers: Sequence[AttentionType | RecurrentType], **flags: Any) -> DecoderConfig:
+def latent_decoder(
+    hf: Any, layers: Sequence[AttentionType | RecurrentType], *, raw_queries: bool = False, **flags: Any
+) -> DecoderConfig:
     """A decoder with latent attention."""
     latent = LatentConfig(
         kv_rank=hf.kv_lora_rank,
@@ -46,6 +49,7 @@ def latent_decoder(hf: Any, layers: Sequence[AttentionType | RecurrentType], **f
         nope_dim=hf.qk_nope_head_dim,
         rope_dim=hf.qk_rope_head_dim,
         value_dim=hf.v_head_dim,
+        raw_queries=raw_queries,
     )
     return decoder(
         hf,
@@ -111,8 +115,24 @@ def _experts(hf: Any, layers: tuple[int, ...], **flags: Any) -> MoEConfig:
 
 
 def _sparse_attention(hf: Any) -> DecoderConfig:
+    return without_indexer(hf, _latent_decoder(hf, interleaved=True, moe=_experts(hf, marked_sparse_layers(hf))))
+
+
+def _axk2(hf: Any) -> DecoderConfig:
+    """Gated norms, and an attention gate that is made from the queries' bottleneck, as the queries are."""
+    config = _latent_decoder(
+        hf,
+        interleaved=True,
+        raw_queries=True,
+        attention_gate="channel",
+        norm_gate_rank=hf.gated_norm_rank,
+        moe=_experts(hf, marked_sparse_layers(hf), others_score_zero=True),
+    )
+    return without_indexer(hf, config)
+
+
+def without_indexer(hf: Any, config: DecoderConfig) -> DecoderConfig:
     """Decoder whose indexer picks `index_topk` keys for each query; contexts up to that length need no indexer."""
-    config = _latent_decoder(hf, interleaved=True, moe=_experts(hf, marked_sparse_layers(hf)))
     if hf.index_topk >= config.max_positions:
         return config
     logger.warning(
@@ -142,12 +162,42 @@ WEIGHTS = llama_weights(attention=LATENT_ATTENTION, top=WITHOUT_MTP)
 AXK1 = llama_weights(
     PRE_NORMS, norm("post_mlp_layernorm", "mlp.output_norm"), attention=LATENT_ATTENTION, top=WITHOUT_MTP
 )
-INDEXED = (*WEIGHTS, ignore(r"model\.layers\.\d+\.self_attn\.indexer\..*", "the indexer of sparse attention"))
+WITHOUT_INDEXER = ignore(r"model\.layers\.\d+\.self_attn\.indexer\..*", "the indexer of sparse attention")
+INDEXED = (*WEIGHTS, WITHOUT_INDEXER)
+
+
+def _gated_norm(name: str, path: str) -> Names:
+    """A norm that may have a gate."""
+    return {
+        **norm(name, path),
+        **norm(f"{name}.norm", f"{path}.norm"),
+        **linear(f"{name}.W_down", f"{path}.gate_in"),
+        **linear(f"{name}.W_up", f"{path}.gate_out"),
+    }
+
+
+AXK2_ATTENTION: Names = {
+    **LATENT_ATTENTION,
+    "self_attn.q_b_proj.weight": (
+        Target("attention.q.kernel", takes.latent_queries),
+        Target("attention.gate.kernel", takes.latent_gate),
+    ),
+}
+AXK2 = (
+    *llama_weights(
+        _gated_norm("input_layernorm", "pre_attention_norm"),
+        _gated_norm("post_attention_layernorm", "pre_mlp_norm"),
+        attention=AXK2_ATTENTION,
+        top=WITHOUT_MTP,
+    ),
+    WITHOUT_INDEXER,
+)
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family(_deepseek_v2, WEIGHTS),
     "deepseek_v3": Family(_deepseek_v3, WEIGHTS),
     "glm4_moe_lite": Family(_glm4_moe_lite, WEIGHTS),
     "axk1": Family(_axk1, AXK1),
+    "axk2": Family(_axk2, AXK2),
     "deepseek_v32": Family(_sparse_attention, INDEXED),
     "glm_moe_dsa": Family(_sparse_attention, INDEXED),
     "youtu": Family(_youtu, WEIGHTS),

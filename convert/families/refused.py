@@ -21,7 +21,6 @@ REFUSED: dict[str, str] = {
     ),
     **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),
     **_types("musicgen musicgen_melody", _CODEBOOKS),
-    "axk2": "it has gated norms, and attention gates made from its queries' bottleneck",
     "blt": "it reads bytes in patches of varying length through three stacks of layers",
     "cpmant": "its attention is not causal: prompt tokens see each other in both directions",
     "deepseek_v4": "its residual stream is several mixed streams and its attention reads compressed keys",

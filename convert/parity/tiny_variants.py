@@ -11,6 +11,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe-dense": ("afmoe", {"num_dense_layers": 5, "mup_enabled": False}),
     "apertus-default-rope": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "axk2-grouped": ("axk2", _GROUPED | {"attention_bias": False}),
     "bart-scaled": ("bart", {"scale_embedding": True}),
     "bert-relu": ("bert", {"hidden_act": "relu"}),
     "codegen-partial": ("codegen", {"rotary_dim": 4}),

@@ -207,3 +207,13 @@ def latent_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Values of latent attention's up-projection [H * (nope + value), R]: [R, H, value]."""
     assert c.latent is not None
     return a.T.reshape(a.shape[1], c.num_heads, -1)[..., c.latent.nope_dim :]
+
+
+def latent_queries(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Queries of a Linear [H * (hd + value), R] that has each head's gate behind its query: [R, H, hd]."""
+    return a.T.reshape(a.shape[1], c.num_heads, -1)[..., : c.head_dim]
+
+
+def latent_gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Gate of a Linear [H * (hd + value), R] that has each head's gate behind its query: [R, H, value]."""
+    return a.T.reshape(a.shape[1], c.num_heads, -1)[..., c.head_dim :]

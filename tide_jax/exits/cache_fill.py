@@ -13,7 +13,7 @@ from pallas_kernels.kv_fill import IMPLEMENTATIONS, KVRows, KVWeights, Rotary, S
 from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.layers import Context, DecoderLayer, Rows
-from tide_jax.model.norms import Norm
+from tide_jax.model.norms import GatedNorm, Norm
 from tide_jax.model.sharding import on_mesh
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,11 @@ def fill_rows(
     # `project_rows` is fast on a CPU, and on a mesh it splits its products over the devices.
     if IMPLEMENTATIONS.plain(wanted, fill.size) or on_mesh():
         return layer.project_rows(x, contexts)
-    if (reason := unsupported(layer)) is not None or not isinstance(attention, Attention):
+    if (
+        (reason := unsupported(layer)) is not None
+        or not isinstance(attention, Attention)
+        or isinstance(norm, GatedNorm)
+    ):
         if wanted is not None:
             _warn_once(f"kv_fill: {reason}; layers of this kind project their rows in plain JAX")
         return layer.project_rows(x, contexts)
@@ -80,6 +84,7 @@ def unsupported(layer: DecoderLayer) -> str | None:
     norm = attention.k_norm
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
     reasons = {
+        "the norm before it has a gate": isinstance(layer.pre_attention_norm, GatedNorm),
         "values are not projected beside keys": attention.value is not None or attention.kv.outputs[1] != 2,
         "its weights are 8-bit integers, which would become floats in memory": attention.kv.scale is not None,
         "values have a bias and keys have none": attention.value_bias is not None,

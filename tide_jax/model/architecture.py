@@ -78,6 +78,8 @@ class DecoderConfig:
       norm_placement: norms come before each sublayer ("pre"), after it but before the residual add ("post"), both
         ("sandwich"), or after the residual add ("residual").
       recurrent_norms: the same for layers without attention, None for `norm_placement`.
+      norm_gate_rank: the norms before attention and before experts multiply their output by a gate, the sigmoid of a
+        function of that rank of the output itself; None for none.
       first_norm: whether the first layer normalises the input of its attention too.
       final_norm: whether a norm precedes the head.
       embedding_norm: whether embeddings are normed before the first layer.
@@ -142,6 +144,7 @@ class DecoderConfig:
     norm_unit_offset: bool = False
     norm_placement: NormPlacement = "pre"
     recurrent_norms: NormPlacement | None = None
+    norm_gate_rank: Channels | None = None
     first_norm: bool = True
     final_norm: bool = True
     embedding_norm: bool = False

@@ -185,6 +185,8 @@ class LatentConfig:
       rope_dim: rotated channels, shared by all heads' keys.
       value_dim: channels of a head's value.
       q_scale, kv_scale: multiply the normed bottlenecks.
+      raw_queries: queries, and the gate of the attention's output if there is one, read the queries' bottleneck twice:
+        normed, and as it is.
     """
 
     kv_rank: Channels
@@ -195,6 +197,7 @@ class LatentConfig:
     norm_eps: Epsilon = 1e-6
     q_scale: Positive = 1.0
     kv_scale: Positive = 1.0
+    raw_queries: bool = False
 
     __pydantic_config__ = STRICT
 
@@ -235,6 +238,7 @@ class MoEConfig:
       correction: a learned bias on each "score" (or router "logit"). It decides which experts are chosen but does not
         change their weights (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
       groups, groups_kept: experts lie in groups, and only experts of the best groups are eligible (DeepSeek-V2, 2.1.2).
+      others_score_zero: experts of other groups are not excluded, but score 0.
       group_score: a group scores as its best expert ("max") or as the sum of its best two ("top2").
       router_bias, expert_bias: whether the router and the experts have biases.
       router_softcap: ``cap * tanh(x / cap)`` on router logits.
@@ -258,6 +262,7 @@ class MoEConfig:
     correction: Correction = "none"
     groups: Experts = 1
     groups_kept: Experts = 1
+    others_score_zero: bool = False
     group_score: GroupScore = "top2"
     router_bias: bool = False
     expert_bias: bool = False

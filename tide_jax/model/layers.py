@@ -25,7 +25,7 @@ from tide_jax.model.attention.shaped import ShapedAttention
 from tide_jax.model.attention.span import CachedRows, KeyValue
 from tide_jax.model.feed_forward import MLP
 from tide_jax.model.moe import MoE
-from tide_jax.model.norms import Norm, block_norm
+from tide_jax.model.norms import GatedNorm, Norm, block_norm
 from tide_jax.model.recurrent.gated_delta import GatedDelta
 from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
@@ -72,21 +72,24 @@ class DecoderLayer(nnx.Module):
         self.normed_residual = config.normed_residual
         pre, post = placement in ("pre", "sandwich"), placement != "pre"
 
-        def norm(wanted: bool) -> Norm | None:
-            return block_norm(config, config.hidden_size, dtype=dtype) if wanted else None
+        def norm(wanted: bool, *, gated: bool = False) -> Norm | GatedNorm | None:
+            plain, rank = block_norm(config, config.hidden_size, dtype=dtype) if wanted else None, config.norm_gate_rank
+            if plain is None or rank is None or not gated:
+                return plain
+            return GatedNorm(plain, config.hidden_size, rank, dtype=dtype, rngs=rngs)
 
         def weights(wanted: bool, size: int) -> nnx.Param | None:
             return nnx.Param(jnp.ones((size,), dtype)) if wanted else None
 
         kind, has_mlp = config.layer_type(index), config.has_mlp(index)
         mixes = not isinstance(kind, NothingType)
-        self.pre_attention_norm = norm(pre and mixes and (config.first_norm or index > 0))
+        self.pre_attention_norm = norm(pre and mixes and (config.first_norm or index > 0), gated=True)
         self.post_attention_norm = norm(post and mixes)
         attends = isinstance(kind, AttentionType)
         self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends else None
         has_state = mixes and not attends
         self.recurrent: Mixer | None = _recurrent(config, kind, dtype=dtype, rngs=rngs) if has_state else None
-        self.pre_mlp_norm = norm(pre and has_mlp and not config.shared_norm)
+        self.pre_mlp_norm = norm(pre and has_mlp and not config.shared_norm, gated=config.has_experts(index))
         self.post_mlp_norm = norm(post and has_mlp)
         self.attention_residual = weights(config.residual_weights and mixes, config.hidden_size)
         self.mlp_residual = weights(config.residual_weights and has_mlp, config.hidden_size)
@@ -137,7 +140,7 @@ class DecoderLayer(nnx.Module):
             return jnp.concatenate([inputs, _apply(self.pre_mlp_norm, x)], axis=-1)
         return inputs
 
-    def _add(self, x: Array, update: Array, norm: Norm | None) -> Array:
+    def _add(self, x: Array, update: Array, norm: Norm | GatedNorm | None) -> Array:
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
         if not self.norm_after_add:
             update = _apply(norm, update)
@@ -182,7 +185,7 @@ def _mix_channels(
     return block(x, order, window), jnp.concatenate([inputs, x], axis=-1)
 
 
-def _apply(norm: Norm | None, x: Array) -> Array:
+def _apply(norm: Norm | GatedNorm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
 
 

@@ -247,13 +247,13 @@ def choose_experts(
 
 
 def _only_best_groups(moe: MoEConfig, choice: Float[Array, "N E"]) -> Float[Array, "N E"]:
-    """Sets the scores of experts outside the best groups to minus infinity."""
+    """Sets the scores of experts outside the best groups to minus infinity, or to zero."""
     grouped = choice.reshape(choice.shape[0], moe.groups, -1)
     # A group scores as its best expert, or as the sum of its best two.
     best, _ = lax.top_k(grouped, 1 if moe.group_score == "max" else min(2, grouped.shape[-1]))
     _, kept = lax.top_k(jnp.sum(best, axis=-1), moe.groups_kept)
     eligible = jnp.any(jax.nn.one_hot(kept, moe.groups, dtype=jnp.bool_), axis=1)
-    return jnp.where(eligible[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    return jnp.where(eligible[:, :, None], grouped, 0.0 if moe.others_score_zero else -jnp.inf).reshape(choice.shape)
 
 
 def _sparsemixer(

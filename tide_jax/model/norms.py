@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from tide_jax.model.architecture import DecoderConfig, NormKind, QKNorm
+from tide_jax.model.ops import Dense
 
 
 class Norm(nnx.Module):
@@ -46,6 +48,20 @@ class Norm(nnx.Module):
         if self.bias is not None:
             y = y + _add_axes(self.bias[...], x.ndim)
         return y.astype(x.dtype)
+
+
+class GatedNorm(nnx.Module):
+    """A norm whose output a gate multiplies: the sigmoid of a low-rank function of that output."""
+
+    def __init__(self, norm: Norm, size: int, rank: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.norm = norm
+        self.gate_in = Dense((size,), (rank,), bias=False, dtype=dtype, rngs=rngs)
+        self.gate_out = Dense((rank,), (size,), bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = self.norm(x)
+        gate = jax.nn.sigmoid(self.gate_out(jax.nn.silu(self.gate_in(y))).astype(jnp.float32))
+        return (y.astype(jnp.float32) * gate).astype(y.dtype)
 
 
 def _add_axes(a: Array, ndim: int) -> Array:

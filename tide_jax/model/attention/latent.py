@@ -39,13 +39,14 @@ class LatentAttention(nnx.Module):
         low_rank = latent.q_rank is not None
         self.q_down = dense(d, (latent.q_rank or d,), config.qkv_bias) if low_rank else None
         self.q_norm = _bottleneck_norm(latent, latent.q_rank or d, dtype) if low_rank else None
-        self.q = dense(latent.q_rank or d, (h, head_dim))
+        bottleneck = (latent.q_rank or d) * (2 if latent.raw_queries else 1)
+        self.q = dense(bottleneck, (h, head_dim))
+        gate = {"none": None, "head": (h, 1), "channel": (h, latent.value_dim)}[config.attention_gate]
+        self.gate = None if gate is None else dense(bottleneck if latent.raw_queries else d, gate)
         self.kv_down = dense(d, (latent.kv_rank + latent.rope_dim,), config.qkv_bias)
         self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)
         self.k_up = dense(latent.kv_rank, (h, latent.nope_dim))
         self.v_up = dense(latent.kv_rank, (h, latent.value_dim))
-        gate = {"none": None, "head": 1, "channel": latent.value_dim}[config.attention_gate]
-        self.gate = None if gate is None else dense(d, (h, gate))
         self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
@@ -63,20 +64,29 @@ class LatentAttention(nnx.Module):
         new = self.project_kv(x, context)
         # Values are the leading channels of the keys. Mixing whole keys and slicing the result avoids copying the
         # cache.
+        bottleneck = self._bottleneck(x)
         mixed = attend(
-            self._queries(x, context)[:, :, None],
+            self._queries(bottleneck, context)[:, :, None],
             spans_of(new, cached, context),
             scale=self.scale,
             adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
         )[:, :, 0]
         values = _values(mixed[..., : self.latent.kv_rank], self.v_up)
-        return self.out(values if self.gate is None else values * jax.nn.sigmoid(self.gate(x))), new
+        if self.gate is not None:
+            values = values * jax.nn.sigmoid(self.gate(bottleneck if self.latent.raw_queries else x))
+        return self.out(values), new
 
-    def _queries(self, x: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
+    def _bottleneck(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
+        """What queries are made of; the input itself without a bottleneck."""
+        if self.q_down is None or self.q_norm is None:
+            return x
+        raw = self.q_down(x)
+        normed = self.q_norm(raw) * self.latent.q_scale
+        return jnp.concatenate([normed, raw], axis=-1) if self.latent.raw_queries else normed
+
+    def _queries(self, bottleneck: Array, context: AttentionContext) -> Float[Array, "B T H hk"]:
         """Queries in the space of latent vectors: ``W_k^T q``, concatenated with the rotated part."""
-        if self.q_down is not None and self.q_norm is not None:
-            x = self.q_norm(self.q_down(x)) * self.latent.q_scale
-        q = self.q(x)
+        q = self.q(bottleneck)
         nope = _absorb(q[..., : self.latent.nope_dim], self.k_up)
         return jnp.concatenate([nope, self._rotate(q[..., self.latent.nope_dim :], context)], axis=-1)
 
