@@ -35,7 +35,11 @@ WHOLE_ROTARY = _types("mellum solar_open")
 """Model types that read `partial_rotary_factor` and fail for every rope type. Other types fail for all but "default",
 for which they don't read it."""
 
-PER_LAYER: dict[str, frozenset[str]] = dict.fromkeys(
-    ("gemma4_text", "gemma4_unified_text"), frozenset({"head_dim", "num_key_value_heads"})
-)
+PER_LAYER: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _types("head_dim num_key_value_heads")),
+    "dots3_note_text": _types(
+        "head_dim kv_lora_rank num_attention_heads num_key_value_heads q_lora_rank qk_nope_head_dim qk_rope_head_dim "
+        "v_head_dim"
+    ),
+}
 """Keys of `per_layer_config` (values of single layers) that a family reads."""

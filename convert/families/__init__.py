@@ -5,6 +5,7 @@ from __future__ import annotations
 from convert.families import (
     cohere,
     delta,
+    dots,
     encoder_heritage,
     experts,
     gemma,
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     **griffin.FAMILIES,
     **lightning.FAMILIES,
     **kimi.FAMILIES,
+    **dots.FAMILIES,
     **lstm.FAMILIES,
     **rwkv.FAMILIES,
 }

@@ -110,8 +110,8 @@ def _axk1(hf: Any) -> DecoderConfig:
 
 
 def _experts(hf: Any, layers: tuple[int, ...], **flags: Any) -> MoEConfig:
-    shared = shared_width(hf, hf.n_shared_experts)
-    return sigmoid_mixture(hf, hf.n_routed_experts, layers=layers, shared_size=shared, **flags)
+    shared = {"shared_size": shared_width(hf, hf.n_shared_experts)}
+    return sigmoid_mixture(hf, hf.n_routed_experts, layers=layers, **(shared | flags))
 
 
 def _sparse_attention(hf: Any) -> DecoderConfig:

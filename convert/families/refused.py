@@ -24,7 +24,6 @@ REFUSED: dict[str, str] = {
     "blt": "it reads bytes in patches of varying length through three stacks of layers",
     "cpmant": "its attention is not causal: prompt tokens see each other in both directions",
     "deepseek_v4": "its residual stream is several mixed streams and its attention reads compressed keys",
-    "dots3_note_text": "it has latent attention of another shape in each kind of layer",
     "gemma3n_text": "its layers exchange four residual streams and share keys and values between layers",
     "hrm_text": "its two stacks of layers run several times over each token, so its depth is no list of layers",
     "hy_v4": "its residual stream is several mixed streams",

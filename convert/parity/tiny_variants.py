@@ -33,6 +33,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {"rope_parameters": _YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.3}},
     ),
+    "dots3_note_text-full": ("dots3_note_text", _GROUPED | {"use_sliding_window": False, "use_dsa": False}),
+    "dots3_note_text-narrow-first": (
+        "dots3_note_text",
+        {
+            "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL, _SLIDING],
+            "use_dsa": False,
+            "attention_bias": False,
+            "swa_kv_lora_rank": 30,
+        },
+    ),
     "ernie4_5_moe-interval": ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_layer_start_index": 0}),
     "exaone4-full": ("exaone4", {"sliding_window": None, "layer_types": [_FULL] * 5}),
     "falcon-mha": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True}),

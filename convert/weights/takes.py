@@ -7,6 +7,8 @@ allowed, but no arithmetic.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from convert.weights.rules import Take
@@ -217,3 +219,14 @@ def latent_queries(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 def latent_gate(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Gate of a Linear [H * (hd + value), R] that has each head's gate behind its query: [R, H, value]."""
     return a.T.reshape(a.shape[1], c.num_heads, -1)[..., c.head_dim :]
+
+
+def of_type(number: int, take: Take) -> Take:
+    """The same arrangement for layers with the attention type of a number, which has its own heads."""
+
+    def take_own(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+        kind = c.attention_types[number]
+        heads = kind.num_heads or c.num_heads
+        return take(a, dataclasses.replace(c, num_heads=heads, num_kv_heads=heads, latent=kind.latent or c.latent))
+
+    return take_own

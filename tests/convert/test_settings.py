@@ -43,6 +43,7 @@ MEANT = {
     "layer_types",
     "mlp_layer_types",
     "model_type",
+    "moe_shared_expert_intermediate_size",
     "n_embed",
     "num_experts",
     "partial_rotary_factor",

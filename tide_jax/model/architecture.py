@@ -250,10 +250,11 @@ class DecoderConfig:
         """Heads, key channels and value channels that one token occupies in the cache of a layer with attention.
 
         Latent attention caches its latent vector and the shared rotated key as the key of one head. Its values are the
-        latent vectors, so it stores no values.
+        latent vectors, so it stores no values. Where layers differ, the largest shape serves all.
         """
         if self.latent is not None:
-            return 1, self.latent.kv_rank + self.latent.rope_dim, 0
+            latents = [kind.latent or self.latent for kind in self.attention_types]
+            return 1, max(latent.kv_rank + latent.rope_dim for latent in latents), 0
         if not self.attention_types:
             return 0, 0, 0
         heads = max(kind.num_kv_heads or self.num_kv_heads for kind in self.attention_types)

@@ -147,7 +147,7 @@ class AttentionType:
       out_bias: the output projection has a bias, even if the configuration gives it none.
       differential: initial value of the learned weight with which the second half of the heads is subtracted from the
         first (Ye et al. 2024, arXiv:2410.05258); None for ordinary attention.
-      head_dim, num_kv_heads: set if they differ from the configuration's.
+      head_dim, num_kv_heads, latent: set if they differ from the configuration's.
       value_norm: divides values by their root mean square.
       keys_as_values: values are the keys before their norm and rotation.
       dynamic_mask: each key has its own score, learned from its values (Shi et al. 2025, arXiv:2508.02124).
@@ -167,6 +167,7 @@ class AttentionType:
     differential: float | None = None
     head_dim: Channels | None = None
     num_kv_heads: Heads | None = None
+    latent: LatentConfig | None = None
     value_norm: bool = False
     keys_as_values: bool = False
     dynamic_mask: bool = False
@@ -185,6 +186,7 @@ class LatentConfig:
       rope_dim: rotated channels, shared by all heads' keys.
       value_dim: channels of a head's value.
       q_scale, kv_scale: multiply the normed bottlenecks.
+      key_norm: norms the shared part of keys before its rotation.
       raw_queries: queries, and the gate of the attention's output if there is one, read the queries' bottleneck twice:
         normed, and as it is.
     """
@@ -197,6 +199,7 @@ class LatentConfig:
     norm_eps: Epsilon = 1e-6
     q_scale: Positive = 1.0
     kv_scale: Positive = 1.0
+    key_norm: bool = False
     raw_queries: bool = False
 
     __pydantic_config__ = STRICT

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from tide_jax.model.architecture import AttentionType, DecoderConfig, LatentConfig
 from tide_jax.model.attention.grouped import AttentionContext, spans_of
 from tide_jax.model.attention.reading import attend
-from tide_jax.model.attention.span import CachedRows, KeyValue
+from tide_jax.model.attention.span import CachedRows, KeyValue, Span
 from tide_jax.model.norms import Norm
 from tide_jax.model.ops import Dense, einsum, integer_sums
 from tide_jax.model.rotary import rotate
@@ -26,8 +26,8 @@ class LatentAttention(nnx.Module):
     """Attention over latent vectors; the cache holds ``[latent, rotated key]`` as the keys of one head, no values."""
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        assert config.latent is not None
-        latent, d, h = config.latent, config.hidden_size, config.num_heads
+        latent, d, h = kind.latent or config.latent, config.hidden_size, kind.num_heads or config.num_heads
+        assert latent is not None
         self.latent = latent
         self.scale = kind.scale
         self.interleaved = kind.rope is not None and kind.rope.interleaved
@@ -45,16 +45,22 @@ class LatentAttention(nnx.Module):
         self.gate = None if gate is None else dense(bottleneck if latent.raw_queries else d, gate)
         self.kv_down = dense(d, (latent.kv_rank + latent.rope_dim,), config.qkv_bias)
         self.kv_norm = _bottleneck_norm(latent, latent.kv_rank, dtype)
+        self.key_norm = _bottleneck_norm(latent, latent.rope_dim, dtype) if latent.key_norm else None
         self.k_up = dense(latent.kv_rank, (h, latent.nope_dim))
         self.v_up = dense(latent.kv_rank, (h, latent.value_dim))
+        self.width = latent.kv_rank + latent.rope_dim
+        self.padding = config.cache_shape[1] - self.width
         self.out = Dense((h, latent.value_dim), (d,), bias=config.attention_out_bias, dtype=dtype, rngs=rngs)
 
     def project_kv(self, x: Float[Array, "B T D"], context: AttentionContext) -> KeyValue:
-        """Normed latent vectors and rotated shared keys of new tokens, as the keys of one head."""
+        """Normed latent vectors and rotated shared keys of new tokens, as the keys of one head, padded to the cache."""
         down = self.kv_down(x)
         vector = self.kv_norm(down[..., : self.latent.kv_rank]) * self.latent.kv_scale
-        shared = self._rotate(down[..., None, self.latent.kv_rank :], context)
-        keys = jnp.concatenate([vector, shared[:, :, 0]], axis=-1)[:, None]
+        shared = down[..., self.latent.kv_rank :]
+        shared = shared if self.key_norm is None else self.key_norm(shared)
+        shared = self._rotate(shared[:, :, None], context)[:, :, 0]
+        empty = [jnp.zeros((*x.shape[:2], self.padding), x.dtype)] if self.padding else []
+        keys = jnp.concatenate([vector, shared, *empty], axis=-1)[:, None]
         return KeyValue(keys, keys[..., :0])
 
     def __call__(
@@ -69,12 +75,16 @@ class LatentAttention(nnx.Module):
             self._queries(bottleneck, context)[:, :, None],
             spans_of(new, cached, context),
             scale=self.scale,
-            adapt=lambda rows, span: (KeyValue(rows.keys, rows.keys), span),
+            adapt=self._read,
         )[:, :, 0]
         values = _values(mixed[..., : self.latent.kv_rank], self.v_up)
         if self.gate is not None:
             values = values * jax.nn.sigmoid(self.gate(bottleneck if self.latent.raw_queries else x))
         return self.out(values), new
+
+    def _read(self, rows: KeyValue, span: Span) -> tuple[KeyValue, Span]:
+        keys = rows.keys[..., : self.width] if self.padding else rows.keys
+        return KeyValue(keys, keys), span
 
     def _bottleneck(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R"]:
         """What queries are made of; the input itself without a bottleneck."""
