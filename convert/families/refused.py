@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-_HYBRID = (
-    "some of its layers are recurrent, linear attention or convolutions over time, whose state a skipped layer would "
-    "leave behind; only decoders made of attention layers convert"
+_SHARED_BLOCK = (
+    "some of its state-space layers also read the output of a transformer block that layers share, and that block "
+    "reads the token's embedding beside the layer's input"
 )
 _DRAFTER = "it drafts for another model and reads that model's hidden states; it cannot run alone"
 _CODEBOOKS = "it predicts several audio codebooks at once instead of one token"
@@ -15,10 +15,8 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    **_types(
-        "falcon_h1 inkling2_text inkling_text qwen4_exp_text zamba zamba2 zaya",
-        _HYBRID,
-    ),
+    "falcon_h1": "each of its layers has attention and a state-space layer side by side",
+    **_types("zamba zamba2", _SHARED_BLOCK),
     **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),
     **_types("musicgen musicgen_melody", _CODEBOOKS),
     "blt": "it reads bytes in patches of varying length through three stacks of layers",
@@ -27,12 +25,16 @@ REFUSED: dict[str, str] = {
     "gemma3n_text": "its layers exchange four residual streams and share keys and values between layers",
     "hrm_text": "its two stacks of layers run several times over each token, so its depth is no list of layers",
     "hy_v4": "its residual stream is several mixed streams",
-    "longcat_flash": "each of its layers has two attentions and a mixture of experts that bypasses them",
+    "inkling2_text": "its layers attend to outputs of earlier blocks of layers instead of reading one residual stream",
+    "inkling_text": "it convolves keys, values and the outputs of both sublayers over tokens, beside its attention",
+    "longcat_flash": "each of its layers has two attentions, and a mixture of experts that bypasses the second one",
     "mllama_text_model": "some of its layers attend to an image only",
     "prophetnet": "it predicts several future tokens through parallel streams",
+    "qwen4_exp_text": "its residual stream is several mixed streams, and layers add embeddings of groups of tokens",
     "reformer": "it attends by locality-sensitive hashing and has reversible layers",
     "roc_bert": "it joins embeddings of shape and pronunciation to those of words",
     "xlm": "it predicts the token at a mask that generation appends, which a cache cannot follow",
     "xlnet": "it is a permutation model with two attention streams",
     "xmod": "its layers hold an adapter for each language",
+    "zaya": "its attention convolves queries and keys over tokens, and routers read the router of the layer before",
 }
