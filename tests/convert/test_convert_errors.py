@@ -228,7 +228,7 @@ def test_a_key_that_decides_how_to_read_the_rest_has_the_wrong_type(values: dict
 
 def test_a_refused_model_type_says_the_reason(tmp_path: Path) -> None:
     message = refusal(save(tmp_path / "source", model_type="falcon_h1"))
-    assert "model_type 'falcon_h1' is not supported: each of its layers has attention and a state-space layer" in message
+    assert "model_type 'falcon_h1' is not supported: each of its layers has attention and a state-space" in message
     assert set(REFUSED).isdisjoint(FAMILIES)
 
 

@@ -25,6 +25,7 @@ from tide_jax.model.ops import einsum
 from tide_jax.model.recurrent.fades import fade_channels, fade_heads
 
 CHUNK = 64
+_FEW_TOKENS = 8  # a pass over drafts
 CHANNEL_CHUNK = 128  # for fades of channels, whose products take more operations and few of each
 
 
@@ -92,6 +93,22 @@ def _step(state: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
     return jnp.sum(queries[..., None] * state, axis=2)[:, None], state
 
 
+def _solve(strict: Float[Array, "B H c c"], right: Float[Array, "B H c d"]) -> Float[Array, "B H c d"]:
+    """The solution of a triangular system with ones on the diagonal.
+
+    A few tokens are solved one after the other: XLA on a GPU calls a library for such a system, and a loop with that
+    call is no CUDA graph.
+    """
+    size = strict.shape[-1]
+    if size > _FEW_TOKENS:
+        return lax.linalg.triangular_solve(strict, right, left_side=True, lower=True, unit_diagonal=True)
+    solved: list[Array] = []
+    for i in range(size):
+        earlier = [strict[:, :, i, j, None] * solved[j] for j in range(i)]
+        solved.append(right[:, :, i] - sum(earlier) if earlier else right[:, :, i])
+    return jnp.stack(solved, axis=2)
+
+
 def _chunk(
     state: Float[Array, "B H dk dv"], updates: Updates, delta: bool
 ) -> tuple[Float[Array, "B H c dv"], Float[Array, "B H dk dv"]]:
@@ -104,7 +121,7 @@ def _chunk(
         # Each write depends on all earlier ones of the chunk: a triangular system (the "UT transform").
         strict = jnp.tril(faded.products[1], -1)
         right = jnp.concatenate([written, scaled * faded.since], axis=-1)
-        solved = lax.linalg.triangular_solve(strict, right, left_side=True, lower=True, unit_diagonal=True)
+        solved = _solve(strict, right)
         written, reads = solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
         written = written - einsum("bhck,bhkv->bhcv", reads, state)
     before = einsum("bhck,bhkv->bhcv", queries * faded.since, state)
