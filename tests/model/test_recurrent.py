@@ -62,7 +62,7 @@ def run(state: Any, updates: Updates, delta: bool) -> Any:
 
 @pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
 @pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, CHANNEL_CHUNK + 7])
+@pytest.mark.parametrize("tokens", [1, 2, 8, CHUNK - 1, CHUNK, CHANNEL_CHUNK + 7])
 def test_chunks_are_the_recurrence(tokens: int, delta: bool, channels: bool) -> None:
     state, updates = made(tokens, channels=channels)
     assert_exact(run(state, updates, delta), token_by_token(np.asarray(state), updates, delta))
