@@ -365,7 +365,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 0,
         },
     ),
-    "bamba-limits": ("bamba", {"time_step_limit": [0.05, 1.5], "mamba_n_groups": 2, "mamba_proj_bias": True}),
+    "bamba-groups": ("bamba", {"mamba_n_groups": 2, "mamba_proj_bias": True}),
     "jamba-dense": (
         "jamba",
         {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -375,7 +375,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2_moe-plain": ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.3}),
     "lfm3-pre": ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
     "mamba-plain": ("mamba", {"use_bias": False, "use_conv_bias": False, "tie_word_embeddings": True}),
-    "mamba2-limits": ("mamba2", {"time_step_limit": [0.02, 0.9], "use_bias": False, "tie_word_embeddings": True}),
+    "mamba2-plain": ("mamba2", {"use_bias": False, "tie_word_embeddings": True}),
     "nemotron_h-dense": (
         "nemotron_h",
         {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]},

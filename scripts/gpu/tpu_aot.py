@@ -37,6 +37,9 @@ CASES = (
     Case("prompt, full depth", program="prefill", copies=True),
     Case("prompt, 8-bit weights", weights="int8", program="prefill"),
     Case("lossless pass", program="advance_lossless"),
+    Case("recurrent layers, full depth", implementation=None, kind="states", copies=True),
+    Case("recurrent layers, recompute", "recompute", implementation=None, kind="states", copies=True),
+    Case("recurrent layers, prompt", kind="states", program="prefill", copies=True),
     Case("lossless pass, 8-bit weights", weights="int8", program="advance_lossless"),
     *aot.INT8,
 )
