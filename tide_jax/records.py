@@ -60,10 +60,16 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
     try:
         validate(_schema(kind))
     except ValidationError as error:
-        return [
-            _problem(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors(include_url=False)
-        ]
+        found = _of_tagged_members(error.errors(include_url=False))
+        return [_problem(problem["loc"], problem["msg"], problem["input"]) for problem in found]
     return []
+
+
+def _of_tagged_members(problems: list[Any]) -> list[Any]:
+    """Problems without those of union members that the value's `kind` rules out; pydantic lists all members'."""
+    ruled_out = {problem["loc"][:-1] for problem in problems if problem["loc"][-1:] == ("kind",)}
+    kept = [p for p in problems if not any(p["loc"][:n] in ruled_out for n in range(1, len(p["loc"]) + 1))]
+    return kept or problems[:1]
 
 
 def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:

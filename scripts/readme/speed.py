@@ -40,6 +40,31 @@ def decode_table() -> str:
     return "\n".join(lines)
 
 
+def hybrids_table() -> str:
+    """Decode steps and prompts of models with recurrent layers, from scripts.bench.hybrids."""
+    path = RESULTS / "hybrids.json"
+    if not path.exists():
+        return "Not measured yet."
+    report = json.loads(path.read_text())
+    lengths = [entry["tokens"] for entry in report["models"]["llama"]["prompts"]]
+    lines = [
+        f"{where(report['machine'])}; float32, medians of {report['method']['rounds']} alternating rounds.",
+        "",
+        "| model | weights | a step | GB/s | / llama's | "
+        + " | ".join(f"prompt of {n:,} | transformers / tide_jax" for n in lengths)
+        + " |",
+        "|---|" + "---:|" * (4 + 2 * len(lengths)),
+    ]
+    for name, row in report["models"].items():
+        numbers = f"{row['ms']:.2f} ms | {row['gb_per_second']:.1f} | {row['of_attention']:.2f}"
+        prompts = [
+            f"{entry['variants']['full']['ms']:.0f} ms | {entry['variants']['transformers']['of_ours']:.2f}"
+            for entry in row["prompts"]
+        ]
+        lines.append(f"| {name} | {row['weight_mb']:.0f} MB | {numbers} | {' | '.join(prompts)} |")
+    return "\n".join(lines)
+
+
 def prompts_table() -> str:
     """Time until the first token of long prompts, from scripts.bench.prompts."""
     path = RESULTS / "prompts.json"

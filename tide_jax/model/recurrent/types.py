@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from tide_jax.errors import TideError
 from tide_jax.model.architecture_parts import PlainActivation, check_choice
 from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative, Positive
 from tide_jax.records import STRICT
+
+
+def _check_shares(name: str, heads: int, other_name: str, others: int) -> None:
+    """Raises TideError unless as many heads belong to each of some others."""
+    if others <= 0 or heads % others:
+        raise TideError(
+            f"{name}={heads} is not a multiple of {other_name}={others}; check the checkpoint's config.json"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +82,9 @@ class GatedDeltaType:
 
     __pydantic_config__ = STRICT
 
+    def __post_init__(self) -> None:
+        _check_shares("value_heads", self.value_heads, "key_heads", self.key_heads)
+
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
         channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
@@ -137,6 +149,11 @@ class StateSpaceType:
     kind: Literal["state_space"] = "state_space"
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        _check_shares("heads", self.heads, "groups", self.groups)
+        if len(self.step_limit) != 2 or self.step_limit[0] > self.step_limit[1]:
+            raise TideError(f"step_limit={self.step_limit} must be the least and the largest time step, in this order")
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
