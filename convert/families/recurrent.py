@@ -93,7 +93,7 @@ def without_attention(hf: Any, kind: RecurrentType, **flags: Any) -> DecoderConf
 def _selective(hf: Any, **flags: Any) -> SelectiveType:
     require(hf, hidden_act="silu", time_step_scale=1.0)
     return SelectiveType(
-        inner=int(hf.expand * hf.hidden_size),
+        inner=hf.intermediate_size,
         state_size=hf.state_size,
         step_rank=int(hf.time_step_rank),
         width=hf.conv_kernel,
@@ -155,6 +155,7 @@ def _bamba(hf: Any) -> DecoderConfig:
 
 
 def _jamba(hf: Any) -> DecoderConfig:
+    require(hf, hidden_act="silu")
     kind = SelectiveType(
         inner=hf.mamba_expand * hf.hidden_size,
         state_size=hf.mamba_d_state,

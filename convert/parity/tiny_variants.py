@@ -374,7 +374,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-conv-bias": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True}),
     "lfm2_moe-plain": ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.3}),
     "lfm3-pre": ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
-    "mamba-plain": ("mamba", {"use_bias": False, "use_conv_bias": False, "tie_word_embeddings": True}),
+    "mamba-plain": (
+        "mamba",
+        {"intermediate_size": 80, "use_bias": False, "use_conv_bias": False, "tie_word_embeddings": True},
+    ),
     "mamba2-plain": ("mamba2", {"use_bias": False, "tie_word_embeddings": True}),
     "nemotron_h-dense": (
         "nemotron_h",

@@ -213,12 +213,9 @@ class Walk(NamedTuple):
             everyone = self.exits is None or self.runs_on or active.size == 1  # a lone token is active
             for i in self.groups[g]:
                 reads = x if everyone else jnp.where(active, x, exit_input(self.model, self.exits, i, state))
-                layer = self.model.layers[i]
-                y, new = layer(reads, seen, None if self.cache is None else self.cache.layer(i))
+                cached, left = None if self.cache is None else self.cache.layer(i), None if everyone else ~state.active
+                y, new = self.model.layers[i](reads, seen, cached, left)
                 x = y if everyone else jnp.where(active, y, x)
-                if not everyone and not layer.keeps_inputs_alone:
-                    projected = layer.project_rows(reads, seen)
-                    new = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, projected)
                 rows.append(new)
             # Write the slots back, then make the exit decision.
             x = x if waits is None else jnp.where(waits[:, :, None], x, before)

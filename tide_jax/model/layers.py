@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.architecture import AttentionType, DecoderConfig
 from tide_jax.model.attention.differential import DifferentialAttention
@@ -99,13 +99,25 @@ class DecoderLayer(nnx.Module):
         self.mlp = mlp(config, dtype=dtype, rngs=rngs) if has_mlp else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: CachedRows | State | None
+        self,
+        x: Float[Array, "B T D"],
+        contexts: tuple[Context, ...],
+        cached: CachedRows | State | None,
+        left: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Rows]:
-        """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens."""
-        return _trace_once(self, x, contexts, cached)
+        """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens.
+
+        Args:
+          left: tokens that only leave behind what `project_rows` gives; their output is meaningless.
+        """
+        return _trace_once(self, x, contexts, cached, left)
 
     def _run(
-        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: CachedRows | State | None
+        self,
+        x: Float[Array, "B T D"],
+        contexts: tuple[Context, ...],
+        cached: CachedRows | State | None,
+        left: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Rows]:
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         mix: Any = self.attention or self.recurrent
@@ -118,17 +130,14 @@ class DecoderLayer(nnx.Module):
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         if isinstance(self.mlp, ChannelMix):
+            if left is not None:  # later tokens read this token's input, so it has to be the projected one
+                mlp_input = jnp.where(left[:, :, None], _apply(self.pre_mlp_norm, x), mlp_input)
             update, new = _mix_channels(self.mlp, mlp_input, new, contexts[self.layer_type], cached)
         else:
             update = self.mlp(mlp_input)
         stream = mlp_input if self.normed_residual else middle
         out = self._add(_multiply(stream, self.mlp_residual), update, self.post_mlp_norm)
         return whole_channels(_multiply(out, self.output_scale)), new
-
-    @property
-    def keeps_inputs_alone(self) -> bool:
-        """Whether what the layer keeps of a token depends on the layer's input alone, even when the layer runs."""
-        return not isinstance(self.mlp, ChannelMix)
 
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
         """What this layer would keep of `x`, without running it."""
@@ -154,9 +163,10 @@ def _trace_once(
     x: Float[Array, "B T D"],
     contexts: tuple[Context, ...],
     cached: CachedRows | State | None,
+    left: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T D"], Rows]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
-    return layer._run(x, contexts, cached)
+    return layer._run(x, contexts, cached, left)
 
 
 def _attention(
