@@ -25,7 +25,7 @@ from tide_jax.model.ops import einsum
 from tide_jax.model.recurrent.fades import fade_channels, fade_heads
 
 CHUNK = 64
-_FEW_TOKENS = 8  # a pass over drafts
+_BLOCK = 8  # tokens whose system is solved row after row
 CHANNEL_CHUNK = 128  # for fades of channels, whose products take more operations and few of each
 
 
@@ -94,19 +94,34 @@ def _step(state: Array, updates: Updates, delta: bool) -> tuple[Array, Array]:
 
 
 def _solve(strict: Float[Array, "B H c c"], right: Float[Array, "B H c d"]) -> Float[Array, "B H c d"]:
-    """The solution of a triangular system with ones on the diagonal.
+    """The solution of a triangular system with ones on the diagonal, by blocks of tokens.
 
-    A few tokens are solved one after the other: XLA on a GPU calls a library for such a system, and a loop with that
-    call is no CUDA graph.
+    Not `lax.linalg.triangular_solve`: on a CPU, calls of independent layers wait for each other forever (jaxlib 0.10),
+    and on a GPU it calls a library, which no CUDA graph can hold.
     """
-    size = strict.shape[-1]
-    if size > _FEW_TOKENS:
-        return lax.linalg.triangular_solve(strict, right, left_side=True, lower=True, unit_diagonal=True)
+    size, block = strict.shape[-1], min(_BLOCK, strict.shape[-1])
+    more = -size % block
+    strict = jnp.pad(strict, ((0, 0), (0, 0), (0, more), (0, more)))
+    right = jnp.pad(right, ((0, 0), (0, 0), (0, more), (0, 0)))
+    places = [slice(start, start + block) for start in range(0, size, block)]
+    # Invert the blocks on the diagonal, all at once, row after row.
+    blocks = jnp.stack([strict[:, :, place, place] for place in places], axis=2)
+    rows: list[Array] = []
+    for r, unit in enumerate(jnp.eye(block, dtype=strict.dtype)):
+        row = jnp.broadcast_to(unit, (*blocks.shape[:3], block))
+        for earlier, other in enumerate(rows):
+            row = row - blocks[..., r, earlier, None] * other
+        rows.append(row)
+    inverse = jnp.stack(rows, axis=-2)
+    # Then solve block after block.
     solved: list[Array] = []
-    for i in range(size):
-        earlier = [strict[:, :, i, j, None] * solved[j] for j in range(i)]
-        solved.append(right[:, :, i] - sum(earlier) if earlier else right[:, :, i])
-    return jnp.stack(solved, axis=2)
+    for i, place in enumerate(places):
+        rest = right[:, :, place]
+        if solved:
+            before = strict[:, :, place, : place.start]
+            rest = rest - einsum("bhck,bhkd->bhcd", before, jnp.concatenate(solved, axis=2))
+        solved.append(einsum("bhck,bhkd->bhcd", inverse[:, :, i], rest))
+    return jnp.concatenate(solved, axis=2)[:, :, :size]
 
 
 def _chunk(
