@@ -5,6 +5,7 @@ from __future__ import annotations
 from convert.weights import recurrent_takes, takes
 from convert.weights.parts import Names, linear, norm
 from convert.weights.rules import Target
+from tide_jax.model.recurrent.types import KimiDeltaType, LightningType, MatrixLSTMType
 
 
 def short_conv(name: str) -> Names:
@@ -107,9 +108,9 @@ def lightning(name: str) -> Names:
     """Lightning attention."""
     return {
         **linear(f"{name}.qkv_proj", "recurrent.qkv", recurrent_takes.lightning_qkv),
-        **linear(f"{name}.output_gate", "recurrent.output_gate", recurrent_takes.lightning_values),
-        **norm(f"{name}.norm", "recurrent.norm", recurrent_takes.lightning_norm),
-        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.lightning_in),
+        **linear(f"{name}.output_gate", "recurrent.output_gate", recurrent_takes.by_head(LightningType)),
+        **norm(f"{name}.norm", "recurrent.norm", recurrent_takes.by_head(LightningType)),
+        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.by_head_in(LightningType)),
     }
 
 
@@ -140,7 +141,7 @@ def gated_delta_apart(name: str) -> Names:
 
 def kimi_delta(name: str) -> Names:
     """Kimi delta attention, with full projections or such of low rank for fades and gate."""
-    heads = recurrent_takes.kimi_heads
+    heads = recurrent_takes.by_head(KimiDeltaType)
     return {
         **_convolutions(name),
         **linear(f"{name}.q_proj", "recurrent.q", heads),
@@ -153,7 +154,7 @@ def kimi_delta(name: str) -> Names:
         **linear(f"{name}.g_proj", "recurrent.output_gate", heads),
         **linear(f"{name}.g_a_proj", "recurrent.gate_down"),
         **linear(f"{name}.g_b_proj", "recurrent.output_gate", heads),
-        f"{name}.A_log": (Target("recurrent.fade", recurrent_takes.flat),),
+        f"{name}.A_log": (Target("recurrent.fade", takes.flatten),),
         f"{name}.dt_bias": (Target("recurrent.fade_bias", heads),),
         **norm(f"{name}.o_norm", "recurrent.norm"),
         **linear(f"{name}.o_proj", "recurrent.out"),
@@ -167,7 +168,7 @@ def matrix_lstm(name: str) -> Names:
     apart = ("q", "k", "v", "ogate_preact")
     return {
         **{
-            f"{name}.{source}.weight": (Target(f"recurrent.{part}.kernel", recurrent_takes.lstm_heads),)
+            f"{name}.{source}.weight": (Target(f"recurrent.{part}.kernel", recurrent_takes.by_head(MatrixLSTMType)),)
             for source, part in zip(apart, parts, strict=True)
         },
         f"{name}.qkv_opreact.weight": tuple(
@@ -176,8 +177,8 @@ def matrix_lstm(name: str) -> Names:
         **linear(f"{name}.igate_preact", "recurrent.gates", slot="0"),
         **linear(f"{name}.fgate_preact", "recurrent.gates", slot="1"),
         **linear(f"{name}.ifgate_preact", "recurrent.gates", takes.halves, takes.halves),
-        **norm(f"{name}.multihead_norm", "recurrent.norm", recurrent_takes.lstm_norm),
-        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.lstm_heads_in),
+        **norm(f"{name}.multihead_norm", "recurrent.norm", recurrent_takes.by_head(MatrixLSTMType)),
+        **linear(f"{name}.out_proj", "recurrent.out", recurrent_takes.by_head_in(MatrixLSTMType)),
     }
 
 

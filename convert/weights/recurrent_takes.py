@@ -11,7 +11,6 @@ from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.recurrent.types import (
     GatedDeltaType,
-    KimiDeltaType,
     LightningType,
     MatrixLSTMType,
     RecurrentType,
@@ -56,47 +55,35 @@ def group_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     return a.reshape(_only(c, StateSpaceType).groups, -1)
 
 
-def kimi_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """What Kimi delta attention has for each channel of its heads, [H * d, ...] to [..., H, d]."""
-    return a.T.reshape(*a.shape[1:], _only(c, KimiDeltaType).heads, -1)
+def by_head(kind: type[RecurrentType], heads: str = "heads") -> Take:
+    """What has channels of heads as its outputs, [H * c, ...] to [..., H, c]; `heads` is the type's field."""
+    return lambda a, c: a.T.reshape(*a.shape[1:], getattr(_only(c, kind), heads), -1)
 
 
-def flat(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A number for each head, without axes of size 1."""
-    return a.reshape(-1)
+def by_head_in(kind: type[RecurrentType]) -> Take:
+    """Output projection over channels of heads, [D, H * c] to [H, c, D]."""
+    return lambda a, c: a.T.reshape(_only(c, kind).heads, -1, a.shape[0])  # type: ignore[union-attr]
 
 
-def delta_keys(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Queries or keys, [h * dk, D] to [D, h, dk]."""
-    return a.T.reshape(a.shape[1], _only(c, GatedDeltaType).key_heads, -1)
+delta_keys, delta_values = (by_head(GatedDeltaType, heads) for heads in ("key_heads", "value_heads"))
 
 
-def delta_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Values or their gate, [H * dv, D] to [D, H, dv]."""
-    return a.T.reshape(a.shape[1], _only(c, GatedDeltaType).value_heads, -1)
+def _delta_channels(c: DecoderConfig, number: int) -> slice:
+    """Channels of queries, keys or values, where these lie one after the other."""
+    kind = _only(c, GatedDeltaType)
+    ends = np.cumsum([0, *(kind.key_heads * kind.key_dim,) * 2, kind.value_heads * kind.value_dim])
+    return slice(ends[number], ends[number + 1])
 
 
 def delta_part(number: int) -> Take:
     """Queries, keys or values of one Linear [2 h dk + H dv, D]: [D, heads, channels]."""
-
-    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        kind = _only(c, GatedDeltaType)
-        keys = kind.key_heads * kind.key_dim
-        part = a[(0, keys, 2 * keys)[number] : (keys, 2 * keys, a.shape[0])[number]]
-        return delta_values(part, c) if number == 2 else delta_keys(part, c)
-
-    return take
+    take = delta_values if number == 2 else delta_keys
+    return lambda a, c: take(a[_delta_channels(c, number)], c)
 
 
 def delta_filters(number: int) -> Take:
     """Filters of queries, keys or values, from one convolution [2 h dk + H dv, 1, K]: [channels, K]."""
-
-    def take(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-        kind = _only(c, GatedDeltaType)
-        keys = kind.key_heads * kind.key_dim
-        return a[(0, keys, 2 * keys)[number] : (keys, 2 * keys, a.shape[0])[number], 0]
-
-    return take
+    return lambda a, c: a[_delta_channels(c, number), 0]
 
 
 def delta_part_by_head(number: int) -> Take:
@@ -123,21 +110,6 @@ def delta_gate_by_head(number: int) -> Take:
     return take
 
 
-def lstm_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Queries, keys, values or output gate of an mLSTM, [H * channels, D] to [D, H, channels]."""
-    return a.T.reshape(a.shape[1], _only(c, MatrixLSTMType).heads, -1)
-
-
-def lstm_heads_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Output projection of an mLSTM, [D, H * dv] to [H, dv, D]."""
-    return a.T.reshape(_only(c, MatrixLSTMType).heads, -1, a.shape[0])
-
-
-def lstm_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Scale of the norm over heads, [H * dv] to [H, dv]."""
-    return a.reshape(_only(c, MatrixLSTMType).heads, -1)
-
-
 def lstm_part(number: int) -> Take:
     """Queries, keys, values or output gate of one Linear [2 H dk + 2 H dv, D]: [D, H, channels]."""
 
@@ -145,7 +117,7 @@ def lstm_part(number: int) -> Take:
         kind = _only(c, MatrixLSTMType)
         keys, values = kind.heads * kind.key_dim, kind.heads * kind.value_dim
         ends = np.cumsum([0, keys, keys, values, values])
-        return lstm_heads(a[ends[number] : ends[number + 1]], c)
+        return by_head(MatrixLSTMType)(a[ends[number] : ends[number + 1]], c)
 
     return take
 
@@ -163,18 +135,3 @@ def lightning_qkv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Queries, keys and values of lightning attention, head by head: [H * 3 * hd, D] to [D, 3, H, hd]."""
     kind = _only(c, LightningType)
     return a.T.reshape(a.shape[1], kind.heads, 3, kind.head_dim).swapaxes(1, 2)
-
-
-def lightning_values(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Gate of lightning attention, [H * hd, D] to [D, H, hd]."""
-    return a.T.reshape(a.shape[1], _only(c, LightningType).heads, -1)
-
-
-def lightning_norm(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Scale of the norm over all heads, [H * hd] to [H, hd]."""
-    return a.reshape(_only(c, LightningType).heads, -1)
-
-
-def lightning_in(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Output projection of lightning attention, [D, H * hd] to [H, hd, D]."""
-    return a.T.reshape(_only(c, LightningType).heads, -1, a.shape[0])

@@ -70,7 +70,7 @@ class KVCache(NamedTuple):
         """
         zero = jnp.int32(0)
         order = TokenOrder.of(positions >= 0)
-        orders = [order if counts is None else order.only_if(c) for c in counts or self.layers]
+        orders = [order] * len(self.layers) if counts is None else [order.only_if(c) for c in counts]
         grown = zip(layers, self.layers, new, orders, strict=True)
         return KVCache(
             layers=tuple(_append(layer, memory, rows, self.length, order) for layer, memory, rows, order in grown),

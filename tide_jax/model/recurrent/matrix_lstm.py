@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.norms import Norm
 from tide_jax.model.ops import Dense, together
+from tide_jax.model.recurrent.delta import flat
 from tide_jax.model.recurrent.linear import Updates, run_linear
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.types import MatrixLSTMType
@@ -69,7 +70,7 @@ class MatrixLSTM(Mixer):
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T H dv"]]:
         *parts, gate = together(x, [self.q, self.k, self.v, self.gates, self.output_gate])
-        return jnp.concatenate([part.reshape(*x.shape[:2], -1) for part in parts], axis=-1), gate
+        return flat(parts), gate
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, GatedUpdates]:
         kind, (batch, tokens) = self.kind, inputs.shape[:2]
