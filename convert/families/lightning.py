@@ -11,7 +11,7 @@ from convert.families.recurrent import mixed
 from convert.weights.parts import MIXTRAL_EXPERTS, OUTER_RULES, PRE_NORMS, llama_weights
 from convert.weights.recurrent_parts import lightning
 from convert.weights.rules import ignore
-from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.architecture import AddScales, DecoderConfig
 from tide_jax.model.recurrent.types import LightningType
 
 
@@ -23,8 +23,10 @@ def _minimax(hf: Any) -> DecoderConfig:
         hf,
         [_fading(layer, i / (hf.num_hidden_layers - 1 + 1e-5)) for i, layer in enumerate(layers)],
         normed_residual=True,
-        stream_scale=_one_factor(hf, "alpha"),
-        residual_scale=_one_factor(hf, "beta"),
+        stream_scale=float(hf.full_attn_alpha_factor),
+        residual_scale=float(hf.full_attn_beta_factor),
+        recurrent_scales=_factors(hf, "linear_attn"),
+        mlp_scales=_factors(hf, "mlp"),
         moe=mixture(hf, hf.num_local_experts),
     )
 
@@ -34,12 +36,8 @@ def _fading(layer: Any, depth: float) -> Any:
     return dataclasses.replace(layer, fade=1 - depth + 1e-5) if isinstance(layer, LightningType) else layer
 
 
-def _one_factor(hf: Any, name: str) -> float:
-    """The factor of all sublayers. Raises TideError if they differ."""
-    names = [f"{part}_{name}_factor" for part in ("mlp", "full_attn", "linear_attn")]
-    factor = getattr(hf, names[0])
-    require(hf, **dict.fromkeys(names, factor))
-    return float(factor)
+def _factors(hf: Any, part: str) -> AddScales:
+    return AddScales(*(float(getattr(hf, f"{part}_{name}_factor")) for name in ("alpha", "beta")))
 
 
 MINIMAX = llama_weights(

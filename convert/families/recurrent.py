@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ from convert.weights.parts import (
 from convert.weights.recurrent_parts import selective, short_conv, state_space
 from convert.weights.rules import Rule, Target, ignore
 from tide_jax.errors import TideError
-from tide_jax.model.architecture import AttentionType, DecoderConfig
+from tide_jax.model.architecture import AddScales, AttentionType, DecoderConfig
 from tide_jax.model.recurrent.types import (
     NothingType,
     RecurrentType,
@@ -152,6 +153,37 @@ def mamba2_of(hf: Any) -> StateSpaceType:
 def _bamba(hf: Any) -> DecoderConfig:
     layers = mixed(hf, {"linear_attention": mamba2_of(hf)}, rotary_layers(hf, attention_kinds(hf)))
     return decoder(hf, layers, mlp_bias=hf.mlp_bias, **biases(hf.attention_bias))
+
+
+def _falcon_h1(hf: Any) -> DecoderConfig:
+    """Attention and Mamba-2 side by side; every product has a multiplier (muP), those of the attention in one place."""
+    require(hf, projectors_bias=bool(hf.mamba_proj_bias))
+    if hf.attention_bias:
+        require(hf, attention_in_multiplier=1.0, attention_out_multiplier=1.0)
+    if hf.mamba_proj_bias:
+        require(hf, ssm_in_multiplier=1.0)
+    read, (gate, down) = float(hf.attention_in_multiplier), hf.mlp_multipliers
+    scale = head_dim(hf) ** -0.5 * read**2 * float(hf.key_multiplier)
+    norm = "before_gate" if hf.mamba_norm_before_gate else "after_gate"
+    beside = dataclasses.replace(
+        mamba2_of(hf),
+        norm=norm if hf.mamba_rms_norm else "none",
+        scales=tuple(float(hf.ssm_in_multiplier * multiplier) for multiplier in hf.ssm_multipliers),
+        output_scale=float(hf.ssm_out_multiplier),
+    )
+    return decoder(
+        hf,
+        rotary_layers(hf, scale=scale),
+        recurrent_types=(beside,),
+        beside_attention=0,
+        value_scale=read * float(hf.attention_out_multiplier),
+        mlp_gate_scale=float(gate),
+        mlp_scales=AddScales(update=float(down)),
+        mlp_bias=hf.mlp_bias,
+        embedding_scale=float(hf.embedding_multiplier),
+        logit_scale=float(hf.lm_head_multiplier),
+        **biases(hf.attention_bias),
+    )
 
 
 def _jamba(hf: Any) -> DecoderConfig:
@@ -328,5 +360,6 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(_mamba2, MAMBA2),
     "nemotron_h": Family(_nemotron_h, NEMOTRON_H),
     "jamba": Family(_jamba, _with_final_layernorm(selective("mamba"))),
+    "falcon_h1": Family(_falcon_h1, _with_final_layernorm(state_space("mamba"))),
     "bamba": Family(_bamba, _with_final_layernorm(state_space("mamba"))),
 }

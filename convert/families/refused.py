@@ -15,7 +15,6 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    "falcon_h1": "each of its layers has attention and a state-space layer side by side",
     **_types("zamba zamba2", _SHARED_BLOCK),
     **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),
     **_types("musicgen musicgen_melody", _CODEBOOKS),

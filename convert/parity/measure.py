@@ -27,7 +27,8 @@ from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, advance, empty_cache
 from tide_jax.model.decoder import Decoder
 from tide_jax.model.files.checkpoint import load
-from tide_jax.model.layers import DecoderLayer, Rows
+from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.memory import Memory, Rows, by_part
 from tide_jax.model.recurrent.mixer import State
 from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.testing import constant_routers
@@ -238,11 +239,10 @@ def _walk_layers(model: Decoder, batch: Batch, may_exit: np.ndarray) -> np.ndarr
         x, contexts = _embed(model, *(jnp.asarray(a) for a in (now.tokens, now.positions, cached_positions)))
         for i, layer in enumerate(model.layers):
             exited = exits[:, t] & (i > _middle_layer(model))
-            x, new = _run_layer(layer, x, contexts, memory[i], jnp.asarray(exited))
-            if isinstance(memory[i], State):
-                memory[i] = _take_in(layer, memory[i], new, jnp.asarray(now.positions >= 0))
-            else:
-                memory[i][t] = new
+            cached = by_part(memory[i], slots=_joined, state=lambda state: state)
+            x, new = _run_layer(layer, x, contexts, cached, jnp.asarray(exited))
+            take_in = functools.partial(_take_in, layer, real=jnp.asarray(now.positions >= 0))
+            memory[i] = by_part(memory[i], new, slots=functools.partial(_replaced, at=t), state=take_in)
         states.append(x)
     return np.asarray(_run_head(model, jnp.concatenate(states, axis=1)))
 
@@ -264,12 +264,9 @@ def _embed(
 
 @_jit
 def _run_layer(
-    layer: DecoderLayer, x: Array, contexts: Any, memory: list[KeyValue] | State, exited: Bool[Array, " B"]
+    layer: DecoderLayer, x: Array, contexts: Any, cached: Any, exited: Bool[Array, " B"]
 ) -> tuple[Float[Array, "B 1 D"], Rows]:
     """Runs a layer on one token of each row. Rows that exited keep the residual stream, and the layer keeps that."""
-    cached: Any = memory
-    if not isinstance(memory, State):
-        cached = KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*memory, strict=True)))
     y, new = layer(x, contexts, cached)
 
     def choose(a: Array, b: Array) -> Array:
@@ -285,8 +282,17 @@ def _take_in(layer: DecoderLayer, state: State, inputs: Array, real: Bool[Array,
     return advance(layer, state, inputs, TokenOrder.of(real))
 
 
-def _start(memory: KeyValue | State, length: int) -> list[KeyValue] | State:
-    return memory if isinstance(memory, State) else [KeyValue(*(a[:, :, :1] for a in memory))] * length
+def _start(memory: Memory, length: int) -> Any:
+    """A layer's memory before the first token, with a list of each token's keys and values."""
+    return by_part(memory, slots=lambda kv: [KeyValue(*(a[:, :, :1] for a in kv))] * length, state=lambda state: state)
+
+
+def _joined(tokens: list[KeyValue]) -> KeyValue:
+    return KeyValue(*(jnp.concatenate(parts, axis=2) for parts in zip(*tokens, strict=True)))
+
+
+def _replaced(tokens: list[KeyValue], new: KeyValue, at: int) -> list[KeyValue]:
+    return [*tokens[:at], new, *tokens[at + 1 :]]
 
 
 _PROGRAMS: tuple[Any, ...] = (_run_forward, _run_depth, _run_head, _embed, _run_layer, _take_in)

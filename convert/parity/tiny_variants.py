@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.parity.tiny_recurrent import RECURRENT_VARIANTS
+
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _GROUPED = {"n_group": 4, "topk_group": 2, "n_routed_experts": 8, "num_experts_per_tok": 3}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -15,7 +17,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bart-scaled": ("bart", {"scale_embedding": True}),
     "bert-relu": ("bert", {"hidden_act": "relu"}),
     "codegen-partial": ("codegen", {"rotary_dim": 4}),
-    "bailing_hybrid-no-limit": ("bailing_hybrid", {"kda_safe_gate": False, "attention_bias": False}),
     "cohere-qk-norm": ("cohere", {"use_qk_norm": True, "attention_bias": False}),
     "cohere2_moe-shared": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "num_shared_experts": 2}),
     "cohere2_moe-dense-first": (
@@ -70,11 +71,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
     "gpt_neox-no-bias": ("gpt_neox", {"rotary_pct": 1.0, "attention_bias": False, "hidden_act": "gelu_fast"}),
     "gpt_oss-default-rope": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
-    "granitemoehybrid-nope": ("granitemoehybrid", {"position_embedding_type": None}),
-    "granitemoehybrid-dense": (
-        "granitemoehybrid",
-        {"num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True},
-    ),
     "hunyuan_v1_dense-dynamic": (
         "hunyuan_v1_dense",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
@@ -84,25 +80,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}, "max_position_embeddings": 16},
     ),
     "jetmoe-one": ("jetmoe", {"num_experts_per_tok": 1}),
-    "kimi_linear-no-q-lora": ("kimi_linear", {"q_lora_rank": None, "attention_bias": False}),
-    "lfm2-attention": ("lfm2", {"full_attn_idxs": [0, 1, 2, 3, 4]}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
     "llama4_text-dense": ("llama4_text", {"moe_layers": [], "use_qk_norm": False, "attn_temperature_tuning": False}),
     "llama4_text-moe": ("llama4_text", {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2}),
-    "minimax-attention": ("minimax", {"layer_types": [_FULL] * 5}),
-    "minimax-lightning": ("minimax", {"layer_types": ["linear_attention"] * 5}),
-    "minimax-plain": (
-        "minimax",
-        {"sliding_window": None, "head_dim": None}
-        | {f"{part}_{name}_factor": 1 for part in ("mlp", "full_attn", "linear_attn") for name in ("alpha", "beta")},
-    ),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "mixtral-window": ("mixtral", {"sliding_window": None, "num_experts_per_tok": 1}),
     "mpt-clipped": ("mpt", {"attn_config": {"clip_qkv": 1.2, "softmax_scale": 0.3}}),
     "mpt-qk-norm": ("mpt", {"attn_config": {"qk_ln": True}}),
     "nemotron-bare": ("nemotron", {"attention_bias": False, "mlp_bias": False, "head_dim": None}),
-    "olmo_hybrid-nope": ("olmo_hybrid", {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
-    "olmo_hybrid-rates": ("olmo_hybrid", {"linear_allow_neg_eigval": False, "attention_bias": False}),
     "olmo-clipped": ("olmo", {"clip_qkv": 0.9}),
     "olmoe-clipped": ("olmoe", {"clip_qkv": 0.9, "norm_topk_prob": True}),
     "opt-post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
@@ -131,17 +116,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"decoder_sparse_step": 1, "mlp_only_layers": [2], "qkv_bias": False, "norm_topk_prob": True},
     ),
     "qwen3-full": ("qwen3", {"use_sliding_window": False, "attention_bias": False}),
-    "qwen3_next-attention": ("qwen3_next", {"layer_types": [_FULL] * 5}),
-    "recurrent_gemma-gelu": (
-        "recurrent_gemma",
-        {
-            "block_types": ["recurrent", _SLIDING],
-            "hidden_activation": "gelu",
-            "attention_bias": False,
-            "partial_rotary_factor": 1.0,
-            "tie_word_embeddings": True,
-        },
-    ),
     "roformer-value": ("roformer", {"rotary_value": True}),
     "seed_oss-biases": ("seed_oss", {"attention_bias": False, "attention_out_bias": True}),
     "smollm3-full": ("smollm3", {"use_sliding_window": False, "no_rope_layer_interval": 2}),
@@ -352,49 +326,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_value_scale": None, "attention_bias": False, "v_head_dim": 18, "num_attention_heads": 8},
     ),
     "jetmoe-eps": ("jetmoe", {"rms_norm_eps": 0.1, "num_experts_per_tok": 3, "tie_word_embeddings": True}),
-    "granitemoehybrid-recurrent": (
-        "granitemoehybrid",
-        {"layer_types": ["linear_attention", _FULL, _FULL, "linear_attention", _FULL], "mamba_n_groups": 2},
-    ),
-    "granitemoehybrid-recurrent-nope": (
-        "granitemoehybrid",
-        {
-            "layer_types": ["linear_attention", "linear_attention", _FULL, "linear_attention", "linear_attention"],
-            "position_embedding_type": "nope",
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-        },
-    ),
-    "bamba-groups": ("bamba", {"mamba_n_groups": 2, "mamba_proj_bias": True}),
-    "jamba-dense": (
-        "jamba",
-        {"num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1},
-    ),
-    "jamba-bias": ("jamba", {"mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True}),
-    "lfm2-conv-bias": ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True}),
-    "lfm2_moe-plain": ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.3}),
-    "lfm3-pre": ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
-    "mamba-plain": (
-        "mamba",
-        {"intermediate_size": 80, "use_bias": False, "use_conv_bias": False, "tie_word_embeddings": True},
-    ),
-    "mamba2-plain": ("mamba2", {"use_bias": False, "tie_word_embeddings": True}),
-    "nemotron_h-dense": (
-        "nemotron_h",
-        {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]},
-    ),
-    "qwen3_next-plain": (
-        "qwen3_next",
-        {"attention_bias": False, "mlp_only_layers": [0, 2], "norm_topk_prob": False, "tie_word_embeddings": True},
-    ),
-    "qwen3_5_text-one-head": ("qwen3_5_text", {"linear_num_key_heads": 4, "linear_num_value_heads": 4}),
     "glm_moe_dsa-short": (
         "glm_moe_dsa",
         {"index_topk": 64, "indexer_types": ["full", "full", "shared", "shared", "full"]},
     ),
-    "rwkv-rescaled": ("rwkv", {"rescale_every": 2, "intermediate_size": None, "tie_word_embeddings": True}),
-    "xlstm-caps": ("xlstm", {"qk_dim_factor": 1.0, "gate_soft_cap": 3.0, "output_logit_soft_cap": 4.0}),
-}
+} | RECURRENT_VARIANTS
 """Maps a name for tests and tables to the model type and fields that override those of `TYPES`."""
 
 REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -402,7 +338,6 @@ REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 20},
     ),
-    "minimax-factors": ("minimax", {"mlp_alpha_factor": 2.0}),
     "gemma4_text-per-layer": ("gemma4_text", {"hidden_size_per_layer_input": 20}),
 }
 """Variants of supported types that are refused by name."""

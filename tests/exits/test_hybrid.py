@@ -26,9 +26,12 @@ NEW = 2 * QUEUE_LENGTH + 3  # the queue fills more than once
 FLOAT32_NOISE = 1e-5
 
 
+MODELS = pytest.mark.parametrize("model_name", ["hybrid", "side by side"])
+
+
 @functools.cache
-def engine_of(strategy: Any) -> TIDE:
-    return routed_engine("hybrid", exit_threshold=0.45, kv_strategy=strategy)
+def engine_of(name: str, strategy: Any) -> TIDE:
+    return routed_engine(name, exit_threshold=0.45, kv_strategy=strategy)
 
 
 def check_against_brute_force(engine: TIDE, prompts: list[list[int]], rows: tuple[int, ...]) -> None:
@@ -43,27 +46,32 @@ def check_against_brute_force(engine: TIDE, prompts: list[list[int]], rows: tupl
         assert out.exit_layers[b].tolist() == exit_layers, b
 
 
+@MODELS
 @pytest.mark.parametrize("strategy", ["propagate", "recompute"])
-def test_ragged_rows_generate_as_the_brute_force(strategy: str) -> None:
-    check_against_brute_force(engine_of(strategy), PROMPTS, (0, 1, 2))
+def test_ragged_rows_generate_as_the_brute_force(strategy: str, model_name: str) -> None:
+    check_against_brute_force(engine_of(model_name, strategy), PROMPTS, (0, 1, 2))
 
 
-def test_rows_projected_at_once_are_the_brute_forces() -> None:
+@MODELS
+def test_rows_projected_at_once_are_the_brute_forces(model_name: str) -> None:
     """Larger batches do not defer."""
     prompts = random_prompts((5, 3, 4, 2, 5, 1, 6, 3, 4))
     assert len(prompts) > MOST_ROWS
-    check_against_brute_force(engine_of("propagate").with_config(prefill_exits=True), prompts, (0, 5, 8))
+    check_against_brute_force(engine_of(model_name, "propagate").with_config(prefill_exits=True), prompts, (0, 5, 8))
 
 
+@MODELS
 @pytest.mark.parametrize("strategy", ["propagate", "recompute"])
-def test_streaming_is_generating(strategy: str) -> None:
-    out = engine_of(strategy).generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
-    steps = list(engine_of(strategy).stream(PROMPTS, max_new_tokens=NEW, eos_token_id=[]))
+def test_streaming_is_generating(strategy: str, model_name: str) -> None:
+    engine = engine_of(model_name, strategy)
+    out = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
+    steps = list(engine.stream(PROMPTS, max_new_tokens=NEW, eos_token_id=[]))
     np.testing.assert_array_equal(np.stack([s.tokens for s in steps], axis=1), out.tokens)
 
 
-def test_a_prompt_in_chunks_leaves_the_states_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tiny_model(CONFIGS["hybrid"]), [PROMPTS[2], PROMPTS[0]]
+@MODELS
+def test_a_prompt_in_chunks_leaves_the_states_of_the_whole(model_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model(CONFIGS[model_name]), [PROMPTS[2], PROMPTS[0]]
     whole = states_after(model, prompts)
     monkeypatch.setattr(generate, "PREFILL_CHUNK", 5)
     for found, expected in zip(states_after(model, prompts), whole, strict=True):

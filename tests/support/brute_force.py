@@ -14,7 +14,7 @@ import numpy as np
 from brute_force_recurrent import RecurrentLayer
 
 from tide_jax.exits.router import SCREEN_LEVELS, Routers
-from tide_jax.model.architecture import AttentionType, QKNorm
+from tide_jax.model.architecture import AddScales, AttentionType, QKNorm
 from tide_jax.model.decoder import Decoder, parameters
 from tide_jax.model.recurrent.types import NothingType
 
@@ -43,6 +43,15 @@ class Walked:
 
 
 @dataclasses.dataclass
+class Kept:
+    """What a layer keeps of a token: key and value, inputs to its state, or both."""
+
+    key: np.ndarray | None = None
+    value: np.ndarray | None = None
+    inputs: np.ndarray | None = None
+
+
+@dataclasses.dataclass
 class BruteForce:
     """A model, its routers and its dials; `exact`: tokens that have left run their other layers all the same, for their
     keys and values."""
@@ -58,8 +67,9 @@ class BruteForce:
         self.weights = {path: np.asarray(a, np.float64) for path, a in parameters(self.model).items()}
         self.recurrent = {
             layer: RecurrentLayer(kind, _below(f"layers.{layer}.recurrent.", self.weights))
-            for layer, kind in enumerate(map(self.config.layer_type, range(self.config.num_layers)))
-            if not isinstance(kind, AttentionType | NothingType)
+            for layer in range(self.config.num_layers)
+            for kind in (self.config.layer_type(layer), self.config.recurrent_beside(layer))
+            if kind is not None and not isinstance(kind, AttentionType | NothingType)
         }
 
     def generate(
@@ -74,19 +84,16 @@ class BruteForce:
 
     def walk(self, row: list[int], prompt_length: int) -> Walked:
         """Runs a row; tokens before `prompt_length`, and the first one, run every layer."""
-        keys: list[list[np.ndarray]] = [[] for _ in range(self.config.num_layers)]
-        values: list[list[np.ndarray]] = [[] for _ in range(self.config.num_layers)]
+        kept: list[list[Kept]] = [[] for _ in range(self.config.num_layers)]
         walked = Walked(np.zeros((len(row), self.config.vocab_size)), [], math.inf)
         for position, token in enumerate(row):
             x, state, left = self._embed(token, position), None, self.config.num_layers - 1
             for layer in range(self.config.num_layers):
                 going_on = state is None or self.exact
-                key, value = self._kept(layer, x if going_on else self._translated(left, layer, x), position)
-                keys[layer].append(key)
-                values[layer].append(value)
+                kept[layer].append(self._kept(layer, x if going_on else self._translated(left, layer, x), position))
                 if not going_on:
                     continue  # it has left: only its keys and values go on
-                x = self._layer(layer, x, position, keys[layer], values[layer])
+                x = self._layer(layer, x, position, kept[layer])
                 exit_points = self.routers.exit_points if self.routers is not None else ()
                 allowed = position >= max(prompt_length, 1) and layer + 1 >= self.min_layers
                 if state is not None or layer not in exit_points or not allowed:
@@ -161,29 +168,33 @@ class BruteForce:
         logits = kernel @ x + self.weights.get("head.bias", 0.0)
         return _softcap(logits * self.config.logit_scale, self.config.logit_softcap)
 
-    def _layer(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
+    def _layer(self, layer: int, x: np.ndarray, position: int, kept: list[Kept]) -> np.ndarray:
         name, config = f"layers.{layer}", self.config
         normed, middle = self._norm(f"{name}.pre_attention_norm", x), x
         residual = normed if config.normed_residual else x
+        mixed = []
+        if isinstance(config.layer_type(layer), AttentionType):
+            mixed.append(self._attend(layer, normed, position, kept))
         if layer in self.recurrent:
-            middle = self._add(f"{name}.post_attention_norm", residual, self.recurrent[layer].mix(normed, keys))
-        elif isinstance(config.layer_type(layer), AttentionType):
-            attended = self._attend(layer, normed, position, keys, values)
-            middle = self._add(f"{name}.post_attention_norm", residual, attended)
+            mixed.append(self.recurrent[layer].mix(normed, [token.inputs for token in kept]))
+        if mixed:
+            middle = self._add(f"{name}.post_attention_norm", residual, sum(mixed), config.add_scales(layer))
         if not config.has_mlp(layer):
             return middle
         mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
         fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
-        return self._add(f"{name}.post_mlp_norm", mlp_input if config.normed_residual else middle, fed)
+        residual = mlp_input if config.normed_residual else middle
+        return self._add(f"{name}.post_mlp_norm", residual, fed, config.mlp_add_scales)
 
-    def _add(self, norm: str, x: np.ndarray, update: np.ndarray) -> np.ndarray:
-        x = x * self.config.stream_scale
+    def _add(self, norm: str, x: np.ndarray, update: np.ndarray, scales: AddScales) -> np.ndarray:
+        x = x * scales.stream
         if self.config.norm_placement == "residual":
-            return self._norm(norm, x + self.config.residual_scale * update)
-        return x + self.config.residual_scale * self._norm(norm, update)
+            return self._norm(norm, x + scales.update * update)
+        return x + scales.update * self._norm(norm, update)
 
-    def _attend(self, layer: int, x: np.ndarray, position: int, keys: list, values: list) -> np.ndarray:
+    def _attend(self, layer: int, x: np.ndarray, position: int, kept: list[Kept]) -> np.ndarray:
         name, kind = f"layers.{layer}.attention", self.config.layer_type(layer)
+        keys, values = [token.key for token in kept], [token.value for token in kept]
         queries = self._queries(layer, x, position)
         seen = [p for p in range(position + 1) if _sees(kind, position, p)]
         group = len(queries) // len(keys[0])
@@ -220,20 +231,23 @@ class BruteForce:
         nope = np.einsum("hn,rhn->hr", queries[:, : latent.nope_dim], self.weights[f"{name}.k_up.kernel"])
         return np.concatenate([nope, self._rotate(layer, queries[:, latent.nope_dim :], position)], axis=1)
 
-    def _kept(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """What a layer keeps of a token: key and value, or inputs to its state."""
+    def _kept(self, layer: int, x: np.ndarray, position: int) -> Kept:
+        """What a layer keeps of a token."""
+        kept = Kept()
+        if isinstance(self.config.layer_type(layer), AttentionType):
+            kept = Kept(*self._key_value(layer, x, position))
         if layer in self.recurrent:
-            return self.recurrent[layer].inputs(self._norm(f"layers.{layer}.pre_attention_norm", x)), None
-        if isinstance(self.config.layer_type(layer), NothingType):
-            return np.zeros(0), None
-        return self._key_value(layer, x, position)
+            kept.inputs = self.recurrent[layer].inputs(self._norm(f"layers.{layer}.pre_attention_norm", x))
+        return kept
 
     def _key_value(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
         name, latent = f"layers.{layer}.attention", self.config.latent
         x = self._norm(f"layers.{layer}.pre_attention_norm", x)
         if latent is None:
             both = self._dense(f"{name}.kv", x)
-            return self._placed(layer, f"{name}.k_norm", both[:, 0], position), self._clip(both[:, 1])
+            return self._placed(layer, f"{name}.k_norm", both[:, 0], position), self._clip(
+                both[:, 1]
+            ) * self.config.value_scale
         down = self._dense(f"{name}.kv_down", x)
         vector = _rms(down[: latent.kv_rank], latent.norm_eps) * self.weights[f"{name}.kv_norm.scale"]
         vector = (latent.kv_scale * vector)[None]
@@ -289,7 +303,7 @@ class BruteForce:
         act = _ACTIVATIONS[self.config.activation]
         if self.config.mlp_gated:
             gate, up = self._dense(f"{name}.gate_up", x)
-            hidden = act(gate) * up
+            hidden = act(self.config.mlp_gate_scale * gate) * up
         else:
             hidden = act(self._dense(f"{name}.up", x))
         return self._dense(f"{name}.down", self._norm(f"{name}.sub_norm", hidden))

@@ -32,7 +32,10 @@ class RecurrentLayer:
             case GatedDeltaType():
                 return np.concatenate([self._dense(part, x).reshape(-1) for part in ("q", "k", "v", "gates")])
             case StateSpaceType():
-                return np.concatenate([self._dense("stream", x), self._dense("step", x)])
+                keys = self.kind.groups * self.kind.state_size
+                sizes = self.kind.heads * self.kind.head_dim, keys, keys, self.kind.heads
+                both = np.concatenate([self._dense("stream", x), self._dense("step", x)])
+                return both * np.repeat(self.kind.scales[1:], sizes)
             case SelectiveType():
                 return self._dense("stream_gate", x)[0]
         raise NotImplementedError(self.kind)
@@ -89,9 +92,14 @@ class RecurrentLayer:
                 step = np.clip(step, *kind.step_limit)
                 state[h] = np.exp(-np.exp(self.weights["fade"][h]) * step) * state[h] + step * np.outer(key, value)
                 out[h] = query @ state[h] + self.weights["passed"][h] * value
-        gated = (out.reshape(-1) * _silu(self._dense("gate", x))).reshape(kind.groups, -1)
-        gated /= np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + kind.norm_eps)
-        return self._dense("out", (gated * self.weights["norm.scale"]).reshape(-1))
+        gate, out = _silu(kind.scales[0] * self._dense("gate", x)), out.reshape(-1)
+        out = out * gate if kind.norm == "after_gate" else out
+        if kind.norm != "none":
+            groups = out.reshape(kind.groups, -1)
+            groups = groups / np.sqrt(np.mean(groups**2, axis=-1, keepdims=True) + kind.norm_eps)
+            out = (groups * self.weights["norm.scale"]).reshape(-1)
+        out = out if kind.norm == "after_gate" else out * gate
+        return kind.output_scale * self._dense("out", out)
 
     def _selective(self, x: np.ndarray, mixed: list[np.ndarray]) -> np.ndarray:
         kind = self.kind

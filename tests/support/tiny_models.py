@@ -12,6 +12,7 @@ import pytest
 
 from tide_jax import TIDE, ExitConfig
 from tide_jax.model.architecture import (
+    AddScales,
     AttentionType,
     DecoderConfig,
     LatentConfig,
@@ -22,6 +23,7 @@ from tide_jax.model.architecture import (
 )
 from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.recurrent.types import StateSpaceType
 from tide_jax.testing import random_routers, tiny_config, tiny_hybrid_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
@@ -116,6 +118,15 @@ CONFIGS: dict[str, DecoderConfig] = {
     ),
     "sliding windows": tiny_config(num_layers=4, attention_types=(_GLOBAL, _SLIDING), layer_pattern=(1, 0, 1, 1)),
     "hybrid": tiny_hybrid_config(),
+    "side by side": tiny_config(
+        recurrent_types=(
+            StateSpaceType(6, 8, 2, 10, 4, norm="before_gate", scales=(0.7, 1.3, 0.6, 1.2, 0.9), output_scale=0.8),
+        ),
+        beside_attention=0,
+        value_scale=1.4,
+        mlp_gate_scale=0.8,
+        mlp_scales=AddScales(stream=0.9, update=0.6),
+    ),
 }
 
 

@@ -12,7 +12,8 @@ from pallas_kernels.common import NormSettings, NormWeights
 from pallas_kernels.kv_fill import IMPLEMENTATIONS, KVRows, KVWeights, Rotary, Settings, kv_fill
 from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.span import KeyValue
-from tide_jax.model.layers import Context, DecoderLayer, Rows
+from tide_jax.model.layers import Context, DecoderLayer
+from tide_jax.model.memory import Rows
 from tide_jax.model.norms import GatedNorm, Norm
 from tide_jax.model.sharding import on_mesh
 
@@ -84,6 +85,7 @@ def unsupported(layer: DecoderLayer) -> str | None:
     norm = attention.k_norm
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
     reasons = {
+        "a recurrent layer runs beside its attention": layer.recurrent is not None,
         "the norm before it has a gate": isinstance(layer.pre_attention_norm, GatedNorm),
         "values are not projected beside keys": attention.value is not None or attention.kv.outputs[1] != 2,
         "its weights are 8-bit integers, which would become floats in memory": attention.kv.scale is not None,

@@ -18,7 +18,7 @@ from tide_jax.exits.walk import Walk, anyone_active, groups_of
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.layers import Rows
+from tide_jax.model.memory import Rows
 
 
 class DepthOutput(NamedTuple):

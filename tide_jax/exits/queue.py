@@ -10,6 +10,7 @@ its last run: a contiguous range at the end of the cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ from tide_jax.exits.exits import Exits
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, advance, empty_cache, newest_positions, write_slots
-from tide_jax.model.layers import DecoderLayer, Rows
-from tide_jax.model.recurrent.mixer import State
+from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.memory import Rows, by_part
 from tide_jax.model.recurrent.order import TokenOrder
 
 QUEUE_LENGTH = 8
@@ -157,16 +158,14 @@ class Queue(NamedTuple):
         there = (self.positions >= 0) & (own | (slots < self.positions.shape[1] - 1))
         kv, written = self.cache.kv, []
         for g, group in enumerate(self.groups):
+            write = functools.partial(self._write_slots, fresh=fresh[g])
             order = TokenOrder.of(there & fresh[g][None])
             for i in group:
-                memory = kv.layers[i]
-                if isinstance(memory, State):
-                    written.append(advance(layers[i], memory, new[i], order))
-                else:
-                    written.append(self._write_slots(memory, new[i], fresh[g]))
+                take_in = functools.partial(advance, layers[i], order=order)
+                written.append(by_part(kv.layers[i], new[i], slots=write, state=take_in))
         return kv._replace(layers=tuple(written))
 
-    def _write_slots(self, memory: KeyValue, rows: Rows, fresh: Bool[Array, " Q"]) -> KeyValue:
+    def _write_slots(self, memory: KeyValue, rows: KeyValue, fresh: Bool[Array, " Q"]) -> KeyValue:
         """Writes the fresh rows of the queue's slots, and what is there in the others."""
         kept = memory.slots(self.first, self.positions.shape[1])
         mask = fresh[None, None, :, None]

@@ -45,7 +45,8 @@ from tide_jax.model.architecture import AttentionType, DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, place_rows
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.layers import Context, Rows
+from tide_jax.model.layers import Context
+from tide_jax.model.memory import Rows, joined, parts_of
 
 Contexts = tuple[Context, ...]
 Stacks = tuple[Any, ...]
@@ -92,9 +93,10 @@ class GroupRows(NamedTuple):
             stacked = jnp.stack([*arrays, *[jnp.zeros_like(arrays[0])] * (most - len(arrays))])
             return place_rows(stacked, slots, slots - stacked.shape[-2])
 
-        found = []
+        kinds, found = [kind for layer in self.groups[g] for kind in self._kinds(layer)], []
+        parts = list(zip(kinds, [part for row in rows for part in parts_of(row)], strict=True))
         for kind, most in self._most.items():
-            own = [r for layer, r in zip(self.groups[g], rows, strict=True) if self._kind(layer) == kind]
+            own = [part for k, part in parts if k == kind]
             found.append(jax.tree.map(functools.partial(stack, most), *(own or [self._no_row(kind, rows, slots)])))
         return tuple(found)
 
@@ -103,24 +105,27 @@ class GroupRows(NamedTuple):
         of_kind, found = dict(zip(self._most, stacks, strict=True)), []
         for g, group in enumerate(self.groups):
             seen = dict.fromkeys(self._most, 0)
-            for kind in map(self._kind, group):
-                found.append(jax.tree.map(lambda a, place=(g, seen[kind]): a[place], of_kind[kind]))
-                seen[kind] += 1
+            for kinds in map(self._kinds, group):
+                parts = [jax.tree.map(lambda a, place=(g, seen[kind]): a[place], of_kind[kind]) for kind in kinds]
+                found.append(joined(tuple(parts)))
+                for kind in kinds:
+                    seen[kind] += 1
         return tuple(found)
 
     def layers_before(self, group: Int[Array, ""]) -> Int[Array, ""]:
         """Number of layers in the groups before `group`."""
         return jnp.asarray([0, *(g.stop for g in self.groups)], jnp.int32)[group]
 
-    def _kind(self, layer: int) -> int:
-        """-1 for a layer that keeps keys and values, else the number of a token's inputs to the layer's state."""
-        kind = self.config.layer_type(layer)
-        return -1 if isinstance(kind, AttentionType) else kind.sizes(self.config.hidden_size).inputs
+    def _kinds(self, layer: int) -> tuple[int, ...]:
+        """What a layer keeps: -1 for keys and values, and the number of a token's inputs to the layer's state."""
+        kinds = self.config.layer_type(layer), self.config.recurrent_beside(layer)
+        sizes = [-1 if isinstance(k, AttentionType) else k.sizes(self.config.hidden_size).inputs for k in kinds if k]
+        return tuple(sizes)
 
     @property
     def _most(self) -> dict[int, int]:
         """For each kind of row, the most layers of that kind in a group."""
-        kinds = [[self._kind(layer) for layer in group] for group in self.groups]
+        kinds = [[kind for layer in group for kind in self._kinds(layer)] for group in self.groups]
         return {kind: max(of.count(kind) for of in kinds) for kind in sorted({k for of in kinds for k in of})}
 
     def _row(self, kind: int, x: Float[Array, "B S D"]) -> Rows:

@@ -23,7 +23,7 @@ from tide_jax.lossless.control import verify_index, verify_widths
 from tide_jax.lossless.drafts import DraftedRows
 from tide_jax.model.cache import KVCache, only_slots, place_rows
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.layers import Rows
+from tide_jax.model.memory import Rows
 
 
 class Answers(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tide_jax.errors import TideError, join_problems, shorten
 from tide_jax.model.architecture_parts import (
+    AddScales,
     AttentionType,
     GatedActivation,
     HeadTransform,
@@ -41,6 +42,7 @@ from tide_jax.ranges import (
 from tide_jax.records import STRICT, from_json, instance_problems, json_problems
 
 __all__ = [
+    "AddScales",
     "AttentionType",
     "DecoderConfig",
     "HeadTransform",
@@ -66,6 +68,8 @@ class DecoderConfig:
     Attributes:
       model_type: name of the family the model was converted from. Provenance only: the model never reads it.
       recurrent_types: the distinct kinds of layers that keep a state of fixed size instead of keys and values.
+      beside_attention: index into `recurrent_types` of the layer that runs beside the attention of every layer that has
+        attention. Both read the same input, and their outputs are added. None for none.
       mlp_layers: layers with a feed-forward block; None for all.
       extra_tokens: token ids beyond the vocabulary: they have an embedding but no logit.
       embedding_size: width of the embeddings if it differs from the layers' width; projections join the two.
@@ -92,6 +96,8 @@ class DecoderConfig:
       shared_norm: with `parallel_residual`, attention and MLP share one norm.
       residual_scale: multiplies each sublayer's output before the residual add.
       stream_scale: multiplies the residual stream before a sublayer's output is added.
+      recurrent_scales, mlp_scales: the same two for layers without attention, and for feed-forward blocks; None for
+        `residual_scale` and `stream_scale`.
       normed_residual: a sublayer's output is added to its normed input instead of the residual stream.
       layer_scale: a learned number multiplies each layer's output.
       residual_weights: a learned vector multiplies the residual stream before a sublayer's output is added.
@@ -112,6 +118,7 @@ class DecoderConfig:
       value_scale: multiplies values.
       clip_qkv: clamps queries, keys and values to plus or minus this.
       mlp_gated: ``down(act(gate x) * up x)`` instead of ``down(act(up x))``.
+      mlp_gate_scale: multiplies ``gate x``.
       activation_limit: clamps the inputs of a gated activation.
       sub_norm: a norm before the output projections of attention and MLP (Wang et al. 2022, arXiv:2210.06423).
       embedding_scale: multiplies token embeddings; it is rounded to the embedding's dtype first.
@@ -133,6 +140,7 @@ class DecoderConfig:
     attention_types: tuple[AttentionType, ...]
     layer_pattern: tuple[LayerIndex, ...]
     recurrent_types: tuple[RecurrentType, ...] = ()
+    beside_attention: LayerIndex | None = None
     mlp_layers: tuple[LayerIndex, ...] | None = None
     extra_tokens: TokenId = 0
     embedding_size: Channels | None = None
@@ -155,6 +163,8 @@ class DecoderConfig:
     shared_norm: bool = False
     residual_scale: Positive = 1.0
     stream_scale: Positive = 1.0
+    recurrent_scales: AddScales | None = None
+    mlp_scales: AddScales | None = None
     normed_residual: bool = False
     residual_weights: bool = False
     layer_scale: bool = False
@@ -177,6 +187,7 @@ class DecoderConfig:
     activation: str = "silu"
     activation_limit: Positive | None = None
     mlp_gated: bool = True
+    mlp_gate_scale: Positive = 1.0
     mlp_bias: bool = False
     moe: MoEConfig | None = None
     sub_norm: bool = False
@@ -211,6 +222,15 @@ class DecoderConfig:
                 f"layer_pattern names layer type {max(self.layer_pattern)}, expected one of the "
                 f"{len(self.layer_types)} in attention_types and recurrent_types, counted from 0"
             )
+        if self.beside_attention is not None and self.beside_attention >= len(self.recurrent_types):
+            raise TideError(
+                f"beside_attention={self.beside_attention} names no recurrent type, expected one of the "
+                f"{len(self.recurrent_types)} in recurrent_types, counted from 0"
+            )
+        if max(self.mlp_layers or (), default=0) >= self.num_layers:
+            raise TideError(
+                f"mlp_layers names layer {max(self.mlp_layers or ())}, expected layers below {self.num_layers}"
+            )
         if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
             raise TideError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -226,10 +246,27 @@ class DecoderConfig:
         """The attention type or recurrent type of a layer."""
         return self.layer_types[self.layer_pattern[layer]]
 
+    def recurrent_beside(self, layer: int) -> RecurrentType | None:
+        """What runs beside a layer's attention."""
+        beside = self.beside_attention
+        attends = isinstance(self.layer_type(layer), AttentionType)
+        return self.recurrent_types[beside] if beside is not None and attends else None
+
     def norms_of(self, layer: int) -> NormPlacement:
         """Where a layer's norms are."""
         attends = isinstance(self.layer_type(layer), AttentionType)
         return self.norm_placement if attends else self.recurrent_norms or self.norm_placement
+
+    def add_scales(self, layer: int) -> AddScales:
+        """How the output of a layer's attention or recurrent layer joins the residual stream."""
+        attends = isinstance(self.layer_type(layer), AttentionType)
+        usual = AddScales(self.stream_scale, self.residual_scale)
+        return usual if attends else self.recurrent_scales or usual
+
+    @property
+    def mlp_add_scales(self) -> AddScales:
+        """How the output of a feed-forward block joins the residual stream."""
+        return self.mlp_scales or AddScales(self.stream_scale, self.residual_scale)
 
     def has_mlp(self, layer: int) -> bool:
         """Whether a layer has a feed-forward block."""

@@ -206,6 +206,21 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AddScales:
+    """How a sublayer's output joins the residual stream.
+
+    Attributes:
+      stream: multiplies the residual stream.
+      update: multiplies the output before it is added.
+    """
+
+    stream: Positive = 1.0
+    update: Positive = 1.0
+
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadTransform:
     """Dense layer, activation and norm before the output projection (BERT, Devlin et al. 2019, arXiv:1810.04805).
 

@@ -11,9 +11,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from tide_jax.model.architecture import AttentionType, DecoderConfig
+from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, CachedRows, KeyValue
-from tide_jax.model.layers import DecoderLayer, Rows
+from tide_jax.model.layers import DecoderLayer
+from tide_jax.model.memory import Cached, Memory, Rows, SideBySide, by_part
 from tide_jax.model.ops import in_order
 from tide_jax.model.recurrent.mixer import State, empty_state
 from tide_jax.model.recurrent.order import TokenOrder
@@ -29,14 +30,14 @@ class KVCache(NamedTuple):
 
     Attributes:
       layers: for each layer, keys and values, ``[B, KV, S, hk]`` and ``[B, KV, S, hv]``, keys already rotated; or its
-        state after the tokens so far, which has no slots. Latent attention stores everything in the keys (see
+        state after the tokens so far, which has no slots; or both. Latent attention stores everything in the keys (see
         `DecoderConfig.cache_shape`).
       positions: ``[B, S]`` int32, the position of the token in each slot, -1 where empty.
       length: number of slots written so far (the same for all rows), int32 scalar; empty slots ahead of the first
         token count as written.
     """
 
-    layers: tuple[KeyValue | State, ...]
+    layers: tuple[Memory, ...]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
 
@@ -45,10 +46,9 @@ class KVCache(NamedTuple):
         """Number of slots S."""
         return self.positions.shape[1]
 
-    def layer(self, index: int) -> CachedRows | State:
+    def layer(self, index: int) -> Cached:
         """One layer's part, without a copy."""
-        memory = self.layers[index]
-        return memory if isinstance(memory, State) else CachedRows(*memory, self.length)
+        return by_part(self.layers[index], slots=lambda kv: CachedRows(*kv, self.length), state=lambda state: state)
 
     def append(
         self,
@@ -83,27 +83,29 @@ class KVCache(NamedTuple):
 
         Slots written since count as empty.
         """
-        pairs = zip(before.layers, self.layers, strict=True)
-        layers = tuple(old if isinstance(old, State) else new for old, new in pairs)
+        layers = tuple(
+            by_part(old, new, slots=lambda old, new: new, state=lambda old, new: old)
+            for old, new in zip(before.layers, self.layers, strict=True)
+        )
         return KVCache(layers, before.positions, before.length)
 
 
-def _append(
-    layer: DecoderLayer, memory: KeyValue | State, rows: Rows, start: Int[Array, ""], order: TokenOrder
-) -> KeyValue | State:
-    if isinstance(memory, State):
-        return advance(layer, memory, rows, order)
-    return write_slots(memory, rows, start)
+def _append(layer: DecoderLayer, memory: Memory, rows: Rows, start: Int[Array, ""], order: TokenOrder) -> Memory:
+    return by_part(
+        memory,
+        rows,
+        slots=lambda kv, new: write_slots(kv, new, start),
+        state=lambda state, inputs: advance(layer, state, inputs, order),
+    )
 
 
-def advance(layer: DecoderLayer, state: State, inputs: Rows, order: TokenOrder) -> State:
+def advance(layer: DecoderLayer, state: State, inputs: Float[Array, "B T _"], order: TokenOrder) -> State:
     """A layer's state after it took in the real tokens' inputs."""
     return state if layer.recurrent is None else layer.recurrent.advance(state, inputs, order)
 
 
-def write_slots(memory: KeyValue, rows: Rows, start: Int[Array, ""]) -> KeyValue:
+def write_slots(memory: KeyValue, rows: KeyValue, start: Int[Array, ""]) -> KeyValue:
     """Keys and values with the slots from `start` on written."""
-    assert isinstance(rows, KeyValue)
     zero = jnp.int32(0)
     written = (
         lax.dynamic_update_slice(old, in_order(new.astype(old.dtype)), (zero, zero, start, zero))
@@ -148,20 +150,17 @@ def empty_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLi
     if slots > BLOCK:
         slots += -slots % EVEN_SLOTS
     cache = KVCache(
-        layers=tuple(
-            _empty_memory(config, kind, batch, slots, dtype)
-            for kind in map(config.layer_type, range(config.num_layers))
-        ),
+        layers=tuple(_empty_memory(config, layer, batch, slots, dtype) for layer in range(config.num_layers)),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.int32(ahead),
     )
     return constrain_cache(cache)
 
 
-def _empty_memory(
-    config: DecoderConfig, kind: AttentionType | RecurrentType, batch: int, slots: int, dtype: DTypeLike
-) -> KeyValue | State:
+def _empty_memory(config: DecoderConfig, layer: int, batch: int, slots: int, dtype: DTypeLike) -> Memory:
+    kind, beside = config.layer_type(layer), config.recurrent_beside(layer)
     if isinstance(kind, RecurrentType):
         return empty_state(kind.sizes(config.hidden_size), batch, dtype)
     heads, *channels = config.cache_shape
-    return KeyValue(*(jnp.zeros((batch, heads, slots, c), dtype) for c in channels))
+    empty = KeyValue(*(jnp.zeros((batch, heads, slots, c), dtype) for c in channels))
+    return empty if beside is None else SideBySide(empty, empty_state(beside.sizes(config.hidden_size), batch, dtype))

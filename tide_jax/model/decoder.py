@@ -20,7 +20,8 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.grouped import attention_context
 from tide_jax.model.cache import KVCache
 from tide_jax.model.fingerprints import Samples
-from tide_jax.model.layers import Context, DecoderLayer, Rows
+from tide_jax.model.layers import Context, DecoderLayer
+from tide_jax.model.memory import Rows
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense, from_storage_order, times_rows, to_storage_order
 from tide_jax.model.recurrent.order import TokenOrder

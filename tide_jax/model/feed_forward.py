@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from tide_jax.model.activations import ACTIVATIONS, LEARNED, XIELU, gated_activation
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.norms import block_norm
-from tide_jax.model.ops import Dense
+from tide_jax.model.ops import Dense, scaled
 
 
 class MLP(nnx.Module):
@@ -26,6 +26,7 @@ class MLP(nnx.Module):
             config.activation_limit,
             config.mlp_gated,
         )
+        self.gate_scale = config.mlp_gate_scale
         if self.gated:
             self.gate_up = Dense((d,), (2, f), bias=bias, stacked=True, dtype=dtype, rngs=rngs)
         else:
@@ -41,5 +42,6 @@ class MLP(nnx.Module):
     def _hidden(self, x: Array) -> Float[Array, "B T F"]:
         if self.gated:
             gate_up = self.gate_up(x)
-            return gated_activation(self.activation, gate_up[..., 0, :], gate_up[..., 1, :], self.limit)
+            gate = scaled(gate_up[..., 0, :], self.gate_scale)
+            return gated_activation(self.activation, gate, gate_up[..., 1, :], self.limit)
         return (ACTIVATIONS[self.activation] if self.act is None else self.act)(self.up(x))

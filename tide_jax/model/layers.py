@@ -16,21 +16,23 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.architecture import AttentionType, DecoderConfig
+from tide_jax.model.architecture_parts import AddScales
 from tide_jax.model.attention.differential import DifferentialAttention
 from tide_jax.model.attention.dynamic_mask import DynamicMaskAttention
 from tide_jax.model.attention.experts import ExpertAttention
 from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.latent import LatentAttention
 from tide_jax.model.attention.shaped import ShapedAttention
-from tide_jax.model.attention.span import CachedRows, KeyValue
 from tide_jax.model.feed_forward import MLP
+from tide_jax.model.memory import Cached, Rows, SideBySide
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import GatedNorm, Norm, block_norm
+from tide_jax.model.ops import scaled
 from tide_jax.model.recurrent.gated_delta import GatedDelta
 from tide_jax.model.recurrent.kimi_delta import KimiDelta
 from tide_jax.model.recurrent.lightning import Lightning
 from tide_jax.model.recurrent.matrix_lstm import MatrixLSTM
-from tide_jax.model.recurrent.mixer import Mixer, State
+from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.order import TokenOrder
 from tide_jax.model.recurrent.rg_lru import RgLru
 from tide_jax.model.recurrent.selective import Selective
@@ -42,8 +44,6 @@ from tide_jax.model.sharding import whole_channels
 
 Context = AttentionContext | TokenOrder
 """What all layers of one type share in a pass: masks and rotary tables, or the order of tokens."""
-Rows = KeyValue | Float[Array, "B T _"]
-"""What a layer keeps of new tokens: keys and values, or inputs to its state."""
 
 _MIXERS: dict[str, type] = {
     "short_conv": ShortConv,
@@ -68,7 +68,7 @@ class DecoderLayer(nnx.Module):
         self.parallel_residual, self.shared_norm = config.parallel_residual, config.shared_norm
         placement = config.norms_of(index)
         self.norm_after_add = placement == "residual"
-        self.residual_scale, self.stream_scale = config.residual_scale, config.stream_scale
+        self.scales, self.mlp_scales = config.add_scales(index), config.mlp_add_scales
         self.normed_residual = config.normed_residual
         pre, post = placement in ("pre", "sandwich"), placement != "pre"
 
@@ -87,8 +87,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_norm = norm(post and mixes)
         attends = isinstance(kind, AttentionType)
         self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends else None
-        has_state = mixes and not attends
-        self.recurrent: Mixer | None = _recurrent(config, kind, dtype=dtype, rngs=rngs) if has_state else None
+        beside = config.recurrent_beside(index)
+        self.beside = None if beside is None else config.layer_types.index(beside)
+        own = beside if attends or not mixes else kind
+        self.recurrent: Mixer | None = None if own is None else _recurrent(config, own, dtype=dtype, rngs=rngs)
         self.pre_mlp_norm = norm(pre and has_mlp and not config.shared_norm, gated=config.has_experts(index))
         self.post_mlp_norm = norm(post and has_mlp)
         self.attention_residual = weights(config.residual_weights and mixes, config.hidden_size)
@@ -102,7 +104,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         contexts: tuple[Context, ...],
-        cached: CachedRows | State | None,
+        cached: Cached | None,
         left: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Rows]:
         """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens.
@@ -116,15 +118,14 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         contexts: tuple[Context, ...],
-        cached: CachedRows | State | None,
+        cached: Cached | None,
         left: Bool[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Rows]:
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
-        mix: Any = self.attention or self.recurrent
-        if mix is not None:
-            mixed, new = mix(normed, contexts[self.layer_type], cached)
+        if self.attention is not None or self.recurrent is not None:
+            mixed, new = self._mix(normed, contexts, cached)
             stream = normed if self.normed_residual else x
-            middle = self._add(_multiply(stream, self.attention_residual), mixed, self.post_attention_norm)
+            middle = self._add(_multiply(stream, self.attention_residual), mixed, self.post_attention_norm, self.scales)
         if self.mlp is None:
             return whole_channels(_multiply(middle, self.output_scale)), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
@@ -136,24 +137,40 @@ class DecoderLayer(nnx.Module):
         else:
             update = self.mlp(mlp_input)
         stream = mlp_input if self.normed_residual else middle
-        out = self._add(_multiply(stream, self.mlp_residual), update, self.post_mlp_norm)
+        out = self._add(_multiply(stream, self.mlp_residual), update, self.post_mlp_norm, self.mlp_scales)
         return whole_channels(_multiply(out, self.output_scale)), new
+
+    def _mix(
+        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: Cached | None
+    ) -> tuple[Float[Array, "B T D"], Rows]:
+        """The output of attention, of the recurrent layer, or the sum of both, and what they keep of the tokens."""
+        if self.beside is None:
+            mix: Any = self.attention or self.recurrent
+            return mix(x, contexts[self.layer_type], cached)
+        attention, recurrent = self.attention, self.recurrent
+        assert attention is not None
+        assert recurrent is not None
+        parts: Any = (None, None) if cached is None else cached
+        first, rows = attention(x, contexts[self.layer_type], parts[0])
+        second, inputs = recurrent(x, contexts[self.beside], parts[1])
+        return first + second, SideBySide(rows, inputs)
 
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
         """What this layer would keep of `x`, without running it."""
         normed = _apply(self.pre_attention_norm, x)
         if self.attention is not None:
-            return self.attention.project_kv(normed, contexts[self.layer_type])
+            rows = self.attention.project_kv(normed, contexts[self.layer_type])
+            return rows if self.recurrent is None else SideBySide(rows, self.recurrent.project_inputs(normed))
         inputs = x[..., :0] if self.recurrent is None else self.recurrent.project_inputs(normed)
         if isinstance(self.mlp, ChannelMix):
             return jnp.concatenate([inputs, _apply(self.pre_mlp_norm, x)], axis=-1)
         return inputs
 
-    def _add(self, x: Array, update: Array, norm: Norm | GatedNorm | None) -> Array:
+    def _add(self, x: Array, update: Array, norm: Norm | GatedNorm | None, scales: AddScales) -> Array:
         """Adds a sublayer's output to the residual stream, with a norm before or after the addition."""
         if not self.norm_after_add:
             update = _apply(norm, update)
-        x, update = _scale(x, self.stream_scale), _scale(update, self.residual_scale)
+        x, update = scaled(x, scales.stream), scaled(update, scales.update)
         return _apply(norm, x + update) if self.norm_after_add else x + update
 
 
@@ -162,7 +179,7 @@ def _trace_once(
     layer: DecoderLayer,
     x: Float[Array, "B T D"],
     contexts: tuple[Context, ...],
-    cached: CachedRows | State | None,
+    cached: Cached | None,
     left: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T D"], Rows]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
@@ -197,11 +214,6 @@ def _mix_channels(
 
 def _apply(norm: Norm | GatedNorm | None, x: Array) -> Array:
     return x if norm is None else norm(x)
-
-
-def _scale(x: Array, scale: float) -> Array:
-    # In float32, because the error of a rounded scale would accumulate over layers.
-    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def _multiply(x: Array, weights: nnx.Param | None) -> Array:

@@ -290,3 +290,8 @@ def to_storage_order(kernel: T, inputs: int) -> T:
 def from_storage_order(kernel: T, inputs: int) -> T:
     """Inverse of `to_storage_order`."""
     return to_storage_order(kernel, kernel.ndim - inputs)
+
+
+def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    """A multiple of `x`. In float32, because the error of a rounded scale would accumulate over layers."""
+    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from tide_jax.model.norms import Norm
-from tide_jax.model.ops import Dense, normal, together
+from tide_jax.model.ops import Dense, normal, scaled, together
 from tide_jax.model.recurrent.linear import Updates
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.types import StateSpaceType
@@ -33,12 +34,23 @@ class StateSpace(Mixer):
         self.step_bias = nnx.Param(jnp.zeros((kind.heads,), dtype))
         self.passed = nnx.Param(jnp.ones((kind.heads,), dtype))
         shape = (kind.groups, inner // kind.groups)
-        self.norm = Norm(shape, axes=1, kind="rms", eps=kind.norm_eps, dtype=dtype)
+        norm = Norm(shape, axes=1, kind="rms", eps=kind.norm_eps, dtype=dtype)
+        self.norm = None if kind.norm == "none" else norm
         self.out = Dense((inner,), (size,), bias=kind.bias, dtype=dtype, rngs=rngs)
 
     def _project(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T I"], Float[Array, "B T N"]]:
         gate, stream, step = together(x, [self.gate, self.stream, self.step])
-        return jnp.concatenate([stream, step], axis=-1), gate
+        inputs, scales = jnp.concatenate([stream, step], axis=-1), self.kind.scales
+        if set(scales) != {1.0}:
+            inputs, gate = (inputs * self._input_scales).astype(x.dtype), scaled(gate, scales[0])
+        return inputs, gate
+
+    @property
+    def _input_scales(self) -> Float[Array, "1 1 I"]:
+        kind = self.kind
+        keys = kind.groups * kind.state_size
+        sizes = kind.heads * kind.head_dim, keys, keys, kind.heads
+        return jnp.asarray(np.repeat(np.asarray(kind.scales[1:], np.float32), sizes))[None, None]
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, Updates]:
         kind, channels = self.kind, self.filters.shape[0]
@@ -65,9 +77,14 @@ class StateSpace(Mixer):
         assert read is not None
         stream = mixed[..., : gate.shape[-1]].astype(jnp.float32).reshape(read.shape)
         out = (read + stream * _row(self.passed)[..., None]).reshape(gate.shape)
-        out = out.astype(gate.dtype).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        grouped = out.reshape(*gate.shape[:2], self.kind.groups, -1)
-        return self.out(self.norm(grouped).reshape(gate.shape).astype(gate.dtype))
+        out, factor = out.astype(gate.dtype).astype(jnp.float32), jax.nn.silu(gate.astype(jnp.float32))
+        out = self._normed(out) * factor if self.kind.norm == "before_gate" else self._normed(out * factor)
+        return scaled(self.out(out.astype(gate.dtype)), self.kind.output_scale)
+
+    def _normed(self, out: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+        if self.norm is None:
+            return out
+        return self.norm(out.reshape(*out.shape[:2], self.kind.groups, -1)).reshape(out.shape)
 
 
 def _row(parameter: nnx.Param) -> Float[Array, "1 1 H"]:

@@ -134,7 +134,10 @@ class StateSpaceType:
       width: tokens of a filter over inner stream, keys and queries.
       conv_bias, bias: whether filters, and projections, have a bias.
       step_limit: least and largest time step.
-      norm_eps: of the norm over each group's gated output.
+      norm: whether each group's output is normed after its gate multiplies it, before that, or not at all.
+      norm_eps: of that norm.
+      scales: multiply the projected gate, inner stream, keys, queries and time steps (Yang et al. 2022, muP).
+      output_scale: multiplies the layer's output.
     """
 
     heads: Heads
@@ -145,7 +148,10 @@ class StateSpaceType:
     conv_bias: bool = True
     bias: bool = False
     step_limit: tuple[NotNegative, ...] = (0.0, 1e30)
+    norm: Literal["after_gate", "before_gate", "none"] = "after_gate"
     norm_eps: Epsilon = 1e-5
+    scales: tuple[Positive, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    output_scale: Positive = 1.0
     kind: Literal["state_space"] = "state_space"
 
     __pydantic_config__ = STRICT
@@ -154,6 +160,8 @@ class StateSpaceType:
         _check_shares("heads", self.heads, "groups", self.groups)
         if len(self.step_limit) != 2 or self.step_limit[0] > self.step_limit[1]:
             raise TideError(f"step_limit={self.step_limit} must be the least and the largest time step, in this order")
+        if len(self.scales) != 5:
+            raise TideError(f"scales={self.scales} must be five: of gate, inner stream, keys, queries and time steps")
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
