@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tide_jax.config import KVStrategy
@@ -18,7 +19,7 @@ from tide_jax.exits.walk import Walk, anyone_active, groups_of
 from tide_jax.model.architecture import check_choice
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.memory import Rows
+from tide_jax.model.memory import New
 
 
 class DepthOutput(NamedTuple):
@@ -34,7 +35,7 @@ class DepthOutput(NamedTuple):
 
     states: Float[Array, "B T D"]
     exit_layers: Int[Array, "B T"]
-    new: tuple[Rows, ...]
+    new: tuple[New, ...]
     layers_executed: Int[Array, ""]
 
 
@@ -77,3 +78,21 @@ def run_depth(
     if skips:
         loop = walk.fill(loop, model.contexts(positions, cache), positions >= 0)
     return DepthOutput(loop.state.states, loop.state.exit_layers, walk.rows.by_layer(loop.rows), executed)
+
+
+def run_whole(
+    model: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
+) -> DepthOutput:
+    """`run_depth` without exits, for recurrent layers and a pass whose tokens all enter the cache.
+
+    States in `new` have taken in the tokens. `run_depth` returns inputs instead, of which a cache may take in some; it
+    would compute what they do to the states a second time.
+    """
+    x, new = model.run_layers(tokens, positions, cache, advances=True)
+    active, layers = positions >= 0, jnp.int32(model.config.num_layers)
+    return DepthOutput(
+        states=jnp.where(active[:, :, None], model.final_norm(x), jnp.zeros_like(x)),
+        exit_layers=jnp.where(active, layers - 1, -1),
+        new=new,
+        layers_executed=jnp.where(jnp.any(active), layers, 0),
+    )

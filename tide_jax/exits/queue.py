@@ -27,7 +27,7 @@ from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache, advance, empty_cache, newest_positions, write_slots
 from tide_jax.model.layers import DecoderLayer
-from tide_jax.model.memory import Rows, by_part
+from tide_jax.model.memory import New, Rows, by_part
 from tide_jax.model.recurrent.order import TokenOrder
 
 QUEUE_LENGTH = 8
@@ -73,7 +73,7 @@ class QueuedCache(NamedTuple):
     kv: KVCache
     pending: Pending
 
-    def append(self, new: Sequence[Rows], positions: Int[Array, "B T"], layers: Sequence[DecoderLayer]) -> QueuedCache:
+    def append(self, new: Sequence[New], positions: Int[Array, "B T"], layers: Sequence[DecoderLayer]) -> QueuedCache:
         """`KVCache.append` for slots that have run all layers; nothing may wait."""
         kv = self.kv.append(new, positions, layers)
         return QueuedCache(kv, self.pending._replace(ran=jnp.broadcast_to(kv.length, self.pending.ran.shape)))

@@ -15,13 +15,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from tide_jax.exits.deferred_fill import deferred_step
-from tide_jax.exits.depth import run_depth
+from tide_jax.exits.depth import DepthOutput, run_depth, run_whole
 from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import AnyCache, QueuedCache, check_cache, init_cache, keys_and_values
 from tide_jax.exits.recompute import recompute_step
 from tide_jax.generation.finite import finite_rows
 from tide_jax.generation.logit_rules import LogitRules, RowText, rule_on
 from tide_jax.generation.sampling import Sampling, sample
+from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
 
 PREFILL_CHUNK = 512
@@ -176,7 +177,7 @@ def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None
 
         tokens, places = cut(prompt.tokens), cut(positions)
         seen = None if earlier is None else keys_and_values(earlier)
-        out = run_depth(model, tokens, places, seen, exits)
+        out = _run(model, tokens, places, seen, exits)
         grown = (cache if earlier is None else earlier).append(out.new, places, model.layers)
         finite = jnp.ones(prompt.lengths.shape, bool)  # replaced below by a check of the last logits
         return StepOutput(out.states[:, -1], grown, out.exit_layers[:, -1], out.layers_executed, finite)
@@ -192,6 +193,19 @@ def prefill(model: Decoder, prompt: Prompt, cache: AnyCache, exits: Exits | None
         step = lax.fori_loop(0, (width - first) // chunk, more, step)
     logits = model.logits(step.logits[:, None])[:, 0]
     return step._replace(logits=logits, finite=finite_rows(logits) | (prompt.lengths == 0))
+
+
+def _run(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None,
+    exits: Exits | None,
+) -> DepthOutput:
+    """A pass whose tokens all enter the cache."""
+    if exits is None and model.config.recurrent_types:
+        return run_whole(model, tokens, positions, cache)
+    return run_depth(model, tokens, positions, cache, exits)
 
 
 def decode_step(
@@ -222,7 +236,10 @@ def decode_step(
         out, cache = step(model, tokens[:, None], positions, cache, exits)
     else:
         kv = keys_and_values(cache)
-        out = run_depth(model, tokens[:, None], positions, kv, exits)
+        newest = tokens[:, None]
+        out = (
+            run_whole(model, newest, positions, kv) if exits is None else run_depth(model, newest, positions, kv, exits)
+        )
         cache = kv.append(out.new, positions, model.layers)
     logits, finite = model.logits(out.states)[:, 0], finite_rows(out.states) | ~active
     return StepOutput(logits, cache, out.exit_layers[:, 0], out.layers_executed, finite)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.attention.span import BLOCK, EVEN_SLOTS, CachedRows, KeyValue
 from tide_jax.model.layers import DecoderLayer
-from tide_jax.model.memory import Cached, Memory, Rows, SideBySide, by_part
+from tide_jax.model.memory import Cached, Memory, New, Rows, SideBySide, by_part
 from tide_jax.model.ops import in_order
 from tide_jax.model.recurrent.mixer import State, empty_state
 from tide_jax.model.recurrent.order import TokenOrder
@@ -52,7 +52,7 @@ class KVCache(NamedTuple):
 
     def append(
         self,
-        new: Sequence[Rows],
+        new: Sequence[New],
         positions: Int[Array, "B T"],
         layers: Sequence[DecoderLayer],
         *,
@@ -63,7 +63,7 @@ class KVCache(NamedTuple):
         The caller ensures that ``length + T <= capacity``.
 
         Args:
-          new: what each layer keeps of the tokens.
+          new: what each layer keeps of the tokens; states among it have taken in all of them.
           positions: of the tokens, -1 for slots without one.
           layers: the model's layers.
           counts: for each layer, whether its state takes in the tokens; all do if omitted.
@@ -90,12 +90,12 @@ class KVCache(NamedTuple):
         return KVCache(layers, before.positions, before.length)
 
 
-def _append(layer: DecoderLayer, memory: Memory, rows: Rows, start: Int[Array, ""], order: TokenOrder) -> Memory:
+def _append(layer: DecoderLayer, memory: Memory, new: New, start: Int[Array, ""], order: TokenOrder) -> Memory:
     return by_part(
         memory,
-        rows,
-        slots=lambda kv, new: write_slots(kv, new, start),
-        state=lambda state, inputs: advance(layer, state, inputs, order),
+        new,
+        slots=lambda kv, rows: write_slots(kv, rows, start),
+        state=lambda state, taken: taken if isinstance(taken, State) else advance(layer, state, taken, order),
     )
 
 

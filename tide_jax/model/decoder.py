@@ -21,7 +21,7 @@ from tide_jax.model.attention.grouped import attention_context
 from tide_jax.model.cache import KVCache
 from tide_jax.model.fingerprints import Samples
 from tide_jax.model.layers import Context, DecoderLayer
-from tide_jax.model.memory import Rows
+from tide_jax.model.memory import New
 from tide_jax.model.norms import block_norm
 from tide_jax.model.ops import Dense, from_storage_order, times_rows, to_storage_order
 from tide_jax.model.recurrent.order import TokenOrder
@@ -105,20 +105,34 @@ class Decoder(nnx.Module):
         return self.logits(self.final_norm(x))
 
     def run_layers(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Rows, ...]]:
-        """Plain pass through all layers: the last layer's output, and what each layer keeps of the tokens."""
-        outputs = list(self.layer_outputs(tokens, positions, cache))
-        return outputs[-1][0], tuple(rows for _, rows in outputs)
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: KVCache | None,
+        *,
+        advances: bool = False,
+    ) -> tuple[Float[Array, "B T D"], tuple[New, ...]]:
+        """Plain pass through all layers: the last layer's output, and what each layer keeps of the tokens.
+
+        Args:
+          advances: recurrent layers return the state after the tokens instead of the tokens' inputs.
+        """
+        outputs = list(self.layer_outputs(tokens, positions, cache, advances=advances))
+        return outputs[-1][0], tuple(new for _, new in outputs)
 
     def layer_outputs(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None
-    ) -> Iterator[tuple[Float[Array, "B T D"], Rows]]:
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: KVCache | None,
+        *,
+        advances: bool = False,
+    ) -> Iterator[tuple[Float[Array, "B T D"], New]]:
         """The residual stream after each layer, and what the layer keeps of the tokens, in order."""
         x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
         for i, layer in enumerate(self.layers):
-            x, rows = layer(x, contexts, cache.layer(i) if cache is not None else None)
-            yield x, rows
+            x, new = layer(x, contexts, cache.layer(i) if cache is not None else None, advances=advances)
+            yield x, new
 
     def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer: embeddings of tokens and, if any, of absolute positions."""

@@ -8,6 +8,7 @@ splits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.latent import LatentAttention
 from tide_jax.model.attention.shaped import ShapedAttention
 from tide_jax.model.feed_forward import MLP
-from tide_jax.model.memory import Cached, Rows, SideBySide
+from tide_jax.model.memory import Cached, New, Rows, SideBySide
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import GatedNorm, Norm, block_norm
 from tide_jax.model.ops import scaled
@@ -106,13 +107,16 @@ class DecoderLayer(nnx.Module):
         contexts: tuple[Context, ...],
         cached: Cached | None,
         left: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Rows]:
+        *,
+        advances: bool = False,
+    ) -> tuple[Float[Array, "B T D"], New]:
         """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens.
 
         Args:
           left: tokens that only leave behind what `project_rows` gives; their output is meaningless.
+          advances: return the state after the tokens instead of their inputs to it (`Mixer.__call__`).
         """
-        return _trace_once(self, x, contexts, cached, left)
+        return _trace_once(self, x, contexts, cached, left, advances=advances)
 
     def _run(
         self,
@@ -120,10 +124,11 @@ class DecoderLayer(nnx.Module):
         contexts: tuple[Context, ...],
         cached: Cached | None,
         left: Bool[Array, "B T"] | None,
-    ) -> tuple[Float[Array, "B T D"], Rows]:
+        advances: bool,
+    ) -> tuple[Float[Array, "B T D"], New]:
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         if self.attention is not None or self.recurrent is not None:
-            mixed, new = self._mix(normed, contexts, cached)
+            mixed, new = self._mix(normed, contexts, cached, advances and not isinstance(self.mlp, ChannelMix))
             stream = normed if self.normed_residual else x
             middle = self._add(_multiply(stream, self.attention_residual), mixed, self.post_attention_norm, self.scales)
         if self.mlp is None:
@@ -134,6 +139,9 @@ class DecoderLayer(nnx.Module):
             if left is not None:  # later tokens read this token's input, so it has to be the projected one
                 mlp_input = jnp.where(left[:, :, None], _apply(self.pre_mlp_norm, x), mlp_input)
             update, new = _mix_channels(self.mlp, mlp_input, new, contexts[self.layer_type], cached)
+            if advances and self.recurrent is not None:
+                state: Any = cached or self.recurrent.start(x.shape[0], x.dtype)
+                new = self.recurrent.advance(state, new, contexts[self.layer_type])
         else:
             update = self.mlp(mlp_input)
         stream = mlp_input if self.normed_residual else middle
@@ -141,19 +149,19 @@ class DecoderLayer(nnx.Module):
         return whole_channels(_multiply(out, self.output_scale)), new
 
     def _mix(
-        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: Cached | None
-    ) -> tuple[Float[Array, "B T D"], Rows]:
+        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: Cached | None, advances: bool
+    ) -> tuple[Float[Array, "B T D"], New]:
         """The output of attention, of the recurrent layer, or the sum of both, and what they keep of the tokens."""
         if self.beside is None:
-            mix: Any = self.attention or self.recurrent
+            mix: Any = self.attention or functools.partial(self.recurrent, advances=advances)
             return mix(x, contexts[self.layer_type], cached)
         attention, recurrent = self.attention, self.recurrent
         assert attention is not None
         assert recurrent is not None
         parts: Any = (None, None) if cached is None else cached
         first, rows = attention(x, contexts[self.layer_type], parts[0])
-        second, inputs = recurrent(x, contexts[self.beside], parts[1])
-        return first + second, SideBySide(rows, inputs)
+        second, taken = recurrent(x, contexts[self.beside], parts[1], advances=advances)
+        return first + second, SideBySide(rows, taken)
 
     def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
         """What this layer would keep of `x`, without running it."""
@@ -174,16 +182,18 @@ class DecoderLayer(nnx.Module):
         return _apply(norm, x + update) if self.norm_after_add else x + update
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="advances")
 def _trace_once(
     layer: DecoderLayer,
     x: Float[Array, "B T D"],
     contexts: tuple[Context, ...],
     cached: Cached | None,
     left: Bool[Array, "B T"] | None,
-) -> tuple[Float[Array, "B T D"], Rows]:
+    *,
+    advances: bool,
+) -> tuple[Float[Array, "B T D"], New]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
-    return layer._run(x, contexts, cached, left)
+    return layer._run(x, contexts, cached, left, advances)
 
 
 def _attention(

@@ -25,6 +25,9 @@ Cached = CachedRows | State | SideBySide
 Rows = KeyValue | Float[Array, "B T _"] | SideBySide
 """What a layer keeps of new tokens: keys and values, inputs to its state, or both."""
 
+New = Rows | State | SideBySide
+"""What a cache takes in of a pass: rows, or states that have taken in the tokens already."""
+
 
 def by_part(first: Any, *others: Any, slots: Callable[..., Any], state: Callable[..., Any]) -> Any:
     """Calls `slots` with a layer's keys and values, and `state` with its state; a layer may have both.

@@ -62,31 +62,38 @@ class Mixer(nnx.Module):
         return self._project(x)[0]
 
     def __call__(
-        self, x: Float[Array, "B T D"], order: TokenOrder, state: State | None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T I"]]:
+        self, x: Float[Array, "B T D"], order: TokenOrder, state: State | None, *, advances: bool = False
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T I"] | State]:
         """The layer's output for new tokens, and their inputs to the state.
 
         Args:
           order: of the real tokens; other slots get meaningless outputs.
           state: of the tokens before, None if there are none.
+          advances: return the state after the real tokens instead of the inputs, for callers that know that all real
+            tokens count. It costs nothing here, and `advance` computes all updates again.
         """
         state = self.start(x.shape[0], x.dtype) if state is None else state
         inputs, gate = self._project(x)
-        mixed, updates = self._updates(order.forth(inputs), state.window)
-        read = None
+        ordered = order.forth(inputs)
+        mixed, updates = self._updates(ordered, state.window)
+        read, matrix = None, state.matrix
         if updates is not None:
-            read, _ = self._run(state.matrix, updates.only(order.real))
+            read, matrix = self._run(state.matrix, updates.only(order.real))
             read = order.back(read)
-        return self._output(read, order.back(mixed), gate), inputs
+        y = self._output(read, order.back(mixed), gate)
+        return y, State(self._move_window(state, ordered, order), matrix) if advances else inputs
 
     def advance(self, state: State, inputs: Float[Array, "B T I"], order: TokenOrder) -> State:
         """The state after it took in the real tokens' inputs."""
         ordered = order.forth(inputs)
         _, updates = self._updates(ordered, state.window)
-        window = move_window(state.window, ordered[..., : self.sizes.channels], order.count)
+        window = self._move_window(state, ordered, order)
         if updates is None:
             return State(window, state.matrix)
         return State(window, self._run(state.matrix, updates.only(order.real))[1])
+
+    def _move_window(self, state: State, ordered: Float[Array, "B T I"], order: TokenOrder) -> Float[Array, "B W C"]:
+        return move_window(state.window, ordered[..., : self.sizes.channels], order.count)
 
     def _convolve(self, rows: Float[Array, "B T C"], window: Float[Array, "B W C"]) -> Float[Array, "B T C"]:
         bias = None if self.filter_bias is None else self.filter_bias[...]
