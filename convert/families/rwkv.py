@@ -21,7 +21,7 @@ from tide_jax.model.recurrent.types import TimeMixType
 
 
 def _rwkv(hf: Any) -> DecoderConfig:
-    """As trained: `rescale_every` halves states and weights, which only keeps float16 in range."""
+    """The model as trained: `rescale_every`, which keeps float16 in range, is not imitated."""
     require(hf, layer_norm_epsilon=1e-5)  # the last norm's, whatever the configuration says
     return without_attention(
         hf,
@@ -62,4 +62,6 @@ RWKV = (
         linear("feed_forward.receptance", "mlp.gate"),
     ),
 )
-FAMILIES: dict[str, Family] = {"rwkv": Family(_rwkv, RWKV)}
+# transformers halves the residual stream every few layers, because float16 does not hold that of published models. Here
+# the stream is as trained, so it needs bfloat16.
+FAMILIES: dict[str, Family] = {"rwkv": Family(_rwkv, RWKV, overflows_float16=True)}

@@ -119,7 +119,8 @@ def test_what_a_finished_row_would_say_does_not_matter(mode: Any) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(
-    ("model_type", "expected"), [("gemma3_text", "bfloat16"), ("glm4", "bfloat16"), ("llama", "float16")]
+    ("model_type", "expected"),
+    [("gemma3_text", "bfloat16"), ("glm4", "bfloat16"), ("rwkv", "bfloat16"), ("llama", "float16")],
 )
 def test_the_default_dtype(model_type: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
