@@ -132,6 +132,6 @@ def gated_queries(number: int) -> Take:
 
 
 def lightning_qkv(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """Queries, keys and values of lightning attention, head by head: [H * 3 * hd, D] to [D, 3, H, hd]."""
+    """Queries, keys and values of lightning attention, head by head: [H * 3 * hd, D] to [D, H, 3, hd]."""
     kind = _only(c, LightningType)
-    return a.T.reshape(a.shape[1], kind.heads, 3, kind.head_dim).swapaxes(1, 2)
+    return a.T.reshape(a.shape[1], kind.heads, 3, kind.head_dim)

@@ -26,7 +26,7 @@ NEW = 2 * QUEUE_LENGTH + 3  # the queue fills more than once
 FLOAT32_NOISE = 1e-5
 
 
-MODELS = pytest.mark.parametrize("model_name", ["hybrid", "side by side"])
+MODELS = pytest.mark.parametrize("model_name", ["hybrid", "side by side", "other recurrences"])
 
 
 @functools.cache
@@ -67,6 +67,22 @@ def test_streaming_is_generating(strategy: str, model_name: str) -> None:
     out = engine.generate(PROMPTS, max_new_tokens=NEW, eos_token_id=[])
     steps = list(engine.stream(PROMPTS, max_new_tokens=NEW, eos_token_id=[]))
     np.testing.assert_array_equal(np.stack([s.tokens for s in steps], axis=1), out.tokens)
+
+
+@MODELS
+def test_one_pass_with_exits_is_token_by_token(model_name: str) -> None:
+    """In one pass, a token that has left shows later ones what its skipped layers keep of it, and nothing else."""
+    engine, row = engine_of(model_name, "propagate"), random_prompts((24,))[0]
+    scored = engine([row], prompt_lengths=0)
+    assert len(set(scored.exit_layers[0].tolist())) > 1, "tokens leave at different depths"
+    shut, routed = (Exits.uniform(engine.routers.without_metadata(), threshold) for threshold in (1.0, 0.45))
+    cache = init_cache(engine.model.config, 1, len(row), engine.model.dtype, exits=routed)
+    for t, token in enumerate(row):
+        place, exits = jnp.full((1,), t, jnp.int32), routed if t else shut  # the first token runs every layer
+        step = jitted_step(engine.model, cache, jnp.full((1,), token, jnp.int32), place, jnp.full((1,), True), exits)
+        cache = step.cache
+        assert step.exit_layers[0] == scored.exit_layers[0, t]
+        np.testing.assert_allclose(step.logits, scored.logits[:, t], atol=3e-5)
 
 
 @MODELS

@@ -313,7 +313,7 @@ def lightning() -> Pair:
 
     return set_weights(
         mixer,
-        qkv__kernel=module.qkv_proj.weight.view(3, 3, 10, SIZE).swapaxes(0, 1),
+        qkv__kernel=module.qkv_proj.weight,
         output_gate__kernel=module.output_gate.weight,
         norm__scale=module.norm.weight,
         out__kernel=module.out_proj.weight,

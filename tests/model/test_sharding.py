@@ -103,11 +103,15 @@ def test_what_no_rule_names_is_small(name: str) -> None:
     """A kernel that a rule forgets would lie whole on every device."""
     config = CONFIGS[name]
     for path, shape in abstract_parameters(config).items():
-        axes = _axes(f".{path}", PARAMETERS)
+        axes = _axes(f".{path}", PARAMETERS, len(shape))
         assert len(axes) in (0, len(shape)), path
-        parts = ("norm", "router", "positions", "project", "bias", "q_down", "kv_down")
-        small = any(part in path for part in (*parts, "filters", "fade", "passed", "recurrent.gates"))
+        parts = ("norm", "router", "positions", "project", "bias", "q_down", "kv_down", "filters")
+        small = any(part in path for part in parts) or not SMALL.isdisjoint(path.split("."))
         assert axes or small, f"{path} {shape}"
+
+
+SMALL = {"fade", "passed", "shares", "bonus", "gates", "rate", "fades_down", "gate_down"}
+"""What is small in recurrent layers."""
 
 
 def test_every_rule_is_of_use() -> None:
@@ -130,10 +134,15 @@ def test_every_rule_is_of_use() -> None:
         shapes |= {f".{_dotted_path(path)}": leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for pattern, axes in PARAMETERS.items():
         ranks = {rank for path, rank in shapes.items() if fnmatch.fnmatchcase(path, pattern)}
-        assert ranks == {len(axes)}, pattern
+        if axes[-1] is ...:
+            assert len(axes) - 1 in ranks or len(axes) in ranks, pattern
+            assert len(ranks) > 1, f"{pattern} needs no ellipsis"
+        else:
+            assert ranks == {len(axes)}, pattern
     for path in shapes:
         assert sum(fnmatch.fnmatchcase(path, pattern) for pattern in PARAMETERS) <= 1, path
-    assert {axis for axes in (*PARAMETERS.values(), *CACHE.values()) for axis in axes if axis} == set(RULES)
+    used = {axis for axes in (*PARAMETERS.values(), *CACHE.values()) for axis in axes}
+    assert used - {None, ...} == set(RULES)
 
 
 @pytest.mark.parametrize("shape", ["4", "1x", "0x1", "axb", "1x2x3", "-1x2", "", (1,), (1, 0), (1.0, 1), 4, None])

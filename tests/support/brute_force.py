@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from brute_force_recurrent import RecurrentLayer
+from brute_force_recurrent import RecurrentLayer, with_previous
 
 from tide_jax.exits.router import SCREEN_LEVELS, Routers
 from tide_jax.model.architecture import AddScales, AttentionType, QKNorm
@@ -44,11 +44,16 @@ class Walked:
 
 @dataclasses.dataclass
 class Kept:
-    """What a layer keeps of a token: key and value, inputs to its state, or both."""
+    """What a layer keeps of a token: key and value, inputs to its state, or both.
+
+    Attributes:
+      fed: the normed input of the feed-forward block, which RWKV's block reads of the token before.
+    """
 
     key: np.ndarray | None = None
     value: np.ndarray | None = None
     inputs: np.ndarray | None = None
+    fed: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -182,7 +187,11 @@ class BruteForce:
         if not config.has_mlp(layer):
             return middle
         mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
-        fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
+        if f"{name}.mlp.shares" in self.weights:
+            kept[-1].fed = mlp_input  # of a token that has left, it stays what `_kept` projected
+            fed = self._channel_mix(layer, kept)
+        else:
+            fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
         residual = mlp_input if config.normed_residual else middle
         return self._add(f"{name}.post_mlp_norm", residual, fed, config.mlp_add_scales)
 
@@ -234,8 +243,10 @@ class BruteForce:
     def _kept(self, layer: int, x: np.ndarray, position: int) -> Kept:
         """What a layer keeps of a token."""
         kept = Kept()
+        if f"layers.{layer}.mlp.shares" in self.weights:
+            kept.fed = self._norm(f"layers.{layer}.pre_mlp_norm", x)
         if isinstance(self.config.layer_type(layer), AttentionType):
-            kept = Kept(*self._key_value(layer, x, position))
+            kept.key, kept.value = self._key_value(layer, x, position)
         if layer in self.recurrent:
             kept.inputs = self.recurrent[layer].inputs(self._norm(f"layers.{layer}.pre_attention_norm", x))
         return kept
@@ -298,6 +309,13 @@ class BruteForce:
             gate, up = np.einsum("d,dgf->gf", x, self.weights[f"{name}.experts.gate_up"][e])
             out += shares[e] / shares[best].sum() * ((act(gate) * up) @ self.weights[f"{name}.experts.down"][e])
         return moe.scale * out + (self._mlp(f"{name}.shared", x) if moe.shared_size else 0.0)
+
+    def _channel_mix(self, layer: int, kept: list[Kept]) -> np.ndarray:
+        """RWKV's feed-forward block: its gate and its input each mix a token with the one before it."""
+        name, newest = f"layers.{layer}.mlp", kept[-1].fed
+        before = kept[-2].fed if len(kept) > 1 else np.zeros_like(newest)
+        x, gate = with_previous(newest, before, self.weights[f"{name}.shares"])
+        return self._mlp(f"{name}.block", x) / (1 + np.exp(-self._dense(f"{name}.gate", gate)))
 
     def _mlp(self, name: str, x: np.ndarray) -> np.ndarray:
         act = _ACTIVATIONS[self.config.activation]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from tide_jax.model.recurrent.types import (
     GatedDeltaType,
+    KimiDeltaType,
+    LightningType,
+    MatrixLSTMType,
     RecurrentType,
+    RgLruType,
     SelectiveType,
     ShortConvType,
     StateSpaceType,
+    TimeMixType,
 )
 
 
@@ -38,26 +44,52 @@ class RecurrentLayer:
                 return both * np.repeat(self.kind.scales[1:], sizes)
             case SelectiveType():
                 return self._dense("stream_gate", x)[0]
+            case LightningType():
+                return _silu(self._dense("qkv", x)).reshape(-1)
+            case KimiDeltaType():
+                low = self._dense("fades_down", x) if self.kind.fade_rank else x
+                parts = [self._dense(part, x).reshape(-1) for part in ("q", "k", "v", "rate")]
+                return np.concatenate([*parts, self._dense("fades", low).reshape(-1)])
+            case RgLruType():
+                return self._dense("stream", x)
+            case MatrixLSTMType():
+                return np.concatenate([self._dense(part, x).reshape(-1) for part in ("q", "k", "v", "gates")])
+            case TimeMixType():
+                return x
         raise NotImplementedError(self.kind)
 
     def mix(self, x: np.ndarray, inputs: list[np.ndarray]) -> np.ndarray:
         """The output for the newest token, from the inputs of all tokens of its row."""
-        names = ("q_filters", "k_filters", "v_filters") if "q_filters" in self.weights else ("filters",)
-        filters = np.concatenate([self.weights[name] for name in names])
-        channels, width = filters.shape
-        rows = [np.zeros(channels)] * (width - 1) + [row[:channels] for row in inputs]
-        bias = self.weights.get("filter_bias", 0.0)
-        mixed = [np.einsum("kc,ck->c", rows[t : t + width], filters) + bias for t in range(len(inputs))]
+        match self.kind:
+            case LightningType():
+                return self._lightning(x, inputs)
+            case MatrixLSTMType():
+                return self._lstm(x, inputs)
+            case TimeMixType():
+                return self._time_mix(inputs)
+        mixed = self._convolved(inputs)
         match self.kind:
             case ShortConvType():
                 return self._dense("out", self._dense("inputs", x)[1] * mixed[-1])
             case GatedDeltaType():
                 return self._delta(x, inputs, [_silu(row) for row in mixed])
+            case KimiDeltaType():
+                return self._kimi_delta(x, inputs, [_silu(row) for row in mixed])
             case StateSpaceType():
                 return self._state_space(x, inputs, [_silu(row) for row in mixed])
             case SelectiveType():
                 return self._selective(x, [_silu(row) for row in mixed])
+            case RgLruType():
+                return self._rg_lru(x, mixed)
         raise NotImplementedError(self.kind)
+
+    def _convolved(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        names = ("q_filters", "k_filters", "v_filters") if "q_filters" in self.weights else ("filters",)
+        filters = np.concatenate([self.weights[name] for name in names])
+        channels, width = filters.shape
+        rows = [np.zeros(channels)] * (width - 1) + [row[:channels] for row in inputs]
+        bias = self.weights.get("filter_bias", 0.0)
+        return [np.einsum("kc,ck->c", rows[t : t + width], filters) + bias for t in range(len(inputs))]
 
     def _delta(self, x: np.ndarray, inputs: list[np.ndarray], mixed: list[np.ndarray]) -> np.ndarray:
         kind = self.kind
@@ -114,13 +146,98 @@ class RecurrentLayer:
             out = state @ query + self.weights["passed"] * row
         return self._dense("out", out * _silu(self._dense("stream_gate", x)[1]))
 
+    def _kimi_delta(self, x: np.ndarray, inputs: list[np.ndarray], mixed: list[np.ndarray]) -> np.ndarray:
+        kind = self.kind
+        assert isinstance(kind, KimiDeltaType)
+        assert kind.fade_limit is None
+        inner, size = kind.heads * kind.head_dim, kind.head_dim
+        state, out = np.zeros((kind.heads, size, size)), np.zeros((kind.heads, size))
+        for raw, row in zip(inputs, mixed, strict=True):
+            rates, fades = raw[3 * inner : -inner], raw[-inner:].reshape(kind.heads, size)
+            for h in range(kind.heads):
+                q, k, v = (row[part * inner + h * size :][:size] for part in range(3))
+                q, k = _unit(q), _unit(k)
+                fade = np.exp(self.weights["fade"][h]) * np.log1p(np.exp(fades[h] + self.weights["fade_bias"][h]))
+                state[h] *= np.exp(-fade)[:, None]  # each key channel by itself
+                state[h] += np.outer(k, (v - k @ state[h]) * _sigmoid(rates[h]))
+                out[h] = q @ state[h] / np.sqrt(size)
+        low = self._dense("gate_down", x) if kind.gate_rank else x
+        normed = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + kind.norm_eps) * self.weights["norm.scale"]
+        return self._dense("out", (normed * _sigmoid(self._dense("output_gate", low))).reshape(-1))
+
+    def _lightning(self, x: np.ndarray, inputs: list[np.ndarray]) -> np.ndarray:
+        kind = self.kind
+        assert isinstance(kind, LightningType)
+        state, out = np.zeros((kind.heads, kind.head_dim, kind.head_dim)), np.zeros((kind.heads, kind.head_dim))
+        for row in inputs:
+            for h, (q, k, v) in enumerate(row.reshape(kind.heads, 3, kind.head_dim)):
+                state[h] = np.exp(-kind.fade * 2 ** (-8 * (h + 1) / kind.heads)) * state[h] + np.outer(k, v)
+                out[h] = q @ state[h]
+        normed = out / np.sqrt(np.mean(out**2) + kind.norm_eps) * self.weights["norm.scale"]
+        return self._dense("out", normed * _sigmoid(self._dense("output_gate", x)))
+
+    def _rg_lru(self, x: np.ndarray, mixed: list[np.ndarray]) -> np.ndarray:
+        kind = self.kind
+        assert isinstance(kind, RgLruType)
+        assert kind.activation == "gelu_pytorch_tanh"
+        state = np.zeros(kind.blocks * kind.block_dim)
+        for t, row in enumerate(mixed):
+            gates = np.einsum("nd,gnde->gne", row.reshape(kind.blocks, -1), self.weights["gates"])
+            write, fade = _sigmoid(gates + self.weights["gate_bias"]).reshape(2, -1)
+            factor = np.exp(-8 * np.log1p(np.exp(self.weights["fade"])) * fade)
+            state = factor * state + (np.sqrt(1 - factor**2) if t else 1.0) * write * row
+        gate = self._dense("output_gate", x)
+        gate = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        return self._dense("out", state * gate)
+
+    def _lstm(self, x: np.ndarray, inputs: list[np.ndarray]) -> np.ndarray:
+        """Without the division by the largest exponent, but for `eps`, which is added after it."""
+        kind = self.kind
+        assert isinstance(kind, MatrixLSTMType)
+        keys, values = kind.heads * kind.key_dim, kind.heads * kind.value_dim
+        state, sums = np.zeros((kind.heads, kind.key_dim, kind.value_dim)), np.zeros((kind.heads, kind.key_dim))
+        largest, out = np.zeros(kind.heads), np.zeros((kind.heads, kind.value_dim))
+        for row in inputs:
+            q, k, v, gates = np.split(row, [keys, 2 * keys, 2 * keys + values])
+            q, k, v = (a.reshape(kind.heads, -1) for a in (q, k, v))
+            write, keep = (kind.gate_softcap * np.tanh(gates / kind.gate_softcap)).reshape(2, kind.heads)
+            for h in range(kind.heads):
+                state[h] = _sigmoid(keep[h]) * state[h] + np.exp(write[h]) * np.outer(k[h], v[h])
+                sums[h] = _sigmoid(keep[h]) * sums[h] + np.exp(write[h]) * k[h]
+                largest[h] = max(largest[h] + np.log(_sigmoid(keep[h])), write[h])
+                query = q[h] / np.sqrt(kind.key_dim)
+                out[h] = query @ state[h] / (max(abs(query @ sums[h]), 1.0) + kind.eps * np.exp(largest[h]))
+        out = out - out.mean(axis=-1, keepdims=True)
+        normed = out / np.sqrt(np.mean(out**2, axis=-1, keepdims=True) + kind.norm_eps) * self.weights["norm.scale"]
+        return self._dense("out", _sigmoid(self._dense("output_gate", x)) * normed)
+
+    def _time_mix(self, inputs: list[np.ndarray]) -> np.ndarray:
+        """The weighted mean of all values: of the newest with a bonus, of the others after they faded."""
+        rows = [np.zeros_like(inputs[0]), *inputs]
+        mixed = [with_previous(new, old, self.weights["shares"]) for old, new in zip(rows, inputs, strict=False)]
+        keys, values = ([self._dense(name, row[i]) for row in mixed] for i, name in enumerate("kv"))
+        fade, last = np.exp(self.weights["fade"]), len(inputs) - 1
+        exponents = [key - (last - 1 - t) * fade for t, key in enumerate(keys[:-1])]
+        weights = np.exp([*exponents, keys[-1] + self.weights["bonus"]])
+        mean = np.sum(weights * values, axis=0) / np.sum(weights, axis=0)
+        return self._dense("out", _sigmoid(self._dense("gate", mixed[-1][2])) * mean)
+
     def _dense(self, name: str, x: np.ndarray) -> np.ndarray:
         kernel, bias = self.weights[f"{name}.kernel"], self.weights.get(f"{name}.bias", 0.0)
         return np.tensordot(x, kernel, axes=x.ndim) + bias
 
 
+def with_previous(x: np.ndarray, before: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """For each of several shares, that share of a token and the rest of the token before it."""
+    return x * shares + before * (1 - shares)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
 def _silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
+    return x * _sigmoid(x)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

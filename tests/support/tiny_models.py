@@ -23,7 +23,14 @@ from tide_jax.model.architecture import (
 )
 from tide_jax.model.decoder import Decoder, abstract_parameters, from_parameters, parameters
 from tide_jax.model.layers import DecoderLayer
-from tide_jax.model.recurrent.types import StateSpaceType
+from tide_jax.model.recurrent.types import (
+    KimiDeltaType,
+    LightningType,
+    MatrixLSTMType,
+    RgLruType,
+    StateSpaceType,
+    TimeMixType,
+)
 from tide_jax.testing import random_routers, tiny_config, tiny_hybrid_config
 
 _GLOBAL = AttentionType(scale=0.3, rope=RopeConfig(theta=10000.0, rotary_dim=8))
@@ -126,6 +133,17 @@ CONFIGS: dict[str, DecoderConfig] = {
         value_scale=1.4,
         mlp_gate_scale=0.8,
         mlp_scales=AddScales(stream=0.9, update=0.6),
+    ),
+    "other recurrences": tiny_config(
+        num_layers=7,
+        recurrent_types=(
+            LightningType(heads=4, head_dim=6, fade=0.7),
+            KimiDeltaType(heads=4, head_dim=5, width=4, gate_rank=7),
+            RgLruType(blocks=4, block_dim=10, width=4),
+            MatrixLSTMType(heads=4, key_dim=5, value_dim=6),
+            TimeMixType(inner=40, mixes_mlp=True),
+        ),
+        layer_pattern=(5, 0, 1, 2, 3, 4, 5),  # behind the first exit point: one of each
     ),
 }
 

@@ -13,6 +13,7 @@ import fnmatch
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import EllipsisType
 from typing import Any, TypeVar
 
 import jax
@@ -24,6 +25,8 @@ from tide_jax.errors import TideError
 
 T = TypeVar("T")
 Axes = tuple[str | None, ...]
+Rule = tuple[str | EllipsisType | None, ...]
+"""The logical axes of a tensor; an ellipsis at the end stands for any number of axes that stay whole."""
 
 DATA, MODEL = "data", "model"
 
@@ -39,7 +42,7 @@ RULES: Mapping[str, str | None] = {
 }
 """Mesh axis of each logical axis; a tensor's axis stays whole if the mesh does not divide it evenly."""
 
-PARAMETERS: Mapping[str, Axes] = {
+PARAMETERS: Mapping[str, Rule] = {
     "*.embed.kernel": ("vocab", None),
     "*.head.kernel": ("vocab", None),
     "*.head.bias": ("vocab",),
@@ -60,16 +63,21 @@ PARAMETERS: Mapping[str, Axes] = {
     "*.attention.out": ("experts", "kv_heads", None, None),
     "*.attention.q_scale": ("experts", "kv_heads", None),
     "*.recurrent.q.kernel": ("heads", None, None),
-    "*.recurrent.k.kernel": ("heads", None, None),
-    "*.recurrent.v.kernel": ("heads", None, None),
-    "*.recurrent.output_gate.kernel": ("heads", None, None),
+    # RWKV's keys and values, and RG-LRU's gate, have channels without heads.
+    "*.recurrent.k.kernel": ("heads", ...),
+    "*.recurrent.v.kernel": ("heads", ...),
+    "*.recurrent.qkv.kernel": ("heads", None, None, None),
+    "*.recurrent.fades.kernel": ("heads", None, None),
+    "*.recurrent.gates": (None, "heads", None, None),
+    "*.recurrent.output_gate.kernel": ("heads", ...),
     "*.recurrent.inputs.kernel": (None, "ffn", None),
     "*.recurrent.stream_gate.kernel": (None, "ffn", None),
     "*.recurrent.stream.kernel": ("ffn", None),
     "*.recurrent.gate.kernel": ("ffn", None),
     "*.recurrent.parts.kernel": (None, "ffn"),
     "*.recurrent.step.kernel": ("ffn", None),
-    "*.recurrent.out.kernel": (None, "ffn"),
+    "*.recurrent.out.kernel": (None, "ffn", ...),
+    "*.mlp.gate.kernel": ("ffn", None),
     "*.gate_up.kernel": (None, "ffn", None),
     "*.gate_up.bias": (None, "ffn"),
     "*.up.kernel": ("ffn", None),
@@ -86,12 +94,13 @@ PARAMETERS: Mapping[str, Axes] = {
 }
 """Logical axes of stored parameters, by dotted path; the first matching pattern applies.
 
-All other parameters lie on every device: norms, routers, filters, fades and low-rank bottlenecks, because they are
-small, and translators, because each skipped layer would need a sum over the group, which costs more than reading them.
-The scales of a kernel of 8-bit integers are placed like its outputs.
+All other parameters lie on every device. Most are small: norms, routers and low-rank bottlenecks, and in recurrent
+layers filters, biases, fades, shares of the token before, and gates and rates with one number for each head. Translators
+are not, but each skipped layer would need a sum over the group, which costs more than reading them. The scales of a
+kernel of 8-bit integers are placed like its outputs.
 """
 
-CACHE: Mapping[str, Axes] = {
+CACHE: Mapping[str, Rule] = {
     "*.keys": ("rows", "kv_heads", None, None),
     "*.values": ("rows", "kv_heads", None, None),
     "*.window": ("rows", None, None),
@@ -157,7 +166,7 @@ def place(path: str, tensor: Any, mesh: Mesh) -> Array:
 def array_sharding(path: Any, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Where the rules put an array of a model, of routers or of a cache, by its path in a pytree."""
     dotted = f".{_dotted_path(path)}"
-    axes = _parameter_axes(dotted, len(shape)) or _axes(dotted, CACHE)
+    axes = _parameter_axes(dotted, len(shape)) or _axes(dotted, CACHE, len(shape))
     return NamedSharding(mesh, _spec(axes, shape, mesh.shape))
 
 
@@ -199,7 +208,8 @@ def constrain_cache(cache: T) -> T:
     sizes = jax.sharding.get_abstract_mesh().shape
 
     def constrain(path: Any, leaf: Array) -> Array:
-        return jax.lax.with_sharding_constraint(leaf, _spec(_axes(f".{_dotted_path(path)}", CACHE), leaf.shape, sizes))
+        axes = _axes(f".{_dotted_path(path)}", CACHE, leaf.ndim)
+        return jax.lax.with_sharding_constraint(leaf, _spec(axes, leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(constrain, cache)
 
@@ -257,12 +267,15 @@ def _dotted_path(path: Any) -> str:
 def _parameter_axes(path: str, ndim: int) -> Axes:
     """The logical axes of a parameter; scales have the leading axes of their kernel, which are its outputs."""
     if path.endswith(".scale"):
-        return _axes(f"{path.removesuffix('.scale')}.kernel", PARAMETERS)[:ndim]
-    return _axes(path, PARAMETERS)
+        return _axes(f"{path.removesuffix('.scale')}.kernel", PARAMETERS, ndim)[:ndim]
+    return _axes(path, PARAMETERS, ndim)
 
 
-def _axes(path: str, table: Mapping[str, Axes]) -> Axes:
-    return next((axes for pattern, axes in table.items() if fnmatch.fnmatchcase(path, pattern)), ())
+def _axes(path: str, table: Mapping[str, Rule], ndim: int) -> Axes:
+    """The logical axes of the first rule for a path; an ellipsis becomes as many axes as a tensor of `ndim` has."""
+    rule = next((axes for pattern, axes in table.items() if fnmatch.fnmatchcase(path, pattern)), ())
+    named = tuple(axis for axis in rule if not isinstance(axis, EllipsisType))
+    return named if len(named) == len(rule) else (*named, *(None,) * (ndim - len(named)))
 
 
 def _spec(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:

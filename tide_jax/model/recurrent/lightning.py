@@ -18,13 +18,13 @@ from tide_jax.model.recurrent.types import LightningType
 class Lightning(Mixer):
     """Values are written under keys and read by queries, without a softmax; a gate multiplies the normed output.
 
-    Inputs to the state: queries, keys and values after their activation. No convolution: the window is empty.
+    Inputs to the state: each head's query, key and value after their activation. No convolution: the window is empty.
     """
 
     def __init__(self, size: int, kind: LightningType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kind, self.sizes = kind, kind.sizes(size)
         heads = (kind.heads, kind.head_dim)
-        self.qkv = Dense((size,), (3, *heads), bias=False, dtype=dtype, rngs=rngs)
+        self.qkv = Dense((size,), (kind.heads, 3, kind.head_dim), bias=False, dtype=dtype, rngs=rngs)
         self.output_gate = Dense((size,), heads, bias=False, dtype=dtype, rngs=rngs)
         self.norm = Norm(heads, kind="rms", eps=kind.norm_eps, dtype=dtype)
         self.out = Dense(heads, (size,), bias=False, dtype=dtype, rngs=rngs)
@@ -35,11 +35,11 @@ class Lightning(Mixer):
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, Updates]:
         kind, tokens = self.kind, inputs.shape[:2]
-        qkv = inputs.astype(jnp.float32).reshape(*tokens, 3, kind.heads, kind.head_dim)
+        qkv = inputs.astype(jnp.float32).reshape(*tokens, kind.heads, 3, kind.head_dim)
         rates = kind.fade * 2.0 ** (-8.0 * np.arange(1, kind.heads + 1) / kind.heads)
         fade = jnp.broadcast_to(-jnp.asarray(rates, jnp.float32)[None, None], (*tokens, kind.heads))
         updates = Updates(
-            queries=qkv[:, :, 0], keys=qkv[:, :, 1], values=qkv[:, :, 2], fade=fade, rate=jnp.ones_like(fade)
+            queries=qkv[..., 0, :], keys=qkv[..., 1, :], values=qkv[..., 2, :], fade=fade, rate=jnp.ones_like(fade)
         )
         return inputs[..., :0], updates
 
