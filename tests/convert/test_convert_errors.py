@@ -227,8 +227,8 @@ def test_a_key_that_decides_how_to_read_the_rest_has_the_wrong_type(values: dict
 
 
 def test_a_refused_model_type_says_the_reason(tmp_path: Path) -> None:
-    message = refusal(save(tmp_path / "source", model_type="falcon_h1"))
-    assert "model_type 'falcon_h1' is not supported: each of its layers has attention and a state-space" in message
+    message = refusal(save(tmp_path / "source", model_type="reformer"))
+    assert "model_type 'reformer' is not supported: it attends by locality-sensitive hashing" in message
     assert set(REFUSED).isdisjoint(FAMILIES)
 
 

@@ -16,7 +16,7 @@ from tide_jax.errors import TideError
 from tide_jax.exits.walk import Walk
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.layers import KeyValue
+from tide_jax.model.attention.span import KeyValue
 
 pytest.importorskip("torch")
 
