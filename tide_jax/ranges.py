@@ -25,6 +25,7 @@ Heads = Annotated[int, Interval(ge=1, le=MOST_HEADS)]
 Channels = Annotated[int, Interval(ge=1, le=MOST_CHANNELS)]
 ChannelsOrZero = Annotated[int, Interval(ge=0, le=MOST_CHANNELS)]
 Experts = Annotated[int, Interval(ge=1, le=MOST_EXPERTS)]
+ExpertsOrZero = Annotated[int, Interval(ge=0, le=MOST_EXPERTS)]
 PositionCount = Annotated[int, Interval(ge=1, le=MOST_POSITIONS)]
 PositionsOrZero = Annotated[int, Interval(ge=0, le=MOST_POSITIONS)]
 Positive = Annotated[float, Interval(ge=1e-30, le=1e30)]  # float32 represents it and its inverse

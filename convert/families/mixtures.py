@@ -13,7 +13,7 @@ _MTP_REASON = "layers that predict further tokens, for speculative decoding"
 WITHOUT_MTP = (
     *OUTER_RULES,
     ignore(r"(model\.)?mtp[._].*", _MTP_REASON),
-    Rule(r"model\.layers\.(?P<layer>\d+)\..*", reason=_MTP_REASON, past_layers=True),
+    Rule(r"model\.layers\.(?P<layer>\d+)\..*", reason=_MTP_REASON, past="layer"),
 )
 """`OUTER_RULES` for checkpoints with multi-token prediction, which has its own names or comes as extra last layers."""
 

@@ -26,7 +26,6 @@ REFUSED: dict[str, str] = {
     "hy_v4": "its residual stream is several mixed streams",
     "inkling2_text": "its layers attend to outputs of earlier blocks of layers instead of reading one residual stream",
     "inkling_text": "it convolves keys, values and the outputs of both sublayers over tokens, beside its attention",
-    "longcat_flash": "each of its layers has two attentions, and a mixture of experts that bypasses the second one",
     "mllama_text_model": "some of its layers attend to an image only",
     "prophetnet": "it predicts several future tokens through parallel streams",
     "qwen4_exp_text": "its residual stream is several mixed streams, and layers add embeddings of groups of tokens",

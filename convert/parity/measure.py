@@ -178,7 +178,7 @@ def _run_depth(
 
 @_jit
 def _run_head(model: Decoder, states: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    return model.logits(model.final_norm(states))
+    return model.logits(model.final_norm(model.residual(states)))
 
 
 def _run_prefill(model: Decoder, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -144,13 +144,14 @@ class Reference:
         return self._torch.tensor(np.asarray(tokens, np.int64))
 
     def _nth_modules(self, index: int) -> list[tuple[str, Any]]:
-        """Element `index` of every module list with as many elements as layers; one of them is the decoder layer."""
+        """Element `index` of every module list with as many elements as layers; one of them is the decoder layer.
+
+        In some families two layers are one module. Then it is the module that ends with the layer.
+        """
         count = self._model.config.get_text_config().num_hidden_layers
-        return [
-            (name, module[index])
-            for name, module in self._model.named_modules()
-            if type(module).__name__ == "ModuleList" and len(module) == count
-        ]
+        lists = [(name, m) for name, m in self._model.named_modules() if type(m).__name__ == "ModuleList"]
+        found = [(n, m) for n, m in lists if len(m) == count] or [(n, m) for n, m in lists if 2 * len(m) == count]
+        return [(name, module[(index + 1) * len(module) // count - 1]) for name, module in found]
 
 
 def cache_name(model: Any) -> str:

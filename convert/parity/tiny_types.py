@@ -141,7 +141,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "lfm2": {"full_attn_idxs": [1, 3]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL, "conv"]},
     "llama4_text": {"attention_chunk_size": 7, "floor_scale": 5, "attn_scale": 0.3, "interleave_moe_layer_step": 2},
-    "longcat_flash": {"zero_expert_num": 3, "moe_topk": 3},
+    "longcat_flash": {"num_layers": 4, "zero_expert_num": 3, "moe_topk": 3},
     "mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 16},
     "mellum": {"layer_types": _MIXED},
     "mimo_v2_flash": {"head_dim": 18, "num_attention_heads": 8},

@@ -99,8 +99,9 @@ def layer_rules(
     *parts: Names,
     when: Callable[[DecoderConfig], bool] | None = None,
     layers: Callable[[DecoderConfig], Collection[int]] | None = None,
+    place: Callable[[int], int] | None = None,
 ) -> tuple[Rule, ...]:
-    """Rules for the layers' tensors; target paths are relative to the layer."""
+    """Rules for the layers' tensors; target paths are relative to the layer. See `Rule` for the arguments."""
     names = {name: targets for part in parts for name, targets in part.items()}
     rules = (
         move(
@@ -110,7 +111,15 @@ def layer_rules(
         )
         for name, targets in names.items()
     )
-    return tuple(rule if layers is None else dataclasses.replace(rule, layers=layers) for rule in rules)
+    return tuple(dataclasses.replace(rule, layers=layers, place=place) for rule in rules)
+
+
+def in_module(path: str, names: Names) -> Names:
+    """The same names for a module at another path inside the layer: the first part of each target's path changes."""
+    return {
+        name: tuple(dataclasses.replace(t, path=f"{path}.{t.path.partition('.')[2]}") for t in targets)
+        for name, targets in names.items()
+    }
 
 
 def layers_with_attention(config: DecoderConfig) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -54,8 +55,9 @@ class Rule:
       reason: why tensors without targets are left out.
       when: the rule applies only to configurations for which this is true.
       layers: the layers, by the pattern's group ``layer``, to which the rule applies; None for all.
-      past_layers: the rule applies only to layers past the last one, by the pattern's group ``layer``. There it
-        overrides all other rules.
+      place: the model's layer for a layer of the checkpoint; None if they are the same.
+      past: "layer" or "expert": the rule applies only to those past the last one, by the pattern's group of this name.
+        There it overrides all other rules.
     """
 
     pattern: str
@@ -63,7 +65,8 @@ class Rule:
     reason: str = ""
     when: Callable[[DecoderConfig], bool] = lambda config: True
     layers: Callable[[DecoderConfig], Collection[int]] | None = None
-    past_layers: bool = False
+    place: Callable[[int], int] | None = None
+    past: Literal["layer", "expert"] | None = None
 
 
 def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
@@ -138,7 +141,7 @@ def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], co
         match, rule = matches[0]
         if not rule.targets:
             ignored[name] = rule.reason
-        for piece in (_piece(name, match, target) for target in rule.targets):
+        for piece in (_piece(name, match, target, rule.place) for target in rule.targets):
             if (missing := _missing_place(piece, shapes)) is not None:
                 problems.append(f"source tensor {name} {list(info.shape)} would fill {missing}")
                 continue
@@ -159,12 +162,15 @@ def _matches(
     """Rules that apply to a tensor."""
     found = [(match, rule) for regex, rule in rules if (match := regex.fullmatch(name))]
     matches = [(m, rule) for m, rule in found if rule.layers is None or int(m["layer"]) in rule.layers(config)]
-    past_last_layer = [(m, rule) for m, rule in matches if rule.past_layers and int(m["layer"]) >= config.num_layers]
-    return past_last_layer or [(match, rule) for match, rule in matches if not rule.past_layers]
+    count = {"layer": config.num_layers, "expert": 0 if config.moe is None else config.moe.num_experts}
+    past = [(m, rule) for m, rule in matches if rule.past is not None and int(m[rule.past]) >= count[rule.past]]
+    return past or [(match, rule) for match, rule in matches if rule.past is None]
 
 
-def _piece(name: str, match: re.Match[str], target: Target) -> Piece:
-    groups = match.groupdict()
+def _piece(name: str, match: re.Match[str], target: Target, place: Callable[[int], int] | None) -> Piece:
+    groups: dict[str, Any] = match.groupdict()
+    if place is not None:
+        groups["layer"] = place(int(groups["layer"]))
     indices = (part.strip() for part in target.slot.format(**groups).split(",")) if target.slot else ()
     slot = tuple(slice(None) if part == ":" else int(part) for part in indices)
     return Piece(name, target.path.format(**groups), slot, target.take)

@@ -105,7 +105,7 @@ def cond_chain_step(
         filled = [model.layers[i].project_rows(state.x, contexts) for i in groups[g]]
         return state, rows.stack(g, filled, positions.shape[1])
 
-    state = TokenState.start(model.embed_tokens(tokens[:, None], positions), positions)
+    state = TokenState.start(model, tokens[:, None], positions)
     found, executed = [], jnp.int32(0)
     for g, group in enumerate(groups):
         going = jnp.any(state.active)

@@ -86,6 +86,7 @@ def unsupported(layer: DecoderLayer) -> str | None:
     plain_norm = norm is None or (norm.kind == "rms" and norm.scale is not None and norm.scale.ndim == 1)
     reasons = {
         "a recurrent layer runs beside its attention": layer.recurrent is not None,
+        "the residual stream carries more than itself": layer.carried != "nothing",
         "the norm before it has a gate": isinstance(layer.pre_attention_norm, GatedNorm),
         "values are not projected beside keys": attention.value is not None or attention.kv.outputs[1] != 2,
         "its weights are 8-bit integers, which would become floats in memory": attention.kv.scale is not None,

@@ -71,7 +71,7 @@ def deferred_step(
     """
     groups = groups_of(model, exits)
     queue, code_size = Queue.start(cache, groups, positions), exits.code_size
-    newest = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
+    newest = TokenState.start(model, tokens, positions, code_size)
     walk = Walk(model, groups, exits, positions >= 1, cache.kv, positions)
     return _DeferredStep(walk, queue.positions).run(newest, cache)
 

@@ -68,7 +68,7 @@ def run_depth(
     skips = exits is not None and not exact
     # Embed the tokens; those at position 0 never exit.
     code_size = exits.code_size if exits is not None and skips and exits.routers.translators is not None else None
-    state = TokenState.start(model.embed_tokens(tokens, positions), positions, code_size)
+    state = TokenState.start(model, tokens, positions, code_size)
     may_exit = positions >= 1 if may_exit is None else may_exit & (positions >= 1)
     walk, count = Walk(model, groups, exits, may_exit, cache, positions, runs_on=exact), len(groups)
     # Run groups until every token has exited; with "recompute", run all groups for exact cache rows.

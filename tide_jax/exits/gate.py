@@ -23,14 +23,15 @@ class TokenState(NamedTuple):
     The last T slots are the new tokens, which may exit. With a queue, the S - T slots before them wait for layers.
 
     Attributes:
-      x: residual stream of the slots. "propagate" freezes it at the exit state once a token exits.
+      x: residual stream of the slots, with what it carries. "propagate" freezes it at the exit state once a token
+        exits.
       states: final-normed exit states, zero until the token exits.
       code: exit state projected by `Translators.code`, the input of the translators; None without translators.
       active: tokens that have not exited.
       exit_layers: index of the last layer each token ran; -1 before the first layer.
     """
 
-    x: Float[Array, "B S D"]
+    x: Float[Array, "B S C"]
     states: Float[Array, "B T D"]
     code: Float[Array, "B T R"] | None
     active: Bool[Array, "B T"]
@@ -38,15 +39,18 @@ class TokenState(NamedTuple):
 
     @property
     def newest(self) -> Float[Array, "B T D"]:
-        """Residual stream of the new tokens."""
-        return self.x[:, self.x.shape[1] - self.active.shape[1] :]
+        """Residual stream of the new tokens, without what it carries."""
+        return self.x[:, self.x.shape[1] - self.active.shape[1] :, : self.states.shape[2]]
 
     @classmethod
-    def start(cls, x: Float[Array, "B T D"], positions: Int[Array, "B T"], code_size: int | None = None) -> TokenState:
+    def start(
+        cls, model: Decoder, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], code_size: int | None = None
+    ) -> TokenState:
         """Embedded tokens before the first layer; those at position -1 are padding and not active."""
+        x = model.embed_tokens(tokens, positions)
         return cls(
             x=x,
-            states=jnp.zeros_like(x),
+            states=jnp.zeros_like(model.residual(x)),
             code=None if code_size is None else jnp.zeros((*positions.shape, code_size), x.dtype),
             active=positions >= 0,
             exit_layers=jnp.full(positions.shape, -1, jnp.int32),
@@ -94,13 +98,15 @@ def decide(
     return lax.cond(step.any_exits, exit_some, lambda state: state, state)
 
 
-def exit_input(model: Decoder, exits: Exits | None, layer: int, state: TokenState) -> Float[Array, "B S D"]:
+def exit_input(model: Decoder, exits: Exits | None, layer: int, state: TokenState) -> Float[Array, "B S C"]:
     """Input of `layer` for tokens that already exited: their exit state, translated to the layer."""
     translators = None if exits is None else exits.routers.translators
     if exits is None or translators is None or state.code is None:
         return state.x
     number = jnp.searchsorted(jnp.asarray(exits.routers.exit_points, jnp.int32), state.exit_layers)
-    return translators.translate(layer, state.x, state.code, number, eps=model.config.norm_eps)
+    own = translators.translate(layer, model.residual(state.x), state.code, number, eps=model.config.norm_eps)
+    carried = state.x[..., own.shape[-1] :]
+    return jnp.concatenate([own, carried], axis=-1) if carried.shape[-1] else own
 
 
 def finish_group(

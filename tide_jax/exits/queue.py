@@ -38,14 +38,14 @@ class Pending(NamedTuple):
     """Tokens that exited and whose deep keys and values are not computed yet.
 
     Attributes:
-      states: residual stream of the newest Q slots, each after the last group that ran it.
+      states: residual stream of the newest Q slots, with what it carries, each after the last group that ran it.
       ran: number of slots that each group of layers has processed, int32; never more than the group before.
       exit_layers: index of the last layer that each slot ran, int32, -1 where there is no token; None if groups run
         waiting tokens (``kv_strategy="recompute"``) and need no projection.
       code: exit states, projected to the translators' rank R (0 without translators); None as for `exit_layers`.
     """
 
-    states: Float[Array, "B Q D"]
+    states: Float[Array, "B Q S"]
     ran: Int[Array, " groups"]
     exit_layers: Int[Array, "B Q"] | None = None
     code: Float[Array, "B Q R"] | None = None
@@ -177,7 +177,7 @@ class Queue(NamedTuple):
         new: Sequence[Rows],
         done: Bool[Array, " groups"],
         layers: Sequence[DecoderLayer],
-        states: Float[Array, "B Q D"],
+        states: Float[Array, "B Q S"],
     ) -> QueuedCache:
         """Writes rows like `write_rows` and appends the step's tokens.
 
@@ -221,7 +221,7 @@ def init_cache(
         return empty_cache(config, batch, capacity, dtype)
     # The newest slots are rewritten when their deep layers run. Empty slots before the first token keep them inside.
     ahead, groups = queue_length - 1, len(exits.routers.exit_points) + 1
-    states = jnp.zeros((batch, queue_length, config.hidden_size), dtype)
+    states = jnp.zeros((batch, queue_length, config.stream_size), dtype)
     pending = Pending(states, jnp.full((groups,), ahead, jnp.int32))
     if exits.projects_later:
         nowhere = jnp.full((batch, queue_length), -1, jnp.int32)

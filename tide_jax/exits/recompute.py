@@ -46,9 +46,9 @@ def recompute_step(
     queue, count = Queue.start(cache, groups, positions), len(groups)
     # Move the queue one slot on. The token that drops out has run all layers: a full queue is emptied in the step
     # before.
-    newest = model.embed_tokens(tokens, positions)
-    x = jnp.concatenate([queue.pending.states[:, 1:].astype(newest.dtype), newest], axis=1)
-    state = TokenState.start(newest, positions)._replace(x=x)
+    state = TokenState.start(model, tokens, positions)
+    x = jnp.concatenate([queue.pending.states[:, 1:].astype(state.x.dtype), state.x], axis=1)
+    state = state._replace(x=x)
     # Run groups while a token is active; a full queue runs all of them.
     walk = Walk(model, groups, exits, positions >= 1, cache.kv, queue.positions, runs_on=True, queue=queue)
     loop = walk.run(walk.start(state), lambda s: (s.group < count) & (queue.full | jnp.any(s.state.active)))

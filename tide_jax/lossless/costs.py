@@ -72,9 +72,11 @@ class _Passes:
         self._layers = [
             _flat(programs, model.layers[i], lambda layer, *given: layer(*given)[0]) for i in chosen.tolist()
         ]
-        self._head = _flat(programs, model, lambda model, x: likeliest(model.logits(model.final_norm(x))))
+        self._head = _flat(
+            programs, model, lambda model, x: likeliest(model.logits(model.final_norm(model.residual(x))))
+        )
         self._all = len(model.layers)
-        self._x = jax.random.normal(jax.random.key(0), (batch, width, model.config.hidden_size), model.dtype)
+        self._x = jax.random.normal(jax.random.key(0), (batch, width, model.config.stream_size), model.dtype)
         cache = _filled_cache(model, batch, filled) if filled else None
         self._cached = [None if cache is None else cache.layer(i) for i in chosen.tolist()]
         positions = jnp.broadcast_to(filled + jnp.arange(width, dtype=jnp.int32), (batch, width))

@@ -59,6 +59,7 @@ NormPlacement = Literal["pre", "post", "sandwich", "residual"]
 Positions = Literal["rope", "learned", "sinusoidal", "none"]
 AttentionGate = Literal["none", "head", "channel"]
 GateActivation = Literal["sigmoid", "softplus"]
+Carried = Literal["nothing", "embedding", "shortcut"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,11 @@ class DecoderConfig:
       beside_attention: index into `recurrent_types` of the layer that runs beside the attention of every layer that has
         attention. Both read the same input, and their outputs are added. None for none.
       mlp_layers: layers with a feed-forward block; None for all.
+      carried: what the residual stream carries beside itself, in `hidden_size` more channels. "embedding": each token's
+        embedding. Attention with a recurrent layer beside it then reads the stream and the embedding. The attention's
+        output runs through a feed-forward block of its own and is added to the recurrent layer's input only (Zamba,
+        Glorioso et al. 2024, arXiv:2405.16712, section 2). "shortcut": the output of a layer's experts. They then run
+        beside the layer's MLP, and the next layer adds their output to its own (Cai et al. 2024, arXiv:2404.05019).
       extra_tokens: token ids beyond the vocabulary: they have an embedding but no logit.
       embedding_size: width of the embeddings if it differs from the layers' width; projections join the two.
       attention_types: the distinct kinds of attention in the model.
@@ -142,6 +148,7 @@ class DecoderConfig:
     recurrent_types: tuple[RecurrentType, ...] = ()
     beside_attention: LayerIndex | None = None
     mlp_layers: tuple[LayerIndex, ...] | None = None
+    carried: Carried = "nothing"
     extra_tokens: TokenId = 0
     embedding_size: Channels | None = None
     norm: NormKind = "rms"
@@ -210,6 +217,8 @@ class DecoderConfig:
         check_choice("positions", self.positions, Positions)
         check_choice("attention_gate", self.attention_gate, AttentionGate)
         check_choice("gate_activation", self.gate_activation, GateActivation)
+        check_choice("carried", self.carried, Carried)
+        self._check_carried()
         gated_activation = self.mlp_gated or (self.moe is not None and self.moe.gated)
         check_choice("activation", self.activation, GatedActivation if gated_activation else UngatedActivation)
         if len(self.layer_pattern) != self.num_layers:
@@ -236,6 +245,23 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 "check the checkpoint's config.json"
             )
+
+    def _check_carried(self) -> None:
+        """Raises TideError if nothing reads what the stream carries, or if what reads it is of another kind."""
+        if self.carried == "embedding" and (self.beside_attention is None or self.latent or self.attention_experts):
+            raise TideError(
+                'carried="embedding" is for plain attention beside a recurrent layer: expected beside_attention, and '
+                "neither latent nor attention_experts"
+            )
+        if self.carried == "shortcut" and (self.moe is None or self.moe.layers is None):
+            raise TideError('carried="shortcut" is for experts that are in some layers: expected moe with layers')
+        if self.carried == "shortcut" and self.moe is not None and self.moe.layers is not None:
+            sparse = self.moe.layers
+            if next_too := [i for i in sparse if i + 1 in sparse or i + 1 >= self.num_layers]:
+                raise TideError(
+                    f'carried="shortcut" with experts in layer {next_too[0]}: expected a next layer without experts, '
+                    "which adds their output"
+                )
 
     @property
     def layer_types(self) -> tuple[AttentionType | RecurrentType, ...]:
@@ -275,6 +301,20 @@ class DecoderConfig:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has a mixture of experts in place of an MLP."""
         return self.moe is not None and (self.moe.layers is None or layer in self.moe.layers)
+
+    def has_shortcut(self, layer: int) -> bool:
+        """Whether a layer's experts run beside its MLP, for the next layer to add their output."""
+        return self.carried == "shortcut" and self.has_experts(layer)
+
+    @property
+    def stream_size(self) -> int:
+        """Channels of the residual stream, with what it carries."""
+        return self.hidden_size if self.carried == "nothing" else 2 * self.hidden_size
+
+    @property
+    def attention_inputs(self) -> int:
+        """Channels that attention reads."""
+        return self.stream_size if self.carried == "embedding" else self.hidden_size
 
     @property
     def head_size(self) -> int:

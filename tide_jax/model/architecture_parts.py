@@ -14,6 +14,7 @@ from tide_jax.ranges import (
     ChannelsOrZero,
     Epsilon,
     Experts,
+    ExpertsOrZero,
     Heads,
     LayerIndex,
     NotNegative,
@@ -246,6 +247,7 @@ class MoEConfig:
 
     Attributes:
       num_experts, experts_per_token: number of experts, and number that each token uses.
+      zero_experts: number of further experts that the router may choose, which return the token as it is.
       intermediate_size: hidden width of an expert.
       layers: the layers with experts; None for all.
       score: turns router logits into scores: "softmax" over all experts, "sigmoid" of each, or "sparsemixer" (Liu et
@@ -272,6 +274,7 @@ class MoEConfig:
     num_experts: Experts
     experts_per_token: Experts
     intermediate_size: Channels
+    zero_experts: ExpertsOrZero = 0
     layers: tuple[LayerIndex, ...] | None = None
     score: ExpertScore = "softmax"
     sparsemixer_threshold: NotNegative = 0.0
@@ -299,7 +302,7 @@ class MoEConfig:
         check_choice("score", self.score, ExpertScore)
         check_choice("correction", self.correction, Correction)
         check_choice("group_score", self.group_score, GroupScore)
-        if not 0 < self.experts_per_token <= self.num_experts:
+        if not 0 < self.experts_per_token <= self.num_experts + self.zero_experts:
             raise TideError(
                 f"experts_per_token={self.experts_per_token} must lie between 1 and num_experts={self.num_experts}"
             )

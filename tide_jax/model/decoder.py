@@ -132,11 +132,21 @@ class Decoder(nnx.Module):
         x, contexts = self.embed_tokens(tokens, positions), self.contexts(positions, cache)
         for i, layer in enumerate(self.layers):
             x, new = layer(x, contexts, cache.layer(i) if cache is not None else None, advances=advances)
-            yield x, new
+            yield self.residual(x), new
 
-    def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The residual stream before the first layer: embeddings of tokens and, if any, of absolute positions."""
-        return whole_channels(self._embed(tokens, positions))
+    def embed_tokens(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T S"]:
+        """What the first layer reads: embeddings of tokens and, if any, of absolute positions.
+
+        In architectures whose residual stream carries something (`DecoderConfig.carried`), that follows.
+        """
+        x, carried = self._embed(tokens, positions), self.config.carried
+        if carried != "nothing":
+            x = jnp.concatenate([x, x if carried == "embedding" else jnp.zeros_like(x)], axis=-1)
+        return whole_channels(x)
+
+    def residual(self, stream: Float[Array, "*any S"]) -> Float[Array, "*any D"]:
+        """The residual stream without what it carries: what norms, heads, routers and translators read."""
+        return stream[..., : self.config.hidden_size]
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config, x = self.config, self.embed(tokens)

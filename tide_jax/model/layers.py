@@ -25,6 +25,7 @@ from tide_jax.model.attention.grouped import Attention, AttentionContext
 from tide_jax.model.attention.latent import LatentAttention
 from tide_jax.model.attention.shaped import ShapedAttention
 from tide_jax.model.feed_forward import MLP
+from tide_jax.model.guide import Guide
 from tide_jax.model.memory import Cached, New, Rows, SideBySide
 from tide_jax.model.moe import MoE
 from tide_jax.model.norms import GatedNorm, Norm, block_norm
@@ -86,8 +87,10 @@ class DecoderLayer(nnx.Module):
         mixes = not isinstance(kind, NothingType)
         self.pre_attention_norm = norm(pre and mixes and (config.first_norm or index > 0), gated=True)
         self.post_attention_norm = norm(post and mixes)
-        attends = isinstance(kind, AttentionType)
-        self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends else None
+        attends, self.carried = isinstance(kind, AttentionType), config.carried
+        guides = attends and self.carried == "embedding"
+        self.guide = Guide(config, kind, dtype=dtype, rngs=rngs) if guides else None
+        self.attention = _attention(config, kind, dtype=dtype, rngs=rngs) if attends and not guides else None
         beside = config.recurrent_beside(index)
         self.beside = None if beside is None else config.layer_types.index(beside)
         own = beside if attends or not mixes else kind
@@ -97,22 +100,25 @@ class DecoderLayer(nnx.Module):
         self.attention_residual = weights(config.residual_weights and mixes, config.hidden_size)
         self.mlp_residual = weights(config.residual_weights and has_mlp, config.hidden_size)
         self.output_scale = weights(config.layer_scale, 1)
-        mlp = MoE if config.has_experts(index) else MLP
+        shortcut = config.has_shortcut(index)
+        self.shortcut = MoE(config, dtype=dtype, rngs=rngs) if shortcut else None
+        mlp = MoE if config.has_experts(index) and not shortcut else MLP
         mlp = ChannelMix if isinstance(kind, TimeMixType) and kind.mixes_mlp else mlp
         self.mlp = mlp(config, dtype=dtype, rngs=rngs) if has_mlp else None
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T S"],
         contexts: tuple[Context, ...],
         cached: Cached | None,
         left: Bool[Array, "B T"] | None = None,
         *,
         advances: bool = False,
-    ) -> tuple[Float[Array, "B T D"], New]:
+    ) -> tuple[Float[Array, "B T S"], New]:
         """Runs the layer on new tokens; returns the new residual stream and what the layer keeps of the tokens.
 
         Args:
+          x: the residual stream, with what it carries (`DecoderConfig.carried`).
           left: tokens that only leave behind what `project_rows` gives; their output is meaningless.
           advances: return the state after the tokens instead of their inputs to it (`Mixer.__call__`).
         """
@@ -120,19 +126,22 @@ class DecoderLayer(nnx.Module):
 
     def _run(
         self,
-        x: Float[Array, "B T D"],
+        stream: Float[Array, "B T S"],
         contexts: tuple[Context, ...],
         cached: Cached | None,
         left: Bool[Array, "B T"] | None,
         advances: bool,
-    ) -> tuple[Float[Array, "B T D"], New]:
+    ) -> tuple[Float[Array, "B T S"], New]:
+        x, carried = self._apart(stream)
+        if self.guide is not None:
+            return self._run_guided(self.guide, stream, contexts, cached, advances)
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         if self.attention is not None or self.recurrent is not None:
             mixed, new = self._mix(normed, contexts, cached, advances and not isinstance(self.mlp, ChannelMix))
-            stream = normed if self.normed_residual else x
-            middle = self._add(_multiply(stream, self.attention_residual), mixed, self.post_attention_norm, self.scales)
+            kept = normed if self.normed_residual else x
+            middle = self._add(_multiply(kept, self.attention_residual), mixed, self.post_attention_norm, self.scales)
         if self.mlp is None:
-            return whole_channels(_multiply(middle, self.output_scale)), new
+            return self._together(_multiply(middle, self.output_scale), carried), new
         # A parallel MLP reads the layer's input, otherwise the stream after attention.
         mlp_input = normed if self.shared_norm else _apply(self.pre_mlp_norm, x if self.parallel_residual else middle)
         if isinstance(self.mlp, ChannelMix):
@@ -144,9 +153,41 @@ class DecoderLayer(nnx.Module):
                 new = self.recurrent.advance(state, new, contexts[self.layer_type])
         else:
             update = self.mlp(mlp_input)
-        stream = mlp_input if self.normed_residual else middle
-        out = self._add(_multiply(stream, self.mlp_residual), update, self.post_mlp_norm, self.mlp_scales)
-        return whole_channels(_multiply(out, self.output_scale)), new
+        kept = mlp_input if self.normed_residual else middle
+        out = self._add(_multiply(kept, self.mlp_residual), update, self.post_mlp_norm, self.mlp_scales)
+        if self.carried == "shortcut":
+            # The layer's own experts leave their output for the next layer; a layer without any adds what it found.
+            out = out if self.shortcut is not None else out + carried
+            carried = jnp.zeros_like(out) if self.shortcut is None else self.shortcut(mlp_input)
+        return self._together(_multiply(out, self.output_scale), carried), new
+
+    def _run_guided(
+        self,
+        guide: Guide,
+        stream: Float[Array, "B T S"],
+        contexts: tuple[Context, ...],
+        cached: Cached | None,
+        advances: bool,
+    ) -> tuple[Float[Array, "B T S"], New]:
+        """Runs a recurrent layer whose input is the stream plus what the guide makes of stream and embedding."""
+        assert self.recurrent is not None
+        assert self.beside is not None
+        x, carried = self._apart(stream)
+        parts: Any = (None, None) if cached is None else cached
+        guidance, rows = guide(stream, contexts[self.layer_type], parts[0])
+        normed = _apply(self.pre_attention_norm, x + guidance)
+        mixed, taken = self.recurrent(normed, contexts[self.beside], parts[1], advances=advances)
+        out = self._add(x, mixed, self.post_attention_norm, self.scales)
+        return self._together(out, carried), SideBySide(rows, taken)
+
+    def _apart(self, stream: Float[Array, "B T S"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T C"]]:
+        """The residual stream, and what it carries."""
+        size = stream.shape[-1] if self.carried == "nothing" else stream.shape[-1] // 2
+        return stream[..., :size], stream[..., size:]
+
+    def _together(self, x: Float[Array, "B T D"], carried: Float[Array, "B T C"]) -> Float[Array, "B T S"]:
+        """Inverse of `_apart`."""
+        return whole_channels(x if self.carried == "nothing" else jnp.concatenate([x, carried], axis=-1))
 
     def _mix(
         self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: Cached | None, advances: bool
@@ -163,9 +204,13 @@ class DecoderLayer(nnx.Module):
         second, taken = recurrent(x, contexts[self.beside], parts[1], advances=advances)
         return first + second, SideBySide(rows, taken)
 
-    def project_rows(self, x: Float[Array, "B T D"], contexts: tuple[Context, ...]) -> Rows:
-        """What this layer would keep of `x`, without running it."""
+    def project_rows(self, stream: Float[Array, "B T S"], contexts: tuple[Context, ...]) -> Rows:
+        """What this layer would keep of tokens, without running it; a recurrent layer goes without its guide."""
+        x, _ = self._apart(stream)
         normed = _apply(self.pre_attention_norm, x)
+        if self.guide is not None and self.recurrent is not None:
+            rows = self.guide.project_kv(stream, contexts[self.layer_type])
+            return SideBySide(rows, self.recurrent.project_inputs(normed))
         if self.attention is not None:
             rows = self.attention.project_kv(normed, contexts[self.layer_type])
             return rows if self.recurrent is None else SideBySide(rows, self.recurrent.project_inputs(normed))
@@ -185,13 +230,13 @@ class DecoderLayer(nnx.Module):
 @functools.partial(jax.jit, static_argnames="advances")
 def _trace_once(
     layer: DecoderLayer,
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B T S"],
     contexts: tuple[Context, ...],
     cached: Cached | None,
     left: Bool[Array, "B T"] | None,
     *,
     advances: bool,
-) -> tuple[Float[Array, "B T D"], New]:
+) -> tuple[Float[Array, "B T S"], New]:
     """Traces and lowers layers of the same structure once per program; XLA inlines the calls."""
     return layer._run(x, contexts, cached, left, advances)
 

@@ -47,8 +47,9 @@ class MoE(nnx.Module):
         assert config.moe is not None
         moe, d = config.moe, config.hidden_size
         self.moe, self.activation, self.limit = moe, config.activation, config.activation_limit
-        self.router = Dense((d,), (moe.num_experts,), bias=moe.router_bias, exact=True, dtype=dtype, rngs=rngs)
-        self.correction = nnx.Param(jnp.zeros((moe.num_experts,), dtype)) if moe.correction != "none" else None
+        choices = moe.num_experts + moe.zero_experts
+        self.router = Dense((d,), (choices,), bias=moe.router_bias, exact=True, dtype=dtype, rngs=rngs)
+        self.correction = nnx.Param(jnp.zeros((choices,), dtype)) if moe.correction != "none" else None
         self.experts = Experts(config, moe, dtype=dtype, rngs=rngs)
         self.shared = MLP(config, size=moe.shared_size, dtype=dtype, rngs=rngs) if moe.shared_size else None
         gate = moe.shared_gate
@@ -79,12 +80,19 @@ class MoE(nnx.Module):
     def _run_routed(
         self, tokens: Float[Array, "N D"], weights: Float[Array, "N K"], chosen: Int[Array, "N K"]
     ) -> Float[Array, "N D"]:
+        # An expert behind the last one gives the token itself. It runs as another expert with weight zero.
+        zero, whole = chosen >= self.moe.num_experts, weights
+        if self.moe.zero_experts:
+            weights, chosen = jnp.where(zero, 0.0, weights), chosen % self.moe.num_experts
         rows = jnp.broadcast_to(tokens[:, None, :], (*chosen.shape, tokens.shape[-1]))
         if self.moe.scale_input:
             rows = (rows.astype(jnp.float32) * weights[:, :, None]).astype(rows.dtype)
             weights = jnp.ones_like(weights)
         mixed = by_expert(rows, chosen, self._run_experts).astype(jnp.float32)
-        return jnp.sum(mixed * weights[:, :, None], axis=1)
+        out = jnp.sum(mixed * weights[:, :, None], axis=1)
+        if self.moe.zero_experts:
+            out += tokens.astype(jnp.float32) * jnp.sum(jnp.where(zero, whole, 0.0), axis=1, keepdims=True)
+        return out
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
         """Runs row i through expert ``expert[i]``; rows are sorted by expert."""

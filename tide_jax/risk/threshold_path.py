@@ -142,14 +142,11 @@ def score_tokens(
 @jax.jit
 def _score_batch(model: Decoder, routers: Routers, batch: Batch) -> tuple[Array, Array]:
     """Scores and agreement with the full model, each [C, B, T], in one pass at full depth."""
-    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
+    outputs = [x for x, _ in model.layer_outputs(batch.tokens, batch.positions, None)]
     scores, answers = [], []
-
-    for i, layer in enumerate(model.layers):
-        x, _ = layer(x, contexts, None)
-        if i in routers.exit_points:
-            c = routers.exit_points.index(i)
-            result = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
-            scores.append(result.scores.reshape(x.shape[:2]))
-            answers.append(argmax_by_row(model, result.states.reshape(x.shape)))
-    return jnp.stack(scores), jnp.stack(answers) == argmax_by_row(model, model.final_norm(x))[None]
+    for c, exit_point in enumerate(routers.exit_points):
+        x = outputs[exit_point]
+        result = exit_scores(model, routers, c, x.reshape(-1, x.shape[-1]))
+        scores.append(result.scores.reshape(x.shape[:2]))
+        answers.append(argmax_by_row(model, result.states.reshape(x.shape)))
+    return jnp.stack(scores), jnp.stack(answers) == argmax_by_row(model, model.final_norm(outputs[-1]))[None]

@@ -87,7 +87,7 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245); multi-head and multi-query are special cases."""
 
     def __init__(self, config: DecoderConfig, kind: AttentionType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        d, h, kv, hd = config.hidden_size, kind.num_heads or config.num_heads, config.num_kv_heads, config.head_dim
+        d, h, kv, hd = config.attention_inputs, kind.num_heads or config.num_heads, config.num_kv_heads, config.head_dim
         self.scale, self.softcap, self.clip = kind.scale, config.attention_softcap, config.clip_qkv
         self.interleaved = kind.rope is not None and kind.rope.interleaved
         self.rotates_values = kind.rope is not None and kind.rope.values
@@ -100,7 +100,9 @@ class Attention(nnx.Module):
         self.value_bias = nnx.Param(jnp.zeros((kv, hd), dtype)) if value_bias else None
         self.value = Dense((d,), (kv, vd), bias=config.qkv_bias, dtype=dtype, rngs=rngs) if config.value_dim else None
         self.value_scale = config.value_scale
-        self.out = Dense((h, vd), (d,), bias=config.attention_out_bias or kind.out_bias, dtype=dtype, rngs=rngs)
+        self.out = Dense(
+            (h, vd), (config.hidden_size,), bias=config.attention_out_bias or kind.out_bias, dtype=dtype, rngs=rngs
+        )
         self.q_norm = head_norm(kind.qk_norm, h, hd, dtype=dtype)
         self.k_norm = head_norm(kind.qk_norm, kv, hd, dtype=dtype)
         value_norm = QKNorm(eps=config.norm_eps, scale=False) if kind.value_norm else None
