@@ -24,6 +24,7 @@ from convert.probe.run import verify_probed_model
 from convert.sources.base import Source
 from convert.sources.lora import merge_adapter
 from convert.sources.open import open_source
+from convert.sources.shared_blocks import with_own_blocks
 from convert.sources.text_model import text_decoder
 from convert.verify import Verification, require_torch, verify_conversion
 from convert.verify_weights import verify_weights
@@ -252,7 +253,7 @@ def open_config(source_ref: str | Path, *, revision: str | None = None) -> Decod
 
 def _open(source_ref: str | Path, adapter: str | Path | None = None, revision: str | None = None) -> Source:
     base = open_source(source_ref, revision=revision)
-    return text_decoder(base if adapter is None else merge_adapter(base, adapter))
+    return with_own_blocks(text_decoder(base if adapter is None else merge_adapter(base, adapter)))
 
 
 def _assemble_parameters(

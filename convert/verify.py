@@ -183,6 +183,7 @@ def reference_model(source: Source) -> Any:
     """
     import torch
 
+    source = getattr(source, "whole", source)
     if getattr(source, "rewritten", False):
         return _model_from_read_weights(source)
     file = source.files[0]

@@ -23,6 +23,7 @@ from convert.families import (
     olmo,
     recurrent,
     rwkv,
+    zamba,
 )
 from convert.families.base import Family
 from convert.families.refused import REFUSED
@@ -50,4 +51,5 @@ FAMILIES: dict[str, Family] = {
     **dots.FAMILIES,
     **lstm.FAMILIES,
     **rwkv.FAMILIES,
+    **zamba.FAMILIES,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from convert.configuration.rope import rope_config
@@ -16,6 +16,24 @@ from tide_jax.model.recurrent.types import RecurrentType
 
 
 @dataclasses.dataclass(frozen=True)
+class SharedBlocks:
+    """Blocks of weights that layers share in a checkpoint; see `convert.sources.shared_blocks`.
+
+    Attributes:
+      module: name of the block's module inside a layer.
+      beside: name of a tensor that each layer with a block has.
+      count: the field of config.json with the number of blocks, which layers use in turn; None for one block.
+      adapters: lists of low-rank adapters inside the block, with one entry for each layer that uses a block, by the
+        module whose output they add to.
+    """
+
+    module: str
+    beside: str
+    count: str | None = None
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Entry in the table of families: how checkpoints of one model type convert.
 
@@ -23,11 +41,13 @@ class Family:
       config: maps a transformers configuration object to the decoder configuration.
       rules: the weight map.
       overflows_float16: activations of published models exceed float16's range (65,504).
+      shared_blocks: the blocks that layers share; each layer gets its own copy.
     """
 
     config: Callable[[Any], DecoderConfig]
     rules: tuple[Rule, ...] = LLAMA
     overflows_float16: bool = False
+    shared_blocks: SharedBlocks | None = None
 
 
 def first_set(hf: Any, *names: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.families.base import (
@@ -48,11 +48,13 @@ NO_LIMIT = 2**20
 """Longest text of models without positions; their configurations name none."""
 
 
-def mixed(hf: Any, recurrent: dict[str, RecurrentType], layers: Sequence[AttentionType] = ()) -> list[Any]:
+def mixed(
+    hf: Any, recurrent: Mapping[str, AttentionType | RecurrentType], layers: Sequence[AttentionType] = ()
+) -> list[Any]:
     """Each layer's type, by its name in `layer_types`.
 
     Args:
-      recurrent: the type of each name that is no attention.
+      recurrent: the type of each name that is no ordinary attention.
       layers: each layer's attention, used where the layer has attention.
     """
     known = (*_ATTENTION, *recurrent) if layers else tuple(recurrent)

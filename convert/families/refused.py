@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-_SHARED_BLOCK = (
-    "some of its state-space layers also read the output of a transformer block that layers share, and that block "
-    "reads the token's embedding beside the layer's input"
-)
 _DRAFTER = "it drafts for another model and reads that model's hidden states; it cannot run alone"
 _CODEBOOKS = "it predicts several audio codebooks at once instead of one token"
 
@@ -15,7 +11,6 @@ def _types(names: str, reason: str) -> dict[str, str]:
 
 
 REFUSED: dict[str, str] = {
-    **_types("zamba zamba2", _SHARED_BLOCK),
     **_types("gemma4_assistant gemma4_unified_assistant", _DRAFTER),
     **_types("musicgen musicgen_melody", _CODEBOOKS),
     "blt": "it reads bytes in patches of varying length through three stacks of layers",

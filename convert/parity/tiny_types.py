@@ -6,6 +6,7 @@ from typing import Any
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _MIXED = [_FULL, _SLIDING, _SLIDING, _FULL, _SLIDING]
+_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"]
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_state": 16}
 _GROUPED = {"n_group": 4, "topk_group": 2, "n_routed_experts": 8, "num_experts_per_tok": 3}
 _LINEAR = {
@@ -207,8 +208,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "xlnet": {"attn_type": "uni", "d_head": 8},
     "xlstm": {"hidden_size": 128, "num_heads": 4, "use_bias": False},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+    "zamba": {"layers_block_type": _HYBRID},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid", "linear_attention"],
+        "layers_block_type": _HYBRID,
         "n_mamba_heads": 8,
         "mamba_d_state": 16,
         "adapter_rank": 8,

@@ -24,9 +24,9 @@ class Source(Protocol):
       tensors: shape and dtype name of every stored tensor, under Hugging Face's names and layout.
       files: the weight files, for hashing.
 
-    Some sources have more attributes. `ignored` maps the tensors in the files that the source hides to the reason.
-    `rewritten` is true if the tensors differ from those that transformers reads from the files. `steps` exists if the
-    source holds integers (`steps_of`).
+    Some sources have more attributes. `whole` is a source with the names that transformers knows. `ignored` maps the
+    tensors in the files that the source hides to the reason. `rewritten` is true if the tensors differ from those that
+    transformers reads from the files. `steps` exists if the source holds integers (`steps_of`).
     """
 
     description: str

@@ -14,6 +14,7 @@ from tide_jax.model.recurrent.types import (
     LightningType,
     MatrixLSTMType,
     RecurrentType,
+    SelectiveType,
     StateSpaceType,
 )
 
@@ -36,6 +37,21 @@ def filters(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 def thirds(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Three projections, one after the other: [3 N, D] to [D, 3, N], [3 N] to [3, N]."""
     return a.T.reshape(*a.shape[1:], 3, -1)
+
+
+def alternating(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Two projections whose outputs alternate: [2 N, D] to [D, 2, N], [2 N] to [2, N]."""
+    return a.T.reshape(*a.shape[1:], -1, 2).swapaxes(-1, -2)
+
+
+def head_projection(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """A projection of each head, [H, out, in] to [H, in, out]; [in, out] for a single head."""
+    return a.swapaxes(1, 2) if _only(c, SelectiveType).heads > 1 else a[0].T
+
+
+def joined_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
+    """Channels by head to channels, [H, N, ...] to [H N, ...]."""
+    return a.reshape(-1, *a.shape[2:])
 
 
 def state_space_part(number: int) -> Take:

@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T S"], New]:
         x, carried = self._apart(stream)
         if self.guide is not None:
-            return self._run_guided(self.guide, stream, contexts, cached, advances)
+            return self._run_guided(self.guide, stream, contexts, cached, left, advances)
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         if self.attention is not None or self.recurrent is not None:
             mixed, new = self._mix(normed, contexts, cached, advances and not isinstance(self.mlp, ChannelMix))
@@ -167,6 +167,7 @@ class DecoderLayer(nnx.Module):
         stream: Float[Array, "B T S"],
         contexts: tuple[Context, ...],
         cached: Cached | None,
+        left: Bool[Array, "B T"] | None,
         advances: bool,
     ) -> tuple[Float[Array, "B T S"], New]:
         """Runs a recurrent layer whose input is the stream plus what the guide makes of stream and embedding."""
@@ -175,6 +176,8 @@ class DecoderLayer(nnx.Module):
         x, carried = self._apart(stream)
         parts: Any = (None, None) if cached is None else cached
         guidance, rows = guide(stream, contexts[self.layer_type], parts[0])
+        if left is not None:  # as in `project_rows`
+            guidance = jnp.where(left[:, :, None], jnp.zeros_like(guidance), guidance)
         normed = _apply(self.pre_attention_norm, x + guidance)
         mixed, taken = self.recurrent(normed, contexts[self.beside], parts[1], advances=advances)
         out = self._add(x, mixed, self.post_attention_norm, self.scales)

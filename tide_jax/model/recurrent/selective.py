@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.norms import Norm
-from tide_jax.model.ops import Dense, normal
+from tide_jax.model.ops import Dense, einsum, normal
 from tide_jax.model.recurrent.mixer import Mixer
 from tide_jax.model.recurrent.types import SelectiveType
 
@@ -24,18 +24,28 @@ class ChannelUpdates(NamedTuple):
     Attributes:
       stream: what is written into each channel.
       step: how much of it, and how much the state fades.
-      keys, queries: where all channels write and read.
+      keys, queries: where all channels of a head write and read.
     """
 
     stream: Float[Array, "B T N"]
     step: Float[Array, "B T N"]
-    keys: Float[Array, "B T S"]
-    queries: Float[Array, "B T S"]
+    keys: Float[Array, "B T H S"]
+    queries: Float[Array, "B T H S"]
 
     def only(self, real: Bool[Array, "B T"]) -> ChannelUpdates:
         """The updates of real tokens; the others do nothing."""
-        kept = (jnp.where(real[:, :, None], a, 0.0) for a in self)
+        kept = (jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - 2)), a, 0.0) for a in self)
         return ChannelUpdates(*kept)
+
+
+class HeadsDense(nnx.Module):
+    """A product for each head: ``kernel [H, inputs, outputs]``."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(normal(rngs, (heads, inputs, outputs), inputs, dtype))
+
+    def __call__(self, x: Float[Array, "B T H N"]) -> Float[Array, "B T H M"]:
+        return einsum("bthn,hnm->bthm", x, self.kernel[...])
 
 
 class Selective(Mixer):
@@ -47,9 +57,13 @@ class Selective(Mixer):
     def __init__(self, size: int, kind: SelectiveType, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.kind, self.sizes = kind, kind.sizes(size)
         inner, state = kind.inner, kind.state_size
+        parts = kind.step_rank + 2 * state
         self.stream_gate = Dense((size,), (2, inner), bias=kind.bias, stacked=True, dtype=dtype, rngs=rngs)
-        self.parts = Dense((inner,), (kind.step_rank + 2 * state,), bias=False, dtype=dtype, rngs=rngs)
-        self.step = Dense((kind.step_rank,), (inner,), bias=False, dtype=dtype, rngs=rngs)
+        self.parts: Dense | HeadsDense = Dense((inner,), (parts,), bias=False, dtype=dtype, rngs=rngs)
+        self.step: Dense | HeadsDense = Dense((kind.step_rank,), (inner,), bias=False, dtype=dtype, rngs=rngs)
+        if kind.heads > 1:
+            self.parts = HeadsDense(kind.heads, inner // kind.heads, parts, dtype=dtype, rngs=rngs)
+            self.step = HeadsDense(kind.heads, kind.step_rank, inner // kind.heads, dtype=dtype, rngs=rngs)
         self.step_bias = nnx.Param(jnp.zeros((inner,), dtype))
         self.filters = nnx.Param(normal(rngs, (inner, kind.width), kind.width, dtype))
         self.filter_bias = nnx.Param(jnp.zeros((inner,), dtype)) if kind.conv_bias else None
@@ -70,20 +84,29 @@ class Selective(Mixer):
 
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, ChannelUpdates]:
         kind, mixed = self.kind, jax.nn.silu(self._convolve(inputs, window))
-        step, keys, queries = jnp.split(self.parts(mixed), [kind.step_rank, kind.step_rank + kind.state_size], axis=-1)
+        # Each head by itself: [B, T, H, channels].
+        parts = self.parts(mixed.reshape(*mixed.shape[:2], kind.heads, -1) if kind.heads > 1 else mixed)
+        parts = parts.reshape(*mixed.shape[:2], kind.heads, -1)
+        step, keys, queries = jnp.split(parts, [kind.step_rank, kind.step_rank + kind.state_size], axis=-1)
         if self.step_norm is not None and self.key_norm is not None and self.query_norm is not None:
             step, keys, queries = self.step_norm(step), self.key_norm(keys), self.query_norm(queries)
-        step = self.step(step).astype(jnp.float32) + self.step_bias[...].astype(jnp.float32)[None, None]
+        step = self.step(step if kind.heads > 1 else step[:, :, 0]).reshape(mixed.shape)
+        step = step.astype(jnp.float32) + self.step_bias[...].astype(jnp.float32)[None, None]
         found = (mixed, jax.nn.softplus(step), keys, queries)
         return mixed, ChannelUpdates(*(a.astype(jnp.float32) for a in found))
 
     def _run(self, matrix: Array, updates: ChannelUpdates) -> tuple[Array, Array]:
         fade = -jnp.exp(self.fade[...].astype(jnp.float32))[None]
 
+        heads = self.kind.heads
+
+        def by_channel(a: Float[Array, "B H S"]) -> Float[Array, "B _ S"]:
+            return a if heads == 1 else jnp.repeat(a, self.kind.inner // heads, axis=1)
+
         def token(state: Float[Array, "B N S"], one: ChannelUpdates) -> tuple[Array, Array]:
-            step, written = one.step[:, :, None], (one.step * one.stream)[:, :, None] * one.keys[:, None]
+            step, written = one.step[:, :, None], (one.step * one.stream)[:, :, None] * by_channel(one.keys)
             state = state * jnp.exp(fade * step) + written
-            return state, jnp.sum(state * one.queries[:, None], axis=-1)
+            return state, jnp.sum(state * by_channel(one.queries), axis=-1)
 
         by_token = ChannelUpdates(*(jnp.swapaxes(a, 0, 1) for a in updates))
         state, out = lax.scan(token, matrix[..., 0], by_token, unroll=min(_AT_ONCE, by_token.step.shape[0]))

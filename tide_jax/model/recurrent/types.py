@@ -180,6 +180,8 @@ class SelectiveType:
       state_size: numbers in a channel's state.
       step_rank: rank of the time step's projection.
       width: tokens of a filter over the inner stream.
+      heads: heads of the inner stream; each makes its time step, keys and queries of its own channels (Glorioso et al.
+        2024, arXiv:2405.16712).
       conv_bias, bias: whether filters, and projections, have a bias.
       norms: whether time step, keys and queries are normed, with or without a learned scale.
       norm_eps: of these norms.
@@ -189,6 +191,7 @@ class SelectiveType:
     state_size: Channels
     step_rank: Channels
     width: Channels
+    heads: Heads = 1
     conv_bias: bool = True
     bias: bool = False
     norms: Literal["none", "plain", "scaled"] = "none"
@@ -196,6 +199,9 @@ class SelectiveType:
     kind: Literal["selective"] = "selective"
 
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        _check_shares("inner", self.inner, "heads", self.heads)
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""

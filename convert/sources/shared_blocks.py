@@ -1,0 +1,134 @@
+"""Gives each layer its own copy of a block that layers share in a checkpoint, with the layer's adapters merged in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.families import FAMILIES
+from convert.families.base import SharedBlocks
+from convert.sources.base import Source, steps_of
+from tide_jax.errors import TideError
+from tide_jax.model.files.shards import TensorInfo
+
+
+def with_own_blocks(source: Source) -> Source:
+    """Returns a checkpoint whose layers share no block; most families share none, and their sources stay as they are.
+
+    Raises:
+      TideError: the number of blocks is no positive integer.
+    """
+    model_type = source.config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or family.shared_blocks is None:
+        return source
+    return OwnBlocksSource(source, family.shared_blocks)
+
+
+class _Origin(NamedTuple):
+    """Where a tensor comes from: a stored tensor, and the names of a low-rank adapter's matrices [r, in], [out, r]."""
+
+    stored: str
+    adapter: tuple[str, str] | None = None
+
+
+class OwnBlocksSource:
+    """A checkpoint whose layers share no block; see `convert.sources.base.Source`.
+
+    A checkpoint stores a block once, in the first layer that uses it, and transformers ties the others to it. As it
+    does, a checkpoint with ``tie_word_embeddings=False`` ties nothing, so layers that store a block have their own.
+
+    Attributes:
+      whole: the checkpoint as it is.
+    """
+
+    def __init__(self, whole: Source, blocks: SharedBlocks) -> None:
+        self.whole = whole
+        self.description, self.config = whole.description, whole.config
+        self.generation_config, self.files = whole.generation_config, whole.files
+        self.rewritten = getattr(whole, "rewritten", False)
+        self.ignored: dict[str, str] = getattr(whole, "ignored", {})
+        self._origins = _origins(whole, blocks)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: whole.tensors[origin.stored] for name, origin in self._origins.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor; with an adapter, the sum in float32."""
+        if name not in self._origins:
+            raise TideError(f"{self.description} has no tensor {name}")
+        origin = self._origins[name]
+        tensor = self.whole.read(origin.stored)
+        if origin.adapter is None:
+            return tensor
+        down, up = (self.whole.read(part).astype(np.float32) for part in origin.adapter)
+        return tensor.astype(np.float32) + up @ down
+
+    def steps(self, name: str) -> np.ndarray | None:
+        """As `convert.sources.base.steps_of`; None for tensors with an adapter."""
+        origin = self._origins[name]
+        return None if origin.adapter is not None else steps_of(self.whole, origin.stored)
+
+    def write_side_files(self, directory: Path) -> None:
+        """Copies tokenizer files and generation_config.json."""
+        self.whole.write_side_files(directory)
+
+    def load_tokenizer(self) -> Any:
+        """Returns the checkpoint's tokenizer."""
+        return self.whole.load_tokenizer()
+
+
+def _origins(source: Source, blocks: SharedBlocks) -> dict[str, _Origin]:
+    """Where each tensor comes from."""
+    count = 1 if blocks.count is None else source.config.get(blocks.count, 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise TideError(
+            f"{source.description}: config.json has {blocks.count}={count!r}, expected the number of blocks that "
+            "layers share; correct it"
+        )
+    layers, tied = _layers_with(source, re.escape(blocks.beside)), source.config.get("tie_word_embeddings", True)
+    stored = _layers_with(source, re.escape(blocks.module) + r"\..+")
+    inside = re.compile(rf"{_LAYERS}{re.escape(blocks.module)}\.(?P<part>.+)")
+    origins = {name: _Origin(name) for name in source.tensors if not inside.fullmatch(name)}
+    for number, layer in enumerate(layers):
+        # Layers use the blocks in turn, and the first layer that uses a block stores it.
+        first = layer if layer in stored and not tied else layers[number % count]
+        if first not in stored:
+            raise TideError(
+                f"{source.description}: layer {first} does not store {blocks.module}, expected it there for layers "
+                f"{', '.join(map(str, layers[number % count :: count]))}; get the checkpoint again"
+            )
+        for name in source.tensors:
+            found = inside.fullmatch(name)
+            if found is None or int(found["layer"]) != first or _is_adapter(found["part"], blocks):
+                continue
+            own = f"{found['prefix']}{layer}.{blocks.module}.{found['part']}"
+            start = name.removesuffix(found["part"])
+            origins[own] = _Origin(name, _adapter(source, blocks, start, found["part"], number))
+    return origins
+
+
+_LAYERS = r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\."
+
+
+def _layers_with(source: Source, pattern: str) -> list[int]:
+    """Layers that store a tensor whose name inside the layer matches a regular expression."""
+    matches = (re.fullmatch(_LAYERS + pattern, name) for name in source.tensors)
+    return sorted({int(found["layer"]) for found in matches if found})
+
+
+def _is_adapter(part: str, blocks: SharedBlocks) -> bool:
+    return any(part.startswith(f"{adapters}.") for adapters in blocks.adapters.values())
+
+
+def _adapter(source: Source, blocks: SharedBlocks, start: str, part: str, number: int) -> tuple[str, str] | None:
+    """Names of the two matrices that a layer adds to a part of its block, if the checkpoint has them."""
+    adapters = blocks.adapters.get(part.removesuffix(".weight"))
+    if adapters is None:
+        return None
+    down, up = (f"{start}{adapters}.{number}.{i}.weight" for i in range(2))
+    return (down, up) if down in source.tensors and up in source.tensors else None
