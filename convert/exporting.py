@@ -17,6 +17,7 @@ import numpy as np
 from convert.architecture import family_of
 from convert.configuration.older_names import add_older_names
 from convert.conversion import RECORD_FILE, Progress, check_destination, versions, write_json
+from convert.families import FAMILIES
 from convert.output.replacement import check_no_foreign_files, files_of, replace_directory
 from convert.output.stored import to_model_layout
 from convert.output.writer import ShardWriter, plan_layout, split_slot
@@ -91,6 +92,7 @@ class ConvertedSource:
         self.description = str(path)
         self.config = read_json(directory / "config.json")
         settings = self.config.pop(CONFIG_KEY)
+        self._check_blocks()
         self.dtype = parse_dtype(settings["dtype"])
         self._axes = summed_axes(self._decoder) if settings.get(WEIGHTS_KEY) == "int8" else {}
         if not self._decoder.tie_embeddings:
@@ -149,6 +151,15 @@ class ConvertedSource:
     def load_tokenizer(self) -> Any:
         """Returns the converted tokenizer. Raises TideError if there is none."""
         return read_tokenizer(self._directory)
+
+    def _check_blocks(self) -> None:
+        """Raises TideError if layers had adapters to a shared block, which their copies of it have taken in."""
+        family = FAMILIES.get(self.config.get("model_type", ""))
+        if family is not None and family.shared_blocks is not None and family.shared_blocks.adapters:
+            raise TideError(
+                f"{self.description} cannot be exported: layers' adapters to a shared block are merged into a copy of "
+                "the block for each layer, and cannot be told from it; keep the original checkpoint"
+            )
 
     def _check_complete(self) -> None:
         """Raises TideError if texts longer than the conversion's context need a tensor that was left out."""

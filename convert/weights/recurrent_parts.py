@@ -48,8 +48,8 @@ def selective_by_head(name: str) -> Names:
     return {
         **selective(name),
         **linear(f"{name}.in_proj", "recurrent.stream_gate", recurrent_takes.alternating, recurrent_takes.alternating),
-        f"{name}.x_proj_weight": (Target("recurrent.parts.kernel", recurrent_takes.head_projection),),
-        f"{name}.dt_proj_weight": (Target("recurrent.step.kernel", recurrent_takes.head_projection),),
+        f"{name}.x_proj_weight": (Target("recurrent.parts.by_head", takes.transpose),),
+        f"{name}.dt_proj_weight": (Target("recurrent.step.by_head", takes.transpose),),
         f"{name}.dt_proj_bias": (Target("recurrent.step_bias", recurrent_takes.joined_heads),),
         f"{name}.A_log": (Target("recurrent.fade", recurrent_takes.joined_heads),),
         f"{name}.D": (Target("recurrent.passed", recurrent_takes.joined_heads),),

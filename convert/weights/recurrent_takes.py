@@ -14,7 +14,6 @@ from tide_jax.model.recurrent.types import (
     LightningType,
     MatrixLSTMType,
     RecurrentType,
-    SelectiveType,
     StateSpaceType,
 )
 
@@ -42,11 +41,6 @@ def thirds(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
 def alternating(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
     """Two projections whose outputs alternate: [2 N, D] to [D, 2, N], [2 N] to [2, N]."""
     return a.T.reshape(*a.shape[1:], -1, 2).swapaxes(-1, -2)
-
-
-def head_projection(a: np.ndarray, c: DecoderConfig) -> np.ndarray:
-    """A projection of each head, [H, out, in] to [H, in, out]; [in, out] for a single head."""
-    return a.swapaxes(1, 2) if _only(c, SelectiveType).heads > 1 else a[0].T
 
 
 def joined_heads(a: np.ndarray, c: DecoderConfig) -> np.ndarray:

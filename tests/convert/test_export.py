@@ -110,6 +110,10 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     except TideError as error:
         pytest.skip(f"converts in other settings only: {error}")
+    blocks = FAMILIES[model_type].shared_blocks
+    if blocks is not None and blocks.adapters:
+        assert "layers' adapters to a shared block are merged" in refusal(tmp_path / "converted")
+        return
     config = tide_jax.model.files.checkpoint.load_config(tmp_path / "converted")
     longest = read_config(tmp_path / "source").get("max_position_embeddings", 0)
     if config.max_positions < longest and not config.learned_positions:

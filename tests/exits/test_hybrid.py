@@ -26,7 +26,11 @@ NEW = 2 * QUEUE_LENGTH + 3  # the queue fills more than once
 FLOAT32_NOISE = 1e-5
 
 
-MODELS = pytest.mark.parametrize("model_name", ["hybrid", "side by side", "other recurrences"])
+NAMES = ["hybrid", "side by side", "other recurrences", "guided", "shortcut"]
+EVERY_MODEL = pytest.mark.parametrize("model_name", NAMES)
+MODELS = pytest.mark.parametrize(
+    "model_name", [name if name in NAMES[:2] else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 
 
 @functools.cache
@@ -46,7 +50,7 @@ def check_against_brute_force(engine: TIDE, prompts: list[list[int]], rows: tupl
         assert out.exit_layers[b].tolist() == exit_layers, b
 
 
-@MODELS
+@EVERY_MODEL
 @pytest.mark.parametrize("strategy", ["propagate", "recompute"])
 def test_ragged_rows_generate_as_the_brute_force(strategy: str, model_name: str) -> None:
     check_against_brute_force(engine_of(model_name, strategy), PROMPTS, (0, 1, 2))
@@ -69,7 +73,7 @@ def test_streaming_is_generating(strategy: str, model_name: str) -> None:
     np.testing.assert_array_equal(np.stack([s.tokens for s in steps], axis=1), out.tokens)
 
 
-@MODELS
+@EVERY_MODEL
 def test_one_pass_with_exits_is_token_by_token(model_name: str) -> None:
     """In one pass, a token that has left shows later ones what its skipped layers keep of it, and nothing else."""
     engine, row = engine_of(model_name, "propagate"), random_prompts((24,))[0]

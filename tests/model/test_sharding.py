@@ -110,7 +110,7 @@ def test_what_no_rule_names_is_small(name: str) -> None:
         assert axes or small, f"{path} {shape}"
 
 
-SMALL = {"fade", "passed", "shares", "bonus", "gates", "rate", "fades_down", "gate_down"}
+SMALL = {"fade", "passed", "shares", "bonus", "gates", "by_head", "rate", "fades_down", "gate_down"}
 """What is small in recurrent layers."""
 
 

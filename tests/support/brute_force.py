@@ -93,12 +93,14 @@ class BruteForce:
         walked = Walked(np.zeros((len(row), self.config.vocab_size)), [], math.inf)
         for position, token in enumerate(row):
             x, state, left = self._embed(token, position), None, self.config.num_layers - 1
+            carried = x if self.config.carried == "embedding" else 0.0
             for layer in range(self.config.num_layers):
                 going_on = state is None or self.exact
-                kept[layer].append(self._kept(layer, x if going_on else self._translated(left, layer, x), position))
+                reads = x if going_on else self._translated(left, layer, x)
+                kept[layer].append(self._kept(layer, reads, carried, position))
                 if not going_on:
                     continue  # it has left: only its keys and values go on
-                x = self._layer(layer, x, position, kept[layer])
+                x, carried = self._layer(layer, x, carried, position, kept[layer])
                 exit_points = self.routers.exit_points if self.routers is not None else ()
                 allowed = position >= max(prompt_length, 1) and layer + 1 >= self.min_layers
                 if state is not None or layer not in exit_points or not allowed:
@@ -173,8 +175,14 @@ class BruteForce:
         logits = kernel @ x + self.weights.get("head.bias", 0.0)
         return _softcap(logits * self.config.logit_scale, self.config.logit_softcap)
 
-    def _layer(self, layer: int, x: np.ndarray, position: int, kept: list[Kept]) -> np.ndarray:
+    def _layer(
+        self, layer: int, x: np.ndarray, carried: np.ndarray | float, position: int, kept: list[Kept]
+    ) -> tuple[np.ndarray, np.ndarray | float]:
+        """The residual stream after a layer, and what it carries."""
         name, config = f"layers.{layer}", self.config
+        if self._guided(layer):
+            x = self._add(f"{name}.none", x, self._guide(layer, x, carried, position, kept), config.add_scales(layer))
+            return x, carried
         normed, middle = self._norm(f"{name}.pre_attention_norm", x), x
         residual = normed if config.normed_residual else x
         mixed = []
@@ -185,7 +193,7 @@ class BruteForce:
         if mixed:
             middle = self._add(f"{name}.post_attention_norm", residual, sum(mixed), config.add_scales(layer))
         if not config.has_mlp(layer):
-            return middle
+            return middle, carried
         mlp_input = self._norm(f"{name}.pre_mlp_norm", x if config.parallel_residual else middle)
         if f"{name}.mlp.shares" in self.weights:
             kept[-1].fed = mlp_input  # of a token that has left, it stays what `_kept` projected
@@ -193,7 +201,29 @@ class BruteForce:
         else:
             fed = self._feed_forward(layer, normed if config.shared_norm else mlp_input)
         residual = mlp_input if config.normed_residual else middle
-        return self._add(f"{name}.post_mlp_norm", residual, fed, config.mlp_add_scales)
+        out = self._add(f"{name}.post_mlp_norm", residual, fed, config.mlp_add_scales)
+        if config.carried != "shortcut":
+            return out, carried
+        return (
+            (out, self._experts(f"{name}.shortcut", mlp_input)) if config.has_shortcut(layer) else (out + carried, 0.0)
+        )
+
+    def _guided(self, layer: int) -> bool:
+        return f"layers.{layer}.guide.out.kernel" in self.weights
+
+    def _guide(
+        self, layer: int, x: np.ndarray, carried: np.ndarray | float, position: int, kept: list[Kept]
+    ) -> np.ndarray:
+        """The output of a recurrent layer whose input the output of attention and feed-forward block adds to."""
+        name = f"layers.{layer}.guide"
+        mixed = self._attend(layer, self._norm(f"{name}.norm", np.concatenate([x, carried])), position, kept)
+        guidance = self._dense(f"{name}.out", self._mlp(f"{name}.mlp", self._norm(f"{name}.mlp_norm", mixed)))
+        normed = self._norm(f"layers.{layer}.pre_attention_norm", x + guidance)
+        kept[-1].inputs = self.recurrent[layer].inputs(normed)
+        return self.recurrent[layer].mix(normed, [token.inputs for token in kept])
+
+    def _attention(self, layer: int) -> str:
+        return f"layers.{layer}.{'guide.' if self._guided(layer) else ''}attention"
 
     def _add(self, norm: str, x: np.ndarray, update: np.ndarray, scales: AddScales) -> np.ndarray:
         x = x * scales.stream
@@ -202,7 +232,7 @@ class BruteForce:
         return x + scales.update * self._norm(norm, update)
 
     def _attend(self, layer: int, x: np.ndarray, position: int, kept: list[Kept]) -> np.ndarray:
-        name, kind = f"layers.{layer}.attention", self.config.layer_type(layer)
+        name, kind = self._attention(layer), self.config.layer_type(layer)
         keys, values = [token.key for token in kept], [token.value for token in kept]
         queries = self._queries(layer, x, position)
         seen = [p for p in range(position + 1) if _sees(kind, position, p)]
@@ -226,7 +256,7 @@ class BruteForce:
         return self._dense(f"{name}.out", mixed)
 
     def _queries(self, layer: int, x: np.ndarray, position: int) -> np.ndarray:
-        name, kind, latent = f"layers.{layer}.attention", self.config.layer_type(layer), self.config.latent
+        name, kind, latent = self._attention(layer), self.config.layer_type(layer), self.config.latent
         if latent is None:
             queries = self._placed(layer, f"{name}.q_norm", self._dense(f"{name}.q", x), position)
             if (growth := kind.query_scaling) is not None:
@@ -240,20 +270,22 @@ class BruteForce:
         nope = np.einsum("hn,rhn->hr", queries[:, : latent.nope_dim], self.weights[f"{name}.k_up.kernel"])
         return np.concatenate([nope, self._rotate(layer, queries[:, latent.nope_dim :], position)], axis=1)
 
-    def _kept(self, layer: int, x: np.ndarray, position: int) -> Kept:
-        """What a layer keeps of a token."""
+    def _kept(self, layer: int, x: np.ndarray, carried: np.ndarray | float, position: int) -> Kept:
+        """What a layer keeps of a token that does not run it."""
         kept = Kept()
         if f"layers.{layer}.mlp.shares" in self.weights:
             kept.fed = self._norm(f"layers.{layer}.pre_mlp_norm", x)
         if isinstance(self.config.layer_type(layer), AttentionType):
-            kept.key, kept.value = self._key_value(layer, x, position)
+            norm, read = f"layers.{layer}.pre_attention_norm", x
+            if self._guided(layer):
+                norm, read = f"layers.{layer}.guide.norm", np.concatenate([x, carried])
+            kept.key, kept.value = self._key_value(layer, self._norm(norm, read), position)
         if layer in self.recurrent:
             kept.inputs = self.recurrent[layer].inputs(self._norm(f"layers.{layer}.pre_attention_norm", x))
         return kept
 
     def _key_value(self, layer: int, x: np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
-        name, latent = f"layers.{layer}.attention", self.config.latent
-        x = self._norm(f"layers.{layer}.pre_attention_norm", x)
+        name, latent = self._attention(layer), self.config.latent
         if latent is None:
             both = self._dense(f"{name}.kv", x)
             return self._placed(layer, f"{name}.k_norm", both[:, 0], position), self._clip(
@@ -299,13 +331,19 @@ class BruteForce:
         return out
 
     def _feed_forward(self, layer: int, x: np.ndarray) -> np.ndarray:
-        name, moe = f"layers.{layer}.mlp", self.config.moe
-        if moe is None or not self.config.has_experts(layer):
-            return self._mlp(name, x)
+        own = self.config.has_experts(layer) and not self.config.has_shortcut(layer)
+        return self._experts(f"layers.{layer}.mlp", x) if own else self._mlp(f"layers.{layer}.mlp", x)
+
+    def _experts(self, name: str, x: np.ndarray) -> np.ndarray:
+        moe = self.config.moe
+        assert moe is not None
         shares = _softmax(x @ self.weights[f"{name}.router.kernel"])
         best = np.argsort(shares)[-moe.experts_per_token :]
         act, out = _ACTIVATIONS[self.config.activation], np.zeros_like(x)
         for e in best:
+            if e >= moe.num_experts:  # the token itself
+                out += shares[e] / shares[best].sum() * x
+                continue
             gate, up = np.einsum("d,dgf->gf", x, self.weights[f"{name}.experts.gate_up"][e])
             out += shares[e] / shares[best].sum() * ((act(gate) * up) @ self.weights[f"{name}.experts.down"][e])
         return moe.scale * out + (self._mlp(f"{name}.shared", x) if moe.shared_size else 0.0)

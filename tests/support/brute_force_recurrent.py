@@ -138,12 +138,20 @@ class RecurrentLayer:
         assert isinstance(kind, SelectiveType)
         assert kind.norms == "none"
         state, out = np.zeros((kind.inner, kind.state_size)), np.zeros(kind.inner)
+        heads = kind.heads or 1
+        size = kind.inner // heads
+        read, project = (
+            self.weights.get(f"{name}.kernel", self.weights.get(f"{name}.by_head")).reshape(heads, -1, width)
+            for name, width in (("parts", kind.step_rank + 2 * kind.state_size), ("step", size))
+        )
         for row in mixed:
-            parts = self._dense("parts", row)
-            low, key, query = np.split(parts, [kind.step_rank, kind.step_rank + kind.state_size])
-            step = np.log1p(np.exp(self._dense("step", low) + self.weights["step_bias"]))[:, None]
-            state = np.exp(-np.exp(self.weights["fade"]) * step) * state + step * np.outer(row, key)
-            out = state @ query + self.weights["passed"] * row
+            for h in range(heads):
+                own = slice(h * size, (h + 1) * size)
+                low, key, query = np.split(row[own] @ read[h], [kind.step_rank, kind.step_rank + kind.state_size])
+                step = np.log1p(np.exp(low @ project[h] + self.weights["step_bias"][own]))[:, None]
+                fade = np.exp(-np.exp(self.weights["fade"][own]) * step)
+                state[own] = fade * state[own] + step * np.outer(row[own], key)
+                out[own] = state[own] @ query + self.weights["passed"][own] * row[own]
         return self._dense("out", out * _silu(self._dense("stream_gate", x)[1]))
 
     def _kimi_delta(self, x: np.ndarray, inputs: list[np.ndarray], mixed: list[np.ndarray]) -> np.ndarray:

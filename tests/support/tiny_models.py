@@ -28,6 +28,7 @@ from tide_jax.model.recurrent.types import (
     LightningType,
     MatrixLSTMType,
     RgLruType,
+    SelectiveType,
     StateSpaceType,
     TimeMixType,
 )
@@ -133,6 +134,22 @@ CONFIGS: dict[str, DecoderConfig] = {
         value_scale=1.4,
         mlp_gate_scale=0.8,
         mlp_scales=AddScales(stream=0.9, update=0.6),
+    ),
+    "guided": tiny_config(
+        num_layers=6,
+        attention_types=(_GLOBAL,),
+        recurrent_types=(SelectiveType(inner=40, state_size=6, step_rank=3, width=4, heads=2),),
+        layer_pattern=(1, 0, 1, 0, 0, 1),
+        beside_attention=0,
+        mlp_layers=(),
+        carried="embedding",
+    ),
+    "shortcut": tiny_config(
+        num_layers=6,
+        attention_types=(_GLOBAL,),
+        layer_pattern=(0,) * 6,
+        moe=MoEConfig(5, 3, 40, zero_experts=3, layers=(0, 2, 4), scale=1.3),
+        carried="shortcut",
     ),
     "other recurrences": tiny_config(
         num_layers=7,

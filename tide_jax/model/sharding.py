@@ -78,6 +78,7 @@ PARAMETERS: Mapping[str, Rule] = {
     "*.recurrent.step.kernel": ("ffn", None),
     "*.recurrent.out.kernel": (None, "ffn", ...),
     "*.mlp.gate.kernel": ("ffn", None),
+    "*.guide.out.kernel": (None, "ffn"),
     "*.gate_up.kernel": (None, "ffn", None),
     "*.gate_up.bias": (None, "ffn"),
     "*.up.kernel": ("ffn", None),

@@ -39,13 +39,13 @@ class ChannelUpdates(NamedTuple):
 
 
 class HeadsDense(nnx.Module):
-    """A product for each head: ``kernel [H, inputs, outputs]``."""
+    """A product for each head: ``by_head [H, inputs, outputs]``."""
 
     def __init__(self, heads: int, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(normal(rngs, (heads, inputs, outputs), inputs, dtype))
+        self.by_head = nnx.Param(normal(rngs, (heads, inputs, outputs), inputs, dtype))
 
     def __call__(self, x: Float[Array, "B T H N"]) -> Float[Array, "B T H M"]:
-        return einsum("bthn,hnm->bthm", x, self.kernel[...])
+        return einsum("bthn,hnm->bthm", x, self.by_head[...])
 
 
 class Selective(Mixer):
@@ -61,7 +61,7 @@ class Selective(Mixer):
         self.stream_gate = Dense((size,), (2, inner), bias=kind.bias, stacked=True, dtype=dtype, rngs=rngs)
         self.parts: Dense | HeadsDense = Dense((inner,), (parts,), bias=False, dtype=dtype, rngs=rngs)
         self.step: Dense | HeadsDense = Dense((kind.step_rank,), (inner,), bias=False, dtype=dtype, rngs=rngs)
-        if kind.heads > 1:
+        if kind.heads is not None:
             self.parts = HeadsDense(kind.heads, inner // kind.heads, parts, dtype=dtype, rngs=rngs)
             self.step = HeadsDense(kind.heads, kind.step_rank, inner // kind.heads, dtype=dtype, rngs=rngs)
         self.step_bias = nnx.Param(jnp.zeros((inner,), dtype))
@@ -85,12 +85,13 @@ class Selective(Mixer):
     def _updates(self, inputs: Array, window: Array) -> tuple[Array, ChannelUpdates]:
         kind, mixed = self.kind, jax.nn.silu(self._convolve(inputs, window))
         # Each head by itself: [B, T, H, channels].
-        parts = self.parts(mixed.reshape(*mixed.shape[:2], kind.heads, -1) if kind.heads > 1 else mixed)
-        parts = parts.reshape(*mixed.shape[:2], kind.heads, -1)
+        heads = kind.heads or 1
+        parts = self.parts(mixed if kind.heads is None else mixed.reshape(*mixed.shape[:2], heads, -1))
+        parts = parts.reshape(*mixed.shape[:2], heads, -1)
         step, keys, queries = jnp.split(parts, [kind.step_rank, kind.step_rank + kind.state_size], axis=-1)
         if self.step_norm is not None and self.key_norm is not None and self.query_norm is not None:
             step, keys, queries = self.step_norm(step), self.key_norm(keys), self.query_norm(queries)
-        step = self.step(step if kind.heads > 1 else step[:, :, 0]).reshape(mixed.shape)
+        step = self.step(step[:, :, 0] if kind.heads is None else step).reshape(mixed.shape)
         step = step.astype(jnp.float32) + self.step_bias[...].astype(jnp.float32)[None, None]
         found = (mixed, jax.nn.softplus(step), keys, queries)
         return mixed, ChannelUpdates(*(a.astype(jnp.float32) for a in found))
@@ -98,7 +99,7 @@ class Selective(Mixer):
     def _run(self, matrix: Array, updates: ChannelUpdates) -> tuple[Array, Array]:
         fade = -jnp.exp(self.fade[...].astype(jnp.float32))[None]
 
-        heads = self.kind.heads
+        heads = self.kind.heads or 1
 
         def by_channel(a: Float[Array, "B H S"]) -> Float[Array, "B _ S"]:
             return a if heads == 1 else jnp.repeat(a, self.kind.inner // heads, axis=1)

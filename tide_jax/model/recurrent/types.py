@@ -181,7 +181,7 @@ class SelectiveType:
       step_rank: rank of the time step's projection.
       width: tokens of a filter over the inner stream.
       heads: heads of the inner stream; each makes its time step, keys and queries of its own channels (Glorioso et al.
-        2024, arXiv:2405.16712).
+        2024, arXiv:2405.16712). None for one projection of all channels.
       conv_bias, bias: whether filters, and projections, have a bias.
       norms: whether time step, keys and queries are normed, with or without a learned scale.
       norm_eps: of these norms.
@@ -191,7 +191,7 @@ class SelectiveType:
     state_size: Channels
     step_rank: Channels
     width: Channels
-    heads: Heads = 1
+    heads: Heads | None = None
     conv_bias: bool = True
     bias: bool = False
     norms: Literal["none", "plain", "scaled"] = "none"
@@ -201,7 +201,7 @@ class SelectiveType:
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _check_shares("inner", self.inner, "heads", self.heads)
+        _check_shares("inner", self.inner, "heads", self.heads or 1)
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
