@@ -109,7 +109,7 @@ class ConvertedSource:
         check_types(directory, self._parameters.infos, self._axes)
         _check_shapes(directory, self._parameters.infos, plan.shapes | self._scale_shapes(plan.shapes))
         self._pieces = plan.by_source()
-        self.tensors: Mapping[str, TensorInfo] = {name: recorded[name] for name in self._pieces}
+        self.tensors: Mapping[str, TensorInfo] = {name: recorded[name] for name in (*self._pieces, *plan.blank)}
         self.ignored = plan.ignored | self._unused_parts()
         self._check_complete()
 
@@ -121,7 +121,7 @@ class ConvertedSource:
         """
         tensor = np.zeros(self.tensors[name].shape, self.dtype)
         # Fill the tensor through the same views that the conversion read.
-        for piece in self._pieces[name]:
+        for piece in self._pieces.get(name, ()):
             view = piece.take(tensor, self._decoder)
             if np.shares_memory(view, tensor) and view.flags.writeable:
                 view[...] = self._read_slot(piece)

@@ -62,6 +62,7 @@ LONGCAT = (
     Rule(
         r"model\.layers\.\d+\.mlp\.experts\.(?P<expert>\d+)\..*",
         reason="experts that return the token as it is have no weights",
+        blank=True,
         past="expert",
     ),
     *_half(0),

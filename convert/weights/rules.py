@@ -53,6 +53,7 @@ class Rule:
       pattern: regular expression with named groups.
       targets: destinations; empty if the tensors are left out.
       reason: why tensors without targets are left out.
+      blank: an export writes zeros for tensors without targets, because transformers expects them.
       when: the rule applies only to configurations for which this is true.
       layers: the layers, by the pattern's group ``layer``, to which the rule applies; None for all.
       place: the model's layer for a layer of the checkpoint; None if they are the same.
@@ -63,6 +64,7 @@ class Rule:
     pattern: str
     targets: tuple[Target, ...] = ()
     reason: str = ""
+    blank: bool = False
     when: Callable[[DecoderConfig], bool] = lambda config: True
     layers: Callable[[DecoderConfig], Collection[int]] | None = None
     place: Callable[[int], int] | None = None
@@ -82,7 +84,7 @@ def move(source: str, *targets: Target, when: Callable[[DecoderConfig], bool] | 
 
 def ignore(pattern: str, reason: str, when: Callable[[DecoderConfig], bool] | None = None) -> Rule:
     """A rule that leaves out the tensors matching a regular expression, with the reason."""
-    return Rule(pattern, (), reason) if when is None else Rule(pattern, (), reason, when)
+    return Rule(pattern, (), reason) if when is None else Rule(pattern, (), reason, when=when)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +105,13 @@ class Plan:
       shapes: shape of every parameter, in the order of writing.
       pieces: fill every slot exactly once.
       ignored: source tensors left out, with the reason.
+      blank: those of them that an export writes as zeros.
     """
 
     shapes: dict[str, tuple[int, ...]]
     pieces: tuple[Piece, ...]
     ignored: dict[str, str]
+    blank: tuple[str, ...] = ()
 
     def by_source(self) -> dict[str, list[Piece]]:
         """Pieces of each source tensor."""
@@ -131,6 +135,7 @@ def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], co
     problems: list[str] = []
     pieces: list[Piece] = []
     ignored: dict[str, str] = {}
+    blank: list[str] = []
     # Each source tensor needs exactly one rule, and each target of the rule must accept its shape.
     for name, info in tensors.items():
         matches = _matches(name, compiled, config)
@@ -141,6 +146,7 @@ def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], co
         match, rule = matches[0]
         if not rule.targets:
             ignored[name] = rule.reason
+            blank += [name] if rule.blank else []
         for piece in (_piece(name, match, target, rule.place) for target in rule.targets):
             if (missing := _missing_place(piece, shapes)) is not None:
                 problems.append(f"source tensor {name} {list(info.shape)} would fill {missing}")
@@ -153,7 +159,7 @@ def plan_conversion(tensors: Mapping[str, TensorInfo], rules: Sequence[Rule], co
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         listed_problems = join_problems(problems, width=_PROBLEM_CHARACTERS // min(len(problems), 3))
         raise TideError(f"the checkpoint does not fit its configuration, {count}: {listed_problems}")
-    return Plan(shapes, tuple(pieces), ignored)
+    return Plan(shapes, tuple(pieces), ignored, tuple(blank))
 
 
 def _matches(
