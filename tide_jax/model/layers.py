@@ -47,6 +47,9 @@ from tide_jax.model.sharding import whole_channels
 Context = AttentionContext | TokenOrder
 """What all layers of one type share in a pass: masks and rotary tables, or the order of tokens."""
 
+Contexts = tuple[Any, ...]
+"""Contexts inside a layer, which takes the one that its type reads."""
+
 _MIXERS: dict[str, type] = {
     "short_conv": ShortConv,
     "gated_delta": GatedDelta,
@@ -83,7 +86,8 @@ class DecoderLayer(nnx.Module):
         def weights(wanted: bool, size: int) -> nnx.Param | None:
             return nnx.Param(jnp.ones((size,), dtype)) if wanted else None
 
-        kind, has_mlp = config.layer_type(index), config.has_mlp(index)
+        has_mlp = config.has_mlp(index)
+        kind: Any = config.layer_type(index)
         mixes = not isinstance(kind, NothingType)
         self.pre_attention_norm = norm(pre and mixes and (config.first_norm or index > 0), gated=True)
         self.post_attention_norm = norm(post and mixes)
@@ -127,7 +131,7 @@ class DecoderLayer(nnx.Module):
     def _run(
         self,
         stream: Float[Array, "B T S"],
-        contexts: tuple[Context, ...],
+        contexts: Contexts,
         cached: Cached | None,
         left: Bool[Array, "B T"] | None,
         advances: bool,
@@ -165,7 +169,7 @@ class DecoderLayer(nnx.Module):
         self,
         guide: Guide,
         stream: Float[Array, "B T S"],
-        contexts: tuple[Context, ...],
+        contexts: Contexts,
         cached: Cached | None,
         left: Bool[Array, "B T"] | None,
         advances: bool,
@@ -193,12 +197,15 @@ class DecoderLayer(nnx.Module):
         return whole_channels(x if self.carried == "nothing" else jnp.concatenate([x, carried], axis=-1))
 
     def _mix(
-        self, x: Float[Array, "B T D"], contexts: tuple[Context, ...], cached: Cached | None, advances: bool
+        self, x: Float[Array, "B T D"], contexts: Contexts, cached: Cached | None, advances: bool
     ) -> tuple[Float[Array, "B T D"], New]:
         """The output of attention, of the recurrent layer, or the sum of both, and what they keep of the tokens."""
         if self.beside is None:
-            mix: Any = self.attention or functools.partial(self.recurrent, advances=advances)
-            return mix(x, contexts[self.layer_type], cached)
+            memory: Any = cached
+            if self.recurrent is not None:
+                return self.recurrent(x, contexts[self.layer_type], memory, advances=advances)
+            assert self.attention is not None
+            return self.attention(x, contexts[self.layer_type], memory)
         attention, recurrent = self.attention, self.recurrent
         assert attention is not None
         assert recurrent is not None
@@ -207,7 +214,7 @@ class DecoderLayer(nnx.Module):
         second, taken = recurrent(x, contexts[self.beside], parts[1], advances=advances)
         return first + second, SideBySide(rows, taken)
 
-    def project_rows(self, stream: Float[Array, "B T S"], contexts: tuple[Context, ...]) -> Rows:
+    def project_rows(self, stream: Float[Array, "B T S"], contexts: Contexts) -> Rows:
         """What this layer would keep of tokens, without running it; a recurrent layer goes without its guide."""
         x, _ = self._apart(stream)
         normed = _apply(self.pre_attention_norm, x)
@@ -234,7 +241,7 @@ class DecoderLayer(nnx.Module):
 def _trace_once(
     layer: DecoderLayer,
     x: Float[Array, "B T S"],
-    contexts: tuple[Context, ...],
+    contexts: Contexts,
     cached: Cached | None,
     left: Bool[Array, "B T"] | None,
     *,
