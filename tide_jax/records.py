@@ -66,8 +66,9 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
 
 
 def _of_tagged_members(problems: list[Any]) -> list[Any]:
-    """Problems without those of union members that the value's `kind` rules out; pydantic lists all members'."""
+    """Problems without those of union members that the value's class or `kind` rules out; pydantic lists them all."""
     ruled_out = {problem["loc"][:-1] for problem in problems if problem["loc"][-1:] == ("kind",)}
+    ruled_out |= {problem["loc"] for problem in problems if problem["type"] == "dataclass_exact_type"}
     kept = [p for p in problems if not any(p["loc"][:n] in ruled_out for n in range(1, len(p["loc"]) + 1))]
     return kept or problems[:1]
 
