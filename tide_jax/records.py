@@ -61,7 +61,7 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
         validate(_schema(kind))
     except ValidationError as error:
         found = _of_tagged_members(error.errors(include_url=False))
-        return [_problem(problem["loc"], problem["msg"], problem["input"]) for problem in found]
+        return [_problem(problem) for problem in found]
     return []
 
 
@@ -73,13 +73,14 @@ def _of_tagged_members(problems: list[Any]) -> list[Any]:
     return kept or problems[:1]
 
 
-def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
+def _problem(problem: Any) -> str:
     """One line with the place, the value there, and what was expected."""
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"]
     for long, short in _SHORT_FORMS.items():
         message = message.replace(long, short)
-    if not place:  # fields contradict each other, and the message names them
-        return message
-    return f"{'.'.join(map(str, place))}={shorten(repr(value), 20)} {message}"
+    if problem["type"] == "value_error":  # fields contradict each other, and the message names them
+        return f"{place}: {message}" if place else message
+    return f"{place}={shorten(repr(problem['input']), 20)} {message}"
 
 
 @functools.cache
