@@ -61,24 +61,26 @@ def _problems(kind: type, validate: Callable[[pydantic.TypeAdapter[Any]], object
         validate(_schema(kind))
     except ValidationError as error:
         found = _of_tagged_members(error.errors(include_url=False))
-        return [_problem(problem["loc"], problem["msg"], problem["input"]) for problem in found]
+        return [_problem(problem) for problem in found]
     return []
 
 
 def _of_tagged_members(problems: list[Any]) -> list[Any]:
-    """Problems without those of union members that the value's `kind` rules out; pydantic lists all members'."""
+    """Problems without those of union members that the value's class or `kind` rules out; pydantic lists them all."""
     ruled_out = {problem["loc"][:-1] for problem in problems if problem["loc"][-1:] == ("kind",)}
+    ruled_out |= {problem["loc"] for problem in problems if problem["type"] == "dataclass_exact_type"}
     kept = [p for p in problems if not any(p["loc"][:n] in ruled_out for n in range(1, len(p["loc"]) + 1))]
     return kept or problems[:1]
 
 
-def _problem(place: tuple[int | str, ...], message: str, value: Any) -> str:
+def _problem(problem: Any) -> str:
     """One line with the place, the value there, and what was expected."""
+    place, message = ".".join(map(str, problem["loc"])), problem["msg"]
     for long, short in _SHORT_FORMS.items():
         message = message.replace(long, short)
-    if not place:  # fields contradict each other, and the message names them
-        return message
-    return f"{'.'.join(map(str, place))}={shorten(repr(value), 20)} {message}"
+    if problem["type"] == "value_error":  # fields contradict each other, and the message names them
+        return f"{place}: {message}" if place else message
+    return f"{place}={shorten(repr(problem['input']), 20)} {message}"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from convert.families.base import (
     rotary_layers,
 )
 from convert.families.mixtures import WITHOUT_MTP, mixture, sparse_step_layers
+from convert.families.numbers import count, share
 from convert.families.recurrent import attention_kinds, mixed
 from convert.weights.parts import (
     ATTENTION,
@@ -33,12 +34,13 @@ from tide_jax.model.recurrent.types import GatedDeltaType
 
 def _gated_delta(hf: Any, **flags: Any) -> GatedDeltaType:
     require(hf, hidden_act="silu")
+    key_heads = count(hf, "linear_num_key_heads")
     return GatedDeltaType(
-        key_heads=hf.linear_num_key_heads,
-        value_heads=hf.linear_num_value_heads,
-        key_dim=hf.linear_key_head_dim,
-        value_dim=hf.linear_value_head_dim,
-        width=hf.linear_conv_kernel_dim,
+        key_heads=key_heads,
+        value_heads=key_heads * share(hf, "linear_num_value_heads", "linear_num_key_heads"),
+        key_dim=count(hf, "linear_key_head_dim"),
+        value_dim=count(hf, "linear_value_head_dim"),
+        width=count(hf, "linear_conv_kernel_dim"),
         **({"norm_eps": hf.rms_norm_eps} | flags),
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from convert.families.base import Family, biases, decoder, rotary_layers
+from convert.families.numbers import count, share
 from convert.families.recurrent import NO_LIMIT, attention_kinds, mixed
 from convert.weights.parts import attention, layer_rules, mlp, norm, outer_rules
 from convert.weights.recurrent_parts import rg_lru
@@ -15,9 +16,11 @@ from tide_jax.model.recurrent.types import RgLruType
 
 
 def _recurrent_gemma(hf: Any) -> DecoderConfig:
-    blocks = hf.num_attention_heads
     kind = RgLruType(
-        blocks=blocks, block_dim=hf.lru_width // blocks, width=hf.conv1d_width, activation=hf.hidden_activation
+        blocks=hf.num_attention_heads,
+        block_dim=share(hf, "lru_width", "num_attention_heads"),
+        width=count(hf, "conv1d_width"),
+        activation=hf.hidden_activation,
     )
     return decoder(
         hf,

@@ -7,6 +7,7 @@ from typing import Any
 from convert.families.base import Family, layers_without_rope, require
 from convert.families.latent import latent_decoder, latent_rotary_layers, latent_scale
 from convert.families.mixtures import WITHOUT_MTP, marked_sparse_layers, shared_width, sigmoid_mixture
+from convert.families.numbers import count
 from convert.families.recurrent import attention_kinds, mixed
 from convert.weights.parts import (
     EXPERTS,
@@ -30,9 +31,9 @@ from tide_jax.model.recurrent.types import KimiDeltaType
 def _kimi_delta(hf: Any, **flags: Any) -> KimiDeltaType:
     require(hf, hidden_act="silu")
     return KimiDeltaType(
-        heads=hf.linear_num_heads,
-        head_dim=hf.linear_head_dim,
-        width=hf.linear_conv_kernel_dim,
+        heads=count(hf, "linear_num_heads"),
+        head_dim=count(hf, "linear_head_dim"),
+        width=count(hf, "linear_conv_kernel_dim"),
         norm_eps=hf.rms_norm_eps,
         **flags,
     )
@@ -50,7 +51,7 @@ def _kimi_linear(hf: Any) -> DecoderConfig:
 
 
 def _bailing_hybrid(hf: Any) -> DecoderConfig:
-    if hf.kda_safe_gate and not hf.kda_lower_bound < 0:
+    if hf.kda_safe_gate and not (hf.kda_lower_bound or 0) < 0:
         raise TideError(f"bailing_hybrid with kda_lower_bound={hf.kda_lower_bound!r} is not supported, only below 0")
     kind = _kimi_delta(hf, fade_limit=-float(hf.kda_lower_bound) if hf.kda_safe_gate else None)
     attention = latent_rotary_layers(hf, attention_kinds(hf), interleaved=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.families.base import Family, decoder, head_dim, require, rotary_layers, uniform_layer_types
 from convert.families.mixtures import mixture
+from convert.families.numbers import positive
 from convert.families.recurrent import mixed
 from convert.weights.parts import MIXTRAL_EXPERTS, OUTER_RULES, PRE_NORMS, llama_weights
 from convert.weights.recurrent_parts import lightning
@@ -23,8 +24,8 @@ def _minimax(hf: Any) -> DecoderConfig:
         hf,
         [_fading(layer, i / (hf.num_hidden_layers - 1 + 1e-5)) for i, layer in enumerate(layers)],
         normed_residual=True,
-        stream_scale=float(hf.full_attn_alpha_factor),
-        residual_scale=float(hf.full_attn_beta_factor),
+        stream_scale=positive(hf, "full_attn_alpha_factor"),
+        residual_scale=positive(hf, "full_attn_beta_factor"),
         recurrent_scales=_factors(hf, "linear_attn"),
         mlp_scales=_factors(hf, "mlp"),
         moe=mixture(hf, hf.num_local_experts),
@@ -37,7 +38,7 @@ def _fading(layer: Any, depth: float) -> Any:
 
 
 def _factors(hf: Any, part: str) -> AddScales:
-    return AddScales(*(float(getattr(hf, f"{part}_{name}_factor")) for name in ("alpha", "beta")))
+    return AddScales(*(positive(hf, f"{part}_{name}_factor") for name in ("alpha", "beta")))
 
 
 MINIMAX = llama_weights(

@@ -5,29 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import Family, require
+from convert.families.numbers import count, positive
 from convert.families.recurrent import without_attention
 from convert.weights import takes
 from convert.weights.parts import layer_rules, linear, mlp, norm, outer_rules
 from convert.weights.recurrent_parts import matrix_lstm
 from tide_jax.model.architecture import DecoderConfig
+from tide_jax.model.architecture_parts import check_multiple
 from tide_jax.model.recurrent.types import MatrixLSTMType
+
+
+def _head_dim(hf: Any, factor: str) -> int:
+    """Channels of a head, where the factor gives those of all heads."""
+    channels, heads = int(hf.hidden_size * positive(hf, factor)), count(hf, "num_heads")
+    check_multiple(f"hidden_size * {factor}", channels, "num_heads", heads)
+    return channels // heads
 
 
 def _xlstm(hf: Any) -> DecoderConfig:
     require(hf, use_bias=False, num_blocks=hf.num_hidden_layers, embedding_dim=hf.hidden_size)
     kind = MatrixLSTMType(
-        heads=hf.num_heads,
-        key_dim=int(hf.hidden_size * hf.qk_dim_factor) // hf.num_heads,
-        value_dim=int(hf.hidden_size * hf.v_dim_factor) // hf.num_heads,
-        gate_softcap=hf.gate_soft_cap,
+        heads=count(hf, "num_heads"),
+        key_dim=_head_dim(hf, "qk_dim_factor"),
+        value_dim=_head_dim(hf, "v_dim_factor"),
+        gate_softcap=positive(hf, "gate_soft_cap"),
         eps=hf.eps,
         norm_eps=hf.norm_eps,
     )
-    step = hf.ffn_round_up_to_multiple_of
+    step = count(hf, "ffn_round_up_to_multiple_of")
     return without_attention(
         hf,
         kind,
-        intermediate_size=int((hf.hidden_size * hf.ffn_proj_factor + step - 1) // step) * step,
+        intermediate_size=int((hf.hidden_size * positive(hf, "ffn_proj_factor") + step - 1) // step) * step,
         mlp_layers=None,
         logit_softcap=hf.output_logit_soft_cap,
     )

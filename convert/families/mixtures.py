@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import first_set
+from convert.families.numbers import count
 from convert.weights.parts import OUTER_RULES
 from convert.weights.rules import Rule, ignore
 from tide_jax.model.architecture import MoEConfig
@@ -53,7 +54,8 @@ def layers_after(hf: Any, dense: int | None) -> tuple[int, ...]:
 
 def sparse_step_layers(hf: Any) -> tuple[int, ...]:
     """Every `decoder_sparse_step`-th layer except those in `mlp_only_layers`."""
-    layers = range(hf.decoder_sparse_step - 1, hf.num_hidden_layers, hf.decoder_sparse_step)
+    step = count(hf, "decoder_sparse_step")
+    layers = range(step - 1, hf.num_hidden_layers, step)
     return tuple(layer for layer in layers if layer not in (hf.mlp_only_layers or ()))
 
 

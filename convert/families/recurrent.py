@@ -18,6 +18,7 @@ from convert.families.base import (
     rotary_layers,
 )
 from convert.families.mixtures import layers_after, mixture, sigmoid_mixture
+from convert.families.numbers import count, positive, several, share
 from convert.weights import takes
 from convert.weights.parts import (
     ATTENTION,
@@ -96,10 +97,10 @@ def without_attention(hf: Any, kind: RecurrentType, **flags: Any) -> DecoderConf
 def _selective(hf: Any, **flags: Any) -> SelectiveType:
     require(hf, hidden_act="silu", time_step_scale=1.0)
     return SelectiveType(
-        inner=hf.intermediate_size,
-        state_size=hf.state_size,
-        step_rank=int(hf.time_step_rank),
-        width=hf.conv_kernel,
+        inner=count(hf, "intermediate_size"),
+        state_size=count(hf, "state_size"),
+        step_rank=count(hf, "time_step_rank"),
+        width=count(hf, "conv_kernel"),
         conv_bias=bool(hf.use_conv_bias),
         bias=bool(hf.use_bias),
         **flags,
@@ -114,23 +115,41 @@ def _falcon_mamba(hf: Any) -> DecoderConfig:
     return without_attention(hf, _selective(hf, norms="plain", norm_eps=hf.mixer_rms_eps))
 
 
-def _limits(limits: Sequence[float] | None) -> tuple[float, float]:
+def _state_space(
+    hf: Any, *, heads: str, head_dim: str, groups: str, state_size: str, width: str, **flags: Any
+) -> StateSpaceType:
+    """Mamba-2, whose sizes have different names in each configuration."""
+    share(hf, heads, groups)
+    return StateSpaceType(
+        heads=count(hf, heads),
+        head_dim=count(hf, head_dim),
+        groups=count(hf, groups),
+        state_size=count(hf, state_size),
+        width=count(hf, width),
+        **flags,
+    )
+
+
+def _limits(hf: Any) -> tuple[float, float]:
     """Least and largest time step; a large number stands for no limit."""
-    least, most = limits or (0.0, float("inf"))
-    return float(least), min(float(most), 1e30)
+    if not hf.time_step_limit:
+        return 0.0, 1e30
+    least, most = several(hf, "time_step_limit", 2, zero=True)
+    return least, min(most, 1e30)
 
 
 def _mamba2(hf: Any) -> DecoderConfig:
     require(hf, hidden_act="silu")
-    kind = StateSpaceType(
-        heads=hf.num_heads,
-        head_dim=hf.head_dim,
-        groups=hf.n_groups,
-        state_size=hf.state_size,
-        width=hf.conv_kernel,
+    kind = _state_space(
+        hf,
+        heads="num_heads",
+        head_dim="head_dim",
+        groups="n_groups",
+        state_size="state_size",
+        width="conv_kernel",
         conv_bias=bool(hf.use_conv_bias),
         bias=bool(hf.use_bias),
-        step_limit=_limits(hf.time_step_limit),
+        step_limit=_limits(hf),
         norm_eps=hf.layer_norm_epsilon,
     )
     return without_attention(hf, kind)
@@ -139,15 +158,16 @@ def _mamba2(hf: Any) -> DecoderConfig:
 def mamba2_of(hf: Any) -> StateSpaceType:
     """Mamba-2 in hybrids, whose fields begin with ``mamba_``."""
     require(hf, hidden_act="silu")
-    return StateSpaceType(
-        heads=hf.mamba_n_heads,
-        head_dim=hf.mamba_d_head,
-        groups=hf.mamba_n_groups,
-        state_size=hf.mamba_d_state,
-        width=hf.mamba_d_conv,
+    return _state_space(
+        hf,
+        heads="mamba_n_heads",
+        head_dim="mamba_d_head",
+        groups="mamba_n_groups",
+        state_size="mamba_d_state",
+        width="mamba_d_conv",
         conv_bias=bool(hf.mamba_conv_bias),
         bias=bool(hf.mamba_proj_bias),
-        step_limit=_limits(hf.time_step_limit),
+        step_limit=_limits(hf),
         norm_eps=hf.rms_norm_eps,
     )
 
@@ -164,26 +184,27 @@ def _falcon_h1(hf: Any) -> DecoderConfig:
         require(hf, attention_in_multiplier=1.0, attention_out_multiplier=1.0)
     if hf.mamba_proj_bias:
         require(hf, ssm_in_multiplier=1.0)
-    read, (gate, down) = float(hf.attention_in_multiplier), hf.mlp_multipliers
-    scale = head_dim(hf) ** -0.5 * read**2 * float(hf.key_multiplier)
+    read, (gate, down) = positive(hf, "attention_in_multiplier"), several(hf, "mlp_multipliers", 2)
+    scale = head_dim(hf) ** -0.5 * read**2 * positive(hf, "key_multiplier")
+    ssm_read = positive(hf, "ssm_in_multiplier")
     norm = "before_gate" if hf.mamba_norm_before_gate else "after_gate"
     beside = dataclasses.replace(
         mamba2_of(hf),
         norm=norm if hf.mamba_rms_norm else "none",
-        scales=tuple(float(hf.ssm_in_multiplier * multiplier) for multiplier in hf.ssm_multipliers),
-        output_scale=float(hf.ssm_out_multiplier),
+        scales=tuple(ssm_read * multiplier for multiplier in several(hf, "ssm_multipliers", 5)),
+        output_scale=positive(hf, "ssm_out_multiplier"),
     )
     return decoder(
         hf,
         rotary_layers(hf, scale=scale),
         recurrent_types=(beside,),
         beside_attention=0,
-        value_scale=read * float(hf.attention_out_multiplier),
-        mlp_gate_scale=float(gate),
-        mlp_scales=AddScales(update=float(down)),
+        value_scale=read * positive(hf, "attention_out_multiplier"),
+        mlp_gate_scale=gate,
+        mlp_scales=AddScales(update=down),
         mlp_bias=hf.mlp_bias,
-        embedding_scale=float(hf.embedding_multiplier),
-        logit_scale=float(hf.lm_head_multiplier),
+        embedding_scale=positive(hf, "embedding_multiplier"),
+        logit_scale=positive(hf, "lm_head_multiplier"),
         **biases(hf.attention_bias),
     )
 
@@ -191,10 +212,10 @@ def _falcon_h1(hf: Any) -> DecoderConfig:
 def _jamba(hf: Any) -> DecoderConfig:
     require(hf, hidden_act="silu")
     kind = SelectiveType(
-        inner=hf.mamba_expand * hf.hidden_size,
-        state_size=hf.mamba_d_state,
-        step_rank=int(hf.mamba_dt_rank),
-        width=hf.mamba_d_conv,
+        inner=count(hf, "mamba_expand") * hf.hidden_size,
+        state_size=count(hf, "mamba_d_state"),
+        step_rank=count(hf, "mamba_dt_rank"),
+        width=count(hf, "mamba_d_conv"),
         conv_bias=bool(hf.mamba_conv_bias),
         bias=bool(hf.mamba_proj_bias),
         norms="scaled",
@@ -209,15 +230,16 @@ def _jamba(hf: Any) -> DecoderConfig:
 def _nemotron_h(hf: Any) -> DecoderConfig:
     """Each layer is one sublayer: Mamba-2, attention, or a feed-forward block."""
     require(hf, mamba_hidden_act="silu", moe_latent_size=None)
-    kind = StateSpaceType(
-        heads=hf.mamba_num_heads,
-        head_dim=hf.mamba_head_dim,
-        groups=hf.n_groups,
-        state_size=hf.ssm_state_size,
-        width=hf.conv_kernel,
+    kind = _state_space(
+        hf,
+        heads="mamba_num_heads",
+        head_dim="mamba_head_dim",
+        groups="n_groups",
+        state_size="ssm_state_size",
+        width="conv_kernel",
         conv_bias=bool(hf.use_conv_bias),
         bias=bool(hf.use_bias),
-        step_limit=_limits((hf.time_step_min, float("inf"))),
+        step_limit=(float(hf.time_step_min), 1e30),
         norm_eps=hf.layer_norm_epsilon,
     )
     recurrent: dict[str, RecurrentType] = {"linear_attention": kind, "mlp": NothingType(), "moe": NothingType()}
@@ -241,15 +263,15 @@ def _nemotron_h(hf: Any) -> DecoderConfig:
 
 def _lfm2_attention(hf: Any) -> list[Any]:
     layers = rotary_layers(hf, attention_kinds(hf), qk_norm=rms_qk_norm(hf))
-    return mixed(hf, {"conv": ShortConvType(width=hf.conv_L_cache, bias=bool(hf.conv_bias))}, layers)
+    return mixed(hf, {"conv": ShortConvType(width=count(hf, "conv_L_cache"), bias=bool(hf.conv_bias))}, layers)
 
 
 def _lfm2(hf: Any) -> DecoderConfig:
     size = hf.intermediate_size
     if hf.block_auto_adjust_ff_dim:
         # As LFM2 counts: two thirds of the size, scaled, and rounded up to whole blocks.
-        size = int(hf.block_ffn_dim_multiplier * int(2 * size / 3))
-        size = hf.block_multiple_of * -(-size // hf.block_multiple_of)
+        block = count(hf, "block_multiple_of")
+        size = block * -(-int(positive(hf, "block_ffn_dim_multiplier") * int(2 * size / 3)) // block)
     return decoder(hf, _lfm2_attention(hf), intermediate_size=size, activation="silu")
 
 

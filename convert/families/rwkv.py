@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.families.base import Family, require
+from convert.families.numbers import count
 from convert.families.recurrent import without_attention
 from convert.weights import takes
 from convert.weights.parts import (
@@ -25,7 +26,7 @@ def _rwkv(hf: Any) -> DecoderConfig:
     require(hf, layer_norm_epsilon=1e-5)  # the last norm's, whatever the configuration says
     return without_attention(
         hf,
-        TimeMixType(inner=hf.attention_hidden_size, mixes_mlp=True),
+        TimeMixType(inner=count(hf, "attention_hidden_size"), mixes_mlp=True),
         intermediate_size=hf.intermediate_size,
         mlp_layers=None,
         mlp_gated=False,

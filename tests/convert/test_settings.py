@@ -57,6 +57,7 @@ HARMLESS = {
     "_attn_implementation_internal",
     "_experts_implementation_internal",
     "_heterogeneity_spec",
+    "_is_quantized",
     "_name_or_path",
     "_output_attentions",
     "_rope_type_labels",

@@ -43,6 +43,14 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise TideError(f"{name}={value!r} is not known; choose one of {', '.join(get_args(choices))}")
 
 
+def check_multiple(name: str, number: int, other_name: str, other: int) -> None:
+    """Raises TideError, with both names in its message, unless one number is a multiple of the other."""
+    if other <= 0 or number % other:
+        raise TideError(
+            f"{name}={number} is not a multiple of {other_name}={other}; check the checkpoint's config.json"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding of one attention type (RoFormer, Su et al. 2021, and its long-context variants).

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from tide_jax.model.ops import einsum
 from tide_jax.model.recurrent.fades import fade_channels, fade_heads
+from tide_jax.model.recurrent.order import zero_others
 
 CHUNK = 64
 _BLOCK = 8  # tokens whose system is solved row after row
@@ -47,11 +48,7 @@ class Updates(NamedTuple):
 
     def only(self, real: Bool[Array, "B T"]) -> Updates:
         """The updates of real tokens; the others do nothing."""
-
-        def kept(a: Array) -> Array:
-            return jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - 2)), a, 0.0)
-
-        return Updates(*map(kept, self))
+        return zero_others(self, real)
 
 
 def run_linear(

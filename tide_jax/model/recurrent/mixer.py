@@ -1,8 +1,8 @@
 """What all recurrent layers share: inputs of tokens, which a state takes in one after the other.
 
-A mixer never changes a state that it reads. It returns the tokens' inputs, and whoever runs the layers lets the state
-take in those of the tokens that count (`Mixer.advance`). So a skipped layer only needs its inputs, a queue can wait,
-and rejected drafts leave nothing behind.
+A mixer never changes a state that it reads. It returns the tokens' inputs, and the caller that runs the layers lets the
+state take in those of the tokens that count (`Mixer.advance`). So a skipped layer only needs its inputs, a queue can
+wait, and rejected drafts leave nothing behind.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
+
+T = TypeVar("T")
 
 
 class TokenOrder(NamedTuple):
@@ -46,6 +49,15 @@ class TokenOrder(NamedTuple):
     def back(self, rows: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
         """Brings ordered rows back to their slots."""
         return _take(rows, self.place)
+
+
+def zero_others(updates: T, real: Bool[Array, "B T"]) -> T:
+    """The updates of real tokens, with zeros for the others."""
+
+    def kept(a: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+        return jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - 2)), a, 0.0)
+
+    return jax.tree.map(kept, updates)
 
 
 def _take(rows: Shaped[Array, "B T ..."], index: Int[Array, "B T"]) -> Shaped[Array, "B T ..."]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from tide_jax.model.activations import ACTIVATIONS
 from tide_jax.model.ops import Dense, einsum, normal, together
 from tide_jax.model.recurrent.mixer import Mixer
+from tide_jax.model.recurrent.order import zero_others
 from tide_jax.model.recurrent.types import RgLruType
 
 _SHARPNESS = 8.0  # the constant c of equation 4
@@ -33,8 +34,7 @@ class DiagonalUpdates(NamedTuple):
 
     def only(self, real: Bool[Array, "B T"]) -> DiagonalUpdates:
         """The updates of real tokens; the others do nothing."""
-        kept = (jnp.where(real[:, :, None], a, 0.0) for a in self)
-        return DiagonalUpdates(*kept)
+        return zero_others(self, real)
 
 
 class RgLru(Mixer):

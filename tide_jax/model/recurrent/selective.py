@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from tide_jax.model.norms import Norm
 from tide_jax.model.ops import Dense, einsum, normal
 from tide_jax.model.recurrent.mixer import Mixer
+from tide_jax.model.recurrent.order import zero_others
 from tide_jax.model.recurrent.types import SelectiveType
 
 _AT_ONCE = 8  # tokens in a turn of the loop
@@ -34,8 +35,7 @@ class ChannelUpdates(NamedTuple):
 
     def only(self, real: Bool[Array, "B T"]) -> ChannelUpdates:
         """The updates of real tokens; the others do nothing."""
-        kept = (jnp.where(real.reshape(*real.shape, *(1,) * (a.ndim - 2)), a, 0.0) for a in self)
-        return ChannelUpdates(*kept)
+        return zero_others(self, real)
 
 
 class HeadsDense(nnx.Module):

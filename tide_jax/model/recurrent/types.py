@@ -6,17 +6,9 @@ import dataclasses
 from typing import Literal
 
 from tide_jax.errors import TideError
-from tide_jax.model.architecture_parts import PlainActivation, check_choice
+from tide_jax.model.architecture_parts import PlainActivation, check_choice, check_multiple
 from tide_jax.ranges import Channels, Epsilon, Heads, NotNegative, Positive
 from tide_jax.records import STRICT
-
-
-def _check_shares(name: str, heads: int, other_name: str, others: int) -> None:
-    """Raises TideError unless as many heads belong to each of some others."""
-    if others <= 0 or heads % others:
-        raise TideError(
-            f"{name}={heads} is not a multiple of {other_name}={others}; check the checkpoint's config.json"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +75,7 @@ class GatedDeltaType:
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _check_shares("value_heads", self.value_heads, "key_heads", self.key_heads)
+        check_multiple("value_heads", self.value_heads, "key_heads", self.key_heads)
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
@@ -157,7 +149,7 @@ class StateSpaceType:
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _check_shares("heads", self.heads, "groups", self.groups)
+        check_multiple("heads", self.heads, "groups", self.groups)
         if len(self.step_limit) != 2 or self.step_limit[0] > self.step_limit[1]:
             raise TideError(f"step_limit={self.step_limit} must be the least and the largest time step, in this order")
         if len(self.scales) != 5:
