@@ -249,9 +249,10 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, case: str) -> 
     assert expected in error_of(tmp_path / "m.gguf")
 
 
-def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "m.gguf", "rwkv7")
-    assert "'rwkv7', expected llama, internlm2" in error_of(tmp_path / "m.gguf")
+@pytest.mark.parametrize("architecture", ["rwkv6", "rwkv7"])  # other models than RWKV-4, which converts
+def test_another_architecture_is_refused(tmp_path: Path, architecture: str) -> None:
+    write_model(tmp_path / "m.gguf", architecture)
+    assert f"'{architecture}', expected llama, internlm2" in error_of(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.005, 0.02, 0.5, 0.99])

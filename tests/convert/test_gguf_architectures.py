@@ -22,12 +22,14 @@ from convert.conversion import open_model
 from convert.sources.gguf.architectures import ARCHITECTURES
 from convert.sources.gguf.source import GGUFSource
 from convert.sources.huggingface import HuggingFaceSource
+from tide_jax.errors import TideError
 from tide_jax.model.architecture import DecoderConfig
 from tide_jax.model.decoder import Decoder
 
 pytest.importorskip("torch", reason="makes the checkpoints")
 
 from convert.parity.tiny import save_tiny
+from convert.parity.tiny_recurrent import RECURRENT_VARIANTS
 
 BARE: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
 NO_WINDOW: dict[str, Any] = {"sliding_window": None}
@@ -165,6 +167,8 @@ CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("granitehybrid", "granitemoehybrid", MIXED | UNLIMITED | {"position_embedding_type": None}),
     ("granitehybrid", "granitemoehybrid", MIXED | {"num_local_experts": 0, "num_experts_per_tok": 0}),
     ("bamba", "bamba", {}),
+    ("falcon-h1", "falcon_h1", {"attention_bias": False, "mamba_d_ssm": 56, "mamba_n_groups": 2}),
+    ("falcon-h1", "falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
     ("nemotron_h", "nemotron_h", UNLIMITED | {"layers_block_type": DENSE}),
     ("nemotron_h_moe", "nemotron_h", UNLIMITED | {"layers_block_type": SPARSE, "intermediate_size": 40}),
     ("qwen3next", "qwen3_next", ALL_SPARSE),
@@ -204,6 +208,25 @@ def compare_weights(ours: Decoder, theirs: Decoder) -> None:
     for path, variable in expected.items():
         # Norms with one added lose a bit, and so do fades, which are stored as exponentials.
         np.testing.assert_allclose(found[path].get_value(), variable.get_value(), rtol=0, atol=2e-7, err_msg=str(path))
+
+
+@pytest.mark.parametrize("more", [{}, {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2}])
+def test_multipliers_are_in_the_weights(tmp_path: Path, more: dict[str, Any]) -> None:
+    """A file of a Falcon-H1 has other weights than the checkpoint, and no multipliers: the logits are the same."""
+    model_type, fields = RECURRENT_VARIANTS["falcon_h1-multiplied"]
+    save_tiny(model_type, tmp_path / "hf", **fields, **more)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "falcon-h1")
+    tokens = jnp.arange(4, 24)[None]
+    found, expected = (np.asarray(open_model(tmp_path / name)(tokens)) for name in ("m.gguf", "hf"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
+def test_a_lost_multiplier_is_missed(tmp_path: Path) -> None:
+    """With a shared embedding, the file has no place for the factor of the logits."""
+    save_tiny("falcon_h1", tmp_path / "hf", tie_word_embeddings=True)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "m.gguf", "falcon-h1")
+    with pytest.raises(TideError, match=r"falcon-h1\.output\.weight is missing: not supported"):
+        GGUFSource(tmp_path / "m.gguf")
 
 
 def test_every_architecture_is_tried() -> None:

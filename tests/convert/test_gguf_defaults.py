@@ -194,6 +194,7 @@ def test_defaults_are_those_of_llama_cpp(
         ("glm4moe", "feed_forward_length"),
         ("mamba2", "ssm.group_count"),
         ("jamba", "ssm.inner_size"),
+        ("falcon-h1", "ssm.group_count"),
         ("lfm2", "shortconv.l_cache"),
         ("lfm2moe", "expert_gating_func"),
         ("nemotron_h_moe", "expert_shared_feed_forward_length"),
@@ -225,6 +226,7 @@ def test_experts_are_together_as_wide_as_the_dense_layer(model: Callable[[str], 
         ("llama", {"attention.head_count_kv": 0}, "llama.attention.head_count_kv=0: "),
         ("jamba", {"attention.head_count_kv": [2, 2, 0, 0, 2]}, "the layers with attention are not periodic"),
         ("qwen35", {"ssm.group_count": 3}, "ssm.time_step_rank=4: not supported, expected"),
+        ("falcon-h1", {"ssm.time_step_rank": 9}, "ssm.inner_size=56: not supported, expected a multiple of 9 heads"),
     ],
 )
 def test_sizes_of_recurrent_layers_that_do_not_fit_are_refused(

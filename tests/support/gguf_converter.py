@@ -120,6 +120,7 @@ RECIPES: dict[str, Recipe] = {
         A.GRANITE_HYBRID, recurrent.granite_hybrid_keys, recurrent.granite_hybrid_tensors, common=False
     ),
     "bamba": Recipe(A.GRANITE_HYBRID, recurrent.bamba_keys, recurrent.bamba_tensors, common=False),
+    "falcon-h1": Recipe(A.FALCON_H1, recurrent.falcon_h1_keys, recurrent.falcon_h1_tensors, common=False),
     "nemotron_h": Recipe(A.NEMOTRON_H, recurrent.nemotron_h_keys, recurrent.nemotron_h_tensors, common=False),
     "nemotron_h_moe": Recipe(A.NEMOTRON_H_MOE, recurrent.nemotron_h_keys, recurrent.nemotron_h_tensors, common=False),
     "qwen3next": Recipe(A.QWEN3NEXT, recurrent.qwen3_next_keys, recurrent.qwen3_next_tensors),

@@ -8,7 +8,7 @@ import numpy as np
 from gguf import ExpertGatingFuncType, GGUFWriter
 from gguf_changes import Tensors, granite_moe_tensors, permuted, stacked
 from gguf_hparams import HParams
-from gguf_keys import common_keys, granite_keys, llama_keys, rotary_count
+from gguf_keys import common_keys, granite_keys, llama_keys, plain_keys, rotary_count
 
 _FULL = "full_attention"
 _COMMON = (  # of Nemotron-H's checkpoints
@@ -97,6 +97,16 @@ def bamba_keys(w: GGUFWriter, hp: HParams) -> None:
 
 def _without_head_dim(hp: HParams) -> HParams:
     return HParams({name: value for name, value in hp.items() if name != "head_dim"})
+
+
+def falcon_h1_keys(w: GGUFWriter, hp: HParams) -> None:
+    """`FalconH1Model.set_gguf_parameters`, after Mamba-2's."""
+    changes = {"head_count_kv": hp.kv_heads, "key_length": hp.head_dim, "value_length": hp.head_dim}
+    plain_keys(w, hp, **changes, layer_norm_rms_eps=hp["rms_norm_eps"], vocab_size=hp["vocab_size"])
+    inner = hp["mamba_d_ssm"]
+    heads = inner // hp["mamba_d_head"]
+    _ssm_keys(w, hp["mamba_d_conv"], inner, hp["mamba_d_state"], heads, hp["mamba_n_groups"])
+    w.add_rope_freq_base(hp.rope["rope_theta"])
 
 
 def nemotron_h_keys(w: GGUFWriter, hp: HParams) -> None:
@@ -216,6 +226,29 @@ def granite_hybrid_tensors(tensors: Tensors, hp: HParams) -> Tensors:
                 name = f"blk.{match[1]}.ffn_down.weight"
         out[name] = values
     return out
+
+
+def falcon_h1_tensors(tensors: Tensors, hp: HParams) -> Tensors:
+    """`FalconH1Model.modify_tensors`: weights, with their biases, take in the multipliers."""
+    read, gates = hp["attention_in_multiplier"], hp["mlp_multipliers"]
+    inner, keys = hp["mamba_d_ssm"], hp["mamba_n_groups"] * hp["mamba_d_state"]
+    rows = (inner, inner, keys, keys, hp["mamba_n_heads"])
+    factors = {
+        "down_proj": gates[1],
+        "gate_proj": gates[0],
+        "k_proj": hp["key_multiplier"] * read,
+        "q_proj": read,
+        "v_proj": read,
+        "o_proj": hp["attention_out_multiplier"],
+        "out_proj": hp["ssm_out_multiplier"],
+        "in_proj": hp["ssm_in_multiplier"] * np.repeat(hp["ssm_multipliers"], rows)[:, None],
+        "lm_head": hp["lm_head_multiplier"],
+        "embed_tokens": hp["embedding_multiplier"],
+    }
+    return {
+        name: values * next((np.float32(factor) for part, factor in factors.items() if part in name.split(".")), 1)
+        for name, values in mamba2_tensors(tensors, hp).items()
+    }
 
 
 def nemotron_h_tensors(tensors: Tensors, hp: HParams) -> Tensors:

@@ -250,6 +250,7 @@ BY_ARCHITECTURE: dict[str, Defaults] = {
     "mamba2": _SSM,
     "jamba": _SSM,
     "granitehybrid": _SSM | _GRANITE | {"logit_scale": None, "expert_shared_feed_forward_length": 0},
+    "falcon-h1": _SSM,
     "nemotron_h": _SSM,
     # llama.cpp always scores these experts by sigmoids.
     "nemotron_h_moe": _SSM

@@ -1,6 +1,6 @@
-"""Architectures with Mamba or Mamba-2 between attention layers.
+"""Architectures with Mamba or Mamba-2 between attention layers, or beside attention in the same layer.
 
-A layer without heads of keys and values has no attention.
+Between them, a layer without heads of keys and values has no attention.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ _FEED_FORWARD: Names = {
     "ffn_down_exps": To("feed_forward.experts.{i}.down_proj"),
 }
 _BAMBA: Names = {**ATTENTION, **PERMUTED, **_FEED_FORWARD, **state_space_names("mamba")}
+_FALCON_H1: Names = {
+    **_BAMBA,
+    **ATTENTION,  # rotated as in transformers
+    "ffn_norm": "pre_ff_layernorm.weight",  # llama.cpp's name lacks the ending, a slip that it keeps
+}
 # Without experts, Granite's shared MLP is stored as the layer's MLP.
 _GRANITE: Names = {
     **LLAMA,
@@ -96,7 +101,6 @@ def _hybrid_mamba2(hp: Hyperparameters) -> Values:
         "mamba_n_groups": hp.take("ssm.group_count"),
         "mamba_d_state": hp.take("ssm.state_size"),
         "mamba_d_conv": hp.take("ssm.conv_kernel"),
-        "mamba_expand": expansion(hp),
         "mamba_conv_bias": hp.has("*ssm_conv1d.bias"),
         "mamba_proj_bias": hp.has("*ssm_in.bias"),
     }
@@ -155,6 +159,7 @@ def _granite_hybrid(hp: Hyperparameters) -> Values:
         **rms_norm_eps(hp),
         **granite_multipliers(hp),
         **_hybrid_mamba2(hp),
+        mamba_expand=expansion(hp),
         **moe,
         **({} if rotated else without_rope(hp)),
         num_key_value_heads=heads,
@@ -179,6 +184,7 @@ def _bamba(hp: Hyperparameters) -> Values:
         "bamba",
         **rms_norm_eps(hp),
         **_hybrid_mamba2(hp),
+        mamba_expand=expansion(hp),
         num_key_value_heads=heads,
         attn_layer_indices=[layer for layer, count in enumerate(by_layer) if count],
         attention_bias=hp.has("*attn_q.bias"),
@@ -189,6 +195,29 @@ def _bamba(hp: Hyperparameters) -> Values:
 
 def _if_bamba(bamba: Any, granite: Any) -> Callable[[Hyperparameters], Any]:
     return lambda hp: bamba if _is_bamba(hp) else granite
+
+
+def _falcon_h1(hp: Hyperparameters) -> Values:
+    """Falcon-H1: attention and Mamba-2 side by side in every layer.
+
+    llama.cpp's converter multiplies the weights by the model's multipliers, so those of the configuration stay at 1.
+    Raises TideError for a file without an output matrix: the embedding in it has the embedding's multiplier, and that
+    of the logits is lost.
+    """
+    if "output.weight" not in hp.tensors:
+        raise hp.unsupported_error("output.weight is missing: not supported, since the factor of the logits is lost")
+    return decoder(
+        hp,
+        "falcon_h1",
+        **rms_norm_eps(hp),
+        **_hybrid_mamba2(hp),
+        mamba_d_ssm=hp.take("ssm.inner_size"),
+        mamba_rms_norm=hp.has("*ssm_norm.weight"),
+        mamba_norm_before_gate=False,  # llama.cpp's only order
+        projectors_bias=hp.has("*ssm_out.bias"),
+        attention_bias=hp.has("*attn_q.bias"),
+        mlp_bias=hp.has("*ffn_up.bias"),
+    )
 
 
 def _nemotron_h(hp: Hyperparameters) -> Values:
@@ -242,6 +271,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _if_bamba(_BAMBA, _GRANITE),
         top=_if_bamba(_FINAL_LAYERNORM, TOP),
     ),
+    "falcon-h1": Architecture(_falcon_h1, _FALCON_H1, top=_FINAL_LAYERNORM),
     "nemotron_h": Architecture(_nemotron_h, _NEMOTRON_H, top=BACKBONE_TOP, layers="backbone.layers"),
     "nemotron_h_moe": Architecture(_nemotron_h, _NEMOTRON_H, top=BACKBONE_TOP, layers="backbone.layers"),
 }
