@@ -18,7 +18,7 @@ _BOUNDS: tuple[tuple[int, int, str], ...] = (
     (0, MOST_EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_topk"),
     (1, MOST_LAYERS, "attn_layer_period expert_layer_period"),
     # transformers divides by these, or compares their product, before this package reads them
-    (1, MOST_HEADS, "num_heads mamba_n_heads"),
+    (1, MOST_HEADS, "num_heads mamba_n_heads n_mamba_heads"),
     (1, MOST_CHANNELS, "mamba_d_head mamba_d_ssm expand mamba_expand"),
     (0, 2**16, "num_labels"),  # transformers builds a table of this length
 )

@@ -11,6 +11,7 @@ from typing import Any
 from convert.families.base import Family
 from convert.families.latent import latent_decoder, latent_rotary_layers
 from convert.families.mixtures import WITHOUT_MTP, mixture
+from convert.families.numbers import count, positive
 from convert.weights.parts import experts, in_module, latent_attention, layer_rules, linear, mlp, norm
 from convert.weights.rules import Rule, Target
 from tide_jax.model.architecture import DecoderConfig
@@ -23,7 +24,7 @@ def _longcat_flash(hf: Any) -> DecoderConfig:
         zero_experts=hf.zero_expert_num or 0,
         layers=tuple(range(0, hf.num_hidden_layers, 2)),
         renormalise=False,
-        scale=float(hf.routed_scaling_factor),
+        scale=positive(hf, "routed_scaling_factor"),
         correction="score",
         router_bias=bool(getattr(hf, "router_bias", False)),
     )
@@ -31,8 +32,8 @@ def _longcat_flash(hf: Any) -> DecoderConfig:
     assert config.latent is not None
     latent = dataclasses.replace(
         config.latent,
-        q_scale=(hf.hidden_size / hf.q_lora_rank) ** 0.5,
-        kv_scale=(hf.hidden_size / hf.kv_lora_rank) ** 0.5,
+        q_scale=(hf.hidden_size / count(hf, "q_lora_rank")) ** 0.5,
+        kv_scale=(hf.hidden_size / count(hf, "kv_lora_rank")) ** 0.5,
     )
     return dataclasses.replace(config, latent=latent)
 

@@ -115,7 +115,7 @@ def _falcon_mamba(hf: Any) -> DecoderConfig:
     return without_attention(hf, _selective(hf, norms="plain", norm_eps=hf.mixer_rms_eps))
 
 
-def _state_space(
+def state_space_of(
     hf: Any, *, heads: str, head_dim: str, groups: str, state_size: str, width: str, **flags: Any
 ) -> StateSpaceType:
     """Mamba-2, whose sizes have different names in each configuration."""
@@ -140,7 +140,7 @@ def _limits(hf: Any) -> tuple[float, float]:
 
 def _mamba2(hf: Any) -> DecoderConfig:
     require(hf, hidden_act="silu")
-    kind = _state_space(
+    kind = state_space_of(
         hf,
         heads="num_heads",
         head_dim="head_dim",
@@ -158,7 +158,7 @@ def _mamba2(hf: Any) -> DecoderConfig:
 def mamba2_of(hf: Any) -> StateSpaceType:
     """Mamba-2 in hybrids, whose fields begin with ``mamba_``."""
     require(hf, hidden_act="silu")
-    return _state_space(
+    return state_space_of(
         hf,
         heads="mamba_n_heads",
         head_dim="mamba_d_head",
@@ -230,7 +230,7 @@ def _jamba(hf: Any) -> DecoderConfig:
 def _nemotron_h(hf: Any) -> DecoderConfig:
     """Each layer is one sublayer: Mamba-2, attention, or a feed-forward block."""
     require(hf, mamba_hidden_act="silu", moe_latent_size=None)
-    kind = _state_space(
+    kind = state_space_of(
         hf,
         heads="mamba_num_heads",
         head_dim="mamba_head_dim",

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from convert.families.base import Family, SharedBlocks, decoder, layers_without_rope, require, rotary_layers
-from convert.families.recurrent import mixed
+from convert.families.numbers import count, positive
+from convert.families.recurrent import mixed, state_space_of
 from convert.weights import takes
 from convert.weights.parts import Names, attention, in_module, layer_rules, linear, mlp, norm, outer_rules
 from convert.weights.recurrent_parts import selective_by_head, state_space
 from convert.weights.rules import Rule
 from tide_jax.model.architecture import AttentionType, DecoderConfig
-from tide_jax.model.recurrent.types import RecurrentType, SelectiveType, StateSpaceType
+from tide_jax.model.recurrent.types import RecurrentType, SelectiveType
 
 
 def _guided(hf: Any, kind: RecurrentType, layers: Sequence[AttentionType], **flags: Any) -> DecoderConfig:
@@ -30,17 +31,17 @@ def _guided(hf: Any, kind: RecurrentType, layers: Sequence[AttentionType], **fla
 
 def _scale(hf: Any) -> float:
     """Factor of query-key products: heads cover the stream and the embedding, and count as half as wide."""
-    return (hf.attention_head_dim / 2) ** -0.5
+    return (count(hf, "attention_head_dim") / 2) ** -0.5
 
 
 def _zamba(hf: Any) -> DecoderConfig:
     require(hf, hidden_mamba_act="silu", attention_hidden_size=2 * hf.hidden_size)
     kind = SelectiveType(
-        inner=hf.mamba_expand * hf.hidden_size,
-        state_size=hf.mamba_d_state,
-        step_rank=int(hf.mamba_dt_rank),
-        width=hf.mamba_d_conv,
-        heads=hf.n_mamba_heads,
+        inner=count(hf, "mamba_expand") * hf.hidden_size,
+        state_size=count(hf, "mamba_d_state"),
+        step_rank=count(hf, "mamba_dt_rank"),
+        width=count(hf, "mamba_d_conv"),
+        heads=count(hf, "n_mamba_heads"),
         conv_bias=bool(hf.mamba_conv_bias),
         bias=bool(hf.mamba_proj_bias),
     )
@@ -48,19 +49,21 @@ def _zamba(hf: Any) -> DecoderConfig:
 
 
 def _zamba2(hf: Any) -> DecoderConfig:
-    kind = StateSpaceType(
-        heads=hf.n_mamba_heads,
-        head_dim=hf.mamba_headdim,
-        groups=hf.mamba_ngroups,
-        state_size=hf.mamba_d_state,
-        width=hf.mamba_d_conv,
+    count(hf, "adapter_rank")
+    kind = state_space_of(
+        hf,
+        heads="n_mamba_heads",
+        head_dim="mamba_headdim",
+        groups="mamba_ngroups",
+        state_size="mamba_d_state",
+        width="mamba_d_conv",
         bias=bool(hf.add_bias_linear),
-        step_limit=(float(hf.time_step_min), 1e30),
+        step_limit=(positive(hf, "time_step_min"), 1e30),
     )
+    flags = {"mlp_bias": bool(hf.add_bias_linear)}
     if hf.use_mem_rope:
-        return _guided(hf, kind, rotary_layers(hf, scale=_scale(hf)), mlp_bias=bool(hf.add_bias_linear))
-    layers = layers_without_rope(hf, _scale(hf))
-    return _guided(hf, kind, layers, positions="none", mlp_bias=bool(hf.add_bias_linear))
+        return _guided(hf, kind, rotary_layers(hf, scale=_scale(hf)), **flags)
+    return _guided(hf, kind, layers_without_rope(hf, _scale(hf)), positions="none", **flags)
 
 
 def _guide(block: str, *feed_forward: Names) -> Names:

@@ -83,10 +83,6 @@ RECURRENT_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "longcat_flash-plain": (
-        "longcat_flash",
-        {"zero_expert_num": 0, "attention_bias": False, "tie_word_embeddings": True},
-    ),
     "zamba-one-head": ("zamba", {"n_mamba_heads": 1, "mamba_conv_bias": False, "tie_word_embeddings": True}),
     "zamba2-blocks": (
         "zamba2",

@@ -83,6 +83,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama", {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False}),
     "llama4_text-dense": ("llama4_text", {"moe_layers": [], "use_qk_norm": False, "attn_temperature_tuning": False}),
     "llama4_text-moe": ("llama4_text", {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2}),
+    "longcat_flash-plain": (
+        "longcat_flash",
+        {"zero_expert_num": 0, "attention_bias": False, "tie_word_embeddings": True},
+    ),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "mixtral-window": ("mixtral", {"sliding_window": None, "num_experts_per_tok": 1}),
     "mpt-clipped": ("mpt", {"attn_config": {"clip_qkv": 1.2, "softmax_scale": 0.3}}),

@@ -25,11 +25,15 @@ conv_L_cache conv_kernel conv1d_width mamba_d_conv linear_conv_kernel_dim
 state_size ssm_state_size mamba_d_state time_step_rank mamba_dt_rank
 num_heads n_groups mamba_n_heads mamba_n_groups mamba_num_heads mamba_head_dim mamba_d_head
 linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_num_heads linear_head_dim
-lru_width attention_hidden_size block_multiple_of ffn_round_up_to_multiple_of
+n_mamba_heads mamba_ngroups lru_width attention_hidden_size block_multiple_of ffn_round_up_to_multiple_of
 """
 """Sizes of recurrent layers and of the blocks beside them."""
-UNREAD = {"mamba2": {"time_step_rank"}}
-"""Those of them that a model never reads, although its class declares them."""
+UNREAD = {
+    "mamba2": {"time_step_rank"},
+    "zamba": {"attention_hidden_size"},
+    "zamba2": {"attention_hidden_size"},
+}
+"""Those of them that a model never reads, although its class declares them, or whose 0 stands for a default."""
 
 
 def of(model_type: str, **changes: Any) -> dict[str, Any]:

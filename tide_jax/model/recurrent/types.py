@@ -193,7 +193,7 @@ class SelectiveType:
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _check_shares("inner", self.inner, "heads", self.heads or 1)
+        check_multiple("inner", self.inner, "heads", self.heads or 1)
 
     def sizes(self, hidden_size: int) -> StateSizes:
         """Sizes of the state in a model of some width."""
