@@ -134,6 +134,9 @@ def test_missing_fields_inside_of_parts_are_named() -> None:
         ({"activation": "swiglu_oai", "mlp_gated": False}, "activation='swiglu_oai' is not known"),
         ({"head_transform": {"activation": "x", "size": None, "bias": True}}, "activation='x'"),
         ({"attention_types": []}, "layer_pattern names layer type 0, expected one of the 0"),
+        ({"carried": "x"}, "carried='x' should be 'nothing', 'embedding' or 'shortcut'"),
+        ({"carried": "embedding"}, 'carried="embedding" is for plain attention beside a recurrent layer'),
+        ({"carried": "shortcut"}, 'carried="shortcut" is for experts that are in some layers'),
     ],
 )
 def test_values_of_a_converted_model(changes: dict[str, Any], expected: str) -> None:
