@@ -88,7 +88,10 @@ def report(
     model = {"layers": args.layers, "hidden_size": config.hidden_size, "dtype": jnp.dtype(DTYPE).name}
     found = {"jax": jax.__version__, "model": model, "slots": SLOTS, "interval": INTERVAL, "prompt": LONG_PROMPT}
     entries: list[dict[str, Any]] = []
-    problems: list[str] = []
+    names = [case.name for target in targets for case in target.cases]
+    problems = [
+        f"--only {name!r} is no case, expected one of {', '.join(names)}" for name in set(args.only or ()) - set(names)
+    ]
     for target in targets:
         for case in target.cases:
             if args.only and case.name not in args.only:
