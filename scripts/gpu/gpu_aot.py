@@ -99,8 +99,8 @@ def _compiled(case: Case, config: DecoderConfig, devices: np.ndarray) -> Step:
 
 
 def _problems(case: Case, counts: dict[str, int]) -> list[str]:
-    # One graph before the loop, one per group, one after; "propagate" adds a loop over the skipped groups. A pass at full
-    # depth with recurrent layers has no loop. A prompt's are not counted: each chunk and each block has its own.
+    # One graph before the loop, one per group, one after; "propagate" adds a loop over the skipped groups. With
+    # recurrent layers, full depth has no loop. A prompt's are not counted: each chunk and each block has its own.
     graphs = 4 if case.kv_strategy == "propagate" else 3
     if case.graphs or (case.kind == "states" and case.kv_strategy is None):
         graphs = 1
