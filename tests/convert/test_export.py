@@ -25,6 +25,7 @@ from convert import export
 from convert.configuration.older_names import add_older_names
 from convert.configuration.settings import build_configuration
 from convert.families import FAMILIES, Family
+from convert.parity.tiny_recurrent import RECURRENT_VARIANTS
 from convert.weights.rules import Rule, Target
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import ShardedTensors
@@ -99,13 +100,18 @@ def test_logits(model_type: str, tmp_path: Path) -> None:
 ALONE = sorted(name for name in FAMILIES if not name.endswith("_vl_text") or name == "minimax_m3_vl_text")
 
 
+# Factors that a conversion takes into its configuration, and none of them into the weights.
+MULTIPLIED = ("falcon_h1-multiplied", "falcon_h1-norm-first", "minimax-factors")
+
+
 @pytest.mark.matrix(keep=5)
-@pytest.mark.parametrize("model_type", ALONE)
-def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*ALONE, *MULTIPLIED])
+def test_tensors_of_every_family(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from convert.parity.tiny import save_tiny
 
-    save_tiny(model_type, tmp_path / "source")
+    model_type, fields = RECURRENT_VARIANTS[name] if name in MULTIPLIED else (name, {})
+    save_tiny(model_type, tmp_path / "source", **fields)
     try:
         convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     except TideError as error:
@@ -122,10 +128,10 @@ def test_tensors_of_every_family(model_type: str, tmp_path: Path) -> None:
         return
     report = export(tmp_path / "converted", tmp_path / "hf")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "hf"))
-    assert found.keys() == {name for name in expected if name in found or name not in report.ignored}
-    for name in found:
-        unused = found[name] == 0 if name in report.ignored else False
-        np.testing.assert_array_equal(found[name], np.where(unused, 0, expected[name]), err_msg=name)
+    assert found.keys() == {tensor for tensor in expected if tensor in found or tensor not in report.ignored}
+    for tensor, values in found.items():
+        unused = values == 0 if tensor in report.ignored else False
+        np.testing.assert_array_equal(values, np.where(unused, 0, expected[tensor]), err_msg=tensor)
     written, original = read_config(tmp_path / "hf"), read_config(tmp_path / "source") | {"dtype": "float32"}
     assert added_names(written, original) <= {"torch_dtype", *OLDER_ROTARY_NAMES}
     assert same_rotation(written, original)
