@@ -6,12 +6,15 @@ Each model is a random transformers checkpoint (needs torch), made here, of abou
 depends on sizes, not on what the weights say. "llama" is the attention model of the same width and depth. A step's
 speed is the bytes of weights that it reads, per second; its share is that of the attention model in the same round.
 Prompts are read by tide_jax at full depth and by transformers, with its plain torch code and its default attention.
+A lossless pass verifies drafts; then states take in the accepted ones. That is compared with a second pass over these,
+which a model whose states cannot wait for the verdict would need.
 Variants alternate in one process after a run of each; reported are medians, and medians of the ratios of each round.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -19,7 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -29,7 +35,9 @@ from convert import convert
 from scripts.bench.prompts import OURS, measure, ours, peer
 from scripts.reporting import machine, save
 from tide_jax import TIDE
-from tide_jax.model.decoder import stored_parameters
+from tide_jax.exits.depth import DepthOutput, run_depth, run_whole
+from tide_jax.model.cache import KVCache, empty_cache
+from tide_jax.model.decoder import Decoder, stored_parameters
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16384, "hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 2048,
@@ -50,6 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Model types of transformers, with the settings that differ from `SIZES`."""
 PROMPT, STEPS = 64, 49
+DRAFTS, KEPT = 8, 5
+"""Tokens of a lossless pass, and how many of them are accepted."""
 
 
 def main() -> None:
@@ -63,6 +73,7 @@ def main() -> None:
         folders = {name: checkpoint(name, Path(directory)) for name in dict.fromkeys(["llama", *args.only])}
         models = {name: tide_jax.load(folder / "converted", "float32") for name, folder in folders.items()}
         decoding = decode({name: TIDE(model) for name, model in models.items()}, args.rounds)
+        verdicts = {name: verdict(model, args.rounds) for name, model in models.items() if model.config.recurrent_types}
         prompts = {
             name: [
                 measure({OURS: ours(models[name]), "transformers": peer(str(folder), "sdpa")}, n, args.rounds)
@@ -71,9 +82,11 @@ def main() -> None:
             for name, folder in folders.items()
         }
     report = {
-        "method": {"rounds": args.rounds, "steps": STEPS - 1, "prompt": PROMPT},
+        "method": {"rounds": args.rounds, "steps": STEPS - 1, "prompt": PROMPT, "drafts": DRAFTS, "kept": KEPT},
         "machine": machine(),
-        "models": {name: {**decoding[name], "prompts": prompts[name]} for name in models},
+        "models": {
+            name: {**decoding[name], "prompts": prompts[name], "verdict": verdicts.get(name)} for name in models
+        },
     }
     show(report)
     save(args.out, report)
@@ -122,6 +135,42 @@ def decode(engines: dict[str, TIDE], rounds: int) -> dict[str, dict[str, float]]
         }
         for name in engines
     }
+
+
+def verdict(model: Decoder, rounds: int) -> dict[str, float]:
+    """Milliseconds of a pass over drafts, of taking in the accepted ones, and of running those once more instead."""
+
+    def passed(model: Decoder, cache: KVCache, tokens: Array, positions: Array) -> DepthOutput:
+        return run_depth(model, tokens, positions, cache)
+
+    def taken_in(model: Decoder, cache: KVCache, new: tuple[Any, ...], positions: Array) -> KVCache:
+        return cache.append(new, positions, model.layers)
+
+    def ran_again(model: Decoder, cache: KVCache, tokens: Array, positions: Array) -> KVCache:
+        out = run_whole(model, tokens, positions, cache)
+        return cache.append(out.new, positions, model.layers)
+
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(3, 250, (1, PROMPT + DRAFTS)), jnp.int32)
+    positions = jnp.arange(PROMPT + DRAFTS, dtype=jnp.int32)[None]
+    cache = jax.jit(ran_again)(
+        model, empty_cache(model.config, 1, 2 * PROMPT, jnp.float32), tokens[:, :PROMPT], positions[:, :PROMPT]
+    )
+    drafts, places = tokens[:, PROMPT:], positions[:, PROMPT:]
+    kept = jnp.where(places < PROMPT + KEPT, places, -1)
+    new = jax.jit(passed)(model, cache, drafts, places).new
+    runs: dict[str, Callable[[], Any]] = {
+        "pass_ms": functools.partial(jax.jit(passed), model, cache, drafts, places),
+        "take_in_ms": functools.partial(jax.jit(taken_in), model, cache, new, kept),
+        "run_again_ms": functools.partial(jax.jit(ran_again), model, cache, drafts[:, :KEPT], places[:, :KEPT]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + 3 * rounds):  # the first turn compiles
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def show(report: dict[str, Any]) -> None:

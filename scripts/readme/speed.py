@@ -62,6 +62,19 @@ def hybrids_table() -> str:
             for entry in row["prompts"]
         ]
         lines.append(f"| {name} | {row['weight_mb']:.0f} MB | {numbers} | {' | '.join(prompts)} |")
+    drafts, kept = report["method"]["drafts"], report["method"]["kept"]
+    lines += [
+        "",
+        f"A lossless pass verifies {drafts} tokens, of which {kept} are accepted here. Then states take these in; the",
+        "alternative is another pass over them.",
+        "",
+        "| model | the pass | taking in | another pass |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, row in report["models"].items():
+        if (found := row["verdict"]) is not None:
+            cells = (f"{found[part]:.1f} ms" for part in ("pass_ms", "take_in_ms", "run_again_ms"))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
