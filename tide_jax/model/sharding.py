@@ -95,9 +95,9 @@ PARAMETERS: Mapping[str, Rule] = {
 """Logical axes of stored parameters, by dotted path; the first matching pattern applies.
 
 All other parameters lie on every device. Most are small: norms, routers and low-rank bottlenecks, and in recurrent
-layers filters, biases, fades, shares of the token before, and gates and rates with one number for each head. Translators
-are not, but each skipped layer would need a sum over the group, which costs more than reading them. The scales of a
-kernel of 8-bit integers are placed like its outputs.
+layers filters, biases, fades, shares of the token before, and gates and rates with one number for each head.
+Translators are not, but each skipped layer would need a sum over the group, which costs more than reading them. The
+scales of a kernel of 8-bit integers are placed like its outputs.
 """
 
 CACHE: Mapping[str, Rule] = {
