@@ -14,9 +14,9 @@ from convert.parity.measure import measure_parity
 from convert.parity.tiny import save_tiny
 from tide_jax.errors import TideError
 from tide_jax.exits.walk import Walk
+from tide_jax.model.attention.span import KeyValue
 from tide_jax.model.cache import KVCache
 from tide_jax.model.decoder import Decoder
-from tide_jax.model.attention.span import KeyValue
 
 pytest.importorskip("torch")
 
