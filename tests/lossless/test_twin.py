@@ -29,7 +29,7 @@ from tide_jax.functional import (
 from tide_jax.generation.batch import bucket, pad_left
 from tide_jax.lossless.decoding import default_draft
 from tide_jax.model.decoder import from_parameters, parameters, stored_parameters
-from tide_jax.model.recurrent.mixer import State
+from tide_jax.model.memory import by_part
 from tide_jax.testing import tiny_config
 
 
@@ -45,7 +45,7 @@ def wrong_twin(engine: TIDE) -> TwinDrafter:
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "hybrid"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "hybrid", "side by side"])
 def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
     engine = engine_of(name)
     out = lossless(engine, PROMPTS, twin=twin_of(engine))
@@ -54,7 +54,7 @@ def test_architectures_make_the_tokens_of_full_depth(name: str) -> None:
     assert out.counts.passes < NEW, "a pass makes more than a token"
 
 
-@pytest.mark.parametrize("name", ["pre norm", "hybrid"])
+@pytest.mark.parametrize("name", ["pre norm", "hybrid", "side by side"])
 def test_a_wrong_twin_changes_nothing_and_leaves_nothing_in_the_cache(name: str) -> None:
     """Each pass drafts seven tokens that fail; the cache is that of a pass over the text."""
     engine = engine_of(name)
@@ -79,10 +79,15 @@ def test_a_wrong_twin_changes_nothing_and_leaves_nothing_in_the_cache(name: str)
         used = np.flatnonzero(np.asarray(state.cache.positions[b]) >= 0)
         assert np.asarray(state.cache.positions[b])[used].tolist() == list(range(len(made) - 1))
         for memory, fresh in zip(state.cache.layers, expected.layers, strict=True):
-            for found, wanted in zip(memory, fresh, strict=True):
-                has_slots = not isinstance(memory, State)
-                kept, whole = (found[b][:, used], wanted[0][:, : len(made) - 1]) if has_slots else (found[b], wanted[0])
-                np.testing.assert_allclose(kept, whole, rtol=0, atol=2e-5)
+            compare = functools.partial(compare_rows, row=b, used=used)
+            by_part(memory, fresh, slots=compare, state=functools.partial(compare_rows, row=b))
+
+
+def compare_rows(found: Any, wanted: Any, *, row: int, used: Any = None) -> None:
+    """A row of keys and values in slots that are used, or of a state, against the only row of another cache."""
+    for kept, whole in zip(found, wanted, strict=True):
+        filled = (kept[row], whole[0]) if used is None else (kept[row][:, used], whole[0][:, : len(used)])
+        np.testing.assert_allclose(*filled, rtol=0, atol=2e-5)
 
 
 @pytest.mark.matrix

@@ -45,7 +45,7 @@ MORE = {
 }
 FEW = (
     *("pre norm", "post norm", "parallel", "norms after the residual add", "gated output", "latent attention"),
-    *("alibi and sinks", "experts"),
+    *("alibi and sinks", "experts", "side by side"),
 )
 # One layer is enough: what takes time is to compile.
 SWEEP = {
@@ -201,6 +201,7 @@ def test_what_is_rounded_and_what_is_not(name: str) -> None:
     assert ("embed.kernel" in integers) == config.tie_embeddings
     left = kept_as_floats({path: value.shape for path, value in small.items() if path[-5:] != "scale"}, axes)
     words = ("embed", "router", "shared_gate", "positions", "added", "bias", "sinks", "weights", "norm")
+    words += ("filters", "fade", "passed")  # of recurrent layers
     assert all(any(word in path for word in words) for path in left), left
 
 

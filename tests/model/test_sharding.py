@@ -63,7 +63,7 @@ def devices(count: int) -> dict[str, str]:
 def outcomes(folder: Path) -> dict[str, str]:
     """What came of every check: one process for all, since each would start JAX."""
     command = [sys.executable, str(PROGRAM), "all", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, env=devices(8), timeout=600, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, env=devices(8), timeout=1500, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -46,6 +46,9 @@ MODELS = {
     ),
     "experts": CONFIGS["experts"],
     "latent attention": CONFIGS["latent attention"],
+    "hybrid": CONFIGS["hybrid"],
+    "side by side": dataclasses.replace(CONFIGS["side by side"], num_layers=2, layer_pattern=(0, 0)),
+    "other recurrences": CONFIGS["other recurrences"],
 }
 CASES: dict[tuple[str, str], tuple[str, ...]] = {
     ("even", "2x4"): ("full", "propagate", "recompute", "lossless", "lossless int8", "stream", "score"),
@@ -55,6 +58,9 @@ CASES: dict[tuple[str, str], tuple[str, ...]] = {
     ("three heads", "4x2"): ("propagate",),
     ("experts", "2x4"): ("propagate",),
     ("latent attention", "1x2"): ("propagate",),
+    ("hybrid", "2x4"): ("propagate",),  # more devices than Mamba-2 has groups and the delta net has keys
+    ("side by side", "2x2"): ("recompute", "lossless int8"),
+    ("other recurrences", "2x2"): ("propagate",),
 }
 
 
