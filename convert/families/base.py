@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from convert.configuration.rope import rope_config
@@ -16,6 +16,21 @@ from tide_jax.model.recurrent.types import RecurrentType
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockAdapters:
+    """A list of low-rank adapters.
+
+    Attributes:
+      module: the module inside the block whose output they add to.
+      names: name of the list inside the block.
+      flag: the field of config.json that says whether a checkpoint has them; None if all do.
+    """
+
+    module: str
+    names: str
+    flag: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class SharedBlocks:
     """Blocks of weights that layers share in a checkpoint; see `convert.sources.shared_blocks`.
 
@@ -23,14 +38,13 @@ class SharedBlocks:
       module: name of the block's module inside a layer.
       beside: name of a tensor that each layer with a block has.
       count: the field of config.json with the number of blocks, which layers use in turn; None for one block.
-      adapters: lists of low-rank adapters inside the block, with one entry for each layer that uses a block, by the
-        module whose output they add to.
+      adapters: lists of low-rank adapters inside the block, with one entry for each layer that uses a block.
     """
 
     module: str
     beside: str
     count: str | None = None
-    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adapters: tuple[BlockAdapters, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from convert.families.base import Family, SharedBlocks, decoder, layers_without_rope, require, rotary_layers
+from convert.families.base import (
+    BlockAdapters,
+    Family,
+    SharedBlocks,
+    decoder,
+    layers_without_rope,
+    require,
+    rotary_layers,
+)
 from convert.families.numbers import count, positive
 from convert.families.recurrent import mixed, state_space_of
 from convert.weights import takes
@@ -84,6 +92,7 @@ def _rules(*names: Names) -> tuple[Rule, ...]:
     return (*outer, *layer_rules("[model.]layers", *norms, *names))
 
 
+_ATTENTION_ADAPTERS = "use_shared_attention_adapter"
 _BLOCK, _BLOCK2 = "shared_transf", "shared_transformer"
 _GATE_UP = linear(f"{_BLOCK2}.feed_forward.gate_up_proj", "mlp.gate_up", takes.halves, takes.halves)
 _DOWN = linear(f"{_BLOCK2}.feed_forward.down_proj", "mlp.down")
@@ -102,10 +111,13 @@ FAMILIES: dict[str, Family] = {
             _BLOCK2,
             "linear.weight",
             count="num_mem_blocks",
-            adapters={
-                "feed_forward.gate_up_proj": "feed_forward.gate_up_proj_adapter_list",
-                **{f"self_attn.{p}_proj": f"self_attn.linear_{p}_adapter_list" for p in "qkv"},
-            },
+            adapters=(
+                BlockAdapters("feed_forward.gate_up_proj", "feed_forward.gate_up_proj_adapter_list"),
+                *(
+                    BlockAdapters(f"self_attn.{p}_proj", f"self_attn.linear_{p}_adapter_list", _ATTENTION_ADAPTERS)
+                    for p in "qkv"
+                ),
+            ),
         ),
     ),
 }

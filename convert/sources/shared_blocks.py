@@ -122,13 +122,26 @@ def _layers_with(source: Source, pattern: str) -> list[int]:
 
 
 def _is_adapter(part: str, blocks: SharedBlocks) -> bool:
-    return any(part.startswith(f"{adapters}.") for adapters in blocks.adapters.values())
+    return any(part.startswith(f"{adapters.names}.") for adapters in blocks.adapters)
 
 
 def _adapter(source: Source, blocks: SharedBlocks, start: str, part: str, number: int) -> tuple[str, str] | None:
-    """Names of the two matrices that a layer adds to a part of its block, if the checkpoint has them."""
-    adapters = blocks.adapters.get(part.removesuffix(".weight"))
-    if adapters is None:
+    """Names of the two matrices that a layer adds to a part of its block; None for parts without an adapter.
+
+    Raises:
+      TideError: a matrix is missing, or the two do not multiply to the part.
+    """
+    module, _, kind = part.rpartition(".")
+    adapters = next((each for each in blocks.adapters if each.module == module and kind == "weight"), None)
+    if adapters is None or (adapters.flag is not None and not source.config.get(adapters.flag)):
         return None
-    down, up = (f"{start}{adapters}.{number}.{i}.weight" for i in range(2))
-    return (down, up) if down in source.tensors and up in source.tensors else None
+    names = tuple(f"{start}{adapters.names}.{number}.{i}.weight" for i in range(2))
+    down, up = (source.tensors[name].shape if name in source.tensors else None for name in names)
+    wanted = source.tensors[start + part].shape
+    if down is None or up is None or len(down) != 2 or len(up) != 2 or (up[0], down[1], down[0]) != (*wanted, up[1]):
+        found = " and ".join("nothing" if shape is None else str(list(shape)) for shape in (down, up))
+        raise TideError(
+            f"{source.description}: the adapter {names[0]} and its pair are {found}, expected two matrices that "
+            f"multiply to {list(wanted)}; get the checkpoint again"
+        )
+    return names[0], names[1]

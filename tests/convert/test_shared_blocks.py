@@ -83,6 +83,34 @@ def test_a_number_of_blocks_that_makes_no_sense(count: Any, two_blocks: Path, tm
     assert "num_mem_blocks" in said
 
 
+@pytest.mark.parametrize("missing", ["adapter_list", "adapter_list.0.1", "adapter_list.2.0"])
+def test_adapters_that_are_not_stored(missing: str, two_blocks: Path, tmp_path: Path) -> None:
+    said = refusal(changed(two_blocks, tmp_path / "source", {}, keep=lambda name: missing not in name))
+    assert "adapter_list." in said
+    assert "nothing" in said
+
+
+def test_an_adapter_of_another_shape(two_blocks: Path, tmp_path: Path) -> None:
+    source = changed(two_blocks, tmp_path / "source", {})
+    tensors = load_file(source / "model.safetensors")
+    name = f"model.layers.2.{BLOCK}.feed_forward.gate_up_proj_adapter_list.1.0.weight"
+    save_file(tensors | {name: tensors[name][:-1].copy()}, source / "model.safetensors")
+    assert "are [7, 48] and [144, 8], expected two matrices that multiply to [144, 48]" in refusal(source)
+
+
+def test_adapters_of_attention_are_read_where_the_configuration_has_them(tmp_path: Path) -> None:
+    fields = {"use_shared_attention_adapter": True, "num_key_value_heads": 6, "tie_word_embeddings": True}
+    save_tiny("zamba2", tmp_path / "source", **fields)
+    stored = load_file(tmp_path / "source" / "model.safetensors")
+    block = f"model.layers.1.{BLOCK}.self_attn"
+    down, up = (stored[f"{block}.linear_q_adapter_list.0.{i}.weight"] for i in range(2))
+    for has in (True, False):
+        source = changed(tmp_path / "source", tmp_path / f"{has}", {"use_shared_attention_adapter": has})
+        expected = (stored[f"{block}.q_proj.weight"] + has * (up @ down)).T
+        found = weights(source, tmp_path / f"converted {has}")[f"layers.1.{QUERIES}"]
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-6)
+
+
 def test_a_block_that_is_not_stored(two_blocks: Path, tmp_path: Path) -> None:
     source = changed(two_blocks, tmp_path / "source", {}, keep=lambda name: f"layers.1.{BLOCK}" not in name)
     assert f"layer 1 does not store {BLOCK}, expected it there for layers 1, 4" in refusal(source)
