@@ -68,6 +68,26 @@ class OwnBlocksSource:
         down, up = (self.whole.read(part).astype(np.float32) for part in origin.adapter)
         return tensor.astype(np.float32) + up @ down
 
+    def untied(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """The checkpoint as a model that ties nothing: each layer's copy, and zeros for its adapters.
+
+        Returns:
+          config.json and tensors; None if no adapter is merged.
+        """
+        adapters = [(name, origin) for name, origin in self._origins.items() if origin.adapter is not None]
+        if not adapters:
+            return None
+        tensors = {name: self.read(name) for name in self.tensors}
+        for name, origin in adapters:
+            first, own = (_block_start(each) for each in (origin.stored, name))
+            for part in origin.adapter or ():
+                tensors[own + part.removeprefix(first)] = np.zeros(self.whole.tensors[part].shape, np.float32)
+        if not any(name.startswith("lm_head.") for name in tensors):
+            tensors["lm_head.weight"] = self.read(
+                next(name for name in tensors if name.endswith("embed_tokens.weight"))
+            )
+        return self.config | {"tie_word_embeddings": False}, tensors
+
     def steps(self, name: str) -> np.ndarray | None:
         """As `convert.sources.base.steps_of`; None for tensors with an adapter."""
         origin = self._origins[name]
@@ -113,6 +133,12 @@ def _origins(source: Source, blocks: SharedBlocks) -> dict[str, _Origin]:
 
 
 _LAYERS = r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\."
+
+
+def _block_start(name: str) -> str:
+    """What a layer's tensors begin with."""
+    found = re.match(_LAYERS, name)
+    return "" if found is None else found[0]
 
 
 def _layers_with(source: Source, pattern: str) -> list[int]:

@@ -111,6 +111,13 @@ def test_adapters_of_attention_are_read_where_the_configuration_has_them(tmp_pat
         np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_are_those_of_transformers_in_every_dtype(dtype: str, two_blocks: Path, tmp_path: Path) -> None:
+    """A rounded sum of weight and adapter is not the sum of rounded ones: the comparison must know."""
+    report = convert(two_blocks, tmp_path / "converted", dtype=dtype, verify=True)
+    assert report.verification is not None
+
+
 def test_a_block_that_is_not_stored(two_blocks: Path, tmp_path: Path) -> None:
     source = changed(two_blocks, tmp_path / "source", {}, keep=lambda name: f"layers.1.{BLOCK}" not in name)
     assert f"layer 1 does not store {BLOCK}, expected it there for layers 1, 4" in refusal(source)
