@@ -24,6 +24,7 @@ from tide_jax.model.architecture_parts import (
     RopeConfig,
     UngatedActivation,
     check_choice,
+    check_multiple,
 )
 from tide_jax.model.generation_settings import NOTHING_SAID, GenerationSettings
 from tide_jax.model.recurrent.types import RecurrentType
@@ -240,11 +241,7 @@ class DecoderConfig:
             raise TideError(
                 f"mlp_layers names layer {max(self.mlp_layers or ())}, expected layers below {self.num_layers}"
             )
-        if self.num_kv_heads <= 0 or self.num_heads % self.num_kv_heads:
-            raise TideError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                "check the checkpoint's config.json"
-            )
+        check_multiple("num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
 
     def _check_carried(self) -> None:
         """Raises TideError if nothing reads what the stream carries, or if what reads it is of another kind."""
