@@ -18,6 +18,7 @@ from tide_jax.exits.exits import Exits
 from tide_jax.exits.queue import QUEUE_LENGTH
 from tide_jax.functional import Decoder, KVCache, decode_step, init_cache
 from tide_jax.generation import generate
+from tide_jax.model.memory import by_part
 from tide_jax.model.recurrent.mixer import State
 from tide_jax.testing import random_routers
 
@@ -99,11 +100,19 @@ def test_a_prompt_in_chunks_leaves_the_states_of_the_whole(model_name: str, monk
 
 
 def states_after(model: Decoder, prompts: list[list[int]]) -> list[np.ndarray]:
-    """Every layer's state after the prompts, padded on the left."""
+    """What every layer keeps of the prompts, padded on the left: keys and values of tokens, and states."""
     prompt = padded(prompts)
     cache = init_cache(model.config, len(prompts), prompt.tokens.shape[1], model.dtype)
     filled = jax.jit(lambda m, p, c: generate.prefill(m, p, c).cache)(model, prompt, cache)
-    return [np.asarray(a) for memory in filled.layers if isinstance(memory, State) for a in memory]
+    there = np.asarray(filled.positions >= 0)[:, None, :, None]
+    kept = [
+        by_part(
+            memory, slots=lambda kv: [np.where(there, a, 0) for a in kv], state=lambda s: [np.asarray(a) for a in s]
+        )
+        for memory in filled.layers
+    ]
+    assert sum(map(np.size, jax.tree.leaves(kept))) > 0
+    return jax.tree.leaves(kept)
 
 
 def padded(prompts: list[list[int]]) -> generate.Prompt:
