@@ -157,7 +157,7 @@ def head_variant(model: Decoder, batch: int, steps: int) -> Variant:
     def loop(model: Decoder, tokens: jax.Array) -> jax.Array:
         def body(_: Any, tokens: jax.Array) -> jax.Array:
             x = model.embed_tokens(tokens[:, None], jnp.zeros((batch, 1), jnp.int32))
-            return jnp.argmax(model.logits(model.final_norm(x))[:, 0], axis=-1).astype(jnp.int32)
+            return jnp.argmax(model.logits(model.final_norm(model.residual(x)))[:, 0], axis=-1).astype(jnp.int32)
 
         return lax.fori_loop(0, steps, body, tokens)
 

@@ -118,12 +118,7 @@ def decode(engines: dict[str, TIDE], rounds: int) -> dict[str, dict[str, float]]
         return lambda: (seconds(engine, STEPS) - seconds(engine, 1)) / (STEPS - 1)
 
     runs = {name: step(engine) for name, engine in engines.items()}
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in tqdm(range(rounds), desc="decode"):
-        for name, run in runs.items():
-            times[name].append(run())
+    times = alternating(runs, rounds, "decode")
     weights = {name: sum(p.value.nbytes for p in stored_parameters(engine.model)) for name, engine in engines.items()}
     speeds = {name: [weights[name] / t for t in taken] for name, taken in times.items()}
     return {
@@ -164,13 +159,25 @@ def verdict(model: Decoder, rounds: int) -> dict[str, float]:
         "take_in_ms": functools.partial(jax.jit(taken_in), model, cache, new, kept),
         "run_again_ms": functools.partial(jax.jit(ran_again), model, cache, drafts[:, :KEPT], places[:, :KEPT]),
     }
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    clocks = {name: functools.partial(timed, run) for name, run in runs.items()}
+    return {name: 1e3 * statistics.median(taken) for name, taken in alternating(clocks, 3 * rounds, "verdict").items()}
+
+
+def alternating(runs: dict[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
+    """What each run gives in each round; all run once before, to compile."""
+    for run in runs.values():
+        run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(1 + 3 * rounds):  # the first turn compiles
+    for _ in tqdm(range(rounds), desc=title):
         for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+            times[name].append(run())
+    return times
 
 
 def show(report: dict[str, Any]) -> None:

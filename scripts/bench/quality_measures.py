@@ -255,7 +255,6 @@ def _exits_everywhere(
     model: Decoder, routers: Routers, batch: Batch, states: Float[Array, "B T D"]
 ) -> tuple[Array, Array]:
     """Whether an exit at each exit point gives the full model's argmax, and KL(full || exit), ``[C, B, T]``."""
-    contexts, x = model.contexts(batch.positions, None), model.embed_tokens(batch.tokens, batch.positions)
     full = states.reshape(-1, states.shape[-1])
 
     def compare(exits: Array) -> tuple[Array, Array]:
@@ -264,8 +263,7 @@ def _exits_everywhere(
         return agrees.reshape(batch.tokens.shape), kl.reshape(batch.tokens.shape)
 
     exits = []
-    for i, layer in enumerate(model.layers):
-        x, _ = layer(x, contexts, None)
+    for i, (x, _) in enumerate(model.layer_outputs(batch.tokens, batch.positions, None)):
         if i in routers.exit_points:
             state = routers.exit_state(routers.exit_points.index(i), x, eps=model.config.norm_eps)
             exits.append(compare(model.final_norm(state)))

@@ -149,7 +149,7 @@ def head_alone(leaves: Any, tree: Any, tokens: jax.Array) -> tuple[jax.Array, ja
     def body(i: jax.Array, drawn: jax.Array) -> jax.Array:
         given = (tokens[i] + jnp.minimum(drawn, 0))[:, None]
         x = model.embed_tokens(given, jnp.zeros(given.shape, jnp.int32))
-        return jnp.argmax(model.logits(model.final_norm(x))[:, 0], axis=-1).astype(jnp.int32)
+        return jnp.argmax(model.logits(model.final_norm(model.residual(x)))[:, 0], axis=-1).astype(jnp.int32)
 
     drawn = lax.fori_loop(0, tokens.shape[0], body, jnp.zeros(tokens.shape[1:], jnp.int32))
     return drawn, jnp.zeros(tokens.shape, jnp.int32)
