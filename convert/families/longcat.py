@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from convert.families.base import Family, require
+from convert.families.base import Family
 from convert.families.latent import latent_decoder, latent_rotary_layers
 from convert.families.mixtures import WITHOUT_MTP, mixture
 from convert.families.numbers import count, positive
@@ -18,7 +18,6 @@ from tide_jax.model.architecture import DecoderConfig
 
 
 def _longcat_flash(hf: Any) -> DecoderConfig:
-    require(hf, router_bias=False)  # transformers makes the bias, and never adds it
     moe = mixture(
         hf,
         hf.n_routed_experts,

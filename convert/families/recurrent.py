@@ -209,18 +209,22 @@ def _falcon_h1(hf: Any) -> DecoderConfig:
     )
 
 
-def _jamba(hf: Any) -> DecoderConfig:
-    require(hf, hidden_act="silu")
-    kind = SelectiveType(
+def mamba_of(hf: Any, **flags: Any) -> SelectiveType:
+    """Mamba in hybrids, whose fields begin with ``mamba_``."""
+    return SelectiveType(
         inner=count(hf, "mamba_expand") * hf.hidden_size,
         state_size=count(hf, "mamba_d_state"),
         step_rank=count(hf, "mamba_dt_rank"),
         width=count(hf, "mamba_d_conv"),
         conv_bias=bool(hf.mamba_conv_bias),
         bias=bool(hf.mamba_proj_bias),
-        norms="scaled",
-        norm_eps=hf.rms_norm_eps,
+        **flags,
     )
+
+
+def _jamba(hf: Any) -> DecoderConfig:
+    require(hf, hidden_act="silu")
+    kind = mamba_of(hf, norms="scaled", norm_eps=hf.rms_norm_eps)
     layers = mixed(hf, {"linear_attention": kind}, layers_without_rope(hf))
     sparse = tuple(i for i, count in enumerate(hf.layers_num_experts) if count > 1)
     moe = mixture(hf, hf.num_experts, renormalise=False, layers=sparse) if sparse else None

@@ -15,13 +15,13 @@ from convert.families.base import (
     rotary_layers,
 )
 from convert.families.numbers import count, positive
-from convert.families.recurrent import mixed, state_space_of
+from convert.families.recurrent import mamba_of, mixed, state_space_of
 from convert.weights import takes
 from convert.weights.parts import Names, attention, in_module, layer_rules, linear, mlp, norm, outer_rules
 from convert.weights.recurrent_parts import selective_by_head, state_space
 from convert.weights.rules import Rule
 from tide_jax.model.architecture import AttentionType, DecoderConfig
-from tide_jax.model.recurrent.types import RecurrentType, SelectiveType
+from tide_jax.model.recurrent.types import RecurrentType
 
 
 def _guided(hf: Any, kind: RecurrentType, layers: Sequence[AttentionType], **flags: Any) -> DecoderConfig:
@@ -44,15 +44,7 @@ def _scale(hf: Any) -> float:
 
 def _zamba(hf: Any) -> DecoderConfig:
     require(hf, hidden_mamba_act="silu", attention_hidden_size=2 * hf.hidden_size)
-    kind = SelectiveType(
-        inner=count(hf, "mamba_expand") * hf.hidden_size,
-        state_size=count(hf, "mamba_d_state"),
-        step_rank=count(hf, "mamba_dt_rank"),
-        width=count(hf, "mamba_d_conv"),
-        heads=count(hf, "n_mamba_heads"),
-        conv_bias=bool(hf.mamba_conv_bias),
-        bias=bool(hf.mamba_proj_bias),
-    )
+    kind = mamba_of(hf, heads=count(hf, "n_mamba_heads"))
     return _guided(hf, kind, layers_without_rope(hf, _scale(hf)), positions="none")
 
 

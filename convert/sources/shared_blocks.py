@@ -12,6 +12,7 @@ import numpy as np
 from convert.families import FAMILIES
 from convert.families.base import SharedBlocks
 from convert.sources.base import Source, steps_of
+from tide_jax.checks import whole_number
 from tide_jax.errors import TideError
 from tide_jax.model.files.shards import TensorInfo
 
@@ -104,47 +105,42 @@ class OwnBlocksSource:
 
 def _origins(source: Source, blocks: SharedBlocks) -> dict[str, _Origin]:
     """Where each tensor comes from."""
-    count = 1 if blocks.count is None else source.config.get(blocks.count, 1)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise TideError(
-            f"{source.description}: config.json has {blocks.count}={count!r}, expected the number of blocks that "
-            "layers share; correct it"
-        )
-    layers, tied = _layers_with(source, re.escape(blocks.beside)), source.config.get("tie_word_embeddings", True)
-    stored = _layers_with(source, re.escape(blocks.module) + r"\..+")
-    inside = re.compile(rf"{_LAYERS}{re.escape(blocks.module)}\.(?P<part>.+)")
-    origins = {name: _Origin(name) for name in source.tensors if not inside.fullmatch(name)}
-    for number, layer in enumerate(layers):
+    count = 1
+    if blocks.count is not None:
+        count = whole_number(f"{source.description}: {blocks.count}", source.config.get(blocks.count, 1), 1)
+    # Layers with a block, and what each layer stores of one.
+    layers, stored, origins = set[int](), dict[int, list[re.Match[str]]](), dict[str, _Origin]()
+    inside = re.compile(rf"(?P<start>{_LAYER}{re.escape(blocks.module)}\.)(?P<part>.+)")
+    for name in source.tensors:
+        if found := inside.fullmatch(name):
+            stored.setdefault(int(found["layer"]), []).append(found)
+            continue
+        origins[name] = _Origin(name)
+        if found := re.fullmatch(_LAYER + re.escape(blocks.beside), name):
+            layers.add(int(found["layer"]))
+    turns, tied = sorted(layers), source.config.get("tie_word_embeddings", True)
+    for number, layer in enumerate(turns):
         # Layers use the blocks in turn, and the first layer that uses a block stores it.
-        first = layer if layer in stored and not tied else layers[number % count]
+        first = layer if layer in stored and not tied else turns[number % count]
         if first not in stored:
             raise TideError(
                 f"{source.description}: layer {first} does not store {blocks.module}, expected it there for layers "
-                f"{', '.join(map(str, layers[number % count :: count]))}; get the checkpoint again"
+                f"{', '.join(map(str, turns[number % count :: count]))}; get the checkpoint again"
             )
-        for name in source.tensors:
-            found = inside.fullmatch(name)
-            if found is None or int(found["layer"]) != first or _is_adapter(found["part"], blocks):
-                continue
-            own = f"{found['prefix']}{layer}.{blocks.module}.{found['part']}"
-            start = name.removesuffix(found["part"])
-            origins[own] = _Origin(name, _adapter(source, blocks, start, found["part"], number))
+        for found in stored[first]:
+            if not _is_adapter(found["part"], blocks):
+                own = f"{found['prefix']}{layer}.{blocks.module}.{found['part']}"
+                origins[own] = _Origin(found[0], _adapter(source, blocks, found["start"], found["part"], number))
     return origins
 
 
-_LAYERS = r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\."
+_LAYER = r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d+)\."
 
 
 def _block_start(name: str) -> str:
     """What a layer's tensors begin with."""
-    found = re.match(_LAYERS, name)
+    found = re.match(_LAYER, name)
     return "" if found is None else found[0]
-
-
-def _layers_with(source: Source, pattern: str) -> list[int]:
-    """Layers that store a tensor whose name inside the layer matches a regular expression."""
-    matches = (re.fullmatch(_LAYERS + pattern, name) for name in source.tensors)
-    return sorted({int(found["layer"]) for found in matches if found})
 
 
 def _is_adapter(part: str, blocks: SharedBlocks) -> bool:
