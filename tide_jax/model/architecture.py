@@ -250,15 +250,16 @@ class DecoderConfig:
                 'carried="embedding" is for plain attention beside a recurrent layer: expected beside_attention, and '
                 "neither latent nor attention_experts"
             )
-        if self.carried == "shortcut" and (self.moe is None or self.moe.layers is None):
+        if self.carried != "shortcut":
+            return
+        if self.moe is None or self.moe.layers is None:
             raise TideError('carried="shortcut" is for experts that are in some layers: expected moe with layers')
-        if self.carried == "shortcut" and self.moe is not None and self.moe.layers is not None:
-            sparse = self.moe.layers
-            if next_too := [i for i in sparse if i + 1 in sparse or i + 1 >= self.num_layers]:
-                raise TideError(
-                    f'carried="shortcut" with experts in layer {next_too[0]}: expected a next layer without experts, '
-                    "which adds their output"
-                )
+        sparse = self.moe.layers
+        if next_too := [i for i in sparse if i + 1 in sparse or i + 1 >= self.num_layers]:
+            raise TideError(
+                f'carried="shortcut" with experts in layer {next_too[0]}: expected a next layer without experts, which '
+                "adds their output"
+            )
 
     @property
     def layer_types(self) -> tuple[AttentionType | RecurrentType, ...]:

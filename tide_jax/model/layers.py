@@ -136,9 +136,9 @@ class DecoderLayer(nnx.Module):
         left: Bool[Array, "B T"] | None,
         advances: bool,
     ) -> tuple[Float[Array, "B T S"], New]:
-        x, carried = self._apart(stream)
         if self.guide is not None:
             return self._run_guided(self.guide, stream, contexts, cached, left, advances)
+        x, carried = self._apart(stream)
         normed, middle, new = _apply(self.pre_attention_norm, x), x, x[..., :0]
         if self.attention is not None or self.recurrent is not None:
             mixed, new = self._mix(normed, contexts, cached, advances and not isinstance(self.mlp, ChannelMix))

@@ -80,19 +80,18 @@ class MoE(nnx.Module):
     def _run_routed(
         self, tokens: Float[Array, "N D"], weights: Float[Array, "N K"], chosen: Int[Array, "N K"]
     ) -> Float[Array, "N D"]:
-        # An expert behind the last one gives the token itself. It runs as another expert with weight zero.
-        zero, whole = chosen >= self.moe.num_experts, weights
+        own: Array | float = 0.0
         if self.moe.zero_experts:
+            # An expert behind the last one gives the token itself. It runs as another expert with weight zero.
+            zero = chosen >= self.moe.num_experts
+            own = tokens.astype(jnp.float32) * jnp.sum(jnp.where(zero, weights, 0.0), axis=1, keepdims=True)
             weights, chosen = jnp.where(zero, 0.0, weights), chosen % self.moe.num_experts
         rows = jnp.broadcast_to(tokens[:, None, :], (*chosen.shape, tokens.shape[-1]))
         if self.moe.scale_input:
             rows = (rows.astype(jnp.float32) * weights[:, :, None]).astype(rows.dtype)
             weights = jnp.ones_like(weights)
         mixed = by_expert(rows, chosen, self._run_experts).astype(jnp.float32)
-        out = jnp.sum(mixed * weights[:, :, None], axis=1)
-        if self.moe.zero_experts:
-            out += tokens.astype(jnp.float32) * jnp.sum(jnp.where(zero, whole, 0.0), axis=1, keepdims=True)
-        return out
+        return jnp.sum(mixed * weights[:, :, None], axis=1) + own
 
     def _run_experts(self, rows: Float[Array, "M D"], expert: Int[Array, " M"]) -> Float[Array, "M D"]:
         """Runs row i through expert ``expert[i]``; rows are sorted by expert."""

@@ -59,11 +59,14 @@ class Selective(Mixer):
         inner, state = kind.inner, kind.state_size
         parts = kind.step_rank + 2 * state
         self.stream_gate = Dense((size,), (2, inner), bias=kind.bias, stacked=True, dtype=dtype, rngs=rngs)
-        self.parts: Dense | HeadsDense = Dense((inner,), (parts,), bias=False, dtype=dtype, rngs=rngs)
-        self.step: Dense | HeadsDense = Dense((kind.step_rank,), (inner,), bias=False, dtype=dtype, rngs=rngs)
-        if kind.heads is not None:
-            self.parts = HeadsDense(kind.heads, inner // kind.heads, parts, dtype=dtype, rngs=rngs)
-            self.step = HeadsDense(kind.heads, kind.step_rank, inner // kind.heads, dtype=dtype, rngs=rngs)
+
+        def product(inputs: int, outputs: int) -> Dense | HeadsDense:
+            if kind.heads is None:
+                return Dense((inputs,), (outputs,), bias=False, dtype=dtype, rngs=rngs)
+            return HeadsDense(kind.heads, inputs, outputs, dtype=dtype, rngs=rngs)
+
+        channels = inner // (kind.heads or 1)
+        self.parts, self.step = product(channels, parts), product(kind.step_rank, channels)
         self.step_bias = nnx.Param(jnp.zeros((inner,), dtype))
         self.filters = nnx.Param(normal(rngs, (inner, kind.width), kind.width, dtype))
         self.filter_bias = nnx.Param(jnp.zeros((inner,), dtype)) if kind.conv_bias else None
